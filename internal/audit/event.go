@@ -1,0 +1,194 @@
+package audit
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"fmt"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/authz"
+)
+
+// Type says what happened, in the past tense.
+type Type string
+
+// What can happen.
+const (
+	KeyCreated   Type = "orgkey.created"   // record committed, private key not yet released
+	KeyDelivered Type = "orgkey.delivered" // private key written out without an error
+	KeyWithdrawn Type = "orgkey.withdrawn" // a created key that will never be usable
+	KeyRefused   Type = "orgkey.refused"   // generation refused or failed; no key came of it
+	KeyDeleted   Type = "orgkey.deleted"
+	KeysDeleted  Type = "orgkey.all_deleted" // the request; each key has its own KeyDeleted besides
+	KeysListed   Type = "orgkey.listed"
+
+	NodeRegistered   Type = "node.registered"
+	NodeUnregistered Type = "node.unregistered"
+	NodeDeleted      Type = "node.deleted"
+	NodesListed      Type = "node.listed"
+	SecretsFetched   Type = "secret.fetched"
+	SecretPut        Type = "secret.put"
+	SecretDeleted    Type = "secret.deleted"
+	SecretsListed    Type = "secret.listed"
+	EventsRead       Type = "event.read"
+
+	RequestFailed    Type = "request.failed" // an authenticated request that was refused as malformed or impossible
+	AccessDenied     Type = "access.denied"  // the policy said no
+	UnknownCallers   Type = "authn.failed"   // one summary a reason and minute
+	RollbackAccepted Type = "log.rollback_accepted"
+)
+
+// Outcome says how it ended.
+type Outcome string
+
+// The outcomes.
+const (
+	Success Outcome = "success"
+	Denied  Outcome = "denied"
+	Failure Outcome = "failure"
+)
+
+// System is the actor of what the service does by itself, as its sweeper does.
+const System authz.Kind = "system"
+
+// Event is one thing that happened. Its leaf in the log holds identifiers
+// only; what identifies a person by name or address is in Personal, which is
+// stored beside the log and can be erased.
+type Event struct {
+	ID       string // UUID; New gives a fresh one
+	Time     time.Time
+	Type     Type
+	Outcome  Outcome
+	Reason   string // a short code: why denied, refused, withdrawn
+	Org      string
+	Actor    Actor
+	Action   authz.Action // what the policy was asked for, where it was
+	Object   string       // the ID of the key, node or secret it is about
+	Request  string       // the request's ID
+	Policy   string       // the revision of the policy that decided
+	Detail   map[string]string
+	Personal Personal
+}
+
+// Actor is who did it.
+type Actor struct {
+	Kind authz.Kind
+	ID   string
+}
+
+// Personal is what an event knows of a person, kept outside the log.
+type Personal struct {
+	Name    string `json:"name,omitempty"`
+	Email   string `json:"email,omitempty"`
+	Address string `json:"address,omitempty"`
+}
+
+// New returns an event with a fresh ID and the present time.
+func New(t Type, org string) Event {
+	return Event{ID: uuid.NewString(), Time: time.Now().UTC(), Type: t, Outcome: Success, Org: org}
+}
+
+// leaf is an event as the log holds it: the field order is the order of the
+// bytes, and verifiers depend on the names. docs/audit.md describes it.
+type leaf struct {
+	Version  int               `json:"v"`
+	ID       string            `json:"id"`
+	Time     string            `json:"time"`
+	Type     Type              `json:"type"`
+	Outcome  Outcome           `json:"outcome"`
+	Reason   string            `json:"reason,omitempty"`
+	Org      string            `json:"org,omitempty"`
+	Kind     authz.Kind        `json:"actorKind,omitempty"`
+	Actor    string            `json:"actor,omitempty"`
+	Action   authz.Action      `json:"action,omitempty"`
+	Object   string            `json:"object,omitempty"`
+	Request  string            `json:"request,omitempty"`
+	Policy   string            `json:"policy,omitempty"`
+	Detail   map[string]string `json:"detail,omitempty"`
+	Personal string            `json:"personal,omitempty"`
+}
+
+// TimeFormat is how leaves write time: UTC, to the microsecond.
+const TimeFormat = "2006-01-02T15:04:05.000000Z"
+
+// Record is an event made ready to store.
+type Record struct {
+	ID       string
+	Time     time.Time
+	Type     Type
+	Org      string
+	Actor    string
+	Object   string
+	Leaf     []byte // what the log commits to, verbatim
+	Personal []byte // JSON, salted; empty where the event knows no person
+}
+
+// Encode makes the event ready to store. The leaf commits to the personal part
+// by a salted digest, so that it cannot be changed unseen, yet can be erased
+// without leaving anything that a guess could be tested against.
+func (e Event) Encode() (Record, error) {
+	l := leaf{
+		Version: 1, ID: e.ID, Time: e.Time.UTC().Format(TimeFormat), Type: e.Type, Outcome: e.Outcome,
+		Reason: e.Reason, Org: e.Org, Kind: e.Actor.Kind, Actor: e.Actor.ID, Action: e.Action,
+		Object: e.Object, Request: e.Request, Policy: e.Policy, Detail: e.Detail,
+	}
+	r := Record{ID: e.ID, Time: e.Time, Type: e.Type, Org: e.Org, Actor: e.Actor.ID, Object: e.Object}
+	if e.Personal != (Personal{}) {
+		p, err := encodePersonal(e.Personal)
+		if err != nil {
+			return Record{}, err
+		}
+		r.Personal = p
+		l.Personal = PersonalDigest(p)
+	}
+	var err error
+	r.Leaf, err = json.Marshal(l, json.Deterministic(true))
+	if err != nil {
+		return Record{}, fmt.Errorf("encoding event %s: %w", e.ID, err)
+	}
+	return r, nil
+}
+
+func encodePersonal(p Personal) ([]byte, error) {
+	salt := make([]byte, 16)
+	rand.Read(salt) // never fails, crypto/rand
+	b, err := json.Marshal(struct {
+		Salt string `json:"salt"`
+		Personal
+	}{base64.StdEncoding.EncodeToString(salt), p})
+	if err != nil {
+		return nil, fmt.Errorf("encoding the personal part of an event: %w", err)
+	}
+	return b, nil
+}
+
+// PersonalDigest is the digest by which a leaf commits to the stored bytes of
+// its personal part: base64 of SHA-256.
+func PersonalDigest(stored []byte) string {
+	sum := sha256.Sum256(stored)
+	return base64.StdEncoding.EncodeToString(sum[:])
+}
+
+// Decode reads a leaf back. The personal part stays empty.
+func Decode(leafBytes []byte) (Event, error) {
+	var l leaf
+	if err := json.Unmarshal(leafBytes, &l, json.RejectUnknownMembers(true)); err != nil {
+		return Event{}, fmt.Errorf("decoding a leaf: %w", err)
+	}
+	if l.Version != 1 {
+		return Event{}, fmt.Errorf("decoding a leaf: version %d is not known", l.Version)
+	}
+	t, err := time.Parse(TimeFormat, l.Time)
+	if err != nil {
+		return Event{}, fmt.Errorf("decoding a leaf: %w", err)
+	}
+	return Event{
+		ID: l.ID, Time: t, Type: l.Type, Outcome: l.Outcome, Reason: l.Reason, Org: l.Org,
+		Actor: Actor{l.Kind, l.Actor}, Action: l.Action, Object: l.Object, Request: l.Request,
+		Policy: l.Policy, Detail: l.Detail,
+	}, nil
+}

@@ -1,0 +1,227 @@
+// Package orgkey is what the service exists for: it has an organization's key
+// made in a back end, releases the private half once, keeps the public half
+// sealed, and holds the quota.
+//
+// A key lives through four states:
+//
+//	reserved → pending → released → deleted
+//
+// reserved is a place in the quota with an expiry. pending is a record with
+// its event committed, unusable and unlisted. released comes by one
+// conditional update after every required audit sink has acknowledged that
+// event, before the first byte of the private key goes out. Service.Generate
+// reads in that order; the rest of the package is what it needs.
+//
+// The package declares the interfaces it needs of back ends and imports none.
+package orgkey
+
+import (
+	"context"
+	"crypto/rsa"
+	"errors"
+	"fmt"
+	"regexp"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+)
+
+// Bits is the modulus length of every key.
+const Bits = 2048
+
+// The errors of the use cases. Each has one translation, at the edge.
+var (
+	// ErrBadOrg: the organization ID is not of the documented form.
+	ErrBadOrg = errors.New("organization ID is not well-formed")
+	// ErrNotFound: no such key, or one of another organization, or one not released.
+	ErrNotFound = errors.New("organization key not found")
+	// ErrOverloaded: as many generations are under way as the back end can do.
+	ErrOverloaded = errors.New("too many key generations under way")
+	// ErrAudit: the audit trail could not be written, or not acknowledged in time.
+	ErrAudit = errors.New("audit trail not available")
+	// ErrGone: the reservation or pending record is not there any more: it expired or was cancelled.
+	ErrGone = errors.New("the key's place in the quota is gone")
+	// ErrUnavailable: the store or the back end cannot be reached at the moment.
+	ErrUnavailable = errors.New("back end not available")
+	// ErrSealBroken: a stored public key does not open for its organization and key ID.
+	ErrSealBroken = errors.New("a sealed record does not open")
+)
+
+// DeniedError is a "no" of the policy.
+type DeniedError struct {
+	Action authz.Action
+	Reason authz.Reason
+}
+
+func (e *DeniedError) Error() string { return fmt.Sprintf("%s denied: %s", e.Action, e.Reason) }
+
+// QuotaError says that an organization has as many keys as it may have.
+type QuotaError struct{ Limit int }
+
+func (e *QuotaError) Error() string { return fmt.Sprintf("quota of %d keys reached", e.Limit) }
+
+var orgForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$`)
+
+// CheckOrg reports ErrBadOrg unless id is a well-formed organization ID. It
+// comes before id reaches any header, log or label.
+func CheckOrg(id string) error {
+	if !orgForm.MatchString(id) {
+		return ErrBadOrg
+	}
+	return nil
+}
+
+// Key is an organization key as its administrators see it.
+type Key struct {
+	ID          string
+	Org         string
+	Public      *rsa.PublicKey
+	Fingerprint string // RFC 7638 thumbprint, base64url
+	Created     time.Time
+	Delivered   bool      // the private key was written out without an error
+	LastUsed    time.Time // zero if a node never signed with it
+	Nodes       []NodeKey
+}
+
+// NodeKey is the association of a key with a registered node.
+type NodeKey struct {
+	KeyID     string
+	NodeID    string // the node's IP
+	Confirmed bool   // the node has signed with this key
+}
+
+// Keystore makes keys in a back end. Its implementations are hsm and vault.
+type Keystore interface {
+	// Create makes an RSA key of Bits in the back end. name is fresh, 128 bits
+	// of randomness in the form of a UUID, and already written into the
+	// reservation, so that what a crash leaves behind can be found by it.
+	// Waiting for a place in the back end ends with ctx.
+	Create(ctx context.Context, name string) (BackendKey, error)
+}
+
+// BackendKey is a key that exists in a back end. Destroy must be called,
+// whatever else fails.
+type BackendKey interface {
+	// Public is the public half, as the back end itself reported it.
+	Public() *rsa.PublicKey
+	// Export returns the private key as PKCS#1 DER (RFC 8017, A.1.2), checked
+	// against Public. The caller clears it.
+	Export(ctx context.Context) ([]byte, error)
+	// Destroy removes the back end's copy and confirms that it is gone. It may
+	// be called again, and after it succeeded once it does nothing.
+	Destroy(ctx context.Context) error
+}
+
+// Binding says whose a sealed value is. A value opens only under the binding
+// that it was sealed under.
+type Binding struct {
+	Purpose string // PublicKey or BootSecret
+	Org     string
+	ID      string // the key's ID, or the secret's name
+}
+
+// What is sealed.
+const (
+	PublicKey  = ""       // bound to "orgkeys/v1" NUL org NUL key ID
+	BootSecret = "secret" // bound to "orgkeys/v1/secret" NUL org NUL name
+)
+
+// Context is the binding as bytes: AES-GCM's additional data, or Transit's
+// key derivation context. Organization IDs and names hold no NUL, so no two
+// bindings have the same bytes.
+func (b Binding) Context() []byte {
+	scheme := "orgkeys/v1"
+	if b.Purpose != "" {
+		scheme += "/" + b.Purpose
+	}
+	return []byte(scheme + "\x00" + b.Org + "\x00" + b.ID)
+}
+
+// Sealed is a value as it is stored.
+type Sealed struct {
+	Binding    Binding
+	Ciphertext []byte
+}
+
+// Sealer encrypts what is stored, bound to whose it is. Its implementations
+// are hsm and vault.
+type Sealer interface {
+	Seal(ctx context.Context, b Binding, plaintext []byte) ([]byte, error)
+	// Open opens all values or none. An item that does not open under its
+	// binding is an error that wraps ErrSealBroken; a back end that cannot be
+	// asked is one that wraps ErrUnavailable.
+	Open(ctx context.Context, items []Sealed) ([][]byte, error)
+}
+
+// Locker keeps concurrent reservations of one organization in order. It is a
+// courtesy: the store's constraint decides, and Generate goes on without the
+// lock when it cannot be had. Its implementations are LocalLock and redislock.
+type Locker interface {
+	// Lock waits for org's lock until ctx ends. unlock gives it back.
+	Lock(ctx context.Context, org string) (unlock func(), err error)
+}
+
+// Record is a key as the store holds it.
+type Record struct {
+	ID        string
+	Org       string
+	Sealed    []byte // the public key, PKIX DER, sealed
+	Created   time.Time
+	Delivered bool
+	LastUsed  time.Time
+	Nodes     []NodeKey
+}
+
+// Store keeps reservations and records. Every method is one transaction, and
+// the events given are committed in it or nothing is. Its implementation is
+// sqlstore.
+type Store interface {
+	// Reserve takes a place for key id in org's quota until life has passed, or
+	// reports *QuotaError. A place is given only while fewer than limit are
+	// occupied, in whatever state.
+	Reserve(ctx context.Context, org, id string, limit int, life time.Duration) error
+	// Cancel gives a reserved place back; one that is gone is no error.
+	Cancel(ctx context.Context, id string) error
+	// StorePending turns a live reservation into a pending record, or reports ErrGone.
+	StorePending(ctx context.Context, id string, sealed []byte, created audit.Event) error
+	// Release turns a live pending record into a released one, or reports ErrGone.
+	Release(ctx context.Context, id string) error
+	// Delivered marks a released key's private half as written out.
+	Delivered(ctx context.Context, id string, event audit.Event) error
+	// Withdraw ends a pending or released key; one that is gone is no error and leaves no event.
+	Withdraw(ctx context.Context, id string, event audit.Event) error
+	// Keys returns org's released keys, newest first.
+	Keys(ctx context.Context, org string) ([]Record, error)
+	// DeleteKey ends org's released key id, or reports ErrNotFound and keeps event out.
+	DeleteKey(ctx context.Context, org, id string, event audit.Event) error
+	// DeleteKeys ends all of org's keys and cancels what is reserved or pending.
+	// It records request once with the number of released keys, and what each
+	// returns for every ended key besides.
+	DeleteKeys(ctx context.Context, org string, request audit.Event, each func(id string, released bool) audit.Event) (int, error)
+	// Sweep ends every reservation and pending record past its expiry, at most
+	// limit of them, and records withdrawn(org, id) for each pending one.
+	Sweep(ctx context.Context, limit int, withdrawn func(org, id string) audit.Event) (int, error)
+}
+
+// Trail is what the use cases need of the audit log. Its implementation is audit.Log.
+type Trail interface {
+	// Record makes events durable in a transaction of their own.
+	Record(ctx context.Context, events ...audit.Event) error
+	// Acknowledged waits until the event has its index in the log and every
+	// required sink has acknowledged it, or ctx ends.
+	Acknowledged(ctx context.Context, eventID string) error
+}
+
+// Policy decides. Its implementation is authz.Policy.
+type Policy interface {
+	Decide(ctx context.Context, r authz.Request) (authz.Decision, error)
+}
+
+// Call is one authenticated request to a use case: who asks, and what of it
+// belongs in the audit trail.
+type Call struct {
+	Caller  authz.Caller
+	Request string // the request's ID
+	Address string // the client's address
+}
