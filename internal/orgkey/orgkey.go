@@ -20,11 +20,10 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
-	"regexp"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
-	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
 )
 
 // Bits is the modulus length of every key.
@@ -32,14 +31,10 @@ const Bits = 2048
 
 // The errors of the use cases. Each has one translation, at the edge.
 var (
-	// ErrBadOrg: the organization ID is not of the documented form.
-	ErrBadOrg = errors.New("organization ID is not well-formed")
 	// ErrNotFound: no such key, or one of another organization, or one not released.
 	ErrNotFound = errors.New("organization key not found")
 	// ErrOverloaded: as many generations are under way as the back end can do.
 	ErrOverloaded = errors.New("too many key generations under way")
-	// ErrAudit: the audit trail could not be written, or not acknowledged in time.
-	ErrAudit = errors.New("audit trail not available")
 	// ErrGone: the reservation or pending record is not there any more: it expired or was cancelled.
 	ErrGone = errors.New("the key's place in the quota is gone")
 	// ErrUnavailable: the store or the back end cannot be reached at the moment.
@@ -48,29 +43,27 @@ var (
 	ErrSealBroken = errors.New("a sealed record does not open")
 )
 
-// DeniedError is a "no" of the policy.
-type DeniedError struct {
-	Action authz.Action
-	Reason authz.Reason
-}
-
-func (e *DeniedError) Error() string { return fmt.Sprintf("%s denied: %s", e.Action, e.Reason) }
-
 // QuotaError says that an organization has as many keys as it may have.
 type QuotaError struct{ Limit int }
 
 func (e *QuotaError) Error() string { return fmt.Sprintf("quota of %d keys reached", e.Limit) }
 
-var orgForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$`)
+// What the edge needs of the gate, under the name of the use cases.
+type (
+	// Call is one authenticated request.
+	Call = gate.Call
+	// DeniedError is a "no" of the policy.
+	DeniedError = gate.DeniedError
+)
 
-// CheckOrg reports ErrBadOrg unless id is a well-formed organization ID. It
-// comes before id reaches any header, log or label.
-func CheckOrg(id string) error {
-	if !orgForm.MatchString(id) {
-		return ErrBadOrg
-	}
-	return nil
-}
+// The gate's errors.
+var (
+	ErrBadOrg = gate.ErrBadOrg
+	ErrAudit  = gate.ErrAudit
+)
+
+// CheckOrg is gate.CheckOrg.
+func CheckOrg(id string) error { return gate.CheckOrg(id) }
 
 // Key is an organization key as its administrators see it.
 type Key struct {
@@ -202,26 +195,4 @@ type Store interface {
 	// Sweep ends every reservation and pending record past its expiry, at most
 	// limit of them, and records withdrawn(org, id) for each pending one.
 	Sweep(ctx context.Context, limit int, withdrawn func(org, id string) audit.Event) (int, error)
-}
-
-// Trail is what the use cases need of the audit log. Its implementation is audit.Log.
-type Trail interface {
-	// Record makes events durable in a transaction of their own.
-	Record(ctx context.Context, events ...audit.Event) error
-	// Acknowledged waits until the event has its index in the log and every
-	// required sink has acknowledged it, or ctx ends.
-	Acknowledged(ctx context.Context, eventID string) error
-}
-
-// Policy decides. Its implementation is authz.Policy.
-type Policy interface {
-	Decide(ctx context.Context, r authz.Request) (authz.Decision, error)
-}
-
-// Call is one authenticated request to a use case: who asks, and what of it
-// belongs in the audit trail.
-type Call struct {
-	Caller  authz.Caller
-	Request string // the request's ID
-	Address string // the client's address
 }

@@ -1,0 +1,241 @@
+package orgkey
+
+import (
+	"bytes"
+	"context"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
+)
+
+// Generated is a key at the moment of its release, as deliver receives it.
+type Generated struct {
+	ID          string
+	Org         string
+	Fingerprint string // RFC 7638 thumbprint, base64url
+	PEM         []byte // PKCS#1 "RSA PRIVATE KEY"; cleared when deliver returns
+}
+
+// Generate makes a key for org and hands its private half to deliver, once,
+// after the audit trail has it. deliver writes it out and flushes; an error
+// from it withdraws the key, as does an end of ctx before the release.
+//
+// A crash (CRASH below) loses no more than this says; the sweeper, and for
+// Transit the reaper, clear it without anybody's help.
+func (s *Service) Generate(ctx context.Context, call Call, org string, deliver func(context.Context, Generated) error) error {
+	pass, err := s.Decide(ctx, call, authz.GenerateKey, org)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.ReservationLife/2)
+	defer cancel()
+
+	id := uuid.NewString()
+	if err := s.reserve(ctx, org, id); err != nil {
+		return s.refused(ctx, pass, err)
+	}
+	// CRASH: a place in the quota stays taken until the reservation expires.
+	if !s.admission.TryAcquire(1) {
+		s.cancel(ctx, id)
+		return s.refused(ctx, pass, ErrOverloaded)
+	}
+	defer s.admission.Release(1)
+	der, public, err := s.makeKey(ctx, id)
+	defer clear(der)
+	// CRASH: as above; a key object of the session is gone with the process,
+	// and a Transit key bears the reservation's name, by which the reaper finds it.
+	if err != nil {
+		s.cancel(ctx, id)
+		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w", id, err))
+	}
+	fingerprint := Thumbprint(public)
+	sealed, err := s.seal(ctx, org, id, public)
+	if err != nil {
+		s.cancel(ctx, id)
+		return s.refused(ctx, pass, fmt.Errorf("sealing key %s: %w", id, err))
+	}
+	created := pass.Event(audit.KeyCreated)
+	created.Object = id
+	created.Detail = map[string]string{"fingerprint": fingerprint, "backend": s.Backend, "algorithm": "rsa-2048"}
+	if err := s.Store.StorePending(ctx, id, sealed, created); err != nil {
+		s.cancel(ctx, id)
+		return s.refused(ctx, pass, fmt.Errorf("storing key %s: %w", id, err))
+	}
+	// CRASH: record and event are committed, nothing is released; the sweeper
+	// deletes the record at its expiry, with an event that says so.
+	if err := s.acknowledged(ctx, created.ID); err != nil {
+		s.withdraw(ctx, pass, id, reasonFor(ctx, "audit_not_acknowledged"))
+		return fmt.Errorf("%w: %w", ErrAudit, err)
+	}
+	if err := s.Store.Release(ctx, id); err != nil {
+		s.withdraw(ctx, pass, id, reasonFor(ctx, "release_failed"))
+		return fmt.Errorf("releasing key %s: %w", id, err)
+	}
+	// CRASH: the key is released and listed as delivery "unconfirmed"; whether
+	// its holder got it whole, nobody knows, so nothing deletes it by itself.
+	private := encodePEM(der)
+	defer clear(private)
+	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: fingerprint, PEM: private}); err != nil {
+		s.withdraw(ctx, pass, id, "write_failed")
+		return fmt.Errorf("writing key %s out: %w", id, err)
+	}
+	// CRASH: as above, although the holder has it.
+	s.delivered(ctx, pass, id)
+	return nil
+}
+
+// reserve takes a place in org's quota. The lock only keeps concurrent
+// requests from colliding in the store, so one that cannot be had within
+// lockPatience is done without.
+func (s *Service) reserve(ctx context.Context, org, id string) error {
+	locked, cancel := context.WithTimeout(ctx, lockPatience)
+	unlock, err := s.Locker.Lock(locked, org)
+	cancel()
+	if err == nil {
+		defer unlock()
+	} else if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return s.Store.Reserve(ctx, org, id, s.Limit, s.ReservationLife)
+}
+
+// makeKey has the back end make, hand out and forget one key. Its copy is
+// confirmed destroyed before the private half is returned.
+func (s *Service) makeKey(ctx context.Context, id string) (der []byte, public *rsa.PublicKey, err error) {
+	key, err := s.Keystore.Create(ctx, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	der, err = key.Export(ctx)
+	// The back end's copy has to go even when the caller already has.
+	destroying, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	if err := errors.Join(err, key.Destroy(destroying)); err != nil {
+		clear(der)
+		return nil, nil, err
+	}
+	return der, key.Public(), nil
+}
+
+func (s *Service) seal(ctx context.Context, org, id string, public *rsa.PublicKey) ([]byte, error) {
+	der, err := x509.MarshalPKIXPublicKey(public)
+	if err != nil {
+		return nil, err
+	}
+	return s.Sealer.Seal(ctx, Binding{Purpose: PublicKey, Org: org, ID: id}, der)
+}
+
+func (s *Service) acknowledged(ctx context.Context, eventID string) error {
+	ctx, cancel := context.WithTimeout(ctx, s.AuditDeadline)
+	defer cancel()
+	return s.Trail.Acknowledged(ctx, eventID)
+}
+
+// cancel gives a reserved place back, also when the caller has gone. If that
+// fails the place comes back when the reservation expires.
+func (s *Service) cancel(ctx context.Context, id string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	if err := s.Store.Cancel(ctx, id); err != nil {
+		s.Log.Warn("a place in the quota stays taken until its reservation expires", "key", id, "error", err)
+	}
+}
+
+// withdraw ends a key that was not, or not wholly, handed out. It outlives the
+// caller and tries for withdrawPatience. A pending key that it fails to
+// withdraw is swept at its expiry; a released one stays "unconfirmed".
+func (s *Service) withdraw(ctx context.Context, pass gate.Pass, id, reason string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawPatience)
+	defer cancel()
+	event := pass.Event(audit.KeyWithdrawn)
+	event.Object, event.Reason, event.Outcome = id, reason, audit.Failure
+	for wait := 50 * time.Millisecond; ; wait *= 2 {
+		err := s.Store.Withdraw(ctx, id, event)
+		if err == nil {
+			s.Log.Warn("key withdrawn", "key", id, "org", pass.Org, "reason", reason, "request", pass.Call.Request)
+			return
+		}
+		select {
+		case <-ctx.Done():
+			s.Log.Error("key not withdrawn", "key", id, "org", pass.Org, "reason", reason, "error", err)
+			return
+		case <-time.After(wait):
+		}
+	}
+}
+
+// delivered notes that the private key went out. The caller has it by now, so
+// a failure is logged and the key stays "unconfirmed".
+func (s *Service) delivered(ctx context.Context, pass gate.Pass, id string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	event := pass.Event(audit.KeyDelivered)
+	event.Object = id
+	if err := s.Store.Delivered(ctx, id, event); err != nil {
+		s.Log.Warn("delivery not confirmed in the record", "key", id, "org", pass.Org, "error", err)
+	}
+}
+
+// refused records that no key came of a request, also when the caller has
+// gone, and returns why.
+func (s *Service) refused(ctx context.Context, pass gate.Pass, why error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	return s.Failed(ctx, pass, audit.KeyRefused, refusal(why), why)
+}
+
+func refusal(err error) string {
+	var quota *QuotaError
+	switch {
+	case errors.As(err, &quota):
+		return "quota"
+	case errors.Is(err, ErrOverloaded):
+		return "overloaded"
+	case errors.Is(err, ErrGone):
+		return "cancelled"
+	case errors.Is(err, context.Canceled):
+		return "caller_gone"
+	case errors.Is(err, context.DeadlineExceeded):
+		return "deadline"
+	default:
+		return "generation_failed"
+	}
+}
+
+// reasonFor is the caller's absence where that is why something failed.
+func reasonFor(ctx context.Context, otherwise string) string {
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return "caller_gone"
+	}
+	return otherwise
+}
+
+// Thumbprint is the RFC 7638 thumbprint of a public key: base64url, unpadded,
+// of SHA-256 over the JWK's required members in lexicographic order.
+func Thumbprint(k *rsa.PublicKey) string {
+	b64 := base64.RawURLEncoding.EncodeToString
+	e := b64(big.NewInt(int64(k.E)).Bytes())
+	sum := sha256.Sum256([]byte(`{"e":"` + e + `","kty":"RSA","n":"` + b64(k.N.Bytes()) + `"}`))
+	return b64(sum[:])
+}
+
+// encodePEM is pem.Encode into a buffer that never grows, so that no copy of
+// the key is left behind in a smaller one.
+func encodePEM(der []byte) []byte {
+	buf := bytes.NewBuffer(make([]byte, 0, 2*len(der)+128))
+	// A bytes.Buffer does not fail.
+	_ = pem.Encode(buf, &pem.Block{Type: "RSA PRIVATE KEY", Bytes: der})
+	return buf.Bytes()
+}

@@ -1,0 +1,185 @@
+package orgkey
+
+import (
+	"context"
+	"crypto/rsa"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
+)
+
+// How long the service waits for what is not the caller's business.
+const (
+	lockPatience     = 500 * time.Millisecond // for the quota lock, before going on without it
+	cleanupDeadline  = 5 * time.Second        // for giving back a place or a back end's key
+	withdrawPatience = 30 * time.Second       // for withdrawing a key that was not handed out
+	sweepBatch       = 200                    // expired records a transaction
+)
+
+// Config is what a Service is made of. Every field is required.
+type Config struct {
+	Store    Store
+	Keystore Keystore
+	Sealer   Sealer
+	Locker   Locker
+	gate.Gate
+
+	Backend         string        // the keystore's name in audit events
+	Limit           int           // keys an organization may have
+	Concurrency     int           // generations under way at once
+	ReservationLife time.Duration // how long a crash may hold a place; a generation has half of it
+	AuditDeadline   time.Duration // how long a release waits for the audit sinks
+}
+
+// Service is the use cases of organization keys. Each method decides first,
+// and leaves an audit event whatever the outcome.
+type Service struct {
+	Config
+	admission *semaphore.Weighted
+}
+
+// New returns a Service, or an error that names what is wrong with c.
+func New(c Config) (*Service, error) {
+	if c.Limit < 0 || c.Concurrency < 1 || c.ReservationLife < 2*time.Second || c.AuditDeadline <= 0 {
+		return nil, fmt.Errorf("limit %d, concurrency %d, reservation life %s, audit deadline %s: out of range", c.Limit, c.Concurrency, c.ReservationLife, c.AuditDeadline)
+	}
+	return &Service{Config: c, admission: semaphore.NewWeighted(int64(c.Concurrency))}, nil
+}
+
+// List returns org's released keys, newest first. It fails closed: one record
+// that does not open for its organization and ID fails the whole list.
+func (s *Service) List(ctx context.Context, call Call, org string) ([]Key, error) {
+	pass, err := s.Decide(ctx, call, authz.ListKeys, org)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := s.keys(ctx, org)
+	if err != nil {
+		return nil, s.Failed(ctx, pass, audit.KeysListed, listFailure(err), err)
+	}
+	if err := s.Trail.Record(ctx, pass.Event(audit.KeysListed)); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrAudit, err)
+	}
+	return keys, nil
+}
+
+func listFailure(err error) string {
+	if errors.Is(err, ErrSealBroken) {
+		return "seal_broken"
+	}
+	return "unavailable"
+}
+
+func (s *Service) keys(ctx context.Context, org string) ([]Key, error) {
+	records, err := s.Store.Keys(ctx, org)
+	if err != nil {
+		return nil, fmt.Errorf("reading keys: %w", err)
+	}
+	sealed := make([]Sealed, len(records))
+	for i, r := range records {
+		sealed[i] = Sealed{Binding{PublicKey, org, r.ID}, r.Sealed}
+	}
+	opened, err := s.Sealer.Open(ctx, sealed)
+	if err != nil {
+		return nil, fmt.Errorf("opening keys: %w", err)
+	}
+	keys := make([]Key, len(records))
+	for i, r := range records {
+		public, err := ParsePublic(opened[i])
+		if err != nil {
+			return nil, fmt.Errorf("key %s: %w", r.ID, err)
+		}
+		keys[i] = Key{
+			ID: r.ID, Org: org, Public: public, Fingerprint: Thumbprint(public),
+			Created: r.Created, Delivered: r.Delivered, LastUsed: r.LastUsed, Nodes: r.Nodes,
+		}
+	}
+	return keys, nil
+}
+
+// ParsePublic reads an opened public key (PKIX DER).
+func ParsePublic(der []byte) (*rsa.PublicKey, error) {
+	parsed, err := x509.ParsePKIXPublicKey(der)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrSealBroken, err)
+	}
+	public, ok := parsed.(*rsa.PublicKey)
+	if !ok {
+		return nil, fmt.Errorf("%w: not an RSA key", ErrSealBroken)
+	}
+	return public, nil
+}
+
+// Delete ends org's key id for every request that begins after it returned.
+func (s *Service) Delete(ctx context.Context, call Call, org, id string) error {
+	pass, err := s.Decide(ctx, call, authz.DeleteKey, org)
+	if err != nil {
+		return err
+	}
+	event := pass.Event(audit.KeyDeleted)
+	event.Object = id
+	err = s.Store.DeleteKey(ctx, org, id, event)
+	if errors.Is(err, ErrNotFound) {
+		return s.Failed(ctx, pass, audit.RequestFailed, "not_found", err)
+	}
+	return err
+}
+
+// DeleteAll ends all of org's keys, cancels what is being generated, and
+// returns how many released keys it ended.
+func (s *Service) DeleteAll(ctx context.Context, call Call, org string) (int, error) {
+	pass, err := s.Decide(ctx, call, authz.DeleteAllKeys, org)
+	if err != nil {
+		return 0, err
+	}
+	return s.Store.DeleteKeys(ctx, org, pass.Event(audit.KeysDeleted), func(id string, released bool) audit.Event {
+		event := pass.Event(audit.KeyDeleted)
+		if !released {
+			event.Type, event.Reason = audit.KeyWithdrawn, "cancelled"
+		}
+		event.Object = id
+		return event
+	})
+}
+
+// Sweep ends expired reservations and pending records every interval until ctx
+// ends. Several replicas may do so at once.
+func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for {
+		if err := s.sweepOnce(ctx); err != nil && ctx.Err() == nil {
+			s.Log.Warn("sweeping expired keys", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+func (s *Service) sweepOnce(ctx context.Context) error {
+	for {
+		n, err := s.Store.Sweep(ctx, sweepBatch, SweptEvent)
+		if err != nil || n < sweepBatch {
+			return err
+		}
+		s.Log.Info("swept expired keys", "count", n)
+	}
+}
+
+// SweptEvent says that a pending key expired before it was released.
+func SweptEvent(org, id string) audit.Event {
+	event := audit.New(audit.KeyWithdrawn, org)
+	event.Actor = audit.Actor{Kind: audit.System, ID: "sweeper"}
+	event.Object, event.Reason, event.Outcome = id, "expired", audit.Failure
+	return event
+}
