@@ -1,0 +1,224 @@
+package audit
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// line is one line of a file sink: exactly one of its fields is there.
+type line struct {
+	Index      *int64         `json:"index,omitempty"`
+	Event      jsontext.Value `json:"event,omitempty"`
+	Checkpoint string         `json:"checkpoint,omitempty"`
+	Rollback   *Rollback      `json:"rollback,omitempty"`
+}
+
+// Rollback is an operator's word that the log was set back on purpose: what
+// the sink holds beyond To is not in the log any more.
+type Rollback struct {
+	From   string `json:"from"` // the checkpoint that the sink held
+	To     string `json:"to"`   // the log's checkpoint when it was accepted
+	Reason string `json:"reason"`
+}
+
+// FileSink is a JSON-lines file, fsynced. Each event is a line
+// {"index":N,"event":…} with the leaf verbatim; after each batch comes a line
+// {"checkpoint":"…"}. A file that was removed or replaced is filled again
+// from the beginning of the log.
+type FileSink struct {
+	path string
+
+	mu   sync.Mutex
+	file *os.File
+	end  int64 // bytes that are whole and synced
+}
+
+// NewFileSink returns a sink that appends to the file at path, creating it 0600.
+func NewFileSink(path string) *FileSink { return &FileSink{path: path} }
+
+// Name implements Sink.
+func (s *FileSink) Name() string { return "file" }
+
+// Last implements Sink.
+func (s *FileSink) Last(context.Context) (Checkpoint, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.open(); err != nil {
+		return Checkpoint{}, err
+	}
+	return lastCheckpoint(s.file, s.end)
+}
+
+// Append implements Sink.
+func (s *FileSink) Append(_ context.Context, entries []Entry, c Checkpoint) error {
+	var buf bytes.Buffer
+	for _, e := range entries {
+		fmt.Fprintf(&buf, `{"index":%d,"event":%s}`+"\n", e.Index, e.Leaf)
+	}
+	last, err := json.Marshal(line{Checkpoint: c.Text()})
+	if err != nil {
+		return err
+	}
+	buf.Write(append(last, '\n'))
+	return s.write(buf.Bytes())
+}
+
+// AcceptRollback notes that the log goes on from another checkpoint than the
+// file's last.
+func (s *FileSink) AcceptRollback(r Rollback) error {
+	b, err := json.Marshal(line{Rollback: &r})
+	if err != nil {
+		return err
+	}
+	to, err := json.Marshal(line{Checkpoint: r.To})
+	if err != nil {
+		return err
+	}
+	if _, err := s.Last(context.Background()); err != nil {
+		return err
+	}
+	return s.write(append(append(append(b, '\n'), to...), '\n'))
+}
+
+func (s *FileSink) write(b []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.file == nil {
+		return errors.New("the sink's file is not open")
+	}
+	if err := s.unchanged(); err != nil {
+		s.close()
+		return err
+	}
+	if err := s.appendSynced(b); err != nil {
+		// A torn line must not stay; if it does, open cuts it off.
+		err = errors.Join(err, s.file.Truncate(s.end))
+		s.close()
+		return err
+	}
+	s.end += int64(len(b))
+	return nil
+}
+
+func (s *FileSink) appendSynced(b []byte) error {
+	if _, err := s.file.WriteAt(b, s.end); err != nil {
+		return err
+	}
+	return s.file.Sync()
+}
+
+// unchanged reports whether path still leads to the open file, and nobody else
+// has written to it.
+func (s *FileSink) unchanged() error {
+	now, err := os.Stat(s.path)
+	if err != nil {
+		return err
+	}
+	then, err := s.file.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(now, then) || now.Size() != s.end {
+		return fmt.Errorf("%s was changed by somebody else", s.path)
+	}
+	return nil
+}
+
+func (s *FileSink) open() error {
+	s.close()
+	created := false
+	f, err := os.OpenFile(s.path, os.O_RDWR, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		f, err = os.OpenFile(s.path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		created = true
+	}
+	if err != nil {
+		return err
+	}
+	end, err := cutTornLine(f)
+	if err == nil && created {
+		err = syncDir(filepath.Dir(s.path))
+	}
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	s.file, s.end = f, end
+	return nil
+}
+
+func (s *FileSink) close() {
+	if s.file != nil {
+		_ = s.file.Close() // everything in it was synced, or is not relied on
+		s.file = nil
+	}
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// cutTornLine removes what follows the last newline, a write that a crash cut
+// short, and returns the file's size without it.
+func cutTornLine(f *os.File) (int64, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	tail, from, err := readTail(f, info.Size(), func(b []byte) bool { return bytes.IndexByte(b, '\n') >= 0 })
+	if err != nil {
+		return 0, err
+	}
+	end := from + int64(bytes.LastIndexByte(tail, '\n')+1)
+	if end == info.Size() {
+		return end, nil
+	}
+	return end, errors.Join(f.Truncate(end), f.Sync())
+}
+
+var checkpointPrefix = []byte("\n" + `{"checkpoint":`)
+
+// lastCheckpoint finds the last checkpoint line before end.
+func lastCheckpoint(f io.ReaderAt, end int64) (Checkpoint, error) {
+	tail, _, err := readTail(f, end, func(b []byte) bool { return bytes.Contains(b, checkpointPrefix) })
+	if err != nil {
+		return Checkpoint{}, err
+	}
+	at := bytes.LastIndex(tail, checkpointPrefix)
+	if at < 0 {
+		return Checkpoint{}, nil
+	}
+	raw, _, _ := bytes.Cut(tail[at+1:], []byte("\n"))
+	var l line
+	if err := json.Unmarshal(raw, &l); err != nil {
+		return Checkpoint{}, fmt.Errorf("reading the sink's last checkpoint: %w", err)
+	}
+	return ParseCheckpoint(l.Checkpoint)
+}
+
+// readTail reads backwards from end until enough is satisfied or the file
+// begins, and returns what it read and where that starts.
+func readTail(f io.ReaderAt, end int64, enough func([]byte) bool) ([]byte, int64, error) {
+	for size := int64(64 << 10); ; size *= 2 {
+		from := max(0, end-size)
+		b := make([]byte, end-from)
+		if _, err := f.ReadAt(b, from); err != nil && !errors.Is(err, io.EOF) {
+			return nil, 0, err
+		}
+		if from == 0 || enough(b) {
+			return b, from, nil
+		}
+	}
+}

@@ -1,0 +1,227 @@
+// Package audit is the trail that proves what happened: events in a Merkle log
+// (RFC 6962 hashing, as golang.org/x/mod/sumdb/tlog stores it), followed by
+// sinks outside the database, and verifiable offline.
+//
+// An event's row is committed in the transaction of the change it describes.
+// A sequencer, one at a time across all replicas, then gives rows their index
+// and appends their leaves to the tree in batches, so writers never queue
+// behind the tree's head. Each sink follows the log from the last checkpoint
+// that it holds itself: at least once, in order, keyed by index. What must not
+// happen before the trail has it waits in Log.Acknowledged.
+package audit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// The log's rhythm.
+const (
+	linger        = 25 * time.Millisecond  // recorded events wait this long for company, unless somebody waits for one
+	poll          = 250 * time.Millisecond // how often other replicas' progress is looked for
+	sequenceBatch = 5000                   // events that one transaction gives indices to
+	sinkBatch     = 1000                   // events that one call to a sink carries
+	sinkDeadline  = 10 * time.Second       // for one call to a sink
+	sinkBackoff   = 2 * time.Second        // longest pause before a failing sink is tried again
+)
+
+// Entry is an event in its place in the log.
+type Entry struct {
+	Index int64
+	Leaf  []byte // verbatim, as Event.Encode made it
+}
+
+// Store keeps events and tree. Its implementation is sqlstore.
+type Store interface {
+	// Record makes events durable in a transaction of their own.
+	Record(ctx context.Context, events ...Event) error
+	// Recorded receives a value after events were committed in this process.
+	Recorded() <-chan struct{}
+	// Sequence gives the next indices to at most limit events that have none,
+	// and extends the tree by them, in one transaction. It returns how many.
+	// While another process is at it, it returns 0.
+	Sequence(ctx context.Context, limit int) (int, error)
+	// Head returns the log's present checkpoint.
+	Head(ctx context.Context) (Checkpoint, error)
+	// At returns the checkpoint that the log had at an earlier size.
+	At(ctx context.Context, size int64) (Checkpoint, error)
+	// Entries returns at most limit entries from index on.
+	Entries(ctx context.Context, index int64, limit int) ([]Entry, error)
+	// Index returns an event's index, or false while it has none.
+	Index(ctx context.Context, eventID string) (int64, bool, error)
+}
+
+// Log is the audit trail of one process. Run keeps it going.
+type Log struct {
+	store     Store
+	followers []*follower
+	log       *slog.Logger
+	urgent    chan struct{} // somebody waits: do not linger
+
+	mu      sync.Mutex
+	changed chan struct{} // closed, and replaced, when the log or a sink has moved on
+}
+
+// NewLog returns a log over store. Every sink is a required one.
+func NewLog(store Store, log *slog.Logger, sinks ...Sink) *Log {
+	l := &Log{store: store, log: log, urgent: make(chan struct{}, 1), changed: make(chan struct{})}
+	for _, s := range sinks {
+		l.followers = append(l.followers, &follower{log: l, sink: s, err: errNotStarted})
+	}
+	return l
+}
+
+var errNotStarted = errors.New("not started yet")
+
+// Record makes events durable; they get their indices shortly after.
+func (l *Log) Record(ctx context.Context, events ...Event) error {
+	return l.store.Record(ctx, events...)
+}
+
+// Acknowledged waits until the event has its index in the log and every sink
+// has acknowledged it, or ctx ends.
+func (l *Log) Acknowledged(ctx context.Context, eventID string) error {
+	index, known := int64(0), false
+	for {
+		changed := l.watch()
+		if !known {
+			var err error
+			if index, known, err = l.store.Index(ctx, eventID); err != nil {
+				return fmt.Errorf("looking for event %s in the log: %w", eventID, err)
+			}
+		}
+		if known && l.sinksPast(index) {
+			return nil
+		}
+		if !known {
+			l.hurry()
+		}
+		select {
+		case <-changed:
+		case <-time.After(poll):
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for event %s: %w", eventID, errors.Join(ctx.Err(), l.sinkErrors()))
+		}
+	}
+}
+
+func (l *Log) hurry() {
+	select {
+	case l.urgent <- struct{}{}:
+	default:
+	}
+}
+
+func (l *Log) watch() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.changed
+}
+
+func (l *Log) moved() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+func (l *Log) sinksPast(index int64) bool {
+	for _, f := range l.followers {
+		if next, err := f.state(); err != nil || next <= index {
+			return false
+		}
+	}
+	return true
+}
+
+func (l *Log) sinkErrors() error {
+	var all []error
+	for _, f := range l.followers {
+		if _, err := f.state(); err != nil {
+			all = append(all, fmt.Errorf("sink %s: %w", f.sink.Name(), err))
+		}
+	}
+	return errors.Join(all...)
+}
+
+// SinkStatus says how far a sink has come.
+type SinkStatus struct {
+	Name string
+	Next int64 // the first index it has not acknowledged
+	Err  error // why it is not going on, nil while it does
+}
+
+// Sinks returns the state of each sink.
+func (l *Log) Sinks() []SinkStatus {
+	all := make([]SinkStatus, len(l.followers))
+	for i, f := range l.followers {
+		next, err := f.state()
+		all[i] = SinkStatus{f.sink.Name(), next, err}
+	}
+	return all
+}
+
+// CheckExtends reports *RollbackError if a sink holds a checkpoint that the
+// log does not extend, and any other error if that could not be found out.
+func (l *Log) CheckExtends(ctx context.Context) error {
+	for _, f := range l.followers {
+		if _, err := f.resume(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Run sequences events and feeds the sinks until ctx ends.
+func (l *Log) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { l.sequence(ctx); return nil })
+	for _, f := range l.followers {
+		g.Go(func() error { f.run(ctx); return nil })
+	}
+	return g.Wait()
+}
+
+func (l *Log) sequence(ctx context.Context) {
+	for ctx.Err() == nil {
+		n, err := l.store.Sequence(ctx, sequenceBatch)
+		switch {
+		case err != nil && ctx.Err() == nil:
+			l.log.Warn("giving events their place in the log", "error", err)
+			pause(ctx, poll)
+		case n > 0:
+			l.moved()
+		}
+		if n < sequenceBatch {
+			l.await(ctx)
+		}
+	}
+}
+
+// await returns when there may be something to sequence.
+func (l *Log) await(ctx context.Context) {
+	select {
+	case <-l.urgent:
+	case <-time.After(poll):
+	case <-ctx.Done():
+	case <-l.store.Recorded():
+		select {
+		case <-l.urgent:
+		case <-time.After(linger):
+		case <-ctx.Done():
+		}
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
+}

@@ -1,0 +1,163 @@
+package audit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// Sink keeps a copy of the log where whoever controls the database cannot
+// change it. Its implementations are FileSink and vault.Sink.
+type Sink interface {
+	Name() string
+	// Last returns the newest checkpoint that the sink still holds; Size 0 if
+	// none. It is called before the first Append and after each failed one.
+	Last(ctx context.Context) (Checkpoint, error)
+	// Append makes entries and then the checkpoint that covers them durable, in
+	// that order. Entries are consecutive, and may repeat what was appended.
+	Append(ctx context.Context, entries []Entry, c Checkpoint) error
+}
+
+// RollbackError says that the log does not extend what a sink holds of it:
+// events were lost or rewritten, as by restoring an old backup.
+type RollbackError struct {
+	Sink string
+	Held Checkpoint // the sink's
+	Log  Checkpoint // the log's, at the smaller of both sizes
+}
+
+func (e *RollbackError) Error() string {
+	if e.Held.Size > e.Log.Size {
+		return fmt.Sprintf("the log holds %d events, but sink %s has acknowledged %d: events were lost", e.Log.Size, e.Sink, e.Held.Size)
+	}
+	return fmt.Sprintf("the log's first %d events are not those that sink %s has acknowledged", e.Held.Size, e.Sink)
+}
+
+// follower brings one sink up to the log and keeps it there.
+type follower struct {
+	log  *Log
+	sink Sink
+
+	mu   sync.Mutex
+	next int64
+	err  error
+}
+
+func (f *follower) state() (int64, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.next, f.err
+}
+
+func (f *follower) set(next int64, err error) {
+	f.mu.Lock()
+	f.next, f.err = next, err
+	f.mu.Unlock()
+	f.log.moved()
+}
+
+func (f *follower) run(ctx context.Context) {
+	backoff := poll
+	for ctx.Err() == nil {
+		err := f.follow(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		next, _ := f.state()
+		if next > 0 {
+			backoff = poll
+		}
+		f.set(next, err)
+		f.log.log.Warn("an audit sink is behind", "sink", f.sink.Name(), "next", next, "error", err)
+		pause(ctx, backoff)
+		backoff = min(2*backoff, sinkBackoff)
+	}
+}
+
+// follow resumes where the sink is and goes on until something fails.
+func (f *follower) follow(ctx context.Context) error {
+	next, err := f.resume(ctx)
+	if err != nil {
+		return err
+	}
+	f.set(next, nil)
+	for {
+		changed := f.log.watch()
+		n, err := f.appendOnce(ctx, next)
+		if err != nil {
+			return err
+		}
+		if n > 0 {
+			next += int64(n)
+			f.set(next, nil)
+			continue
+		}
+		select {
+		case <-changed:
+		case <-time.After(poll):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// resume asks the sink how far it is, and checks that the log goes on from there.
+func (f *follower) resume(ctx context.Context) (int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
+	defer cancel()
+	var held Checkpoint
+	err := bounded(ctx, func() (err error) { held, err = f.sink.Last(ctx); return err })
+	if err != nil {
+		return 0, fmt.Errorf("asking sink %s for its last checkpoint: %w", f.sink.Name(), err)
+	}
+	if held.Size == 0 {
+		return 0, nil
+	}
+	head, err := f.log.store.Head(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if head.Size < held.Size {
+		return 0, &RollbackError{f.sink.Name(), held, head}
+	}
+	then, err := f.log.store.At(ctx, held.Size)
+	if err != nil {
+		return 0, err
+	}
+	if then.Root != held.Root || then.Origin != held.Origin {
+		return 0, &RollbackError{f.sink.Name(), held, then}
+	}
+	return held.Size, nil
+}
+
+func (f *follower) appendOnce(ctx context.Context, next int64) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
+	defer cancel()
+	entries, err := f.log.store.Entries(ctx, next, sinkBatch)
+	if err != nil || len(entries) == 0 {
+		return 0, err
+	}
+	checkpoint, err := f.log.store.At(ctx, next+int64(len(entries)))
+	if err != nil {
+		return 0, err
+	}
+	return len(entries), bounded(ctx, func() error { return f.sink.Append(ctx, entries, checkpoint) })
+}
+
+// errHung is a call to a sink that did not come back in time.
+var errHung = errors.New("the sink did not answer in time")
+
+// bounded runs do and stops waiting for it when ctx ends, for a write to a
+// file cannot be cancelled.
+func bounded(ctx context.Context, do func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- do() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return errHung
+	}
+}

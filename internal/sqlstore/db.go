@@ -1,0 +1,323 @@
+// Package sqlstore keeps records, quota and log in SQL: SQLite (modernc, in
+// the process) or PostgreSQL (pgx), with one set of statements.
+//
+// Everything that changes goes through write: one function, one transaction.
+// On SQLite a single writer runs the functions that are waiting inside one
+// transaction, each in a savepoint of its own, so that concurrent requests
+// share the one fsync; on PostgreSQL each has its own transaction, and the
+// server shares commits itself. Times come from the database's clock.
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/stdlib"
+	_ "modernc.org/sqlite" // registers the driver "sqlite"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// Limits of the connection to the database.
+const (
+	connectTimeout   = 3 * time.Second
+	statementTimeout = 5 * time.Second
+	poolSize         = 20
+	idleTime         = 5 * time.Minute
+	batchSize        = 256 // writes that share one SQLite transaction
+)
+
+// DB is the database. It implements orgkey.Store and audit.Store.
+type DB struct {
+	read     *sql.DB // PostgreSQL: everything; SQLite: readers
+	writer   *writer // SQLite only
+	postgres bool
+	recorded chan struct{}
+}
+
+// Open opens the database at location: a postgres:// URL, or a SQLite file's
+// path. It does not migrate.
+func Open(ctx context.Context, location string) (*DB, error) {
+	if strings.HasPrefix(location, "postgres://") || strings.HasPrefix(location, "postgresql://") {
+		return openPostgres(ctx, location)
+	}
+	return openSQLite(ctx, location)
+}
+
+func openSQLite(ctx context.Context, path string) (*DB, error) {
+	dsn := func(extra string) string {
+		return (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: "_pragma=busy_timeout(5000)" +
+			"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=foreign_keys(1)" + extra}).String()
+	}
+	single, err := sql.Open("sqlite", dsn("&_txlock=immediate"))
+	if err != nil {
+		return nil, fmt.Errorf("opening %s: %w", path, err)
+	}
+	single.SetMaxOpenConns(1)
+	readers, err := sql.Open("sqlite", dsn("&_pragma=query_only(1)"))
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), single.Close())
+	}
+	readers.SetMaxOpenConns(poolSize)
+	readers.SetMaxIdleConns(poolSize)
+	d := &DB{read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
+	// The first connection to write creates the file and turns on its WAL.
+	if err := errors.Join(single.PingContext(ctx), readers.PingContext(ctx)); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), d.Close())
+	}
+	return d, nil
+}
+
+func openPostgres(ctx context.Context, location string) (*DB, error) {
+	config, err := pgx.ParseConfig(location)
+	if err != nil {
+		// pgx's own text may repeat the URL with its password.
+		return nil, errors.New("the PostgreSQL URL cannot be read: it has the form postgres://user@host:5432/database?sslmode=verify-full")
+	}
+	config.ConnectTimeout = connectTimeout
+	config.RuntimeParams["statement_timeout"] = fmt.Sprint(statementTimeout.Milliseconds())
+	config.RuntimeParams["application_name"] = "orgkeys"
+	pool := stdlib.OpenDB(*config)
+	pool.SetMaxOpenConns(poolSize)
+	pool.SetMaxIdleConns(poolSize)
+	pool.SetConnMaxIdleTime(idleTime)
+	d := &DB{read: pool, postgres: true, recorded: make(chan struct{}, 1)}
+	if err := d.checkDurable(ctx); err != nil {
+		return nil, errors.Join(err, pool.Close())
+	}
+	return d, nil
+}
+
+// checkDurable refuses a server that may lose what it has acknowledged.
+func (d *DB) checkDurable(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
+		var value string
+		if err := d.read.QueryRowContext(ctx, "SELECT current_setting($1)", setting).Scan(&value); err != nil {
+			return fmt.Errorf("asking PostgreSQL for %s: %w", setting, unavailable(err))
+		}
+		if value == "off" {
+			return fmt.Errorf("PostgreSQL runs with %s=off and may lose what it acknowledged: set it to on", setting)
+		}
+	}
+	return nil
+}
+
+// Close waits for writes under way and closes the database.
+func (d *DB) Close() error {
+	var err error
+	if d.writer != nil {
+		err = d.writer.close()
+	}
+	return errors.Join(err, d.read.Close())
+}
+
+// Healthy reports whether the database answers.
+func (d *DB) Healthy(ctx context.Context) error {
+	var size int64
+	return unavailable(d.read.QueryRowContext(ctx, "SELECT size FROM log_head").Scan(&size))
+}
+
+// write runs do in a transaction. When ctx ends before the answer is there,
+// whether the change was made is not known to the caller.
+func (d *DB) write(ctx context.Context, do func(context.Context, *sql.Tx) error) error {
+	if d.writer != nil {
+		return d.writer.write(ctx, do)
+	}
+	tx, err := d.read.BeginTx(ctx, nil)
+	if err != nil {
+		return unavailable(err)
+	}
+	if err := do(ctx, tx); err != nil {
+		return errors.Join(err, ignoreDone(tx.Rollback()))
+	}
+	return unavailable(tx.Commit())
+}
+
+func ignoreDone(err error) error {
+	if errors.Is(err, sql.ErrTxDone) {
+		return nil
+	}
+	return err
+}
+
+// now is the database's clock, in microseconds since the epoch.
+func (d *DB) now(ctx context.Context, tx *sql.Tx) (int64, error) {
+	if !d.postgres {
+		return time.Now().UnixMicro(), nil // SQLite's own clock is this process's
+	}
+	var now int64
+	err := tx.QueryRowContext(ctx, "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint").Scan(&now)
+	return now, unavailable(err)
+}
+
+// lock serializes the transactions that name the same thing. SQLite has one
+// writer anyhow.
+func (d *DB) lock(ctx context.Context, tx *sql.Tx, name string) error {
+	if !d.postgres {
+		return nil
+	}
+	_, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
+	return unavailable(err)
+}
+
+// unavailable marks what a driver reports as the database's trouble.
+func unavailable(err error) error {
+	if err == nil || errors.Is(err, orgkey.ErrUnavailable) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", orgkey.ErrUnavailable, err)
+}
+
+// exec runs a statement and returns how many rows it touched.
+func exec(ctx context.Context, tx *sql.Tx, statement string, args ...any) (int64, error) {
+	result, err := tx.ExecContext(ctx, statement, args...)
+	if err != nil {
+		return 0, unavailable(err)
+	}
+	n, err := result.RowsAffected()
+	return n, unavailable(err)
+}
+
+func micros(t sql.NullInt64) time.Time {
+	if !t.Valid {
+		return time.Time{}
+	}
+	return time.UnixMicro(t.Int64).UTC()
+}
+
+// writer is SQLite's one writing connection.
+type writer struct {
+	db    *sql.DB
+	queue chan *change
+	quit  sync.RWMutex // held for reading while a change is put into the queue
+	done  chan struct{}
+	ended bool
+}
+
+type change struct {
+	ctx    context.Context
+	do     func(context.Context, *sql.Tx) error
+	result chan error
+	err    error
+}
+
+var errClosed = errors.New("the database is closed")
+
+func newWriter(db *sql.DB) *writer {
+	w := &writer{db: db, queue: make(chan *change, batchSize), done: make(chan struct{})}
+	go w.run()
+	return w
+}
+
+func (w *writer) write(ctx context.Context, do func(context.Context, *sql.Tx) error) error {
+	c := &change{ctx: ctx, do: do, result: make(chan error, 1)}
+	if err := w.enqueue(c); err != nil {
+		return err
+	}
+	select {
+	case err := <-c.result:
+		return err
+	case <-ctx.Done():
+		return unavailable(ctx.Err())
+	}
+}
+
+func (w *writer) enqueue(c *change) error {
+	w.quit.RLock()
+	defer w.quit.RUnlock()
+	if w.ended {
+		return unavailable(errClosed)
+	}
+	select {
+	case w.queue <- c:
+		return nil
+	case <-c.ctx.Done():
+		return unavailable(c.ctx.Err())
+	}
+}
+
+func (w *writer) close() error {
+	w.quit.Lock()
+	if !w.ended {
+		w.ended = true
+		close(w.queue)
+	}
+	w.quit.Unlock()
+	<-w.done
+	return w.db.Close()
+}
+
+func (w *writer) run() {
+	defer close(w.done)
+	for first := range w.queue {
+		batch := w.collect(first)
+		err := w.commit(batch)
+		for _, c := range batch {
+			if c.err == nil {
+				c.err = err
+			}
+			c.result <- c.err
+		}
+	}
+}
+
+// collect takes what is waiting already; it never waits for more.
+func (w *writer) collect(first *change) []*change {
+	batch := []*change{first}
+	for len(batch) < batchSize {
+		select {
+		case c, ok := <-w.queue:
+			if !ok {
+				return batch
+			}
+			batch = append(batch, c)
+		default:
+			return batch
+		}
+	}
+	return batch
+}
+
+// commit runs a batch in one transaction. A change that fails is undone alone;
+// an error it returns is everybody's.
+func (w *writer) commit(batch []*change) error {
+	ctx, cancel := context.WithTimeout(context.Background(), statementTimeout)
+	defer cancel()
+	tx, err := w.db.BeginTx(ctx, nil)
+	if err != nil {
+		return unavailable(err)
+	}
+	for _, c := range batch {
+		if c.err = c.ctx.Err(); c.err != nil {
+			continue // nobody waits for it any more
+		}
+		// SQLite would roll back the whole transaction if a caller that leaves
+		// interrupted one of its statements.
+		if err := apply(context.WithoutCancel(c.ctx), tx, c); err != nil {
+			return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
+		}
+	}
+	return unavailable(tx.Commit())
+}
+
+func apply(ctx context.Context, tx *sql.Tx, c *change) error {
+	if _, err := tx.ExecContext(ctx, "SAVEPOINT change"); err != nil {
+		return err
+	}
+	if c.err = c.do(ctx, tx); c.err != nil {
+		if _, err := tx.ExecContext(ctx, "ROLLBACK TO change"); err != nil {
+			return err
+		}
+	}
+	_, err := tx.ExecContext(ctx, "RELEASE change")
+	return err
+}

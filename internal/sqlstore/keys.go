@@ -1,0 +1,260 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"strconv"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+var _ orgkey.Store = (*DB)(nil)
+
+// Reserve implements orgkey.Store. The lowest free slot is taken under the
+// organization's lock; UNIQUE (org_id, slot) refuses a second taker even if
+// two got here at once.
+func (d *DB) Reserve(ctx context.Context, org, id string, limit int, life time.Duration) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		if err := d.lock(ctx, tx, "org:"+org); err != nil {
+			return err
+		}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if err := d.sweepOrg(ctx, tx, org, now); err != nil {
+			return err
+		}
+		slot, occupied, err := freeSlot(ctx, tx, org)
+		if err != nil {
+			return err
+		}
+		if occupied >= limit {
+			return &orgkey.QuotaError{Limit: limit}
+		}
+		_, err = exec(ctx, tx, "INSERT INTO org_keys (id, org_id, slot, state, expires_at) VALUES ($1, $2, $3, 'reserved', $4)",
+			id, org, slot, now+life.Microseconds())
+		return err
+	})
+}
+
+// freeSlot returns org's lowest free slot and how many are occupied.
+func freeSlot(ctx context.Context, tx *sql.Tx, org string) (slot, occupied int, err error) {
+	taken, err := query(ctx, tx, scanInt, "SELECT slot FROM org_keys WHERE org_id = $1 AND slot IS NOT NULL ORDER BY slot", org)
+	if err != nil {
+		return 0, 0, err
+	}
+	slot = 1
+	for _, s := range taken {
+		if s == slot {
+			slot++
+		}
+	}
+	return slot, len(taken), nil
+}
+
+// sweepOrg gives back the places of org that have expired.
+func (d *DB) sweepOrg(ctx context.Context, tx *sql.Tx, org string, now int64) error {
+	expired, err := query(ctx, tx, scanState,
+		"SELECT id, org_id, state FROM org_keys WHERE org_id = $1 AND slot IS NOT NULL AND expires_at <= $2 ORDER BY id"+d.forUpdate(""), org, now)
+	if err != nil {
+		return err
+	}
+	return d.end(ctx, tx, expired, now, orgkey.SweptEvent)
+}
+
+// Sweep implements orgkey.Store.
+func (d *DB) Sweep(ctx context.Context, limit int, withdrawn func(org, id string) audit.Event) (int, error) {
+	var n int
+	err := d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		expired, err := query(ctx, tx, scanState,
+			"SELECT id, org_id, state FROM org_keys WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2"+d.forUpdate(" SKIP LOCKED"), now, limit)
+		if err != nil {
+			return err
+		}
+		n = len(expired)
+		return d.end(ctx, tx, expired, now, withdrawn)
+	})
+	return n, err
+}
+
+type keyState struct{ id, org, state string }
+
+func scanState(scan func(...any) error) (k keyState, err error) {
+	err = scan(&k.id, &k.org, &k.state)
+	return k, err
+}
+
+// end removes reservations, of which nothing is left, and withdraws pending
+// records, each with its event. What changed state meanwhile is let be.
+func (d *DB) end(ctx context.Context, tx *sql.Tx, keys []keyState, now int64, withdrawn func(org, id string) audit.Event) error {
+	for _, k := range keys {
+		if k.state == "reserved" {
+			if _, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = 'reserved'", k.id); err != nil {
+				return err
+			}
+			continue
+		}
+		n, err := exec(ctx, tx, endKey+" AND state = 'pending'", k.id, now)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			continue
+		}
+		if err := d.record(ctx, tx, withdrawn(k.org, k.id)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+const endKey = "UPDATE org_keys SET state = 'deleted', slot = NULL, sealed = NULL, expires_at = NULL, deleted_at = $2 WHERE id = $1"
+
+// Cancel implements orgkey.Store.
+func (d *DB) Cancel(ctx context.Context, id string) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		_, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = 'reserved'", id)
+		return err
+	})
+}
+
+// StorePending implements orgkey.Store. The key's ID fences off a stale owner:
+// a reservation that expired and was given to another has another ID.
+func (d *DB) StorePending(ctx context.Context, id string, sealed []byte, created audit.Event) error {
+	return d.changeOne(ctx, created, "UPDATE org_keys SET state = 'pending', sealed = $3, created_at = $2 WHERE id = $1 AND state = 'reserved' AND expires_at > $2", id, sealed)
+}
+
+// Release implements orgkey.Store.
+func (d *DB) Release(ctx context.Context, id string) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		return one(exec(ctx, tx, "UPDATE org_keys SET state = 'released', released_at = $2, expires_at = NULL WHERE id = $1 AND state = 'pending' AND expires_at > $2", id, now))
+	})
+}
+
+// Delivered implements orgkey.Store.
+func (d *DB) Delivered(ctx context.Context, id string, event audit.Event) error {
+	return d.changeOne(ctx, event, "UPDATE org_keys SET delivered_at = $2 WHERE id = $1 AND delivered_at IS NULL AND released_at IS NOT NULL", id)
+}
+
+// changeOne changes key id by a statement over $1 (id), $2 (now) and args, and
+// records event with it; it reports ErrGone if no row was touched.
+func (d *DB) changeOne(ctx context.Context, event audit.Event, statement, id string, args ...any) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if err := one(exec(ctx, tx, statement, append([]any{id, now}, args...)...)); err != nil {
+			return err
+		}
+		return d.record(ctx, tx, event)
+	})
+}
+
+func one(n int64, err error) error {
+	if err == nil && n != 1 {
+		return orgkey.ErrGone
+	}
+	return err
+}
+
+// Withdraw implements orgkey.Store.
+func (d *DB) Withdraw(ctx context.Context, id string, event audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		n, err := exec(ctx, tx, endKey+" AND state IN ('pending', 'released')", id, now)
+		if err != nil || n == 0 {
+			return err
+		}
+		return d.record(ctx, tx, event)
+	})
+}
+
+// Keys implements orgkey.Store.
+func (d *DB) Keys(ctx context.Context, org string) ([]orgkey.Record, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (orgkey.Record, error) {
+		r := orgkey.Record{Org: org}
+		var created, delivered, used sql.NullInt64
+		err := scan(&r.ID, &r.Sealed, &created, &delivered, &used)
+		r.Created, r.Delivered, r.LastUsed = micros(created), delivered.Valid, micros(used)
+		return r, err
+	}, `SELECT id, sealed, created_at, delivered_at, last_used_at FROM org_keys
+		WHERE org_id = $1 AND slot IS NOT NULL AND state = 'released' ORDER BY created_at DESC, id`, org)
+}
+
+// DeleteKey implements orgkey.Store.
+func (d *DB) DeleteKey(ctx context.Context, org, id string, event audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		n, err := exec(ctx, tx, endKey+" AND org_id = $3 AND state = 'released'", id, now, org)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return orgkey.ErrNotFound
+		}
+		return d.record(ctx, tx, event)
+	})
+}
+
+// DeleteKeys implements orgkey.Store.
+func (d *DB) DeleteKeys(ctx context.Context, org string, request audit.Event, each func(id string, released bool) audit.Event) (int, error) {
+	released := 0
+	err := d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		released = 0
+		if err := d.lock(ctx, tx, "org:"+org); err != nil {
+			return err
+		}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if _, err := exec(ctx, tx, "DELETE FROM org_keys WHERE org_id = $1 AND state = 'reserved'", org); err != nil {
+			return err
+		}
+		live, err := query(ctx, tx, scanState,
+			"SELECT id, org_id, state FROM org_keys WHERE org_id = $1 AND slot IS NOT NULL ORDER BY id"+d.forUpdate(""), org)
+		if err != nil {
+			return err
+		}
+		events := []audit.Event{request}
+		for _, k := range live {
+			if _, err := exec(ctx, tx, endKey, k.id, now); err != nil {
+				return err
+			}
+			if k.state == "released" {
+				released++
+			}
+			events = append(events, each(k.id, k.state == "released"))
+		}
+		events[0].Detail = map[string]string{"count": strconv.Itoa(released)}
+		return d.record(ctx, tx, events...)
+	})
+	return released, err
+}
+
+// forUpdate makes a SELECT hold the rows it returns until the transaction
+// ends. SQLite has one writer anyhow.
+func (d *DB) forUpdate(how string) string {
+	if !d.postgres {
+		return ""
+	}
+	return " FOR UPDATE" + how
+}

@@ -1,0 +1,196 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// Record implements audit.Store.
+func (d *DB) Record(ctx context.Context, events ...audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error { return d.record(ctx, tx, events...) })
+}
+
+// Recorded implements audit.Store.
+func (d *DB) Recorded() <-chan struct{} { return d.recorded }
+
+// record inserts events in the transaction of the change they describe.
+func (d *DB) record(ctx context.Context, tx *sql.Tx, events ...audit.Event) error {
+	for _, e := range events {
+		r, err := e.Encode()
+		if err != nil {
+			return err
+		}
+		if _, err := exec(ctx, tx, "INSERT INTO events (id, occurred_at, type, org_id, actor, object, leaf) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+			r.ID, r.Time.UnixMicro(), string(r.Type), r.Org, r.Actor, r.Object, r.Leaf); err != nil {
+			return err
+		}
+		if r.Personal == nil {
+			continue
+		}
+		if _, err := exec(ctx, tx, "INSERT INTO event_persons (event_id, personal) VALUES ($1, $2)", r.ID, r.Personal); err != nil {
+			return err
+		}
+	}
+	select {
+	case d.recorded <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+type unsequenced struct {
+	seq  int64
+	leaf []byte
+}
+
+// Sequence implements audit.Store. On PostgreSQL an advisory lock lets one
+// process at a time do it; it goes with the transaction, so a holder that dies
+// is followed at once.
+func (d *DB) Sequence(ctx context.Context, limit int) (int, error) {
+	waiting, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM (SELECT 1 FROM events WHERE idx IS NULL LIMIT 1) AS waiting")
+	if err != nil || waiting[0] == 0 {
+		return 0, err
+	}
+	n := 0
+	err = d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		mine, err := d.tryLock(ctx, tx, "sequencer")
+		if err != nil || !mine {
+			return err
+		}
+		n, err = d.sequence(ctx, tx, limit)
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return n, nil
+}
+
+// tryLock is lock without waiting.
+func (d *DB) tryLock(ctx context.Context, tx *sql.Tx, name string) (bool, error) {
+	if !d.postgres {
+		return true, nil
+	}
+	var mine bool
+	err := tx.QueryRowContext(ctx, "SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))", name).Scan(&mine)
+	return mine, unavailable(err)
+}
+
+func (d *DB) sequence(ctx context.Context, tx *sql.Tx, limit int) (int, error) {
+	head, err := readHead(ctx, tx)
+	if err != nil {
+		return 0, err
+	}
+	waiting, err := query(ctx, tx, func(scan func(...any) error) (u unsequenced, err error) {
+		err = scan(&u.seq, &u.leaf)
+		return u, err
+	}, "SELECT seq, leaf FROM events WHERE idx IS NULL ORDER BY seq LIMIT $1", limit)
+	if err != nil || len(waiting) == 0 {
+		return 0, err
+	}
+	leaves := make([][]byte, len(waiting))
+	for i, w := range waiting {
+		leaves[i] = w.leaf
+		if _, err := exec(ctx, tx, "UPDATE events SET idx = $2 WHERE seq = $1", w.seq, head.Size+int64(i)); err != nil {
+			return 0, err
+		}
+	}
+	hashes, root, err := audit.Grow(head.Size, leaves, hashReader(ctx, tx))
+	if err != nil {
+		return 0, err
+	}
+	start := tlog.StoredHashIndex(0, head.Size)
+	for i, h := range hashes {
+		if _, err := exec(ctx, tx, "INSERT INTO log_hashes (idx, hash) VALUES ($1, $2)", start+int64(i), h[:]); err != nil {
+			return 0, err
+		}
+	}
+	return len(waiting), one(exec(ctx, tx, "UPDATE log_head SET size = $1, root = $2 WHERE size = $3", head.Size+int64(len(waiting)), root[:], head.Size))
+}
+
+type rowQuerier interface {
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+}
+
+// hashReader reads the tree's stored hashes, one at a time: a batch needs no
+// more than the few along its edge.
+func hashReader(ctx context.Context, q rowQuerier) tlog.HashReader {
+	return tlog.HashReaderFunc(func(indexes []int64) ([]tlog.Hash, error) {
+		out := make([]tlog.Hash, len(indexes))
+		for i, x := range indexes {
+			var h []byte
+			if err := q.QueryRowContext(ctx, "SELECT hash FROM log_hashes WHERE idx = $1", x).Scan(&h); err != nil {
+				return nil, fmt.Errorf("reading the tree's hash %d: %w", x, unavailable(err))
+			}
+			if len(h) != tlog.HashSize {
+				return nil, fmt.Errorf("the tree's hash %d has %d bytes", x, len(h))
+			}
+			out[i] = tlog.Hash(h)
+		}
+		return out, nil
+	})
+}
+
+// Head implements audit.Store.
+func (d *DB) Head(ctx context.Context) (audit.Checkpoint, error) { return readHead(ctx, d.read) }
+
+func readHead(ctx context.Context, q rowQuerier) (audit.Checkpoint, error) {
+	var c audit.Checkpoint
+	var root []byte
+	if err := q.QueryRowContext(ctx, "SELECT origin, size, root FROM log_head").Scan(&c.Origin, &c.Size, &root); err != nil {
+		return c, fmt.Errorf("reading the log's head: %w", unavailable(err))
+	}
+	if len(root) != tlog.HashSize {
+		return c, fmt.Errorf("the log's root has %d bytes", len(root))
+	}
+	c.Root = tlog.Hash(root)
+	return c, nil
+}
+
+// At implements audit.Store.
+func (d *DB) At(ctx context.Context, size int64) (audit.Checkpoint, error) {
+	c, err := d.Head(ctx)
+	if err != nil || size == c.Size {
+		return c, err
+	}
+	if size > c.Size {
+		return c, fmt.Errorf("the log holds %d events, not %d", c.Size, size)
+	}
+	c.Size = size
+	c.Root, err = tlog.TreeHash(size, hashReader(ctx, d.read))
+	return c, err
+}
+
+// Entries implements audit.Store.
+func (d *DB) Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error) {
+	entries, err := query(ctx, d.read, func(scan func(...any) error) (e audit.Entry, err error) {
+		err = scan(&e.Index, &e.Leaf)
+		return e, err
+	}, "SELECT idx, leaf FROM events WHERE idx >= $1 ORDER BY idx LIMIT $2", index, limit)
+	if err != nil {
+		return nil, err
+	}
+	for i, e := range entries {
+		if e.Index != index+int64(i) {
+			return nil, fmt.Errorf("event %d is missing from the log", index+int64(i))
+		}
+	}
+	return entries, nil
+}
+
+// Index implements audit.Store.
+func (d *DB) Index(ctx context.Context, eventID string) (int64, bool, error) {
+	var idx sql.NullInt64
+	err := d.read.QueryRowContext(ctx, "SELECT idx FROM events WHERE id = $1", eventID).Scan(&idx)
+	if errors.Is(err, sql.ErrNoRows) {
+		return 0, false, fmt.Errorf("event %s was never recorded: %w", eventID, orgkey.ErrGone)
+	}
+	return idx.Int64, idx.Valid, unavailable(err)
+}

@@ -1,0 +1,82 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/google/uuid"
+	"github.com/pressly/goose/v3"
+	"github.com/pressly/goose/v3/lock"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+)
+
+//go:embed migrations
+var migrations embed.FS
+
+// Migrate brings the schema up to date. It goes forward only, and several
+// replicas may call it at once.
+func (d *DB) Migrate(ctx context.Context) error {
+	provider, err := d.provider()
+	if err != nil {
+		return err
+	}
+	if _, err := provider.Up(ctx); err != nil {
+		return fmt.Errorf("migrating the database: %w", err)
+	}
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		empty, err := tlog.TreeHash(0, nil)
+		if err != nil {
+			return err
+		}
+		_, err = exec(ctx, tx, "INSERT INTO log_head (one, origin, size, root) VALUES (1, $1, 0, $2) ON CONFLICT DO NOTHING",
+			"orgkeys/"+uuid.NewString(), empty[:])
+		return err
+	})
+}
+
+func (d *DB) provider() (*goose.Provider, error) {
+	if d.postgres {
+		locker, err := lock.NewPostgresSessionLocker()
+		if err != nil {
+			return nil, err
+		}
+		return newProvider(goose.DialectPostgres, d.read, "migrations/postgres", goose.WithSessionLocker(locker))
+	}
+	return newProvider(goose.DialectSQLite3, d.writer.db, "migrations/sqlite")
+}
+
+func newProvider(dialect goose.Dialect, db *sql.DB, dir string, options ...goose.ProviderOption) (*goose.Provider, error) {
+	files, err := fs.Sub(migrations, dir)
+	if err != nil {
+		return nil, err
+	}
+	return goose.NewProvider(dialect, db, files, options...)
+}
+
+// ErrNotMigrated: the database has no schema yet, or an older one.
+var ErrNotMigrated = errors.New("the database is not migrated: run orgkeys migrate")
+
+// CheckMigrated reports ErrNotMigrated if a migration is missing. A newer
+// schema is fine: migrations keep the previous version of the program working.
+func (d *DB) CheckMigrated(ctx context.Context) error {
+	provider, err := d.provider()
+	if err != nil {
+		return err
+	}
+	pending, err := provider.HasPending(ctx)
+	if err != nil {
+		return unavailable(err)
+	}
+	if pending {
+		return ErrNotMigrated
+	}
+	return nil
+}
+
+var _ audit.Store = (*DB)(nil)
