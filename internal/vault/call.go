@@ -1,0 +1,192 @@
+package vault
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// The errors besides those of package orgkey.
+var (
+	// ErrDenied: Vault accepts the token, but its policies do not allow the call.
+	ErrDenied = errors.New("Vault's policy does not allow it")
+	// errNotFound: there is no such key, entry or mount.
+	errNotFound = errors.New("not found in Vault")
+)
+
+// statusError is an answer other than success.
+type statusError struct {
+	request  request
+	status   int
+	messages []string
+}
+
+func (e *statusError) Error() string {
+	return fmt.Sprintf("Vault answered %s %s with %d: %s", e.request.method, e.request.path, e.status, strings.Join(e.messages, "; "))
+}
+
+func (e *statusError) Unwrap() error {
+	switch {
+	case e.status == http.StatusForbidden:
+		return ErrDenied
+	case e.status == http.StatusNotFound:
+		return errNotFound
+	case e.status >= 500, e.status == http.StatusTooManyRequests, e.status == http.StatusPreconditionFailed:
+		return orgkey.ErrUnavailable
+	}
+	return nil
+}
+
+// unavailable says that Vault could not be asked; the reason stays findable.
+func unavailable(r request, err error) error {
+	return fmt.Errorf("asking Vault for %s %s: %w: %w", r.method, r.path, orgkey.ErrUnavailable, err)
+}
+
+type correlationKey struct{}
+
+var correlationForm = regexp.MustCompile(`^[A-Za-z0-9-]{1,128}$`)
+
+// WithCorrelation returns a context whose calls carry id, the key's or the
+// request's, to Vault as X-Correlation-Id, which its audit device records in
+// clear. An id of another form than [A-Za-z0-9-]{1,128} is left out.
+func WithCorrelation(ctx context.Context, id string) context.Context {
+	if !correlationForm.MatchString(id) {
+		return ctx
+	}
+	return context.WithValue(ctx, correlationKey{}, id)
+}
+
+func correlated(ctx context.Context, fallback string) context.Context {
+	if ctx.Value(correlationKey{}) != nil {
+		return ctx
+	}
+	return WithCorrelation(ctx, fallback)
+}
+
+// request is one call. Its body is JSON.
+type request struct {
+	method string
+	path   string // below /v1/
+	query  url.Values
+	body   []byte
+}
+
+type response struct {
+	body []byte
+	date time.Time // by Vault's clock; zero if it gave none
+}
+
+// do sends r with the current token. A token that Vault no longer accepts is
+// replaced, and r sent again.
+func (c *Client) do(ctx context.Context, r request) (response, error) {
+	s, err := c.session(ctx)
+	if err != nil {
+		return response{}, err
+	}
+	answer, err := c.send(ctx, s, r)
+	if !errors.Is(err, ErrDenied) {
+		return answer, err
+	}
+	if accepted, lookupErr := c.accepted(ctx, s); accepted || lookupErr != nil {
+		return answer, errors.Join(err, lookupErr)
+	}
+	if s, err = c.replace(ctx, s); err != nil {
+		return response{}, err
+	}
+	return c.send(ctx, s, r)
+}
+
+// accepted reports whether the token is still good. A 403 to anything else
+// does not say whether the token or the policy is at fault.
+func (c *Client) accepted(ctx context.Context, s *session) (bool, error) {
+	_, err := c.send(ctx, s, request{method: http.MethodGet, path: "auth/token/lookup-self"})
+	if errors.Is(err, ErrDenied) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// send makes one call within the call timeout. The answer's body is there
+// whenever one was read, also beside an error; whoever expects a secret in it
+// clears it.
+func (c *Client) send(ctx context.Context, s *session, r request) (response, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.config.CallTimeout)
+	defer cancel()
+	raw, err := dispatch(ctx, s.api, r)
+	if raw != nil {
+		defer raw.Body.Close()
+	}
+	var refused *api.ResponseError
+	if err != nil && !errors.As(err, &refused) {
+		return response{}, unavailable(r, err)
+	}
+	body, readErr := readAll(raw.Body)
+	date, _ := http.ParseTime(raw.Header.Get("Date"))
+	answer := response{body, date}
+	if refused != nil {
+		return answer, &statusError{request{method: r.method, path: r.path}, refused.StatusCode, refused.Errors}
+	}
+	if readErr != nil {
+		clear(body)
+		return response{}, unavailable(r, readErr)
+	}
+	return answer, nil
+}
+
+func dispatch(ctx context.Context, client *api.Client, r request) (*api.Response, error) {
+	id, _ := ctx.Value(correlationKey{}).(string)
+	logical := client.WithRequestCallbacks(func(q *api.Request) {
+		if id != "" {
+			q.Headers.Set(correlationID, id)
+		}
+		q.Headers.Set("User-Agent", "orgkeys")
+		if r.body != nil {
+			q.Obj = json.RawMessage(r.body) // what the client sends again to where a standby redirects it
+		}
+	}).Logical()
+	switch r.method {
+	case http.MethodGet:
+		return logical.ReadRawWithDataWithContext(ctx, r.path, r.query)
+	case http.MethodPut:
+		return logical.WriteRawWithContext(ctx, r.path, r.body)
+	case http.MethodDelete:
+		return logical.DeleteRawWithContext(ctx, r.path)
+	}
+	return nil, fmt.Errorf("method %s is not used with Vault", r.method)
+}
+
+// readAll reads r to its end and leaves no second copy of what it read: a
+// buffer that became too small is cleared.
+func readAll(r io.Reader) ([]byte, error) {
+	buf := make([]byte, 0, 8<<10)
+	for {
+		n, err := r.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		if err == io.EOF {
+			return buf, nil
+		}
+		if err == nil && len(buf) >= maxBody {
+			err = fmt.Errorf("Vault's answer exceeds %d bytes", maxBody)
+		}
+		if err != nil {
+			return buf, err
+		}
+		if len(buf) == cap(buf) {
+			larger := make([]byte, len(buf), 2*cap(buf))
+			copy(larger, buf)
+			clear(buf)
+			buf = larger
+		}
+	}
+}

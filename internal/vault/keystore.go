@@ -1,0 +1,241 @@
+package vault
+
+import (
+	"context"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"net/http"
+	"regexp"
+	"sync"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// clockGrain is how much older than the call a fresh key may look: Transit
+// gives fractions of a second, and the answer's date is in whole ones.
+const clockGrain = 2 * time.Second
+
+// nameForm is that of a key's name: a UUID in lower case.
+var nameForm = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
+
+// ErrNotFresh: Transit answered a creation with a key that is not as a new one
+// is. Creating is a silent upsert there, so somebody else may hold that key.
+var ErrNotFresh = errors.New("Transit did not make a fresh key")
+
+// Keystore makes keys in Transit. It implements orgkey.Keystore.
+type Keystore struct{ c *Client }
+
+// Keystore returns the keystore.
+func (c *Client) Keystore() *Keystore { return &Keystore{c} }
+
+// transitKey is what Transit says of an asymmetric key.
+type transitKey struct {
+	Type            string `json:"type"`
+	LatestVersion   int    `json:"latest_version"`
+	Exportable      bool   `json:"exportable"`
+	DeletionAllowed bool   `json:"deletion_allowed"`
+	PlaintextBackup bool   `json:"allow_plaintext_backup"`
+	Imported        bool   `json:"imported_key"`
+	Keys            map[string]struct {
+		PublicKey string    `json:"public_key"`
+		Created   time.Time `json:"creation_time"`
+	} `json:"keys"`
+}
+
+// Create implements orgkey.Keystore. The key can be deleted from then on: a
+// crash at any later point leaves nothing that the reaper could not remove.
+func (k *Keystore) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
+	if !nameForm.MatchString(name) {
+		return nil, fmt.Errorf("creating a key: %q is not a UUID", name)
+	}
+	ctx = correlated(ctx, name)
+	path := keysMount + "/keys/" + name
+	answer, err := k.c.do(ctx, request{method: http.MethodPut, path: path, body: []byte(`{"type":"rsa-2048","exportable":true}`)})
+	if err != nil {
+		return nil, fmt.Errorf("creating a key: %w", err)
+	}
+	public, err := freshKey(answer, k.c.config.CallTimeout)
+	if err != nil {
+		return nil, fmt.Errorf("creating a key: %w", err)
+	}
+	if _, err := k.c.do(ctx, request{method: http.MethodPut, path: path + "/config", body: []byte(`{"deletion_allowed":true}`)}); err != nil {
+		return nil, fmt.Errorf("allowing a key's deletion: %w", err)
+	}
+	return &key{c: k.c, name: name, public: public}, nil
+}
+
+// freshKey reads the answer to a creation and reports ErrNotFresh unless it
+// speaks of the key that this very call made. Both times are Vault's.
+func freshKey(answer response, callTimeout time.Duration) (*rsa.PublicKey, error) {
+	k, err := data[transitKey](answer.body)
+	if err != nil {
+		return nil, err
+	}
+	first := k.Keys["1"]
+	switch {
+	case k.Type != "rsa-2048" || !k.Exportable || k.Imported || k.PlaintextBackup:
+		return nil, fmt.Errorf("%w: it is of type %q, exportable %t, imported %t", ErrNotFresh, k.Type, k.Exportable, k.Imported)
+	case k.LatestVersion != 1 || len(k.Keys) != 1:
+		return nil, fmt.Errorf("%w: its latest version is %d", ErrNotFresh, k.LatestVersion)
+	case k.DeletionAllowed:
+		return nil, fmt.Errorf("%w: somebody has configured it", ErrNotFresh)
+	case answer.date.Sub(first.Created).Abs() > callTimeout+clockGrain:
+		return nil, fmt.Errorf("%w: it was created %s before the answer", ErrNotFresh, answer.date.Sub(first.Created))
+	}
+	return parsePublic([]byte(first.PublicKey))
+}
+
+func parsePublic(text []byte) (*rsa.PublicKey, error) {
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return nil, errors.New("reading the public key: it is not PEM")
+	}
+	parsed, err := x509.ParsePKIXPublicKey(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("reading the public key: %w", err)
+	}
+	public, ok := parsed.(*rsa.PublicKey)
+	if !ok || public.N.BitLen() != orgkey.Bits {
+		return nil, fmt.Errorf("reading the public key: it is not RSA of %d bits", orgkey.Bits)
+	}
+	return public, nil
+}
+
+// key is a key in Transit.
+type key struct {
+	c      *Client
+	name   string
+	public *rsa.PublicKey
+
+	mu   sync.Mutex
+	gone bool
+}
+
+// Public implements orgkey.BackendKey.
+func (k *key) Public() *rsa.PublicKey { return k.public }
+
+// Export implements orgkey.BackendKey. Every copy of the private key that this
+// package made is cleared, but the one returned. What stays out of reach until
+// it is overwritten: the buffers of net/http and crypto/tls that the answer
+// came through, and what crypto/rsa computed while the key was checked.
+func (k *key) Export(ctx context.Context) ([]byte, error) {
+	ctx = correlated(ctx, k.name)
+	answer, err := k.c.do(ctx, request{method: http.MethodGet, path: keysMount + "/export/encryption-key/" + k.name + "/1"})
+	defer clear(answer.body)
+	if err != nil {
+		return nil, fmt.Errorf("exporting a key: %w", err)
+	}
+	der, err := privateKey(answer.body)
+	if err != nil {
+		return nil, fmt.Errorf("exporting a key: %w", err)
+	}
+	if err := checkPair(der, k.public); err != nil {
+		clear(der)
+		return nil, fmt.Errorf("exporting a key: %w", err)
+	}
+	return der, nil
+}
+
+// privateKey takes the PKCS#1 DER out of the answer to an export, without
+// making a string of any part of it. Its errors quote nothing.
+func privateKey(body []byte) ([]byte, error) {
+	var answer struct {
+		Data struct {
+			Keys struct {
+				First jsontext.Value `json:"1"`
+			} `json:"keys"`
+		} `json:"data"`
+	}
+	err := json.Unmarshal(body, &answer)
+	quoted := answer.Data.Keys.First
+	defer clear(quoted)
+	if err != nil || quoted.Kind() != '"' {
+		return nil, errors.New("the answer is not of the expected form")
+	}
+	text, err := jsontext.AppendUnquote(make([]byte, 0, len(quoted)), quoted)
+	defer clear(text)
+	if err != nil {
+		return nil, errors.New("the answer is not of the expected form")
+	}
+	block, _ := pem.Decode(text)
+	if block == nil || block.Type != "RSA PRIVATE KEY" {
+		return nil, errors.New("the answer is not a PKCS#1 private key in PEM")
+	}
+	return block.Bytes, nil
+}
+
+// checkPair reports an error unless der is a sound private key for public.
+func checkPair(der []byte, public *rsa.PublicKey) error {
+	private, err := x509.ParsePKCS1PrivateKey(der) // checks the key, too
+	if err != nil {
+		return errors.New("the private key is not sound")
+	}
+	defer wipe(private)
+	if !private.PublicKey.Equal(public) {
+		return errors.New("the private key is not that of the public key")
+	}
+	return nil
+}
+
+// wipe clears the parts of k that can be reached.
+func wipe(k *rsa.PrivateKey) {
+	parts := append([]*big.Int{k.D, k.Precomputed.Dp, k.Precomputed.Dq, k.Precomputed.Qinv}, k.Primes...)
+	for _, n := range parts {
+		if n != nil {
+			clear(n.Bits())
+		}
+	}
+}
+
+// Destroy implements orgkey.BackendKey.
+func (k *key) Destroy(ctx context.Context) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.gone {
+		return nil
+	}
+	if err := k.c.remove(correlated(ctx, k.name), k.name); err != nil {
+		return fmt.Errorf("destroying a key: %w", err)
+	}
+	k.gone = true
+	return nil
+}
+
+// remove deletes a key and confirms that it is gone. Transit answers a
+// deletion with 400 both when there is no such key and when deleting it is not
+// allowed; reading tells which.
+func (c *Client) remove(ctx context.Context, name string) error {
+	path := keysMount + "/keys/" + name
+	_, deleteErr := c.do(ctx, request{method: http.MethodDelete, path: path})
+	var status *statusError
+	if deleteErr != nil && !(errors.As(deleteErr, &status) && status.status == http.StatusBadRequest) {
+		return deleteErr
+	}
+	_, err := c.do(ctx, request{method: http.MethodGet, path: path})
+	switch {
+	case errors.Is(err, errNotFound):
+		return nil
+	case err != nil:
+		return fmt.Errorf("confirming that it is gone: %w", err)
+	}
+	return errors.Join(errors.New("it is still there"), deleteErr)
+}
+
+// data reads the field "data" of an answer.
+func data[T any](body []byte) (T, error) {
+	var answer struct {
+		Data T `json:"data"`
+	}
+	if err := json.Unmarshal(body, &answer); err != nil {
+		return answer.Data, fmt.Errorf("reading Vault's answer: %w", err)
+	}
+	return answer.Data, nil
+}

@@ -1,0 +1,351 @@
+package vault
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// ErrLogin: Vault refused the login, or what is needed for one is missing or
+// not protected. Repeating it does not help until somebody changes something.
+var ErrLogin = errors.New("cannot log in to Vault")
+
+const (
+	loginPause    = 500 * time.Millisecond // at least, between two failed logins
+	maxLoginPause = 5 * time.Second
+	tokenFilePoll = 2 * time.Second
+	maxCredential = 4 << 10
+)
+
+// Login gets a token. Its implementations are AppRole and TokenFile.
+type Login interface {
+	check() error
+	// get returns a session that is not stale, which is the one it replaces or nil.
+	get(ctx context.Context, base *api.Client, stale *session) (*session, error)
+}
+
+// session is one token, in a client that is never changed.
+type session struct {
+	api    *api.Client
+	token  string
+	secret *api.Secret   // the login's answer; nil if somebody else renews the token
+	file   string        // where the token was read, if it was
+	ended  chan struct{} // closed when another session has taken its place
+}
+
+func newSession(base *api.Client, token string) (*session, error) {
+	client, err := base.Clone()
+	if err != nil {
+		return nil, fmt.Errorf("copying the Vault client: %w", err)
+	}
+	client.SetToken(token)
+	return &session{api: client, token: token, ended: make(chan struct{})}, nil
+}
+
+// AppRole logs in with a role ID and a secret ID. Both files are read again at each login.
+type AppRole struct {
+	Mount        string // of the auth method; "approle" when empty
+	Role         string // the role's name, for the creation path of a wrapped secret ID; "orgkeys" when empty
+	RoleIDFile   string
+	SecretIDFile string
+	// Wrapped: SecretIDFile holds a wrapping token. Its creation path is checked
+	// before it is used up, so that only a secret ID of this role is accepted.
+	Wrapped bool
+
+	mu          sync.Mutex
+	unwrappedBy string // the wrapping token that gave secretID
+	secretID    string
+}
+
+func (a *AppRole) mount() string { return cmp.Or(a.Mount, "approle") }
+
+func (a *AppRole) creationPath() string {
+	return "auth/" + a.mount() + "/role/" + cmp.Or(a.Role, "orgkeys") + "/secret-id"
+}
+
+func (a *AppRole) check() error {
+	if _, err := readFile(a.RoleIDFile, 0o022); err != nil {
+		return fmt.Errorf("reading the role ID: %w", err)
+	}
+	if _, err := readFile(a.SecretIDFile, 0o027); err != nil {
+		return fmt.Errorf("reading the secret ID: %w", err)
+	}
+	return nil
+}
+
+func (a *AppRole) get(ctx context.Context, base *api.Client, _ *session) (*session, error) {
+	roleID, err := readFile(a.RoleIDFile, 0o022)
+	if err != nil {
+		return nil, fmt.Errorf("reading the role ID: %w", err)
+	}
+	secretID, err := readFile(a.SecretIDFile, 0o027)
+	if err != nil {
+		return nil, fmt.Errorf("reading the secret ID: %w", err)
+	}
+	if a.Wrapped {
+		if secretID, err = a.unwrap(ctx, base, secretID); err != nil {
+			return nil, err
+		}
+	}
+	path := "auth/" + a.mount() + "/login"
+	secret, err := base.Logical().WriteWithContext(ctx, path, map[string]any{"role_id": roleID, "secret_id": secretID})
+	if err != nil {
+		return nil, loginError(path, err)
+	}
+	if secret == nil || secret.Auth == nil {
+		return nil, fmt.Errorf("%w: %s answered without a token", ErrLogin, path)
+	}
+	s, err := newSession(base, secret.Auth.ClientToken)
+	if err != nil {
+		return nil, err
+	}
+	s.secret = secret
+	return s, nil
+}
+
+func (a *AppRole) unwrap(ctx context.Context, base *api.Client, wrapping string) (string, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.unwrappedBy == wrapping {
+		return a.secretID, nil
+	}
+	const lookup = "sys/wrapping/lookup"
+	info, err := base.Logical().WriteWithContext(ctx, lookup, map[string]any{"token": wrapping})
+	if err != nil {
+		return "", fmt.Errorf("looking at the wrapped secret ID, which may have been used or have expired: "+
+			"deliver a fresh one, and if nobody known used it, revoke the old one: %w", loginError(lookup, err))
+	}
+	if path, _ := info.Data["creation_path"].(string); path != a.creationPath() {
+		return "", fmt.Errorf("%w: the wrapping token was made by %q, not by %q: somebody replaced it", ErrLogin, path, a.creationPath())
+	}
+	// The wrapping token authenticates its own use, in a client of its own.
+	using, err := newSession(base, wrapping)
+	if err != nil {
+		return "", err
+	}
+	secret, err := using.api.Logical().UnwrapWithContext(ctx, "")
+	if err != nil {
+		return "", fmt.Errorf("unwrapping the secret ID: %w", loginError("sys/wrapping/unwrap", err))
+	}
+	id, _ := secret.Data["secret_id"].(string)
+	if id == "" {
+		return "", fmt.Errorf("%w: the wrapping token holds no secret ID", ErrLogin)
+	}
+	a.unwrappedBy, a.secretID = wrapping, id
+	return id, nil
+}
+
+// TokenFile takes the token from a file that somebody else keeps fresh, as
+// Vault Agent does, and follows its changes.
+type TokenFile struct{ Path string }
+
+func (f *TokenFile) check() error {
+	if _, err := readFile(f.Path, 0o027); err != nil {
+		return fmt.Errorf("reading the token: %w", err)
+	}
+	return nil
+}
+
+func (f *TokenFile) get(_ context.Context, base *api.Client, stale *session) (*session, error) {
+	token, err := readFile(f.Path, 0o027)
+	if err != nil {
+		return nil, fmt.Errorf("reading the token: %w", err)
+	}
+	if stale != nil && stale.token == token {
+		return nil, fmt.Errorf("%w: Vault does not accept the token in %s any more, and it was not replaced: is Vault Agent running?", ErrLogin, f.Path)
+	}
+	s, err := newSession(base, token)
+	if err != nil {
+		return nil, err
+	}
+	s.file = f.Path
+	return s, nil
+}
+
+// readFile reads a credential from a file whose mode has no bit of forbidden.
+func readFile(path string, forbidden os.FileMode) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", ErrLogin, err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", ErrLogin, err)
+	}
+	if info.Mode().Perm()&forbidden != 0 {
+		return "", fmt.Errorf("%w: %s has mode %04o: take %04o away with chmod", ErrLogin, path, info.Mode().Perm(), forbidden)
+	}
+	if !info.Mode().IsRegular() || info.Size() > maxCredential {
+		return "", fmt.Errorf("%w: %s is not a file of at most %d bytes", ErrLogin, path, maxCredential)
+	}
+	b := make([]byte, maxCredential)
+	n, err := f.Read(b)
+	if n == 0 || len(bytes.TrimSpace(b[:n])) == 0 {
+		return "", fmt.Errorf("%w: %s is empty: %w", ErrLogin, path, err)
+	}
+	return string(bytes.TrimSpace(b[:n])), nil
+}
+
+// loginError tells a refusal from a Vault that cannot be asked.
+func loginError(path string, err error) error {
+	r := request{method: http.MethodPut, path: path}
+	var refused *api.ResponseError
+	if !errors.As(err, &refused) {
+		return unavailable(r, err)
+	}
+	status := &statusError{r, refused.StatusCode, refused.Errors}
+	if errors.Is(status, orgkey.ErrUnavailable) {
+		return status
+	}
+	return fmt.Errorf("%w: %w", ErrLogin, status)
+}
+
+// failure is the last login that failed.
+type failure struct {
+	at  time.Time
+	err error
+}
+
+func (c *Client) session(ctx context.Context) (*session, error) {
+	if s := c.current.Load(); s != nil {
+		return s, nil
+	}
+	return c.replace(ctx, nil)
+}
+
+// replace logs in, unless another session has taken stale's place already. It
+// waits for a login under way, and does not repeat one that just failed. The
+// error always wraps orgkey.ErrUnavailable: without a login nothing can be asked.
+func (c *Client) replace(ctx context.Context, stale *session) (*session, error) {
+	select {
+	case c.login <- struct{}{}:
+		defer func() { <-c.login }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("waiting for a login: %w: %w", orgkey.ErrUnavailable, ctx.Err())
+	}
+	if s := c.current.Load(); s != stale {
+		return s, nil
+	}
+	if time.Since(c.failure.at) < loginPause {
+		return nil, c.failure.err
+	}
+	bounded, cancel := context.WithTimeout(ctx, c.config.CallTimeout)
+	defer cancel()
+	s, err := c.config.Login.get(bounded, c.base, stale)
+	if err != nil {
+		err = fmt.Errorf("logging in: %w: %w", orgkey.ErrUnavailable, err)
+		if ctx.Err() == nil {
+			c.failure = failure{time.Now(), err}
+		}
+		return nil, err
+	}
+	c.failure = failure{}
+	c.current.Store(s)
+	if stale != nil {
+		close(stale.ended)
+	}
+	c.log.Info("logged in to Vault")
+	return s, nil
+}
+
+// stayLoggedIn replaces each session before it ends, so that no call needs to
+// wait for a login, and keeps trying while Vault is away.
+func (c *Client) stayLoggedIn(ctx context.Context) {
+	defer close(c.stopped)
+	for ctx.Err() == nil {
+		stale := c.current.Load()
+		if stale != nil {
+			c.watch(ctx, stale)
+		}
+		c.replacePatiently(ctx, stale)
+	}
+}
+
+func (c *Client) replacePatiently(ctx context.Context, stale *session) {
+	wait := loginPause
+	for ctx.Err() == nil && c.current.Load() == stale {
+		if _, err := c.replace(ctx, stale); err == nil {
+			return
+		} else if ctx.Err() == nil {
+			c.log.Warn("logging in to Vault", "error", err)
+		}
+		pause(ctx, wait+rand.N(wait/2))
+		wait = min(2*wait, maxLoginPause)
+	}
+}
+
+// watch returns when s should be replaced, or has been, or ctx ends.
+func (c *Client) watch(ctx context.Context, s *session) {
+	if s.secret == nil {
+		watchFile(ctx, s)
+		return
+	}
+	renewing, err := s.api.Clone()
+	if err != nil {
+		c.log.Error("copying the Vault client", "error", err)
+		pause(ctx, maxLoginPause)
+		return
+	}
+	renewing.SetToken(s.token)
+	renewing.SetClientTimeout(c.config.CallTimeout)
+	watcher, err := renewing.NewLifetimeWatcher(&api.LifetimeWatcherInput{Secret: s.secret})
+	if err != nil {
+		c.log.Error("watching the token's lifetime", "error", err)
+		pause(ctx, maxLoginPause)
+		return
+	}
+	go watcher.Start()
+	defer watcher.Stop()
+	for {
+		select {
+		case <-watcher.RenewCh():
+		case err := <-watcher.DoneCh():
+			if err != nil {
+				c.log.Warn("renewing the Vault token", "error", err)
+			}
+			return
+		case <-s.ended:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func watchFile(ctx context.Context, s *session) {
+	poll := time.NewTicker(tokenFilePoll)
+	defer poll.Stop()
+	for {
+		select {
+		case <-poll.C:
+			if token, err := readFile(s.file, 0o027); err == nil && token != s.token {
+				return
+			}
+		case <-s.ended:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}

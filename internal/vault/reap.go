@@ -1,0 +1,101 @@
+package vault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"time"
+)
+
+// Live answers which of names have a reservation that is still live.
+type Live func(ctx context.Context, names []string) (map[string]bool, error)
+
+// Reap deletes the keys that a crash left in Transit, and returns how many: a
+// key is deleted if it has no live reservation and is older than the grace.
+//
+// Several replicas may reap at once. A name is written into its reservation
+// before its key is created and is never used again, so a key that was listed
+// and whose reservation is not live any more has no owner; and deleting what
+// another replica has just deleted is no error.
+func (c *Client) Reap(ctx context.Context, live Live) (int, error) {
+	names, err := c.keyNames(ctx)
+	if err != nil || len(names) == 0 {
+		return 0, err
+	}
+	alive, err := live(ctx, names)
+	if err != nil {
+		return 0, fmt.Errorf("asking for live reservations: %w", err)
+	}
+	reaped := 0
+	var failed []error
+	for _, name := range names {
+		if alive[name] {
+			continue
+		}
+		deleted, err := c.reapOne(correlated(ctx, name), name)
+		if err != nil {
+			failed = append(failed, fmt.Errorf("reaping key %s: %w", name, err))
+		}
+		if deleted {
+			reaped++
+		}
+	}
+	return reaped, errors.Join(failed...)
+}
+
+func (c *Client) reapOne(ctx context.Context, name string) (deleted bool, err error) {
+	age, err := c.age(ctx, name)
+	switch {
+	case errors.Is(err, errNotFound):
+		return false, nil
+	case err != nil || age <= c.config.ReapGrace:
+		return false, err
+	}
+	// The crash may have come before the key's deletion was allowed. If another
+	// replica has deleted it since, this fails and remove finds it gone.
+	_, configErr := c.do(ctx, request{method: http.MethodPut, path: keysMount + "/keys/" + name + "/config", body: []byte(`{"deletion_allowed":true}`)})
+	if err := c.remove(ctx, name); err != nil {
+		return false, errors.Join(err, configErr)
+	}
+	return true, nil
+}
+
+// keyNames lists the keys in Transit whose names are of the form that the
+// keystore uses. Others are not the service's to delete.
+func (c *Client) keyNames(ctx context.Context) ([]string, error) {
+	answer, err := c.do(ctx, request{method: http.MethodGet, path: keysMount + "/keys", query: url.Values{"list": {"true"}}})
+	if errors.Is(err, errNotFound) && !missingMount(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listing the keys in Transit: %w", err)
+	}
+	list, err := data[struct {
+		Keys []string `json:"keys"`
+	}](answer.body)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, name := range list.Keys {
+		if nameForm.MatchString(name) {
+			names = append(names, name)
+		}
+	}
+	return names, nil
+}
+
+// age is how long ago a key was created, by Vault's clock.
+func (c *Client) age(ctx context.Context, name string) (time.Duration, error) {
+	answer, err := c.do(ctx, request{method: http.MethodGet, path: keysMount + "/keys/" + name})
+	if err != nil {
+		return 0, err
+	}
+	k, err := data[transitKey](answer.body)
+	if err != nil {
+		return 0, err
+	}
+	return answer.date.Sub(k.Keys["1"].Created), nil
+}

@@ -1,0 +1,173 @@
+package vault
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"net/http"
+	"regexp"
+	"strconv"
+
+	"github.com/go-json-experiment/json"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// sealBatch is how many items one call opens or wraps again. Transit takes
+// ten thousand; this many answer well within a call's time.
+const sealBatch = 1000
+
+// ciphertextForm is that of Transit's ciphertexts.
+var ciphertextForm = regexp.MustCompile(`^vault:v([1-9][0-9]{0,8}):[A-Za-z0-9+/]+={0,2}$`)
+
+// Sealer encrypts under keys that Transit derives from its key "seal", one for
+// each binding. It implements orgkey.Sealer.
+type Sealer struct{ c *Client }
+
+// Sealer returns the sealer.
+func (c *Client) Sealer() *Sealer { return &Sealer{c} }
+
+// Seal implements orgkey.Sealer.
+func (s *Sealer) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) ([]byte, error) {
+	body := append([]byte(nil), `{"context":"`...)
+	body = base64.StdEncoding.AppendEncode(body, b.Context())
+	body = append(body, `","plaintext":"`...)
+	whole := make([]byte, 0, len(body)+base64.StdEncoding.EncodedLen(len(plaintext))+len(`"}`))
+	whole = base64.StdEncoding.AppendEncode(append(whole, body...), plaintext)
+	whole = append(whole, `"}`...)
+	answer, err := s.c.do(ctx, request{method: http.MethodPut, path: sealMount + "/encrypt/seal", body: whole})
+	if err != nil {
+		// Not cleared: the transport may still be sending it.
+		return nil, fmt.Errorf("sealing: %w", err)
+	}
+	clear(whole)
+	sealed, err := data[struct {
+		Ciphertext string `json:"ciphertext"`
+	}](answer.body)
+	if err != nil {
+		return nil, fmt.Errorf("sealing: %w", err)
+	}
+	if !ciphertextForm.MatchString(sealed.Ciphertext) {
+		return nil, errors.New("sealing: Vault's answer is not a ciphertext")
+	}
+	return []byte(sealed.Ciphertext), nil
+}
+
+// Open implements orgkey.Sealer.
+func (s *Sealer) Open(ctx context.Context, items []orgkey.Sealed) ([][]byte, error) {
+	results, err := s.batches(ctx, "decrypt", items)
+	if err != nil {
+		return nil, fmt.Errorf("opening: %w", err)
+	}
+	opened := make([][]byte, len(results))
+	for i, r := range results {
+		opened[i] = r.Plaintext
+	}
+	return opened, nil
+}
+
+// Rewrap seals again under the newest version of the sealing key, inside
+// Vault: no plaintext comes out. It rewraps all items or none. Rewrapping what
+// is of the newest version already is harmless.
+func (s *Sealer) Rewrap(ctx context.Context, items []orgkey.Sealed) ([][]byte, error) {
+	results, err := s.batches(ctx, "rewrap", items)
+	if err != nil {
+		return nil, fmt.Errorf("rewrapping: %w", err)
+	}
+	wrapped := make([][]byte, len(results))
+	for i, r := range results {
+		if !ciphertextForm.MatchString(r.Ciphertext) {
+			return nil, errors.New("rewrapping: Vault's answer is not a ciphertext")
+		}
+		wrapped[i] = []byte(r.Ciphertext)
+	}
+	return wrapped, nil
+}
+
+// LatestVersion is the version of the sealing key that Seal and Rewrap use.
+func (s *Sealer) LatestVersion(ctx context.Context) (int, error) {
+	answer, err := s.c.do(ctx, request{method: http.MethodGet, path: sealKey})
+	if err != nil {
+		return 0, fmt.Errorf("reading the sealing key's version: %w", err)
+	}
+	k, err := data[struct {
+		LatestVersion int `json:"latest_version"`
+	}](answer.body)
+	return k.LatestVersion, err
+}
+
+// Version is the version of the sealing key that a ciphertext was sealed
+// under, or an error that wraps orgkey.ErrSealBroken.
+func (s *Sealer) Version(ciphertext []byte) (int, error) {
+	m := ciphertextForm.FindSubmatch(ciphertext)
+	if m == nil {
+		return 0, fmt.Errorf("%w: it is not a Transit ciphertext", orgkey.ErrSealBroken)
+	}
+	return strconv.Atoi(string(m[1]))
+}
+
+type sealItem struct {
+	Ciphertext string `json:"ciphertext"`
+	Context    []byte `json:"context"` // base64 in JSON
+}
+
+type sealResult struct {
+	Ciphertext string `json:"ciphertext"`
+	Plaintext  []byte `json:"plaintext"` // base64 in JSON
+	Error      string `json:"error"`
+}
+
+func (s *Sealer) batches(ctx context.Context, operation string, items []orgkey.Sealed) ([]sealResult, error) {
+	results := make([]sealResult, 0, len(items))
+	for start := 0; start < len(items); start += sealBatch {
+		part, err := s.batch(ctx, operation, items[start:min(start+sealBatch, len(items))])
+		if err != nil {
+			return nil, err
+		}
+		results = append(results, part...)
+	}
+	return results, nil
+}
+
+// batch answers for every item or not at all. Transit reports a failed item
+// inside a 200 or a 400, by what the others did.
+func (s *Sealer) batch(ctx context.Context, operation string, items []orgkey.Sealed) ([]sealResult, error) {
+	input := make([]sealItem, len(items))
+	for i, item := range items {
+		if !ciphertextForm.Match(item.Ciphertext) {
+			return nil, fmt.Errorf("%w: %s of %s", orgkey.ErrSealBroken, item.Binding.ID, item.Binding.Org)
+		}
+		input[i] = sealItem{string(item.Ciphertext), item.Binding.Context()}
+	}
+	body, err := json.Marshal(map[string]any{"batch_input": input})
+	if err != nil {
+		return nil, fmt.Errorf("encoding the batch: %w", err)
+	}
+	answer, err := s.c.do(ctx, request{method: http.MethodPut, path: sealMount + "/" + operation + "/seal", body: body})
+	defer clear(answer.body)
+	var status *statusError
+	if err != nil && !(errors.As(err, &status) && status.status == http.StatusBadRequest) {
+		return nil, err
+	}
+	output, decodeErr := data[struct {
+		Results []sealResult `json:"batch_results"`
+	}](answer.body)
+	results := output.Results
+	if decodeErr != nil || len(results) != len(items) {
+		return nil, errors.Join(fmt.Errorf("%w: Transit answered %d items with %d", orgkey.ErrUnavailable, len(items), len(results)), err, decodeErr)
+	}
+	for i, r := range results {
+		if r.Error != "" {
+			clearAll(results)
+			return nil, fmt.Errorf("%w: %s of %s: %s", orgkey.ErrSealBroken, items[i].Binding.ID, items[i].Binding.Org, r.Error)
+		}
+	}
+	return results, err
+}
+
+func clearAll(results []sealResult) {
+	for _, r := range results {
+		clear(r.Plaintext)
+	}
+}

@@ -1,0 +1,339 @@
+package vault
+
+import (
+	"context"
+	"crypto/ed25519"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"net/http"
+	"regexp"
+	"strconv"
+	"sync"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+)
+
+// One call carries at most this many events and about this many bytes of
+// them. Vault's audit device writes each call as one line, twice.
+const (
+	receiptBatch = 100
+	receiptBytes = 256 << 10
+)
+
+// ErrReceipt: a receipt is not Vault's signature of the leaf.
+var ErrReceipt = errors.New("receipt does not verify")
+
+// Receipt is Vault's word that its audit device has an event: Transit's
+// signature of the leaf, as "vault:v1:" and base64 of the Ed25519 signature.
+// Vault signs only after every byte of the request was written to the device.
+type Receipt struct {
+	Index     int64
+	Signature []byte
+}
+
+// Sink has Vault's audit device record every event in clear, and keeps the
+// newest checkpoint in Vault. It implements audit.Sink.
+type Sink struct {
+	c    *Client
+	keep func(ctx context.Context, receipts []Receipt) error
+
+	mu      sync.Mutex
+	keys    ReceiptKeys
+	version int  // of the checkpoint entry, as this sink last saw it
+	seen    bool // whether version means anything
+}
+
+// Sink returns the sink. keep, if there is one, is given the receipts of a
+// batch, checked, before the checkpoint moves past them; its error ends Append.
+func (c *Client) Sink(keep func(ctx context.Context, receipts []Receipt) error) *Sink {
+	return &Sink{c: c, keep: keep}
+}
+
+// Name implements audit.Sink.
+func (s *Sink) Name() string { return "vault" }
+
+// Last implements audit.Sink.
+func (s *Sink) Last(ctx context.Context) (audit.Checkpoint, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.last(ctx)
+}
+
+func (s *Sink) last(ctx context.Context) (audit.Checkpoint, error) {
+	answer, err := s.c.do(ctx, request{method: http.MethodGet, path: checkpoint})
+	if err != nil && !errors.Is(err, errNotFound) {
+		return audit.Checkpoint{}, fmt.Errorf("reading the checkpoint in Vault: %w", err)
+	}
+	entry, decodeErr := data[struct {
+		Data struct {
+			Checkpoint string `json:"checkpoint"`
+		} `json:"data"`
+		Metadata struct {
+			Version int `json:"version"`
+		} `json:"metadata"`
+	}](answer.body)
+	version := entry.Metadata.Version
+	switch {
+	case err != nil && version != 0:
+		return audit.Checkpoint{}, fmt.Errorf("reading the checkpoint in Vault: version %d of %s was deleted", version, checkpoint)
+	case err != nil && missingMount(err):
+		return audit.Checkpoint{}, fmt.Errorf("reading the checkpoint in Vault: run vault/setup: %w", err)
+	case err != nil:
+		s.version, s.seen = 0, true
+		return audit.Checkpoint{}, nil
+	case decodeErr != nil:
+		return audit.Checkpoint{}, decodeErr
+	}
+	held, err := audit.ParseCheckpoint(entry.Data.Checkpoint)
+	if err != nil {
+		return audit.Checkpoint{}, fmt.Errorf("reading the checkpoint in Vault: %w", err)
+	}
+	s.version, s.seen = version, true
+	return held, nil
+}
+
+// missingMount tells "no such mount" from "no such entry": only the first
+// comes with a message.
+func missingMount(err error) bool {
+	var status *statusError
+	return errors.As(err, &status) && status.status == http.StatusNotFound && len(status.messages) > 0
+}
+
+// Append implements audit.Sink. Several replicas may append the same entries;
+// the checkpoint never moves back by that.
+func (s *Sink) Append(ctx context.Context, entries []audit.Entry, c audit.Checkpoint) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for len(entries) > 0 {
+		n := batchLen(entries)
+		if err := s.acknowledge(ctx, entries[:n]); err != nil {
+			return err
+		}
+		entries = entries[n:]
+	}
+	return s.advance(ctx, c)
+}
+
+func batchLen(entries []audit.Entry) int {
+	n, size := 0, 0
+	for n < len(entries) && n < receiptBatch && (n == 0 || size+len(entries[n].Leaf) <= receiptBytes) {
+		size += len(entries[n].Leaf)
+		n++
+	}
+	return n
+}
+
+// acknowledge has Vault sign each entry. "event" is the field that the mount
+// is tuned to audit in clear; it must be one flat string, since Vault goes by
+// the innermost name. "input" is what Transit signs.
+func (s *Sink) acknowledge(ctx context.Context, entries []audit.Entry) error {
+	body, err := signBody(entries)
+	if err != nil {
+		return err
+	}
+	answer, err := s.c.do(ctx, request{method: http.MethodPut, path: auditMount + "/sign/receipt", body: body})
+	if err != nil {
+		return fmt.Errorf("having Vault sign %d events from %d: %w", len(entries), entries[0].Index, err)
+	}
+	signed, err := data[struct {
+		Results []struct {
+			Signature string `json:"signature"`
+			Error     string `json:"error"`
+		} `json:"batch_results"`
+	}](answer.body)
+	if err != nil {
+		return err
+	}
+	if len(signed.Results) != len(entries) {
+		return fmt.Errorf("having Vault sign events: it answered %d with %d", len(entries), len(signed.Results))
+	}
+	receipts := make([]Receipt, len(entries))
+	for i, r := range signed.Results {
+		receipts[i] = Receipt{entries[i].Index, []byte(r.Signature)}
+		if r.Error != "" {
+			return fmt.Errorf("having Vault sign event %d: %s", entries[i].Index, r.Error)
+		}
+		if err := s.verify(ctx, entries[i].Leaf, receipts[i].Signature); err != nil {
+			return fmt.Errorf("checking the receipt of event %d: %w", entries[i].Index, err)
+		}
+	}
+	if s.keep == nil {
+		return nil
+	}
+	return s.keep(ctx, receipts)
+}
+
+func signBody(entries []audit.Entry) ([]byte, error) {
+	body := []byte(`{"batch_input":[`)
+	for i, e := range entries {
+		if i > 0 {
+			body = append(body, ',')
+		}
+		body = append(body, `{"event":`...)
+		var err error
+		if body, err = jsontext.AppendQuote(body, e.Leaf); err != nil {
+			return nil, fmt.Errorf("encoding event %d: %w", e.Index, err)
+		}
+		body = append(body, `,"input":"`...)
+		body = base64.StdEncoding.AppendEncode(body, e.Leaf)
+		body = append(body, `"}`...)
+	}
+	return append(body, `]}`...), nil
+}
+
+// verify checks a receipt against the keys known, and asks for them once more
+// when its version is a new one.
+func (s *Sink) verify(ctx context.Context, leaf, receipt []byte) error {
+	version, _, err := parseReceipt(receipt)
+	if err != nil {
+		return err
+	}
+	if s.keys[version] == nil {
+		if s.keys, err = s.c.ReceiptKeys(ctx); err != nil {
+			return err
+		}
+	}
+	return s.keys.Verify(leaf, receipt)
+}
+
+// advance writes the checkpoint over the version that was last seen. If
+// somebody else wrote in between, theirs stays when it covers c.
+func (s *Sink) advance(ctx context.Context, c audit.Checkpoint) error {
+	if !s.seen {
+		held, err := s.last(ctx)
+		if err != nil {
+			return err
+		}
+		if held.Size >= c.Size {
+			s.seen = false
+			return covered(held, c)
+		}
+	}
+	for {
+		err := s.put(ctx, c)
+		var status *statusError
+		if err == nil || !(errors.As(err, &status) && status.status == http.StatusBadRequest) {
+			return err
+		}
+		before := s.version
+		s.seen = false
+		held, lastErr := s.last(ctx)
+		if lastErr != nil {
+			return lastErr
+		}
+		if held.Size >= c.Size {
+			s.seen = false
+			return covered(held, c)
+		}
+		if s.version == before {
+			return err // not somebody else's write: Vault refuses for another reason
+		}
+	}
+}
+
+// covered reports an error if held, which is not smaller, is of another log than c.
+func covered(held, c audit.Checkpoint) error {
+	if held.Origin != c.Origin || held.Size == c.Size && held.Root != c.Root {
+		return fmt.Errorf("Vault holds a checkpoint of another log at size %d", held.Size)
+	}
+	return nil
+}
+
+func (s *Sink) put(ctx context.Context, c audit.Checkpoint) error {
+	body, err := json.Marshal(map[string]any{
+		"options": map[string]int{"cas": s.version},
+		"data":    map[string]string{"checkpoint": c.Text()},
+	})
+	if err != nil {
+		return fmt.Errorf("encoding the checkpoint: %w", err)
+	}
+	answer, err := s.c.do(ctx, request{method: http.MethodPut, path: checkpoint, body: body})
+	if err != nil {
+		return fmt.Errorf("writing the checkpoint to Vault: %w", err)
+	}
+	written, err := data[struct {
+		Version int `json:"version"`
+	}](answer.body)
+	if err != nil {
+		return err
+	}
+	s.version, s.seen = written.Version, true
+	return nil
+}
+
+// ReceiptKeys are the public keys of the receipt key, by version.
+type ReceiptKeys map[int]ed25519.PublicKey
+
+// ReceiptKeys reads the receipt key's public halves. Kept outside Vault, they
+// let receipts be verified offline.
+func (c *Client) ReceiptKeys(ctx context.Context) (ReceiptKeys, error) {
+	answer, err := c.do(ctx, request{method: http.MethodGet, path: receiptKey})
+	if err != nil {
+		return nil, fmt.Errorf("reading the receipt key: %w", err)
+	}
+	k, err := data[struct {
+		Keys map[string]struct {
+			PublicKey []byte `json:"public_key"` // base64 in JSON
+		} `json:"keys"`
+	}](answer.body)
+	if err != nil {
+		return nil, err
+	}
+	keys := make(ReceiptKeys, len(k.Keys))
+	for text, key := range k.Keys {
+		version, err := strconv.Atoi(text)
+		if err != nil || len(key.PublicKey) != ed25519.PublicKeySize {
+			return nil, fmt.Errorf("reading the receipt key: version %q is not an Ed25519 key", text)
+		}
+		keys[version] = key.PublicKey
+	}
+	return keys, nil
+}
+
+// Verify reports an error that wraps ErrReceipt unless receipt is the
+// signature of leaf under the key version that it names.
+func (keys ReceiptKeys) Verify(leaf, receipt []byte) error {
+	version, _, err := parseReceipt(receipt)
+	if err != nil {
+		return err
+	}
+	public, ok := keys[version]
+	if !ok {
+		return fmt.Errorf("%w: no key of version %d is known", ErrReceipt, version)
+	}
+	return VerifyReceipt(public, leaf, receipt)
+}
+
+// VerifyReceipt reports an error that wraps ErrReceipt unless receipt is
+// public's signature of leaf (RFC 8032, pure Ed25519). It asks nobody.
+func VerifyReceipt(public ed25519.PublicKey, leaf, receipt []byte) error {
+	_, signature, err := parseReceipt(receipt)
+	if err != nil {
+		return err
+	}
+	if len(public) != ed25519.PublicKeySize || !ed25519.Verify(public, leaf, signature) {
+		return ErrReceipt
+	}
+	return nil
+}
+
+func parseReceipt(receipt []byte) (version int, signature []byte, err error) {
+	m := receiptForm.FindSubmatch(receipt)
+	if m == nil {
+		return 0, nil, fmt.Errorf("%w: it is not of the form vault:v1:base64", ErrReceipt)
+	}
+	if version, err = strconv.Atoi(string(m[1])); err != nil {
+		return 0, nil, fmt.Errorf("%w: %w", ErrReceipt, err)
+	}
+	signature, err = base64.StdEncoding.Strict().DecodeString(string(m[2]))
+	if err != nil || len(signature) != ed25519.SignatureSize {
+		return 0, nil, fmt.Errorf("%w: it holds no Ed25519 signature", ErrReceipt)
+	}
+	return version, signature, nil
+}
+
+var receiptForm = regexp.MustCompile(`^vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]+={0,2})$`)
