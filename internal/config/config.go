@@ -1,0 +1,288 @@
+// Package config reads the settings: environment variables, and the same names
+// in a file. A setting that nobody knows, an empty one, or two that contradict
+// each other stop the program with a message that says what to do.
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/go-envparse"
+)
+
+// Config is every setting, read and checked.
+type Config struct {
+	Listen          string
+	AdminListen     string
+	DataDir         string
+	Max             int
+	MaxGenerations  int
+	ReservationTTL  time.Duration
+	ShutdownTimeout time.Duration
+	LogLevel        string
+
+	Keystore     string // KeystorePKCS11 or KeystoreVault
+	PKCS11Module string // empty: SoftHSM's
+	TokenLabel   string
+	PINFile      string // empty: a SoftHSM token of our own in DataDir
+
+	VaultAuth         string // VaultAppRole or VaultTokenFile
+	VaultRoleIDFile   string
+	VaultSecretIDFile string
+	VaultSecretIDPath string
+	VaultTokenFile    string
+
+	DatabaseURL string // empty: SQLite in DataDir
+	RedisURL    string // empty: the lock is in the process
+
+	Issuer       string // empty: the development issuer
+	Audience     string
+	JWKS         string
+	JWKSInterval time.Duration
+	ClaimOrg     string
+	ClaimRole    string
+
+	PolicyDir     string // empty: the embedded policy
+	AuditSinks    []string
+	AuditFile     string
+	AuditDeadline time.Duration
+
+	TimestampWindow time.Duration
+
+	TLSCertFile    string
+	TLSKeyFile     string
+	ClientCAFile   string
+	TLSByProxy     bool
+	TrustedProxies []netip.Prefix
+	CORSOrigins    []string
+}
+
+// What some settings may be.
+const (
+	KeystorePKCS11 = "pkcs11"
+	KeystoreVault  = "vault"
+	VaultAppRole   = "approle"
+	VaultTokenFile = "token_file"
+	SinkFile       = "file"
+	SinkVault      = "vault"
+)
+
+// Load reads environ, as os.Environ gives it, and the file if it is named; the
+// environment comes first.
+func Load(environ []string, file string) (Config, error) {
+	given := map[string]string{}
+	if file != "" {
+		var err error
+		if given, err = readFile(file); err != nil {
+			return Config{}, err
+		}
+	}
+	for _, pair := range environ {
+		name, value, _ := strings.Cut(pair, "=")
+		if strings.HasPrefix(name, prefix) && !forScripts(name) {
+			given[name] = value
+		}
+	}
+	c, err := parse(given)
+	if err != nil {
+		return Config{}, err
+	}
+	return c, c.check()
+}
+
+const prefix = "ORGKEYS_"
+
+// forScripts are names that the scripts and tests use, and that the program
+// may therefore find in its environment.
+func forScripts(name string) bool {
+	return name == "ORGKEYS_CACHE" || strings.HasPrefix(name, "ORGKEYS_TEST_")
+}
+
+func readFile(path string) (map[string]string, error) {
+	b, err := readPrivate(path)
+	if err != nil {
+		return nil, fmt.Errorf("reading the settings: %w", err)
+	}
+	given, err := envparse.Parse(bytes.NewReader(b))
+	if err != nil {
+		return nil, fmt.Errorf("reading the settings in %s: not lines of NAME=VALUE", path)
+	}
+	for name := range given {
+		if !strings.HasPrefix(name, prefix) {
+			return nil, fmt.Errorf("%s: %s is not a setting of orgkeys: they begin with %s", path, name, prefix)
+		}
+	}
+	return given, nil
+}
+
+// readPrivate reads a file that only its owner may read.
+func readPrivate(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", path)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("%s may be read by others (mode %04o): chmod 600 %s", path, info.Mode().Perm(), path)
+	}
+	return os.ReadFile(path)
+}
+
+// parse sets defaults, then what is given. Errors name settings, never values:
+// a value may be a secret.
+func parse(given map[string]string) (Config, error) {
+	var c Config
+	var errs []error
+	for _, s := range settings {
+		value, err := s.value(given)
+		if err == nil && value != "" {
+			err = s.set(&c, value)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", s.Name, err))
+		}
+		delete(given, s.Name)
+		if s.Secret {
+			delete(given, s.Name+"_FILE")
+		}
+	}
+	for name := range given {
+		errs = append(errs, fmt.Errorf("%s is not a setting: see orgkeys serve --help", name))
+	}
+	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	return c, errors.Join(errs...)
+}
+
+var errEmpty = errors.New("is set but empty: give it a value, or unset it for the default")
+
+func (s Setting) value(given map[string]string) (string, error) {
+	value, ok := given[s.Name]
+	path, fileOK := given[s.Name+"_FILE"]
+	switch {
+	case ok && s.Secret && fileOK:
+		return "", fmt.Errorf("is given twice, also as %s_FILE", s.Name)
+	case ok && strings.TrimSpace(value) == "":
+		return "", errEmpty
+	case ok:
+		return value, nil
+	case s.Secret && fileOK:
+		b, err := readPrivate(path)
+		if err != nil {
+			return "", err
+		}
+		return strings.TrimSpace(string(b)), nil
+	}
+	return s.Default, nil
+}
+
+// check refuses settings that contradict each other, and completes the rest.
+func (c *Config) check() error {
+	c.fill()
+	return errors.Join(c.checkTokens(), c.checkStorage(), c.checkSinks(), c.checkVault())
+}
+
+func (c *Config) fill() {
+	if c.AuditFile == "" {
+		c.AuditFile = filepath.Join(c.DataDir, "audit.jsonl")
+	}
+	if c.AuditSinks == nil {
+		c.AuditSinks = []string{SinkFile}
+		if c.Keystore == KeystoreVault {
+			c.AuditSinks = []string{SinkVault, SinkFile}
+		}
+	}
+	if c.AdminListen == "" {
+		c.AdminListen = adminListen(c.Listen)
+	}
+}
+
+// adminListen is loopback on the port + 1000; with port 0, any.
+func adminListen(listen string) string {
+	_, port, err := net.SplitHostPort(listen)
+	n, numErr := strconv.Atoi(port)
+	if err != nil || numErr != nil || n == 0 || n+1000 > 65535 {
+		return "127.0.0.1:0"
+	}
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(n+1000))
+}
+
+func (c *Config) checkTokens() error {
+	given := 0
+	for _, v := range []string{c.Issuer, c.Audience, c.JWKS} {
+		if v != "" {
+			given++
+		}
+	}
+	switch {
+	case given != 0 && given != 3:
+		return errors.New("ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS belong together: give all three, or none for the development issuer")
+	case given == 0 && !Loopback(c.Listen):
+		return fmt.Errorf("the development issuer serves loopback addresses only, and ORGKEYS_LISTEN is %s: configure ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS", c.Listen)
+	}
+	return nil
+}
+
+// Development reports whether the development issuer signs the tokens.
+func (c *Config) Development() bool { return c.Issuer == "" }
+
+// Loopback reports whether a listener's address is reachable from this host only.
+func Loopback(listen string) bool {
+	host, _, err := net.SplitHostPort(listen)
+	if err != nil {
+		return false
+	}
+	addr, err := netip.ParseAddr(host)
+	return err == nil && addr.IsLoopback() || host == "localhost"
+}
+
+func (c *Config) checkStorage() error {
+	if c.DatabaseURL != "" && c.RedisURL == "" {
+		return errors.New("with ORGKEYS_DATABASE_URL several replicas may share the database, so ORGKEYS_REDIS_URL must be given too")
+	}
+	if c.DatabaseURL == "" && c.RedisURL != "" {
+		return errors.New("ORGKEYS_REDIS_URL is for several replicas, which share a database: give ORGKEYS_DATABASE_URL too")
+	}
+	if c.PolicyDir != "" {
+		if info, err := os.Stat(c.PolicyDir); errors.Is(err, fs.ErrNotExist) || err == nil && !info.IsDir() {
+			return fmt.Errorf("ORGKEYS_POLICY_DIR: %s is not a directory", c.PolicyDir)
+		}
+	}
+	return nil
+}
+
+func (c *Config) checkSinks() error {
+	for i, s := range c.AuditSinks {
+		if s != SinkFile && s != SinkVault || slices.Contains(c.AuditSinks[:i], s) {
+			return fmt.Errorf("ORGKEYS_AUDIT_SINKS: %q: it is a list of %s and %s, each at most once", s, SinkFile, SinkVault)
+		}
+	}
+	if slices.Contains(c.AuditSinks, SinkVault) && c.Keystore != KeystoreVault {
+		return errors.New("ORGKEYS_AUDIT_SINKS names vault, which needs ORGKEYS_KEYSTORE=vault")
+	}
+	return nil
+}
+
+func (c *Config) checkVault() error {
+	if c.Keystore != KeystoreVault {
+		return nil
+	}
+	switch {
+	case c.VaultAuth == VaultAppRole && (c.VaultRoleIDFile == "" || c.VaultSecretIDFile == ""):
+		return errors.New("ORGKEYS_VAULT_AUTH=approle needs ORGKEYS_VAULT_ROLE_ID_FILE and ORGKEYS_VAULT_SECRET_ID_FILE: vault/setup writes both")
+	case c.VaultAuth == VaultTokenFile && c.VaultTokenFile == "":
+		return errors.New("ORGKEYS_VAULT_AUTH=token_file needs ORGKEYS_VAULT_TOKEN_FILE, the file that Vault Agent's sink writes")
+	}
+	return nil
+}

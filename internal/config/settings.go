@@ -1,0 +1,170 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Setting is one environment variable.
+type Setting struct {
+	Name    string
+	Default string // empty: none, or as Doc says
+	Doc     string
+	Secret  bool // may also be given as NAME_FILE, the path of a 0600 file
+
+	set func(*Config, string) error
+}
+
+// Settings returns every setting, in the order in which they are documented.
+func Settings() []Setting { return append([]Setting(nil), settings...) }
+
+// settings is read only.
+var settings = []Setting{
+	{Name: "ORGKEYS_LISTEN", Default: "127.0.0.1:3000", Doc: "address of the API", set: address(func(c *Config) *string { return &c.Listen })},
+	{Name: "ORGKEYS_ADMIN_LISTEN", Doc: "address of /metrics and readiness in detail; default loopback, the API's port + 1000", set: address(func(c *Config) *string { return &c.AdminListen })},
+	{Name: "ORGKEYS_DATA_DIR", Default: ".orgkeys", Doc: "SQLite file, development issuer, SoftHSM token, file sink", set: text(func(c *Config) *string { return &c.DataDir })},
+	{Name: "ORGKEYS_MAX", Default: "5", Doc: "keys an organization may have", set: number(0, 1000, func(c *Config) *int { return &c.Max })},
+	{Name: "ORGKEYS_MAX_GENERATIONS", Default: "16", Doc: "key generations under way at once; past that 503", set: number(1, 1024, func(c *Config) *int { return &c.MaxGenerations })},
+	{Name: "ORGKEYS_RESERVATION_TTL", Default: "60s", Doc: "how long a crash may hold a place in the quota; a generation has half of it", set: duration(2*time.Second, time.Hour, func(c *Config) *time.Duration { return &c.ReservationTTL })},
+	{Name: "ORGKEYS_KEYSTORE", Default: KeystorePKCS11, Doc: "what makes and seals keys: pkcs11 or vault", set: choice(func(c *Config) *string { return &c.Keystore }, KeystorePKCS11, KeystoreVault)},
+	{Name: "ORGKEYS_PKCS11_MODULE", Doc: "path of the PKCS#11 library; default SoftHSM's", set: text(func(c *Config) *string { return &c.PKCS11Module })},
+	{Name: "ORGKEYS_PKCS11_TOKEN_LABEL", Default: "orgkeys", Doc: "label of the token", set: text(func(c *Config) *string { return &c.TokenLabel })},
+	{Name: "ORGKEYS_PKCS11_PIN_FILE", Doc: "0600 file with the user PIN; default a SoftHSM token of its own in the data directory", set: text(func(c *Config) *string { return &c.PINFile })},
+	{Name: "ORGKEYS_VAULT_AUTH", Default: VaultAppRole, Doc: "login to Vault: approle, or token_file (Vault Agent's sink); the address, CA and namespace are VAULT_ADDR, VAULT_CACERT, VAULT_NAMESPACE", set: choice(func(c *Config) *string { return &c.VaultAuth }, VaultAppRole, VaultTokenFile)},
+	{Name: "ORGKEYS_VAULT_ROLE_ID_FILE", Doc: "file with the AppRole's role ID", set: text(func(c *Config) *string { return &c.VaultRoleIDFile })},
+	{Name: "ORGKEYS_VAULT_SECRET_ID_FILE", Doc: "0600 file with the AppRole's secret ID", set: text(func(c *Config) *string { return &c.VaultSecretIDFile })},
+	{Name: "ORGKEYS_VAULT_SECRET_ID_PATH", Doc: "the secret ID file holds a wrapping token that was created at this path", set: text(func(c *Config) *string { return &c.VaultSecretIDPath })},
+	{Name: "ORGKEYS_VAULT_TOKEN_FILE", Doc: "0600 file with a token that somebody else renews", set: text(func(c *Config) *string { return &c.VaultTokenFile })},
+	{Name: "ORGKEYS_DATABASE_URL", Doc: "postgres://…; default SQLite in the data directory", Secret: true, set: postgresURL},
+	{Name: "ORGKEYS_REDIS_URL", Doc: "redis:// or rediss://, for the quota lock of several replicas; default a lock in the process", Secret: true, set: redisURL},
+	{Name: "ORGKEYS_ISSUER", Doc: "the tokens' issuer; default the development issuer, on loopback only", set: text(func(c *Config) *string { return &c.Issuer })},
+	{Name: "ORGKEYS_AUDIENCE", Doc: "the audience that tokens must name", set: text(func(c *Config) *string { return &c.Audience })},
+	{Name: "ORGKEYS_JWKS", Doc: "the issuer's keys: an https URL or a file", set: text(func(c *Config) *string { return &c.JWKS })},
+	{Name: "ORGKEYS_JWKS_INTERVAL", Default: "30s", Doc: "unknown key IDs cause at most one fetch in this time", set: duration(time.Second, time.Hour, func(c *Config) *time.Duration { return &c.JWKSInterval })},
+	{Name: "ORGKEYS_CLAIM_ORG", Default: "org_id", Doc: "the claim that names the organization", set: text(func(c *Config) *string { return &c.ClaimOrg })},
+	{Name: "ORGKEYS_CLAIM_ROLE", Default: "org_role", Doc: "the claim that names the role", set: text(func(c *Config) *string { return &c.ClaimRole })},
+	{Name: "ORGKEYS_POLICY_DIR", Doc: "a directory that replaces the embedded policy; re-read when it changes", set: text(func(c *Config) *string { return &c.PolicyDir })},
+	{Name: "ORGKEYS_AUDIT_SINKS", Doc: "audit sinks, all of them required: file, vault; default file, and with Vault vault,file", set: list(func(c *Config) *[]string { return &c.AuditSinks })},
+	{Name: "ORGKEYS_AUDIT_FILE", Doc: "the file sink; default audit.jsonl in the data directory, better somewhere else", set: text(func(c *Config) *string { return &c.AuditFile })},
+	{Name: "ORGKEYS_AUDIT_DEADLINE", Default: "10s", Doc: "how long a release waits for the audit sinks before 503", set: duration(100*time.Millisecond, 5*time.Minute, func(c *Config) *time.Duration { return &c.AuditDeadline })},
+	{Name: "ORGKEYS_TIMESTAMP_WINDOW", Default: "300s", Doc: "how far a node's timestamp may be from the server's clock", set: duration(time.Second, time.Hour, func(c *Config) *time.Duration { return &c.TimestampWindow })},
+	{Name: "ORGKEYS_TLS_CERT_FILE", Doc: "certificate chain, PEM; re-read when it changes", set: text(func(c *Config) *string { return &c.TLSCertFile })},
+	{Name: "ORGKEYS_TLS_KEY_FILE", Doc: "its private key, PEM", set: text(func(c *Config) *string { return &c.TLSKeyFile })},
+	{Name: "ORGKEYS_TLS_CLIENT_CA_FILE", Doc: "require client certificates of these authorities", set: text(func(c *Config) *string { return &c.ClientCAFile })},
+	{Name: "ORGKEYS_TLS_BY_PROXY", Default: "false", Doc: "true: a proxy terminates TLS; needs ORGKEYS_TRUSTED_PROXIES", set: boolean(func(c *Config) *bool { return &c.TLSByProxy })},
+	{Name: "ORGKEYS_TRUSTED_PROXIES", Doc: "addresses or CIDRs whose X-Forwarded-For and -Proto count; default none", set: prefixes},
+	{Name: "ORGKEYS_CORS_ORIGINS", Doc: "exact origins that browsers may call from; default none", set: list(func(c *Config) *[]string { return &c.CORSOrigins })},
+	{Name: "ORGKEYS_SHUTDOWN_TIMEOUT", Default: "35s", Doc: "how long requests under way may take after a signal", set: duration(time.Second, 10*time.Minute, func(c *Config) *time.Duration { return &c.ShutdownTimeout })},
+	{Name: "ORGKEYS_LOG_LEVEL", Default: "info", Doc: "debug, info, warn or error", set: choice(func(c *Config) *string { return &c.LogLevel }, "debug", "info", "warn", "error")},
+}
+
+func text(field func(*Config) *string) func(*Config, string) error {
+	return func(c *Config, v string) error { *field(c) = v; return nil }
+}
+
+func address(field func(*Config) *string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		_, port, err := net.SplitHostPort(v)
+		if n, numErr := strconv.Atoi(port); err != nil || numErr != nil || n < 0 || n > 65535 {
+			return errors.New("is not of the form host:port")
+		}
+		*field(c) = v
+		return nil
+	}
+}
+
+func number(low, high int, field func(*Config) *int) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		n, err := strconv.Atoi(v)
+		if err != nil || n < low || n > high {
+			return fmt.Errorf("is not a number from %d to %d", low, high)
+		}
+		*field(c) = n
+		return nil
+	}
+}
+
+func duration(low, high time.Duration, field func(*Config) *time.Duration) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		d, err := time.ParseDuration(v)
+		if err != nil || d < low || d > high {
+			return fmt.Errorf("is not a duration from %s to %s, such as 30s or 5m", low, high)
+		}
+		*field(c) = d
+		return nil
+	}
+}
+
+func choice(field func(*Config) *string, allowed ...string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		for _, a := range allowed {
+			if v == a {
+				*field(c) = v
+				return nil
+			}
+		}
+		return fmt.Errorf("is none of %s", strings.Join(allowed, ", "))
+	}
+}
+
+func boolean(field func(*Config) *bool) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		if v != "true" && v != "false" {
+			return errors.New("is neither true nor false")
+		}
+		*field(c) = v == "true"
+		return nil
+	}
+}
+
+func list(field func(*Config) *[]string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		for _, item := range strings.Split(v, ",") {
+			item = strings.TrimSpace(item)
+			if item == "" {
+				return errors.New("has an empty item: it is a list separated by commas")
+			}
+			*field(c) = append(*field(c), item)
+		}
+		return nil
+	}
+}
+
+func prefixes(c *Config, v string) error {
+	var items []string
+	if err := list(func(*Config) *[]string { return &items })(c, v); err != nil {
+		return err
+	}
+	for _, item := range items {
+		p, err := netip.ParsePrefix(item)
+		if addr, addrErr := netip.ParseAddr(item); addrErr == nil {
+			p, err = addr.Prefix(addr.BitLen())
+		}
+		if err != nil || p.Bits() == 0 {
+			return fmt.Errorf("%q is not an address or CIDR of a proxy", item)
+		}
+		c.TrustedProxies = append(c.TrustedProxies, p.Masked())
+	}
+	return nil
+}
+
+func postgresURL(c *Config, v string) error {
+	if !strings.HasPrefix(v, "postgres://") && !strings.HasPrefix(v, "postgresql://") {
+		return errors.New("is not a postgres:// URL; for SQLite leave it unset")
+	}
+	c.DatabaseURL = v
+	return nil
+}
+
+func redisURL(c *Config, v string) error {
+	if !strings.HasPrefix(v, "redis://") && !strings.HasPrefix(v, "rediss://") {
+		return errors.New("is not a redis:// or rediss:// URL")
+	}
+	c.RedisURL = v
+	return nil
+}
