@@ -1,0 +1,240 @@
+package audit
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"slices"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/go-json-experiment/json"
+)
+
+// Row is an event as the database holds it: the leaf, and the columns that
+// repeat it for queries.
+type Row struct {
+	Index int64
+	Record
+}
+
+// StoredHash is one of the tree's hashes, numbered as tlog does.
+type StoredHash struct {
+	Index int64
+	Hash  tlog.Hash
+}
+
+// Archive is a log at rest, to be verified. Its implementation is sqlstore.
+type Archive interface {
+	Head(ctx context.Context) (Checkpoint, error)
+	// Rows yields the sequenced events in the order of their indices.
+	Rows(ctx context.Context) iter.Seq2[Row, error]
+	// Hashes yields the tree's hashes in the order of their numbers.
+	Hashes(ctx context.Context) iter.Seq2[StoredHash, error]
+	// Unsequenced counts events that have no index yet.
+	Unsequenced(ctx context.Context) (int64, error)
+	// Contradictions names records and events that do not fit each other.
+	Contradictions(ctx context.Context) ([]string, error)
+}
+
+// Problem is the first thing that verification found wrong.
+type Problem struct {
+	Index int64 // of the event, or -1 where it is none in particular
+	What  string
+}
+
+func (p *Problem) Error() string {
+	if p.Index < 0 {
+		return p.What
+	}
+	return fmt.Sprintf("event %d: %s", p.Index, p.What)
+}
+
+// Report is what verification found of a log with nothing wrong in it.
+type Report struct {
+	Log         Checkpoint
+	Covered     int64 // events that the copy vouches for
+	Unsequenced int64 // events that have no index yet, and so no proof
+	Erased      int64 // events whose personal part was erased
+	Rollbacks   []Rollback
+}
+
+// Verify checks that every event is the one that the tree was built from, that
+// nothing is missing, inserted or out of order, that records and events agree,
+// and that the log extends copy, which may be nil. What is wrong is a *Problem.
+func Verify(ctx context.Context, a Archive, copy *Copy) (Report, error) {
+	head, err := a.Head(ctx)
+	if err != nil {
+		return Report{}, err
+	}
+	if copy == nil {
+		copy = &Copy{}
+	}
+	v := &verification{Report: Report{Log: head, Rollbacks: copy.Rollbacks}, copy: copy}
+	if v.Unsequenced, err = a.Unsequenced(ctx); err != nil {
+		return Report{}, err
+	}
+	if err := v.walk(ctx, a); err != nil {
+		return Report{}, err
+	}
+	if err := v.finish(); err != nil {
+		return Report{}, err
+	}
+	contradictions, err := a.Contradictions(ctx)
+	if err != nil {
+		return Report{}, err
+	}
+	if len(contradictions) > 0 {
+		return Report{}, &Problem{-1, contradictions[0]}
+	}
+	return v.Report, nil
+}
+
+type verification struct {
+	Report
+	copy     *Copy
+	size     int64
+	stack    []tlog.Hash // the roots of the complete subtrees, largest first
+	accepted []string    // the sinks' checkpoints that RollbackAccepted events name
+}
+
+func (v *verification) walk(ctx context.Context, a Archive) error {
+	stored, stop := iter.Pull2(a.Hashes(ctx))
+	defer stop()
+	if err := v.checkCheckpoint(); err != nil {
+		return err
+	}
+	for row, err := range a.Rows(ctx) {
+		if err != nil {
+			return err
+		}
+		if row.Index != v.size {
+			return &Problem{v.size, "it is missing"}
+		}
+		if err := v.checkRow(row); err != nil {
+			return err
+		}
+		for _, h := range v.push(tlog.RecordHash(row.Leaf)) {
+			if err := checkHash(h, row.Index, stored); err != nil {
+				return err
+			}
+		}
+		if err := v.checkCheckpoint(); err != nil {
+			return err
+		}
+	}
+	if h, err, more := stored(); more {
+		if err != nil {
+			return err
+		}
+		return &Problem{v.size, fmt.Sprintf("the tree has a hash (%d) for it, and it is missing", h.Index)}
+	}
+	return nil
+}
+
+// checkRow compares an event with its columns and with the sink's copy.
+func (v *verification) checkRow(row Row) error {
+	e, err := Decode(row.Leaf)
+	if err != nil {
+		return &Problem{row.Index, "its leaf is not an event"}
+	}
+	if e.ID != row.ID || !e.Time.Equal(row.Time) || e.Type != row.Type || e.Org != row.Org || e.Actor.ID != row.Actor || e.Object != row.Object {
+		return &Problem{row.Index, "its columns are not those of its leaf: it was altered"}
+	}
+	if held, ok := v.copy.leaf(row.Index); ok && held != tlog.RecordHash(row.Leaf) {
+		return &Problem{row.Index, "it is not the one that the sink's copy holds: the log was rewritten"}
+	}
+	if e.Type == RollbackAccepted {
+		v.accepted = append(v.accepted, e.Detail["from"])
+	}
+	return v.checkPersonal(row)
+}
+
+func (v *verification) checkPersonal(row Row) error {
+	var l leaf
+	if err := json.Unmarshal(row.Leaf, &l); err != nil {
+		return err
+	}
+	switch {
+	case row.Personal == nil && l.Personal != "":
+		v.Erased++
+	case row.Personal != nil && PersonalDigest(row.Personal) != l.Personal:
+		return &Problem{row.Index, "its personal part was altered"}
+	}
+	return nil
+}
+
+// push appends a leaf to the tree and returns the hashes that tlog stores for it.
+func (v *verification) push(h tlog.Hash) []tlog.Hash {
+	stored := []tlog.Hash{h}
+	for n := v.size; n&1 == 1; n >>= 1 {
+		last := len(v.stack) - 1
+		h = tlog.NodeHash(v.stack[last], h)
+		v.stack = v.stack[:last]
+		stored = append(stored, h)
+	}
+	v.stack = append(v.stack, h)
+	v.size++
+	return stored
+}
+
+func (v *verification) root() tlog.Hash {
+	if len(v.stack) == 0 {
+		empty, _ := tlog.TreeHash(0, nil) // reads no hash, so cannot fail
+		return empty
+	}
+	h := v.stack[len(v.stack)-1]
+	for _, left := range slices.Backward(v.stack[:len(v.stack)-1]) {
+		h = tlog.NodeHash(left, h)
+	}
+	return h
+}
+
+func checkHash(want tlog.Hash, index int64, stored func() (StoredHash, error, bool)) error {
+	got, err, ok := stored()
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return &Problem{index, "the tree does not hold it: it was appended or inserted"}
+	}
+	if got.Hash != want {
+		return &Problem{index, "it is not the one that the tree was built from: it was altered, moved or inserted, or the tree was"}
+	}
+	return nil
+}
+
+// checkCheckpoint compares the tree, at its present size, with the copy's
+// checkpoints of that size.
+func (v *verification) checkCheckpoint() error {
+	for _, c := range v.copy.checkpoints(v.size) {
+		if c.Origin != v.Log.Origin {
+			return &Problem{-1, fmt.Sprintf("the sink's copy is of another log (%s, not %s)", c.Origin, v.Log.Origin)}
+		}
+		if c.Root != v.root() {
+			return &Problem{max(0, v.size-1), "the tree up to it has not the root that the sink's checkpoint has: the log was rewritten"}
+		}
+		v.Covered = max(v.Covered, c.Size)
+	}
+	return nil
+}
+
+func (v *verification) finish() error {
+	switch {
+	case v.size < v.Log.Size:
+		return &Problem{v.size, fmt.Sprintf("it is missing: the log says it holds %d events", v.Log.Size)}
+	case v.size > v.Log.Size:
+		return &Problem{v.Log.Size, fmt.Sprintf("the log says it holds %d events: it was appended", v.Log.Size)}
+	case v.root() != v.Log.Root:
+		return &Problem{-1, "the log's root is not that of its events"}
+	case v.copy.end() > v.size:
+		return &Problem{v.size, fmt.Sprintf("it is missing: the sink's copy holds %d events, so the log was truncated or restored", v.copy.end())}
+	}
+	v.Covered = max(v.Covered, min(v.copy.end(), v.size))
+	for _, r := range v.Rollbacks {
+		if !slices.Contains(v.accepted, r.From) {
+			return &Problem{-1, "the sink's copy notes a rollback that no event of the log accounts for"}
+		}
+	}
+	return nil
+}
