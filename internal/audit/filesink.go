@@ -39,7 +39,8 @@ type FileSink struct {
 
 	mu   sync.Mutex
 	file *os.File
-	end  int64 // bytes that are whole and synced
+	end  int64  // bytes that are whole and synced
+	next []byte // lines that wait for their checkpoint
 }
 
 // NewFileSink returns a sink that appends to the file at path, creating it 0600.
@@ -52,6 +53,7 @@ func (s *FileSink) Name() string { return "file" }
 func (s *FileSink) Last(context.Context) (Checkpoint, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.next = nil
 	if err := s.open(); err != nil {
 		return Checkpoint{}, err
 	}
@@ -59,17 +61,23 @@ func (s *FileSink) Last(context.Context) (Checkpoint, error) {
 }
 
 // Append implements Sink.
-func (s *FileSink) Append(_ context.Context, entries []Entry, c Checkpoint) error {
-	var buf bytes.Buffer
+func (s *FileSink) Append(_ context.Context, entries []Entry) ([][]byte, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, e := range entries {
-		fmt.Fprintf(&buf, `{"index":%d,"event":%s}`+"\n", e.Index, e.Leaf)
+		s.next = fmt.Appendf(s.next, `{"index":%d,"event":%s}`+"\n", e.Index, e.Leaf)
 	}
+	return nil, nil
+}
+
+// Checkpoint implements Sink: it writes and syncs the lines and the
+// checkpoint's at once.
+func (s *FileSink) Checkpoint(_ context.Context, c Checkpoint) error {
 	last, err := json.Marshal(line{Checkpoint: c.Text()})
 	if err != nil {
 		return err
 	}
-	buf.Write(append(last, '\n'))
-	return s.write(buf.Bytes())
+	return s.write(append(last, '\n'))
 }
 
 // AcceptRollback notes that the log goes on from another checkpoint than the
@@ -89,9 +97,12 @@ func (s *FileSink) AcceptRollback(r Rollback) error {
 	return s.write(append(append(append(b, '\n'), to...), '\n'))
 }
 
+// write writes the waiting lines and then b.
 func (s *FileSink) write(b []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	b = append(s.next, b...)
+	s.next = nil
 	if s.file == nil {
 		return errors.New("the sink's file is not open")
 	}

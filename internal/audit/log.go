@@ -53,6 +53,8 @@ type Store interface {
 	At(ctx context.Context, size int64) (Checkpoint, error)
 	// Entries returns at most limit entries from index on.
 	Entries(ctx context.Context, index int64, limit int) ([]Entry, error)
+	// KeepReceipts stores what a sink returned for the entries from index first on.
+	KeepReceipts(ctx context.Context, sink string, first int64, receipts [][]byte) error
 	// Index returns an event's index, or false while it has none.
 	Index(ctx context.Context, eventID string) (int64, bool, error)
 }

@@ -15,9 +15,13 @@ type Sink interface {
 	// Last returns the newest checkpoint that the sink still holds; Size 0 if
 	// none. It is called before the first Append and after each failed one.
 	Last(ctx context.Context) (Checkpoint, error)
-	// Append makes entries and then the checkpoint that covers them durable, in
-	// that order. Entries are consecutive, and may repeat what was appended.
-	Append(ctx context.Context, entries []Entry, c Checkpoint) error
+	// Append hands entries over. They are consecutive, and may repeat what was
+	// appended. A sink that signs what it got returns a receipt for each; the
+	// log keeps them with the events. A sink that does not returns nil.
+	Append(ctx context.Context, entries []Entry) (receipts [][]byte, err error)
+	// Checkpoint makes durable what was appended, and then c, which covers it.
+	// Only then the entries count as acknowledged.
+	Checkpoint(ctx context.Context, c Checkpoint) error
 }
 
 // RollbackError says that the log does not extend what a sink holds of it:
@@ -143,7 +147,25 @@ func (f *follower) appendOnce(ctx context.Context, next int64) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	return len(entries), bounded(ctx, func() error { return f.sink.Append(ctx, entries, checkpoint) })
+	return len(entries), bounded(ctx, func() error { return f.handOver(ctx, entries, checkpoint) })
+}
+
+// handOver keeps receipts before the sink's checkpoint moves on, so that a
+// crash in between repeats the entries rather than loses their receipts.
+func (f *follower) handOver(ctx context.Context, entries []Entry, c Checkpoint) error {
+	receipts, err := f.sink.Append(ctx, entries)
+	if err != nil {
+		return fmt.Errorf("appending to sink %s: %w", f.sink.Name(), err)
+	}
+	if len(receipts) > 0 {
+		if err := f.log.store.KeepReceipts(ctx, f.sink.Name(), entries[0].Index, receipts); err != nil {
+			return err
+		}
+	}
+	if err := f.sink.Checkpoint(ctx, c); err != nil {
+		return fmt.Errorf("giving sink %s a checkpoint: %w", f.sink.Name(), err)
+	}
+	return nil
 }
 
 // errHung is a call to a sink that did not come back in time.

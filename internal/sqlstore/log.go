@@ -194,3 +194,16 @@ func (d *DB) Index(ctx context.Context, eventID string) (int64, bool, error) {
 	}
 	return idx.Int64, idx.Valid, unavailable(err)
 }
+
+// KeepReceipts implements audit.Store.
+func (d *DB) KeepReceipts(ctx context.Context, sink string, first int64, receipts [][]byte) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		for i, receipt := range receipts {
+			if _, err := exec(ctx, tx, "INSERT INTO event_receipts (sink, idx, receipt) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+				sink, first+int64(i), receipt); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

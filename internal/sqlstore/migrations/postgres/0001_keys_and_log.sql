@@ -54,3 +54,11 @@ CREATE TABLE log_head (
     size   BIGINT NOT NULL,
     root   BYTEA NOT NULL
 );
+
+-- What sinks that sign returned for the events they got.
+CREATE TABLE event_receipts (
+    sink    TEXT NOT NULL,
+    idx     BIGINT NOT NULL,
+    receipt BYTEA NOT NULL,
+    PRIMARY KEY (sink, idx)
+);
