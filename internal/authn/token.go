@@ -1,0 +1,133 @@
+package authn
+
+import (
+	"crypto"
+	"encoding/base64"
+	"strings"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// maxKeyID bounds key IDs, in bytes. The longest in use are URLs.
+const maxKeyID = 256
+
+// token is a token that is well-formed and not yet believed.
+type token struct {
+	compact   string
+	algorithm jose.SignatureAlgorithm
+	keyID     string // empty if the token names no key
+}
+
+// parseToken reads a token's header. go-jose parses the token again to verify
+// it; this comes first because go-jose is more lenient: it honours b64 without
+// crit (RFC 7797), takes line breaks and stray bits in base64, and leaves typ
+// to its caller.
+func parseToken(compact string) (token, error) {
+	if len(compact) > MaxToken {
+		return token{}, refused(ReasonMalformed)
+	}
+	parts := strings.Split(compact, ".")
+	if len(parts) != 3 {
+		return token{}, refused(ReasonMalformed)
+	}
+	var header []byte
+	for i, part := range parts {
+		b, ok := decodeBase64(part)
+		if !ok {
+			return token{}, refused(ReasonMalformed)
+		}
+		if i == 0 {
+			header = b
+		}
+	}
+	t := token{compact: compact}
+	if err := t.readHeader(header); err != nil {
+		return token{}, err
+	}
+	return t, nil
+}
+
+// decodeBase64 decodes base64url without padding (RFC 7515, section 2). Only
+// the one canonical spelling of a non-empty value is accepted.
+func decodeBase64(s string) ([]byte, bool) {
+	// The standard library's decoder skips line breaks, strict or not.
+	if s == "" || strings.ContainsAny(s, "\r\n") {
+		return nil, false
+	}
+	b, err := base64.RawURLEncoding.Strict().DecodeString(s)
+	return b, err == nil
+}
+
+// readHeader reads the header parameters that matter here (RFC 7515, section 4.1).
+func (t *token) readHeader(b []byte) error {
+	var header map[string]jsontext.Value
+	if json.Unmarshal(b, &header) != nil {
+		return refused(ReasonMalformed)
+	}
+	for _, name := range []string{"crit", "b64"} {
+		if _, ok := header[name]; ok {
+			return refused(ReasonMalformed)
+		}
+	}
+	if typ, ok := header["typ"]; ok && !isTokenType(typ) {
+		return refused(ReasonMalformed)
+	}
+	if kid, ok := header["kid"]; ok {
+		t.keyID, ok = text(kid)
+		if !ok || t.keyID == "" || len(t.keyID) > maxKeyID {
+			return refused(ReasonMalformed)
+		}
+	}
+	algorithm, ok := text(header["alg"])
+	if !ok {
+		return refused(ReasonMalformed)
+	}
+	t.algorithm = jose.SignatureAlgorithm(algorithm)
+	switch t.algorithm {
+	case jose.RS256, jose.PS256, jose.ES256, jose.EdDSA:
+		return nil
+	default:
+		return refused(ReasonAlgorithm)
+	}
+}
+
+// isTokenType reports whether typ is that of a JWT, or of an access token in
+// particular (RFC 9068, section 2.1). Issuers sign other things with the same
+// keys (logout tokens, DPoP proofs) and give them other types.
+func isTokenType(typ jsontext.Value) bool {
+	s, ok := text(typ)
+	if !ok {
+		return false
+	}
+	switch strings.ToLower(s) { // media types know no case, RFC 7515, section 4.1.9
+	case "jwt", "at+jwt", "application/at+jwt":
+		return true
+	}
+	return false
+}
+
+// verify returns the payload that key signed. The algorithm has been matched
+// against the key before, by KeySet.find.
+func (t token) verify(key crypto.PublicKey) ([]byte, error) {
+	jws, err := jose.ParseSignedCompact(t.compact, []jose.SignatureAlgorithm{t.algorithm})
+	if err != nil {
+		return nil, refused(ReasonMalformed)
+	}
+	payload, err := jws.Verify(key)
+	if err != nil {
+		return nil, refused(ReasonSignature)
+	}
+	return payload, nil
+}
+
+// text returns the value of a JSON string.
+func text(v jsontext.Value) (string, bool) {
+	if v.Kind() != '"' {
+		return "", false
+	}
+	var s string
+	err := json.Unmarshal(v, &s)
+	return s, err == nil
+}
