@@ -1,0 +1,153 @@
+package authz
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/metrics"
+	"github.com/open-policy-agent/opa/v1/rego"
+	"github.com/open-policy-agent/opa/v1/storage/inmem"
+	"github.com/open-policy-agent/opa/v1/topdown"
+)
+
+// query is the policy's one answer.
+const query = "data.orgkeys.authz.decision"
+
+// How long one evaluation may take, and how many a decision has. A host short of
+// processors stops any goroutine for longer than that now and then, and a
+// caller should not hear an error for it; a slow policy is slow every time.
+const (
+	limit    = 50 * time.Millisecond
+	attempts = 3
+)
+
+// Errors of decisions. Both mean "no".
+var (
+	ErrNoDecision = errors.New("the policy gave no well-formed decision")
+	ErrTimeLimit  = errors.New("the policy took too long to decide")
+)
+
+// Policy is a compiled policy. It is safe for concurrent use.
+type Policy struct {
+	query    rego.PreparedEvalQuery
+	revision string
+}
+
+// Load compiles the policy in fsys (its .rego files, and .json files as data),
+// runs the tests that come with it, and asks it what no policy may allow. The
+// error says what stands in the way; a policy that did not load decides nothing.
+func Load(ctx context.Context, fsys fs.FS) (*Policy, error) {
+	files, err := readSource(fsys)
+	if err != nil {
+		return nil, fmt.Errorf("reading the policy: %w", err)
+	}
+	return load(ctx, files)
+}
+
+func load(ctx context.Context, files source) (*Policy, error) {
+	modules, tests, err := files.modules()
+	if err != nil {
+		return nil, fmt.Errorf("parsing the policy: %w", err)
+	}
+	data, err := files.data()
+	if err != nil {
+		return nil, fmt.Errorf("parsing the policy's data: %w", err)
+	}
+	store := inmem.NewFromObjectWithOpts(data, inmem.OptReturnASTValuesOnRead(true))
+	compiler := newCompiler()
+	if compiler.Compile(modules); compiler.Failed() {
+		return nil, fmt.Errorf("compiling the policy: %w", compiler.Errors)
+	}
+	prepared, err := rego.New(
+		rego.Query(query),
+		rego.Compiler(compiler),
+		rego.Capabilities(capabilities()),
+		rego.Store(store),
+		rego.StrictBuiltinErrors(true),
+		rego.GenerateJSON(func(term *ast.Term, _ *rego.EvalContext) (any, error) { return term.Value, nil }),
+	).PrepareForEval(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("preparing the policy: %w", err)
+	}
+	p := &Policy{prepared, files.revision()}
+	if err := p.denyImpossible(ctx); err != nil {
+		return nil, fmt.Errorf("trying the policy: %w", err)
+	}
+	if err := runTests(ctx, modules, tests, store); err != nil {
+		return nil, fmt.Errorf("testing the policy: %w", err)
+	}
+	return p, nil
+}
+
+func newCompiler() *ast.Compiler {
+	return ast.NewCompiler().WithStrict(true).WithCapabilities(capabilities()).WithDefaultRegoVersion(ast.RegoV1)
+}
+
+// capabilities leaves a policy only what computes a decision from its input.
+// Without the network and the process's environment it can neither leak a request nor
+// wait for somebody. Without the clock and random numbers, the policy's text and a
+// request suffice to recompute any decision in the audit trail. print and trace
+// stay: nothing listens to them here, and policies under development need them.
+func capabilities() *ast.Capabilities {
+	c := ast.CapabilitiesForThisVersion()
+	c.Builtins = slices.DeleteFunc(c.Builtins, func(b *ast.Builtin) bool {
+		return b.Nondeterministic || b.Name == "http.send" || b.Name == "opa.runtime" || strings.HasPrefix(b.Name, "net.")
+	})
+	c.AllowNet = []string{} // none, where nil would mean any: JSON schemas can refer to URLs
+	return c
+}
+
+// Revision identifies the policy's files.
+func (p *Policy) Revision() string { return p.revision }
+
+// Decide answers r, unless ctx ends first. An error means "no"; it wraps
+// ErrNoDecision, or ErrTimeLimit when three evaluations of 50 ms each did not
+// suffice, or the reason why ctx ended.
+func (p *Policy) Decide(ctx context.Context, r Request) (Decision, error) {
+	d, err := p.decide(ctx, input(r))
+	if err != nil {
+		return Decision{}, err
+	}
+	if d.Scope == OwnOnly && r.Action != ReadEvents {
+		return Decision{}, fmt.Errorf("%w: scope %q for %s, which has no owner", ErrNoDecision, d.Scope, r.Action)
+	}
+	return d, nil
+}
+
+func (p *Policy) decide(ctx context.Context, input ast.Value) (d Decision, err error) {
+	for range attempts {
+		if d, err = p.evaluate(ctx, input); !errors.Is(err, ErrTimeLimit) {
+			break
+		}
+	}
+	return d, err
+}
+
+func (p *Policy) evaluate(ctx context.Context, input ast.Value) (Decision, error) {
+	cancel := topdown.NewCancel()
+	defer time.AfterFunc(limit, cancel.Cancel).Stop()
+	defer context.AfterFunc(ctx, cancel.Cancel)()
+	results, err := p.query.Eval(ctx, rego.EvalParsedInput(input), rego.EvalExternalCancel(cancel), rego.EvalMetrics(metrics.NoOp()))
+	switch {
+	case ctx.Err() != nil:
+		return Decision{}, context.Cause(ctx)
+	case cancel.Cancelled():
+		return Decision{}, fmt.Errorf("%w: more than %s", ErrTimeLimit, limit)
+	case err != nil:
+		return Decision{}, fmt.Errorf("%w: %w", ErrNoDecision, err)
+	case len(results) != 1 || len(results[0].Expressions) != 1:
+		return Decision{}, fmt.Errorf("%w: %s is undefined", ErrNoDecision, query)
+	}
+	d, err := parse(results[0].Expressions[0].Value)
+	if err != nil {
+		return Decision{}, fmt.Errorf("%w: %w", ErrNoDecision, err)
+	}
+	d.Revision = p.revision
+	return d, nil
+}
