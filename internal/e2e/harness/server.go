@@ -1,0 +1,366 @@
+package harness
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Patience bounds every wait for something that should take milliseconds. It
+// is long because test machines are small and busy.
+const Patience = 30 * time.Second
+
+// Server is a running `orgkeys serve`.
+type Server struct {
+	Dir   string // the data directory
+	API   string // base URL of the public listener
+	Admin string // base URL of the admin listener
+	HTTP  *http.Client
+
+	binary string
+	args   []string
+	env    map[string]string
+	issuer *Issuer
+
+	mu     sync.Mutex
+	cmd    *exec.Cmd
+	done   chan struct{} // closed when the process has ended
+	out    *Output       // stdout and stderr of all of this server's processes
+	tokens map[string]string
+}
+
+// Option changes how a server is started.
+type Option func(*Server)
+
+// Set sets a setting or another environment variable.
+func Set(name, value string) Option { return func(s *Server) { s.env[name] = value } }
+
+// In puts the data directory at dir instead of a fresh one.
+func In(dir string) Option { return func(s *Server) { s.Dir = dir } }
+
+// Race runs the build with the race detector.
+func Race(t testing.TB) Option {
+	path := RaceBinary(t)
+	return func(s *Server) { s.binary = path }
+}
+
+// TrustedBy makes the server trust the issuer's tokens instead of the
+// development issuer's.
+func TrustedBy(i *Issuer) Option {
+	return func(s *Server) {
+		s.issuer = i
+		maps.Copy(s.env, i.Settings())
+	}
+}
+
+// TLS serves with the certificate, and makes the server's client trust its CA.
+func TLS(ca *CA, cert CertFiles) Option {
+	return func(s *Server) {
+		s.env["ORGKEYS_TLS_CERT_FILE"] = cert.Cert
+		s.env["ORGKEYS_TLS_KEY_FILE"] = cert.Key
+		s.HTTP = client(&tls.Config{RootCAs: ca.Pool()})
+	}
+}
+
+// Start starts a server and waits until it is ready. The test's end kills it.
+func Start(t testing.TB, opts ...Option) *Server {
+	t.Helper()
+	s := Configure(t, opts...)
+	s.Start(t)
+	return s
+}
+
+// Configure prepares a server without starting it.
+func Configure(t testing.TB, opts ...Option) *Server {
+	t.Helper()
+	s := newServer(Binary(t), filepath.Join(t.TempDir(), "data"), opts...)
+	t.Cleanup(func() { s.cleanup(t) })
+	return s
+}
+
+func newServer(binary, dir string, opts ...Option) *Server {
+	s := &Server{
+		Dir: dir, binary: binary, args: []string{"serve"}, HTTP: client(nil),
+		env: map[string]string{"ORGKEYS_LISTEN": "127.0.0.1:0"}, tokens: map[string]string{}, out: &Output{},
+	}
+	for _, o := range opts {
+		o(s)
+	}
+	return s
+}
+
+func client(c *tls.Config) *http.Client {
+	return &http.Client{
+		Transport:     &http.Transport{TLSClientConfig: c, DisableCompression: true, MaxIdleConnsPerHost: 64, ForceAttemptHTTP2: c != nil},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Timeout:       2 * Patience,
+	}
+}
+
+// Environment is the environment of the server's processes: nothing of the
+// test's own but what any program needs.
+func (s *Server) environment() []string {
+	env := []string{"PATH=" + os.Getenv("PATH"), "HOME=" + filepath.Dir(s.Dir), "TMPDIR=" + os.TempDir(), "ORGKEYS_DATA_DIR=" + s.Dir}
+	for k, v := range s.env {
+		env = append(env, k+"="+v)
+	}
+	return env
+}
+
+// Configured changes a setting for the next start; an empty value removes it.
+func (s *Server) Configured(name, value string) {
+	if value == "" {
+		delete(s.env, name)
+		return
+	}
+	s.env[name] = value
+}
+
+// Start starts the server's process, again if there was one before, and waits
+// until it is ready.
+func (s *Server) Start(t testing.TB) {
+	t.Helper()
+	if err := s.launch(); err != nil {
+		t.Fatalf("starting orgkeys: %v\n%s", err, s.Output())
+	}
+}
+
+func (s *Server) launch() error {
+	from := s.out.Len()
+	cmd := exec.Command(s.binary, s.args...)
+	cmd.Env = s.environment()
+	cmd.Stdout, cmd.Stderr = s.out, s.out
+	// A group of its own, so that Children can tell what it left behind.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	done := make(chan struct{})
+	go func() {
+		cmd.Wait()
+		close(done)
+	}()
+	s.mu.Lock()
+	s.cmd, s.done = cmd, done
+	s.mu.Unlock()
+	return s.awaitReady(from)
+}
+
+func (s *Server) awaitReady(from int) error {
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	defer cancel()
+	for {
+		select {
+		case <-s.done:
+			return fmt.Errorf("it ended with exit code %d", s.cmd.ProcessState.ExitCode())
+		case <-ctx.Done():
+			return errors.New("it was not ready in time")
+		case <-time.After(5 * time.Millisecond):
+		}
+		api, admin, ok := listening(s.out.From(from))
+		if !ok {
+			continue
+		}
+		scheme := "http://"
+		if s.env["ORGKEYS_TLS_CERT_FILE"] != "" {
+			scheme = "https://"
+		}
+		s.API, s.Admin = scheme+api, "http://"+admin
+		if s.env["ORGKEYS_TLS_CLIENT_CA_FILE"] != "" {
+			return nil // the health check needs the client's certificate, which is the test's matter
+		}
+		resp, err := s.HTTP.Get(s.API + "/readyz")
+		if err != nil {
+			continue
+		}
+		resp.Body.Close()
+		if resp.StatusCode == http.StatusOK {
+			return nil
+		}
+	}
+}
+
+// listening finds the log line that says where the server listens.
+func listening(log []byte) (api, admin string, ok bool) {
+	for line := range bytes.Lines(log) {
+		var l struct{ Msg, API, Admin string }
+		if json.Unmarshal(line, &l) == nil && l.Msg == "listening" {
+			return l.API, l.Admin, true
+		}
+	}
+	return "", "", false
+}
+
+// PID is the server's process.
+func (s *Server) PID() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cmd.Process.Pid
+}
+
+// Output is everything the server's processes have written to standard output
+// and standard error.
+func (s *Server) Output() []byte { return s.out.From(0) }
+
+// Log is the server's output as seen by others of the harness.
+func (s *Server) Log() *Output { return s.out }
+
+// Running says whether the process has not ended yet.
+func (s *Server) Running() bool {
+	select {
+	case <-s.done:
+		return false
+	default:
+		return true
+	}
+}
+
+// Kill ends the process as a power failure would.
+func (s *Server) Kill() {
+	s.cmd.Process.Kill()
+	<-s.done
+}
+
+// Stop asks the process to end and returns its exit code.
+func (s *Server) Stop(t testing.TB) int {
+	t.Helper()
+	s.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-s.done:
+	case <-time.After(Patience):
+		s.Kill()
+		t.Fatalf("orgkeys did not end within %s of SIGTERM\n%s", Patience, s.Output())
+	}
+	s.HTTP.CloseIdleConnections()
+	return s.cmd.ProcessState.ExitCode()
+}
+
+// Ended waits until the process has ended by itself.
+func (s *Server) Ended(t testing.TB, within time.Duration) int {
+	t.Helper()
+	select {
+	case <-s.done:
+	case <-time.After(within):
+		t.Fatalf("orgkeys still runs after %s", within)
+	}
+	return s.cmd.ProcessState.ExitCode()
+}
+
+// Children are the processes that live in the server's process group, itself
+// left out.
+func (s *Server) Children() []int {
+	group := s.PID()
+	var left []int
+	entries, _ := os.ReadDir("/proc")
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == group {
+			continue
+		}
+		if g, err := syscall.Getpgid(pid); err == nil && g == group {
+			left = append(left, pid)
+		}
+	}
+	return left
+}
+
+func (s *Server) cleanup(t testing.TB) {
+	if s.cmd != nil && s.Running() {
+		s.Kill()
+	}
+	s.HTTP.CloseIdleConnections()
+	s.inspect(t)
+	if t.Failed() {
+		t.Logf("output of orgkeys:\n%s", tail(s.Output(), 8<<10))
+	}
+}
+
+// inspect fails the test for what no server may ever write.
+func (s *Server) inspect(t testing.TB) {
+	out := string(s.Output())
+	for _, sign := range []string{"DATA RACE", "panic", "fatal error", "SIGSEGV"} {
+		if i := strings.Index(out, sign); i >= 0 {
+			t.Errorf("orgkeys wrote %q:\n%s", sign, out[max(0, i-200):min(len(out), i+4000)])
+		}
+	}
+}
+
+func tail(b []byte, n int) []byte { return b[max(0, len(b)-n):] }
+
+// Run runs another of the program's commands with the server's settings and
+// returns what it wrote to standard output, to standard error, and its exit
+// code.
+func (s *Server) Run(t testing.TB, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	return s.run(t, nil, args...)
+}
+
+func (s *Server) run(t testing.TB, extra []string, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	defer cancel()
+	var o, e bytes.Buffer
+	cmd := exec.CommandContext(ctx, s.binary, args...)
+	cmd.Env = append(s.environment(), extra...)
+	cmd.Stdout, cmd.Stderr = &o, &e
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) || ctx.Err() != nil {
+		t.Fatalf("orgkeys %s: %v %v", strings.Join(args, " "), err, ctx.Err())
+	}
+	return o.String(), e.String(), cmd.ProcessState.ExitCode()
+}
+
+// Eventually waits until ok reports true, and fails the test if it never does.
+func Eventually(t testing.TB, within time.Duration, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(within)
+	for !ok() {
+		if time.Now().After(deadline) {
+			t.Fatalf("within %s it did not come about that %s", within, what)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// Output collects what a process writes, and may be read meanwhile.
+type Output struct {
+	mu  sync.Mutex
+	buf []byte
+}
+
+// Write appends.
+func (o *Output) Write(b []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.buf = append(o.buf, b...)
+	return len(b), nil
+}
+
+// Len is the number of bytes so far.
+func (o *Output) Len() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.buf)
+}
+
+// From is a copy of the output from an offset on.
+func (o *Output) From(offset int) []byte {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return bytes.Clone(o.buf[offset:])
+}
