@@ -1,0 +1,120 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/gate"
+)
+
+var secretName = regexp.MustCompile(`^[a-z][a-z0-9_]{0,63}$`)
+
+// List returns org's nodes, the newest registration first, deleted ones left out.
+func (s *Service) List(ctx context.Context, call gate.Call, org string) ([]Node, error) {
+	pass, err := s.Decide(ctx, call, authz.ListNodes, org)
+	if err != nil {
+		return nil, err
+	}
+	nodes, err := s.Store.Nodes(ctx, org)
+	if err != nil {
+		return nil, s.Failed(ctx, pass, audit.NodesListed, "unavailable", fmt.Errorf("reading nodes: %w", err))
+	}
+	return nodes, s.read(ctx, pass, audit.NodesListed)
+}
+
+// read makes the event of a read durable; without it there is no answer.
+func (s *Service) read(ctx context.Context, pass gate.Pass, t audit.Type) error {
+	if err := s.Trail.Record(ctx, pass.Event(t)); err != nil {
+		return fmt.Errorf("%w: %w", gate.ErrAudit, err)
+	}
+	return nil
+}
+
+// Delete deletes org's node id, which may come back by registering again.
+func (s *Service) Delete(ctx context.Context, call gate.Call, org, id string) error {
+	pass, err := s.Decide(ctx, call, authz.DeleteNode, org)
+	if err != nil {
+		return err
+	}
+	event := pass.Event(audit.NodeDeleted)
+	event.Object = id
+	return s.changed(ctx, pass, s.Store.DeleteNode(ctx, org, id, event))
+}
+
+// changed records that an allowed change did not come about.
+func (s *Service) changed(ctx context.Context, pass gate.Pass, err error) error {
+	if err == nil {
+		return nil
+	}
+	reason := "unavailable"
+	switch {
+	case errors.Is(err, ErrNodeNotFound), errors.Is(err, ErrSecretNotFound):
+		reason = "not_found"
+	case errors.Is(err, ErrAlreadyDeleted):
+		reason = "already_deleted"
+	case errors.Is(err, ErrTooManySecrets):
+		reason = "too_many_secrets"
+	}
+	return s.Failed(ctx, pass, audit.RequestFailed, reason, err)
+}
+
+// PutSecret stores value, 1 to envelope.MaxSecret bytes, as org's boot secret
+// name. The caller clears value.
+func (s *Service) PutSecret(ctx context.Context, call gate.Call, org, name string, value []byte) error {
+	pass, err := s.Decide(ctx, call, authz.PutSecret, org)
+	if err != nil {
+		return err
+	}
+	if wrong := checkSecret(name, value); wrong != nil {
+		return s.Failed(ctx, pass, audit.RequestFailed, "invalid", wrong)
+	}
+	sealed, err := s.Sealer.Seal(ctx, secretBinding(org, name), value)
+	if err != nil {
+		return s.changed(ctx, pass, fmt.Errorf("sealing a secret: %w", err))
+	}
+	event := pass.Event(audit.SecretPut)
+	event.Object = name
+	return s.changed(ctx, pass, s.Store.PutSecret(ctx, org, SealedSecret{name, sealed}, MaxSecrets, event))
+}
+
+func checkSecret(name string, value []byte) error {
+	switch {
+	case !secretName.MatchString(name):
+		return &InputError{"name", "is not a lower-case letter followed by up to 63 lower-case letters, digits and underscores"}
+	case len(value) == 0:
+		// An upload that went wrong would otherwise blank every node's secret.
+		return &InputError{"", "the secret is empty"}
+	case len(value) > envelope.MaxSecret:
+		return &InputError{"", fmt.Sprintf("the secret is longer than %d bytes", envelope.MaxSecret)}
+	}
+	return nil
+}
+
+// ListSecrets returns the names and times of org's secrets, by name.
+func (s *Service) ListSecrets(ctx context.Context, call gate.Call, org string) ([]Secret, error) {
+	pass, err := s.Decide(ctx, call, authz.ListSecrets, org)
+	if err != nil {
+		return nil, err
+	}
+	secrets, err := s.Store.SecretNames(ctx, org)
+	if err != nil {
+		return nil, s.Failed(ctx, pass, audit.SecretsListed, "unavailable", fmt.Errorf("reading secrets: %w", err))
+	}
+	return secrets, s.read(ctx, pass, audit.SecretsListed)
+}
+
+// DeleteSecret ends org's secret name. Nodes keep what they fetched.
+func (s *Service) DeleteSecret(ctx context.Context, call gate.Call, org, name string) error {
+	pass, err := s.Decide(ctx, call, authz.DeleteSecret, org)
+	if err != nil {
+		return err
+	}
+	event := pass.Event(audit.SecretDeleted)
+	event.Object = name
+	return s.changed(ctx, pass, s.Store.DeleteSecret(ctx, org, name, event))
+}

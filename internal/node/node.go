@@ -1,0 +1,200 @@
+// Package node is what bridge nodes do with their organization's key: they
+// sign a line of text, and by that register, unregister, and fetch their boot
+// secrets. It is also what administrators do with nodes and secrets.
+//
+// # Signed requests
+//
+// Deployed nodes sign
+//
+//	ip|region|timestamp    or    ip|region|timestamp|id_org
+//
+// with RSASSA-PKCS1-v1_5 (RFC 8017, 8.2) and SHA-256, over the text of the
+// fields as they were sent; unregister may leave the region out. The signature
+// is base64 (RFC 4648, section 4), padded, with nothing before, in or after it.
+//
+// The line names neither the endpoint nor the other fields, and the scheme is
+// deterministic. So a use of a signature that changes something is recorded in
+// the transaction of the change, under the key's ID and the digest of the
+// line, until nobody can present it any more: the same request again gets the
+// same answer and changes nothing, another request under it is refused. What
+// fails records nothing. Fetching secrets neither uses a signature up nor is
+// refused by one; only the key's holder can read the answer. What is left: a
+// captured signature of a fetch can register that node once, within the window.
+//
+// Whoever holds a key speaks for every node of its organization: the claimed
+// address is never compared with the one that a request came from.
+//
+// # What strangers can cause
+//
+// Verification is all that a caller without a key can make the service do. An
+// unknown organization costs as much as a known one with one key and gets the
+// same answer. Opened public keys are cached by organization and key ID, so
+// that a request costs an unsealing only when its organization was not heard
+// of for a long time; whether a key lives is never cached, but read in the
+// transaction that acts. At most MaxKeys keys of an organization are tried.
+//
+// Verifications under way are bounded, in two lanes. A source address (IPv6 by
+// its /64) whose signatures failed too often lately is moved to the narrow
+// lane, shared by all such addresses, and hears "too many failures" where it
+// would have heard "bad signature". Its good signatures are still served:
+// behind one NAT, a stranger can make its neighbours wait, but can lock out
+// neither them nor, from elsewhere, anybody. Only failures count, and nothing
+// is counted by organization.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+)
+
+const (
+	// MaxKeys is how many of an organization's keys, the newest, a signature is tried against.
+	MaxKeys = 64
+	// MaxSecrets is how many boot secrets an organization may have.
+	MaxSecrets = 64
+)
+
+// The errors of the use cases. Each has one translation, at the edge.
+var (
+	// ErrStale: the timestamp is further from the present than the window.
+	ErrStale = errors.New("timestamp is outside the accepted window")
+	// ErrSignature: unknown organization, unknown key or wrong signature; which, is nobody's business.
+	ErrSignature = errors.New("signature is not valid")
+	// ErrTooManyFailures: ErrSignature, from an address that causes many, or no place in its lane.
+	ErrTooManyFailures = errors.New("too many failed signatures from this address")
+	// ErrBusy: too many verifications under way.
+	ErrBusy = errors.New("too many signed requests under way")
+	// ErrReused: the signature was used for another request.
+	ErrReused = errors.New("signature was used for another request")
+	// ErrKeyGone: the key that verified was deleted before the request could act. Callers of the service see ErrSignature.
+	ErrKeyGone = errors.New("the key that verified is gone")
+	// ErrNodeNotFound: no such node, or one of another organization.
+	ErrNodeNotFound = errors.New("node not found")
+	// ErrAlreadyDeleted: the node is deleted already.
+	ErrAlreadyDeleted = errors.New("node is already deleted")
+	// ErrSecretNotFound: no such boot secret.
+	ErrSecretNotFound = errors.New("secret not found")
+	// ErrTooManySecrets: the organization has MaxSecrets boot secrets.
+	ErrTooManySecrets = fmt.Errorf("an organization may have %d secrets", MaxSecrets)
+)
+
+// InputError says what is wrong with a request, in words for its sender. It
+// repeats nothing that the request contained.
+type InputError struct {
+	Field   string // empty if it is about the body as a whole
+	Problem string
+}
+
+func (e *InputError) Error() string {
+	if e.Field == "" {
+		return e.Problem
+	}
+	return e.Field + " " + e.Problem
+}
+
+// Origin is where a signed request came from.
+type Origin struct {
+	Request string // the request's ID
+	Address string // the client's IP address, as the transport observed it
+}
+
+// Node is a bridge node as it described itself.
+type Node struct {
+	ID         string
+	Org        string
+	IP         netip.Addr // identifies the node within Org; never an IPv4-mapped IPv6 address, never zoned
+	Region     string
+	Version    string
+	Status     string
+	URL        string
+	Provider   string // as sent; empty if it was not
+	Services   int64
+	Registered time.Time // when it registered first, or came back after a deletion
+	Updated    time.Time // when it registered last
+	Seen       time.Time // when it last signed anything, to within the interval of Service.Keep
+}
+
+// Secret is a boot secret as administrators see it.
+type Secret struct {
+	Name    string
+	Created time.Time
+	Updated time.Time
+}
+
+// SealedSecret is a boot secret as the store holds it.
+type SealedSecret struct {
+	Name   string
+	Sealed []byte
+}
+
+// SealedKey is a released organization key as the store holds it.
+type SealedKey struct {
+	ID     string
+	Sealed []byte // the public key, PKIX DER, sealed
+}
+
+// Use is one use of a signature.
+type Use struct {
+	Org     string
+	Key     string    // the ID of the key that verified
+	Message [32]byte  // SHA-256 of the line that was signed
+	Request [32]byte  // SHA-256 of the endpoint and the decoded fields
+	Until   time.Time // when nobody can present the signature any more
+}
+
+// Change says what a signed request did.
+type Change string
+
+// What a signed request can do.
+const (
+	Created  Change = "created"  // a node registered for the first time, or after its deletion
+	Updated  Change = "updated"  // a registered node registered again
+	Deleted  Change = "deleted"  // a node unregistered
+	Repeated Change = "repeated" // nothing: the same request was served before
+)
+
+// Ref names a node the way nodes do.
+type Ref struct {
+	Org string
+	IP  netip.Addr
+}
+
+// Store keeps nodes, secrets and the uses of signatures. Every method is one
+// transaction, and the event given is committed in it or nothing is. Its
+// implementation is sqlstore.
+//
+// Register, Unregister and Secrets report ErrKeyGone, before anything else,
+// unless the key is a released one of the organization.
+type Store interface {
+	// LiveKeys returns org's released keys, newest first, at most limit.
+	LiveKeys(ctx context.Context, org string, limit int) ([]SealedKey, error)
+	// Register records the use and stores n, n.ID being used for a node that
+	// was never there, and associates the node with use.Key. The use's being
+	// there already is no change if it was for the same request, else ErrReused.
+	// event is given the node's ID (empty if Repeated and gone).
+	Register(ctx context.Context, use Use, n Node, event func(id string, c Change) audit.Event) error
+	// Unregister records the use, deletes the node at ip and its associations,
+	// or reports ErrNodeNotFound. Uses are treated as by Register.
+	Unregister(ctx context.Context, use Use, ip netip.Addr, event func(id string, c Change) audit.Event) error
+	// Secrets returns org's secrets, by name.
+	Secrets(ctx context.Context, org, key string, event func(names []string) audit.Event) ([]SealedSecret, error)
+	// Nodes returns org's nodes that are not deleted, the newest registration first.
+	Nodes(ctx context.Context, org string) ([]Node, error)
+	// DeleteNode deletes org's node id and its associations, or reports ErrNodeNotFound or ErrAlreadyDeleted.
+	DeleteNode(ctx context.Context, org, id string, event audit.Event) error
+	// PutSecret stores a new or changed secret, or reports ErrTooManySecrets.
+	PutSecret(ctx context.Context, org string, s SealedSecret, limit int, event audit.Event) error
+	// SecretNames returns org's secrets, by name.
+	SecretNames(ctx context.Context, org string) ([]Secret, error)
+	// DeleteSecret ends org's secret, or reports ErrSecretNotFound.
+	DeleteSecret(ctx context.Context, org, name string, event audit.Event) error
+	// Seen moves last uses of keys and last sights of nodes forward; what is not there is no error.
+	Seen(ctx context.Context, keys map[string]time.Time, nodes map[Ref]time.Time) error
+	// ForgetUses removes at most limit uses whose Until is before now.
+	ForgetUses(ctx context.Context, now time.Time, limit int) (int, error)
+}

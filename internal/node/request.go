@@ -1,0 +1,299 @@
+package node
+
+import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/orgkeys/orgkeys/internal/gate"
+)
+
+const (
+	maxText      = 256  // bytes of a text field
+	maxSignature = 1368 // base64 of an 8192-bit signature
+	maxServices  = 1<<53 - 1
+)
+
+type endpoint string
+
+const (
+	register   endpoint = "register"
+	unregister endpoint = "unregister"
+	fetch      endpoint = "secrets"
+)
+
+// request is a signed request, checked but not verified.
+type request struct {
+	endpoint  endpoint
+	org       string
+	ip        string // as sent
+	addr      netip.Addr
+	region    string
+	timestamp string // as sent
+	time      time.Time
+	signature []byte
+	node      Node // of register
+}
+
+type signedFields struct {
+	IP        *string        `json:"ip"`
+	Region    *string        `json:"region"`
+	Timestamp jsontext.Value `json:"timestamp"`
+	Signature *string        `json:"signature"`
+	IDOrg     *string        `json:"id_org"`
+	OrgID     *string        `json:"org_id"`
+}
+
+type registerFields struct {
+	signedFields
+	Version      *string `json:"version"`
+	Status       *string `json:"status"`
+	Provider     *string `json:"provider"`
+	URL          *string `json:"url"`
+	NodeServices *int64  `json:"nodeServices"`
+}
+
+// parse reads a body. What it refuses is an *InputError.
+func parse(e endpoint, body []byte) (request, error) {
+	var f registerFields
+	if e == register {
+		if err := decode(body, &f); err != nil {
+			return request{}, err
+		}
+	} else if err := decode(body, &f.signedFields); err != nil {
+		return request{}, err
+	}
+	r, err := f.signedFields.check(e)
+	if err != nil || e != register {
+		return r, err
+	}
+	r.node, err = f.node(r)
+	return r, err
+}
+
+func decode(body []byte, into any) error {
+	err := json.Unmarshal(body, into)
+	if err == nil {
+		return nil
+	}
+	if wrong, ok := errors.AsType[*json.SemanticError](err); ok && wrong.JSONPointer != "" {
+		return &InputError{strings.TrimPrefix(string(wrong.JSONPointer), "/"), "is of the wrong type"}
+	}
+	if errors.Is(err, jsontext.ErrDuplicateName) {
+		return &InputError{"", "the body has a name twice"}
+	}
+	return &InputError{"", "the body is not one JSON object in UTF-8"}
+}
+
+func (f signedFields) check(e endpoint) (request, error) {
+	r := request{endpoint: e}
+	var err error
+	if r.org, err = f.organization(); err != nil {
+		return r, err
+	}
+	if r.ip, err = requiredText("ip", f.IP); err != nil {
+		return r, err
+	}
+	if r.addr, err = parseIP(r.ip); err != nil {
+		return r, err
+	}
+	if r.region, err = f.region(e); err != nil {
+		return r, err
+	}
+	if r.timestamp, r.time, err = timestampField(f.Timestamp); err != nil {
+		return r, err
+	}
+	r.signature, err = signatureField(f.Signature)
+	return r, err
+}
+
+func (f signedFields) organization() (string, error) {
+	if f.IDOrg == nil && f.OrgID == nil {
+		return "", &InputError{"id_org", "is required"}
+	}
+	if f.IDOrg != nil && f.OrgID != nil && *f.IDOrg != *f.OrgID {
+		return "", &InputError{"id_org", "and org_id differ"}
+	}
+	org := f.IDOrg
+	if org == nil {
+		org = f.OrgID
+	}
+	if gate.CheckOrg(*org) != nil {
+		return "", &InputError{"id_org", "is not an organization ID"}
+	}
+	return *org, nil
+}
+
+// parseIP returns the address that identifies a node: one for all the ways to
+// write it, IPv4 for an IPv4-mapped one.
+func parseIP(text string) (netip.Addr, error) {
+	addr, err := netip.ParseAddr(text)
+	if err != nil {
+		return netip.Addr{}, &InputError{"ip", "is not an IP address"}
+	}
+	if addr.Zone() != "" {
+		return netip.Addr{}, &InputError{"ip", "has a zone"}
+	}
+	return addr.Unmap(), nil
+}
+
+func (f signedFields) region(e endpoint) (string, error) {
+	if e == unregister && (f.Region == nil || *f.Region == "") {
+		return "", nil
+	}
+	region, err := requiredText("region", f.Region)
+	if err == nil && strings.Contains(region, "|") {
+		return "", &InputError{"region", "has a | in it"}
+	}
+	return region, err
+}
+
+// timestampField returns the text that the signature covers, and its time.
+func timestampField(v jsontext.Value) (string, time.Time, error) {
+	var text string
+	switch v.Kind() {
+	case 0, 'n':
+		return "", time.Time{}, &InputError{"timestamp", "is required"}
+	case '0':
+		text = string(v)
+	case '"':
+		if err := json.Unmarshal(v, &text); err != nil {
+			return "", time.Time{}, &InputError{"timestamp", "is of the wrong type"}
+		}
+	default:
+		return "", time.Time{}, &InputError{"timestamp", "is of the wrong type"}
+	}
+	t, ok := parseTimestamp(text)
+	if !ok {
+		return "", time.Time{}, &InputError{"timestamp", "is none of: seconds since 1970 in 10 digits, milliseconds in 13, RFC 3339 with an offset"}
+	}
+	return text, t, nil
+}
+
+func signatureField(s *string) ([]byte, error) {
+	if s == nil || *s == "" {
+		return nil, &InputError{"signature", "is required"}
+	}
+	if len(*s) > maxSignature {
+		return nil, &InputError{"signature", "is too long"}
+	}
+	// The decoder would skip over line breaks.
+	if strings.ContainsAny(*s, "\r\n") {
+		return nil, &InputError{"signature", "has a line break in it"}
+	}
+	decoded, err := base64.StdEncoding.Strict().DecodeString(*s)
+	if err != nil {
+		return nil, &InputError{"signature", "is not base64 with padding"}
+	}
+	return decoded, nil
+}
+
+func (f registerFields) node(r request) (Node, error) {
+	n := Node{Org: r.org, IP: r.addr, Region: r.region}
+	var err error
+	if n.Version, err = requiredText("version", f.Version); err != nil {
+		return Node{}, err
+	}
+	if n.Status, err = requiredText("status", f.Status); err != nil {
+		return Node{}, err
+	}
+	if n.URL, err = optionalText("url", f.URL); err != nil {
+		return Node{}, err
+	}
+	if f.Provider != nil {
+		n.Provider = *f.Provider
+		switch n.Provider {
+		case "S3", "GCS", "AZURE", "AWS", "GCP":
+		default:
+			return Node{}, &InputError{"provider", "is none of S3, GCS, AZURE, AWS, GCP"}
+		}
+	}
+	if f.NodeServices != nil {
+		n.Services = *f.NodeServices
+		if n.Services < -maxServices || n.Services > maxServices {
+			return Node{}, &InputError{"nodeServices", "is out of range"}
+		}
+	}
+	return n, nil
+}
+
+func requiredText(field string, s *string) (string, error) {
+	if s == nil || *s == "" {
+		return "", &InputError{field, "is required"}
+	}
+	return optionalText(field, s)
+}
+
+func optionalText(field string, s *string) (string, error) {
+	if s == nil {
+		return "", nil
+	}
+	if len(*s) > maxText {
+		return "", &InputError{field, "is longer than 256 bytes"}
+	}
+	if strings.ContainsFunc(*s, hidden) {
+		return "", &InputError{field, "has a control character in it"}
+	}
+	return *s, nil
+}
+
+// hidden is true of characters that make a text look like another one.
+func hidden(c rune) bool {
+	return unicode.IsControl(c) || unicode.Is(unicode.Bidi_Control, c)
+}
+
+// messages returns every line that the request's signature may be over.
+func (r request) messages() []string {
+	lines := []string{r.ip + "|" + r.region + "|" + r.timestamp}
+	if r.endpoint == unregister && r.region == "" {
+		lines = append(lines, r.ip+"|"+r.timestamp)
+	}
+	for _, line := range lines {
+		lines = append(lines, line+"|"+r.org)
+	}
+	return lines
+}
+
+// presentable returns until when the line could be presented as fresh, before
+// any tolerance. That is its timestamp, but "ip|x|y" is read in two ways if the
+// organization's ID happens to be a number that reads as a timestamp: x and y
+// as region and timestamp, or (by unregister) as timestamp and organization.
+func (r request) presentable() time.Time {
+	latest := r.time
+	if _, numeric := parseTimestamp(r.org); !numeric {
+		return latest
+	}
+	for _, text := range []string{r.org, r.region} {
+		if t, ok := parseTimestamp(text); ok && t.After(latest) {
+			latest = t
+		}
+	}
+	return latest
+}
+
+// digest identifies the request by its endpoint and decoded fields. Each text
+// goes in with its length, so that no two requests have the same bytes.
+func (r request) digest() [32]byte {
+	h := sha256.New()
+	write := func(text string) {
+		h.Write(binary.BigEndian.AppendUint64(nil, uint64(len(text))))
+		h.Write([]byte(text))
+	}
+	n := r.node
+	for _, text := range []string{
+		string(r.endpoint), r.org, r.ip, r.region, r.timestamp, string(r.signature),
+		n.Version, n.Status, n.Provider, n.URL,
+	} {
+		write(text)
+	}
+	h.Write(binary.BigEndian.AppendUint64(nil, uint64(n.Services)))
+	return [32]byte(h.Sum(nil))
+}

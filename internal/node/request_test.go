@@ -1,0 +1,307 @@
+package node
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+var someSignature = base64.StdEncoding.EncodeToString(make([]byte, 256))
+
+// body returns a valid registration with the named fields changed; a nil removes one.
+func body(t testing.TB, changes map[string]any) []byte {
+	t.Helper()
+	fields := map[string]any{
+		"ip": "192.0.2.7", "region": "eu-west-1", "timestamp": "1700000000", "signature": someSignature,
+		"id_org": "acme", "version": "1.4.0", "status": "active",
+	}
+	for name, value := range changes {
+		if value == nil {
+			delete(fields, name)
+		} else {
+			fields[name] = value
+		}
+	}
+	text, err := json.Marshal(fields)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// raw is JSON that goes into a body as it is.
+func raw(text string) json.RawMessage { return json.RawMessage(text) }
+
+func TestAcceptedRegistrations(t *testing.T) {
+	for name, changes := range map[string]map[string]any{
+		"as deployed scripts send it":    {"provider": "AWS", "status": "running"},
+		"GCP":                            {"provider": "GCP"},
+		"every field":                    {"provider": "S3", "url": "https://n.example", "nodeServices": 7},
+		"org_id":                         {"id_org": nil, "org_id": "acme"},
+		"both organizations, the same":   {"org_id": "acme"},
+		"both, one null":                 {"org_id": raw("null")},
+		"unknown fields":                 {"x": []int{1}, "ID_ORG": 5},
+		"seconds as a number":            {"timestamp": raw("1700000000")},
+		"milliseconds as a number":       {"timestamp": raw("1700000000123")},
+		"milliseconds as a string":       {"timestamp": "1700000000123"},
+		"RFC 3339":                       {"timestamp": "2023-11-14T22:13:20Z"},
+		"RFC 3339, offset and fractions": {"timestamp": "2023-11-14T23:13:20.123456+01:00"},
+		"status in capitals":             {"status": "ONLINE"},
+		"text of other scripts":          {"region": "Zürich 東京"},
+		"256 bytes":                      {"region": strings.Repeat("r", 256)},
+		"optional fields null":           {"provider": raw("null"), "url": raw("null"), "nodeServices": raw("null")},
+	} {
+		if _, err := parse(register, body(t, changes)); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestRefusedRegistrations(t *testing.T) {
+	const (
+		required  = "is required"
+		wrongType = "is of the wrong type"
+		control   = "has a control character in it"
+		long      = "is longer than 256 bytes"
+		stampForm = "is none of: seconds since 1970 in 10 digits, milliseconds in 13, RFC 3339 with an offset"
+		noIP      = "is not an IP address"
+	)
+	type refusal struct {
+		name    string
+		changes map[string]any
+		want    InputError
+	}
+	cases := []refusal{
+		{"no organization", map[string]any{"id_org": nil}, InputError{"id_org", required}},
+		{"organizations differ", map[string]any{"org_id": "other"}, InputError{"id_org", "and org_id differ"}},
+		{"organizations differ, one empty", map[string]any{"org_id": ""}, InputError{"id_org", "and org_id differ"}},
+		{"malformed organization", map[string]any{"id_org": "a b"}, InputError{"id_org", "is not an organization ID"}},
+		{"unknown provider", map[string]any{"provider": "s3"}, InputError{"provider", "is none of S3, GCS, AZURE, AWS, GCP"}},
+		{"nodeServices as text", map[string]any{"nodeServices": "1"}, InputError{"nodeServices", wrongType}},
+		{"nodeServices with a fraction", map[string]any{"nodeServices": 1.5}, InputError{"nodeServices", wrongType}},
+		{"nodeServices beyond JavaScript", map[string]any{"nodeServices": raw("9007199254740992")}, InputError{"nodeServices", "is out of range"}},
+		{"url too long", map[string]any{"url": strings.Repeat("u", 257)}, InputError{"url", long}},
+
+		{"ip with a port", map[string]any{"ip": "192.0.2.7:80"}, InputError{"ip", noIP}},
+		{"ip with leading zeros", map[string]any{"ip": "192.0.02.7"}, InputError{"ip", noIP}},
+		{"ip with a separator", map[string]any{"ip": "192.0.2.7|x"}, InputError{"ip", noIP}},
+		{"host name", map[string]any{"ip": "node.example"}, InputError{"ip", noIP}},
+		{"zone", map[string]any{"ip": "fe80::1%eth0"}, InputError{"ip", "has a zone"}},
+		{"region with a separator", map[string]any{"region": "eu|1"}, InputError{"region", "has a | in it"}},
+
+		{"9 digits", map[string]any{"timestamp": "170000000"}, InputError{"timestamp", stampForm}},
+		{"11 digits", map[string]any{"timestamp": "17000000000"}, InputError{"timestamp", stampForm}},
+		{"exponent", map[string]any{"timestamp": raw("1.7e9")}, InputError{"timestamp", stampForm}},
+		{"fraction", map[string]any{"timestamp": raw("1700000000.0")}, InputError{"timestamp", stampForm}},
+		{"minus", map[string]any{"timestamp": raw("-1700000000")}, InputError{"timestamp", stampForm}},
+		{"RFC 3339 without an offset", map[string]any{"timestamp": "2023-11-14T22:13:20"}, InputError{"timestamp", stampForm}},
+		{"timestamp null", map[string]any{"timestamp": raw("null")}, InputError{"timestamp", required}},
+		{"timestamp true", map[string]any{"timestamp": true}, InputError{"timestamp", wrongType}},
+
+		{"signature without padding", map[string]any{"signature": strings.TrimRight(someSignature, "=")}, InputError{"signature", "is not base64 with padding"}},
+		{"signature in url-safe base64", map[string]any{"signature": "_-" + someSignature[2:]}, InputError{"signature", "is not base64 with padding"}},
+		{"signature with loose bits", map[string]any{"signature": "AB=="}, InputError{"signature", "is not base64 with padding"}},
+		{"signature with a line break", map[string]any{"signature": someSignature + "\n"}, InputError{"signature", "has a line break in it"}},
+		{"signature of 1 MB", map[string]any{"signature": strings.Repeat("A", 1<<20)}, InputError{"signature", "is too long"}},
+	}
+	for _, field := range []string{"ip", "region", "timestamp", "signature", "version", "status"} {
+		cases = append(cases, refusal{"no " + field, map[string]any{field: nil}, InputError{field, required}})
+	}
+	for _, field := range []string{"ip", "region", "signature", "id_org", "org_id", "version", "status", "provider", "url"} {
+		for kind, value := range map[string]any{"number": 1, "array": []int{}, "object": map[string]int{}, "true": true} {
+			cases = append(cases, refusal{field + " as " + kind, map[string]any{field: value}, InputError{field, wrongType}})
+		}
+	}
+	for _, field := range []string{"region", "version", "status", "url"} {
+		for kind, char := range map[string]string{
+			"NUL": "\x00", "line feed": "\n", "delete": "\x7f", "C1": "\u0085",
+			"right-to-left override": "\u202e", "isolate": "\u2066", "mark": "\u200f",
+		} {
+			cases = append(cases, refusal{field + " with " + kind, map[string]any{field: "a" + char + "b"}, InputError{field, control}})
+		}
+		cases = append(cases, refusal{field + " of 1 MB", map[string]any{field: strings.Repeat("a", 1<<20)}, InputError{field, long}})
+	}
+	for _, c := range cases {
+		refused(t, c.name, body(t, c.changes), c.want)
+	}
+}
+
+func refused(t *testing.T, name string, text []byte, want InputError) {
+	t.Helper()
+	_, err := parse(register, text)
+	got, ok := errors.AsType[*InputError](err)
+	if !ok || *got != want {
+		t.Errorf("%s: got %v, want %v", name, err, &want)
+	}
+}
+
+func TestRefusedBodies(t *testing.T) {
+	good := string(body(t, nil))
+	twice := InputError{"", "the body has a name twice"}
+	notJSON := InputError{"", "the body is not one JSON object in UTF-8"}
+	for name, c := range map[string]struct {
+		text string
+		want InputError
+	}{
+		"duplicate name":           {strings.Replace(good, `{`, `{"ip":"192.0.2.8",`, 1), twice},
+		"duplicate by escaping":    {strings.Replace(good, `{`, `{"\u0069p":"192.0.2.8",`, 1), twice},
+		"duplicate unknown name":   {strings.Replace(good, `{`, `{"x":1,"x":1,`, 1), twice},
+		"duplicate in the unknown": {strings.Replace(good, `{`, `{"x":{"y":1,"y":1},`, 1), twice},
+		"names in capitals":        {strings.ReplaceAll(good, `"ip"`, `"IP"`), InputError{"ip", "is required"}},
+		"trailing data":            {good + "{}", notJSON},
+		"invalid UTF-8":            {strings.Replace(good, "eu-west-1", "eu\xff", 1), notJSON},
+		"lone surrogate":           {strings.Replace(good, "eu-west-1", `\ud800`, 1), notJSON},
+		"byte order mark":          {"\ufeff" + good, notJSON},
+		"empty":                    {"", notJSON},
+		"array":                    {"[" + good + "]", notJSON},
+		"text":                     {`"text"`, notJSON},
+		"null":                     {"null", InputError{"id_org", "is required"}},
+		"cut off":                  {good[:len(good)-1], notJSON},
+		"deeply nested":            {strings.Replace(good, `{`, `{"x":`+strings.Repeat("[", 60000)+",", 1), notJSON},
+		"form":                     {"ip=192.0.2.7", notJSON},
+	} {
+		refused(t, name, []byte(c.text), c.want)
+	}
+}
+
+// What an endpoint has no use for is unknown to it.
+func TestSecretsAndUnregisterIgnoreTheFieldsOfRegister(t *testing.T) {
+	for _, e := range []endpoint{unregister, fetch} {
+		if _, err := parse(e, body(t, map[string]any{"version": nil, "status": 5, "provider": "?"})); err != nil {
+			t.Errorf("%s: %v", e, err)
+		}
+	}
+}
+
+func TestOneNodeForAllFormsOfItsAddress(t *testing.T) {
+	for want, forms := range map[string][]string{
+		"192.0.2.7":   {"192.0.2.7", "::ffff:192.0.2.7", "::FFFF:c000:207", "0:0:0:0:0:ffff:192.0.2.7"},
+		"2001:db8::1": {"2001:db8::1", "2001:DB8:0:0:0:0:0:1", "2001:0db8::0001", "2001:db8::0.0.0.1"},
+	} {
+		for _, form := range forms {
+			r, err := parse(register, body(t, map[string]any{"ip": form}))
+			if err != nil || r.node.IP.String() != want || r.ip != form {
+				t.Errorf("%s: node %s, signed text %s, %v", form, r.node.IP, r.ip, err)
+			}
+		}
+	}
+}
+
+func TestLinesThatASignatureMayBeOver(t *testing.T) {
+	with, without := map[string]any{"timestamp": raw("1700000000")}, map[string]any{"region": nil}
+	for _, c := range []struct {
+		endpoint endpoint
+		changes  map[string]any
+		want     string
+	}{
+		{register, with, "192.0.2.7|eu-west-1|1700000000 192.0.2.7|eu-west-1|1700000000|acme"},
+		{fetch, with, "192.0.2.7|eu-west-1|1700000000 192.0.2.7|eu-west-1|1700000000|acme"},
+		{unregister, with, "192.0.2.7|eu-west-1|1700000000 192.0.2.7|eu-west-1|1700000000|acme"},
+		{unregister, without, "192.0.2.7||1700000000 192.0.2.7|1700000000 192.0.2.7||1700000000|acme 192.0.2.7|1700000000|acme"},
+	} {
+		r, err := parse(c.endpoint, body(t, c.changes))
+		if got := strings.Join(r.messages(), " "); err != nil || got != c.want {
+			t.Errorf("%s %v: %q, %v", c.endpoint, c.changes, got, err)
+		}
+	}
+	for _, e := range []endpoint{register, fetch} {
+		if _, err := parse(e, body(t, without)); err == nil {
+			t.Errorf("%s without a region", e)
+		}
+	}
+}
+
+// The same bytes could be read as region and timestamp by register and as
+// timestamp and organization by unregister, at a later time.
+func TestUseIsKeptForEveryReadingOfTheLine(t *testing.T) {
+	later := "1700000290"
+	r, err := parse(unregister, body(t, map[string]any{"id_org": later, "region": nil}))
+	if err != nil || !r.presentable().Equal(time.Unix(1700000290, 0)) {
+		t.Errorf("organization that reads as a timestamp: kept until %s, %v", r.presentable(), err)
+	}
+	r, err = parse(register, body(t, map[string]any{"id_org": "1700000000", "region": later}))
+	if err != nil || !r.presentable().Equal(time.Unix(1700000290, 0)) {
+		t.Errorf("region that reads as a timestamp: kept until %s, %v", r.presentable(), err)
+	}
+	r, err = parse(register, body(t, map[string]any{"region": later}))
+	if err != nil || !r.presentable().Equal(time.Unix(1700000000, 0)) {
+		t.Errorf("only one reading: kept until %s, %v", r.presentable(), err)
+	}
+}
+
+func TestEveryDecodedFieldMakesAnotherRequest(t *testing.T) {
+	digest := func(e endpoint, changes map[string]any) [32]byte {
+		r, err := parse(e, body(t, changes))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.digest()
+	}
+	first := digest(register, nil)
+	if digest(register, map[string]any{"unknown": 1, "org_id": "acme"}) != first {
+		t.Error("what is ignored makes another request")
+	}
+	seen := map[[32]byte]string{first: "the first"}
+	for name, changes := range map[string]map[string]any{
+		"ip form": {"ip": "::ffff:192.0.2.7"}, "region": {"region": "x"}, "timestamp": {"timestamp": "1700000001"},
+		"version": {"version": "x"}, "status": {"status": "x"}, "url": {"url": "x"}, "provider": {"provider": "S3"},
+		"services": {"nodeServices": 1}, "organization": {"id_org": "x"}, "boundary": {"version": "1.4.0a", "status": "ctive"},
+	} {
+		d := digest(register, changes)
+		if other, ok := seen[d]; ok {
+			t.Errorf("%s is the same request as %s", name, other)
+		}
+		seen[d] = name
+	}
+	if digest(unregister, nil) == digest(fetch, nil) {
+		t.Error("two endpoints, one request")
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add(body(f, nil))
+	f.Add(body(f, map[string]any{"timestamp": raw("1700000000123"), "nodeServices": 3, "provider": "AWS", "url": "u"}))
+	f.Add([]byte(`{"ip":"::1","timestamp":"2023-11-14T22:13:20Z","signature":"AA==","org_id":"a"}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		for _, e := range []endpoint{register, unregister, fetch} {
+			r, err := parse(e, text)
+			if err != nil {
+				if _, ok := errors.AsType[*InputError](err); !ok {
+					t.Errorf("%s: not for the sender: %v", e, err)
+				}
+				continue
+			}
+			if r.addr.Zone() != "" || r.addr.Is4In6() || !r.addr.IsValid() {
+				t.Errorf("address %s", r.addr)
+			}
+			if strings.ContainsAny(r.ip+r.region, "|") || strings.ContainsFunc(r.ip+r.region+r.timestamp, hidden) {
+				t.Errorf("line of %q, %q, %q", r.ip, r.region, r.timestamp)
+			}
+		}
+	})
+}
+
+// A timestamp in digits is the same time as those digits say, and no other text passes for one.
+func FuzzTimestamp(f *testing.F) {
+	for _, text := range []string{"1700000000", "1700000000123", "2023-11-14T22:13:20Z", "2023-11-14t22:13:20.5-23:59", "2023-02-30T00:00:00Z"} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		got, ok := parseTimestamp(text)
+		if !ok {
+			return
+		}
+		if strings.ContainsFunc(text, func(c rune) bool { return !strings.ContainsRune("0123456789TtZz:+-.", c) }) {
+			t.Fatalf("%q passes", text)
+		}
+		if n, err := strconv.ParseInt(text, 10, 64); err == nil {
+			if (len(text) == 10 && got.Unix() != n) || (len(text) == 13 && got.UnixMilli() != n) {
+				t.Errorf("%q is %s", text, got)
+			}
+		}
+	})
+}

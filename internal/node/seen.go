@@ -1,0 +1,83 @@
+package node
+
+import (
+	"context"
+	"sync"
+	"time"
+)
+
+const (
+	forgetBatch = 500             // expired uses a transaction
+	lastFlush   = 5 * time.Second // for what was seen when the service ends
+)
+
+// seen collects when keys were last used and nodes last seen, so that this
+// costs one statement an interval and not one write a request. A crash loses
+// an interval's worth, which is why the audit log and not this is evidence.
+type seen struct {
+	mu    sync.Mutex
+	keys  map[string]time.Time
+	nodes map[Ref]time.Time
+}
+
+func newSeen() *seen {
+	return &seen{keys: map[string]time.Time{}, nodes: map[Ref]time.Time{}}
+}
+
+func (s *seen) note(key string, node Ref, at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keys[key] = at
+	s.nodes[node] = at
+}
+
+// take returns what was collected and starts again.
+func (s *seen) take() (map[string]time.Time, map[Ref]time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	keys, nodes := s.keys, s.nodes
+	s.keys, s.nodes = map[string]time.Time{}, map[Ref]time.Time{}
+	return keys, nodes
+}
+
+// Keep writes down, every interval until ctx ends and then once more, when
+// keys and nodes were last seen, and forgets uses of signatures that nobody
+// can present any more. Several replicas may do so at once.
+func (s *Service) Keep(ctx context.Context, interval time.Duration) error {
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastFlush)
+			defer cancel()
+			s.flush(ctx)
+			return nil
+		case <-ticker.C:
+			s.flush(ctx)
+			s.forget(ctx)
+		}
+	}
+}
+
+func (s *Service) flush(ctx context.Context) {
+	keys, nodes := s.seen.take()
+	if len(keys) == 0 {
+		return
+	}
+	if err := s.Store.Seen(ctx, keys, nodes); err != nil {
+		s.Log.Warn("last uses of keys and sights of nodes are not written down", "keys", len(keys), "nodes", len(nodes), "error", err)
+	}
+}
+
+func (s *Service) forget(ctx context.Context) {
+	for {
+		n, err := s.Store.ForgetUses(ctx, s.Now(), forgetBatch)
+		if err != nil && ctx.Err() == nil {
+			s.Log.Warn("expired uses of signatures are not removed", "error", err)
+		}
+		if err != nil || n < forgetBatch {
+			return
+		}
+	}
+}

@@ -1,0 +1,209 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// margin is how much longer than the window a use of a signature is kept:
+// replicas whose clocks differ by less agree on what is a replay.
+const margin = 60 * time.Second
+
+// Config is what a Service is made of. Every field but Now is required.
+type Config struct {
+	Store  Store
+	Sealer orgkey.Sealer
+	gate.Gate
+
+	Window        time.Duration    // how far a timestamp may be from the present, either way
+	AuditDeadline time.Duration    // how long secrets wait for the audit sinks
+	Now           func() time.Time // the clock; time.Now if nil
+}
+
+// Service is the use cases of bridge nodes. Each leaves an audit event if
+// the signature was good, whatever the outcome.
+type Service struct {
+	Config
+	verifier *verifier
+	seen     *seen
+}
+
+// New returns a Service, or an error that says what is wrong with c.
+func New(c Config) (*Service, error) {
+	if c.Window <= 0 || c.AuditDeadline <= 0 {
+		return nil, fmt.Errorf("timestamp window %s, audit deadline %s: out of range", c.Window, c.AuditDeadline)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	v, err := newVerifier(c.Store, c.Sealer, c.Now)
+	if err != nil {
+		return nil, err
+	}
+	return &Service{Config: c, verifier: v, seen: newSeen()}, nil
+}
+
+// signed is a request whose signature is good and that the policy lets through.
+type signed struct {
+	request
+	proof
+	pass gate.Pass
+}
+
+// admit parses and verifies a body, and asks the policy.
+func (s *Service) admit(ctx context.Context, from Origin, e endpoint, action authz.Action, body []byte) (signed, error) {
+	r, err := parse(e, body)
+	if err != nil {
+		return signed{}, err
+	}
+	if age := s.Now().Sub(r.time); age > s.Window || age < -s.Window {
+		return signed{}, ErrStale
+	}
+	p, err := s.verifier.verify(ctx, from.Address, r)
+	if err != nil {
+		return signed{}, err
+	}
+	call := gate.Call{
+		Caller:  authz.Caller{Kind: authz.Node, Subject: p.key, Org: r.org},
+		Request: from.Request, Address: from.Address,
+	}
+	pass, err := s.Decide(ctx, call, action, r.org)
+	return signed{r, p, pass}, err
+}
+
+func (s *Service) use(r signed) Use {
+	return Use{
+		Org: r.org, Key: r.key, Message: r.message, Request: r.digest(),
+		Until: r.presentable().Add(s.Window + margin),
+	}
+}
+
+// event is about the node that r claims to be, at the address that it claims.
+func (r signed) event(t audit.Type, id string, c Change) audit.Event {
+	e := r.pass.Event(t)
+	e.Object, e.Reason = id, string(c)
+	e.Detail = map[string]string{"ip": r.addr.String()}
+	return e
+}
+
+// Register makes the node that the body describes one of its organization's,
+// or brings its record up to date.
+func (s *Service) Register(ctx context.Context, from Origin, body []byte) error {
+	r, err := s.admit(ctx, from, register, authz.RegisterNode, body)
+	if err != nil {
+		return err
+	}
+	n := r.node
+	n.ID = uuid.NewString()
+	err = s.Store.Register(ctx, s.use(r), n, func(id string, c Change) audit.Event {
+		return r.event(audit.NodeRegistered, id, c)
+	})
+	return s.concluded(ctx, r, err)
+}
+
+// Unregister deletes the node that the body names.
+func (s *Service) Unregister(ctx context.Context, from Origin, body []byte) error {
+	r, err := s.admit(ctx, from, unregister, authz.UnregisterNode, body)
+	if err != nil {
+		return err
+	}
+	err = s.Store.Unregister(ctx, s.use(r), r.addr, func(id string, c Change) audit.Event {
+		return r.event(audit.NodeUnregistered, id, c)
+	})
+	return s.concluded(ctx, r, err)
+}
+
+// concluded notes what was seen, and records that an authenticated request
+// came to nothing.
+func (s *Service) concluded(ctx context.Context, r signed, err error) error {
+	switch {
+	case err == nil:
+		s.seen.note(r.key, Ref{r.org, r.addr}, s.Now())
+		return nil
+	case errors.Is(err, ErrKeyGone):
+		return ErrSignature
+	case errors.Is(err, ErrReused):
+		return s.Failed(ctx, r.pass, audit.RequestFailed, "signature_reused", err)
+	case errors.Is(err, ErrNodeNotFound):
+		return s.Failed(ctx, r.pass, audit.RequestFailed, "not_found", err)
+	default:
+		return s.Failed(ctx, r.pass, audit.RequestFailed, "unavailable", err)
+	}
+}
+
+// Envelope is a boot secret, sealed to the key that asked for it.
+type Envelope struct {
+	Name string
+	Text []byte // JSON; see package envelope
+}
+
+// Secrets returns the boot secrets of the organization that the body names.
+// None is returned before its event is acknowledged by every required sink.
+func (s *Service) Secrets(ctx context.Context, from Origin, body []byte) ([]Envelope, error) {
+	r, err := s.admit(ctx, from, fetch, authz.FetchSecrets, body)
+	if err != nil {
+		return nil, err
+	}
+	var event audit.Event
+	sealed, err := s.Store.Secrets(ctx, r.org, r.key, func(names []string) audit.Event {
+		event = r.event(audit.SecretsFetched, "", "")
+		event.Detail["secrets"] = strings.Join(names, ",")
+		return event
+	})
+	if err := s.concluded(ctx, r, err); err != nil {
+		return nil, err
+	}
+	envelopes, err := s.envelop(ctx, r, sealed)
+	if err != nil {
+		return nil, s.Failed(ctx, r.pass, audit.RequestFailed, "unavailable", err)
+	}
+	acknowledged, cancel := context.WithTimeout(ctx, s.AuditDeadline)
+	defer cancel()
+	if err := s.Trail.Acknowledged(acknowledged, event.ID); err != nil {
+		return nil, fmt.Errorf("%w: %w", gate.ErrAudit, err)
+	}
+	return envelopes, nil
+}
+
+func (s *Service) envelop(ctx context.Context, r signed, stored []SealedSecret) ([]Envelope, error) {
+	if len(stored) == 0 {
+		return nil, nil
+	}
+	sealed := make([]orgkey.Sealed, len(stored))
+	for i, secret := range stored {
+		sealed[i] = orgkey.Sealed{Binding: secretBinding(r.org, secret.Name), Ciphertext: secret.Sealed}
+	}
+	opened, err := s.Sealer.Open(ctx, sealed)
+	if err != nil {
+		return nil, fmt.Errorf("opening secrets: %w", err)
+	}
+	defer func() {
+		for _, secret := range opened {
+			clear(secret)
+		}
+	}()
+	envelopes := make([]Envelope, len(stored))
+	for i, secret := range opened {
+		text, err := envelope.Seal(r.public, secret)
+		if err != nil {
+			return nil, fmt.Errorf("sealing secret %s to key %s: %w", stored[i].Name, r.key, err)
+		}
+		envelopes[i] = Envelope{stored[i].Name, text}
+	}
+	return envelopes, nil
+}
+
+func secretBinding(org, name string) orgkey.Binding {
+	return orgkey.Binding{Purpose: orgkey.BootSecret, Org: org, ID: name}
+}
