@@ -77,7 +77,7 @@ func (k *Keystore) Create(ctx context.Context, name string) (orgkey.BackendKey, 
 func freshKey(answer response, callTimeout time.Duration) (*rsa.PublicKey, error) {
 	k, err := data[transitKey](answer.body)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", ErrNotFresh, err) // as a symmetric key has it
 	}
 	first := k.Keys["1"]
 	switch {

@@ -1,0 +1,23 @@
+package vault
+
+import (
+	"crypto/rsa"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+)
+
+// What the tests need to see from outside.
+var (
+	Granted = granted
+	Denied  = denied
+)
+
+func (c *Client) Token() string    { return c.current.Load().token }
+func (c *Client) API() *api.Client { return c.current.Load().api }
+
+func FreshKey(body []byte, date time.Time, callTimeout time.Duration) (*rsa.PublicKey, error) {
+	return freshKey(response{body, date}, callTimeout)
+}
+
+var PrivateKey = privateKey

@@ -1,0 +1,86 @@
+# What the orgkeys service may do in Vault. Loaded as "orgkeys-service" by
+# vault/setup; the service compares its token with this at every start.
+
+# Keys in the making. Creating needs only "update": Transit has no existence
+# check there. "read" is how the service confirms that a key is gone; it shows
+# public halves.
+path "orgkeys/keys/+" {
+  capabilities       = ["read", "update", "delete"]
+  allowed_parameters = {
+    "type"       = ["rsa-2048"]
+    "exportable" = [true]
+  }
+}
+
+path "orgkeys/keys/+/config" {
+  capabilities       = ["update"]
+  allowed_parameters = {
+    "deletion_allowed" = [true]
+  }
+}
+
+path "orgkeys/export/encryption-key/+/1" {
+  capabilities = ["read"]
+}
+
+# Sealing. Not "create": with it, Transit would make a missing key silently.
+path "orgkeys-seal/encrypt/seal" {
+  capabilities = ["update"]
+}
+
+path "orgkeys-seal/decrypt/seal" {
+  capabilities = ["update"]
+}
+
+path "orgkeys-seal/rewrap/seal" {
+  capabilities = ["update"]
+}
+
+path "orgkeys-seal/keys/seal" {
+  capabilities = ["read"]
+}
+
+# The audit trail: signed receipts, and the newest checkpoint, which can be
+# overwritten but not deleted.
+path "orgkeys-audit/sign/receipt" {
+  capabilities = ["update"]
+}
+
+path "orgkeys-audit/keys/receipt" {
+  capabilities = ["read"]
+}
+
+path "orgkeys-state/data/checkpoint" {
+  capabilities = ["create", "read", "update"]
+}
+
+# Checks at start. Listing the audit devices needs sudo; this one path is all
+# it is given for, and devices live below it, at sys/audit/NAME.
+path "sys/audit" {
+  capabilities = ["read", "sudo"]
+}
+
+path "sys/mounts/orgkeys-audit/tune" {
+  capabilities = ["read"]
+}
+
+path "sys/mounts/orgkeys-state/tune" {
+  capabilities = ["read"]
+}
+
+path "sys/capabilities-self" {
+  capabilities = ["update"]
+}
+
+# Its own token. The role leaves the default policy out, which has these.
+path "auth/token/lookup-self" {
+  capabilities = ["read"]
+}
+
+path "auth/token/renew-self" {
+  capabilities = ["update"]
+}
+
+path "auth/token/revoke-self" {
+  capabilities = ["update"]
+}
