@@ -41,7 +41,6 @@ default decision := {"allow": false, "reason": "malformed_request", "scope": ""}
 # rules and objects stay unknown.
 decision := {"allow": true, "reason": "allowed", "scope": scope} if {
 	well_formed
-	known_action
 	own_organization
 } else := {"allow": false, "reason": "insufficient_role", "scope": ""} if {
 	well_formed
