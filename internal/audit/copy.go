@@ -90,25 +90,15 @@ func (c *Copy) addLeaf(index int64, h tlog.Hash) error {
 	return nil
 }
 
-// addRollback forgets what the copy holds beyond the point that an operator
-// accepted: those events are not in the log any more.
+// addRollback forgets what the copy holds so far: an operator accepted that the
+// log was set back, and the sink has got it anew from its first event.
 func (c *Copy) addRollback(r Rollback) error {
-	to, err := ParseCheckpoint(r.To)
-	if err != nil {
-		return err
-	}
-	c.Rollbacks = append(c.Rollbacks, r)
-	if keep := to.Size - c.first; keep < int64(len(c.leaves)) {
-		c.leaves = c.leaves[:max(0, keep)]
-	}
-	c.last = 0
-	for size := range c.points {
-		if size > to.Size {
-			delete(c.points, size)
-			continue
+	for _, text := range []string{r.From, r.To} {
+		if _, err := ParseCheckpoint(text); err != nil {
+			return err
 		}
-		c.last = max(c.last, size)
 	}
+	*c = Copy{Rollbacks: append(c.Rollbacks, r)}
 	return nil
 }
 

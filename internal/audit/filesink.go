@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"sync"
 
+	"golang.org/x/mod/sumdb/tlog"
+
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 )
@@ -22,8 +24,9 @@ type line struct {
 	Rollback   *Rollback      `json:"rollback,omitempty"`
 }
 
-// Rollback is an operator's word that the log was set back on purpose: what
-// the sink holds beyond To is not in the log any more.
+// Rollback is an operator's word that the log was set back on purpose. The sink
+// is given the whole log anew behind it; what stands before is history that the
+// log may have lost.
 type Rollback struct {
 	From   string `json:"from"` // the checkpoint that the sink held
 	To     string `json:"to"`   // the log's checkpoint when it was accepted
@@ -80,21 +83,29 @@ func (s *FileSink) Checkpoint(_ context.Context, c Checkpoint) error {
 	return s.write(append(last, '\n'))
 }
 
-// AcceptRollback notes that the log goes on from another checkpoint than the
-// file's last.
+// AcceptRollback notes that the log was set back, and starts over.
 func (s *FileSink) AcceptRollback(r Rollback) error {
-	b, err := json.Marshal(line{Rollback: &r})
+	to, err := ParseCheckpoint(r.To)
 	if err != nil {
 		return err
 	}
-	to, err := json.Marshal(line{Checkpoint: r.To})
+	empty, err := tlog.TreeHash(0, nil)
 	if err != nil {
 		return err
+	}
+	start := Checkpoint{Origin: to.Origin, Root: empty}
+	var b []byte
+	for _, l := range []line{{Rollback: &r}, {Checkpoint: start.Text()}} {
+		text, err := json.Marshal(l)
+		if err != nil {
+			return err
+		}
+		b = append(append(b, text...), '\n')
 	}
 	if _, err := s.Last(context.Background()); err != nil {
 		return err
 	}
-	return s.write(append(append(append(b, '\n'), to...), '\n'))
+	return s.write(b)
 }
 
 // write writes the waiting lines and then b.

@@ -251,6 +251,9 @@ func (c *Config) checkStorage() error {
 	if c.DatabaseURL != "" && c.RedisURL == "" {
 		return errors.New("with ORGKEYS_DATABASE_URL several replicas may share the database, so ORGKEYS_REDIS_URL must be given too")
 	}
+	if c.PKCS11Module != "" && c.PINFile == "" && c.Keystore == KeystorePKCS11 {
+		return errors.New("ORGKEYS_PKCS11_MODULE needs ORGKEYS_PKCS11_PIN_FILE: only SoftHSM's own default token is set up by itself")
+	}
 	if c.DatabaseURL == "" && c.RedisURL != "" {
 		return errors.New("ORGKEYS_REDIS_URL is for several replicas, which share a database: give ORGKEYS_DATABASE_URL too")
 	}

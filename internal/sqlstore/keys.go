@@ -180,13 +180,16 @@ func (d *DB) Withdraw(ctx context.Context, id string, event audit.Event) error {
 		if err != nil || n == 0 {
 			return err
 		}
+		if err := dissociate(ctx, tx, id); err != nil {
+			return err
+		}
 		return d.record(ctx, tx, event)
 	})
 }
 
 // Keys implements orgkey.Store.
 func (d *DB) Keys(ctx context.Context, org string) ([]orgkey.Record, error) {
-	return query(ctx, d.read, func(scan func(...any) error) (orgkey.Record, error) {
+	records, err := query(ctx, d.read, func(scan func(...any) error) (orgkey.Record, error) {
 		r := orgkey.Record{Org: org}
 		var created, delivered, used sql.NullInt64
 		err := scan(&r.ID, &r.Sealed, &created, &delivered, &used)
@@ -194,6 +197,10 @@ func (d *DB) Keys(ctx context.Context, org string) ([]orgkey.Record, error) {
 		return r, err
 	}, `SELECT id, sealed, created_at, delivered_at, last_used_at FROM org_keys
 		WHERE org_id = $1 AND slot IS NOT NULL AND state = 'released' ORDER BY created_at DESC, id`, org)
+	if err != nil || len(records) == 0 {
+		return records, err
+	}
+	return records, d.nodeKeys(ctx, org, records)
 }
 
 // DeleteKey implements orgkey.Store.
@@ -209,6 +216,9 @@ func (d *DB) DeleteKey(ctx context.Context, org, id string, event audit.Event) e
 		}
 		if n == 0 {
 			return orgkey.ErrNotFound
+		}
+		if err := dissociate(ctx, tx, id); err != nil {
+			return err
 		}
 		return d.record(ctx, tx, event)
 	})
@@ -237,6 +247,9 @@ func (d *DB) DeleteKeys(ctx context.Context, org string, request audit.Event, ea
 		events := []audit.Event{request}
 		for _, k := range live {
 			if _, err := exec(ctx, tx, endKey, k.id, now); err != nil {
+				return err
+			}
+			if err := dissociate(ctx, tx, k.id); err != nil {
 				return err
 			}
 			if k.state == "released" {

@@ -1,0 +1,63 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// dataDir is the directory that belongs to one process at a time.
+type dataDir struct {
+	path string
+	lock *os.File
+}
+
+var errLocked = errors.New("another orgkeys process uses this data directory: stop it, or set ORGKEYS_DATA_DIR to another one")
+
+// openDataDir creates the directory 0700 if it is missing, refuses one that
+// others may enter, and locks it until close or the process's end.
+func openDataDir(path string) (*dataDir, error) {
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return nil, fmt.Errorf("making the data directory: %w", err)
+	}
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("others may enter the data directory %s (mode %04o): chmod 700 %s", path, info.Mode().Perm(), path)
+	}
+	lock, err := os.OpenFile(filepath.Join(path, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = fmt.Errorf("%s: %w", path, errLocked)
+		}
+		return nil, errors.Join(err, lock.Close())
+	}
+	return &dataDir{path, lock}, nil
+}
+
+func (d *dataDir) join(name string) string { return filepath.Join(d.path, name) }
+
+func (d *dataDir) close() error { return d.lock.Close() }
+
+// hideMemory keeps private keys out of core dumps and away from other
+// processes of the same user.
+func hideMemory() error {
+	syscall.Umask(0o077)
+	return errors.Join(
+		unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}),
+		unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0),
+	)
+}

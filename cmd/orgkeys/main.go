@@ -1,0 +1,102 @@
+// Command orgkeys serves an organization's keys, and holds the operator's
+// commands around that.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/orgkeys/orgkeys/internal/config"
+)
+
+func main() {
+	os.Exit(run(os.Args[1:]))
+}
+
+// exitError is an error that asks for an exit code other than 1.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string { return e.err.Error() }
+func (e *exitError) Unwrap() error { return e.err }
+
+func run(args []string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	// The first signal asks for an orderly end; a second one, by then with its
+	// default action again, ends the process at once.
+	context.AfterFunc(ctx, stop)
+
+	cmd := newCommand()
+	cmd.SetArgs(args)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintln(os.Stderr, "orgkeys:", err)
+	var exit *exitError
+	if errors.As(err, &exit) {
+		return exit.code
+	}
+	return 1
+}
+
+func newCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "orgkeys",
+		Short: "Organization keys, made in Vault or an HSM and handed out once",
+		Long: `orgkeys makes an organization's RSA keys inside HashiCorp Vault or a PKCS#11
+HSM, hands each private key out exactly once, keeps the public key only
+encrypted, and leaves an audit trail that proves what happened.
+
+Settings are environment variables; "orgkeys serve --help" lists them all.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.CompletionOptions.DisableDefaultCmd = true
+	root.PersistentFlags().String("config", "", "file of NAME=VALUE lines with settings; the environment comes first")
+	root.AddCommand(newServe(), newToken(), newAudit(), newMigrate(), newVersion())
+	return root
+}
+
+// load reads the settings for a command.
+func load(cmd *cobra.Command) (config.Config, error) {
+	file, err := cmd.Flags().GetString("config")
+	if err != nil {
+		return config.Config{}, err
+	}
+	return config.Load(os.Environ(), file)
+}
+
+func newVersion() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version and how the binary was built",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), version())
+			return err
+		},
+	}
+}
+
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "orgkeys (unknown build)"
+	}
+	setting := map[string]string{}
+	for _, s := range info.Settings {
+		setting[s.Key] = s.Value
+	}
+	return fmt.Sprintf("orgkeys %s %s cgo=%s %s", info.Main.Version, setting["vcs.revision"], setting["CGO_ENABLED"], info.GoVersion)
+}

@@ -1,0 +1,375 @@
+package sqlstore
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+var _ node.Store = (*DB)(nil)
+
+// seenBatch is how many rows a statement of Seen moves forward.
+const seenBatch = 1000
+
+const liveKeys = "FROM org_keys WHERE org_id = $1 AND slot IS NOT NULL AND state = 'released'"
+
+// LiveKeys implements node.Store.
+func (d *DB) LiveKeys(ctx context.Context, org string, limit int) ([]node.SealedKey, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (k node.SealedKey, err error) {
+		err = scan(&k.ID, &k.Sealed)
+		return k, err
+	}, "SELECT id, sealed "+liveKeys+" ORDER BY created_at DESC, id LIMIT $2", org, limit)
+}
+
+// checkLive reports node.ErrKeyGone unless key is a released one of org.
+func checkLive(ctx context.Context, tx *sql.Tx, org, key string) error {
+	live, err := query(ctx, tx, scanInt, "SELECT 1 "+liveKeys+" AND id = $2", org, key)
+	if err == nil && len(live) == 0 {
+		return node.ErrKeyGone
+	}
+	return err
+}
+
+// use records the use of a signature and reports whether it is the first. A
+// key that is not live gets no use recorded, in the same statement.
+func use(ctx context.Context, tx *sql.Tx, u node.Use) (first bool, err error) {
+	n, err := exec(ctx, tx, `INSERT INTO signature_uses (key_id, message, request, until)
+		SELECT id, $3, $4, $5 `+liveKeys+` AND id = $2 ON CONFLICT DO NOTHING`,
+		u.Org, u.Key, u.Message[:], u.Request[:], u.Until.UnixMicro())
+	if err != nil || n == 1 {
+		return n == 1, err
+	}
+	if err := checkLive(ctx, tx, u.Org, u.Key); err != nil {
+		return false, err
+	}
+	var earlier []byte
+	err = tx.QueryRowContext(ctx, "SELECT request FROM signature_uses WHERE key_id = $1 AND message = $2", u.Key, u.Message[:]).Scan(&earlier)
+	if err != nil {
+		return false, unavailable(err)
+	}
+	if !bytes.Equal(earlier, u.Request[:]) {
+		return false, node.ErrReused
+	}
+	return false, nil
+}
+
+// repeated records that a request was served before.
+func (d *DB) repeated(ctx context.Context, tx *sql.Tx, org string, ip netip.Addr, event func(string, node.Change) audit.Event) error {
+	var id string
+	err := tx.QueryRowContext(ctx, "SELECT id FROM nodes WHERE org_id = $1 AND ip = $2", org, ip.String()).Scan(&id)
+	if err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return unavailable(err)
+	}
+	return d.record(ctx, tx, event(id, node.Repeated))
+}
+
+// Register implements node.Store.
+func (d *DB) Register(ctx context.Context, u node.Use, n node.Node, event func(string, node.Change) audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		first, err := use(ctx, tx, u)
+		if err != nil {
+			return err
+		}
+		if !first {
+			return d.repeated(ctx, tx, u.Org, n.IP, event)
+		}
+		id, change, err := d.upsertNode(ctx, tx, u.Org, n)
+		if err != nil {
+			return err
+		}
+		if _, err := exec(ctx, tx, "INSERT INTO node_keys (node_id, key_id) VALUES ($1, $2) ON CONFLICT DO NOTHING", id, u.Key); err != nil {
+			return err
+		}
+		return d.record(ctx, tx, event(id, change))
+	})
+}
+
+func (d *DB) upsertNode(ctx context.Context, tx *sql.Tx, org string, n node.Node) (id string, change node.Change, err error) {
+	now, err := d.now(ctx, tx)
+	if err != nil {
+		return "", "", err
+	}
+	var registered int64
+	err = tx.QueryRowContext(ctx, `INSERT INTO nodes (id, org_id, ip, region, version, status, url, provider, services, registered_at, updated_at, seen_at)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $10, $10)
+		ON CONFLICT (org_id, ip) DO UPDATE SET
+			region = excluded.region, version = excluded.version, status = excluded.status, url = excluded.url,
+			provider = excluded.provider, services = excluded.services, updated_at = excluded.updated_at, seen_at = excluded.seen_at,
+			registered_at = CASE WHEN nodes.deleted_at IS NULL THEN nodes.registered_at ELSE excluded.registered_at END,
+			deleted_at = NULL
+		RETURNING id, registered_at`,
+		n.ID, org, n.IP.String(), n.Region, n.Version, n.Status, n.URL, n.Provider, n.Services, now).Scan(&id, &registered)
+	if err != nil {
+		return "", "", unavailable(err)
+	}
+	if registered == now {
+		return id, node.Created, nil
+	}
+	return id, node.Updated, nil
+}
+
+// Unregister implements node.Store.
+func (d *DB) Unregister(ctx context.Context, u node.Use, ip netip.Addr, event func(string, node.Change) audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		first, err := use(ctx, tx, u)
+		if err != nil {
+			return err
+		}
+		if !first {
+			return d.repeated(ctx, tx, u.Org, ip, event)
+		}
+		id, err := d.deleteNode(ctx, tx, "org_id = $2 AND ip = $3", u.Org, ip.String())
+		if err != nil {
+			return err
+		}
+		return d.record(ctx, tx, event(id, node.Deleted))
+	})
+}
+
+// deleteNode deletes the one node that where, over $2 and $3, selects.
+func (d *DB) deleteNode(ctx context.Context, tx *sql.Tx, where string, args ...any) (string, error) {
+	now, err := d.now(ctx, tx)
+	if err != nil {
+		return "", err
+	}
+	var id string
+	err = tx.QueryRowContext(ctx, "UPDATE nodes SET deleted_at = $1 WHERE deleted_at IS NULL AND "+where+" RETURNING id",
+		append([]any{now}, args...)...).Scan(&id)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", node.ErrNodeNotFound
+	}
+	if err != nil {
+		return "", unavailable(err)
+	}
+	_, err = exec(ctx, tx, "DELETE FROM node_keys WHERE node_id = $1", id)
+	return id, err
+}
+
+// Secrets implements node.Store.
+func (d *DB) Secrets(ctx context.Context, org, key string, event func([]string) audit.Event) ([]node.SealedSecret, error) {
+	var secrets []node.SealedSecret
+	err := d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		if err := checkLive(ctx, tx, org, key); err != nil {
+			return err
+		}
+		var err error
+		secrets, err = query(ctx, tx, func(scan func(...any) error) (s node.SealedSecret, err error) {
+			err = scan(&s.Name, &s.Sealed)
+			return s, err
+		}, "SELECT name, sealed FROM boot_secrets WHERE org_id = $1 ORDER BY name", org)
+		if err != nil {
+			return err
+		}
+		names := make([]string, len(secrets))
+		for i, s := range secrets {
+			names[i] = s.Name
+		}
+		return d.record(ctx, tx, event(names))
+	})
+	if err != nil {
+		return nil, err
+	}
+	return secrets, nil
+}
+
+// Nodes implements node.Store.
+func (d *DB) Nodes(ctx context.Context, org string) ([]node.Node, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (node.Node, error) {
+		n := node.Node{Org: org}
+		var ip string
+		var registered, updated, seen sql.NullInt64
+		if err := scan(&n.ID, &ip, &n.Region, &n.Version, &n.Status, &n.URL, &n.Provider, &n.Services, &registered, &updated, &seen); err != nil {
+			return n, err
+		}
+		n.Registered, n.Updated, n.Seen = micros(registered), micros(updated), micros(seen)
+		var err error
+		n.IP, err = netip.ParseAddr(ip)
+		return n, err
+	}, `SELECT id, ip, region, version, status, url, provider, services, registered_at, updated_at, seen_at
+		FROM nodes WHERE org_id = $1 AND deleted_at IS NULL ORDER BY registered_at DESC, id`, org)
+}
+
+// DeleteNode implements node.Store.
+func (d *DB) DeleteNode(ctx context.Context, org, id string, event audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		_, err := d.deleteNode(ctx, tx, "org_id = $2 AND id = $3", org, id)
+		if errors.Is(err, node.ErrNodeNotFound) {
+			there, err := query(ctx, tx, scanInt, "SELECT 1 FROM nodes WHERE org_id = $1 AND id = $2", org, id)
+			if err != nil {
+				return err
+			}
+			if len(there) > 0 {
+				return node.ErrAlreadyDeleted
+			}
+			return node.ErrNodeNotFound
+		}
+		if err != nil {
+			return err
+		}
+		return d.record(ctx, tx, event)
+	})
+}
+
+// PutSecret implements node.Store.
+func (d *DB) PutSecret(ctx context.Context, org string, s node.SealedSecret, limit int, event audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		if err := d.lock(ctx, tx, "secrets:"+org); err != nil {
+			return err
+		}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if _, err := exec(ctx, tx, `INSERT INTO boot_secrets (org_id, name, sealed, created_at, updated_at) VALUES ($1, $2, $3, $4, $4)
+			ON CONFLICT (org_id, name) DO UPDATE SET sealed = excluded.sealed, updated_at = excluded.updated_at`, org, s.Name, s.Sealed, now); err != nil {
+			return err
+		}
+		count, err := query(ctx, tx, scanInt, "SELECT count(*) FROM boot_secrets WHERE org_id = $1", org)
+		if err != nil {
+			return err
+		}
+		if count[0] > limit {
+			return node.ErrTooManySecrets
+		}
+		return d.record(ctx, tx, event)
+	})
+}
+
+// SecretNames implements node.Store.
+func (d *DB) SecretNames(ctx context.Context, org string) ([]node.Secret, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (s node.Secret, err error) {
+		var created, updated sql.NullInt64
+		err = scan(&s.Name, &created, &updated)
+		s.Created, s.Updated = micros(created), micros(updated)
+		return s, err
+	}, "SELECT name, created_at, updated_at FROM boot_secrets WHERE org_id = $1 ORDER BY name", org)
+}
+
+// DeleteSecret implements node.Store.
+func (d *DB) DeleteSecret(ctx context.Context, org, name string, event audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		n, err := exec(ctx, tx, "DELETE FROM boot_secrets WHERE org_id = $1 AND name = $2", org, name)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return node.ErrSecretNotFound
+		}
+		return d.record(ctx, tx, event)
+	})
+}
+
+// ForgetUses implements node.Store.
+func (d *DB) ForgetUses(ctx context.Context, now time.Time, limit int) (int, error) {
+	var n int64
+	err := d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		var err error
+		n, err = exec(ctx, tx, `DELETE FROM signature_uses WHERE (key_id, message) IN (
+			SELECT key_id, message FROM signature_uses WHERE until < $1 LIMIT $2`+d.forUpdate(" SKIP LOCKED")+`)`, now.UnixMicro(), limit)
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return int(n), nil
+}
+
+// Seen implements node.Store. Rows that another transaction holds are left
+// out: a last use is worth no waiting, and no deadlock.
+func (d *DB) Seen(ctx context.Context, keys map[string]time.Time, nodes map[node.Ref]time.Time) error {
+	ids := slices.Collect(maps.Keys(keys))
+	for batch := range slices.Chunk(ids, seenBatch) {
+		var v values
+		for _, id := range batch {
+			v.add("CAST(%s AS TEXT), CAST(%s AS BIGINT)", id, keys[id].UnixMicro())
+		}
+		if err := d.change(ctx, "WITH v(id, at) AS ("+v.String()+`) UPDATE org_keys SET last_used_at = v.at FROM v
+			WHERE org_keys.id = v.id AND coalesce(last_used_at, 0) < v.at
+			AND org_keys.id IN (SELECT id FROM org_keys WHERE id IN (SELECT id FROM v)`+d.forUpdate(" SKIP LOCKED")+")", v.args); err != nil {
+			return err
+		}
+	}
+	refs := slices.Collect(maps.Keys(nodes))
+	for batch := range slices.Chunk(refs, seenBatch) {
+		var v values
+		for _, ref := range batch {
+			v.add("CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS BIGINT)", ref.Org, ref.IP.String(), nodes[ref].UnixMicro())
+		}
+		if err := d.change(ctx, "WITH v(org_id, ip, at) AS ("+v.String()+`) UPDATE nodes SET seen_at = v.at FROM v
+			WHERE nodes.org_id = v.org_id AND nodes.ip = v.ip AND seen_at < v.at
+			AND nodes.id IN (SELECT id FROM nodes WHERE (org_id, ip) IN (SELECT org_id, ip FROM v)`+d.forUpdate(" SKIP LOCKED")+")", v.args); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *DB) change(ctx context.Context, statement string, args []any) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		_, err := exec(ctx, tx, statement, args...)
+		return err
+	})
+}
+
+// values collects rows of parameters for a VALUES list.
+type values struct {
+	rows []string
+	args []any
+}
+
+// add adds a row; row has one %s for each parameter.
+func (v *values) add(row string, args ...any) {
+	names := make([]any, len(args))
+	for i := range args {
+		names[i] = "$" + strconv.Itoa(len(v.args)+i+1)
+	}
+	v.rows = append(v.rows, fmt.Sprintf("("+row+")", names...))
+	v.args = append(v.args, args...)
+}
+
+func (v *values) String() string { return "VALUES " + strings.Join(v.rows, ", ") }
+
+// dissociate removes the associations of a key that ends. One that a
+// registration adds at the same moment stays behind, and means nothing: every
+// reader joins with released keys.
+func dissociate(ctx context.Context, tx *sql.Tx, key string) error {
+	_, err := exec(ctx, tx, "DELETE FROM node_keys WHERE key_id = $1", key)
+	return err
+}
+
+// nodeKeys gives each record the nodes that are associated with its key: those
+// that registered with it, and, unconfirmed, those that were registered
+// already when it was released.
+func (d *DB) nodeKeys(ctx context.Context, org string, records []orgkey.Record) error {
+	byID := make(map[string]*orgkey.Record, len(records))
+	for i := range records {
+		byID[records[i].ID] = &records[i]
+	}
+	return each(ctx, d.read, func(scan func(...any) error) error {
+		var k orgkey.NodeKey
+		if err := scan(&k.KeyID, &k.NodeID, &k.Confirmed); err != nil {
+			return err
+		}
+		if r := byID[k.KeyID]; r != nil {
+			r.Nodes = append(r.Nodes, k)
+		}
+		return nil
+	}, `SELECT k.id, n.ip, c.key_id IS NOT NULL FROM org_keys k
+		JOIN nodes n ON n.org_id = k.org_id AND n.deleted_at IS NULL
+		LEFT JOIN node_keys c ON c.node_id = n.id AND c.key_id = k.id
+		WHERE k.org_id = $1 AND k.slot IS NOT NULL AND k.state = 'released'
+		AND (c.key_id IS NOT NULL OR n.registered_at <= k.released_at)
+		ORDER BY n.registered_at DESC, n.id`, org)
+}

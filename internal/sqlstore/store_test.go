@@ -1,0 +1,411 @@
+package sqlstore_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/sqlstore/pgtest"
+)
+
+var postgres *pgtest.Server
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		var err error
+		if postgres, err = pgtest.Start(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer postgres.Close()
+		return m.Run()
+	}())
+}
+
+// onBoth runs a test over SQLite and over PostgreSQL.
+func onBoth(t *testing.T, test func(t *testing.T, db *sqlstore.DB, location string)) {
+	t.Run("sqlite", func(t *testing.T) {
+		location := filepath.Join(t.TempDir(), "orgkeys.db")
+		test(t, open(t, location), location)
+	})
+	t.Run("postgres", func(t *testing.T) {
+		location, err := postgres.NewDatabase("t" + strings.ReplaceAll(uuid.NewString(), "-", ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		test(t, open(t, location), location)
+	})
+}
+
+func open(t *testing.T, location string) *sqlstore.DB {
+	t.Helper()
+	db, err := sqlstore.Open(t.Context(), location)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := db.Migrate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return db
+}
+
+const life = time.Minute
+
+func reserve(t *testing.T, db *sqlstore.DB, org string, limit int) string {
+	t.Helper()
+	id := uuid.NewString()
+	if err := db.Reserve(t.Context(), org, id, limit, life); err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func event(kind audit.Type, org, id string) audit.Event {
+	e := audit.New(kind, org)
+	e.Object = id
+	e.Personal = audit.Personal{Name: "Ada", Address: "192.0.2.1"}
+	return e
+}
+
+func pending(t *testing.T, db *sqlstore.DB, org string, limit int) string {
+	t.Helper()
+	id := reserve(t, db, org, limit)
+	if err := db.StorePending(t.Context(), id, []byte("sealed "+id), event(audit.KeyCreated, org, id)); err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func released(t *testing.T, db *sqlstore.DB, org string, limit int) string {
+	t.Helper()
+	id := pending(t, db, org, limit)
+	if err := db.Release(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// swept is the event of a sweeper that took a pending key.
+func swept(org, id string) audit.Event { return orgkey.SweptEvent(org, id) }
+
+// Promise 3: the quota is never exceeded by concurrent requests, without any lock.
+func TestConcurrentReservationsNeverExceedTheLimit(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		var given, refused atomic.Int64
+		var wg sync.WaitGroup
+		for range 64 {
+			wg.Go(func() {
+				err := db.Reserve(t.Context(), "acme", uuid.NewString(), 5, life)
+				var quota *orgkey.QuotaError
+				switch {
+				case err == nil:
+					given.Add(1)
+				case errors.As(err, &quota) && quota.Limit == 5:
+					refused.Add(1)
+				default:
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if given.Load() != 5 || refused.Load() != 59 {
+			t.Errorf("64 requests for 5 places: %d given, %d refused", given.Load(), refused.Load())
+		}
+	})
+}
+
+// Promise 3: a place is given only while fewer are occupied than the limit, holes or not.
+func TestNoPlaceIsGivenAboveALoweredLimit(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		var ids []string
+		for range 5 {
+			ids = append(ids, released(t, db, "acme", 5))
+		}
+		for _, id := range ids[:2] { // leaves the holes 1 and 2, and three keys
+			if err := db.DeleteKey(t.Context(), "acme", id, event(audit.KeyDeleted, "acme", id)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var quota *orgkey.QuotaError
+		if err := db.Reserve(t.Context(), "acme", uuid.NewString(), 3, life); !errors.As(err, &quota) {
+			t.Errorf("three keys and a limit of 3: %v", err)
+		}
+		reserve(t, db, "acme", 4)
+	})
+}
+
+func TestAnotherOrganizationsPlacesDoNotCount(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		reserve(t, db, "acme", 1)
+		reserve(t, db, "Acme", 1)
+	})
+}
+
+// Promise 3: a crash holds a place no longer than one reservation's life.
+func TestAnExpiredPlaceIsGivenAgainAndItsOwnerFencedOff(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		stale := uuid.NewString()
+		if err := db.Reserve(t.Context(), "acme", stale, 1, time.Millisecond); err != nil {
+			t.Fatal(err)
+		}
+		fresh := eventually(t, func() (string, error) {
+			id := uuid.NewString()
+			return id, db.Reserve(t.Context(), "acme", id, 1, life)
+		})
+		if err := db.StorePending(t.Context(), stale, []byte("x"), event(audit.KeyCreated, "acme", stale)); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("the stale owner stored its key: %v", err)
+		}
+		if err := db.StorePending(t.Context(), fresh, []byte("x"), event(audit.KeyCreated, "acme", fresh)); err != nil {
+			t.Errorf("the new owner: %v", err)
+		}
+	})
+}
+
+func eventually[T any](t *testing.T, try func() (T, error)) T {
+	t.Helper()
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		got, err := try()
+		if err == nil {
+			return got
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+func TestOnlyReleasedKeysAreListedNewestFirst(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		first, second := released(t, db, "acme", 5), released(t, db, "acme", 5)
+		pending(t, db, "acme", 5)
+		reserve(t, db, "acme", 5)
+		if err := db.Delivered(t.Context(), second, event(audit.KeyDelivered, "acme", second)); err != nil {
+			t.Fatal(err)
+		}
+		keys, err := db.Keys(t.Context(), "acme")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(keys) != 2 || keys[0].ID != second || keys[1].ID != first {
+			t.Fatalf("keys %+v, want %s then %s", keys, second, first)
+		}
+		if !keys[0].Delivered || keys[1].Delivered {
+			t.Errorf("delivered: %v, %v", keys[0].Delivered, keys[1].Delivered)
+		}
+		if string(keys[0].Sealed) != "sealed "+second || keys[0].Created.IsZero() {
+			t.Errorf("record %+v", keys[0])
+		}
+	})
+}
+
+func TestAKeyIsReleasedOnce(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id := released(t, db, "acme", 5)
+		if err := db.Release(t.Context(), id); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("released twice: %v", err)
+		}
+		if err := db.Release(t.Context(), uuid.NewString()); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("released a key that never was: %v", err)
+		}
+	})
+}
+
+func TestAPendingKeyPastItsExpiryIsNotReleasedButSwept(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id := uuid.NewString()
+		if err := db.Reserve(t.Context(), "acme", id, 1, 50*time.Millisecond); err != nil {
+			t.Fatal(err)
+		}
+		if err := db.StorePending(t.Context(), id, []byte("x"), event(audit.KeyCreated, "acme", id)); err != nil {
+			t.Fatal(err)
+		}
+		n := eventually(t, func() (int, error) {
+			n, err := db.Sweep(t.Context(), 10, swept)
+			if err == nil && n == 0 {
+				err = errors.New("nothing to sweep")
+			}
+			return n, err
+		})
+		if n != 1 {
+			t.Errorf("swept %d", n)
+		}
+		if err := db.Release(t.Context(), id); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("released after it was swept: %v", err)
+		}
+		if got := types(t, db); got != "orgkey.created orgkey.withdrawn" {
+			t.Errorf("events: %s", got)
+		}
+		reserve(t, db, "acme", 1)
+	})
+}
+
+// types sequences what there is and returns the types of all events.
+func types(t *testing.T, db *sqlstore.DB) string {
+	t.Helper()
+	if _, err := db.Sequence(t.Context(), 1000); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := db.Entries(t.Context(), 0, 1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, e := range entries {
+		decoded, err := audit.Decode(e.Leaf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, string(decoded.Type))
+	}
+	return strings.Join(all, " ")
+}
+
+func TestDeletingAKey(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id, other := released(t, db, "acme", 5), pending(t, db, "acme", 5)
+		del := func(org, id string) error {
+			return db.DeleteKey(t.Context(), org, id, event(audit.KeyDeleted, org, id))
+		}
+		if err := del("evil", id); !errors.Is(err, orgkey.ErrNotFound) {
+			t.Errorf("another organization deleted it: %v", err)
+		}
+		if err := del("acme", other); !errors.Is(err, orgkey.ErrNotFound) {
+			t.Errorf("a pending key was deleted as if it were listed: %v", err)
+		}
+		if err := del("acme", id); err != nil {
+			t.Fatal(err)
+		}
+		if err := del("acme", id); !errors.Is(err, orgkey.ErrNotFound) {
+			t.Errorf("deleted twice: %v", err)
+		}
+		if got := types(t, db); got != "orgkey.created orgkey.created orgkey.deleted" {
+			t.Errorf("a refused deletion left its event behind: %s", got)
+		}
+	})
+}
+
+// Promise 6: deleting all keys also cancels what is reserved or pending.
+func TestDeletingAllKeysCancelsWhatIsUnderWay(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		released(t, db, "acme", 9)
+		released(t, db, "acme", 9)
+		underWay, waiting := reserve(t, db, "acme", 9), pending(t, db, "acme", 9)
+		kept := released(t, db, "other", 9)
+		n, err := db.DeleteKeys(t.Context(), "acme", event(audit.KeysDeleted, "acme", ""), func(id string, wasReleased bool) audit.Event {
+			if wasReleased {
+				return event(audit.KeyDeleted, "acme", id)
+			}
+			return event(audit.KeyWithdrawn, "acme", id)
+		})
+		if err != nil || n != 2 {
+			t.Fatalf("deleted %d keys, %v; want the 2 released ones", n, err)
+		}
+		if err := db.StorePending(t.Context(), underWay, []byte("x"), event(audit.KeyCreated, "acme", underWay)); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("a cancelled generation was stored: %v", err)
+		}
+		if err := db.Release(t.Context(), waiting); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("a cancelled key was released: %v", err)
+		}
+		if keys, err := db.Keys(t.Context(), "other"); err != nil || len(keys) != 1 || keys[0].ID != kept {
+			t.Errorf("the other organization's keys: %v, %v", keys, err)
+		}
+		if got := types(t, db); strings.Count(got, "orgkey.deleted") != 2 || strings.Count(got, "orgkey.withdrawn") != 1 || strings.Count(got, "orgkey.all_deleted") != 1 {
+			t.Errorf("events: %s", got)
+		}
+	})
+}
+
+func TestWithdrawingEndsAReleasedKeyAndIsRepeatable(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id := released(t, db, "acme", 1)
+		for range 2 {
+			if err := db.Withdraw(t.Context(), id, event(audit.KeyWithdrawn, "acme", id)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := types(t, db); got != "orgkey.created orgkey.withdrawn" {
+			t.Errorf("events: %s", got)
+		}
+		reserve(t, db, "acme", 1)
+	})
+}
+
+func TestAChangeThatFailsLeavesNoEvent(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id := reserve(t, db, "acme", 1)
+		created := event(audit.KeyCreated, "acme", id)
+		if err := db.Record(t.Context(), created); err != nil {
+			t.Fatal(err)
+		}
+		// The same event's ID again violates a constraint after the key's row changed.
+		if err := db.StorePending(t.Context(), id, []byte("x"), created); !errors.Is(err, orgkey.ErrUnavailable) {
+			t.Fatalf("a second event with the same ID: %v", err)
+		}
+		again := event(audit.KeyCreated, "acme", id)
+		if err := db.StorePending(t.Context(), id, []byte("x"), again); err != nil {
+			t.Errorf("the reservation was changed by the failed transaction: %v", err)
+		}
+	})
+}
+
+func TestMigratingTwiceAndAtOnceIsHarmless(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		before, err := db.Head(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		for range 3 {
+			wg.Go(func() {
+				other, err := sqlstore.Open(context.Background(), location)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if err := errors.Join(other.Migrate(context.Background()), other.CheckMigrated(context.Background()), other.Close()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if after, err := db.Head(t.Context()); err != nil || after != before {
+			t.Errorf("the log's head changed from %+v to %+v, %v", before, after, err)
+		}
+	})
+}
+
+// Promise 8.
+func TestUnsafePostgresIsRefused(t *testing.T) {
+	for _, setting := range []string{"fsync=off", "synchronous_commit=off", "full_page_writes=off"} {
+		t.Run(setting, func(t *testing.T) {
+			unsafe, err := pgtest.Start(setting)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unsafe.Close()
+			_, err = sqlstore.Open(t.Context(), unsafe.URL("postgres"))
+			if err == nil || !strings.Contains(err.Error(), setting) {
+				t.Errorf("opened, or for another reason not: %v", err)
+			}
+		})
+	}
+}
