@@ -1,0 +1,124 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/miekg/pkcs11"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/orgkey/backendtest"
+)
+
+// child names what this binary does instead of running tests; see runChild.
+const child = "ORGKEYS_HSM_TEST_CHILD"
+
+func TestMain(m *testing.M) {
+	if name := os.Getenv(child); name != "" {
+		if err := runChild(name); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// softHSM makes a new token.
+func softHSM(t testing.TB) Config {
+	t.Helper()
+	cfg, created, err := InitSoftHSM(t.TempDir())
+	if err != nil {
+		t.Fatalf("InitSoftHSM: %v", err)
+	}
+	if !created {
+		t.Fatal("InitSoftHSM found a token in an empty directory")
+	}
+	return cfg
+}
+
+// open opens a token for the length of the test.
+func open(t testing.TB, cfg Config) *Token {
+	t.Helper()
+	token, err := Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatalf("Open: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := token.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	})
+	return token
+}
+
+// bounded is a context that outlasts what a test waits for.
+func bounded(t testing.TB) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// objects counts what is in the token, token objects and session objects of
+// every session of this process.
+func objects(t testing.TB, token *Token, template ...*pkcs11.Attribute) int {
+	t.Helper()
+	var n int
+	err := token.seal(bounded(t), func(_ *life, h pkcs11.SessionHandle) error {
+		found, err := find(token.lib, h, 1000, template...)
+		n = len(found)
+		return err
+	})
+	if err != nil {
+		t.Fatalf("searching the token: %v", err)
+	}
+	return n
+}
+
+func privateKeys(t testing.TB, token *Token) int {
+	t.Helper()
+	return objects(t, token, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
+}
+
+// generateOne does with a key what the service does.
+func generateOne(ctx context.Context, ks orgkey.Keystore) error {
+	key, err := ks.Create(ctx, uuid.NewString())
+	if err != nil {
+		return err
+	}
+	der, err := key.Export(ctx)
+	if err == nil {
+		err = checkPair(der, key.Public())
+		clear(der)
+	}
+	if destroyed := key.Destroy(ctx); destroyed != nil {
+		return destroyed
+	}
+	return err
+}
+
+func TestContract(t *testing.T) {
+	token := open(t, softHSM(t))
+	t.Run("keystore", func(t *testing.T) {
+		backendtest.Keystore(t, token, func(t *testing.T, name string) {
+			t.Helper()
+			if n := objects(t, token, pkcs11.NewAttribute(pkcs11.CKA_ID, name)); n != 0 {
+				t.Errorf("%d objects have the name %s", n, name)
+			}
+		})
+	})
+	t.Run("sealer", func(t *testing.T) { backendtest.Sealer(t, token) })
+	if n := privateKeys(t, token); n != 0 {
+		t.Errorf("%d private keys stayed in the token", n)
+	}
+	if token.renewals != 0 {
+		t.Errorf("%d renewals were needed", token.renewals)
+	}
+}

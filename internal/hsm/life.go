@@ -1,0 +1,185 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/pkcs11"
+)
+
+// life is what belongs to one span between C_Initialize and C_Finalize. The
+// anchor session stays open, since closing a token's last session logs out, and
+// owns the wrapping key; nothing else uses it but Healthy.
+type life struct {
+	born       time.Time
+	made       atomic.Int64 // keys generated
+	slot       uint
+	anchor     *session
+	sealingKey pkcs11.ObjectHandle
+	wrappingAs pkcs11.ObjectHandle // the wrapping key in the token
+	wrapping   []byte              // the same key in this process; read under a session's turn only
+	generate   *pool
+	seal       *pool
+}
+
+// begin initialises the library, logs in and has everything made that a life
+// needs. The first one also makes the sealing key if it may, and finds out
+// which mechanisms work.
+func (t *Token) begin() (_ *life, err error) {
+	if err := t.lib.Initialize(); err != nil && !is(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) {
+		return nil, fmt.Errorf("initialising the module: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			// Ends whatever was begun; the error that matters is the first one.
+			_ = t.lib.Finalize()
+		}
+	}()
+	l := &life{born: time.Now()}
+	if l.slot, err = findToken(t.lib, t.cfg.TokenLabel); err != nil {
+		return nil, err
+	}
+	anchor, err := t.openSession(l.slot)
+	if err != nil {
+		return nil, err
+	}
+	l.anchor = newSession(anchor)
+	if err := t.login(anchor); err != nil {
+		return nil, err
+	}
+	if err := t.findSealingKey(l, anchor); err != nil {
+		return nil, err
+	}
+	if err := t.makeWrappingKey(l, anchor); err != nil {
+		return nil, err
+	}
+	if l.generate, err = t.openPool(l.slot, t.cfg.Generations); err != nil {
+		return nil, err
+	}
+	if l.seal, err = t.openPool(l.slot, t.cfg.Sealings); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// end drains l and finalises the library. Keys that are held for longer than
+// patience lasts cease to exist, as session objects do. It reports an error, and may be
+// called again, if a call does not return from the library.
+func (t *Token) end(l *life) error {
+	patience, cancel := context.WithTimeout(context.Background(), t.patience)
+	defer cancel()
+	ctx, cancelAll := context.WithTimeout(context.Background(), t.patience+time.Second)
+	defer cancelAll()
+	// Generations first: they take longest, and sealing goes on meanwhile.
+	if err := l.generate.drain(ctx, patience); err != nil {
+		return err
+	}
+	if err := l.seal.drain(ctx, patience); err != nil {
+		return err
+	}
+	if err := l.anchor.retire(ctx); err != nil {
+		return err
+	}
+	clear(l.wrapping)
+	// A library that somebody else finalised has ended the life already, and
+	// one that fails to finalise is found out by C_Initialize.
+	_ = t.lib.Finalize()
+	return nil
+}
+
+// findToken returns the slot of the one token with that label.
+func findToken(lib *pkcs11.Ctx, label string) (uint, error) {
+	slots, err := lib.GetSlotList(true)
+	if err != nil {
+		return 0, fmt.Errorf("listing the slots: %w", err)
+	}
+	var found []uint
+	for _, slot := range slots {
+		info, err := lib.GetTokenInfo(slot)
+		if err != nil {
+			continue // a token that cannot be read is not ours to use
+		}
+		if info.Label == label {
+			found = append(found, slot)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return 0, fmt.Errorf("no token has the label %q: %w", label, pkcs11.Error(pkcs11.CKR_TOKEN_NOT_PRESENT))
+	case 1:
+		return found[0], nil
+	}
+	return 0, fmt.Errorf("%d tokens have the label %q: remove or rename the others", len(found), label)
+}
+
+func (t *Token) openSession(slot uint) (pkcs11.SessionHandle, error) {
+	h, err := t.lib.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return 0, fmt.Errorf("opening a session: %w", err)
+	}
+	return h, nil
+}
+
+func (t *Token) openPool(slot uint, n int) (*pool, error) {
+	sessions := make([]*session, n)
+	for i := range sessions {
+		h, err := t.openSession(slot)
+		if err != nil {
+			return nil, err
+		}
+		sessions[i] = newSession(h)
+	}
+	return newPool(sessions), nil
+}
+
+// login logs the user in, for all sessions of this process. The binding takes
+// the PIN as a string: that copy, and the one it makes for the library, are not
+// cleared.
+func (t *Token) login(h pkcs11.SessionHandle) error {
+	err := t.lib.Login(h, pkcs11.CKU_USER, string(t.pin))
+	switch {
+	case err == nil, is(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN):
+		return nil
+	case pinRefused(err):
+		return fmt.Errorf("%w: %w", ErrPIN, err)
+	}
+	return fmt.Errorf("logging in: %w", err)
+}
+
+// checkLogin reports whether l's anchor is open and logged in.
+func (t *Token) checkLogin(l *life) error {
+	return l.anchor.do(func(h pkcs11.SessionHandle) error {
+		info, err := t.lib.GetSessionInfo(h)
+		if err != nil {
+			return err
+		}
+		if info.State != pkcs11.CKS_RW_USER_FUNCTIONS {
+			return pkcs11.Error(pkcs11.CKR_USER_NOT_LOGGED_IN)
+		}
+		slot, err := t.lib.GetSlotInfo(l.slot)
+		if err != nil {
+			return err
+		}
+		if slot.Flags&pkcs11.CKF_TOKEN_PRESENT == 0 {
+			return pkcs11.Error(pkcs11.CKR_TOKEN_NOT_PRESENT)
+		}
+		return nil
+	})
+}
+
+// find returns the objects that match, at most max of them.
+func find(lib *pkcs11.Ctx, h pkcs11.SessionHandle, max int, template ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
+	if err := lib.FindObjectsInit(h, template); err != nil {
+		return nil, fmt.Errorf("searching the token: %w", err)
+	}
+	found, _, err := lib.FindObjects(h, max)
+	if err := errors.Join(err, lib.FindObjectsFinal(h)); err != nil {
+		return nil, fmt.Errorf("searching the token: %w", err)
+	}
+	return found, nil
+}

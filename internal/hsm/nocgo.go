@@ -1,0 +1,39 @@
+//go:build !cgo
+
+package hsm
+
+import (
+	"context"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// Token cannot be had in a binary without cgo.
+type Token struct{}
+
+// Open reports ErrNoCgo.
+func Open(context.Context, Config) (*Token, error) { return nil, ErrNoCgo }
+
+// FindSoftHSM reports ErrNoCgo.
+func FindSoftHSM() (string, error) { return "", ErrNoCgo }
+
+// InitSoftHSM reports ErrNoCgo.
+func InitSoftHSM(string) (cfg Config, created bool, err error) { return Config{}, false, ErrNoCgo }
+
+// Create reports ErrNoCgo.
+func (*Token) Create(context.Context, string) (orgkey.BackendKey, error) { return nil, ErrNoCgo }
+
+// Seal reports ErrNoCgo.
+func (*Token) Seal(context.Context, orgkey.Binding, []byte) ([]byte, error) { return nil, ErrNoCgo }
+
+// Open reports ErrNoCgo.
+func (*Token) Open(context.Context, []orgkey.Sealed) ([][]byte, error) { return nil, ErrNoCgo }
+
+// Healthy reports ErrNoCgo.
+func (*Token) Healthy(context.Context) error { return ErrNoCgo }
+
+// Capacity is 0.
+func (*Token) Capacity() int { return 0 }
+
+// Close does nothing.
+func (*Token) Close() error { return nil }

@@ -1,0 +1,139 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// inToken runs f in a session of its own, logged in, past any Token.
+func inToken(t *testing.T, cfg Config, f func(lib *pkcs11.Ctx, h pkcs11.SessionHandle)) {
+	t.Helper()
+	pin, err := readPIN(cfg.PINFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lib := pkcs11.New(cfg.Module)
+	if err := lib.Initialize(); err != nil {
+		t.Fatalf("C_Initialize: %v", err)
+	}
+	defer func() { _ = lib.Finalize() }()
+	slot, err := findToken(lib, cfg.TokenLabel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := lib.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		t.Fatalf("C_OpenSession: %v", err)
+	}
+	if err := lib.Login(h, pkcs11.CKU_USER, string(pin)); err != nil {
+		t.Fatalf("C_Login: %v", err)
+	}
+	f(lib, h)
+}
+
+func removeSealingKey(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+	t.Helper()
+	key, err := lookUpSealingKey(lib, h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lib.DestroyObject(h, key); err != nil {
+		t.Fatalf("C_DestroyObject: %v", err)
+	}
+}
+
+// plantSealingKey makes a key with the sealing key's label.
+func plantSealingKey(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle, sensitive, extractable bool) {
+	t.Helper()
+	_, err := lib.GenerateKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_LABEL, sealKeyLabel),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
+		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, sensitive),
+		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, extractable),
+		pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, 32),
+	})
+	if err != nil {
+		t.Fatalf("C_GenerateKey: %v", err)
+	}
+}
+
+// importSealingKey puts a key that somebody knows in the sealing key's place.
+func importSealingKey(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+	t.Helper()
+	_, err := lib.CreateObject(h, []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+		pkcs11.NewAttribute(pkcs11.CKA_LABEL, sealKeyLabel),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
+		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
+		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false),
+		pkcs11.NewAttribute(pkcs11.CKA_VALUE, make([]byte, 32)),
+	})
+	if err != nil {
+		t.Fatalf("C_CreateObject: %v", err)
+	}
+}
+
+func TestSealingKeyThatCannotBeTrusted(t *testing.T) {
+	for name, plant := range map[string]func(*testing.T, *pkcs11.Ctx, pkcs11.SessionHandle){
+		"extractable": func(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+			removeSealingKey(t, lib, h)
+			plantSealingKey(t, lib, h, true, true)
+		},
+		"not sensitive": func(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+			removeSealingKey(t, lib, h)
+			plantSealingKey(t, lib, h, false, false)
+		},
+		"brought in from outside": func(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+			removeSealingKey(t, lib, h)
+			importSealingKey(t, lib, h)
+		},
+		"two of the name": func(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+			plantSealingKey(t, lib, h, true, false)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := softHSM(t)
+			cfg.CreateSealingKey = true
+			inToken(t, cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) { plant(t, lib, h) })
+			if token, err := Open(t.Context(), cfg); !errors.Is(err, errSealingKey) {
+				t.Errorf("Open: %v, want errSealingKey", err)
+				if err == nil {
+					_ = token.Close()
+				}
+			}
+		})
+	}
+}
+
+func TestSealingKeyIsMadeOnlyWhereAllowed(t *testing.T) {
+	cfg := softHSM(t)
+	inToken(t, cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) { removeSealingKey(t, lib, h) })
+	if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrNoSealingKey) {
+		t.Fatalf("Open without CreateSealingKey: %v, want ErrNoSealingKey", err)
+	}
+	cfg.CreateSealingKey = true
+	item := orgkey.Sealed{Binding: orgkey.Binding{Org: "acme", ID: "one"}}
+	for i := range 2 { // the second time it is found, not made again
+		token, err := Open(t.Context(), cfg)
+		if err != nil {
+			t.Fatalf("Open number %d: %v", i+1, err)
+		}
+		if i == 0 {
+			item.Ciphertext, err = token.Seal(t.Context(), item.Binding, []byte("value"))
+		} else {
+			_, err = token.Open(t.Context(), []orgkey.Sealed{item})
+		}
+		if err := errors.Join(err, token.Close()); err != nil {
+			t.Error(err)
+		}
+	}
+}

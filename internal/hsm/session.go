@@ -1,0 +1,122 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/miekg/pkcs11"
+)
+
+// session is a PKCS#11 session that one operation uses at a time.
+type session struct {
+	handle pkcs11.SessionHandle
+	turn   chan struct{} // holds an element while a call is in the library
+	gone   bool          // its life has ended; guarded by turn
+}
+
+func newSession(h pkcs11.SessionHandle) *session {
+	return &session{handle: h, turn: make(chan struct{}, 1)}
+}
+
+// do runs f while no other operation uses the session.
+func (s *session) do(f func(pkcs11.SessionHandle) error) error {
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	if s.gone {
+		return errRetired
+	}
+	return f(s.handle)
+}
+
+// call is do with an end to the waiting. If ctx ends while f runs, call reports
+// its error and that f is still running, and late is called with f's error afterwards.
+func (s *session) call(ctx context.Context, f func(pkcs11.SessionHandle) error, late func(error)) (running bool, err error) {
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.do(f) }()
+	select {
+	case err := <-done:
+		return false, err
+	case <-ctx.Done():
+		go func() { late(<-done) }()
+		return true, ctx.Err()
+	}
+}
+
+// retire waits until no call is in the library and lets no further one in.
+func (s *session) retire(ctx context.Context) error {
+	select {
+	case s.turn <- struct{}{}:
+		s.gone = true
+		<-s.turn
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for a call to return from the library: %w", ctx.Err())
+	}
+}
+
+// pool lends sessions.
+type pool struct {
+	all  []*session
+	idle chan *session
+	shut chan struct{}
+	once sync.Once
+}
+
+func newPool(all []*session) *pool {
+	p := &pool{all: all, idle: make(chan *session, len(all)), shut: make(chan struct{})}
+	for _, s := range all {
+		p.idle <- s
+	}
+	return p
+}
+
+// take waits for a session until ctx ends, or reports errRetired once the pool is shut.
+func (p *pool) take(ctx context.Context) (*session, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	select {
+	case <-p.shut:
+		return nil, errRetired
+	default:
+	}
+	select {
+	case s := <-p.idle:
+		return s, nil
+	case <-p.shut:
+		return nil, errRetired
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (p *pool) put(s *session) { p.idle <- s }
+
+// drain shuts the pool and waits for what it has lent, as long as patience
+// lasts; a session still out then is retired in its holder's hands. It fails
+// only if a call does not return from the library before ctx ends, and may
+// then be called again.
+func (p *pool) drain(ctx, patience context.Context) error {
+	p.once.Do(func() {
+		close(p.shut)
+		for range p.all {
+			select {
+			case <-p.idle:
+			case <-patience.Done():
+				return
+			}
+		}
+	})
+	for _, s := range p.all {
+		if err := s.retire(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
