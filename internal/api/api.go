@@ -1,0 +1,118 @@
+// Package api is the HTTP surface: Gin routes, decoding, and the one place
+// where errors become responses (errors.go). It decides nothing itself. A
+// request for an organization passes, in this order, the drain switch,
+// authentication, the organization's syntax, its body, and then the use case,
+// which asks the policy first; what the edge refuses on its own goes through
+// the use case too, so that a stranger hears "no" and nothing else.
+//
+// Each area of the contract has one routes function (routesKeys,
+// routesHealth, …), called from New.
+package api
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"sync/atomic"
+
+	"github.com/gin-gonic/gin"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/cors"
+
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// Keys is what the routes need of *orgkey.Service.
+type Keys interface {
+	Generate(ctx context.Context, call orgkey.Call, org string, deliver func(context.Context, orgkey.Generated) error) error
+	List(ctx context.Context, call orgkey.Call, org string) ([]orgkey.Key, error)
+	Delete(ctx context.Context, call orgkey.Call, org, id string) error
+	DeleteAll(ctx context.Context, call orgkey.Call, org string) (int, error)
+	Reject(ctx context.Context, call orgkey.Call, org string, action authz.Action, reason string) error
+}
+
+var _ Keys = (*orgkey.Service)(nil)
+
+// Authenticator says whom a request's headers speak for. Its errors are those
+// of authn.Verifier.Authenticate.
+type Authenticator func(ctx context.Context, h http.Header) (authz.Caller, error)
+
+// Config is what an API is made of. Only CORSOrigins, Proxies and Checks may be left out.
+type Config struct {
+	Keys         Keys
+	Authenticate Authenticator
+	// Unauthenticated counts a refused caller for the audit trail's summaries;
+	// authn.Failures.Count does that.
+	Unauthenticated func(reason string)
+	Checks          []Check              // what readiness asks
+	Metrics         *prometheus.Registry // gets this package's metrics, and is what /metrics shows
+	Log             *slog.Logger
+	CORSOrigins     []string // exact origins that browsers may call from
+	Proxies         Proxies
+}
+
+// API serves the contract. Its zero value is not usable; New makes one.
+type API struct {
+	Config
+	metrics  metrics
+	ready    *readiness
+	cors     *cors.Cors // nil without origins
+	draining atomic.Bool
+	public   *gin.Engine
+	admin    *gin.Engine
+}
+
+// New returns an API, or an error that says what is wrong with c.
+func New(c Config) (*API, error) {
+	if c.Keys == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
+		return nil, errors.New("the API lacks its use cases, authentication, metrics or log")
+	}
+	crossOrigin, err := newCORS(c.CORSOrigins)
+	if err != nil {
+		return nil, err
+	}
+	m, err := newMetrics(c.Metrics)
+	if err != nil {
+		return nil, err
+	}
+	a := &API{Config: c, metrics: m, ready: newReadiness(c.Checks), cors: crossOrigin}
+	a.public = a.engine(a.checkProxy, a.crossOrigin)
+	a.routesKeys(a.public)
+	a.routesHealth(a.public)
+	a.public.GET("/openapi.yaml", serveDocument)
+	a.admin = a.engine()
+	a.routesAdmin(a.admin)
+	return a, nil
+}
+
+// Handler serves the public listener.
+func (a *API) Handler() http.Handler { return a.public }
+
+// Admin serves the admin listener: metrics, and readiness in detail.
+func (a *API) Admin() http.Handler { return a.admin }
+
+// Drain makes the API refuse new work and report that it is not ready. What
+// is under way goes on.
+func (a *API) Drain() { a.draining.Store(true) }
+
+// engine is Gin without opinions: a path matches as it was sent or not at all.
+// Matching the escaped path keeps "%2F" from being a separator; parameters are
+// unescaped only after it.
+func (a *API) engine(more ...gin.HandlerFunc) *gin.Engine {
+	gin.SetMode(gin.ReleaseMode) // anything else prints to standard output
+	e := gin.New()
+	e.RedirectTrailingSlash = false
+	e.RedirectFixedPath = false
+	e.RemoveExtraSlash = false
+	e.HandleMethodNotAllowed = true
+	e.ForwardedByClientIP = false // Proxies knows whom to believe
+	e.UseEscapedPath = true
+	e.UnescapePathValues = true
+	e.Use(a.observe, a.recoverPanic)
+	e.Use(more...)
+	e.NoRoute(func(c *gin.Context) { a.refuse(c, noRoute) })
+	e.NoMethod(func(c *gin.Context) { a.refuse(c, noMethod) })
+	return e
+}

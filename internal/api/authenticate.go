@@ -1,0 +1,70 @@
+package api
+
+import (
+	"errors"
+
+	"github.com/gin-gonic/gin"
+
+	"github.com/orgkeys/orgkeys/internal/authn"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// whileServing refuses work that comes after Drain, before anything is spent on it.
+func (a *API) whileServing(c *gin.Context) {
+	if a.draining.Load() {
+		c.Header("Connection", "close")
+		a.refuse(c, draining)
+	}
+}
+
+// authenticate establishes the caller. Callers that nobody knows are counted,
+// and cost neither a decision nor an audit event.
+func (a *API) authenticate(c *gin.Context) {
+	c.Header("Cache-Control", "no-store")
+	caller, err := a.Authenticate(c.Request.Context(), c.Request.Header)
+	if err != nil {
+		if errors.Is(err, authn.ErrUnauthenticated) {
+			a.countUnknown(err)
+		}
+		a.fail(c, err)
+		return
+	}
+	exchangeOf(c).caller = caller
+}
+
+func (a *API) countUnknown(err error) {
+	reason := authn.ReasonOther
+	var token *authn.TokenError
+	if errors.As(err, &token) {
+		reason = token.Reason
+	}
+	a.metrics.authnFailures.WithLabelValues(reason).Inc()
+	a.Unauthenticated(reason)
+}
+
+// organization takes the organization from the path and says what is to be
+// done to it. Nothing after it sees a malformed one.
+func (a *API) organization(action authz.Action) gin.HandlerFunc {
+	return func(c *gin.Context) {
+		x := exchangeOf(c)
+		x.action = action
+		org := c.Param("idOrg")
+		if orgkey.CheckOrg(org) != nil {
+			a.reject(c, "malformed_organization", invalidOrg)
+			return
+		}
+		x.org = org
+	}
+}
+
+// reject refuses an authenticated request at the edge, after the policy had
+// its say and the audit trail has the refusal.
+func (a *API) reject(c *gin.Context, reason string, p problem) {
+	x := exchangeOf(c)
+	if err := a.Keys.Reject(c.Request.Context(), x.call(), x.org, x.action, reason); err != nil && !errors.Is(err, orgkey.ErrBadOrg) {
+		a.fail(c, err)
+		return
+	}
+	a.refuse(c, p)
+}

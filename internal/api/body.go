@@ -1,0 +1,70 @@
+package api
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"time"
+
+	"github.com/gin-gonic/gin"
+)
+
+// maxBody is the longest request body, in bytes.
+const maxBody = 64 << 10
+
+// expectBody arranges that an answer given before the body was read ends the
+// connection. net/http would otherwise wait for the rest before it lets the
+// answer go, and a client that never sends it would never hear a thing.
+func expectBody(c *gin.Context) {
+	if c.Request.ContentLength == 0 {
+		bodyRead(c)
+	} else if c.Request.ProtoMajor == 1 {
+		c.Header("Connection", "close")
+	}
+}
+
+// bodyRead is called once nothing of the body is left. From here on net/http
+// reads ahead to notice that the client has gone, and takes the read deadline
+// for just that: without lifting it, a generation that takes longer than
+// readTimeout would be cancelled under a patient client.
+func bodyRead(c *gin.Context) {
+	c.Writer.Header().Del("Connection")
+	// An error means a connection that is gone already, which the next write finds.
+	_ = http.NewResponseController(underlying(c)).SetReadDeadline(time.Time{})
+}
+
+// underlying is net/http's own writer. Gin's hides what a flush reports and
+// what http.MaxBytesReader asks for.
+func underlying(c *gin.Context) http.ResponseWriter {
+	var w http.ResponseWriter = c.Writer
+	for {
+		u, ok := w.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			return w
+		}
+		w = u.Unwrap()
+	}
+}
+
+// withoutBody is for requests that take no body. One that is sent is read and
+// ignored, within limits: unread, it would keep net/http from noticing that
+// the client has gone, and a key would be released to nobody.
+func (a *API) withoutBody(c *gin.Context) {
+	if c.Request.ContentLength == 0 {
+		return
+	}
+	body := http.MaxBytesReader(underlying(c), c.Request.Body, maxBody)
+	_, err := io.Copy(io.Discard, body)
+	var tooLarge *http.MaxBytesError
+	switch {
+	case err == nil:
+		bodyRead(c)
+	case errors.As(err, &tooLarge):
+		a.reject(c, "body_too_large", bodyTooLarge)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		a.reject(c, "body_too_slow", bodyTooSlow)
+	default:
+		a.reject(c, "body_unreadable", bodyUnreadable)
+	}
+}

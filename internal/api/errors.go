@@ -1,0 +1,166 @@
+package api
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"github.com/gin-gonic/gin"
+
+	"github.com/orgkeys/orgkeys/internal/authn"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// problem is an error as clients see it. Codes are in openapi.yaml, and stable.
+type problem struct {
+	status  int
+	code    string
+	message string
+	retry   int // seconds, for Retry-After; 0: none
+}
+
+// statusClientGone is what logs and metrics show for a request whose client
+// went away, after nginx: it is neither the service's failure nor a success.
+const statusClientGone = 499
+
+// The problems that do not depend on the request.
+var (
+	noRoute         = problem{http.StatusNotFound, "not_found", "Not found", 0}
+	noMethod        = problem{http.StatusMethodNotAllowed, "method_not_allowed", "Method not allowed", 0}
+	unauthenticated = problem{http.StatusUnauthorized, "unauthenticated", "Authentication required", 0}
+	invalidToken    = problem{http.StatusUnauthorized, "invalid_token", "Invalid or expired token", 0}
+	tlsRequired     = problem{http.StatusBadRequest, "tls_required", "This service is reached over HTTPS only", 0}
+	invalidOrg      = problem{http.StatusBadRequest, "invalid_organization", "Invalid organization ID: 1 to 128 letters, digits, '_' or '-', beginning with a letter or digit", 0}
+	notAcceptable   = problem{http.StatusNotAcceptable, "not_acceptable", "None of the accepted media types can be had: this resource comes as application/x-pem-file or application/json", 0}
+	bodyTooLarge    = problem{http.StatusRequestEntityTooLarge, "body_too_large", "The request body is over 64 KiB", 0}
+	bodyTooSlow     = problem{http.StatusRequestTimeout, "request_timeout", "The request body did not arrive in time", 0}
+	bodyUnreadable  = problem{http.StatusBadRequest, "body_unreadable", "The request body could not be read", 0}
+	keyNotFound     = problem{http.StatusNotFound, "key_not_found", "Organization key not found or does not belong to this organization", 0}
+	clientGone      = problem{statusClientGone, "client_gone", "The client closed the request before it was answered", 0}
+	overloaded      = problem{http.StatusServiceUnavailable, "overloaded", "Too many key generations under way. Please try again shortly.", 2}
+	draining        = problem{http.StatusServiceUnavailable, "draining", "The service is shutting down. Please try again shortly.", 5}
+	auditDown       = problem{http.StatusServiceUnavailable, "audit_unavailable", "The audit trail cannot be written at the moment. Nothing was released; please try again later.", 10}
+	issuerDown      = problem{http.StatusServiceUnavailable, "unavailable", "Tokens cannot be verified at the moment. Please try again later.", 5}
+	unavailable     = problem{http.StatusServiceUnavailable, "unavailable", "The service cannot answer at the moment. Please try again later.", 5}
+	notReady        = problem{http.StatusServiceUnavailable, "not_ready", "Not ready", 5}
+	generation      = problem{http.StatusInternalServerError, "generation_failed", "Key generation failed", 0}
+	internal        = problem{http.StatusInternalServerError, "internal", "Internal error", 0}
+)
+
+// generationError marks a failure of POST …/key, whose contract has words of its own.
+type generationError struct{ error }
+
+func (e generationError) Unwrap() error { return e.error }
+
+// problemFor translates every error there is. What it does not know tells a
+// client nothing.
+func problemFor(err error) problem {
+	var (
+		token  *authn.TokenError
+		denied *orgkey.DeniedError
+		quota  *orgkey.QuotaError
+	)
+	switch {
+	case errors.As(err, &token) && token.Reason != authn.ReasonMissing:
+		return invalidToken
+	case errors.Is(err, authn.ErrUnauthenticated):
+		return unauthenticated
+	case errors.Is(err, authn.ErrKeysUnavailable):
+		return issuerDown
+	case errors.As(err, &denied):
+		return deniedProblem(denied)
+	case errors.Is(err, orgkey.ErrAudit): // before the others: nothing is answered that was not recorded
+		return auditDown
+	case errors.As(err, &quota):
+		return quotaProblem(quota.Limit)
+	case errors.Is(err, orgkey.ErrBadOrg):
+		return invalidOrg
+	case errors.Is(err, orgkey.ErrNotFound):
+		return keyNotFound
+	case errors.Is(err, orgkey.ErrOverloaded):
+		return overloaded
+	case errors.As(err, new(generationError)):
+		return generation
+	case errors.Is(err, orgkey.ErrUnavailable):
+		return unavailable
+	default:
+		return internal
+	}
+}
+
+func quotaProblem(limit int) problem {
+	return problem{http.StatusBadRequest, "quota_exceeded",
+		fmt.Sprintf("Maximum number of organization keys (%d) has been reached. Please delete existing keys before creating new ones.", limit), 0}
+}
+
+// deniedProblem words the policy's "no". Reasons that a replaced policy may
+// invent say no more than that.
+func deniedProblem(d *orgkey.DeniedError) problem {
+	what, area := "keys for your own organization", "organization keys"
+	switch {
+	case strings.HasPrefix(string(d.Action), "node."):
+		what, area = "nodes of your own organization", "nodes"
+	case strings.HasPrefix(string(d.Action), "secret."):
+		what, area = "secrets of your own organization", "secrets"
+	case strings.HasPrefix(string(d.Action), "event."):
+		what, area = "events of your own organization", "events"
+	}
+	p := problem{status: http.StatusForbidden, code: "access_denied", message: "Access denied"}
+	switch d.Reason {
+	case authz.OtherOrganization:
+		p.code, p.message = "other_organization", "Access denied: you can only manage "+what
+	case authz.InsufficientRole:
+		p.code, p.message = "insufficient_role", "Insufficient permissions: only OWNER and ADMINISTRATOR roles can manage "+area
+	}
+	return p
+}
+
+// fail answers with what err is to a client, and logs what it is to an
+// operator where that is more.
+func (a *API) fail(c *gin.Context, err error) {
+	p := problemFor(err)
+	if c.Request.Context().Err() != nil {
+		p = clientGone
+	}
+	if p.status >= http.StatusInternalServerError {
+		a.Log.Error("request failed", "request", exchangeOf(c).id, "route", route(c), "code", p.code, "error", err)
+	}
+	a.refuse(c, p)
+}
+
+// errorBody is the form of every error.
+type errorBody struct {
+	Success   bool   `json:"success"` // always false
+	Message   string `json:"message"`
+	ErrorCode string `json:"errorCode"`
+	RequestID string `json:"requestId"`
+}
+
+// refuse answers with p and ends the request. A response that has begun can
+// only be cut off, so that nobody takes it for a whole one.
+func (a *API) refuse(c *gin.Context, p problem) {
+	x := exchangeOf(c)
+	if c.Writer.Written() {
+		x.aborted = true
+		panic(http.ErrAbortHandler)
+	}
+	x.code = p.code
+	if p.status == http.StatusUnauthorized {
+		c.Header("WWW-Authenticate", "Bearer")
+	}
+	if p.retry > 0 {
+		c.Header("Retry-After", strconv.Itoa(p.retry))
+	}
+	c.Abort()
+	writeJSON(c, p.status, errorBody{Message: p.message, ErrorCode: p.code, RequestID: x.id})
+}
+
+// writeJSON writes v with the media type that the contract names, without the
+// charset that Gin adds.
+func writeJSON(c *gin.Context, status int, v any) {
+	c.Header("Content-Type", "application/json")
+	c.JSON(status, v)
+}

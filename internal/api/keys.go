@@ -1,0 +1,148 @@
+package api
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/gin-gonic/gin"
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+func (a *API) routesKeys(r gin.IRouter) {
+	keys := r.Group("/organization/:idOrg/key", a.whileServing, a.authenticate)
+	keys.POST("", a.organization(authz.GenerateKey), a.withoutBody, a.generateKey)
+	keys.GET("", a.organization(authz.ListKeys), a.withoutBody, a.listKeys)
+	keys.DELETE("", a.organization(authz.DeleteAllKeys), a.withoutBody, a.deleteKeys)
+	keys.DELETE("/:idKey", a.organization(authz.DeleteKey), a.withoutBody, a.deleteKey)
+}
+
+func (a *API) generateKey(c *gin.Context) {
+	c.Writer.Header().Add("Vary", "Accept, Sec-Fetch-Mode")
+	f, ok := negotiate(c.Request.Header)
+	if !ok {
+		a.reject(c, "not_acceptable", notAcceptable)
+		return
+	}
+	a.metrics.generating.Inc()
+	defer a.metrics.generating.Dec()
+	x := exchangeOf(c)
+	err := a.Keys.Generate(c.Request.Context(), x.call(), x.org, func(ctx context.Context, g orgkey.Generated) error {
+		return release(ctx, c, f, g)
+	})
+	if err == nil && !c.Writer.Written() {
+		err = errors.New("the key was generated and not written out")
+	}
+	if err != nil {
+		a.fail(c, generationError{err})
+	}
+}
+
+// success is an answer that has nothing to say but that it is done.
+type success struct {
+	Success bool   `json:"success"`
+	Message string `json:"message"`
+}
+
+type keyList struct {
+	success
+	Data []keyEntry `json:"data"`
+}
+
+type keyEntry struct {
+	ID          string         `json:"id"`
+	OrgID       string         `json:"orgId"`
+	PublicKey   string         `json:"publicKey"` // PKIX PEM
+	Fingerprint string         `json:"fingerprint"`
+	CreatedAt   string         `json:"createdAt"`
+	LastUsed    string         `json:"lastUsed,omitempty"`
+	Delivery    string         `json:"delivery,omitempty"`
+	NodeKeys    []nodeKeyEntry `json:"nodeKeys"`
+}
+
+type nodeKeyEntry struct {
+	KeyID     string `json:"keyId"`
+	NodeID    string `json:"nodeId"`
+	Confirmed bool   `json:"confirmed"`
+}
+
+func (a *API) listKeys(c *gin.Context) {
+	x := exchangeOf(c)
+	keys, err := a.Keys.List(c.Request.Context(), x.call(), x.org)
+	if err != nil {
+		a.fail(c, err)
+		return
+	}
+	list := keyList{success{true, "Organization keys retrieved successfully"}, make([]keyEntry, len(keys))}
+	for i, k := range keys {
+		if list.Data[i], err = entry(k); err != nil {
+			a.fail(c, err)
+			return
+		}
+	}
+	writeJSON(c, http.StatusOK, list)
+}
+
+// timeForm is RFC 3339 to the millisecond, in UTC.
+const timeForm = "2006-01-02T15:04:05.000Z"
+
+func entry(k orgkey.Key) (keyEntry, error) {
+	der, err := x509.MarshalPKIXPublicKey(k.Public)
+	if err != nil {
+		return keyEntry{}, fmt.Errorf("encoding public key %s: %w", k.ID, err)
+	}
+	e := keyEntry{
+		ID: k.ID, OrgID: k.Org, Fingerprint: k.Fingerprint,
+		PublicKey: string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})),
+		CreatedAt: instant(k.Created), NodeKeys: make([]nodeKeyEntry, len(k.Nodes)),
+	}
+	if !k.LastUsed.IsZero() {
+		e.LastUsed = instant(k.LastUsed)
+	}
+	if !k.Delivered {
+		e.Delivery = "unconfirmed"
+	}
+	for i, n := range k.Nodes {
+		e.NodeKeys[i] = nodeKeyEntry{n.KeyID, n.NodeID, n.Confirmed}
+	}
+	return e, nil
+}
+
+func instant(t time.Time) string { return t.UTC().Format(timeForm) }
+
+func (a *API) deleteKeys(c *gin.Context) {
+	x := exchangeOf(c)
+	n, err := a.Keys.DeleteAll(c.Request.Context(), x.call(), x.org)
+	if err != nil {
+		a.fail(c, err)
+		return
+	}
+	writeJSON(c, http.StatusOK, success{true, fmt.Sprintf("Successfully deleted %d organization key(s)", n)})
+}
+
+func (a *API) deleteKey(c *gin.Context) {
+	id := c.Param("idKey")
+	if !isKeyID(id) { // such a key cannot exist, and its ID is nothing for an audit event
+		a.reject(c, "not_found", keyNotFound)
+		return
+	}
+	x := exchangeOf(c)
+	if err := a.Keys.Delete(c.Request.Context(), x.call(), x.org, id); err != nil {
+		a.fail(c, err)
+		return
+	}
+	writeJSON(c, http.StatusOK, success{true, "Organization key deleted successfully"})
+}
+
+// isKeyID reports whether id has the one form in which key IDs are issued.
+func isKeyID(id string) bool {
+	parsed, err := uuid.Parse(id)
+	return err == nil && parsed.String() == id
+}

@@ -1,0 +1,123 @@
+package api
+
+import (
+	"log/slog"
+	"net/http"
+	"regexp"
+	"runtime"
+	"runtime/debug"
+	"time"
+
+	"github.com/gin-gonic/gin"
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// exchange is what is known of one request beyond what Gin knows. Fields are
+// filled in as checks pass, so that whatever is here may be logged.
+type exchange struct {
+	id      string
+	address string // the client's, as far as trusted proxies vouch for it
+	caller  authz.Caller
+	org     string // well-formed, or empty
+	action  authz.Action
+	code    string // of the problem answered
+	aborted bool   // cut off after the response had begun
+}
+
+const exchangeKey = "orgkeys.exchange"
+
+func exchangeOf(c *gin.Context) *exchange { return c.MustGet(exchangeKey).(*exchange) }
+
+func (x *exchange) call() orgkey.Call {
+	return orgkey.Call{Caller: x.caller, Request: x.id, Address: x.address}
+}
+
+var requestIDForm = regexp.MustCompile(`^[A-Za-z0-9-]{1,64}$`)
+
+// requestID is the client's own if it sent exactly one that cannot do any
+// harm in a log, a header or an audit event; otherwise a fresh one.
+func requestID(h http.Header) string {
+	if sent := h.Values("X-Request-Id"); len(sent) == 1 && requestIDForm.MatchString(sent[0]) {
+		return sent[0]
+	}
+	return uuid.NewString()
+}
+
+// observe gives every request its ID and the headers that all answers share,
+// and records what became of it, whatever that is.
+func (a *API) observe(c *gin.Context) {
+	started := time.Now()
+	x := &exchange{id: requestID(c.Request.Header)}
+	c.Set(exchangeKey, x)
+	c.Header("X-Request-Id", x.id)
+	c.Header("X-Content-Type-Options", "nosniff")
+	expectBody(c)
+	defer func() { a.record(c, x, time.Since(started)) }()
+	c.Next()
+}
+
+// record logs a request by what the service made of it: the route's pattern
+// and checked values, nothing as it was sent.
+func (a *API) record(c *gin.Context, x *exchange, took time.Duration) {
+	status := c.Writer.Status()
+	if x.aborted {
+		status = statusClientGone
+	}
+	method, pattern := knownMethod(c.Request.Method), route(c)
+	a.metrics.observe(method, pattern, status, took)
+	attrs := []slog.Attr{
+		slog.String("request", x.id), slog.String("method", method), slog.String("route", pattern),
+		slog.Int("status", status), slog.Float64("ms", float64(took.Microseconds())/1000),
+	}
+	if x.org != "" {
+		attrs = append(attrs, slog.String("org", x.org))
+	}
+	if x.code != "" {
+		attrs = append(attrs, slog.String("code", x.code))
+	}
+	a.Log.LogAttrs(c.Request.Context(), slog.LevelInfo, "request", attrs...)
+}
+
+// route is the pattern that matched, or "none".
+func route(c *gin.Context) string {
+	if p := c.FullPath(); p != "" {
+		return p
+	}
+	return "none"
+}
+
+// knownMethod keeps methods, which clients may make up, from growing logs and metrics.
+func knownMethod(m string) string {
+	switch m {
+	case http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete, http.MethodHead,
+		http.MethodOptions, http.MethodPatch, http.MethodConnect, http.MethodTrace:
+		return m
+	default:
+		return "other"
+	}
+}
+
+// recoverPanic answers 500 for a bug and keeps the process alive. The panic's
+// value is logged only if the runtime made it, since others may hold anything.
+func (a *API) recoverPanic(c *gin.Context) {
+	defer func() {
+		v := recover()
+		if v == nil {
+			return
+		}
+		if v == http.ErrAbortHandler {
+			panic(v)
+		}
+		x := exchangeOf(c)
+		attrs := []any{"request", x.id, "route", route(c), "stack", string(debug.Stack())}
+		if bug, ok := v.(runtime.Error); ok {
+			attrs = append(attrs, "panic", bug.Error())
+		}
+		a.Log.Error("panic", attrs...)
+		a.refuse(c, internal)
+	}()
+	c.Next()
+}

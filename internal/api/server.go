@@ -1,0 +1,162 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"golang.org/x/net/netutil"
+)
+
+// Every time limit and bound of the listeners, and of this package.
+const (
+	readHeaderTimeout = 5 * time.Second  // for a request's headers, and for a TLS handshake
+	readTimeout       = 10 * time.Second // for a whole request, body included
+	idleTimeout       = 60 * time.Second // between requests of a connection
+	releaseTimeout    = 5 * time.Second  // for writing a private key out
+	answerTime        = 40 * time.Second // what a request may take beyond the generation deadline: a withdrawal (30 s) and its answer
+
+	checkTimeout  = 2 * time.Second // for a round of readiness checks
+	checkInterval = time.Second     // between rounds
+
+	maxHeader      = 16 << 10
+	headerSlack    = 4 << 10 // what net/http reads beyond MaxHeaderBytes
+	maxStreams     = 64      // requests at once on an HTTP/2 connection
+	maxConnections = 4096    // of a listener; further ones wait to be accepted
+)
+
+// ServerConfig is a listener and what it speaks.
+type ServerConfig struct {
+	Address string // host:port
+	TLS     TLSFiles
+	Proxies Proxies
+	// GenerationDeadline is how long generating a key may take; a response may
+	// take that and answerTime.
+	GenerationDeadline time.Duration
+	Log                *slog.Logger
+}
+
+// Errors of CheckTransport.
+var (
+	ErrPlaintext   = errors.New("a listener that is not loopback needs ORGKEYS_TLS_CERT_FILE and ORGKEYS_TLS_KEY_FILE, or ORGKEYS_TLS_BY_PROXY=true with ORGKEYS_TRUSTED_PROXIES")
+	ErrTLSFiles    = errors.New("ORGKEYS_TLS_CERT_FILE and ORGKEYS_TLS_KEY_FILE belong together, and ORGKEYS_TLS_CLIENT_CA_FILE needs both")
+	ErrTwoTLS      = errors.New("ORGKEYS_TLS_BY_PROXY=true says that a proxy terminates TLS, and ORGKEYS_TLS_CERT_FILE that the service does")
+	ErrNoProxies   = errors.New("ORGKEYS_TLS_BY_PROXY=true needs ORGKEYS_TRUSTED_PROXIES, or anybody could claim to have come over TLS")
+	ErrTrustingAll = errors.New("ORGKEYS_TRUSTED_PROXIES trusts every address there is")
+)
+
+// CheckTransport reports what is doubtful about how c would be reached. It
+// looks at the settings only; Listen calls it, and looks at the address it got besides.
+func CheckTransport(c ServerConfig) error {
+	for _, p := range c.Proxies.Trusted {
+		if !p.IsValid() || p.Bits() == 0 {
+			return ErrTrustingAll
+		}
+	}
+	switch {
+	case (c.TLS.Cert == "") != (c.TLS.Key == ""), c.TLS.ClientCA != "" && c.TLS.Cert == "":
+		return ErrTLSFiles
+	case c.Proxies.TLS && c.TLS.Cert != "":
+		return ErrTwoTLS
+	case c.Proxies.TLS && len(c.Proxies.Trusted) == 0:
+		return ErrNoProxies
+	}
+	host, _, err := net.SplitHostPort(c.Address)
+	if err != nil {
+		return fmt.Errorf("listen address %q: %w", c.Address, err)
+	}
+	if host == "localhost" {
+		return nil // Listen sees what it stands for
+	}
+	ip, err := netip.ParseAddr(host)
+	return c.checkPlaintext(err == nil && ip.Unmap().IsLoopback())
+}
+
+func (c ServerConfig) checkPlaintext(loopback bool) error {
+	if loopback || c.TLS.Cert != "" || c.Proxies.TLS {
+		return nil
+	}
+	return fmt.Errorf("%w (the address is %s)", ErrPlaintext, c.Address)
+}
+
+// Server is a bound listener and the HTTP server for it.
+type Server struct {
+	listener net.Listener
+	server   *http.Server
+}
+
+// Listen binds c's address and makes ready to serve h on it, or refuses what
+// CheckTransport refuses.
+func Listen(c ServerConfig, h http.Handler) (*Server, error) {
+	if err := CheckTransport(c); err != nil {
+		return nil, err
+	}
+	s := &Server{server: newServer(c, h)}
+	if c.TLS.Cert != "" {
+		certs, err := openCertificates(c.TLS, c.Log)
+		if err != nil {
+			return nil, err
+		}
+		s.server.TLSConfig = certs.config()
+	}
+	listener, err := net.Listen("tcp", c.Address)
+	if err != nil {
+		return nil, fmt.Errorf("listening: %w", err)
+	}
+	at, ok := listener.Addr().(*net.TCPAddr)
+	if err := c.checkPlaintext(ok && at.IP.IsLoopback()); err != nil {
+		return nil, errors.Join(err, listener.Close())
+	}
+	s.listener = netutil.LimitListener(listener, maxConnections)
+	return s, nil
+}
+
+func newServer(c ServerConfig, h http.Handler) *http.Server {
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true) // over TLS only
+	return &http.Server{
+		Handler:                      h,
+		DisableGeneralOptionsHandler: true, // OPTIONS * is a wrong method like any other
+		ReadHeaderTimeout:            readHeaderTimeout,
+		ReadTimeout:                  readTimeout,
+		WriteTimeout:                 c.GenerationDeadline + answerTime,
+		IdleTimeout:                  idleTimeout,
+		MaxHeaderBytes:               maxHeader - headerSlack,
+		Protocols:                    &protocols,
+		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+		ErrorLog:                     slog.NewLogLogger(c.Log.Handler(), slog.LevelWarn),
+	}
+}
+
+// Addr is the address that the listener got.
+func (s *Server) Addr() net.Addr { return s.listener.Addr() }
+
+// Serve accepts connections until Shutdown, and then returns nil.
+func (s *Server) Serve() error {
+	var err error
+	if s.server.TLSConfig != nil {
+		err = s.server.ServeTLS(s.listener, "", "")
+	} else {
+		err = s.server.Serve(s.listener)
+	}
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// Shutdown stops accepting and waits until requests under way have ended. When
+// ctx ends first it cuts them off and returns ctx's error.
+func (s *Server) Shutdown(ctx context.Context) error {
+	err := s.server.Shutdown(ctx)
+	if err != nil {
+		err = errors.Join(err, s.server.Close())
+	}
+	return err
+}
