@@ -1,0 +1,133 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authn"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/policies"
+)
+
+// backend is what makes and seals keys.
+type backend struct {
+	name     string
+	keystore orgkey.Keystore
+	sealer   orgkey.Sealer
+	healthy  func(context.Context) error
+	close    func() error
+}
+
+// sinks are the audit sinks that cfg requires.
+func (b backend) sinks(cfg config.Config) []audit.Sink {
+	var all []audit.Sink
+	for _, name := range cfg.AuditSinks {
+		if name == config.SinkFile {
+			all = append(all, audit.NewFileSink(cfg.AuditFile))
+		}
+	}
+	return all
+}
+
+func openBackend(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.DB, log *slog.Logger) (backend, error) {
+	if cfg.Keystore == config.KeystoreVault {
+		return backend{}, errors.New("ORGKEYS_KEYSTORE=vault is not wired up yet")
+	}
+	return openHSM(ctx, cfg, dir, db, log)
+}
+
+// openHSM opens the token that cfg names, or a SoftHSM token of its own. A
+// sealing key is made only while nothing was ever sealed: with records there, a
+// token without one is the wrong token.
+func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.DB, log *slog.Logger) (backend, error) {
+	hc := hsm.Config{Module: cfg.PKCS11Module, TokenLabel: cfg.TokenLabel, PINFile: cfg.PINFile}
+	var err error
+	if cfg.PINFile == "" {
+		if hc, _, err = hsm.InitSoftHSM(dir.path); err != nil {
+			return backend{}, err
+		}
+	} else if hc.Module == "" {
+		if hc.Module, err = hsm.FindSoftHSM(); err != nil {
+			return backend{}, err
+		}
+	}
+	sealed, err := db.HasSealed(ctx)
+	if err != nil {
+		return backend{}, err
+	}
+	hc.CreateSealingKey = !sealed
+	hc.Log = log
+	token, err := hsm.Open(ctx, hc)
+	if errors.Is(err, hsm.ErrNoSealingKey) {
+		err = fmt.Errorf("%w, and the database holds records sealed by another: this is not the token that they belong to", err)
+	}
+	if err != nil {
+		return backend{}, err
+	}
+	return backend{name: config.KeystorePKCS11, keystore: token, sealer: token, healthy: token.Healthy, close: token.Close}, nil
+}
+
+// policy is the embedded policy, or the one in a directory that is followed.
+type policy struct {
+	decider
+	follow func(context.Context)
+}
+
+type decider interface {
+	Decide(context.Context, authz.Request) (authz.Decision, error)
+	Revision() string
+}
+
+func openPolicy(ctx context.Context, cfg config.Config, log *slog.Logger) (policy, error) {
+	if cfg.PolicyDir == "" {
+		p, err := authz.Load(ctx, policies.Files)
+		return policy{p, func(context.Context) {}}, err
+	}
+	d, err := authz.Open(ctx, cfg.PolicyDir)
+	if err != nil {
+		return policy{}, fmt.Errorf("ORGKEYS_POLICY_DIR: %w", err)
+	}
+	return policy{d, func(ctx context.Context) {
+		d.Follow(ctx, func(revision string, err error) {
+			if err != nil {
+				log.Error("the policy directory changed and cannot be used; the previous policy stays in force", "policy", revision, "error", err)
+				return
+			}
+			log.Info("policy replaced", "policy", revision)
+		})
+	}}, nil
+}
+
+// tokens is who may call.
+type tokens struct {
+	verifier *authn.Verifier
+	keys     *authn.KeySet
+}
+
+func openTokens(cfg config.Config, dir *dataDir, log *slog.Logger) (tokens, error) {
+	ac := authn.Config{Issuer: cfg.Issuer, Audience: cfg.Audience}
+	var err error
+	if cfg.Development() {
+		issuer, issuerErr := authn.OpenDevIssuer(dir.path)
+		if issuerErr != nil {
+			return tokens{}, issuerErr
+		}
+		ac, err = issuer.Config()
+		log.Warn("tokens come from the development issuer: whoever can read the data directory can be anybody")
+	} else {
+		ac.Keys, err = authn.OpenKeySet(cfg.JWKS, authn.KeySetOptions{Interval: cfg.JWKSInterval, Log: log})
+	}
+	if err != nil {
+		return tokens{}, fmt.Errorf("ORGKEYS_JWKS: %w", err)
+	}
+	ac.ClaimOrg, ac.ClaimRole = cfg.ClaimOrg, cfg.ClaimRole
+	verifier, err := authn.New(ac)
+	return tokens{verifier, ac.Keys}, err
+}

@@ -1,0 +1,284 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/orgkeys/orgkeys/internal/api"
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authn"
+	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// How often what nobody asks for is done.
+const (
+	sweepInterval   = time.Second
+	summaryInterval = time.Minute // between summaries of refused unknown callers
+	startTimeout    = 15 * time.Second
+)
+
+func newServe() *cobra.Command {
+	return &cobra.Command{
+		Use:   "serve",
+		Short: "Serve the API",
+		Long: `Serves the API until interrupted. With no settings at all it uses SoftHSM, SQLite
+and a development issuer, all in the data directory, and listens on loopback.
+
+Settings, as environment variables or as lines of the --config file:
+
+` + settingsHelp(),
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := load(cmd)
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), cfg, newLogger(cfg))
+		},
+	}
+}
+
+// settingsHelp lists every setting with its default.
+func settingsHelp() string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	for _, s := range config.Settings() {
+		doc := s.Doc
+		if s.Default != "" {
+			doc += " (" + s.Default + ")"
+		}
+		if s.Secret {
+			doc += "; or " + s.Name + "_FILE"
+		}
+		fmt.Fprintf(w, "  %s\t%s\n", s.Name, doc)
+	}
+	_ = w.Flush() // a strings.Builder does not fail
+	return b.String()
+}
+
+func newLogger(cfg config.Config) *slog.Logger {
+	var level slog.Level
+	_ = level.UnmarshalText([]byte(cfg.LogLevel)) // config has checked it
+	return slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+}
+
+// serve puts the parts together and runs them until ctx ends.
+func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
+	closeAll := closers{}
+	defer func() { err = errors.Join(err, closeAll.close()) }()
+
+	if err := hideMemory(); err != nil {
+		return fmt.Errorf("keeping memory private: %w", err)
+	}
+	dir, err := openDataDir(cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	closeAll.add(dir.close)
+	starting, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+
+	db, err := sqlstore.Open(starting, databaseLocation(cfg))
+	if err != nil {
+		return err
+	}
+	closeAll.add(db.Close)
+	if err := db.Migrate(starting); err != nil {
+		return err
+	}
+	backend, err := openBackend(starting, cfg, dir, db, log)
+	if err != nil {
+		return err
+	}
+	closeAll.add(backend.close)
+	trail := audit.NewLog(db, log, backend.sinks(cfg)...)
+	if err := checkSinks(starting, trail, log); err != nil {
+		return err
+	}
+	policy, err := openPolicy(starting, cfg, log)
+	if err != nil {
+		return err
+	}
+	tokens, err := openTokens(cfg, dir, log)
+	if err != nil {
+		return err
+	}
+	service, err := orgkey.New(orgkey.Config{
+		Gate:  gate.Gate{Policy: policy, Trail: trail, Log: log},
+		Store: db, Keystore: backend.keystore, Sealer: backend.sealer, Locker: orgkey.NewLocalLock(),
+		Backend: backend.name, Limit: cfg.Max, Concurrency: cfg.MaxGenerations,
+		ReservationLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline,
+	})
+	if err != nil {
+		return err
+	}
+	failures := &authn.Failures{}
+	proxies := api.Proxies{Trusted: cfg.TrustedProxies, TLS: cfg.TLSByProxy}
+	surface, err := api.New(api.Config{
+		Keys: service, Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
+		Checks: []api.Check{
+			{Name: "database", Ask: db.Healthy},
+			{Name: backend.name, Ask: backend.healthy},
+			{Name: "audit sinks", Ask: func(context.Context) error { return sinkTrouble(trail) }},
+			{Name: "token keys", Ask: func(context.Context) error { return tokens.keys.Ready() }},
+		},
+		Metrics: newRegistry(trail), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: proxies,
+	})
+	if err != nil {
+		return err
+	}
+	public, err := api.Listen(api.ServerConfig{
+		Address: cfg.Listen, TLS: api.TLSFiles{Cert: cfg.TLSCertFile, Key: cfg.TLSKeyFile, ClientCA: cfg.ClientCAFile},
+		Proxies: proxies, GenerationDeadline: cfg.ReservationTTL / 2, Log: log,
+	}, surface.Handler())
+	if err != nil {
+		return err
+	}
+	admin, err := api.Listen(api.ServerConfig{Address: cfg.AdminListen, Log: log}, surface.Admin())
+	if err != nil {
+		return err
+	}
+
+	// What serves requests ends before what they need: running ends with
+	// background, which the shutdown below cancels last.
+	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	running, background := errgroup.WithContext(background)
+	running.Go(func() error { return trail.Run(background) })
+	running.Go(func() error { return service.Sweep(background, sweepInterval) })
+	running.Go(func() error { tokens.keys.Run(background); return nil })
+	running.Go(func() error { policy.follow(background); return nil })
+	running.Go(func() error { summarize(background, failures, trail, log); return nil })
+	running.Go(public.Serve)
+	running.Go(admin.Serve)
+	log.Info("listening", "api", public.Addr().String(), "admin", admin.Addr().String(), "version", version(), "policy", policy.Revision())
+
+	select {
+	case <-ctx.Done():
+		log.Info("shutting down: requests under way may finish", "timeout", cfg.ShutdownTimeout.String())
+	case <-background.Done(): // something ended that should not have
+	}
+	surface.Drain()
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.ShutdownTimeout)
+	defer cancel()
+	err = public.Shutdown(ending)
+	stop()
+	err = errors.Join(err, admin.Shutdown(ending), running.Wait())
+	log.Info("stopped")
+	return err
+}
+
+// closers closes what was opened, in reverse order.
+type closers []func() error
+
+func (c *closers) add(f func() error) { *c = append(*c, f) }
+
+func (c closers) close() error {
+	var all []error
+	for i := len(c) - 1; i >= 0; i-- {
+		all = append(all, c[i]())
+	}
+	return errors.Join(all...)
+}
+
+// checkSinks refuses a log that does not extend what a sink holds. A sink that
+// cannot be asked does not stop the start: nothing is released before it
+// answers, and the same check comes first then.
+func checkSinks(ctx context.Context, trail *audit.Log, log *slog.Logger) error {
+	err := trail.CheckExtends(ctx)
+	var rollback *audit.RollbackError
+	if errors.As(err, &rollback) {
+		return fmt.Errorf("%w; find out why, and if it was on purpose (a restored backup) run: orgkeys audit accept-rollback --reason …", err)
+	}
+	if err != nil {
+		log.Warn("an audit sink cannot be asked yet", "error", err)
+	}
+	return nil
+}
+
+func sinkTrouble(trail *audit.Log) error {
+	var all []error
+	for _, s := range trail.Sinks() {
+		if s.Err != nil {
+			all = append(all, fmt.Errorf("sink %s: %w", s.Name, s.Err))
+		}
+	}
+	return errors.Join(all...)
+}
+
+// summarize records, once a minute and reason, how many callers were refused
+// whom nobody knows.
+func summarize(ctx context.Context, failures *authn.Failures, trail *audit.Log, log *slog.Logger) {
+	ticker := time.NewTicker(summaryInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+		case <-ticker.C:
+		}
+		if err := recordFailures(context.WithoutCancel(ctx), failures.Flush(), trail); err != nil {
+			log.Warn("refused callers are not in the audit trail", "error", err)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+	}
+}
+
+func recordFailures(ctx context.Context, counts map[string]int64, trail *audit.Log) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var events []audit.Event
+	for reason, n := range counts {
+		e := audit.New(audit.UnknownCallers, "")
+		e.Actor = audit.Actor{Kind: audit.System, ID: "authn"}
+		e.Outcome, e.Reason = audit.Denied, reason
+		e.Detail = map[string]string{"count": fmt.Sprint(n)}
+		events = append(events, e)
+	}
+	if len(events) == 0 {
+		return nil
+	}
+	return trail.Record(ctx, events...)
+}
+
+// newRegistry returns the metrics that belong to no request.
+func newRegistry(trail *audit.Log) *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	r.MustRegister(sinkCollector{trail})
+	return r
+}
+
+var (
+	sinkNext = prometheus.NewDesc("orgkeys_audit_sink_next_index", "First index of the log that the sink has not acknowledged.", []string{"sink"}, nil)
+	sinkUp   = prometheus.NewDesc("orgkeys_audit_sink_up", "1 while the sink follows the log.", []string{"sink"}, nil)
+)
+
+// sinkCollector shows how far each audit sink has come.
+type sinkCollector struct{ trail *audit.Log }
+
+func (sinkCollector) Describe(ch chan<- *prometheus.Desc) { ch <- sinkNext; ch <- sinkUp }
+
+func (c sinkCollector) Collect(ch chan<- prometheus.Metric) {
+	for _, s := range c.trail.Sinks() {
+		up := 1.0
+		if s.Err != nil {
+			up = 0
+		}
+		ch <- prometheus.MustNewConstMetric(sinkNext, prometheus.GaugeValue, float64(s.Next), s.Name)
+		ch <- prometheus.MustNewConstMetric(sinkUp, prometheus.GaugeValue, up, s.Name)
+	}
+}
