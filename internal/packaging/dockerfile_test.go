@@ -1,0 +1,188 @@
+package packaging
+
+import (
+	"go/version"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/orgkeys/orgkeys/internal/config"
+)
+
+// stage is a FROM of the Dockerfile and the instructions that follow it.
+type stage struct {
+	name, image  string
+	instructions []instruction
+}
+
+type instruction struct{ name, arguments string }
+
+var fromLine = regexp.MustCompile(`^(\S+) AS (\S+)$`)
+
+func dockerfile(t *testing.T) []stage {
+	t.Helper()
+	text := regexp.MustCompile(`(?m)^\s*#.*\n`).ReplaceAllString(read(t, "Dockerfile"), "")
+	text = strings.ReplaceAll(text, "\\\n", " ")
+	var stages []stage
+	for line := range strings.Lines(text) {
+		name, arguments, ok := strings.Cut(strings.TrimSpace(line), " ")
+		if !ok {
+			continue
+		}
+		if name == "FROM" {
+			m := fromLine.FindStringSubmatch(arguments)
+			if m == nil {
+				t.Fatalf("a stage without a name: %q", line)
+			}
+			stages = append(stages, stage{name: m[2], image: m[1]})
+			continue
+		}
+		if len(stages) == 0 {
+			t.Fatalf("%q comes before any FROM", line)
+		}
+		s := &stages[len(stages)-1]
+		s.instructions = append(s.instructions, instruction{name, strings.TrimSpace(arguments)})
+	}
+	if len(stages) == 0 {
+		t.Fatal("the Dockerfile has no stages")
+	}
+	return stages
+}
+
+func (s stage) all(name string) []string {
+	var arguments []string
+	for _, i := range s.instructions {
+		if i.name == name {
+			arguments = append(arguments, i.arguments)
+		}
+	}
+	return arguments
+}
+
+func (s stage) last(name string) string {
+	if all := s.all(name); len(all) > 0 {
+		return all[len(all)-1]
+	}
+	return ""
+}
+
+func TestImagesDoNotRunAsRoot(t *testing.T) {
+	stages := dockerfile(t)
+	for _, s := range stages {
+		if s.last("ENTRYPOINT") == "" {
+			continue // never run: built in, or copied from
+		}
+		if uid, _, _ := strings.Cut(s.last("USER"), ":"); !regexp.MustCompile(`^[1-9]\d*$`).MatchString(uid) {
+			t.Errorf("%s runs as user %q; it should be a number other than 0", s.name, uid)
+		}
+	}
+	last := stages[len(stages)-1]
+	if last.name != "orgkeys" || last.last("ENTRYPOINT") != `["orgkeys"]` || last.last("CMD") != `["serve"]` {
+		t.Errorf("the last stage is %q and runs %s %s", last.name, last.last("ENTRYPOINT"), last.last("CMD"))
+	}
+}
+
+func TestImagesArePinned(t *testing.T) {
+	pinned := regexp.MustCompile(`^[a-z/]+:(\d+\.\d+\.\d+(-bookworm)?|bookworm-\d{8}-slim)$`)
+	for _, s := range dockerfile(t) {
+		if !pinned.MatchString(s.image) {
+			t.Errorf("%s is made from %q, which names no exact version", s.name, s.image)
+		}
+	}
+}
+
+func TestImageIsBuiltWithTheLanguageVersionOfGoMod(t *testing.T) {
+	build := dockerfile(t)[0]
+	tag := strings.TrimSuffix(strings.TrimPrefix(build.image, "golang:"), "-bookworm")
+	image, module := "go"+tag, "go"+goMod(t).Go.Version
+	if version.Lang(image) != version.Lang(module) || version.Compare(image, module) < 0 {
+		t.Errorf("the image is built with %s; go.mod says %s", image, module)
+	}
+}
+
+func TestImageCopiesWhatIsThere(t *testing.T) {
+	ignore := strings.Fields(regexp.MustCompile(`(?m)^#.*$`).ReplaceAllString(read(t, ".dockerignore"), ""))
+	if ignore[0] != "*" {
+		t.Error(".dockerignore does not begin by leaving everything out")
+	}
+	admitted := strings.Join(ignore, " ") + " "
+	for _, s := range dockerfile(t) {
+		for _, arguments := range s.all("COPY") {
+			if strings.HasPrefix(arguments, "--from=") {
+				continue
+			}
+			sources := strings.Fields(arguments)
+			for _, source := range sources[:len(sources)-1] {
+				if _, err := os.Stat(filepath.Join(root, source)); err != nil {
+					t.Errorf("%s: %v", s.name, err)
+				}
+				if !strings.Contains(admitted, "!"+source+" ") {
+					t.Errorf("%s copies %s, which .dockerignore leaves out", s.name, source)
+				}
+			}
+		}
+	}
+}
+
+func TestImageSettingsAreKnown(t *testing.T) {
+	stages := dockerfile(t)
+	for _, env := range stages[len(stages)-1].all("ENV") {
+		name, _, _ := strings.Cut(env, "=")
+		known := false
+		for _, s := range config.Settings() {
+			known = known || s.Name == name
+		}
+		if !known {
+			t.Errorf("the image sets %s, which is no setting", name)
+		}
+	}
+}
+
+// TestImageBuildWorksAsPlainSteps copies what the build stage copies, and
+// nothing else, runs its commands, and starts the program as the image's user.
+func TestImageBuildWorksAsPlainSteps(t *testing.T) {
+	build, src, out := dockerfile(t)[0], t.TempDir(), t.TempDir()
+	for _, arguments := range build.all("COPY") {
+		paths := strings.Fields(arguments)
+		for _, source := range paths[:len(paths)-1] {
+			copyTree(t, filepath.Join(root, source), filepath.Join(src, source))
+		}
+	}
+	commands := build.all("RUN")
+	if len(commands) == 0 {
+		t.Fatal("the build stage runs nothing")
+	}
+	for _, command := range commands {
+		cmd := exec.Command("sh", "-ec", strings.ReplaceAll(command, "/out/", out+"/"))
+		cmd.Dir = src
+		if b, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("RUN %s: %v\n%s", command, err, b)
+		}
+	}
+	if b, err := exec.Command(filepath.Join(out, "orgkeys"), "version").CombinedOutput(); err != nil {
+		t.Errorf("the program does not start: %v\n%s", err, b)
+	}
+}
+
+func copyTree(t *testing.T, from, to string) {
+	t.Helper()
+	info, err := os.Stat(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.IsDir() {
+		err = os.CopyFS(to, os.DirFS(from))
+	} else {
+		var b []byte
+		if b, err = fs.ReadFile(os.DirFS(filepath.Dir(from)), filepath.Base(from)); err == nil {
+			err = os.WriteFile(to, b, 0o600)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
