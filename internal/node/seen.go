@@ -24,10 +24,15 @@ func newSeen() *seen {
 	return &seen{keys: map[string]time.Time{}, nodes: map[Ref]time.Time{}}
 }
 
-func (s *seen) note(key string, node Ref, at time.Time) {
+func (s *seen) key(id string, at time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.keys[key] = at
+	s.keys[id] = at
+}
+
+func (s *seen) node(node Ref, at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.nodes[node] = at
 }
 
@@ -62,7 +67,7 @@ func (s *Service) Keep(ctx context.Context, interval time.Duration) error {
 
 func (s *Service) flush(ctx context.Context) {
 	keys, nodes := s.seen.take()
-	if len(keys) == 0 {
+	if len(keys) == 0 && len(nodes) == 0 {
 		return
 	}
 	if err := s.Store.Seen(ctx, keys, nodes); err != nil {

@@ -124,12 +124,12 @@ func (s *Service) Unregister(ctx context.Context, from Origin, body []byte) erro
 	return s.concluded(ctx, r, err)
 }
 
-// concluded notes what was seen, and records that an authenticated request
-// came to nothing.
+// concluded notes the use of the key, or records that an authenticated
+// request came to nothing.
 func (s *Service) concluded(ctx context.Context, r signed, err error) error {
 	switch {
 	case err == nil:
-		s.seen.note(r.key, Ref{r.org, r.addr}, s.Now())
+		s.seen.key(r.key, s.Now())
 		return nil
 	case errors.Is(err, ErrKeyGone):
 		return ErrSignature
@@ -164,6 +164,8 @@ func (s *Service) Secrets(ctx context.Context, from Origin, body []byte) ([]Enve
 	if err := s.concluded(ctx, r, err); err != nil {
 		return nil, err
 	}
+	// A registration writes this down itself.
+	s.seen.node(Ref{r.org, r.addr}, s.Now())
 	envelopes, err := s.envelop(ctx, r, sealed)
 	if err != nil {
 		return nil, s.Failed(ctx, r.pass, audit.RequestFailed, "unavailable", err)

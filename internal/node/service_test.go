@@ -1,0 +1,552 @@
+package node_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+func (w *world) want(what string, err, want error) {
+	w.t.Helper()
+	if !errors.Is(err, want) {
+		w.t.Errorf("%s: got %v, want %v", what, err, want)
+	}
+}
+
+func TestRegisteringAgainUpdatesTheNode(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		w.must(w.register(k.signedAt("192.0.2.2", w.now())))
+		before := w.nodes("acme")
+		again := k.signedAt("192.0.2.1", w.now().Add(time.Second)).with("status", "ONLINE").with("version", "2").
+			with("url", "https://n").with("nodeServices", 3).with("provider", "AWS")
+		w.must(w.register(again))
+		after := w.nodes("acme")
+		if len(before) != 2 || len(after) != 2 || after[1].ID != before[1].ID || after[0] != before[0] {
+			t.Fatalf("before %v, after %v", before, after)
+		}
+		n := after[1]
+		if n.IP.String() != "192.0.2.1" || n.Status != "ONLINE" || n.Version != "2" || n.URL != "https://n" || n.Services != 3 || n.Provider != "AWS" {
+			t.Errorf("node %+v", n)
+		}
+		if !n.Updated.After(before[1].Updated) || n.Registered != before[1].Registered {
+			t.Errorf("times %+v, before %+v", n, before[1])
+		}
+	})
+}
+
+func TestEverySignedFormIsAccepted(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		now := w.now()
+		stamps := []any{
+			now.Unix(), now.UnixMilli(), strconv.FormatInt(now.Unix()+1, 10), strconv.FormatInt(now.UnixMilli()+1, 10),
+			now.UTC().Format(time.RFC3339), now.In(time.FixedZone("", 3600)).Format(time.RFC3339Nano),
+		}
+		for _, stamp := range stamps {
+			for _, org := range []string{"", "|acme"} {
+				f := fields{"ip": "192.0.2.1", "region": "eu", "timestamp": stamp, "id_org": "acme", "version": "1", "status": "s"}
+				w.must(w.register(f.with("signature", k.sign(fmt.Sprintf("192.0.2.1|eu|%v%s", stamp, org)))))
+				without := f.with("region", nil)
+				for _, line := range []string{"192.0.2.1||%v%s", "192.0.2.1|%v%s"} {
+					signature := k.sign(fmt.Sprintf(line, stamp, org))
+					if _, ok := errors.AsType[*node.InputError](w.register(without.with("signature", signature))); !ok {
+						t.Error("registered without a region")
+					}
+					w.want("register under a line without its region", w.register(f.with("signature", signature)), node.ErrSignature)
+					w.must(w.unregister(without.with("signature", signature)))
+					w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+				}
+			}
+		}
+	})
+}
+
+func TestStaleTimestampsAreRefused(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		for _, off := range []time.Duration{-301 * time.Second, 301 * time.Second, -time.Hour} {
+			w.want(off.String(), w.register(k.signedAt("192.0.2.1", w.now().Add(off))), node.ErrStale)
+		}
+		for _, off := range []time.Duration{-299 * time.Second, 299 * time.Second} {
+			w.must(w.register(k.signedAt("192.0.2.1", w.now().Add(off))))
+		}
+	})
+}
+
+func TestStrangersAllHearTheSame(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k, other := w.release("acme"), w.release("other")
+		dead := w.release("acme")
+		w.deleteKey(dead)
+		good := k.signedAt("192.0.2.1", w.now())
+		for name, f := range map[string]fields{
+			"unknown organization":          good.with("id_org", "nobody"),
+			"another organization's key":    other.signedAt("192.0.2.1", w.now()).with("id_org", "acme"),
+			"a deleted key":                 dead.signedAt("192.0.2.1", w.now()),
+			"another ip":                    good.with("ip", "192.0.2.2"),
+			"another text of the same ip":   good.with("ip", "::ffff:192.0.2.1"),
+			"another region":                good.with("region", "us"),
+			"another timestamp":             good.with("timestamp", strconv.FormatInt(w.now().UnixMilli()+5, 10)),
+			"no signature but base64":       good.with("signature", "AAAA"),
+			"another organization's suffix": good.with("signature", k.sign("192.0.2.1|eu|"+good["timestamp"].(string)+"|other")),
+		} {
+			w.want(name+", registering", w.register(f), node.ErrSignature)
+			w.want(name+", unregistering", w.unregister(f), node.ErrSignature)
+			_, err := w.secrets(f)
+			w.want(name+", fetching", err, node.ErrSignature)
+		}
+		if nodes := w.nodes("acme"); len(nodes) != 0 {
+			t.Errorf("nodes %v", nodes)
+		}
+	})
+}
+
+func TestSameRequestAgainChangesNothing(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		f := k.signedAt("192.0.2.1", w.now())
+		w.must(w.register(f))
+		first := w.nodes("acme")
+		w.must(w.register(f))
+		w.must(w.another().Register(t.Context(), there, f.with("unknown", 1).with("org_id", "acme").body()))
+		if again := w.nodes("acme"); again[0] != first[0] {
+			t.Errorf("was %+v, is %+v", first[0], again[0])
+		}
+		bye := k.signedAt("192.0.2.1", w.now().Add(time.Second))
+		w.must(w.unregister(bye))
+		w.must(w.unregister(bye))
+		w.must(w.register(f))
+		if nodes := w.nodes("acme"); len(nodes) != 0 {
+			t.Errorf("an old registration brought the node back: %v", nodes)
+		}
+		got := w.events()
+		want := []string{
+			"orgkey.created", "node.registered created", "node.listed", "node.registered repeated", "node.registered repeated",
+			"node.listed", "node.unregistered deleted", "node.unregistered repeated", "node.registered repeated", "node.listed",
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("events %q", got)
+		}
+	})
+}
+
+func TestSignatureHasOneMeaning(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		f := k.signedAt("192.0.2.1", w.now())
+		w.must(w.register(f))
+		replica := w.another()
+		w.want("another status", w.register(f.with("status", "off")), node.ErrReused)
+		w.want("another status, another replica", replica.Register(t.Context(), there, f.with("status", "off").body()), node.ErrReused)
+		w.want("a url", w.register(f.with("url", "https://evil")), node.ErrReused)
+		w.want("the other endpoint", w.unregister(f), node.ErrReused)
+		if n := w.nodes("acme"); len(n) != 1 || n[0].Status != "active" || n[0].URL != "" {
+			t.Errorf("nodes %v", n)
+		}
+		w.deleteKey(k)
+		w.want("after the key was deleted", w.register(f), node.ErrSignature)
+		if got := w.events(); !slices.Contains(got, "request.failed failure signature_reused") {
+			t.Errorf("events %q", got)
+		}
+	})
+}
+
+func TestTimestampAheadIsNotReplayableLater(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		f := k.signedAt("192.0.2.1", w.now().Add(290*time.Second))
+		w.must(w.register(f))
+		w.ahead.Store(int64(310 * time.Second))
+		w.forget()
+		w.want("310 s later", w.register(f.with("status", "off")), node.ErrReused)
+		w.ahead.Store(int64(591 * time.Second))
+		w.forget()
+		w.want("301 s after its timestamp", w.register(f.with("status", "off")), node.ErrStale)
+	})
+}
+
+// forget removes the uses that have expired.
+func (w *world) forget() int {
+	w.t.Helper()
+	n, err := w.db.ForgetUses(w.t.Context(), w.now(), 1000)
+	w.must(err)
+	return n
+}
+
+func TestUsesAreForgottenAMinuteAfterTheWindow(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		w.ahead.Store(int64(359 * time.Second))
+		if n := w.forget(); n != 0 {
+			t.Errorf("%d forgotten after 359 s", n)
+		}
+		w.ahead.Store(int64(361 * time.Second))
+		if n := w.forget(); n != 1 {
+			t.Errorf("%d forgotten after 361 s", n)
+		}
+	})
+}
+
+func TestWhatFailsUsesNothingUp(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		f := k.signedAt("192.0.2.1", w.now())
+		w.want("unregistering nobody", w.unregister(f), node.ErrNodeNotFound)
+		w.must(w.register(f))
+	})
+}
+
+// Deployed scripts fetch and register within one second, and sign the same line.
+func TestFetchingNeitherUsesUpNorMindsUses(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		f := k.signedAt("192.0.2.1", w.now())
+		for range 2 {
+			if _, err := w.secrets(f); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.must(w.register(f))
+		if _, err := w.secrets(f); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestConcurrentUsesOfOneSignatureHaveOneMeaning(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		f := k.signedAt("192.0.2.1", w.now())
+		var mu sync.Mutex
+		served := map[string]int{}
+		var wg sync.WaitGroup
+		for i := range 40 {
+			status := "s" + strconv.Itoa(i%2)
+			wg.Go(func() {
+				err := w.register(f.with("status", status))
+				mu.Lock()
+				defer mu.Unlock()
+				switch {
+				case err == nil:
+					served[status]++
+				case !errors.Is(err, node.ErrReused):
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if nodes := w.nodes("acme"); len(served) != 1 || len(nodes) != 1 || served[nodes[0].Status] != 20 {
+			t.Errorf("served %v, nodes %v", served, nodes)
+		}
+		count := map[string]int{}
+		for _, e := range w.events() {
+			count[e]++
+		}
+		if count["node.registered created"] != 1 || count["node.registered repeated"] != 19 || count["request.failed failure signature_reused"] != 20 {
+			t.Errorf("events %v", count)
+		}
+	})
+}
+
+func TestAllFormsOfAnAddressAreOneNode(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		for i, ip := range []string{"2001:db8::1", "2001:DB8:0:0::1", "192.0.2.1", "::ffff:192.0.2.1", "::ffff:c000:201"} {
+			w.must(w.register(k.signedAt(ip, w.now().Add(time.Duration(i)*time.Second))))
+		}
+		if nodes := w.nodes("acme"); len(nodes) != 2 || nodes[0].IP.String() != "192.0.2.1" || nodes[1].IP.String() != "2001:db8::1" {
+			t.Errorf("nodes %v", nodes)
+		}
+	})
+}
+
+func TestDeletedNodeComesBackByRegistering(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		w.release("other")
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		id := w.nodes("acme")[0].ID
+		admin := by("acme", authz.Administrator)
+		w.must(w.service.Delete(t.Context(), admin, "acme", id))
+		w.want("again", w.service.Delete(t.Context(), admin, "acme", id), node.ErrAlreadyDeleted)
+		w.want("no such node", w.service.Delete(t.Context(), admin, "acme", "x"), node.ErrNodeNotFound)
+		w.want("another organization's", w.service.Delete(t.Context(), by("other", authz.Owner), "other", id), node.ErrNodeNotFound)
+		if nodes := w.nodes("acme"); len(nodes) != 0 {
+			t.Errorf("listed: %v", nodes)
+		}
+		w.want("unregistering it", w.unregister(k.signedAt("192.0.2.1", w.now().Add(time.Second))), node.ErrNodeNotFound)
+		w.must(w.register(k.signedAt("192.0.2.1", w.now().Add(2*time.Second))))
+		if nodes := w.nodes("acme"); len(nodes) != 1 || nodes[0].ID != id {
+			t.Errorf("came back as %v", nodes)
+		}
+	})
+}
+
+func TestPolicyDecidesForPeople(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		ctx := t.Context()
+		for name, ask := range map[string]func(gate.Call) error{
+			"delete":        func(c gate.Call) error { return w.service.Delete(ctx, c, "acme", "x") },
+			"put secret":    func(c gate.Call) error { return w.service.PutSecret(ctx, c, "acme", "a", []byte("v")) },
+			"list secrets":  func(c gate.Call) error { _, err := w.service.ListSecrets(ctx, c, "acme"); return err },
+			"delete secret": func(c gate.Call) error { return w.service.DeleteSecret(ctx, c, "acme", "a") },
+		} {
+			denied, ok := errors.AsType[*gate.DeniedError](ask(by("acme", authz.Billing)))
+			if !ok || denied.Reason != authz.InsufficientRole {
+				t.Errorf("%s by BILLING: %v", name, denied)
+			}
+			denied, ok = errors.AsType[*gate.DeniedError](ask(by("other", authz.Owner)))
+			if !ok || denied.Reason != authz.OtherOrganization {
+				t.Errorf("%s by a stranger: %v", name, denied)
+			}
+		}
+		_, err := w.service.List(ctx, by("other", authz.Owner), "acme")
+		if denied, ok := errors.AsType[*gate.DeniedError](err); !ok || denied.Reason != authz.OtherOrganization {
+			t.Errorf("listing by a stranger: %v", err)
+		}
+	})
+}
+
+// nodeKeys returns "ip" or "ip?" (unconfirmed) for each association of k.
+func (w *world) nodeKeys(k key) string {
+	w.t.Helper()
+	records, err := w.db.Keys(w.t.Context(), k.org)
+	w.must(err)
+	var ips []string
+	for _, r := range records {
+		for _, n := range r.Nodes {
+			if r.ID != k.id {
+				continue
+			}
+			if !n.Confirmed {
+				n.NodeID += "?"
+			}
+			ips = append(ips, n.NodeID)
+		}
+	}
+	return strings.Join(ips, " ")
+}
+
+func TestNewKeyIsAssociatedWithRegisteredNodes(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		first, unused := w.release("acme"), w.release("acme")
+		w.must(w.register(first.signedAt("192.0.2.1", w.now())))
+		w.must(w.register(first.signedAt("192.0.2.2", w.now())))
+		second := w.release("acme")
+		foreign := w.release("other")
+		w.must(w.register(second.signedAt("192.0.2.1", w.now())))
+		w.must(w.register(second.signedAt("192.0.2.3", w.now())))
+		for _, c := range []struct {
+			name, want string
+			key        key
+		}{
+			{"the key they registered with", "192.0.2.2 192.0.2.1", first},
+			{"a key from before they registered", "", unused},
+			{"a key from after", "192.0.2.3 192.0.2.2? 192.0.2.1", second},
+			{"another organization's", "", foreign},
+		} {
+			if got := w.nodeKeys(c.key); got != c.want {
+				t.Errorf("%s: %q, want %q", c.name, got, c.want)
+			}
+		}
+		w.must(w.unregister(second.signedAt("192.0.2.1", w.now().Add(time.Second))))
+		if got := w.nodeKeys(first) + ", " + w.nodeKeys(second); got != "192.0.2.2, 192.0.2.3 192.0.2.2?" {
+			t.Errorf("after a node was deleted: %s", got)
+		}
+		w.deleteKey(first)
+		if got := w.nodeKeys(first) + ", " + w.nodeKeys(second); got != ", 192.0.2.3 192.0.2.2?" {
+			t.Errorf("after a key was deleted: %s", got)
+		}
+		w.must(w.register(second.signedAt("192.0.2.1", w.now().Add(2*time.Second))))
+		if got := w.nodeKeys(second); got != "192.0.2.1 192.0.2.3 192.0.2.2?" {
+			t.Errorf("after it came back: %s", got)
+		}
+	})
+}
+
+func TestSecretsReachTheHolderOfAKey(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k, other := w.release("acme"), w.release("other")
+		ctx, admin := t.Context(), by("acme", authz.Owner)
+		w.must(w.service.PutSecret(ctx, admin, "acme", "env_s3", []byte("A=old")))
+		w.must(w.service.PutSecret(ctx, admin, "acme", "env_s3", []byte("A=1")))
+		w.must(w.service.PutSecret(ctx, admin, "acme", "env_gcs", []byte("B=2")))
+		got, err := w.secrets(k.signedAt("192.0.2.1", w.now()))
+		w.must(err)
+		var opened []string
+		for _, e := range got {
+			secret, err := envelope.Open(k.private, e.Text)
+			w.must(err)
+			opened = append(opened, e.Name+" "+string(secret))
+		}
+		if !slices.Equal(opened, []string{"env_gcs B=2", "env_s3 A=1"}) {
+			t.Errorf("got %q", opened)
+		}
+		if got, err = w.secrets(other.signedAt("192.0.2.1", w.now())); err != nil || len(got) != 0 {
+			t.Errorf("another organization got %v, %v", got, err)
+		}
+		w.must(w.service.DeleteSecret(ctx, admin, "acme", "env_gcs"))
+		w.want("deleting it again", w.service.DeleteSecret(ctx, admin, "acme", "env_gcs"), node.ErrSecretNotFound)
+		listed, err := w.service.ListSecrets(ctx, admin, "acme")
+		if err != nil || len(listed) != 1 || listed[0].Name != "env_s3" || !listed[0].Updated.After(listed[0].Created) {
+			t.Errorf("listed %v, %v", listed, err)
+		}
+		for _, want := range []string{"secret.put", "secret.fetched", "secret.deleted", "request.failed failure not_found", "secret.listed"} {
+			if !slices.Contains(w.events(), want) {
+				t.Errorf("no event %q", want)
+			}
+		}
+	})
+}
+
+func TestRefusedSecrets(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		ctx, admin := t.Context(), by("acme", authz.Owner)
+		for _, name := range []string{"", "Env", "1env", "_env", "env-s3", "../env", "env\n", strings.Repeat("a", 65)} {
+			if _, ok := errors.AsType[*node.InputError](w.service.PutSecret(ctx, admin, "acme", name, []byte("v"))); !ok {
+				t.Errorf("name %q is accepted", name)
+			}
+		}
+		for _, value := range [][]byte{nil, make([]byte, 64<<10+1)} {
+			if _, ok := errors.AsType[*node.InputError](w.service.PutSecret(ctx, admin, "acme", "a", value)); !ok {
+				t.Errorf("%d bytes are accepted", len(value))
+			}
+		}
+		w.must(w.service.PutSecret(ctx, admin, "acme", strings.Repeat("a", 64), make([]byte, 64<<10)))
+		for i := range node.MaxSecrets - 1 {
+			w.must(w.service.PutSecret(ctx, admin, "acme", "s"+strconv.Itoa(i), []byte("v")))
+		}
+		w.want("one too many", w.service.PutSecret(ctx, admin, "acme", "z", []byte("v")), node.ErrTooManySecrets)
+		w.must(w.service.PutSecret(ctx, admin, "acme", "s0", []byte("w")))
+	})
+}
+
+func TestMovedSecretDoesNotOpen(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		foreign, err := token.Seal(t.Context(), orgkey.Binding{Purpose: orgkey.BootSecret, Org: "other", ID: "env_s3"}, []byte("theirs"))
+		w.must(err)
+		w.must(w.db.PutSecret(t.Context(), "acme", node.SealedSecret{Name: "env_s3", Sealed: foreign}, 64, audit.New(audit.SecretPut, "acme")))
+		got, err := w.secrets(k.signedAt("192.0.2.1", w.now()))
+		w.want("a secret moved from another organization", err, orgkey.ErrSealBroken)
+		if got != nil {
+			t.Errorf("got %v", got)
+		}
+	})
+}
+
+// stuck is a sink that never acknowledges.
+type stuck struct{}
+
+func (stuck) Name() string                                       { return "stuck" }
+func (stuck) Last(context.Context) (audit.Checkpoint, error)     { return audit.Checkpoint{}, nil }
+func (stuck) Checkpoint(context.Context, audit.Checkpoint) error { return errors.New("stuck") }
+func (stuck) Append(context.Context, []audit.Entry) ([][]byte, error) {
+	return nil, errors.New("stuck")
+}
+
+func TestNoSecretBeforeItsEventIsAcknowledged(t *testing.T) {
+	w := newWorld(t, filepath.Join(t.TempDir(), "orgkeys.db"), stuck{})
+	w.service.AuditDeadline = 200 * time.Millisecond
+	k := w.release("acme")
+	w.must(w.service.PutSecret(t.Context(), by("acme", authz.Owner), "acme", "env_s3", []byte("A=1")))
+	got, err := w.secrets(k.signedAt("192.0.2.1", w.now()))
+	w.want("a sink that does not acknowledge", err, gate.ErrAudit)
+	if got != nil {
+		t.Errorf("got %v", got)
+	}
+	w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+}
+
+func TestFailuresNeitherLockOutNorCount(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		bad := k.signedAt("192.0.2.1", w.now()).with("signature", "AAAA")
+		for range 30 {
+			w.want("within the limit", w.register(bad), node.ErrSignature)
+		}
+		w.want("past it", w.register(bad), node.ErrTooManyFailures)
+		w.want("an unknown organization", w.register(bad.with("id_org", "nobody")), node.ErrTooManyFailures)
+		w.want("from elsewhere", w.service.Register(t.Context(), there, bad.body()), node.ErrSignature)
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		w.must(w.service.Register(t.Context(), there, k.signedAt("192.0.2.2", w.now()).body()))
+		w.ahead.Store(int64(time.Minute))
+		w.want("a minute later", w.register(k.signedAt("192.0.2.1", w.now()).with("signature", "AAAA")), node.ErrSignature)
+		for range 100 {
+			w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		}
+	})
+}
+
+func TestStrangersCauseNoUnsealing(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		w.release("acme")
+		var wg sync.WaitGroup
+		for i := range 50 {
+			from := node.Origin{Address: fmt.Sprintf("2001:db8:0:%x::1", i)}
+			wg.Go(func() {
+				w.want("bad", w.service.Register(t.Context(), from, k.signedAt("192.0.2.1", w.now()).with("signature", "AAAA").body()), node.ErrSignature)
+			})
+		}
+		wg.Wait()
+		if n := w.opened.Load(); n > 6 {
+			t.Errorf("50 requests unsealed %d values", n)
+		}
+		before := w.opened.Load()
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		if w.opened.Load() != before {
+			t.Error("a registration unsealed again")
+		}
+	})
+}
+
+func TestLastUseAndLastSightAreWrittenDown(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k, idle := w.release("acme"), w.release("acme")
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		registered := w.nodes("acme")[0]
+		w.ahead.Store(int64(time.Minute))
+		for _, ip := range []string{"192.0.2.1", "192.0.2.99"} {
+			if _, err := w.secrets(k.signedAt(ip, w.now())); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		stop()
+		w.must(w.service.Keep(ctx, time.Hour))
+		n := w.nodes("acme")[0]
+		if n.Seen.Sub(registered.Seen) < 50*time.Second || n.Updated != registered.Updated {
+			t.Errorf("seen %s, registered %s", n.Seen, registered.Seen)
+		}
+		records, err := w.db.Keys(t.Context(), "acme")
+		w.must(err)
+		for _, r := range records {
+			if used := !r.LastUsed.IsZero(); used != (r.ID == k.id) {
+				t.Errorf("key %s (idle is %s) used %s", r.ID, idle.id, r.LastUsed)
+			}
+		}
+		past := map[string]time.Time{k.id: time.Unix(1, 0)}
+		w.must(w.db.Seen(t.Context(), past, map[node.Ref]time.Time{{Org: "acme", IP: n.IP}: time.Unix(1, 0)}))
+		if again := w.nodes("acme")[0]; again.Seen != n.Seen {
+			t.Errorf("sight moved back to %s", again.Seen)
+		}
+	})
+}
