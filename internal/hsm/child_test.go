@@ -2,8 +2,166 @@
 
 package hsm
 
-import "fmt"
+import (
+	"context"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/big"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/google/uuid"
+	"github.com/miekg/pkcs11"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// What a child is told, by its environment.
+const (
+	childDir    = "ORGKEYS_HSM_TEST_DIR"
+	childModule = "ORGKEYS_HSM_TEST_MODULE"
+)
+
+const childKeys = 3
+
+func childCommand(t testing.TB, name, dir string, env ...string) *exec.Cmd {
+	t.Helper()
+	binary, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), binary)
+	cmd.Env = append(os.Environ(), child+"="+name, childDir+"="+dir)
+	cmd.Env = append(cmd.Env, env...)
+	return cmd
+}
 
 func runChild(name string) error {
+	switch name {
+	case "init":
+		_, _, err := InitSoftHSM(os.Getenv(childDir))
+		return err
+	case "spied on":
+		return json.NewEncoder(os.Stdout).Encode(mustReport())
+	}
 	return fmt.Errorf("no such child: %s", name)
+}
+
+// report is what the child that is spied on knows of its work.
+type report struct {
+	Err         string
+	Secrets     []string // hex of each number of each private key
+	PrivateKeys int      // objects left in the token
+	Public      []string // hex of the moduli
+}
+
+func mustReport() (r report) {
+	if err := r.fill(context.Background()); err != nil {
+		r.Err = err.Error()
+	}
+	return r
+}
+
+// fill makes keys as the service does, seals and opens, and then looks for
+// private keys.
+func (r *report) fill(ctx context.Context) error {
+	cfg, _, err := InitSoftHSM(os.Getenv(childDir))
+	if err != nil {
+		return err
+	}
+	// So that the spy sees one made.
+	if err := dropSealingKey(cfg); err != nil {
+		return err
+	}
+	cfg.Module = os.Getenv(childModule)
+	cfg.CreateSealingKey = true
+	token, err := Open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	for range childKeys {
+		if err := r.generate(ctx, token); err != nil {
+			return err
+		}
+	}
+	item := orgkey.Sealed{Binding: orgkey.Binding{Org: "acme", ID: "one"}}
+	if item.Ciphertext, err = token.Seal(ctx, item.Binding, []byte("value")); err != nil {
+		return err
+	}
+	if _, err := token.Open(ctx, []orgkey.Sealed{item}); err != nil {
+		return err
+	}
+	err = token.seal(ctx, func(_ *life, h pkcs11.SessionHandle) error {
+		found, err := find(token.lib, h, 100, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
+		r.PrivateKeys = len(found)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return token.Close()
+}
+
+func dropSealingKey(cfg Config) error {
+	return withSession(cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) error {
+		key, err := lookUpSealingKey(lib, h)
+		if err != nil {
+			return err
+		}
+		return lib.DestroyObject(h, key)
+	})
+}
+
+// withSession runs f in a session of its own, logged in, past any Token.
+func withSession(cfg Config, f func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) error) (err error) {
+	pin, err := readPIN(cfg.PINFile)
+	if err != nil {
+		return err
+	}
+	lib := pkcs11.New(cfg.Module)
+	if err := lib.Initialize(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, lib.Finalize()) }()
+	slot, err := findToken(lib, cfg.TokenLabel)
+	if err != nil {
+		return err
+	}
+	h, err := lib.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return err
+	}
+	if err := lib.Login(h, pkcs11.CKU_USER, string(pin)); err != nil {
+		return err
+	}
+	return f(lib, h)
+}
+
+func (r *report) generate(ctx context.Context, token *Token) error {
+	key, err := token.Create(ctx, uuid.NewString())
+	if err != nil {
+		return err
+	}
+	der, err := key.Export(ctx)
+	if err != nil {
+		return err
+	}
+	if err := key.Destroy(ctx); err != nil {
+		return err
+	}
+	private, err := x509.ParsePKCS1PrivateKey(der)
+	if err != nil {
+		return err
+	}
+	p := private.Precomputed
+	for _, n := range []*big.Int{private.D, private.Primes[0], private.Primes[1], p.Dp, p.Dq, p.Qinv} {
+		r.Secrets = append(r.Secrets, strings.ToLower(hex.EncodeToString(n.Bytes())))
+	}
+	r.Public = append(r.Public, strings.ToLower(hex.EncodeToString(private.N.Bytes())))
+	return nil
 }

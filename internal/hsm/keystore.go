@@ -140,6 +140,11 @@ func (t *Token) Create(ctx context.Context, name string) (orgkey.BackendKey, err
 func (t *Token) generate(ctx context.Context, l *life, s *session, name string) (*pair, error) {
 	var p *pair
 	running, err := s.call(ctx, func(h pkcs11.SessionHandle) (err error) {
+		// The wrapping key dies with the anchor; better to know now than
+		// when the pair has been made.
+		if err := t.checkLogin(l); err != nil {
+			return err
+		}
 		if p, err = generatePair(t.lib, h, name); err == nil {
 			l.made.Add(1)
 		}

@@ -11,30 +11,16 @@ import (
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
-// inToken runs f in a session of its own, logged in, past any Token.
+// inToken is withSession for tests.
 func inToken(t *testing.T, cfg Config, f func(lib *pkcs11.Ctx, h pkcs11.SessionHandle)) {
 	t.Helper()
-	pin, err := readPIN(cfg.PINFile)
+	err := withSession(cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) error {
+		f(lib, h)
+		return nil
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	lib := pkcs11.New(cfg.Module)
-	if err := lib.Initialize(); err != nil {
-		t.Fatalf("C_Initialize: %v", err)
-	}
-	defer func() { _ = lib.Finalize() }()
-	slot, err := findToken(lib, cfg.TokenLabel)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h, err := lib.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
-	if err != nil {
-		t.Fatalf("C_OpenSession: %v", err)
-	}
-	if err := lib.Login(h, pkcs11.CKU_USER, string(pin)); err != nil {
-		t.Fatalf("C_Login: %v", err)
-	}
-	f(lib, h)
 }
 
 func removeSealingKey(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {

@@ -62,10 +62,11 @@ func (s *session) retire(ctx context.Context) error {
 
 // pool lends sessions.
 type pool struct {
-	all  []*session
-	idle chan *session
-	shut chan struct{}
-	once sync.Once
+	all     []*session
+	idle    chan *session
+	shut    chan struct{}
+	shutter sync.Once
+	waiter  sync.Once
 }
 
 func newPool(all []*session) *pool {
@@ -76,7 +77,7 @@ func newPool(all []*session) *pool {
 	return p
 }
 
-// take waits for a session until ctx ends, or reports errRetired once the pool is shut.
+// take waits for a session until ctx ends, or reports errRetired once the pool is closed.
 func (p *pool) take(ctx context.Context) (*session, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -98,13 +99,16 @@ func (p *pool) take(ctx context.Context) (*session, error) {
 
 func (p *pool) put(s *session) { p.idle <- s }
 
-// drain shuts the pool and waits for what it has lent, as long as patience
+// close lets nobody take a session any more.
+func (p *pool) close() { p.shutter.Do(func() { close(p.shut) }) }
+
+// drain closes the pool and waits for what it has lent, as long as patience
 // lasts; a session still out then is retired in its holder's hands. It fails
 // only if a call does not return from the library before ctx ends, and may
 // then be called again.
 func (p *pool) drain(ctx, patience context.Context) error {
-	p.once.Do(func() {
-		close(p.shut)
+	p.close()
+	p.waiter.Do(func() {
 		for range p.all {
 			select {
 			case <-p.idle:

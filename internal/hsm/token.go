@@ -267,11 +267,12 @@ func (t *Token) recycle() {
 	t.startRenewal()
 }
 
-// startRenewal needs t.mu. A life still in use goes on sealing until its
-// sessions are called in.
+// startRenewal needs t.mu. A life still in use makes no more keys, and goes on
+// sealing until those under way are done.
 func (t *Token) startRenewal() {
 	if t.life != nil {
 		t.ending = t.life
+		t.ending.generate.close()
 	}
 	old, done := t.ending, make(chan struct{})
 	t.renewal = done
