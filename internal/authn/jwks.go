@@ -18,7 +18,7 @@ import (
 
 const (
 	minRSABits = 2048
-	maxRSABits = 8192 // beyond it one verification costs too much
+	maxRSABits = 4096 // beyond it one verification costs too much; go-jose has the same limit
 	maxKeys    = 256  // in a set
 )
 

@@ -85,7 +85,8 @@ func OpenKeySet(location string, o KeySetOptions) (*KeySet, error) {
 
 // fixedKeySet returns a key set that is always set.
 func fixedKeySet(set []byte) (*KeySet, error) {
-	k, err := newKeySet(func(context.Context) ([]byte, error) { return set, nil }, KeySetOptions{}, time.Second, time.Hour)
+	read := func(context.Context) ([]byte, error) { return set, nil }
+	k, err := newKeySet(read, KeySetOptions{Log: slog.New(slog.DiscardHandler)}, time.Second, time.Hour)
 	if err != nil {
 		return nil, err
 	}
