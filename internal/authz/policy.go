@@ -106,9 +106,9 @@ func capabilities() *ast.Capabilities {
 // Revision identifies the policy's files.
 func (p *Policy) Revision() string { return p.revision }
 
-// Decide answers r, unless ctx ends first. An error means "no"; it wraps
+// Decide answers r. That ctx has ended is noticed when an evaluation ends. An error means "no"; it wraps
 // ErrNoDecision, or ErrTimeLimit when three evaluations of 50 ms each did not
-// suffice, or the reason why ctx ended.
+// suffice, or is the reason why ctx ended.
 func (p *Policy) Decide(ctx context.Context, r Request) (Decision, error) {
 	d, err := p.decide(ctx, input(r))
 	if err != nil {
@@ -132,7 +132,6 @@ func (p *Policy) decide(ctx context.Context, input ast.Value) (d Decision, err e
 func (p *Policy) evaluate(ctx context.Context, input ast.Value) (Decision, error) {
 	cancel := topdown.NewCancel()
 	defer time.AfterFunc(limit, cancel.Cancel).Stop()
-	defer context.AfterFunc(ctx, cancel.Cancel)()
 	results, err := p.query.Eval(ctx, rego.EvalParsedInput(input), rego.EvalExternalCancel(cancel), rego.EvalMetrics(metrics.NoOp()))
 	switch {
 	case ctx.Err() != nil:
