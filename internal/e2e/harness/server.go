@@ -52,6 +52,11 @@ func Set(name, value string) Option { return func(s *Server) { s.env[name] = val
 // In puts the data directory at dir instead of a fresh one.
 func In(dir string) Option { return func(s *Server) { s.Dir = dir } }
 
+// Config gives the server a file of settings besides.
+func Config(file string) Option {
+	return func(s *Server) { s.args = append(s.args, "--config", file) }
+}
+
 // Race runs the build with the race detector.
 func Race(t testing.TB) Option {
 	path := RaceBinary(t)

@@ -227,13 +227,13 @@ func Copy(t testing.TB, from string) string {
 	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
 		t.Fatal(err)
 	}
-	private(t, to)
+	Tighten(t, to)
 	return to
 }
 
-// private gives a copy the permissions of the original, which CopyFS widens
-// for directories.
-func private(t testing.TB, dir string) {
+// Tighten gives a copied data directory the permissions of the original, which
+// CopyFS widens.
+func Tighten(t testing.TB, dir string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {

@@ -1,0 +1,89 @@
+package e2e
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+)
+
+// TestPromise1_WhatTheTokenSees runs the program on SoftHSM through OpenSC's
+// pkcs11-spy, which logs every call.
+func TestPromise1_WhatTheTokenSees(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	pin := "spied-" + harness.Org()
+	pinFile, conf, log := filepath.Join(dir, "pin"), filepath.Join(dir, "softhsm2.conf"), filepath.Join(dir, "spy.log")
+	tokens := filepath.Join(dir, "tokens")
+	if err := os.Mkdir(tokens, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for path, text := range map[string]string{pinFile: pin, conf: "directories.tokendir = " + tokens + "\nobjectstore.backend = file\nlog.level = ERROR\n"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	initialise := exec.Command("softhsm2-util", "--init-token", "--free", "--label", "orgkeys", "--so-pin", "12345678", "--pin", pin)
+	initialise.Env = []string{"PATH=" + os.Getenv("PATH"), "SOFTHSM2_CONF=" + conf}
+	if out, err := initialise.CombinedOutput(); err != nil {
+		t.Fatalf("making a token: %v\n%s", err, out)
+	}
+	s := harness.Start(t, harness.Set("ORGKEYS_PKCS11_MODULE", spyModule(t)), harness.Set("ORGKEYS_PKCS11_PIN_FILE", pinFile),
+		harness.Set("PKCS11SPY", harness.SoftHSM), harness.Set("PKCS11SPY_OUTPUT", log), harness.Set("SOFTHSM2_CONF", conf))
+	calls := func(name string) int {
+		b, err := os.ReadFile(log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(regexp.MustCompile(`(?m)^\d+: `+name+`$`).FindAllString(string(b), -1))
+	}
+	org := harness.Org()
+	s.Generate(t, org)
+	generated, wrapped, destroyed := calls("C_GenerateKeyPair"), calls("C_WrapKey"), calls("C_DestroyObject")
+	if generated == 0 || wrapped == 0 {
+		t.Fatalf("pkcs11-spy counts %d C_GenerateKeyPair and %d C_WrapKey", generated, wrapped)
+	}
+	const more = 3
+	for range more {
+		s.Generate(t, org)
+	}
+	if got := calls("C_GenerateKeyPair") - generated; got != more {
+		t.Errorf("%d C_GenerateKeyPair for %d keys", got, more)
+	}
+	if got := calls("C_WrapKey") - wrapped; got != more {
+		t.Errorf("%d C_WrapKey for %d keys", got, more)
+	}
+	if got := calls("C_DestroyObject") - destroyed; got < 2*more {
+		t.Errorf("%d C_DestroyObject for %d key pairs", got, more)
+	}
+	s.Stop(t)
+
+	list := exec.Command("pkcs11-tool", "--module", harness.SoftHSM, "--login", "--pin", "env:TOKEN_PIN", "--list-objects")
+	list.Env = []string{"PATH=" + os.Getenv("PATH"), "SOFTHSM2_CONF=" + conf, "TOKEN_PIN=" + pin}
+	out, err := list.CombinedOutput()
+	if err != nil {
+		t.Fatalf("listing the token's objects: %v\n%s", err, out)
+	}
+	text := string(out)
+	if strings.Contains(text, "Private Key Object") || strings.Contains(text, "Public Key Object") || strings.Count(text, " Object;") != 1 {
+		t.Errorf("objects in the token:\n%s", text)
+	}
+	for _, attribute := range []string{"sensitive", "never extractable"} {
+		if !strings.Contains(text, attribute) {
+			t.Errorf("the sealing key is not %s:\n%s", attribute, text)
+		}
+	}
+}
+
+func spyModule(t *testing.T) string {
+	t.Helper()
+	found, err := filepath.Glob("/usr/lib/*/pkcs11-spy.so")
+	if err != nil || len(found) == 0 {
+		t.Fatalf("pkcs11-spy is not installed (Debian's opensc): %v", err)
+	}
+	return found[0]
+}
