@@ -6,20 +6,24 @@
 # Whoever holds such a token decides what the service may do, so it is as
 # powerful as the keys themselves. It can read no key and open nothing.
 
+path "sys/mounts" {
+  capabilities = ["read"]
+}
+
 path "sys/mounts/orgkeys" {
-  capabilities = ["read", "create", "update"]
+  capabilities = ["create", "update"]
 }
 
 path "sys/mounts/orgkeys-seal" {
-  capabilities = ["read", "create", "update"]
+  capabilities = ["create", "update"]
 }
 
 path "sys/mounts/orgkeys-audit" {
-  capabilities = ["read", "create", "update"]
+  capabilities = ["create", "update"]
 }
 
 path "sys/mounts/orgkeys-state" {
-  capabilities = ["read", "create", "update"]
+  capabilities = ["create", "update"]
 }
 
 path "sys/mounts/orgkeys-audit/tune" {
@@ -46,14 +50,15 @@ path "orgkeys-seal/keys/seal" {
   capabilities       = ["read", "create", "update"]
   allowed_parameters = {
     "type"    = ["aes256-gcm96"]
-    "derived" = [true, "true"]
+    "derived" = ["true"]
   }
 }
 
 path "orgkeys-audit/keys/receipt" {
   capabilities       = ["read", "create", "update"]
   allowed_parameters = {
-    "type" = ["ed25519"]
+    "type"    = ["ed25519"]
+    "derived" = ["false"]
   }
 }
 

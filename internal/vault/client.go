@@ -27,6 +27,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -76,6 +77,8 @@ type Client struct {
 	failure failure       // guarded by login
 	stop    context.CancelFunc
 	stopped chan struct{}
+
+	abandoned sync.WaitGroup // removals under way in the background
 }
 
 // ErrInsecure: the client's settings would send tokens and keys where others
@@ -119,8 +122,9 @@ func Open(ctx context.Context, config Config) (*Client, error) {
 	return c, nil
 }
 
-// Close ends the background login, revokes a token of its own, and closes idle connections.
+// Close finishes what is under way in the background, ends the login, revokes a token of its own, and closes idle connections.
 func (c *Client) Close() {
+	c.abandoned.Wait()
 	c.stop()
 	<-c.stopped
 	if s := c.current.Load(); s != nil && s.secret != nil {

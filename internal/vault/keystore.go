@@ -23,6 +23,10 @@ import (
 // gives fractions of a second, and the answer's date is in whole ones.
 const clockGrain = 2 * time.Second
 
+// abandonedPoll is how often Transit is asked whether it has finished a key
+// that nobody waits for any more.
+const abandonedPoll = 100 * time.Millisecond
+
 // nameForm is that of a key's name: a UUID in lower case.
 var nameForm = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
 
@@ -60,6 +64,9 @@ func (k *Keystore) Create(ctx context.Context, name string) (orgkey.BackendKey, 
 	path := keysMount + "/keys/" + name
 	answer, err := k.c.do(ctx, request{method: http.MethodPut, path: path, body: []byte(`{"type":"rsa-2048","exportable":true}`)})
 	if err != nil {
+		if errors.Is(err, orgkey.ErrUnavailable) {
+			k.c.abandon(ctx, name)
+		}
 		return nil, fmt.Errorf("creating a key: %w", err)
 	}
 	public, err := freshKey(answer, k.c.config.CallTimeout)
@@ -67,6 +74,7 @@ func (k *Keystore) Create(ctx context.Context, name string) (orgkey.BackendKey, 
 		return nil, fmt.Errorf("creating a key: %w", err)
 	}
 	if _, err := k.c.do(ctx, request{method: http.MethodPut, path: path + "/config", body: []byte(`{"deletion_allowed":true}`)}); err != nil {
+		k.c.abandon(ctx, name)
 		return nil, fmt.Errorf("allowing a key's deletion: %w", err)
 	}
 	return &key{c: k.c, name: name, public: public}, nil
@@ -195,14 +203,15 @@ func wipe(k *rsa.PrivateKey) {
 	}
 }
 
-// Destroy implements orgkey.BackendKey.
+// Destroy implements orgkey.BackendKey. It goes on after ctx has ended, for no
+// longer than its calls may take.
 func (k *key) Destroy(ctx context.Context) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.gone {
 		return nil
 	}
-	if err := k.c.remove(correlated(ctx, k.name), k.name); err != nil {
+	if err := k.c.remove(correlated(context.WithoutCancel(ctx), k.name), k.name); err != nil {
 		return fmt.Errorf("destroying a key: %w", err)
 	}
 	k.gone = true
@@ -227,6 +236,25 @@ func (c *Client) remove(ctx context.Context, name string) error {
 		return fmt.Errorf("confirming that it is gone: %w", err)
 	}
 	return errors.Join(errors.New("it is still there"), deleteErr)
+}
+
+// abandon removes, in the background, a key whose creation was not seen to
+// end: Transit may still be making it. What it misses is the reaper's.
+func (c *Client) abandon(ctx context.Context, name string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.config.CallTimeout)
+	c.abandoned.Go(func() {
+		defer cancel()
+		for ctx.Err() == nil {
+			_, err := c.do(ctx, request{method: http.MethodPut, path: keysMount + "/keys/" + name + "/config", body: []byte(`{"deletion_allowed":true}`)})
+			if err == nil {
+				err = c.remove(ctx, name)
+			}
+			if err == nil || errors.Is(err, orgkey.ErrUnavailable) {
+				return
+			}
+			pause(ctx, abandonedPoll)
+		}
+	})
 }
 
 // data reads the field "data" of an answer.

@@ -18,8 +18,21 @@ import (
 // ten thousand; this many answer well within a call's time.
 const sealBatch = 1000
 
-// ciphertextForm is that of Transit's ciphertexts.
-var ciphertextForm = regexp.MustCompile(`^vault:v([1-9][0-9]{0,8}):[A-Za-z0-9+/]+={0,2}$`)
+var ciphertextForm = regexp.MustCompile(`^vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]+={0,2})$`)
+
+// parseCiphertext returns the key version of a Transit ciphertext, or an error
+// that wraps orgkey.ErrSealBroken. Transit itself decodes more than one text
+// to the same bytes; here only the canonical one passes.
+func parseCiphertext(ciphertext []byte) (version int, err error) {
+	m := ciphertextForm.FindSubmatch(ciphertext)
+	if m == nil {
+		return 0, fmt.Errorf("%w: it is not a Transit ciphertext", orgkey.ErrSealBroken)
+	}
+	if _, err := base64.StdEncoding.Strict().DecodeString(string(m[2])); err != nil {
+		return 0, fmt.Errorf("%w: it is not base64", orgkey.ErrSealBroken)
+	}
+	return strconv.Atoi(string(m[1]))
+}
 
 // Sealer encrypts under keys that Transit derives from its key "seal", one for
 // each binding. It implements orgkey.Sealer.
@@ -48,7 +61,7 @@ func (s *Sealer) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) (
 	if err != nil {
 		return nil, fmt.Errorf("sealing: %w", err)
 	}
-	if !ciphertextForm.MatchString(sealed.Ciphertext) {
+	if _, err := parseCiphertext([]byte(sealed.Ciphertext)); err != nil {
 		return nil, errors.New("sealing: Vault's answer is not a ciphertext")
 	}
 	return []byte(sealed.Ciphertext), nil
@@ -77,7 +90,7 @@ func (s *Sealer) Rewrap(ctx context.Context, items []orgkey.Sealed) ([][]byte, e
 	}
 	wrapped := make([][]byte, len(results))
 	for i, r := range results {
-		if !ciphertextForm.MatchString(r.Ciphertext) {
+		if _, err := parseCiphertext([]byte(r.Ciphertext)); err != nil {
 			return nil, errors.New("rewrapping: Vault's answer is not a ciphertext")
 		}
 		wrapped[i] = []byte(r.Ciphertext)
@@ -99,13 +112,7 @@ func (s *Sealer) LatestVersion(ctx context.Context) (int, error) {
 
 // Version is the version of the sealing key that a ciphertext was sealed
 // under, or an error that wraps orgkey.ErrSealBroken.
-func (s *Sealer) Version(ciphertext []byte) (int, error) {
-	m := ciphertextForm.FindSubmatch(ciphertext)
-	if m == nil {
-		return 0, fmt.Errorf("%w: it is not a Transit ciphertext", orgkey.ErrSealBroken)
-	}
-	return strconv.Atoi(string(m[1]))
-}
+func (s *Sealer) Version(ciphertext []byte) (int, error) { return parseCiphertext(ciphertext) }
 
 type sealItem struct {
 	Ciphertext string `json:"ciphertext"`
@@ -135,8 +142,8 @@ func (s *Sealer) batches(ctx context.Context, operation string, items []orgkey.S
 func (s *Sealer) batch(ctx context.Context, operation string, items []orgkey.Sealed) ([]sealResult, error) {
 	input := make([]sealItem, len(items))
 	for i, item := range items {
-		if !ciphertextForm.Match(item.Ciphertext) {
-			return nil, fmt.Errorf("%w: %s of %s", orgkey.ErrSealBroken, item.Binding.ID, item.Binding.Org)
+		if _, err := parseCiphertext(item.Ciphertext); err != nil {
+			return nil, fmt.Errorf("%s of %s: %w", item.Binding.ID, item.Binding.Org, err)
 		}
 		input[i] = sealItem{string(item.Ciphertext), item.Binding.Context()}
 	}

@@ -1,0 +1,215 @@
+package vault_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/orgkeys/orgkeys/internal/vault"
+)
+
+func write(t *testing.T, path, text string, mode os.FileMode) string {
+	t.Helper()
+	if err := os.WriteFile(path+".new", []byte(text), mode); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path+".new", mode); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func tokenFile(t *testing.T, token string) *vault.TokenFile {
+	t.Helper()
+	return &vault.TokenFile{Path: write(t, filepath.Join(t.TempDir(), "token"), token+"\n", 0o600)}
+}
+
+// refusedOpen fails the test unless Open refuses the login with a message that holds want.
+func refusedOpen(t *testing.T, login vault.Login, want string) {
+	t.Helper()
+	c, err := vault.Open(t.Context(), vault.Config{Address: server.Address, Login: login})
+	if err == nil {
+		c.Close()
+	}
+	if !errors.Is(err, vault.ErrLogin) || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want ErrLogin with %q", err, want)
+	}
+}
+
+func TestCredentialsThatOthersCanReadAreRefused(t *testing.T) {
+	dir := t.TempDir()
+	role := write(t, filepath.Join(dir, "role"), "r", 0o644)
+	for _, mode := range []os.FileMode{0o644, 0o604, 0o620, 0o602} {
+		file := write(t, filepath.Join(dir, "secret"), "s", mode)
+		refusedOpen(t, &vault.AppRole{RoleIDFile: role, SecretIDFile: file}, "chmod")
+		refusedOpen(t, &vault.TokenFile{Path: file}, "chmod")
+	}
+	secret := write(t, filepath.Join(dir, "secret"), "s", 0o600)
+	refusedOpen(t, &vault.AppRole{RoleIDFile: write(t, role, "r", 0o666), SecretIDFile: secret}, "chmod")
+	refusedOpen(t, &vault.TokenFile{Path: filepath.Join(dir, "none")}, "no such file")
+	refusedOpen(t, &vault.TokenFile{Path: write(t, filepath.Join(dir, "empty"), " \n", 0o600)}, "empty")
+	refusedOpen(t, &vault.TokenFile{Path: dir}, "")
+	refusedOpen(t, nil, "no way to log in")
+}
+
+func TestWrongSecretIDIsRefusedAtOnce(t *testing.T) {
+	good, err := server.AppRole(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := write(t, filepath.Join(t.TempDir(), "secret"), "00000000-0000-4000-8000-000000000000", 0o600)
+	refusedOpen(t, &vault.AppRole{RoleIDFile: good.RoleIDFile, SecretIDFile: file}, "400")
+}
+
+func TestUnprotectedConnectionsAreRefused(t *testing.T) {
+	login := tokenFile(t, "x")
+	if _, err := vault.Open(t.Context(), vault.Config{Address: "http://vault.example:8200", Login: login}); !errors.Is(err, vault.ErrInsecure) {
+		t.Errorf("plain HTTP: got %v", err)
+	}
+	t.Setenv("VAULT_SKIP_VERIFY", "true")
+	if _, err := vault.Open(t.Context(), vault.Config{Address: server.Address, Login: login}); !errors.Is(err, vault.ErrInsecure) {
+		t.Errorf("VAULT_SKIP_VERIFY: got %v", err)
+	}
+}
+
+func TestWrappedSecretID(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := server.Setup(t.Context(), "--credentials", dir, "--wrap", "5m"); err != nil {
+		t.Fatal(err)
+	}
+	login := func(file string) *vault.AppRole {
+		return &vault.AppRole{RoleIDFile: filepath.Join(dir, "role_id"), SecretIDFile: file, Wrapped: true}
+	}
+	good := filepath.Join(dir, "secret_id")
+
+	t.Run("made by another path", func(t *testing.T) {
+		client := root(t)
+		client.SetWrappingLookupFunc(func(string, string) string { return "5m" })
+		s, err := client.Logical().WriteWithContext(t.Context(), "sys/wrapping/wrap", map[string]any{"secret_id": "planted"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := write(t, filepath.Join(t.TempDir(), "secret"), s.WrapInfo.Token, 0o600)
+		refusedOpen(t, login(file), `"sys/wrapping/wrap"`)
+		if _, err := server.RunSetup(t.Context(), "", "--wrap"); err == nil {
+			t.Error("--wrap without a time was accepted")
+		}
+		// Refused before it was used up: whoever investigates can still look.
+		if _, err := root(t).Logical().UnwrapWithContext(t.Context(), s.WrapInfo.Token); err != nil {
+			t.Errorf("the wrapping token was used: %v", err)
+		}
+	})
+	t.Run("used once, and kept for later logins", func(t *testing.T) {
+		c := open(t, func(c *vault.Config) { c.Login = login(good) })
+		revoke(t, c.Token())
+		if err := c.Healthy(t.Context()); err != nil {
+			t.Errorf("after its token was revoked: %v", err)
+		}
+	})
+	t.Run("used before", func(t *testing.T) { refusedOpen(t, login(good), "may have been used") })
+}
+
+func revoke(t *testing.T, token string) {
+	t.Helper()
+	if err := root(t).Auth().Token().RevokeTreeWithContext(t.Context(), token); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestRevokedTokenCostsNoRequest(t *testing.T) {
+	c := open(t)
+	var wg sync.WaitGroup
+	for range 3 {
+		old := c.Token()
+		revoke(t, old)
+		for range 8 {
+			wg.Go(func() {
+				if _, err := c.Sink(nil).Last(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if c.Token() == old {
+			t.Error("the token was not replaced")
+		}
+	}
+}
+
+func TestTokensThatExpireCostNoRequest(t *testing.T) {
+	role := "auth/approle/role/orgkeys"
+	if _, err := root(t).Logical().WriteWithContext(t.Context(), role, map[string]any{"token_ttl": "2s", "token_max_ttl": "3s"}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if _, err := root(t).Logical().WriteWithContext(context.WithoutCancel(t.Context()), role, map[string]any{"token_ttl": "15m", "token_max_ttl": "4h"}); err != nil {
+			t.Error(err)
+		}
+	}()
+	c := open(t)
+	first := c.Token()
+	var calls atomic.Int64
+	eventually(t, func() error {
+		if err := c.Healthy(t.Context()); err != nil {
+			t.Fatalf("call %d: %v", calls.Load(), err)
+		}
+		calls.Add(1)
+		if c.Token() == first {
+			return errors.New("the token was not replaced before it ended")
+		}
+		return nil
+	})
+}
+
+func TestDeniedCallIsNoReasonToLogInAgain(t *testing.T) {
+	c := open(t, func(c *vault.Config) {
+		c.Login = tokenFile(t, tokenWith(t, `path "auth/token/lookup-self" { capabilities = ["read"] }`, false))
+	})
+	before := c.Token()
+	if _, err := generate(t.Context(), c); !errors.Is(err, vault.ErrDenied) {
+		t.Errorf("got %v, want ErrDenied", err)
+	}
+	if c.Token() != before {
+		t.Error("it logged in again")
+	}
+}
+
+func TestTokenFileIsFollowed(t *testing.T) {
+	make := func() string {
+		s, err := root(t).Auth().Token().CreateWithContext(t.Context(), &api.TokenCreateRequest{Policies: []string{"orgkeys-service"}, TTL: "10m"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.Auth.ClientToken
+	}
+	file := tokenFile(t, make())
+	c := open(t, func(c *vault.Config) { c.Login = file })
+
+	t.Run("replaced while its token is good", func(t *testing.T) {
+		next := make()
+		write(t, file.Path, next, 0o600)
+		eventually(t, func() error {
+			if c.Token() != next {
+				return errors.New("the new token is not used")
+			}
+			return nil
+		})
+	})
+	t.Run("revoked, then replaced", func(t *testing.T) {
+		revoke(t, c.Token())
+		promptly(t, 3*time.Second, func() error { return c.Healthy(t.Context()) })
+		write(t, file.Path, make(), 0o600)
+		eventually(t, func() error { return c.Healthy(context.WithoutCancel(t.Context())) })
+	})
+}

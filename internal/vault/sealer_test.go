@@ -1,0 +1,120 @@
+package vault_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/orgkey/backendtest"
+	"github.com/orgkeys/orgkeys/internal/vault"
+)
+
+func TestKeystoreContract(t *testing.T) {
+	backendtest.Keystore(t, open(t).Keystore(), func(t *testing.T, name string) {
+		t.Helper()
+		eventually(t, func() error {
+			s, err := root(t).Logical().ReadWithContext(t.Context(), "orgkeys/keys/"+name)
+			if err == nil && s != nil {
+				err = fmt.Errorf("Transit still has key %s", name)
+			}
+			return err
+		})
+	})
+}
+
+func TestSealerContract(t *testing.T) { backendtest.Sealer(t, open(t).Sealer()) }
+
+func sealed(t *testing.T, s *vault.Sealer, n int) []orgkey.Sealed {
+	t.Helper()
+	items := make([]orgkey.Sealed, n)
+	for i := range items {
+		b := orgkey.Binding{Org: "acme", ID: fmt.Sprintf("key-%d", i)}
+		ciphertext, err := s.Seal(t.Context(), b, fmt.Appendf(nil, "value %d", i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		items[i] = orgkey.Sealed{Binding: b, Ciphertext: ciphertext}
+	}
+	return items
+}
+
+func TestRewrapAfterRotation(t *testing.T) {
+	s := open(t).Sealer()
+	items := sealed(t, s, 3)
+	if _, err := root(t).Logical().WriteWithContext(t.Context(), "orgkeys-seal/keys/seal/rotate", nil); err != nil {
+		t.Fatal(err)
+	}
+	latest, err := s.LatestVersion(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Open(t.Context(), items); err != nil {
+		t.Errorf("what was sealed before the rotation does not open: %v", err)
+	}
+	wrapped, err := s.Rewrap(t.Context(), items)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range items {
+		if v, err := s.Version(items[i].Ciphertext); err != nil || v != latest-1 {
+			t.Errorf("sealed under version %d, %v; want %d", v, err, latest-1)
+		}
+		items[i].Ciphertext = wrapped[i]
+		if v, err := s.Version(wrapped[i]); err != nil || v != latest {
+			t.Errorf("rewrapped under version %d, %v; want %d", v, err, latest)
+		}
+	}
+	opened, err := s.Open(t.Context(), items)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, value := range opened {
+		if want := fmt.Sprintf("value %d", i); string(value) != want {
+			t.Errorf("item %d is %q", i, value)
+		}
+	}
+	items[1].Binding.Org = "other"
+	if _, err := s.Rewrap(t.Context(), items); !errors.Is(err, orgkey.ErrSealBroken) {
+		t.Errorf("rewrapping under another binding: got %v, want ErrSealBroken", err)
+	}
+}
+
+func TestMoreItemsThanOneCallTakes(t *testing.T) {
+	s := open(t).Sealer()
+	items := sealed(t, s, 2)
+	for len(items) < 2001 {
+		items = append(items, items[len(items)%2])
+	}
+	opened, err := s.Open(t.Context(), items)
+	if err != nil || len(opened) != len(items) || string(opened[2000]) != "value 0" {
+		t.Fatalf("%d values, %v", len(opened), err)
+	}
+	items[1500].Binding.ID = "other"
+	if opened, err := s.Open(t.Context(), items); !errors.Is(err, orgkey.ErrSealBroken) || opened != nil {
+		t.Errorf("%d values, %v", len(opened), err)
+	}
+}
+
+func TestMissingSealingKeyIsNoBrokenSeal(t *testing.T) {
+	proxy, c := through(t)
+	items := sealed(t, c.Sealer(), 1)
+	proxy.Before(func(w http.ResponseWriter, _ *http.Request) bool {
+		// What Transit answers when there is no such key.
+		w.WriteHeader(http.StatusBadRequest)
+		fmt.Fprint(w, `{"errors":["encryption key not found"]}`)
+		return false
+	})
+	promptly(t, 3*time.Second, func() error { _, err := c.Sealer().Open(t.Context(), items); return err })
+}
+
+func TestSealingNeverMakesAKey(t *testing.T) {
+	// With a token that may, and a key that is not there: the mount refuses.
+	_, err := root(t).Logical().WriteWithContext(context.Background(), "orgkeys-seal/encrypt/none", map[string]any{"plaintext": "AA=="})
+	if status(err) != http.StatusBadRequest {
+		t.Errorf("got %v, want 400", err)
+	}
+}

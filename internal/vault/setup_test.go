@@ -1,0 +1,186 @@
+package vault_test
+
+import (
+	"bufio"
+	"context"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/go-json-experiment/json"
+	"github.com/hashicorp/vault/api"
+
+	"github.com/orgkeys/orgkeys/internal/vault"
+)
+
+// auditEntry is what the tests read of a line of Vault's audit file.
+type auditEntry struct {
+	Type    string `json:"type"`
+	Error   string `json:"error"`
+	Request struct {
+		Operation string              `json:"operation"`
+		Path      string              `json:"path"`
+		Headers   map[string][]string `json:"headers"`
+	} `json:"request"`
+}
+
+// audited returns the entries that Vault's audit file got while do ran.
+func audited(t *testing.T, do func()) []auditEntry {
+	t.Helper()
+	f, err := os.Open(server.AuditFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.Seek(0, 2); err != nil {
+		t.Fatal(err)
+	}
+	do()
+	var entries []auditEntry
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 16<<20)
+	for lines.Scan() {
+		var e auditEntry
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+			t.Fatal(err)
+		}
+		entries = append(entries, e)
+	}
+	return entries
+}
+
+func TestSecondSetupChangesNothing(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := server.Setup(t.Context(), "--credentials", dir); err != nil {
+		t.Fatal(err)
+	}
+	before := files(t, dir)
+	var output string
+	entries := audited(t, func() {
+		var err error
+		if output, err = server.Setup(t.Context(), "--credentials", dir); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if len(entries) < 10 {
+		t.Fatalf("the audit file shows %d entries: the set-up did not look", len(entries))
+	}
+	harness := []string{"sys/policies/acl/orgkeys-setup", "auth/token/create"}
+	for _, e := range entries {
+		if e.Request.Operation != "read" && !slices.Contains(harness, e.Request.Path) {
+			t.Errorf("the second run did %s %s", e.Request.Operation, e.Request.Path)
+		}
+	}
+	if output != "vault/setup: this Vault is as orgkeys needs it\n" {
+		t.Errorf("the second run said:\n%s", output)
+	}
+	if after := files(t, dir); !slices.Equal(before, after) {
+		t.Error("the second run replaced credentials")
+	}
+}
+
+// files returns the contents of a directory's files, and fails the test if one
+// can be read by others.
+func files(t *testing.T, dir string) []string {
+	t.Helper()
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var contents []string
+	for _, f := range list {
+		info, err := f.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.Mode().Perm() != 0o600 {
+			t.Errorf("%s has mode %04o", f.Name(), info.Mode().Perm())
+		}
+		b, err := os.ReadFile(filepath.Join(dir, f.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		contents = append(contents, f.Name()+" "+string(b))
+	}
+	return contents
+}
+
+func TestSetupRepairsWhatWasLoosened(t *testing.T) {
+	sys := root(t).Sys()
+	if err := sys.PutPolicyWithContext(t.Context(), "orgkeys-service", `path "*" { capabilities = ["read"] }`); err != nil {
+		t.Fatal(err)
+	}
+	if err := sys.TuneMountWithContext(t.Context(), "orgkeys-audit", api.MountConfigInput{AuditNonHMACRequestKeys: []string{"other"}}); err != nil {
+		t.Fatal(err)
+	}
+	if problems(open(t)) == "" {
+		t.Error("the check at start found nothing to repair")
+	}
+	if _, err := server.Setup(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if p := problems(open(t)); p != "" {
+		t.Errorf("after the set-up the check at start still finds: %s", p)
+	}
+}
+
+func problems(c *vault.Client) string {
+	var all []string
+	for _, f := range c.Check(context.Background()) {
+		all = append(all, f.String())
+	}
+	return strings.Join(all, "\n")
+}
+
+func TestDeviceWithLogRawIsRefused(t *testing.T) {
+	sys := root(t).Sys()
+	if err := sys.EnableAuditWithOptionsWithContext(t.Context(), "raw", &api.EnableAuditOptions{
+		Type: "file", Options: map[string]string{"file_path": filepath.Join(t.TempDir(), "raw.log"), "log_raw": "T"},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := sys.DisableAuditWithContext(context.WithoutCancel(t.Context()), "raw"); err != nil {
+			t.Error(err)
+		}
+	}()
+	if output, err := server.Setup(t.Context()); err == nil || !strings.Contains(output, "log_raw") {
+		t.Errorf("the set-up said %q, %v", output, err)
+	}
+	if p := problems(open(t)); !strings.Contains(p, "audit device raw/ has log_raw=T") {
+		t.Errorf("the check at start found: %q", p)
+	}
+}
+
+func TestVaultWithoutAuditDeviceIsRefused(t *testing.T) {
+	sys := root(t).Sys()
+	c := open(t)
+	if err := sys.DisableAuditWithContext(t.Context(), "file"); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := sys.EnableAuditWithOptionsWithContext(context.WithoutCancel(t.Context()), "file", &api.EnableAuditOptions{
+			Type: "file", Options: map[string]string{"file_path": server.AuditFile},
+		}); err != nil {
+			t.Error(err)
+		}
+	}()
+	if output, err := server.Setup(t.Context()); err == nil || !strings.Contains(output, "vault audit enable file") {
+		t.Errorf("the set-up said %q, %v", output, err)
+	}
+	if p := problems(c); !strings.Contains(p, "no audit device") || !strings.Contains(p, "vault audit enable file") {
+		t.Errorf("the check at start found: %q", p)
+	}
+}
+
+func TestSetupTellsWhatItCannotDo(t *testing.T) {
+	token, err := root(t).Auth().Token().CreateWithContext(t.Context(), &api.TokenCreateRequest{Policies: []string{"default"}, TTL: "5m"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if output, err := server.RunSetup(t.Context(), token.Auth.ClientToken); err == nil || !strings.Contains(output, "vault/setup.hcl") {
+		t.Errorf("with a weak token the set-up said %q, %v", output, err)
+	}
+}
