@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"log/slog"
 
+	"github.com/orgkeys/orgkeys/internal/api"
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/hsm"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/redislock"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/policies"
 )
@@ -130,4 +132,23 @@ func openTokens(cfg config.Config, dir *dataDir, log *slog.Logger) (tokens, erro
 	ac.ClaimOrg, ac.ClaimRole = cfg.ClaimOrg, cfg.ClaimRole
 	verifier, err := authn.New(ac)
 	return tokens{verifier, ac.Keys}, err
+}
+
+// locker keeps concurrent reservations of an organization in order: within the
+// process, or on Redis among replicas.
+type locker struct {
+	orgkey.Locker
+	checks []api.Check
+	close  func() error
+}
+
+func openLocker(cfg config.Config) (locker, error) {
+	if cfg.RedisURL == "" {
+		return locker{orgkey.NewLocalLock(), nil, func() error { return nil }}, nil
+	}
+	l, err := redislock.Open(cfg.RedisURL)
+	if err != nil {
+		return locker{}, fmt.Errorf("ORGKEYS_REDIS_URL: %w", err)
+	}
+	return locker{l, []api.Check{{Name: "redis", Ask: l.Healthy, Optional: true}}, l.Close}, nil
 }

@@ -116,9 +116,14 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err != nil {
 		return err
 	}
+	lock, err := openLocker(cfg)
+	if err != nil {
+		return err
+	}
+	closeAll.add(lock.close)
 	service, err := orgkey.New(orgkey.Config{
 		Gate:  gate.Gate{Policy: policy, Trail: trail, Log: log},
-		Store: db, Keystore: backend.keystore, Sealer: backend.sealer, Locker: orgkey.NewLocalLock(),
+		Store: db, Keystore: backend.keystore, Sealer: backend.sealer, Locker: lock.Locker,
 		Backend: backend.name, Limit: cfg.Max, Concurrency: cfg.MaxGenerations,
 		ReservationLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline,
 	})
@@ -129,12 +134,12 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	proxies := api.Proxies{Trusted: cfg.TrustedProxies, TLS: cfg.TLSByProxy}
 	surface, err := api.New(api.Config{
 		Keys: service, Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
-		Checks: []api.Check{
+		Checks: append([]api.Check{
 			{Name: "database", Ask: db.Healthy},
 			{Name: backend.name, Ask: backend.healthy},
 			{Name: "audit sinks", Ask: func(context.Context) error { return sinkTrouble(trail) }},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.keys.Ready() }},
-		},
+		}, lock.checks...),
 		Metrics: newRegistry(trail), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: proxies,
 	})
 	if err != nil {

@@ -19,8 +19,9 @@ const (
 // Check asks one dependency whether it can be used. Its error is shown on the
 // admin listener and must hold no secrets.
 type Check struct {
-	Name string
-	Ask  func(ctx context.Context) error
+	Name     string
+	Ask      func(ctx context.Context) error
+	Optional bool // its failure is shown, and leaves the service ready
 }
 
 // state is what the last round of checks found.
@@ -29,6 +30,8 @@ type state struct {
 	OK    bool    `json:"ok"`
 	Error string  `json:"error,omitempty"`
 	Took  float64 `json:"ms"`
+
+	optional bool
 }
 
 // readiness asks all checks at once, at most one round at a time and one a
@@ -99,7 +102,7 @@ func (k Check) ask(ctx context.Context) state {
 	case <-ctx.Done():
 		err = ctx.Err()
 	}
-	s := state{Name: k.Name, OK: err == nil, Took: float64(time.Since(started).Microseconds()) / 1000}
+	s := state{Name: k.Name, OK: err == nil, optional: k.Optional, Took: float64(time.Since(started).Microseconds()) / 1000}
 	if err != nil {
 		s.Error = err.Error()
 	}
@@ -108,7 +111,7 @@ func (k Check) ask(ctx context.Context) state {
 
 func allOK(states []state) bool {
 	for _, s := range states {
-		if !s.OK {
+		if !s.OK && !s.optional {
 			return false
 		}
 	}
