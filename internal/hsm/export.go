@@ -118,7 +118,10 @@ func (t *Token) makeWrappingKey(l *life, h pkcs11.SessionHandle) (err error) {
 		return err
 	}
 	if t.courier == nil {
-		l.wrapping, err = t.chooseCourier(h, l.wrappingAs)
+		t.courier, l.wrapping, err = chooseCourier(t.lib, h, l.wrappingAs, oaeps(), wrappings())
+		if err == nil {
+			t.cfg.Log.Info("chose the mechanisms of the token", "transport", t.courier.oaep.name, "wrap", t.courier.wrap.name)
+		}
 		return err
 	}
 	l.wrapping, err = t.courier.fetch(t.lib, h, l.wrappingAs)
@@ -174,43 +177,56 @@ func (c *courier) fetch(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingKey pkc
 }
 
 // chooseCourier tries the mechanisms until one of each kind works, and returns
-// the wrapping key. What it tries the second kind on is a real private key.
-func (t *Token) chooseCourier(h pkcs11.SessionHandle, wrappingKey pkcs11.ObjectHandle) ([]byte, error) {
+// the wrapping key too. What it tries the second kind on is a real private key.
+func chooseCourier(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, transports []oaep, wraps []wrapping) (*courier, []byte, error) {
 	key, err := rsa.GenerateKey(rand.Reader, courierBits)
 	if err != nil {
-		return nil, fmt.Errorf("making the recipient of the wrapping key: %w", err)
+		return nil, nil, fmt.Errorf("making the recipient of the wrapping key: %w", err)
 	}
 	c := &courier{key: key}
-	var value []byte
+	wrappingKey, err := c.chooseTransport(lib, h, wrappingAs, transports)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := c.chooseWrapping(lib, h, wrappingAs, wrappingKey, wraps); err != nil {
+		clear(wrappingKey)
+		return nil, nil, err
+	}
+	return c, wrappingKey, nil
+}
+
+func (c *courier) chooseTransport(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, candidates []oaep) ([]byte, error) {
 	var failures []error
-	for _, c.oaep = range oaeps() {
-		if value, err = c.fetch(t.lib, h, wrappingKey); err == nil {
-			break
+	for _, c.oaep = range candidates {
+		wrappingKey, err := c.fetch(lib, h, wrappingAs)
+		if err == nil {
+			return wrappingKey, nil
 		}
 		failures = append(failures, err)
 	}
-	if value == nil {
-		return nil, fmt.Errorf("the token cannot hand over a wrapping key encrypted; keys would be readable on their way: %w", errors.Join(failures...))
-	}
-	sample, err := makeSample(t.lib, h)
+	return nil, fmt.Errorf("%w: it does not hand over a wrapping key encrypted: %w", errMechanisms, errors.Join(failures...))
+}
+
+func (c *courier) chooseWrapping(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, wrappingKey []byte, candidates []wrapping) error {
+	s, err := makeSample(lib, h)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	defer sample.destroy()
-	failures = nil
-	for _, c.wrap = range wrappings() {
-		der, err := c.export(t.lib, h, wrappingKey, value, sample.private, sample.public)
+	defer s.destroy()
+	var failures []error
+	for _, c.wrap = range candidates {
+		der, err := c.export(lib, h, wrappingAs, wrappingKey, s.private, s.public)
 		if err == nil {
 			clear(der)
-			t.courier = c
-			t.cfg.Log.Info("chose the mechanisms of the token", "transport", c.oaep.name, "wrap", c.wrap.name)
-			return value, nil
+			return nil
 		}
 		failures = append(failures, err)
 	}
-	clear(value)
-	return nil, fmt.Errorf("the token wraps private keys by none of the mechanisms known here: %w", errors.Join(failures...))
+	return fmt.Errorf("%w: it wraps private keys in no way known here: %w", errMechanisms, errors.Join(failures...))
 }
+
+// errMechanisms: keys would be readable on their way out of the token, or do not come out.
+var errMechanisms = errors.New("the token lacks the mechanisms that keep a private key encrypted on its way out")
 
 // sample is a private key in the token that is thrown away.
 type sample struct {
