@@ -123,3 +123,20 @@ func TestSealingKeyIsMadeOnlyWhereAllowed(t *testing.T) {
 		}
 	}
 }
+
+// SoftHSM reports a wrong tag with the value that it also has for trouble of
+// its own. If not even a good value opens, the record is not called broken.
+func TestModuleTroubleIsNotABrokenRecord(t *testing.T) {
+	token := open(t, softHSM(t))
+	b := orgkey.Binding{Org: "acme", ID: "one"}
+	sealed, err := token.Seal(bounded(t), b, []byte("value"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sealed[len(sealed)-1] ^= 1
+	token.probe[len(token.probe)-1] ^= 1 // as if the module opened nothing
+	_, err = token.Open(bounded(t), []orgkey.Sealed{{Binding: b, Ciphertext: sealed}})
+	if !errors.Is(err, orgkey.ErrUnavailable) || errors.Is(err, orgkey.ErrSealBroken) {
+		t.Errorf("Open: %v, want ErrUnavailable", err)
+	}
+}

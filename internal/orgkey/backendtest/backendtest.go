@@ -213,7 +213,7 @@ func parallel(t *testing.T, ks orgkey.Keystore, gone func(*testing.T, string)) {
 func generate(ctx context.Context, ks orgkey.Keystore, name string) (*rsa.PublicKey, error) {
 	key, err := ks.Create(ctx, name)
 	if err != nil {
-		return nil, fmt.Errorf("Create: %w", err)
+		return nil, fmt.Errorf("making a key: %w", err)
 	}
 	der, err := key.Export(ctx)
 	if err == nil {
