@@ -1,0 +1,540 @@
+package orgkey_test
+
+import (
+	"context"
+	"crypto/x509"
+	"database/sql"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/policies"
+)
+
+// token is one SoftHSM token for all tests of the package: a process has one.
+var token *hsm.Token
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "orgkeys-test-")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		cfg, _, err := hsm.InitSoftHSM(dir)
+		if err == nil {
+			cfg.CreateSealingKey = true
+			token, err = hsm.Open(context.Background(), cfg)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer token.Close()
+		return m.Run()
+	}())
+}
+
+// heldSink is a sink that acknowledges when it is let go.
+type heldSink struct {
+	*audit.FileSink
+	held atomic.Bool
+	fail atomic.Bool
+}
+
+func (s *heldSink) Checkpoint(ctx context.Context, c audit.Checkpoint) error {
+	if s.fail.Load() {
+		return errors.New("the sink refuses")
+	}
+	for s.held.Load() {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Millisecond):
+		}
+	}
+	return s.FileSink.Checkpoint(ctx, c)
+}
+
+// fixture is a service on real parts.
+type fixture struct {
+	*orgkey.Service
+	db   *sqlstore.DB
+	raw  *sql.DB
+	sink *heldSink
+}
+
+func newFixture(t *testing.T, change func(*orgkey.Config)) fixture {
+	t.Helper()
+	dir := t.TempDir()
+	db, err := sqlstore.Open(t.Context(), filepath.Join(dir, "orgkeys.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	if err := db.Migrate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := sql.Open("sqlite", "file:"+filepath.Join(dir, "orgkeys.db")+"?_pragma=busy_timeout(5000)")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { raw.Close() })
+	policy, err := authz.Load(t.Context(), policies.Files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	quiet := slog.New(slog.DiscardHandler)
+	sink := &heldSink{FileSink: audit.NewFileSink(filepath.Join(dir, "audit.jsonl"))}
+	trail := audit.NewLog(db, quiet, sink)
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- trail.Run(ctx) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	cfg := orgkey.Config{
+		Gate:  gate.Gate{Policy: policy, Trail: trail, Log: quiet},
+		Store: db, Keystore: token, Sealer: token, Locker: orgkey.NewLocalLock(),
+		Backend: "pkcs11", Limit: 5, Concurrency: 64, ReservationLife: time.Minute, AuditDeadline: 10 * time.Second,
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	s, err := orgkey.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fixture{s, db, raw, sink}
+}
+
+func owner(org string) orgkey.Call {
+	return orgkey.Call{Caller: authz.Caller{Kind: authz.Person, Subject: "u-1", Org: org, Roles: []authz.Role{authz.Owner}}, Request: "r-1", Address: "192.0.2.7"}
+}
+
+func accept(context.Context, orgkey.Generated) error { return nil }
+
+// generate makes one key and returns its ID and a copy of its PEM.
+func (f fixture) generate(t *testing.T, org string) (id string, private []byte) {
+	t.Helper()
+	err := f.Generate(t.Context(), owner(org), org, func(_ context.Context, g orgkey.Generated) error {
+		id, private = g.ID, append([]byte(nil), g.PEM...)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id, private
+}
+
+// history returns the types and reasons of the events about object, in order.
+func (f fixture) history(t *testing.T, where string, args ...any) string {
+	t.Helper()
+	rows, err := f.raw.Query("SELECT leaf FROM events WHERE "+where+" ORDER BY seq", args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	var all []string
+	for rows.Next() {
+		var leaf []byte
+		if err := rows.Scan(&leaf); err != nil {
+			t.Fatal(err)
+		}
+		e, err := audit.Decode(leaf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := string(e.Type)
+		if e.Reason != "" {
+			text += ":" + e.Reason
+		}
+		all = append(all, text)
+	}
+	return strings.Join(all, " ")
+}
+
+func (f fixture) listed(t *testing.T, org string) []orgkey.Key {
+	t.Helper()
+	keys, err := f.List(t.Context(), owner(org), org)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keys
+}
+
+func TestAGeneratedKeyIsTheListedOne(t *testing.T) {
+	f := newFixture(t, nil)
+	id, private := f.generate(t, "acme")
+	block, rest := pem.Decode(private)
+	if block == nil || block.Type != "RSA PRIVATE KEY" || len(rest) != 0 {
+		t.Fatalf("not one PKCS#1 PEM block: %v, %d bytes behind it", block, len(rest))
+	}
+	key, err := x509.ParsePKCS1PrivateKey(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := f.listed(t, "acme")
+	if len(keys) != 1 || keys[0].ID != id || !keys[0].Public.Equal(&key.PublicKey) || keys[0].Fingerprint != orgkey.Thumbprint(&key.PublicKey) || !keys[0].Delivered {
+		t.Errorf("listed %+v", keys)
+	}
+	if key.N.BitLen() != orgkey.Bits {
+		t.Errorf("%d bits", key.N.BitLen())
+	}
+	if got := f.history(t, "object = $1", id); got != "orgkey.created orgkey.delivered" {
+		t.Errorf("events: %s", got)
+	}
+}
+
+// Promise 1: the private key is cleared once it was handed out.
+func TestPromise1_ThePrivateKeyIsClearedAfterItWasHandedOut(t *testing.T) {
+	f := newFixture(t, nil)
+	var kept []byte
+	err := f.Generate(t.Context(), owner("acme"), "acme", func(_ context.Context, g orgkey.Generated) error {
+		kept = g.PEM
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range kept {
+		if b != 0 {
+			t.Fatal("the PEM is still in memory")
+		}
+	}
+}
+
+// always grants every lock at once.
+type always struct{}
+
+func (always) Lock(context.Context, string) (func(), error) { return func() {}, nil }
+
+// never grants none.
+type never struct{}
+
+func (never) Lock(context.Context, string) (func(), error) { return nil, errors.New("no lock today") }
+
+// Promise 3: the database decides, whatever the lock does.
+func TestPromise3_TheQuotaHoldsWhateverTheLockDoes(t *testing.T) {
+	for name, lock := range map[string]orgkey.Locker{"a lock that always grants": always{}, "a lock that never does": never{}, "the local lock": orgkey.NewLocalLock()} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t, func(c *orgkey.Config) { c.Locker = lock })
+			var made, refused atomic.Int64
+			var wg sync.WaitGroup
+			for range 30 {
+				wg.Go(func() {
+					err := f.Generate(t.Context(), owner("acme"), "acme", accept)
+					var quota *orgkey.QuotaError
+					switch {
+					case err == nil:
+						made.Add(1)
+					case errors.As(err, &quota):
+						refused.Add(1)
+					default:
+						t.Error(err)
+					}
+				})
+			}
+			wg.Wait()
+			if made.Load() != 5 || refused.Load() != 25 || len(f.listed(t, "acme")) != 5 {
+				t.Errorf("%d made, %d refused, %d listed", made.Load(), refused.Load(), len(f.listed(t, "acme")))
+			}
+		})
+	}
+}
+
+// Promise 4: nothing is released before the sink has acknowledged the event.
+func TestPromise4_NothingIsReleasedBeforeTheSinkAcknowledged(t *testing.T) {
+	f := newFixture(t, nil)
+	f.sink.held.Store(true)
+	var released atomic.Bool
+	done := make(chan error, 1)
+	go func() {
+		done <- f.Generate(context.Background(), owner("acme"), "acme", func(context.Context, orgkey.Generated) error {
+			released.Store(true)
+			return nil
+		})
+	}()
+	waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'pending'") == 1 })
+	time.Sleep(300 * time.Millisecond) // long enough for a release that did not wait
+	if released.Load() || f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'released'") != 0 {
+		t.Fatal("released before the sink acknowledged")
+	}
+	f.sink.held.Store(false)
+	if err := <-done; err != nil || !released.Load() {
+		t.Errorf("after the sink acknowledged: %v", err)
+	}
+}
+
+func (f fixture) count(t *testing.T, statement string) (n int) {
+	t.Helper()
+	if err := f.raw.QueryRow(statement).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func waitFor(t *testing.T, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatal("it did not come to pass within 20 s")
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+// Promise 4: without the sink there is no release, and the key is withdrawn.
+func TestPromise4_AFailingSinkWithdrawsTheKey(t *testing.T) {
+	f := newFixture(t, func(c *orgkey.Config) { c.AuditDeadline = 200 * time.Millisecond })
+	f.sink.fail.Store(true)
+	err := f.Generate(t.Context(), owner("acme"), "acme", func(context.Context, orgkey.Generated) error {
+		t.Error("released")
+		return nil
+	})
+	if !errors.Is(err, orgkey.ErrAudit) {
+		t.Fatalf("the caller hears %v", err)
+	}
+	if got := f.history(t, "type LIKE 'orgkey.%'"); got != "orgkey.created orgkey.withdrawn:audit_not_acknowledged" {
+		t.Errorf("events: %s", got)
+	}
+	f.sink.fail.Store(false)
+	waitFor(t, func() bool { return f.Generate(t.Context(), owner("acme"), "acme", accept) == nil })
+}
+
+func TestAKeyThatCouldNotBeWrittenOutIsWithdrawn(t *testing.T) {
+	f := newFixture(t, nil)
+	broken := errors.New("connection reset")
+	err := f.Generate(t.Context(), owner("acme"), "acme", func(context.Context, orgkey.Generated) error { return broken })
+	if !errors.Is(err, broken) {
+		t.Fatalf("the caller hears %v", err)
+	}
+	if keys := f.listed(t, "acme"); len(keys) != 0 {
+		t.Errorf("still listed: %v", keys)
+	}
+	if got := f.history(t, "type LIKE 'orgkey.%' AND object <> ''"); got != "orgkey.created orgkey.withdrawn:write_failed" {
+		t.Errorf("events: %s", got)
+	}
+}
+
+func TestACallerWhoLeavesBeforeTheReleaseGetsNothingAndLeavesNothing(t *testing.T) {
+	f := newFixture(t, nil)
+	f.sink.held.Store(true)
+	ctx, leave := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		done <- f.Generate(ctx, owner("acme"), "acme", func(context.Context, orgkey.Generated) error {
+			t.Error("released to nobody")
+			return nil
+		})
+	}()
+	waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'pending'") == 1 })
+	leave()
+	if err := <-done; err == nil {
+		t.Error("no error for a caller who left")
+	}
+	f.sink.held.Store(false)
+	if got := f.history(t, "type LIKE 'orgkey.%'"); got != "orgkey.created orgkey.withdrawn:caller_gone" {
+		t.Errorf("events: %s", got)
+	}
+	if n := f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 0 {
+		t.Errorf("%d places are still taken", n)
+	}
+}
+
+// Promise 6: deleting all keys cancels what is being generated.
+func TestPromise6_DeletingAllKeysCancelsAGenerationUnderWay(t *testing.T) {
+	f := newFixture(t, nil)
+	f.sink.held.Store(true)
+	done := make(chan error, 1)
+	go func() {
+		done <- f.Generate(context.Background(), owner("acme"), "acme", func(context.Context, orgkey.Generated) error {
+			t.Error("released after everything was deleted")
+			return nil
+		})
+	}()
+	waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'pending'") == 1 })
+	if n, err := f.DeleteAll(t.Context(), owner("acme"), "acme"); err != nil || n != 0 {
+		t.Fatalf("deleted %d, %v", n, err)
+	}
+	f.sink.held.Store(false)
+	if err := <-done; !errors.Is(err, orgkey.ErrGone) {
+		t.Errorf("the generation ended with %v", err)
+	}
+}
+
+// A full organization always hears 400, and one generation too many 503 at once.
+func TestOverloadIsRefusedAtOnceAndAFullOrganizationStillHearsItsQuota(t *testing.T) {
+	f := newFixture(t, func(c *orgkey.Config) { c.Concurrency, c.Limit = 1, 1 })
+	f.generate(t, "full")
+	f.sink.held.Store(true)
+	done := make(chan error, 1)
+	go func() { done <- f.Generate(context.Background(), owner("slow"), "slow", accept) }()
+	waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'pending'") == 1 })
+
+	if err := f.Generate(t.Context(), owner("other"), "other", accept); !errors.Is(err, orgkey.ErrOverloaded) {
+		t.Errorf("one too many: %v", err)
+	}
+	var quota *orgkey.QuotaError
+	if err := f.Generate(t.Context(), owner("full"), "full", accept); !errors.As(err, &quota) {
+		t.Errorf("a full organization under overload: %v", err)
+	}
+	f.sink.held.Store(false)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if err := f.Generate(t.Context(), owner("other"), "other", accept); err != nil {
+		t.Errorf("the refused one's place was not given back: %v", err)
+	}
+}
+
+// Promise 2: a ciphertext moved to another row does not open, and reading fails closed.
+func TestPromise2_SwappedCiphertextsFailTheWholeList(t *testing.T) {
+	for name, orgs := range map[string][2]string{"within an organization": {"acme", "acme"}, "across organizations": {"acme", "other"}} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t, nil)
+			a, _ := f.generate(t, orgs[0])
+			b, _ := f.generate(t, orgs[1])
+			if _, err := f.raw.Exec(`CREATE TABLE before AS SELECT id, sealed FROM org_keys;
+				UPDATE org_keys SET sealed = (SELECT sealed FROM before WHERE before.id <> org_keys.id) WHERE id IN ($1, $2)`, a, b); err != nil {
+				t.Fatal(err)
+			}
+			keys, err := f.List(t.Context(), owner("acme"), "acme")
+			if !errors.Is(err, orgkey.ErrSealBroken) || keys != nil {
+				t.Errorf("listed %v, %v", keys, err)
+			}
+			if got := f.history(t, "type = 'orgkey.listed'"); got != "orgkey.listed:seal_broken" {
+				t.Errorf("events: %s", got)
+			}
+		})
+	}
+}
+
+// Promise 5: every authenticated operation, denied ones and reads included, leaves its own event.
+func TestPromise5_EveryOperationLeavesItsEvent(t *testing.T) {
+	f := newFixture(t, func(c *orgkey.Config) { c.Limit = 1 })
+	billing := owner("acme")
+	billing.Caller.Roles = []authz.Role{authz.Billing}
+	id, _ := f.generate(t, "acme")
+	steps := []struct {
+		do   func() error
+		want string
+	}{
+		{func() error { return f.Generate(t.Context(), owner("acme"), "acme", accept) }, "orgkey.refused:quota"},
+		{func() error { _, err := f.List(t.Context(), owner("acme"), "acme"); return err }, "orgkey.listed"},
+		{func() error { _, err := f.List(t.Context(), billing, "acme"); return err }, "access.denied:insufficient_role"},
+		{func() error { _, err := f.List(t.Context(), owner("evil"), "acme"); return err }, "access.denied:other_organization"},
+		{func() error { return f.Delete(t.Context(), owner("acme"), "acme", "no-such-key") }, "request.failed:not_found"},
+		{func() error { return f.Delete(t.Context(), owner("acme"), "acme", id) }, "orgkey.deleted"},
+		{func() error { _, err := f.DeleteAll(t.Context(), owner("acme"), "acme"); return err }, "orgkey.all_deleted"},
+		{func() error {
+			return f.Reject(t.Context(), owner("acme"), "acme", authz.GenerateKey, "not_acceptable")
+		}, "request.failed:not_acceptable"},
+		{func() error {
+			return f.Reject(t.Context(), owner("acme"), "../etc", authz.GenerateKey, "malformed_organization")
+		}, "request.failed:malformed_organization"},
+		{func() error {
+			return f.Reject(t.Context(), owner("evil"), "acme", authz.GenerateKey, "not_acceptable")
+		}, "access.denied:other_organization"},
+	}
+	for i, s := range steps {
+		last := f.count(t, "SELECT max(seq) FROM events")
+		_ = s.do()
+		if got := f.history(t, "seq > $1", last); got != s.want {
+			t.Errorf("step %d left %q, want %q", i, got, s.want)
+		}
+	}
+}
+
+func TestAnotherOrganizationsKeyIsNotFound(t *testing.T) {
+	f := newFixture(t, nil)
+	id, _ := f.generate(t, "acme")
+	if err := f.Delete(t.Context(), owner("other"), "other", id); !errors.Is(err, orgkey.ErrNotFound) {
+		t.Errorf("deleting it under one's own organization: %v", err)
+	}
+}
+
+// Promise 3: a crash holds a place no longer than one reservation's life.
+func TestPromise3_TheSweeperGivesBackWhatACrashLeft(t *testing.T) {
+	f := newFixture(t, func(c *orgkey.Config) { c.Limit = 2 })
+	crashed := func(id string) {
+		t.Helper()
+		if err := f.db.Reserve(t.Context(), "acme", id, 2, 50*time.Millisecond); err != nil {
+			t.Fatal(err)
+		}
+	}
+	crashed("reserved")
+	crashed("pending")
+	created := audit.New(audit.KeyCreated, "acme")
+	created.Object = "pending"
+	if err := f.db.StorePending(t.Context(), "pending", []byte("x"), created); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- f.Sweep(ctx, 10*time.Millisecond) }()
+	waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL") == 0 })
+	stop()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if got := f.history(t, "object = 'pending'"); got != "orgkey.created orgkey.withdrawn:expired" {
+		t.Errorf("events: %s", got)
+	}
+}
+
+func TestLocalLockSerializesAnOrganizationAndForgetsIt(t *testing.T) {
+	l := orgkey.NewLocalLock()
+	unlock, err := l.Lock(t.Context(), "acme")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := l.Lock(ctx, "acme"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("taken twice: %v", err)
+	}
+	if other, err := l.Lock(t.Context(), "other"); err != nil {
+		t.Errorf("another organization waits: %v", err)
+	} else {
+		other()
+	}
+	unlock()
+	if again, err := l.Lock(t.Context(), "acme"); err != nil {
+		t.Error(err)
+	} else {
+		again()
+	}
+}
+
+func TestOrganizationIDs(t *testing.T) {
+	for _, good := range []string{"a", "A-1_b", "0", strings.Repeat("x", 128)} {
+		if err := orgkey.CheckOrg(good); err != nil {
+			t.Errorf("%q: %v", good, err)
+		}
+	}
+	for _, bad := range []string{"", "-a", "_a", "a b", "a/b", "..", "a\n", "a\x00", "é", strings.Repeat("x", 129), "a%2fb", "ａ"} {
+		if err := orgkey.CheckOrg(bad); !errors.Is(err, orgkey.ErrBadOrg) {
+			t.Errorf("%q: %v", bad, err)
+		}
+	}
+}
