@@ -106,9 +106,9 @@ func capabilities() *ast.Capabilities {
 // Revision identifies the policy's files.
 func (p *Policy) Revision() string { return p.revision }
 
-// Decide answers r. That ctx has ended is noticed when an evaluation ends. An error means "no"; it wraps
-// ErrNoDecision, or ErrTimeLimit when three evaluations of 50 ms each did not
-// suffice, or is the reason why ctx ended.
+// Decide answers r. An error means "no": it wraps ErrNoDecision, or ErrTimeLimit
+// when three evaluations of 50 ms each did not suffice, or is the reason why ctx
+// ended, which is noticed between evaluations.
 func (p *Policy) Decide(ctx context.Context, r Request) (Decision, error) {
 	d, err := p.decide(ctx, input(r))
 	if err != nil {

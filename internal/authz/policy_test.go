@@ -140,12 +140,12 @@ func agree(t *testing.T, p *Policy, r Request) Decision {
 	t.Helper()
 	got, err := p.Decide(t.Context(), r)
 	if err != nil {
-		t.Fatalf("%+v: %v", r, err)
+		t.Fatalf("%q: %v", r, err)
 	}
 	want := oracle(r)
 	want.Revision = p.Revision()
 	if got != want {
-		t.Errorf("%+v: the policy says %+v, the oracle %+v", r, got, want)
+		t.Fatalf("%q: the policy says %+v, the oracle %+v", r, got, want)
 	}
 	return got
 }
