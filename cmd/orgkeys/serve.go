@@ -19,6 +19,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
@@ -26,7 +27,8 @@ import (
 // How often what nobody asks for is done.
 const (
 	sweepInterval   = time.Second
-	summaryInterval = time.Minute // between summaries of refused unknown callers
+	keepInterval    = 5 * time.Second // between writing down last uses of keys and sights of nodes
+	summaryInterval = time.Minute     // between summaries of refused unknown callers
 	startTimeout    = 15 * time.Second
 )
 
@@ -130,10 +132,17 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err != nil {
 		return err
 	}
+	nodes, err := node.New(node.Config{
+		Gate:  gate.Gate{Policy: policy, Trail: trail, Log: log},
+		Store: db, Sealer: backend.sealer, Window: cfg.TimestampWindow, AuditDeadline: cfg.AuditDeadline,
+	})
+	if err != nil {
+		return err
+	}
 	failures := &authn.Failures{}
 	proxies := api.Proxies{Trusted: cfg.TrustedProxies, TLS: cfg.TLSByProxy}
 	surface, err := api.New(api.Config{
-		Keys: service, Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
+		Keys: service, Nodes: nodes, Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
 		Checks: append([]api.Check{
 			{Name: "database", Ask: db.Healthy},
 			{Name: backend.name, Ask: backend.healthy},
@@ -164,6 +173,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	running, background := errgroup.WithContext(background)
 	running.Go(func() error { return trail.Run(background) })
 	running.Go(func() error { return service.Sweep(background, sweepInterval) })
+	running.Go(func() error { return nodes.Keep(background, keepInterval) })
 	running.Go(func() error { tokens.keys.Run(background); return nil })
 	running.Go(func() error { policy.follow(background); return nil })
 	running.Go(func() error { summarize(background, failures, trail, log); return nil })

@@ -58,6 +58,7 @@ func (e generationError) Unwrap() error { return e.error }
 // problemFor translates every error there is. What it does not know tells a
 // client nothing.
 func problemFor(err error) problem {
+	ofNodes, aboutNodes := nodeProblem(err)
 	var (
 		token  *authn.TokenError
 		denied *orgkey.DeniedError
@@ -74,6 +75,8 @@ func problemFor(err error) problem {
 		return deniedProblem(denied)
 	case errors.Is(err, orgkey.ErrAudit): // before the others: nothing is answered that was not recorded
 		return auditDown
+	case aboutNodes:
+		return ofNodes
 	case errors.As(err, &quota):
 		return quotaProblem(quota.Limit)
 	case errors.Is(err, orgkey.ErrBadOrg):

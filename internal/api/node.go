@@ -1,0 +1,270 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+
+	"github.com/gin-gonic/gin"
+
+	"github.com/orgkeys/orgkeys/internal/authn"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/node"
+)
+
+// Nodes is what the routes need of *node.Service.
+type Nodes interface {
+	Register(ctx context.Context, from node.Origin, body []byte) error
+	Unregister(ctx context.Context, from node.Origin, body []byte) error
+	Secrets(ctx context.Context, from node.Origin, body []byte) ([]node.Envelope, error)
+	List(ctx context.Context, call gate.Call, org string) ([]node.Node, error)
+	Delete(ctx context.Context, call gate.Call, org, id string) error
+	PutSecret(ctx context.Context, call gate.Call, org, name string, value []byte) error
+	ListSecrets(ctx context.Context, call gate.Call, org string) ([]node.Secret, error)
+	DeleteSecret(ctx context.Context, call gate.Call, org, name string) error
+}
+
+var _ Nodes = (*node.Service)(nil)
+
+// The problems of nodes and secrets.
+var (
+	staleTimestamp = problem{http.StatusBadRequest, "stale_timestamp", "The timestamp is too far from the present; check the node's clock", 0}
+	badSignature   = problem{http.StatusBadRequest, "bad_signature", "Invalid signature", 0}
+	signatureUsed  = problem{http.StatusBadRequest, "signature_reused", "This signature was used for another request; sign again with a new timestamp", 0}
+	tooManyFailed  = problem{http.StatusTooManyRequests, "too_many_failures", "Invalid signature, and too many of them from this address. Please try again later.", 10}
+	nodesBusy      = problem{http.StatusServiceUnavailable, "overloaded", "Too many signed requests under way. Please try again shortly.", 2}
+	nodeNotFound   = problem{http.StatusNotFound, "node_not_found", "Node not found", 0}
+	nodeDeleted    = problem{http.StatusBadRequest, "node_already_deleted", "Node is already deleted", 0}
+	secretNotFound = problem{http.StatusNotFound, "secret_not_found", "Secret not found", 0}
+	tooManySecrets = problem{http.StatusBadRequest, "too_many_secrets", "Maximum number of secrets (64) has been reached. Please delete existing secrets before creating new ones.", 0}
+)
+
+// nodeProblem is problemFor of what package node reports.
+func nodeProblem(err error) (problem, bool) {
+	if input, ok := errors.AsType[*node.InputError](err); ok {
+		return problem{http.StatusBadRequest, "invalid_request", input.Error(), 0}, true
+	}
+	for _, known := range []struct {
+		err error
+		problem
+	}{
+		{node.ErrStale, staleTimestamp},
+		{node.ErrSignature, badSignature},
+		{node.ErrReused, signatureUsed},
+		{node.ErrTooManyFailures, tooManyFailed},
+		{node.ErrBusy, nodesBusy},
+		{node.ErrNodeNotFound, nodeNotFound},
+		{node.ErrAlreadyDeleted, nodeDeleted},
+		{node.ErrSecretNotFound, secretNotFound},
+		{node.ErrTooManySecrets, tooManySecrets},
+	} {
+		if errors.Is(err, known.err) {
+			return known.problem, true
+		}
+	}
+	return problem{}, false
+}
+
+func (a *API) routesNodes(r gin.IRouter) {
+	signed := r.Group("", a.whileServing, noStore)
+	signed.POST("/register", a.signed("Node registered successfully", a.Nodes.Register))
+	signed.POST("/unregister", a.signed("Node unregistered successfully", a.Nodes.Unregister))
+	signed.POST("/secrets", a.fetchSecrets)
+
+	org := r.Group("/organization/:idOrg", a.whileServing, a.authenticate)
+	org.GET("/nodes", a.organization(authz.ListNodes), a.withoutBody, a.listNodes)
+	org.DELETE("/node/:idNode", a.organization(authz.DeleteNode), a.withoutBody, a.deleteNode)
+	org.GET("/secret", a.organization(authz.ListSecrets), a.withoutBody, a.listSecrets)
+	org.PUT("/secret/:name", a.organization(authz.PutSecret), a.putSecret)
+	org.DELETE("/secret/:name", a.organization(authz.DeleteSecret), a.withoutBody, a.deleteSecret)
+}
+
+func noStore(c *gin.Context) { c.Header("Cache-Control", "no-store") }
+
+// readBody reads a body of at most maxBody bytes.
+func readBody(c *gin.Context) (body []byte, refusal *problem) {
+	body, err := io.ReadAll(http.MaxBytesReader(underlying(c), c.Request.Body, maxBody))
+	switch {
+	case err == nil:
+		bodyRead(c)
+		return body, nil
+	case errors.As(err, new(*http.MaxBytesError)):
+		refusal = &bodyTooLarge
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		refusal = &bodyTooSlow
+	default:
+		refusal = &bodyUnreadable
+	}
+	clear(body)
+	return nil, refusal
+}
+
+// signedBody reads the body of a request that only its signature vouches for.
+func (a *API) signedBody(c *gin.Context) ([]byte, bool) {
+	body, refusal := readBody(c)
+	if refusal != nil {
+		a.countNode(authn.ReasonNodeRequest)
+		a.refuse(c, *refusal)
+	}
+	return body, refusal == nil
+}
+
+func origin(c *gin.Context) node.Origin {
+	x := exchangeOf(c)
+	return node.Origin{Request: x.id, Address: x.address}
+}
+
+func (a *API) signed(done string, act func(context.Context, node.Origin, []byte) error) gin.HandlerFunc {
+	return func(c *gin.Context) {
+		body, ok := a.signedBody(c)
+		if !ok {
+			return
+		}
+		if err := act(c.Request.Context(), origin(c), body); err != nil {
+			a.failSigned(c, err)
+			return
+		}
+		writeJSON(c, http.StatusOK, success{true, done})
+	}
+}
+
+// failSigned is fail, and counts a sender that nobody knows.
+func (a *API) failSigned(c *gin.Context, err error) {
+	switch {
+	case errors.As(err, new(*node.InputError)):
+		a.countNode(authn.ReasonNodeRequest)
+	case errors.Is(err, node.ErrStale):
+		a.countNode(authn.ReasonNodeTimestamp)
+	case errors.Is(err, node.ErrSignature):
+		a.countNode(authn.ReasonNodeSignature)
+	case errors.Is(err, node.ErrTooManyFailures):
+		a.countNode(authn.ReasonTooMany)
+	}
+	a.fail(c, err)
+}
+
+func (a *API) countNode(reason string) {
+	a.metrics.authnFailures.WithLabelValues(reason).Inc()
+	a.Unauthenticated(reason)
+}
+
+func (a *API) fetchSecrets(c *gin.Context) {
+	body, ok := a.signedBody(c)
+	if !ok {
+		return
+	}
+	envelopes, err := a.Nodes.Secrets(c.Request.Context(), origin(c), body)
+	if err != nil {
+		a.failSigned(c, err)
+		return
+	}
+	answer := make(map[string]string, len(envelopes))
+	for _, e := range envelopes {
+		answer[e.Name+"_enc"] = string(e.Text)
+	}
+	writeJSON(c, http.StatusOK, answer)
+}
+
+type nodeList struct {
+	Success bool        `json:"success"`
+	Data    []nodeEntry `json:"data"`
+	Total   int         `json:"total"`
+}
+
+type nodeEntry struct {
+	ID           string `json:"id"`
+	IP           string `json:"ip"`
+	Region       string `json:"region"`
+	Version      string `json:"version"`
+	Status       string `json:"status"`
+	URL          string `json:"url"`
+	IDOrg        string `json:"id_org"`
+	NodeServices int64  `json:"nodeServices"`
+	LastUpdated  string `json:"lastUpdated"` // when it registered last
+	LastSeen     string `json:"lastSeen"`    // when it signed anything last
+	Provider     string `json:"provider,omitempty"`
+}
+
+func (a *API) listNodes(c *gin.Context) {
+	x := exchangeOf(c)
+	nodes, err := a.Nodes.List(c.Request.Context(), x.call(), x.org)
+	if err != nil {
+		a.fail(c, err)
+		return
+	}
+	list := nodeList{true, make([]nodeEntry, len(nodes)), len(nodes)}
+	for i, n := range nodes {
+		list.Data[i] = nodeEntry{
+			ID: n.ID, IP: n.IP.String(), Region: n.Region, Version: n.Version, Status: n.Status, URL: n.URL, IDOrg: n.Org,
+			NodeServices: n.Services, LastUpdated: instant(n.Updated), LastSeen: instant(n.Seen), Provider: n.Provider,
+		}
+	}
+	writeJSON(c, http.StatusOK, list)
+}
+
+func (a *API) deleteNode(c *gin.Context) {
+	id := c.Param("idNode")
+	if !isKeyID(id) { // nodes' IDs have the same form, and no other is one for an audit event
+		a.reject(c, "not_found", nodeNotFound)
+		return
+	}
+	x := exchangeOf(c)
+	if err := a.Nodes.Delete(c.Request.Context(), x.call(), x.org, id); err != nil {
+		a.fail(c, err)
+		return
+	}
+	writeJSON(c, http.StatusOK, success{true, "Node deleted successfully"})
+}
+
+type secretList struct {
+	Success bool          `json:"success"`
+	Data    []secretEntry `json:"data"`
+	Total   int           `json:"total"`
+}
+
+type secretEntry struct {
+	Name      string `json:"name"`
+	CreatedAt string `json:"createdAt"`
+	UpdatedAt string `json:"updatedAt"`
+}
+
+func (a *API) listSecrets(c *gin.Context) {
+	x := exchangeOf(c)
+	secrets, err := a.Nodes.ListSecrets(c.Request.Context(), x.call(), x.org)
+	if err != nil {
+		a.fail(c, err)
+		return
+	}
+	list := secretList{true, make([]secretEntry, len(secrets)), len(secrets)}
+	for i, s := range secrets {
+		list.Data[i] = secretEntry{s.Name, instant(s.Created), instant(s.Updated)}
+	}
+	writeJSON(c, http.StatusOK, list)
+}
+
+func (a *API) putSecret(c *gin.Context) {
+	value, refusal := readBody(c)
+	defer clear(value)
+	if refusal != nil {
+		a.reject(c, refusal.code, *refusal)
+		return
+	}
+	x := exchangeOf(c)
+	if err := a.Nodes.PutSecret(c.Request.Context(), x.call(), x.org, c.Param("name"), value); err != nil {
+		a.fail(c, err)
+		return
+	}
+	writeJSON(c, http.StatusOK, success{true, "Secret stored successfully"})
+}
+
+func (a *API) deleteSecret(c *gin.Context) {
+	x := exchangeOf(c)
+	if err := a.Nodes.DeleteSecret(c.Request.Context(), x.call(), x.org, c.Param("name")); err != nil {
+		a.fail(c, err)
+		return
+	}
+	writeJSON(c, http.StatusOK, success{true, "Secret deleted successfully"})
+}
