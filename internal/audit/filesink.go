@@ -52,6 +52,9 @@ func NewFileSink(path string) *FileSink { return &FileSink{path: path} }
 // Name implements Sink.
 func (s *FileSink) Name() string { return "file" }
 
+// Shared implements Sink: each replica has a file of its own.
+func (s *FileSink) Shared() bool { return false }
+
 // Last implements Sink.
 func (s *FileSink) Last(context.Context) (Checkpoint, error) {
 	s.mu.Lock()

@@ -25,6 +25,7 @@ import (
 const (
 	linger        = 25 * time.Millisecond  // recorded events wait this long for company, unless somebody waits for one
 	poll          = 250 * time.Millisecond // how often other replicas' progress is looked for
+	waiting       = 25 * time.Millisecond  // likewise, while somebody waits for it
 	sequenceBatch = 5000                   // events that one transaction gives indices to
 	sinkBatch     = 1000                   // events that one call to a sink carries
 	sinkDeadline  = 10 * time.Second       // for one call to a sink
@@ -53,6 +54,13 @@ type Store interface {
 	At(ctx context.Context, size int64) (Checkpoint, error)
 	// Entries returns at most limit entries from index on.
 	Entries(ctx context.Context, index int64, limit int) ([]Entry, error)
+	// Exclusive runs do while no other process runs one of the same name. It
+	// returns false at once if another does.
+	Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error)
+	// SinkNext returns the first index that a shared sink has not acknowledged,
+	// as SetSinkNext last set it.
+	SinkNext(ctx context.Context, sink string) (int64, error)
+	SetSinkNext(ctx context.Context, sink string, next int64) error
 	// KeepReceipts stores what a sink returned for the entries from index first on.
 	KeepReceipts(ctx context.Context, sink string, first int64, receipts [][]byte) error
 	// Index returns an event's index, or false while it has none.
@@ -97,16 +105,18 @@ func (l *Log) Acknowledged(ctx context.Context, eventID string) error {
 			if index, known, err = l.store.Index(ctx, eventID); err != nil {
 				return fmt.Errorf("looking for event %s in the log: %w", eventID, err)
 			}
+			if known {
+				l.moved() // another replica may have done it, and the sinks not know yet
+				continue
+			}
+			l.hurry()
 		}
 		if known && l.sinksPast(index) {
 			return nil
 		}
-		if !known {
-			l.hurry()
-		}
 		select {
 		case <-changed:
-		case <-time.After(poll):
+		case <-time.After(waiting):
 		case <-ctx.Done():
 			return fmt.Errorf("waiting for event %s: %w", eventID, errors.Join(ctx.Err(), l.sinkErrors()))
 		}

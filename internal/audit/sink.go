@@ -12,6 +12,9 @@ import (
 // change it. Its implementations are FileSink and vault.Sink.
 type Sink interface {
 	Name() string
+	// Shared reports whether all replicas feed one and the same sink, so that
+	// one of them at a time is enough.
+	Shared() bool
 	// Last returns the newest checkpoint that the sink still holds; Size 0 if
 	// none. It is called before the first Append and after each failed one.
 	Last(ctx context.Context) (Checkpoint, error)
@@ -89,12 +92,12 @@ func (f *follower) follow(ctx context.Context) error {
 	f.set(next, nil)
 	for {
 		changed := f.log.watch()
-		n, err := f.appendOnce(ctx, next)
+		after, err := f.step(ctx, next)
 		if err != nil {
 			return err
 		}
-		if n > 0 {
-			next += int64(n)
+		if after > next {
+			next = after
 			f.set(next, nil)
 			continue
 		}
@@ -136,18 +139,48 @@ func (f *follower) resume(ctx context.Context) (int64, error) {
 	return held.Size, nil
 }
 
-func (f *follower) appendOnce(ctx context.Context, next int64) (int, error) {
+// step brings the sink on from next and returns how far it is then.
+func (f *follower) step(ctx context.Context, next int64) (int64, error) {
 	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
 	defer cancel()
+	if !f.sink.Shared() {
+		return f.appendFrom(ctx, next)
+	}
+	name := f.sink.Name()
+	mine, err := f.log.store.Exclusive(ctx, "sink "+name, func(ctx context.Context) error {
+		done, err := f.log.store.SinkNext(ctx, name)
+		if err != nil {
+			return err
+		}
+		if done > next {
+			next = done
+			return nil
+		}
+		after, err := f.appendFrom(ctx, next)
+		if err != nil || after == next {
+			return err
+		}
+		next = after
+		return f.log.store.SetSinkNext(ctx, name, after)
+	})
+	if err != nil || mine {
+		return next, err
+	}
+	done, err := f.log.store.SinkNext(ctx, name) // what another replica has done
+	return max(done, next), err
+}
+
+func (f *follower) appendFrom(ctx context.Context, next int64) (int64, error) {
 	entries, err := f.log.store.Entries(ctx, next, sinkBatch)
 	if err != nil || len(entries) == 0 {
-		return 0, err
+		return next, err
 	}
-	checkpoint, err := f.log.store.At(ctx, next+int64(len(entries)))
+	after := next + int64(len(entries))
+	checkpoint, err := f.log.store.At(ctx, after)
 	if err != nil {
-		return 0, err
+		return next, err
 	}
-	return len(entries), bounded(ctx, func() error { return f.handOver(ctx, entries, checkpoint) })
+	return after, bounded(ctx, func() error { return f.handOver(ctx, entries, checkpoint) })
 }
 
 // handOver keeps receipts before the sink's checkpoint moves on, so that a

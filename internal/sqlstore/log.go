@@ -3,6 +3,7 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 
@@ -205,5 +206,58 @@ func (d *DB) KeepReceipts(ctx context.Context, sink string, first int64, receipt
 			}
 		}
 		return nil
+	})
+}
+
+// Exclusive implements audit.Store. On PostgreSQL the lock belongs to a
+// connection, so it goes with a process that dies.
+func (d *DB) Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error) {
+	if !d.postgres {
+		return true, do(ctx)
+	}
+	conn, err := d.read.Conn(ctx)
+	if err != nil {
+		return false, unavailable(err)
+	}
+	var mine bool
+	if err := conn.QueryRowContext(ctx, "SELECT pg_try_advisory_lock(hashtextextended($1, 0))", name).Scan(&mine); err != nil {
+		return false, errors.Join(unavailable(err), discard(conn))
+	}
+	if !mine {
+		return false, unavailable(conn.Close())
+	}
+	err = do(ctx)
+	unlocking, cancel := context.WithTimeout(context.WithoutCancel(ctx), statementTimeout)
+	defer cancel()
+	if _, unlockErr := conn.ExecContext(unlocking, "SELECT pg_advisory_unlock(hashtextextended($1, 0))", name); unlockErr != nil {
+		return true, errors.Join(err, discard(conn))
+	}
+	return true, errors.Join(err, conn.Close())
+}
+
+// discard closes a connection that may still hold a lock, rather than give it
+// back to the pool.
+func discard(conn *sql.Conn) error {
+	err := conn.Raw(func(any) error { return driver.ErrBadConn })
+	if errors.Is(err, driver.ErrBadConn) {
+		return nil
+	}
+	return errors.Join(err, conn.Close())
+}
+
+// SinkNext implements audit.Store.
+func (d *DB) SinkNext(ctx context.Context, sink string) (next int64, err error) {
+	err = d.read.QueryRowContext(ctx, "SELECT next FROM sink_progress WHERE sink = $1", sink).Scan(&next)
+	if errors.Is(err, sql.ErrNoRows) {
+		return 0, nil
+	}
+	return next, unavailable(err)
+}
+
+// SetSinkNext implements audit.Store.
+func (d *DB) SetSinkNext(ctx context.Context, sink string, next int64) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		_, err := exec(ctx, tx, "INSERT INTO sink_progress (sink, next) VALUES ($1, $2) ON CONFLICT (sink) DO UPDATE SET next = $2", sink, next)
+		return err
 	})
 }

@@ -62,3 +62,9 @@ CREATE TABLE event_receipts (
     receipt BLOB NOT NULL,
     PRIMARY KEY (sink, idx)
 );
+
+-- How far the sinks are that all replicas share.
+CREATE TABLE sink_progress (
+    sink TEXT PRIMARY KEY,
+    next BIGINT NOT NULL
+);
