@@ -239,6 +239,8 @@ func TestAnythingButOneWellFormedDecisionIsAnError(t *testing.T) {
 		"a field by another name":   `{"allow": true, "reasons": "allowed", "scope": "organization"}`,
 		"allow is a string":         `{"allow": "true", "reason": "allowed", "scope": "organization"}`,
 		"allow is a number":         `{"allow": 1, "reason": "allowed", "scope": "organization"}`,
+		"a denial by a string":      `{"allow": "false", "reason": "insufficient_role", "scope": ""}`,
+		"a denial by null":          `{"allow": null, "reason": "insufficient_role", "scope": ""}`,
 		"allow is null":             `{"allow": null, "reason": "allowed", "scope": "organization"}`,
 		"the reason is a list":      `{"allow": true, "reason": ["allowed"], "scope": "organization"}`,
 		"the reason is empty":       `{"allow": false, "reason": "", "scope": ""}`,
