@@ -20,7 +20,7 @@ import (
 // The errors besides those of package orgkey.
 var (
 	// ErrDenied: Vault accepts the token, but its policies do not allow the call.
-	ErrDenied = errors.New("Vault's policy does not allow it")
+	ErrDenied = errors.New("the policy in Vault does not allow it")
 	// errNotFound: there is no such key, entry or mount.
 	errNotFound = errors.New("not found in Vault")
 )
@@ -177,7 +177,7 @@ func readAll(r io.Reader) ([]byte, error) {
 			return buf, nil
 		}
 		if err == nil && len(buf) >= maxBody {
-			err = fmt.Errorf("Vault's answer exceeds %d bytes", maxBody)
+			err = fmt.Errorf("the answer exceeds %d bytes", maxBody)
 		}
 		if err != nil {
 			return buf, err

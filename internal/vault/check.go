@@ -124,7 +124,7 @@ func (c *Client) checkKeys(ctx context.Context) []Finding {
 			found = append(found, f)
 		}
 	}
-	if _, err := c.Sink(nil).Last(ctx); err != nil {
+	if _, err := c.Sink().Last(ctx); err != nil {
 		found = append(found, fatal(runSetup, "the checkpoint cannot be read: %v", err))
 	}
 	return found

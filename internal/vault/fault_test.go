@@ -25,7 +25,7 @@ func everything(ctx context.Context, c *vault.Client) map[string]func() error {
 		"generate": func() error { _, err := generate(ctx, c); return err },
 		"seal":     func() error { _, err := c.Sealer().Seal(ctx, item.Binding, []byte("v")); return err },
 		"open":     func() error { _, err := c.Sealer().Open(ctx, []sealedItem{item}); return err },
-		"sink":     func() error { _, err := c.Sink(nil).Last(ctx); return err },
+		"sink":     func() error { _, err := c.Sink().Last(ctx); return err },
 		"receipt":  func() error { _, err := c.ReceiptKeys(ctx); return err },
 		"healthy":  func() error { return c.Healthy(ctx) },
 		"reap":     func() error { _, err := c.Reap(ctx, nobodyLives); return err },
@@ -211,7 +211,7 @@ func oneFailure(t *testing.T, before bool, fail func(http.ResponseWriter)) {
 		t.Errorf("Transit still holds %v", left)
 	}
 	origin := freshLog(t)
-	if err := c.Sink(nil).Append(t.Context(), entries(t, 0, 2), checkpointAt(origin, 2)); err != nil {
+	if err := appendAll(t, c.Sink(), entries(t, 0, 2), checkpointAt(origin, 2)); err != nil {
 		t.Errorf("appending: %v", err)
 	}
 }

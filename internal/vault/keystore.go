@@ -32,7 +32,7 @@ var nameForm = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]
 
 // ErrNotFresh: Transit answered a creation with a key that is not as a new one
 // is. Creating is a silent upsert there, so somebody else may hold that key.
-var ErrNotFresh = errors.New("Transit did not make a fresh key")
+var ErrNotFresh = errors.New("no fresh key came of a creation in Transit")
 
 // Keystore makes keys in Transit. It implements orgkey.Keystore.
 type Keystore struct{ c *Client }

@@ -135,7 +135,7 @@ func TestRevokedTokenCostsNoRequest(t *testing.T) {
 		revoke(t, old)
 		for range 8 {
 			wg.Go(func() {
-				if _, err := c.Sink(nil).Last(t.Context()); err != nil {
+				if _, err := c.Sink().Last(t.Context()); err != nil {
 					t.Error(err)
 				}
 			})

@@ -13,6 +13,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 )
@@ -27,19 +28,14 @@ const (
 // ErrReceipt: a receipt is not Vault's signature of the leaf.
 var ErrReceipt = errors.New("receipt does not verify")
 
-// Receipt is Vault's word that its audit device has an event: Transit's
-// signature of the leaf, as "vault:v1:" and base64 of the Ed25519 signature.
-// Vault signs only after every byte of the request was written to the device.
-type Receipt struct {
-	Index     int64
-	Signature []byte
-}
-
 // Sink has Vault's audit device record every event in clear, and keeps the
 // newest checkpoint in Vault. It implements audit.Sink.
+//
+// Its receipts are Vault's word that the device has an event: Transit's
+// signature of the leaf, as "vault:v1:" and base64 of the Ed25519 signature.
+// Vault signs only after the whole request was written to the device.
 type Sink struct {
-	c    *Client
-	keep func(ctx context.Context, receipts []Receipt) error
+	c *Client
 
 	mu      sync.Mutex
 	keys    ReceiptKeys
@@ -47,14 +43,14 @@ type Sink struct {
 	seen    bool // whether version means anything
 }
 
-// Sink returns the sink. keep, if there is one, is given the receipts of a
-// batch, checked, before the checkpoint moves past them; its error ends Append.
-func (c *Client) Sink(keep func(ctx context.Context, receipts []Receipt) error) *Sink {
-	return &Sink{c: c, keep: keep}
-}
+// Sink returns the sink.
+func (c *Client) Sink() *Sink { return &Sink{c: c} }
 
 // Name implements audit.Sink.
 func (s *Sink) Name() string { return "vault" }
+
+// Shared implements audit.Sink: all replicas feed the same Vault.
+func (s *Sink) Shared() bool { return true }
 
 // Last implements audit.Sink.
 func (s *Sink) Last(ctx context.Context) (audit.Checkpoint, error) {
@@ -103,19 +99,49 @@ func missingMount(err error) bool {
 	return errors.As(err, &status) && status.status == http.StatusNotFound && len(status.messages) > 0
 }
 
-// Append implements audit.Sink. Several replicas may append the same entries;
-// the checkpoint never moves back by that.
-func (s *Sink) Append(ctx context.Context, entries []audit.Entry, c audit.Checkpoint) error {
+// Append implements audit.Sink. The events are in Vault's audit file, in
+// order, when it returns; every receipt was checked.
+func (s *Sink) Append(ctx context.Context, entries []audit.Entry) ([][]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	receipts := make([][]byte, 0, len(entries))
 	for len(entries) > 0 {
 		n := batchLen(entries)
-		if err := s.acknowledge(ctx, entries[:n]); err != nil {
-			return err
+		signed, err := s.acknowledge(ctx, entries[:n])
+		if err != nil {
+			return nil, err
 		}
+		receipts = append(receipts, signed...)
 		entries = entries[n:]
 	}
+	return receipts, nil
+}
+
+// Checkpoint implements audit.Sink. It never moves back by a late writer: if
+// another replica wrote since this one looked, the larger checkpoint stays.
+func (s *Sink) Checkpoint(ctx context.Context, c audit.Checkpoint) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	return s.advance(ctx, c)
+}
+
+// AcceptRollback has the sink start over with a log that was set back on
+// purpose. The event that says so is the log's own and follows as all do.
+func (s *Sink) AcceptRollback(ctx context.Context, r audit.Rollback) error {
+	to, err := audit.ParseCheckpoint(r.To)
+	if err != nil {
+		return err
+	}
+	empty, err := tlog.TreeHash(0, nil)
+	if err != nil {
+		return fmt.Errorf("hashing the empty log: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, err := s.last(ctx); err != nil {
+		return err
+	}
+	return s.put(ctx, audit.Checkpoint{Origin: to.Origin, Root: empty})
 }
 
 func batchLen(entries []audit.Entry) int {
@@ -130,14 +156,14 @@ func batchLen(entries []audit.Entry) int {
 // acknowledge has Vault sign each entry. "event" is the field that the mount
 // is tuned to audit in clear; it must be one flat string, since Vault goes by
 // the innermost name. "input" is what Transit signs.
-func (s *Sink) acknowledge(ctx context.Context, entries []audit.Entry) error {
+func (s *Sink) acknowledge(ctx context.Context, entries []audit.Entry) ([][]byte, error) {
 	body, err := signBody(entries)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	answer, err := s.c.do(ctx, request{method: http.MethodPut, path: auditMount + "/sign/receipt", body: body})
 	if err != nil {
-		return fmt.Errorf("having Vault sign %d events from %d: %w", len(entries), entries[0].Index, err)
+		return nil, fmt.Errorf("having Vault sign %d events from %d: %w", len(entries), entries[0].Index, err)
 	}
 	signed, err := data[struct {
 		Results []struct {
@@ -146,25 +172,22 @@ func (s *Sink) acknowledge(ctx context.Context, entries []audit.Entry) error {
 		} `json:"batch_results"`
 	}](answer.body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if len(signed.Results) != len(entries) {
-		return fmt.Errorf("having Vault sign events: it answered %d with %d", len(entries), len(signed.Results))
+		return nil, fmt.Errorf("having Vault sign events: it answered %d with %d", len(entries), len(signed.Results))
 	}
-	receipts := make([]Receipt, len(entries))
+	receipts := make([][]byte, len(entries))
 	for i, r := range signed.Results {
-		receipts[i] = Receipt{entries[i].Index, []byte(r.Signature)}
+		receipts[i] = []byte(r.Signature)
 		if r.Error != "" {
-			return fmt.Errorf("having Vault sign event %d: %s", entries[i].Index, r.Error)
+			return nil, fmt.Errorf("having Vault sign event %d: %s", entries[i].Index, r.Error)
 		}
-		if err := s.verify(ctx, entries[i].Leaf, receipts[i].Signature); err != nil {
-			return fmt.Errorf("checking the receipt of event %d: %w", entries[i].Index, err)
+		if err := s.verify(ctx, entries[i].Leaf, receipts[i]); err != nil {
+			return nil, fmt.Errorf("checking the receipt of event %d: %w", entries[i].Index, err)
 		}
 	}
-	if s.keep == nil {
-		return nil
-	}
-	return s.keep(ctx, receipts)
+	return receipts, nil
 }
 
 func signBody(entries []audit.Entry) ([]byte, error) {
@@ -238,7 +261,7 @@ func (s *Sink) advance(ctx context.Context, c audit.Checkpoint) error {
 // covered reports an error if held, which is not smaller, is of another log than c.
 func covered(held, c audit.Checkpoint) error {
 	if held.Origin != c.Origin || held.Size == c.Size && held.Root != c.Root {
-		return fmt.Errorf("Vault holds a checkpoint of another log at size %d", held.Size)
+		return fmt.Errorf("the checkpoint in Vault, at size %d, is of another log", held.Size)
 	}
 	return nil
 }

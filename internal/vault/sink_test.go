@@ -37,6 +37,19 @@ func checkpointAt(origin string, size int64) audit.Checkpoint {
 	return audit.Checkpoint{Origin: origin, Size: size, Root: tlog.RecordHash(fmt.Appendf(nil, "%s %d", origin, size))}
 }
 
+// appendAll does what the log does with a sink.
+func appendAll(t *testing.T, s audit.Sink, list []audit.Entry, c audit.Checkpoint) error {
+	t.Helper()
+	receipts, err := s.Append(t.Context(), list)
+	if err != nil {
+		return err
+	}
+	if len(receipts) != len(list) {
+		t.Errorf("%d receipts for %d events", len(receipts), len(list))
+	}
+	return s.Checkpoint(t.Context(), c)
+}
+
 // entries are n events from index on, with text that JSON must escape.
 func entries(t testing.TB, index int64, n int) []audit.Entry {
 	t.Helper()
@@ -110,7 +123,7 @@ func TestEventIsInVaultsAuditFileBeforeTheReceiptArrives(t *testing.T) {
 		}
 		return nil
 	})
-	if err := c.Sink(nil).Append(t.Context(), list, checkpointAt(origin, 3)); err != nil {
+	if err := appendAll(t, c.Sink(), list, checkpointAt(origin, 3)); err != nil {
 		t.Fatal(err)
 	}
 	if !checked {
@@ -122,15 +135,10 @@ func TestEventIsInVaultsAuditFileBeforeTheReceiptArrives(t *testing.T) {
 }
 
 func TestReceiptsAreKeptInOrderAndVerifyOffline(t *testing.T) {
-	origin := freshLog(t)
 	c := open(t)
-	var kept []vault.Receipt
-	sink := c.Sink(func(_ context.Context, receipts []vault.Receipt) error {
-		kept = append(kept, receipts...)
-		return nil
-	})
 	list := entries(t, 5, 230) // more than one call takes
-	if err := sink.Append(t.Context(), list, checkpointAt(origin, 235)); err != nil {
+	kept, err := c.Sink().Append(t.Context(), list)
+	if err != nil {
 		t.Fatal(err)
 	}
 	keys, err := c.ReceiptKeys(t.Context())
@@ -141,14 +149,11 @@ func TestReceiptsAreKeptInOrderAndVerifyOffline(t *testing.T) {
 		t.Fatalf("%d receipts for %d events", len(kept), len(list))
 	}
 	for i, r := range kept {
-		if r.Index != list[i].Index {
-			t.Errorf("receipt %d is of event %d", i, r.Index)
-		}
-		if err := keys.Verify(list[i].Leaf, r.Signature); err != nil {
+		if err := keys.Verify(list[i].Leaf, r); err != nil {
 			t.Error(err)
 		}
 	}
-	good, leaf := kept[0].Signature, list[0].Leaf
+	good, leaf := kept[0], list[0].Leaf
 	tests := map[string]struct {
 		leaf, receipt []byte
 	}{
@@ -176,9 +181,9 @@ func TestReceiptsAreKeptInOrderAndVerifyOffline(t *testing.T) {
 
 func TestReceiptsOfARotatedKeyVerify(t *testing.T) {
 	origin := freshLog(t)
-	sink := open(t).Sink(nil)
+	sink := open(t).Sink()
 	for i := range int64(2) {
-		if err := sink.Append(t.Context(), entries(t, i, 1), checkpointAt(origin, i+1)); err != nil {
+		if err := appendAll(t, sink, entries(t, i, 1), checkpointAt(origin, i+1)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := root(t).Logical().WriteWithContext(t.Context(), "orgkeys-audit/keys/receipt/rotate", nil); err != nil {
@@ -198,22 +203,22 @@ func TestForgedReceiptIsNotAnAcknowledgement(t *testing.T) {
 		fmt.Fprintf(w, `{"data":{"batch_results":[{"signature":"vault:v1:%s"}]}}`, signature)
 		return false
 	})
-	if err := c.Sink(nil).Append(t.Context(), entries(t, 0, 1), checkpointAt(origin, 1)); !errors.Is(err, vault.ErrReceipt) {
+	if err := appendAll(t, c.Sink(), entries(t, 0, 1), checkpointAt(origin, 1)); !errors.Is(err, vault.ErrReceipt) {
 		t.Errorf("got %v, want ErrReceipt", err)
 	}
 }
 
 func TestCheckpointIsKept(t *testing.T) {
 	origin := freshLog(t)
-	sink := open(t).Sink(nil)
+	sink := open(t).Sink()
 	if held, err := sink.Last(t.Context()); err != nil || held.Size != 0 {
 		t.Fatalf("a fresh Vault holds %+v, %v", held, err)
 	}
 	for size := int64(1); size <= 3; size++ {
-		if err := sink.Append(t.Context(), entries(t, size-1, 1), checkpointAt(origin, size)); err != nil {
+		if err := appendAll(t, sink, entries(t, size-1, 1), checkpointAt(origin, size)); err != nil {
 			t.Fatal(err)
 		}
-		if held, err := open(t).Sink(nil).Last(t.Context()); err != nil || held != checkpointAt(origin, size) {
+		if held, err := open(t).Sink().Last(t.Context()); err != nil || held != checkpointAt(origin, size) {
 			t.Errorf("another sink reads %+v, %v", held, err)
 		}
 	}
@@ -221,27 +226,27 @@ func TestCheckpointIsKept(t *testing.T) {
 
 func TestCheckpointNeverMovesBackByALateWriter(t *testing.T) {
 	origin := freshLog(t)
-	early, late := open(t).Sink(nil), open(t).Sink(nil)
+	early, late := open(t).Sink(), open(t).Sink()
 	for _, s := range []*vault.Sink{early, late} {
 		if _, err := s.Last(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := early.Append(t.Context(), entries(t, 0, 5), checkpointAt(origin, 5)); err != nil {
+	if err := appendAll(t, early, entries(t, 0, 5), checkpointAt(origin, 5)); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 { // also when it tries again
-		if err := late.Append(t.Context(), entries(t, 0, 3), checkpointAt(origin, 3)); err != nil {
+		if err := appendAll(t, late, entries(t, 0, 3), checkpointAt(origin, 3)); err != nil {
 			t.Errorf("events that were acknowledged twice: %v", err)
 		}
-		if held, err := open(t).Sink(nil).Last(t.Context()); err != nil || held.Size != 5 {
+		if held, err := open(t).Sink().Last(t.Context()); err != nil || held.Size != 5 {
 			t.Fatalf("Vault holds %+v, %v", held, err)
 		}
 	}
-	if err := late.Append(t.Context(), entries(t, 5, 1), checkpointAt(origin, 6)); err != nil {
+	if err := appendAll(t, late, entries(t, 5, 1), checkpointAt(origin, 6)); err != nil {
 		t.Errorf("when it has caught up: %v", err)
 	}
-	if err := early.Append(t.Context(), entries(t, 5, 1), checkpointAt("orgkeys.test/fork", 6)); err == nil {
+	if err := appendAll(t, early, entries(t, 5, 1), checkpointAt("orgkeys.test/fork", 6)); err == nil {
 		t.Error("a checkpoint of another log was accepted")
 	}
 }
@@ -251,43 +256,47 @@ func TestReplicasAppendAtOnce(t *testing.T) {
 	list := entries(t, 0, 10)
 	var wg sync.WaitGroup
 	for range 4 {
-		sink := open(t).Sink(nil)
+		sink := open(t).Sink()
 		wg.Go(func() {
 			for i := range int64(10) {
-				if err := sink.Append(t.Context(), list[i:i+1], checkpointAt(origin, i+1)); err != nil {
+				if err := appendAll(t, sink, list[i:i+1], checkpointAt(origin, i+1)); err != nil {
 					t.Error(err)
 				}
 			}
 		})
 	}
 	wg.Wait()
-	if held, err := open(t).Sink(nil).Last(t.Context()); err != nil || held.Size != 10 {
+	if held, err := open(t).Sink().Last(t.Context()); err != nil || held.Size != 10 {
 		t.Errorf("Vault holds %+v, %v", held, err)
 	}
 }
 
-func TestAcceptedRollbackCanBeWritten(t *testing.T) {
+func TestAcceptedRollbackStartsOver(t *testing.T) {
 	origin := freshLog(t)
-	sink := open(t).Sink(nil)
-	if err := sink.Append(t.Context(), entries(t, 0, 5), checkpointAt(origin, 5)); err != nil {
+	if err := appendAll(t, open(t).Sink(), entries(t, 0, 5), checkpointAt(origin, 5)); err != nil {
 		t.Fatal(err)
 	}
-	after := open(t).Sink(nil)
-	if _, err := after.Last(t.Context()); err != nil { // whoever accepted has looked
+	operator := open(t).Sink()
+	back := audit.Rollback{From: checkpointAt(origin, 5).Text(), To: checkpointAt(origin, 2).Text(), Reason: "restored a backup"}
+	if err := operator.AcceptRollback(t.Context(), back); err != nil {
 		t.Fatal(err)
 	}
-	if err := after.Append(t.Context(), entries(t, 2, 1), checkpointAt(origin, 3)); err != nil {
-		t.Fatal(err)
+	service := open(t).Sink()
+	if held, err := service.Last(t.Context()); err != nil || held.Size != 0 || held.Origin != origin {
+		t.Errorf("afterwards Vault holds %+v, %v", held, err)
 	}
-	if held, err := after.Last(t.Context()); err != nil || held.Size != 3 {
+	if err := appendAll(t, service, entries(t, 0, 3), checkpointAt(origin, 3)); err != nil {
+		t.Error(err)
+	}
+	if held, err := service.Last(t.Context()); err != nil || held.Size != 3 {
 		t.Errorf("Vault holds %+v, %v", held, err)
 	}
 }
 
 func TestDeletedCheckpointIsNoFreshVault(t *testing.T) {
 	origin := freshLog(t)
-	sink := open(t).Sink(nil)
-	if err := sink.Append(t.Context(), entries(t, 0, 1), checkpointAt(origin, 1)); err != nil {
+	sink := open(t).Sink()
+	if err := appendAll(t, sink, entries(t, 0, 1), checkpointAt(origin, 1)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := root(t).Logical().DeleteWithContext(t.Context(), "orgkeys-state/data/checkpoint"); err != nil {

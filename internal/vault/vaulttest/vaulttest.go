@@ -178,7 +178,7 @@ func (s *Server) await(ctx context.Context, what string, ok func(health) bool) e
 			return fmt.Errorf("waiting for Vault %s: %w", what, ctx.Err())
 		case <-s.exited:
 			log, _ := os.ReadFile(filepath.Join(s.Dir, "server.log"))
-			return fmt.Errorf("Vault exited: %s", log)
+			return fmt.Errorf("the Vault exited: %s", log)
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
@@ -258,7 +258,7 @@ func (s *Server) Stop() error {
 	case <-s.exited:
 		return nil
 	case <-time.After(20 * time.Second):
-		return errors.Join(errors.New("Vault did not stop when asked to"), s.Kill())
+		return errors.Join(errors.New("the Vault did not stop when asked to"), s.Kill())
 	}
 }
 
