@@ -281,6 +281,9 @@ func TestPINIsNotOfferedTwice(t *testing.T) {
 		if err := token.Healthy(bounded(t)); !errors.Is(err, ErrPIN) || !errors.Is(err, orgkey.ErrUnavailable) {
 			t.Errorf("Healthy after the PIN was changed: %v, want ErrPIN", err)
 		}
+		token.mu.Lock()
+		token.failedAt = time.Time{} // the pause between two renewals is over
+		token.mu.Unlock()
 	}
 	copy(token.pin, right) // would log in now, if it were tried again
 	if err := generateOne(bounded(t), token); !errors.Is(err, ErrPIN) {
