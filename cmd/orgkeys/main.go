@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -98,5 +99,6 @@ func version() string {
 	for _, s := range info.Settings {
 		setting[s.Key] = s.Value
 	}
-	return fmt.Sprintf("orgkeys %s %s cgo=%s %s", info.Main.Version, setting["vcs.revision"], setting["CGO_ENABLED"], info.GoVersion)
+	return strings.Join(strings.Fields(fmt.Sprintf("orgkeys %s %s cgo=%s %s",
+		info.Main.Version, setting["vcs.revision"], setting["CGO_ENABLED"], info.GoVersion)), " ")
 }

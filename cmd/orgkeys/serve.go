@@ -82,6 +82,14 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	closeAll := closers{}
 	defer func() { err = errors.Join(err, closeAll.close()) }()
 
+	edge := api.ServerConfig{
+		Address: cfg.Listen, TLS: api.TLSFiles{Cert: cfg.TLSCertFile, Key: cfg.TLSKeyFile, ClientCA: cfg.ClientCAFile},
+		Proxies:            api.Proxies{Trusted: cfg.TrustedProxies, TLS: cfg.TLSByProxy},
+		GenerationDeadline: cfg.ReservationTTL / 2, Log: log,
+	}
+	if err := errors.Join(api.CheckTransport(edge), api.CheckOrigins(cfg.CORSOrigins)); err != nil {
+		return err
+	}
 	if err := hideMemory(); err != nil {
 		return fmt.Errorf("keeping memory private: %w", err)
 	}
@@ -140,7 +148,6 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		return err
 	}
 	failures := &authn.Failures{}
-	proxies := api.Proxies{Trusted: cfg.TrustedProxies, TLS: cfg.TLSByProxy}
 	surface, err := api.New(api.Config{
 		Keys: service, Nodes: nodes, Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
 		Checks: append([]api.Check{
@@ -149,15 +156,12 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 			{Name: "audit sinks", Ask: func(context.Context) error { return sinkTrouble(trail) }},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.keys.Ready() }},
 		}, lock.checks...),
-		Metrics: newRegistry(trail), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: proxies,
+		Metrics: newRegistry(trail), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
 	if err != nil {
 		return err
 	}
-	public, err := api.Listen(api.ServerConfig{
-		Address: cfg.Listen, TLS: api.TLSFiles{Cert: cfg.TLSCertFile, Key: cfg.TLSKeyFile, ClientCA: cfg.ClientCAFile},
-		Proxies: proxies, GenerationDeadline: cfg.ReservationTTL / 2, Log: log,
-	}, surface.Handler())
+	public, err := api.Listen(edge, surface.Handler())
 	if err != nil {
 		return err
 	}

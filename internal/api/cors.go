@@ -20,10 +20,8 @@ func newCORS(origins []string) (*cors.Cors, error) {
 	if len(origins) == 0 {
 		return nil, nil
 	}
-	for _, o := range origins {
-		if err := checkOrigin(o); err != nil {
-			return nil, err
-		}
+	if err := CheckOrigins(origins); err != nil {
+		return nil, err
 	}
 	allowed := slices.Clone(origins)
 	return cors.New(cors.Options{
@@ -36,16 +34,26 @@ func newCORS(origins []string) (*cors.Cors, error) {
 	}), nil
 }
 
+// CheckOrigins reports an origin that no browser would ever send.
+func CheckOrigins(origins []string) error {
+	for _, o := range origins {
+		if err := checkOrigin(o); err != nil {
+			return fmt.Errorf("ORGKEYS_CORS_ORIGINS: %w", err)
+		}
+	}
+	return nil
+}
+
 // checkOrigin accepts an origin only as browsers write it (RFC 6454, section
 // 6.2), since it is compared byte for byte and any other spelling would never match.
 func checkOrigin(origin string) error {
 	u, err := url.Parse(origin)
 	if err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "" ||
 		origin != u.Scheme+"://"+u.Host || origin != strings.ToLower(origin) || strings.Contains(origin, "*") {
-		return fmt.Errorf("CORS origin %q is not of the form https://host or https://host:port in lower case", origin)
+		return fmt.Errorf("%q is not of the form https://host or https://host:port in lower case", origin)
 	}
 	if port := u.Port(); port == map[string]string{"https": "443", "http": "80"}[u.Scheme] || strings.HasSuffix(u.Host, ":") {
-		return fmt.Errorf("CORS origin %q names its scheme's own port, which browsers leave out", origin)
+		return fmt.Errorf("%q names its scheme's own port, which browsers leave out", origin)
 	}
 	return nil
 }

@@ -190,6 +190,9 @@ func (s Setting) value(given map[string]string) (string, error) {
 // check refuses settings that contradict each other, and completes the rest.
 func (c *Config) check() error {
 	c.fill()
+	if !Loopback(c.AdminListen) {
+		return fmt.Errorf("ORGKEYS_ADMIN_LISTEN is %s: it must be a loopback address, as 127.0.0.1:4000, since it asks nobody who they are", c.AdminListen)
+	}
 	return errors.Join(c.checkTokens(), c.checkStorage(), c.checkSinks(), c.checkVault())
 }
 

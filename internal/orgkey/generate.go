@@ -189,8 +189,12 @@ func (s *Service) delivered(ctx context.Context, pass gate.Pass, id string) {
 }
 
 // refused records that no key came of a request, also when the caller has
-// gone, and returns why.
+// gone, and returns why. A generation that ran out of time is one too many for
+// the back end.
 func (s *Service) refused(ctx context.Context, pass gate.Pass, why error) error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		why = fmt.Errorf("%w: %w", ErrOverloaded, why)
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	return s.Failed(ctx, pass, audit.KeyRefused, refusal(why), why)
@@ -207,8 +211,6 @@ func refusal(err error) string {
 		return "cancelled"
 	case errors.Is(err, context.Canceled):
 		return "caller_gone"
-	case errors.Is(err, context.DeadlineExceeded):
-		return "deadline"
 	default:
 		return "generation_failed"
 	}
