@@ -20,6 +20,7 @@
 package vault
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -54,7 +55,7 @@ const (
 // Config says how Vault is reached and how to log in. The address, CA,
 // namespace and the like are the Vault client's own environment variables.
 type Config struct {
-	// Address is Vault's URL; VAULT_ADDR when empty.
+	// Address is Vault's URL; VAULT_AGENT_ADDR or VAULT_ADDR when empty.
 	Address string
 	// Login is how a token is had: AppRole or TokenFile.
 	Login Login
@@ -143,10 +144,10 @@ func newAPI(config Config) (*api.Client, error) {
 		return nil, fmt.Errorf("reading the Vault client's settings: %w", settings.Error)
 	}
 	if config.Address != "" {
-		settings.Address = config.Address
+		settings.Address, settings.AgentAddress = config.Address, ""
 	}
 	transport := settings.HttpClient.Transport.(*http.Transport)
-	if err := checkProtected(settings.Address, transport); err != nil {
+	if err := checkProtected(cmp.Or(settings.AgentAddress, settings.Address), transport); err != nil {
 		return nil, err
 	}
 	// HTTP/1.1 only. With HTTP/2 all calls share one connection, and when its

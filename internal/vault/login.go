@@ -56,22 +56,17 @@ func newSession(base *api.Client, token string) (*session, error) {
 // AppRole logs in with a role ID and a secret ID. Both files are read again at each login.
 type AppRole struct {
 	Mount        string // of the auth method; "approle" when empty
-	Role         string // the role's name, for the creation path of a wrapped secret ID; "orgkeys" when empty
 	RoleIDFile   string
 	SecretIDFile string
-	// Wrapped: SecretIDFile holds a wrapping token. Its creation path is checked
-	// before it is used up, so that only a secret ID of this role is accepted.
-	Wrapped bool
+	// WrappedAt, if set, says that SecretIDFile holds a wrapping token that was
+	// created at this path, as auth/approle/role/orgkeys/secret-id. That is
+	// checked before the token is used up, so that nobody can put a secret ID of
+	// their own in its place unseen.
+	WrappedAt string
 
 	mu          sync.Mutex
 	unwrappedBy string // the wrapping token that gave secretID
 	secretID    string
-}
-
-func (a *AppRole) mount() string { return cmp.Or(a.Mount, "approle") }
-
-func (a *AppRole) creationPath() string {
-	return "auth/" + a.mount() + "/role/" + cmp.Or(a.Role, "orgkeys") + "/secret-id"
 }
 
 func (a *AppRole) check() error {
@@ -93,12 +88,12 @@ func (a *AppRole) get(ctx context.Context, base *api.Client, _ *session) (*sessi
 	if err != nil {
 		return nil, fmt.Errorf("reading the secret ID: %w", err)
 	}
-	if a.Wrapped {
+	if a.WrappedAt != "" {
 		if secretID, err = a.unwrap(ctx, base, secretID); err != nil {
 			return nil, err
 		}
 	}
-	path := "auth/" + a.mount() + "/login"
+	path := "auth/" + cmp.Or(a.Mount, "approle") + "/login"
 	secret, err := base.Logical().WriteWithContext(ctx, path, map[string]any{"role_id": roleID, "secret_id": secretID})
 	if err != nil {
 		return nil, loginError(path, err)
@@ -126,8 +121,8 @@ func (a *AppRole) unwrap(ctx context.Context, base *api.Client, wrapping string)
 		return "", fmt.Errorf("looking at the wrapped secret ID, which may have been used or have expired: "+
 			"deliver a fresh one, and if nobody known used it, revoke the old one: %w", loginError(lookup, err))
 	}
-	if path, _ := info.Data["creation_path"].(string); path != a.creationPath() {
-		return "", fmt.Errorf("%w: the wrapping token was made by %q, not by %q: somebody replaced it", ErrLogin, path, a.creationPath())
+	if path, _ := info.Data["creation_path"].(string); path != a.WrappedAt {
+		return "", fmt.Errorf("%w: the wrapping token was made by %q, not by %q: somebody replaced it", ErrLogin, path, a.WrappedAt)
 	}
 	// The wrapping token authenticates its own use, in a client of its own.
 	using, err := newSession(base, wrapping)

@@ -89,7 +89,7 @@ func TestWrappedSecretID(t *testing.T) {
 		t.Fatal(err)
 	}
 	login := func(file string) *vault.AppRole {
-		return &vault.AppRole{RoleIDFile: filepath.Join(dir, "role_id"), SecretIDFile: file, Wrapped: true}
+		return &vault.AppRole{RoleIDFile: filepath.Join(dir, "role_id"), SecretIDFile: file, WrappedAt: "auth/approle/role/orgkeys/secret-id"}
 	}
 	good := filepath.Join(dir, "secret_id")
 
