@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -22,8 +23,9 @@ type received struct {
 	keys    map[string]string // key ID → organization
 	deleted map[string]bool   // asked for, whatever was answered
 	certain map[string]bool   // confirmed
-	refused int
 }
+
+const crashLimit = 3
 
 // TestPromise8_KilledUnderLoad kills the server at random moments. Afterwards
 // the quota is right, whatever was acknowledged is there, no key is without its
@@ -31,11 +33,11 @@ type received struct {
 // and within one reservation's life every place is free again.
 func TestPromise8_KilledUnderLoad(t *testing.T) {
 	t.Parallel()
-	const life = 2 * time.Second
+	const life = 6 * time.Second
 	issuer := harness.NewIssuer(t)
 	outside := filepath.Join(t.TempDir(), "sink.jsonl")
 	s := harness.Start(t, harness.TrustedBy(issuer), harness.Set("ORGKEYS_RESERVATION_TTL", life.String()),
-		harness.Set("ORGKEYS_MAX", "3"), harness.Set("ORGKEYS_AUDIT_FILE", outside))
+		harness.Set("ORGKEYS_MAX", strconv.Itoa(crashLimit)), harness.Set("ORGKEYS_AUDIT_FILE", outside))
 	sealing := s.TokenObjects(t)
 	orgs := []string{harness.Org(), harness.Org(), harness.Org()}
 	known := &received{keys: map[string]string{}, deleted: map[string]bool{}, certain: map[string]bool{}}
@@ -52,7 +54,7 @@ func TestPromise8_KilledUnderLoad(t *testing.T) {
 		cancel()
 		load.Wait()
 		s.Start(t)
-		known.check(t, s, orgs, 3)
+		known.check(t, s, orgs)
 	}
 	if got := s.TokenObjects(t); !slices.Equal(got, sealing) {
 		t.Errorf("objects in the token: %v, at the first start: %v", got, sealing)
@@ -62,63 +64,60 @@ func TestPromise8_KilledUnderLoad(t *testing.T) {
 		return harness.Number(t, db, `SELECT count(*) FROM org_keys WHERE state IN ('reserved', 'pending')`) == 0
 	})
 	for _, org := range orgs {
-		for range 3 - len(s.List(t, org)) {
+		for range crashLimit - len(s.List(t, org)) {
 			s.Generate(t, org)
 		}
 		s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")}).Want(t, 400, strings.Replace(quotaMessage, "(5)", "(3)", 1))
 	}
-	known.check(t, s, orgs, 3)
+	known.check(t, s, orgs)
 	eventsMatchRecords(t, s)
 	s.Stop(t)
 	if _, stderr, code := s.Run(t, "audit", "verify"); code != 0 {
 		t.Errorf("audit verify after %d kills: exit code %d\n%s", *kills, code, stderr)
 	}
-	t.Logf("%d keys received, %d deletions, %d refusals over %d kills", len(known.keys), len(known.deleted), known.refused, *kills)
+	t.Logf("%d keys received, %d deletions over %d kills", len(known.keys), len(known.deleted), *kills)
 }
 
-// work sends requests until ctx ends.
+// work sends requests until ctx ends. Whoever finds an organization full makes
+// place, so that most of the load is keys being made.
 func (k *received) work(ctx context.Context, t *testing.T, s *harness.Server, issuer *harness.Issuer, orgs []string, random *rand.Rand) {
 	for ctx.Err() == nil {
 		org := orgs[random.IntN(len(orgs))]
 		token := issuer.Token(t, harness.Claims{"org_id": org})
-		switch random.IntN(5) {
-		case 0:
-			k.deleteOne(ctx, s, org, token)
-		case 1:
-			s.Try(ctx, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: token})
-		default:
-			resp, err := s.Try(ctx, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: token})
+		resp, err := s.Try(ctx, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: token})
+		if err != nil {
+			continue
+		}
+		switch {
+		case resp.Status == http.StatusOK:
 			k.mu.Lock()
-			switch {
-			case err == nil && resp.Status == http.StatusOK:
-				k.keys[resp.Header.Get("X-Key-Id")] = org
-			case err == nil:
-				k.refused++
-				if resp.Status != 400 && resp.Status != 503 {
-					t.Errorf("under load: status %d, body %q", resp.Status, resp.Body)
-				}
-			}
+			k.keys[resp.Header.Get("X-Key-Id")] = org
 			k.mu.Unlock()
+		case resp.Status == http.StatusBadRequest:
+			k.deleteOne(ctx, t, s, org, token, random)
+		// A generation has half a reservation's life, which can be short on a busy machine.
+		case resp.Status != http.StatusServiceUnavailable && !strings.Contains(string(resp.Body), `"generation_failed"`):
+			t.Errorf("under load: status %d, body %q", resp.Status, resp.Body)
 		}
 	}
 }
 
-func (k *received) deleteOne(ctx context.Context, s *harness.Server, org, token string) {
-	k.mu.Lock()
-	var id string
-	for candidate, owner := range k.keys {
-		if owner == org && !k.deleted[candidate] {
-			id = candidate
-			break
-		}
-	}
-	if id != "" {
-		k.deleted[id] = true
-	}
-	k.mu.Unlock()
-	if id == "" {
+func (k *received) deleteOne(ctx context.Context, t *testing.T, s *harness.Server, org, token string, random *rand.Rand) {
+	list, err := s.Try(ctx, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: token})
+	if err != nil || list.Status != http.StatusOK {
 		return
 	}
+	keys := harness.ReadList(t, list)
+	if len(keys) > crashLimit {
+		t.Errorf("under load: %s has %d keys", org, len(keys))
+	}
+	if len(keys) == 0 {
+		return
+	}
+	id := keys[random.IntN(len(keys))].ID
+	k.mu.Lock()
+	k.deleted[id] = true
+	k.mu.Unlock()
 	resp, err := s.Try(ctx, harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + id, Token: token})
 	if err == nil && resp.Status == http.StatusOK {
 		k.mu.Lock()
@@ -128,20 +127,17 @@ func (k *received) deleteOne(ctx context.Context, s *harness.Server, org, token 
 }
 
 // check compares the lists with what clients know.
-func (k *received) check(t *testing.T, s *harness.Server, orgs []string, limit int) {
+func (k *received) check(t *testing.T, s *harness.Server, orgs []string) {
 	t.Helper()
 	listed := map[string]bool{}
 	for _, org := range orgs {
 		keys := s.List(t, org)
-		if len(keys) > limit {
-			t.Errorf("%s has %d keys, the limit is %d", org, len(keys), limit)
+		if len(keys) > crashLimit {
+			t.Errorf("%s has %d keys, the limit is %d", org, len(keys), crashLimit)
 		}
 		for _, l := range keys {
 			listed[l.ID] = true
 			l.Public(t)
-			if k.keys[l.ID] == "" && l.Delivery != "unconfirmed" {
-				t.Logf("key %s is listed as delivered, and the client did not get it whole", l.ID)
-			}
 		}
 	}
 	for id := range k.keys {
@@ -186,5 +182,29 @@ func eventsMatchRecords(t *testing.T, s *harness.Server) {
 		if there[id] == ended[id] {
 			t.Errorf("key %s: record there %t, ended by an event %t", id, there[id], ended[id])
 		}
+	}
+}
+
+// TestPromise8_KilledWhileItStartsForTheFirstTime: the token, the issuer's key
+// and the database are made at the first start, and a kill at any moment of it
+// must not need anybody's hand.
+func TestPromise8_KilledWhileItStartsForTheFirstTime(t *testing.T) {
+	t.Parallel()
+	random := rand.New(rand.NewPCG(*seed, 1))
+	for range 3 {
+		s := harness.Configure(t)
+		for range *kills {
+			s.StartFor(t, time.Duration(random.IntN(600))*time.Millisecond)
+		}
+		s.Start(t)
+		org := harness.Org()
+		s.Generate(t, org)
+		if n := len(s.List(t, org)); n != 1 {
+			t.Errorf("%d keys listed", n)
+		}
+		if objects := s.TokenObjects(t); len(objects) != 1 {
+			t.Errorf("objects in the token: %v, want the sealing key alone", objects)
+		}
+		s.Stop(t)
 	}
 }

@@ -153,14 +153,15 @@ func TestPromise1_SecretSettingsAppearInNoOutput(t *testing.T) {
 		"a database URL that cannot be parsed": {"ORGKEYS_DATABASE_URL": "postgres://orgkeys:" + canary + "%zz@[::1", "ORGKEYS_REDIS_URL": redis},
 		"a database URL of another scheme":     {"ORGKEYS_DATABASE_URL": "mysql://orgkeys:" + canary + "@127.0.0.1/orgkeys", "ORGKEYS_REDIS_URL": redis},
 		"a Redis URL that cannot be parsed":    {"ORGKEYS_DATABASE_URL": nowhere, "ORGKEYS_REDIS_URL": "redis://:" + canary + "%zz@[::1"},
-		"a PIN that is not the token's":        {"ORGKEYS_PKCS11_MODULE": harness.SoftHSM, "ORGKEYS_PKCS11_PIN_FILE": file(canary)},
+		"a PIN that is not the token's":        {"ORGKEYS_PKCS11_MODULE": harness.SoftHSM, "ORGKEYS_PKCS11_PIN_FILE": file(canary), "SOFTHSM2_CONF": harness.NewToken(t, "orgkeys", "another-pin")},
+		"a PIN for a token that is not there":  {"ORGKEYS_PKCS11_MODULE": harness.SoftHSM, "ORGKEYS_PKCS11_PIN_FILE": file(canary), "SOFTHSM2_CONF": harness.NewToken(t, "other", canary)},
 		"a secret in a number's place":         {"ORGKEYS_MAX": canary},
 		"a secret in a duration's place":       {"ORGKEYS_AUDIT_DEADLINE": canary},
 		"a secret under a name nobody knows":   {"ORGKEYS_DATABASE_PASSWORD": canary},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			opts := []harness.Option{harness.Set("SOFTHSM2_CONF", "/dev/null")}
+			var opts []harness.Option
 			for k, v := range settings {
 				opts = append(opts, harness.Set(k, v))
 			}

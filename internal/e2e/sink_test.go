@@ -48,6 +48,8 @@ func TestPromise4_NotOneByteBeforeASlowSink(t *testing.T) {
 	if took := time.Since(pending); took > delay {
 		t.Errorf("a list took %s: reads need not wait for sinks", took)
 	}
+	id := harness.Strings(t, db, `SELECT id FROM org_keys WHERE org_id = ?`, org)[0]
+	s.Do(t, harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + id, Token: owner}).Want(t, 404, notFoundMessage)
 	first := make([]byte, 1)
 	conn.SetReadDeadline(time.Now().Add(harness.Patience))
 	if _, err := io.ReadFull(conn, first); err != nil {
@@ -121,8 +123,11 @@ func TestPromise4_AFailingSinkReleasesNothing(t *testing.T) {
 	t.Run("its writes fail", func(t *testing.T) {
 		broken := s.Interfere(t, sink, writes, "error=EIO")
 		refused(t)
+		ready := func() int { return s.Do(t, harness.Request{Method: "GET", Path: "/readyz"}).Status }
+		harness.Eventually(t, harness.Patience, "it says that it is not ready", func() bool { return ready() == 503 })
 		broken.Stop(t)
 		recovers(t)
+		harness.Eventually(t, harness.Patience, "it is ready again", func() bool { return ready() == 200 })
 	})
 	t.Run("its syncs fail", func(t *testing.T) {
 		broken := s.Interfere(t, sink, syncs, "error=EIO")
@@ -197,6 +202,52 @@ func TestPromise4_ARefusedKeyStaysAwayAcrossRestarts(t *testing.T) {
 			len(s.Sink(t).Find(func(l harness.Leaf) bool { return l.Org == org && l.Type == "orgkey.withdrawn" })) == 1
 	})
 	s.Generate(t, org)
+}
+
+// TestPromise9_FullDisk fills the data directory's disk, the database's and the
+// sink's alike. Answers stay prompt and clear, and all is well when there is
+// space again.
+func TestPromise9_FullDisk(t *testing.T) {
+	t.Parallel()
+	disk := harness.SmallDisk(t, 8<<20)
+	s := harness.Start(t, harness.In(filepath.Join(disk, "data")))
+	org := harness.Org()
+	owner := s.Token(t, org, "OWNER")
+	key := s.Generate(t, org)
+	filler := filepath.Join(disk, "filler")
+	harness.Fill(t, filler)
+	// What is left of the files' last pages may take a few events more.
+	var refused harness.Response
+	harness.Eventually(t, harness.Patience, "a read is refused, since its event cannot be written", func() bool {
+		refused = s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: owner})
+		return refused.Status != 200
+	})
+	for _, r := range []harness.Request{{Method: "GET", Path: harness.KeyPath(org)}, {Method: "POST", Path: harness.KeyPath(org)}, {Method: "DELETE", Path: key.Location}} {
+		r.Token = owner
+		resp := s.Do(t, r)
+		if resp.Status != 503 && resp.Status != 500 || resp.Took > 10*time.Second {
+			t.Errorf("%s on a full disk: status %d after %s, body %q", r.Method, resp.Status, resp.Took, resp.Body)
+		}
+		if body := strings.ToLower(string(resp.Body)); strings.Contains(body, "disk") || strings.Contains(body, "sql") || strings.Contains(body, "space") {
+			t.Errorf("internal text reached the client: %s", resp.Body)
+		}
+	}
+	s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER") + "x"})
+	denied := s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(harness.Org()), Token: owner})
+	denied.Want(t, 403, otherOrgMessage)
+	remove(t, filler)
+	harness.Eventually(t, harness.Patience, "keys are listed again", func() bool {
+		return s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: owner}).Status == 200
+	})
+	if listed := s.List(t, org); len(listed) != 1 || listed[0].ID != key.ID {
+		t.Errorf("listed %+v", listed)
+	}
+	s.Generate(t, org)
+	settled(t, s)
+	s.Stop(t)
+	if _, stderr, code := s.Run(t, "audit", "verify"); code != 3 {
+		t.Errorf("audit verify: exit code %d\n%s", code, stderr)
+	}
 }
 
 // post sends a request for a key on a connection of its own.

@@ -17,21 +17,11 @@ func TestPromise1_WhatTheTokenSees(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	pin := "spied-" + harness.Org()
-	pinFile, conf, log := filepath.Join(dir, "pin"), filepath.Join(dir, "softhsm2.conf"), filepath.Join(dir, "spy.log")
-	tokens := filepath.Join(dir, "tokens")
-	if err := os.Mkdir(tokens, 0o700); err != nil {
+	pinFile, log := filepath.Join(dir, "pin"), filepath.Join(dir, "spy.log")
+	if err := os.WriteFile(pinFile, []byte(pin), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for path, text := range map[string]string{pinFile: pin, conf: "directories.tokendir = " + tokens + "\nobjectstore.backend = file\nlog.level = ERROR\n"} {
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	initialise := exec.Command("softhsm2-util", "--init-token", "--free", "--label", "orgkeys", "--so-pin", "12345678", "--pin", pin)
-	initialise.Env = []string{"PATH=" + os.Getenv("PATH"), "SOFTHSM2_CONF=" + conf}
-	if out, err := initialise.CombinedOutput(); err != nil {
-		t.Fatalf("making a token: %v\n%s", err, out)
-	}
+	conf := harness.NewToken(t, "orgkeys", pin)
 	s := harness.Start(t, harness.Set("ORGKEYS_PKCS11_MODULE", spyModule(t)), harness.Set("ORGKEYS_PKCS11_PIN_FILE", pinFile),
 		harness.Set("PKCS11SPY", harness.SoftHSM), harness.Set("PKCS11SPY_OUTPUT", log), harness.Set("SOFTHSM2_CONF", conf))
 	calls := func(name string) int {
@@ -39,7 +29,14 @@ func TestPromise1_WhatTheTokenSees(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return len(regexp.MustCompile(`(?m)^\d+: `+name+`$`).FindAllString(string(b), -1))
+		n := 0
+		for _, call := range regexp.MustCompile(`(?m)^\d+: `).Split(string(b), -1) {
+			// The binding asks for the length first, with NULL for the buffer.
+			if strings.HasPrefix(call, name+"\n") && !strings.Contains(call, "pWrappedKey[*pulWrappedKeyLen] NULL") {
+				n++
+			}
+		}
+		return n
 	}
 	org := harness.Org()
 	s.Generate(t, org)

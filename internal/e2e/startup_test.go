@@ -198,6 +198,23 @@ func TestPromise8_RestartsGoOnWithWhatIsThere(t *testing.T) {
 	}
 }
 
+// TestAnotherTokenIsRefused: with records that another token sealed, a fresh
+// one is the wrong one, and is not made in silence.
+func TestAnotherTokenIsRefused(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	s.Generate(t, harness.Org())
+	s.Stop(t)
+	for _, name := range []string{"tokens", "pin"} {
+		if err := os.RemoveAll(filepath.Join(s.Dir, name)); err != nil {
+			t.Fatal(err)
+		}
+		if _, stderr, code := s.Run(t, "serve"); code == 0 || !strings.Contains(stderr, "token") {
+			t.Errorf("with %s gone: exit code %d\n%s", name, code, stderr)
+		}
+	}
+}
+
 // TestOrderlyEndLetsRequestsFinish sends SIGTERM while keys are being made.
 func TestOrderlyEndLetsRequestsFinish(t *testing.T) {
 	t.Parallel()

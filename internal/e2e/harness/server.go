@@ -144,8 +144,30 @@ func (s *Server) Start(t testing.TB) {
 	}
 }
 
+// StartFor starts the server's process and kills it after a while, wherever it
+// has come by then.
+func (s *Server) StartFor(t testing.TB, life time.Duration) {
+	t.Helper()
+	if err := s.spawn(); err != nil {
+		t.Fatalf("starting orgkeys: %v", err)
+	}
+	select {
+	case <-s.done:
+		t.Fatalf("orgkeys ended by itself with exit code %d\n%s", s.cmd.ProcessState.ExitCode(), s.Output())
+	case <-time.After(life):
+		s.Kill()
+	}
+}
+
 func (s *Server) launch() error {
 	from := s.out.Len()
+	if err := s.spawn(); err != nil {
+		return err
+	}
+	return s.awaitReady(from)
+}
+
+func (s *Server) spawn() error {
 	cmd := exec.Command(s.binary, s.args...)
 	cmd.Env = s.environment()
 	cmd.Stdout, cmd.Stderr = s.out, s.out
@@ -162,7 +184,7 @@ func (s *Server) launch() error {
 	s.mu.Lock()
 	s.cmd, s.done = cmd, done
 	s.mu.Unlock()
-	return s.awaitReady(from)
+	return nil
 }
 
 func (s *Server) awaitReady(from int) error {

@@ -189,6 +189,28 @@ func Number(t testing.TB, db *sql.DB, query string, args ...any) int64 {
 	return n
 }
 
+// NewToken makes a SoftHSM token as an operator would and returns the path of
+// the configuration that leads to it.
+func NewToken(t testing.TB, label, pin string) (conf string) {
+	t.Helper()
+	dir := t.TempDir()
+	conf = filepath.Join(dir, "softhsm2.conf")
+	tokens := filepath.Join(dir, "tokens")
+	if err := os.Mkdir(tokens, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	text := "directories.tokendir = " + tokens + "\nobjectstore.backend = file\nlog.level = ERROR\n"
+	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("softhsm2-util", "--init-token", "--free", "--label", label, "--so-pin", "security-officer", "--pin", pin)
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "SOFTHSM2_CONF=" + conf}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("making a token: %v\n%s", err, out)
+	}
+	return conf
+}
+
 // TokenObjects lists the objects of the server's SoftHSM token, private ones
 // included, one line of pkcs11-tool's a kind of object.
 func (s *Server) TokenObjects(t testing.TB) []string {
