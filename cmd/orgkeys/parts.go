@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/orgkeys/orgkeys/internal/api"
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -15,6 +16,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/redislock"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/vault"
 	"github.com/orgkeys/orgkeys/policies"
 )
 
@@ -23,7 +25,9 @@ type backend struct {
 	name     string
 	keystore orgkey.Keystore
 	sealer   orgkey.Sealer
+	sink     audit.Sink // nil: the back end keeps no audit trail
 	healthy  func(context.Context) error
+	reap     func(context.Context) error // clears what crashes left in the back end, until ctx ends
 	close    func() error
 }
 
@@ -33,6 +37,8 @@ func (b backend) sinks(cfg config.Config) []audit.Sink {
 	for _, name := range cfg.AuditSinks {
 		if name == config.SinkFile {
 			all = append(all, audit.NewFileSink(cfg.AuditFile))
+		} else {
+			all = append(all, b.sink)
 		}
 	}
 	return all
@@ -40,7 +46,7 @@ func (b backend) sinks(cfg config.Config) []audit.Sink {
 
 func openBackend(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.DB, log *slog.Logger) (backend, error) {
 	if cfg.Keystore == config.KeystoreVault {
-		return backend{}, errors.New("ORGKEYS_KEYSTORE=vault is not wired up yet")
+		return openVault(ctx, cfg, db, log)
 	}
 	return openHSM(ctx, cfg, dir, db, log)
 }
@@ -73,7 +79,62 @@ func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.
 	if err != nil {
 		return backend{}, err
 	}
-	return backend{name: config.KeystorePKCS11, keystore: token, sealer: token, healthy: token.Healthy, close: token.Close}, nil
+	return backend{
+		name: config.KeystorePKCS11, keystore: token, sealer: token, healthy: token.Healthy,
+		reap:  func(context.Context) error { return nil }, // session objects go with their process
+		close: token.Close,
+	}, nil
+}
+
+// openVault logs in to Vault and refuses one that is not set up as it must be.
+func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slog.Logger) (backend, error) {
+	client, err := vault.Open(ctx, vault.Config{Login: vaultLogin(cfg), ReapGrace: cfg.ReservationTTL, Log: log})
+	if err != nil {
+		return backend{}, err
+	}
+	closeClient := func() error { client.Close(); return nil }
+	var fatal []error
+	for _, finding := range client.Check(ctx) {
+		if finding.Fatal {
+			fatal = append(fatal, errors.New(finding.String()))
+			continue
+		}
+		log.Warn("Vault", "problem", finding.Problem, "remedy", finding.Remedy)
+	}
+	if len(fatal) > 0 {
+		return backend{}, errors.Join(append(fatal, closeClient())...)
+	}
+	return backend{
+		name: config.KeystoreVault, keystore: client.Keystore(), sealer: client.Sealer(), sink: client.Sink(),
+		healthy: client.Healthy, close: closeClient,
+		reap: func(ctx context.Context) error { return reapVault(ctx, client, db, log) },
+	}, nil
+}
+
+func vaultLogin(cfg config.Config) vault.Login {
+	if cfg.VaultAuth == config.VaultTokenFile {
+		return &vault.TokenFile{Path: cfg.VaultTokenFile}
+	}
+	return &vault.AppRole{RoleIDFile: cfg.VaultRoleIDFile, SecretIDFile: cfg.VaultSecretIDFile, WrappedAt: cfg.VaultSecretIDPath}
+}
+
+func reapVault(ctx context.Context, client *vault.Client, db *sqlstore.DB, log *slog.Logger) error {
+	ticker := time.NewTicker(reapInterval)
+	defer ticker.Stop()
+	for {
+		n, err := client.Reap(ctx, db.Reserved)
+		if err != nil && ctx.Err() == nil {
+			log.Warn("clearing what crashes left in Transit", "error", err)
+		}
+		if n > 0 {
+			log.Warn("cleared keys that a crash left in Transit", "count", n)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
 }
 
 // policy is the embedded policy, or the one in a directory that is followed.

@@ -27,6 +27,7 @@ import (
 // How often what nobody asks for is done.
 const (
 	sweepInterval   = time.Second
+	reapInterval    = 30 * time.Second
 	keepInterval    = 5 * time.Second // between writing down last uses of keys and sights of nodes
 	summaryInterval = time.Minute     // between summaries of refused unknown callers
 	startTimeout    = 15 * time.Second
@@ -177,6 +178,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	running, background := errgroup.WithContext(background)
 	running.Go(func() error { return trail.Run(background) })
 	running.Go(func() error { return service.Sweep(background, sweepInterval) })
+	running.Go(func() error { return backend.reap(background) })
 	running.Go(func() error { return nodes.Keep(background, keepInterval) })
 	running.Go(func() error { tokens.keys.Run(background); return nil })
 	running.Go(func() error { policy.follow(background); return nil })

@@ -277,3 +277,25 @@ func (d *DB) HasSealed(ctx context.Context) (bool, error) {
 	found, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM (SELECT 1 FROM org_keys WHERE sealed IS NOT NULL LIMIT 1) AS found")
 	return err == nil && found[0] > 0, err
 }
+
+// Reserved returns which of ids have a reservation that has not expired.
+func (d *DB) Reserved(ctx context.Context, ids []string) (map[string]bool, error) {
+	live := map[string]bool{}
+	err := d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		for _, id := range ids {
+			found, err := query(ctx, tx, scanInt, "SELECT count(*) FROM org_keys WHERE id = $1 AND state = 'reserved' AND expires_at > $2", id, now)
+			if err != nil {
+				return err
+			}
+			if found[0] > 0 {
+				live[id] = true
+			}
+		}
+		return nil
+	})
+	return live, err
+}
