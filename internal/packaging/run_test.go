@@ -1,0 +1,166 @@
+package packaging
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// lockedBuffer may be read while a process writes to it.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// building is how long scripts/run may take with an empty build cache.
+const building = 15 * time.Minute
+
+// running is scripts/run in a process group of its own.
+type running struct {
+	cmd          *exec.Cmd
+	stdout, logs lockedBuffer
+	ended        chan struct{}
+}
+
+func run(t *testing.T, environ []string, args ...string) *running {
+	t.Helper()
+	r := &running{cmd: exec.Command(filepath.Join(root, "scripts/run"), args...), ended: make(chan struct{})}
+	r.cmd.Env = environ
+	r.cmd.Stdout, r.cmd.Stderr = &r.stdout, &r.logs
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := r.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		r.cmd.Wait()
+		close(r.ended)
+	}()
+	t.Cleanup(func() {
+		r.stop(t)
+		if t.Failed() {
+			t.Logf("scripts/run:\n%s%s", r.stdout.String(), r.logs.String())
+		}
+	})
+	return r
+}
+
+var pasteable = regexp.MustCompile(`(?s)\n(curl .* --output private_key\.pem)\n`)
+
+// command waits for the command that scripts/run prints when it is ready.
+func (r *running) command(t *testing.T) string {
+	t.Helper()
+	deadline := time.After(building)
+	for {
+		if m := pasteable.FindStringSubmatch(r.stdout.String()); m != nil {
+			return m[1]
+		}
+		select {
+		case <-r.ended:
+			t.Fatal("scripts/run ended before it was ready")
+		case <-deadline:
+			t.Fatal("scripts/run did not become ready")
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// stop interrupts the process group, as a terminal does, and finds that nothing
+// of it is left.
+func (r *running) stop(t *testing.T) {
+	t.Helper()
+	group := -r.cmd.Process.Pid
+	if err := syscall.Kill(group, syscall.SIGINT); err != nil && !errors.Is(err, syscall.ESRCH) {
+		t.Error(err)
+	}
+	select {
+	case <-r.ended:
+	case <-time.After(patience):
+		t.Error("scripts/run does not end when it is interrupted")
+	}
+	eventually(t, "the process group", func() error {
+		if err := syscall.Kill(group, 0); !errors.Is(err, syscall.ESRCH) {
+			return errors.New("some of its processes are left")
+		}
+		return nil
+	})
+}
+
+func TestRunPrintsACommandThatSavesAKey(t *testing.T) {
+	address := "127.0.0.1:" + freePort(t)
+	environ := append(os.Environ(), "ORGKEYS_LISTEN="+address, "ORGKEYS_DATA_DIR="+filepath.Join(t.TempDir(), "data"))
+
+	first := run(t, environ)
+	paste(t, first.command(t))
+	first.stop(t)
+
+	second := run(t, environ)
+	paste(t, second.command(t))
+	token := regexp.MustCompile(`Bearer (\S+)"`).FindStringSubmatch(second.stdout.String())[1]
+	if n := countKeys(t, "http://"+address, token); n != 2 {
+		t.Errorf("started again, the organization has %d keys, not the 2 that were made", n)
+	}
+}
+
+// paste runs a command as a shell does and checks the key that it saves.
+func paste(t *testing.T, command string) {
+	t.Helper()
+	cmd := exec.Command("bash", "-c", command)
+	cmd.Dir = t.TempDir()
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	b, err := os.ReadFile(filepath.Join(cmd.Dir, "private_key.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		t.Fatalf("what was saved is no PEM: %s", b)
+	}
+	key, err := x509.ParsePKCS1PrivateKey(block.Bytes)
+	if err != nil || key.N.BitLen() != 2048 {
+		t.Errorf("what was saved is no RSA key of 2048 bits: %v", err)
+	}
+}
+
+func countKeys(t *testing.T, url, token string) int {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url+"/organization/demo/key", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var list struct{ Data []json.RawMessage }
+	if err := json.NewDecoder(resp.Body).Decode(&list); err != nil {
+		t.Fatal(err)
+	}
+	return len(list.Data)
+}
