@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/api"
@@ -51,26 +52,27 @@ func openBackend(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlst
 	return openHSM(ctx, cfg, dir, db, log)
 }
 
-// openHSM opens the token that cfg names, or a SoftHSM token of its own. A
-// sealing key is made only while nothing was ever sealed: with records there, a
-// token without one is the wrong token.
+// openHSM opens the token that cfg names, or a SoftHSM token of its own. Neither
+// a token nor a sealing key is made once anything was sealed: then one without
+// it is the wrong token.
 func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.DB, log *slog.Logger) (backend, error) {
-	hc := hsm.Config{Module: cfg.PKCS11Module, TokenLabel: cfg.TokenLabel, PINFile: cfg.PINFile}
-	var err error
-	if cfg.PINFile == "" {
-		if hc, _, err = hsm.InitSoftHSM(dir.path); err != nil {
-			return backend{}, err
-		}
-	} else if hc.Module == "" {
-		if hc.Module, err = hsm.FindSoftHSM(); err != nil {
-			return backend{}, err
-		}
-	}
 	sealed, err := db.HasSealed(ctx)
 	if err != nil {
 		return backend{}, err
 	}
-	hc.CreateSealingKey = !sealed
+	hc := hsm.Config{Module: cfg.PKCS11Module, TokenLabel: cfg.TokenLabel, PINFile: cfg.PINFile, CreateSealingKey: !sealed}
+	switch {
+	case cfg.PINFile == "":
+		if _, err := os.Stat(dir.join("tokens")); sealed && errors.Is(err, os.ErrNotExist) {
+			return backend{}, fmt.Errorf("the database holds records sealed by a SoftHSM token, and %s is gone: put tokens and pin back", dir.join("tokens"))
+		}
+		hc, _, err = hsm.InitSoftHSM(dir.path)
+	case hc.Module == "":
+		hc.Module, err = hsm.FindSoftHSM()
+	}
+	if err != nil {
+		return backend{}, err
+	}
 	hc.Log = log
 	token, err := hsm.Open(ctx, hc)
 	if errors.Is(err, hsm.ErrNoSealingKey) {
