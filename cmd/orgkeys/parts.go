@@ -177,24 +177,28 @@ type tokens struct {
 }
 
 func openTokens(cfg config.Config, dir *dataDir, log *slog.Logger) (tokens, error) {
-	ac := authn.Config{Issuer: cfg.Issuer, Audience: cfg.Audience}
-	var err error
-	if cfg.Development() {
-		issuer, issuerErr := authn.OpenDevIssuer(dir.path)
-		if issuerErr != nil {
-			return tokens{}, issuerErr
-		}
-		ac, err = issuer.Config()
-		log.Warn("tokens come from the development issuer: whoever can read the data directory can be anybody")
-	} else {
-		ac.Keys, err = authn.OpenKeySet(cfg.JWKS, authn.KeySetOptions{Interval: cfg.JWKSInterval, Log: log})
-	}
+	ac, err := tokenConfig(cfg, dir, log)
 	if err != nil {
-		return tokens{}, fmt.Errorf("ORGKEYS_JWKS: %w", err)
+		return tokens{}, err
 	}
-	ac.ClaimOrg, ac.ClaimRole = cfg.ClaimOrg, cfg.ClaimRole
 	verifier, err := authn.New(ac)
 	return tokens{verifier, ac.Keys}, err
+}
+
+func tokenConfig(cfg config.Config, dir *dataDir, log *slog.Logger) (authn.Config, error) {
+	if cfg.Development() {
+		issuer, err := authn.OpenDevIssuer(dir.path)
+		if err != nil {
+			return authn.Config{}, err
+		}
+		log.Warn("tokens come from the development issuer: whoever can read the data directory can be anybody")
+		return issuer.Config()
+	}
+	keys, err := authn.OpenKeySet(cfg.JWKS, authn.KeySetOptions{Interval: cfg.JWKSInterval, Log: log})
+	if err != nil {
+		return authn.Config{}, fmt.Errorf("ORGKEYS_JWKS: %w", err)
+	}
+	return authn.Config{Issuer: cfg.Issuer, Audience: cfg.Audience, Keys: keys, ClaimOrg: cfg.ClaimOrg, ClaimRole: cfg.ClaimRole}, nil
 }
 
 // locker keeps concurrent reservations of an organization in order: within the

@@ -231,6 +231,8 @@ func (c *Config) checkTokens() error {
 	switch {
 	case given != 0 && given != 3:
 		return errors.New("ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS belong together: give all three, or none for the development issuer")
+	case given == 0 && (c.ClaimOrg != "org_id" || c.ClaimRole != "org_role"):
+		return errors.New("ORGKEYS_CLAIM_ORG and ORGKEYS_CLAIM_ROLE are for another issuer's tokens: those of the development issuer use org_id and org_role")
 	case given == 0 && !Loopback(c.Listen):
 		return fmt.Errorf("the development issuer serves loopback addresses only, and ORGKEYS_LISTEN is %s: configure ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS", c.Listen)
 	}

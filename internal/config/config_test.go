@@ -1,0 +1,124 @@
+package config_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/config"
+)
+
+func load(t *testing.T, settings ...string) (config.Config, error) {
+	t.Helper()
+	return config.Load(settings, "")
+}
+
+func TestDefaults(t *testing.T) {
+	c, err := load(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Listen != "127.0.0.1:3000" || c.AdminListen != "127.0.0.1:4000" || c.Max != 5 || c.Keystore != "pkcs11" || !c.Development() ||
+		c.ReservationTTL != time.Minute || c.AuditFile != filepath.Join(".orgkeys", "audit.jsonl") || len(c.AuditSinks) != 1 {
+		t.Errorf("defaults: %+v", c)
+	}
+}
+
+func TestVaultRequiresBothSinksByDefault(t *testing.T) {
+	c, err := load(t, "ORGKEYS_KEYSTORE=vault", "ORGKEYS_VAULT_AUTH=token_file", "ORGKEYS_VAULT_TOKEN_FILE=x")
+	if err != nil || strings.Join(c.AuditSinks, ",") != "vault,file" {
+		t.Errorf("sinks %v, %v", c.AuditSinks, err)
+	}
+}
+
+// Promise 10: doubtful configuration stops the start, with a message that names the setting.
+func TestDoubtfulSettingsAreRefusedByName(t *testing.T) {
+	private := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(private, []byte("postgres://u:canary@h/d"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		settings []string
+		names    string
+	}{
+		"unknown":                         {[]string{"ORGKEYS_MAXX=5"}, "ORGKEYS_MAXX"},
+		"empty":                           {[]string{"ORGKEYS_MAX="}, "ORGKEYS_MAX"},
+		"blank audience":                  {[]string{"ORGKEYS_ISSUER=https://i", "ORGKEYS_AUDIENCE= ", "ORGKEYS_JWKS=https://i/k"}, "ORGKEYS_AUDIENCE"},
+		"issuer without audience":         {[]string{"ORGKEYS_ISSUER=https://i", "ORGKEYS_JWKS=https://i/k"}, "ORGKEYS_AUDIENCE"},
+		"number":                          {[]string{"ORGKEYS_MAX=five"}, "ORGKEYS_MAX"},
+		"negative number":                 {[]string{"ORGKEYS_MAX=-1"}, "ORGKEYS_MAX"},
+		"duration":                        {[]string{"ORGKEYS_AUDIT_DEADLINE=10"}, "ORGKEYS_AUDIT_DEADLINE"},
+		"reservation too short":           {[]string{"ORGKEYS_RESERVATION_TTL=1s"}, "ORGKEYS_RESERVATION_TTL"},
+		"development issuer in the open":  {[]string{"ORGKEYS_LISTEN=0.0.0.0:3000"}, "ORGKEYS_ISSUER"},
+		"development issuer, other claim": {[]string{"ORGKEYS_CLAIM_ORG=org"}, "ORGKEYS_CLAIM_ORG"},
+		"admin listener in the open":      {[]string{"ORGKEYS_ADMIN_LISTEN=0.0.0.0:4000"}, "ORGKEYS_ADMIN_LISTEN"},
+		"PostgreSQL without Redis":        {[]string{"ORGKEYS_DATABASE_URL=postgres://u:canary@h/d"}, "ORGKEYS_REDIS_URL"},
+		"Redis without PostgreSQL":        {[]string{"ORGKEYS_REDIS_URL=redis://u:canary@h"}, "ORGKEYS_DATABASE_URL"},
+		"another database":                {[]string{"ORGKEYS_DATABASE_URL=mysql://u:canary@h/d"}, "ORGKEYS_DATABASE_URL"},
+		"secret file that others read":    {[]string{"ORGKEYS_DATABASE_URL_FILE=" + private, "ORGKEYS_REDIS_URL=redis://h"}, "ORGKEYS_DATABASE_URL"},
+		"secret given twice":              {[]string{"ORGKEYS_DATABASE_URL_FILE=" + private, "ORGKEYS_DATABASE_URL=postgres://h/d"}, "ORGKEYS_DATABASE_URL"},
+		"sink twice":                      {[]string{"ORGKEYS_AUDIT_SINKS=file,file"}, "ORGKEYS_AUDIT_SINKS"},
+		"unknown sink":                    {[]string{"ORGKEYS_AUDIT_SINKS=syslog"}, "ORGKEYS_AUDIT_SINKS"},
+		"Vault's sink without Vault":      {[]string{"ORGKEYS_AUDIT_SINKS=vault"}, "ORGKEYS_AUDIT_SINKS"},
+		"Vault without a login":           {[]string{"ORGKEYS_KEYSTORE=vault"}, "ORGKEYS_VAULT_ROLE_ID_FILE"},
+		"module without PIN":              {[]string{"ORGKEYS_PKCS11_MODULE=/x.so"}, "ORGKEYS_PKCS11_PIN_FILE"},
+		"proxy that is everybody":         {[]string{"ORGKEYS_TRUSTED_PROXIES=0.0.0.0/0"}, "ORGKEYS_TRUSTED_PROXIES"},
+		"policy directory that is gone":   {[]string{"ORGKEYS_POLICY_DIR=/nowhere"}, "ORGKEYS_POLICY_DIR"},
+		"not a boolean":                   {[]string{"ORGKEYS_TLS_BY_PROXY=yes"}, "ORGKEYS_TLS_BY_PROXY"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := load(t, c.settings...)
+			if err == nil || !strings.Contains(err.Error(), c.names) {
+				t.Fatalf("%v, want an error that names %s", err, c.names)
+			}
+			if strings.Contains(err.Error(), "canary") {
+				t.Errorf("the error shows a secret: %v", err)
+			}
+		})
+	}
+}
+
+func TestSettingsFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "orgkeys.env")
+	write := func(text string, mode os.FileMode) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("ORGKEYS_MAX=7\nORGKEYS_LISTEN=127.0.0.1:9\n", 0o600)
+	c, err := config.Load([]string{"ORGKEYS_MAX=3", "PATH=/bin"}, path)
+	if err != nil || c.Max != 3 || c.Listen != "127.0.0.1:9" {
+		t.Errorf("the environment comes first: %d, %s, %v", c.Max, c.Listen, err)
+	}
+	write("MAX=7\n", 0o600)
+	if _, err := config.Load(nil, path); err == nil || !strings.Contains(err.Error(), "MAX") {
+		t.Errorf("a name that is no setting: %v", err)
+	}
+	write("ORGKEYS_MAX=7\n", 0o644)
+	if _, err := config.Load(nil, path); err == nil || !strings.Contains(err.Error(), "chmod 600") {
+		t.Errorf("a file that others may read: %v", err)
+	}
+}
+
+func TestSecretsComeFromFiles(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "url")
+	if err := os.WriteFile(path, []byte("postgres://u:p@h/d\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := load(t, "ORGKEYS_DATABASE_URL_FILE="+path, "ORGKEYS_REDIS_URL=redis://h")
+	if err != nil || c.DatabaseURL != "postgres://u:p@h/d" {
+		t.Errorf("%q, %v", c.DatabaseURL, err)
+	}
+}
+
+func TestNamesOfTheScriptsAreNotSettings(t *testing.T) {
+	if _, err := load(t, "ORGKEYS_CACHE=/x", "ORGKEYS_TEST_LONG=1"); err != nil {
+		t.Error(err)
+	}
+}
