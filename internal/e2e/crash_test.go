@@ -49,7 +49,7 @@ func TestPromise8_KilledUnderLoad(t *testing.T) {
 			n := random.Uint64()
 			load.Go(func() { known.work(ctx, t, s, issuer, orgs, rand.New(rand.NewPCG(n, uint64(i)))) })
 		}
-		time.Sleep(time.Duration(100+random.IntN(1400)) * time.Millisecond)
+		time.Sleep(time.Duration(200+random.IntN(2300)) * time.Millisecond)
 		s.Kill()
 		cancel()
 		load.Wait()

@@ -2,8 +2,11 @@ package e2e
 
 import (
 	"bytes"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"net/http"
 	"os"
@@ -25,6 +28,8 @@ func TestScannerFindsPlantedCopies(t *testing.T) {
 	}
 	sc := &harness.Scanner{}
 	sc.AddSecret("planted", secret)
+	private := newRSAKey(t)
+	key := harness.Key{ID: "planted", Private: private, PEM: pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(private)})}
 	std, url := base64.StdEncoding, base64.RawURLEncoding
 	forms := map[string]string{
 		"binary":                                string(secret),
@@ -52,6 +57,15 @@ func TestScannerFindsPlantedCopies(t *testing.T) {
 	}
 	if found := sc.Scan([]byte("nothing of the kind")); len(found) != 0 {
 		t.Errorf("found where nothing is: %v", found)
+	}
+	logged, err := json.Marshal(map[string]any{"msg": "released", "key": key.PEM})
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := &harness.Scanner{}
+	keys.AddKey(key)
+	if found := keys.Scan(logged); len(found) == 0 {
+		t.Error("a PEM logged as bytes: not found")
 	}
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "planted"), []byte(forms["hexadecimal"]), 0o600); err != nil {

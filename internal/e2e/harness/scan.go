@@ -36,12 +36,17 @@ func (sc *Scanner) AddSecret(name string, secret []byte) {
 }
 
 // AddKey adds what must not be found of a released key: its primes, its
-// private exponent and its modulus.
+// private exponent, its modulus, and the PEM's lines, which a careless log
+// encodes once more.
 func (sc *Scanner) AddKey(k Key) {
 	sc.AddSecret(k.ID+" p", k.Private.Primes[0].Bytes())
 	sc.AddSecret(k.ID+" q", k.Private.Primes[1].Bytes())
 	sc.AddSecret(k.ID+" d", k.Private.D.Bytes())
 	sc.AddSecret(k.ID+" n", k.Private.N.Bytes())
+	lines := bytes.Split(bytes.TrimSpace(k.PEM), []byte("\n"))
+	for _, line := range lines[1 : len(lines)-1] {
+		sc.AddSecret(k.ID+" as PEM", line)
+	}
 }
 
 // pieces are the first, middle and last bytes of a long secret.

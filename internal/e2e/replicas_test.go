@@ -1,0 +1,181 @@
+package e2e
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/chaos/cluster"
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+)
+
+// long tells a run that may take its time.
+func long() bool { return os.Getenv("ORGKEYS_TEST_LONG") != "" }
+
+// TestPromise3_AcrossReplicas: three processes on one PostgreSQL, Redis and
+// Vault give exactly as many keys as an organization may have, whatever
+// becomes of Redis meanwhile.
+func TestPromise3_AcrossReplicas(t *testing.T) {
+	c := cluster.Start(t, 3, harness.Set("ORGKEYS_MAX_GENERATIONS", "64"))
+	t.Run("60 requests for one organization", func(t *testing.T) { contend(t, c, 1, 60) })
+	for _, trouble := range []struct {
+		name  string
+		begin func() error
+		end   func() error
+	}{
+		{"with Redis stopped", c.Redis.Stop, c.Redis.Restart},
+		{"with Redis hanging", func() error { return c.Redis.Signal(syscall.SIGSTOP) }, func() error { return c.Redis.Signal(syscall.SIGCONT) }},
+		{"with Redis flushed all the time", nil, nil},
+	} {
+		t.Run("60 requests for one organization "+trouble.name, func(t *testing.T) {
+			if trouble.begin == nil {
+				stop := flushing(t, c)
+				defer stop()
+			} else {
+				must(t, trouble.begin())
+				defer func() { must(t, trouble.end()) }()
+			}
+			contend(t, c, 1, 60)
+		})
+	}
+	many := 12
+	if long() {
+		many = 200
+	}
+	t.Run("many organizations at once", func(t *testing.T) { contend(t, c, many, 7) })
+	t.Run("many organizations at once with Redis stopped", func(t *testing.T) {
+		must(t, c.Redis.Stop())
+		defer func() { must(t, c.Redis.Restart()) }()
+		contend(t, c, many, 7)
+	})
+}
+
+// contend has n requests made for each of so many new organizations, spread
+// over the replicas, and wants exactly five keys of each. Whoever hears 503
+// comes again, as clients do.
+func contend(t *testing.T, c *cluster.Cluster, orgs, n int) {
+	t.Helper()
+	names, owners := make([]string, orgs), make([]string, orgs)
+	for i := range names {
+		names[i] = harness.Org()
+		owners[i] = c.Owner(t, names[i])
+	}
+	var mu sync.Mutex
+	released := map[string]map[string]bool{}
+	refused := 0
+	places := make(chan struct{}, 60)
+	inParallel(orgs*n, func(i int) {
+		places <- struct{}{}
+		defer func() { <-places }()
+		org := i % orgs
+		request := harness.Request{Method: "POST", Path: harness.KeyPath(names[org]), Token: owners[org]}
+		for attempt := 0; ; attempt++ {
+			resp := c.Replicas[(i/orgs+attempt)%len(c.Replicas)].Do(t, request)
+			if resp.Status == http.StatusServiceUnavailable && attempt < 100 {
+				time.Sleep(100 * time.Millisecond)
+				continue
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			switch resp.Status {
+			case 200:
+				if released[names[org]] == nil {
+					released[names[org]] = map[string]bool{}
+				}
+				released[names[org]][resp.Header.Get("X-Key-Id")] = true
+			case 400:
+				refused++
+				if got := resp.Message(t); got != quotaMessage {
+					t.Errorf("message %q", got)
+				}
+			default:
+				t.Errorf("status %d, body %q", resp.Status, resp.Body)
+			}
+			return
+		}
+	})
+	for i, org := range names {
+		listed := c.Replicas[i%len(c.Replicas)].List(t, org)
+		if len(listed) != 5 || len(released[org]) != 5 {
+			t.Errorf("organization %s: %d keys listed, %d released, want exactly 5", org, len(listed), len(released[org]))
+		}
+		for _, l := range listed {
+			if !released[org][l.ID] {
+				t.Errorf("key %s is listed and nobody received it", l.ID)
+			}
+		}
+	}
+	if refused != orgs*(n-5) {
+		t.Errorf("%d requests refused, want %d", refused, orgs*(n-5))
+	}
+}
+
+// flushing empties Redis again and again until stop.
+func flushing(t *testing.T, c *cluster.Cluster) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			if err := c.Redis.Flush(ctx); err != nil && ctx.Err() == nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestPromise6_DeletedOnOneReplicaRefusedOnAnother: a key that replica B has
+// opened and keeps is refused there as soon as its deletion on A answered.
+func TestPromise6_DeletedOnOneReplicaRefusedOnAnother(t *testing.T) {
+	c := cluster.Start(t, 2, harness.Set("ORGKEYS_MAX_GENERATIONS", "64"))
+	rounds := 24
+	if long() {
+		rounds = 1000
+	}
+	const workers = 4
+	inParallel(workers, func(worker int) {
+		a, b := c.Replicas[worker%2], c.Replicas[1-worker%2]
+		org := harness.Org()
+		owner := c.Owner(t, org)
+		for round := range rounds / workers {
+			key := a.Generate(t, org)
+			// Failures are limited by address, and these come on purpose.
+			nodes := from(net.IPv4(127, byte(1+worker), byte(round>>8), byte(1+round%250)))
+			for _, path := range []string{"/secrets", "/register"} {
+				if status := ask(t, nodes, b, path, key, org); status != 200 {
+					t.Errorf("%s with a live key: status %d", path, status)
+				}
+			}
+			deleted := a.Do(t, harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + key.ID, Token: owner})
+			if deleted.Status != 200 {
+				t.Errorf("deleting: status %d, body %q", deleted.Status, deleted.Body)
+			}
+			for _, path := range []string{"/secrets", "/register"} {
+				if status := ask(t, nodes, b, path, key, org); status != 400 {
+					t.Errorf("round %d: %s on another replica with a deleted key: status %d, want 400", round, path, status)
+				}
+			}
+			nodes.CloseIdleConnections()
+		}
+	})
+}
+
+// from is a client whose requests come from a loopback address of its own.
+func from(ip net.IP) *http.Client {
+	dialer := &net.Dialer{LocalAddr: &net.TCPAddr{IP: ip}}
+	return &http.Client{Transport: &http.Transport{DialContext: dialer.DialContext}, Timeout: harness.Patience}
+}
