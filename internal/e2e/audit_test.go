@@ -56,7 +56,7 @@ func TestPromise5_EveryOperationLeavesItsOwnEvent(t *testing.T) {
 			c.request.Header.Set("X-Request-Id", id)
 			c.request.Token = s.Token(t, c.as, c.role)
 			if resp := s.Do(t, c.request); resp.Status != c.status {
-				t.Fatalf("status %d, want %d; body %q", resp.Status, c.status, resp.Body)
+				t.Fatalf("status %d, want %d; body %.300q", resp.Status, c.status, resp.Body)
 			}
 			var events []harness.Leaf
 			harness.Eventually(t, harness.Patience, "the sink has the operation's events", func() bool {

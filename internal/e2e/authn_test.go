@@ -78,7 +78,7 @@ func TestUnusableCallersHear401(t *testing.T) {
 	}
 	for name, token := range accepted {
 		if resp := s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: token}); resp.Status != 200 {
-			t.Errorf("%s: status %d, body %q", name, resp.Status, resp.Body)
+			t.Errorf("%s: status %d, body %.300q", name, resp.Status, resp.Body)
 		}
 	}
 
@@ -186,7 +186,7 @@ func TestRolesNobodyKnowsAreDenied(t *testing.T) {
 		token := issuer.Token(t, harness.Claims{"org_id": org, "org_role": role})
 		resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: token})
 		if resp.Status != 403 && resp.Status != 401 {
-			t.Errorf("role %#v: status %d, body %q", role, resp.Status, resp.Body)
+			t.Errorf("role %#v: status %d, body %.300q", role, resp.Status, resp.Body)
 		}
 	}
 }
@@ -213,7 +213,7 @@ func TestUnknownKeyIDsCauseOneFetch(t *testing.T) {
 	s := harness.Start(t, harness.TrustedBy(issuer), harness.Set("SSL_CERT_FILE", ca.File), harness.Set("ORGKEYS_JWKS_INTERVAL", interval.String()))
 	org := harness.Org()
 	if resp := s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")}); resp.Status != 200 {
-		t.Fatalf("status %d, body %q", resp.Status, resp.Body)
+		t.Fatalf("status %d, body %.300q", resp.Status, resp.Body)
 	}
 	before, start := fetches.Load(), time.Now()
 	key := harness.NewECKey(t)
@@ -366,7 +366,7 @@ func sendRaw(t *testing.T, s *harness.Server, request string) int {
 func want401(t *testing.T, name string, resp harness.Response) {
 	t.Helper()
 	if resp.Status != 401 || !strings.HasPrefix(resp.Header.Get("WWW-Authenticate"), "Bearer") {
-		t.Errorf("%s: status %d, WWW-Authenticate %q, body %q", name, resp.Status, resp.Header.Get("WWW-Authenticate"), resp.Body)
+		t.Errorf("%s: status %d, WWW-Authenticate %q, body %.300q", name, resp.Status, resp.Header.Get("WWW-Authenticate"), resp.Body)
 	}
 }
 

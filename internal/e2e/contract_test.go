@@ -33,7 +33,7 @@ func TestKeysOfAnOrganization(t *testing.T) {
 		org := harness.Org()
 		resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")})
 		if resp.Status != http.StatusOK {
-			t.Fatalf("status %d, body %q", resp.Status, resp.Body)
+			t.Fatalf("status %d, body %.300q", resp.Status, resp.Body)
 		}
 		key := harness.ReadKey(t, org, resp)
 		if bits := key.Private.N.BitLen(); bits != 2048 {
@@ -180,7 +180,7 @@ func TestPromise9_MalformedOrganizations(t *testing.T) {
 	} {
 		resp := s.Do(t, harness.Request{Method: "POST", Path: "/organization/" + id + "/key", Token: owner})
 		if resp.Status != 400 && resp.Status != 404 {
-			t.Errorf("organization %q: status %d, body %q", id, resp.Status, resp.Body)
+			t.Errorf("organization %q: status %d, body %.300q", id, resp.Status, resp.Body)
 		}
 		if resp.Header.Get("X-Evil") != "" || resp.Header.Get("Location") != "" {
 			t.Errorf("organization %q reached a header: %v", id, resp.Header)
@@ -224,7 +224,7 @@ func TestAnswersToWrongPathsAndMethods(t *testing.T) {
 		t.Run(c.method+" "+c.path, func(t *testing.T) {
 			resp := s.Do(t, harness.Request{Method: c.method, Path: c.path, Token: owner})
 			if resp.Status != c.status {
-				t.Fatalf("status %d, want %d; body %q", resp.Status, c.status, resp.Body)
+				t.Fatalf("status %d, want %d; body %.300q", resp.Status, c.status, resp.Body)
 			}
 			if got := sorted(resp.Header.Get("Allow")); got != c.allow {
 				t.Errorf("Allow is %q, want %q", got, c.allow)
@@ -303,7 +303,7 @@ func wantSuccess(t *testing.T, resp harness.Response, message string) {
 		Message string `json:"message"`
 	}
 	if err := json.Unmarshal(resp.Body, &body); err != nil || resp.Status != 200 || !body.Success || body.Message != message {
-		t.Errorf("status %d, body %q; want success with %q", resp.Status, resp.Body, message)
+		t.Errorf("status %d, body %.300q; want success with %q", resp.Status, resp.Body, message)
 	}
 }
 

@@ -97,7 +97,7 @@ func (k *received) work(ctx context.Context, t *testing.T, s *harness.Server, is
 			k.deleteOne(ctx, t, s, org, token, random)
 		// A generation has half a reservation's life, which can be short on a busy machine.
 		case resp.Status != http.StatusServiceUnavailable && !strings.Contains(string(resp.Body), `"generation_failed"`):
-			t.Errorf("under load: status %d, body %q", resp.Status, resp.Body)
+			t.Errorf("under load: status %d, body %.300q", resp.Status, resp.Body)
 		}
 	}
 }

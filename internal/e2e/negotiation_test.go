@@ -51,7 +51,7 @@ func TestFormOfThePrivateKey(t *testing.T) {
 			}
 			resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER"), Header: h})
 			if resp.Status != 200 {
-				t.Fatalf("status %d, body %q", resp.Status, resp.Body)
+				t.Fatalf("status %d, body %.300q", resp.Status, resp.Body)
 			}
 			if got := mediaType(resp); got != c.form {
 				t.Fatalf("Content-Type is %q, want %q", got, c.form)

@@ -35,7 +35,7 @@ func TestPromise3_ThirtyConcurrentRequestsGiveExactlyFiveKeys(t *testing.T) {
 				t.Errorf("message %q", got)
 			}
 		default:
-			t.Errorf("status %d, body %q", resp.Status, resp.Body)
+			t.Errorf("status %d, body %.300q", resp.Status, resp.Body)
 		}
 	})
 	listed := s.List(t, org)

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"net"
 	"net/http"
@@ -21,7 +22,7 @@ func long() bool { return os.Getenv("ORGKEYS_TEST_LONG") != "" }
 // Vault give exactly as many keys as an organization may have, whatever
 // becomes of Redis meanwhile.
 func TestPromise3_AcrossReplicas(t *testing.T) {
-	c := cluster.Start(t, 3, harness.Set("ORGKEYS_MAX_GENERATIONS", "64"))
+	c := cluster.Start(t, 3, harness.Set("ORGKEYS_MAX_GENERATIONS", "4"))
 	t.Run("60 requests for one organization", func(t *testing.T) { contend(t, c, 1, 60) })
 	for _, trouble := range []struct {
 		name  string
@@ -94,7 +95,7 @@ func contend(t *testing.T, c *cluster.Cluster, orgs, n int) {
 					t.Errorf("message %q", got)
 				}
 			default:
-				t.Errorf("status %d, body %q", resp.Status, resp.Body)
+				t.Errorf("status %d, body %.300q", resp.Status, resp.Body)
 			}
 			return
 		}
@@ -141,7 +142,7 @@ func must(t *testing.T, err error) {
 // TestPromise6_DeletedOnOneReplicaRefusedOnAnother: a key that replica B has
 // opened and keeps is refused there as soon as its deletion on A answered.
 func TestPromise6_DeletedOnOneReplicaRefusedOnAnother(t *testing.T) {
-	c := cluster.Start(t, 2, harness.Set("ORGKEYS_MAX_GENERATIONS", "64"))
+	c := cluster.Start(t, 2, harness.Set("ORGKEYS_MAX_GENERATIONS", "4"))
 	rounds := 24
 	if long() {
 		rounds = 1000
@@ -162,7 +163,7 @@ func TestPromise6_DeletedOnOneReplicaRefusedOnAnother(t *testing.T) {
 			}
 			deleted := a.Do(t, harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + key.ID, Token: owner})
 			if deleted.Status != 200 {
-				t.Errorf("deleting: status %d, body %q", deleted.Status, deleted.Body)
+				t.Errorf("deleting: status %d, body %.300q", deleted.Status, deleted.Body)
 			}
 			for _, path := range []string{"/secrets", "/register"} {
 				if status := ask(t, nodes, b, path, key, org); status != 400 {
@@ -178,4 +179,19 @@ func TestPromise6_DeletedOnOneReplicaRefusedOnAnother(t *testing.T) {
 func from(ip net.IP) *http.Client {
 	dialer := &net.Dialer{LocalAddr: &net.TCPAddr{IP: ip}}
 	return &http.Client{Transport: &http.Transport{DialContext: dialer.DialContext}, Timeout: harness.Patience}
+}
+
+// ask sends one signed request of a node and returns the answer's status.
+func ask(t *testing.T, nodes *http.Client, s *harness.Server, path string, key harness.Key, org string) int {
+	t.Helper()
+	body, err := cluster.Signed(key.Private, org, "192.0.2.7")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := nodes.Post(s.API+path, "application/json", bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	return resp.StatusCode
 }

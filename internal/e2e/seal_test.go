@@ -30,7 +30,7 @@ func TestPromise2_MovedCiphertextsDoNotOpen(t *testing.T) {
 		t.Helper()
 		resp := s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")})
 		if resp.Status != 500 || strings.Contains(string(resp.Body), "BEGIN") || strings.Contains(string(resp.Body), a.ID) {
-			t.Errorf("status %d, body %q; want 500 and no key", resp.Status, resp.Body)
+			t.Errorf("status %d, body %.300q; want 500 and no key", resp.Status, resp.Body)
 		}
 	}
 	harness.Unprotect(t, db)

@@ -65,7 +65,7 @@ func TestPromise4_NotOneByteBeforeASlowSink(t *testing.T) {
 	}
 	body := readAll(t, resp)
 	if resp.StatusCode != 200 {
-		t.Fatalf("status %d, body %q", resp.StatusCode, body)
+		t.Fatalf("status %d, body %.300q", resp.StatusCode, body)
 	}
 	harness.ParsePrivate(t, []byte(body))
 	if seen := slow.Stop(t); !strings.Contains(seen, "DELAYED") {
@@ -92,7 +92,7 @@ func TestPromise4_AFailingSinkReleasesNothing(t *testing.T) {
 		t.Helper()
 		resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: owner})
 		if n, err := strconv.Atoi(resp.Header.Get("Retry-After")); resp.Status != 503 || err != nil || n < 1 {
-			t.Fatalf("status %d, Retry-After %q, body %q; want 503", resp.Status, resp.Header.Get("Retry-After"), resp.Body)
+			t.Fatalf("status %d, Retry-After %q, body %.300q; want 503", resp.Status, resp.Header.Get("Retry-After"), resp.Body)
 		}
 		if strings.Contains(string(resp.Body), "PRIVATE KEY") || resp.Header.Get("X-Key-Id") != "" {
 			t.Error("a refused request released a key")
@@ -226,7 +226,7 @@ func TestPromise9_FullDisk(t *testing.T) {
 		r.Token = owner
 		resp := s.Do(t, r)
 		if resp.Status != 503 && resp.Status != 500 || resp.Took > 10*time.Second {
-			t.Errorf("%s on a full disk: status %d after %s, body %q", r.Method, resp.Status, resp.Took, resp.Body)
+			t.Errorf("%s on a full disk: status %d after %s, body %.300q", r.Method, resp.Status, resp.Took, resp.Body)
 		}
 		if body := strings.ToLower(string(resp.Body)); strings.Contains(body, "disk") || strings.Contains(body, "sql") || strings.Contains(body, "space") {
 			t.Errorf("internal text reached the client: %s", resp.Body)

@@ -245,7 +245,7 @@ func TestOrderlyEndLetsRequestsFinish(t *testing.T) {
 			harness.ReadKey(t, org, resp)
 			released++
 		} else if resp.Status != 503 {
-			t.Errorf("status %d, body %q", resp.Status, resp.Body)
+			t.Errorf("status %d, body %.300q", resp.Status, resp.Body)
 		}
 	}
 	s.Start(t)

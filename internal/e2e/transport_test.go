@@ -147,7 +147,7 @@ func TestProxiesAreTrustedOnlyWhenNamed(t *testing.T) {
 			org := harness.Org()
 			resp := s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER"), Header: c.forwarded})
 			if resp.Status != 200 {
-				t.Fatalf("status %d, body %q", resp.Status, resp.Body)
+				t.Fatalf("status %d, body %.300q", resp.Status, resp.Body)
 			}
 			db := s.Database(t)
 			var personal struct{ Address string }
