@@ -1,0 +1,154 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"regexp"
+	"slices"
+	"syscall"
+	"time"
+)
+
+const lockName = ".orgkeys-node.lock"
+
+// nameForm is what a secret's name must look like before a path is made of it.
+var nameForm = regexp.MustCompile(`^[a-z][a-z0-9_]{0,63}$`)
+
+// dir is the directory of secrets, locked against another run. Nothing
+// outside it can be reached through it.
+type dir struct {
+	root *os.Root
+	lock *os.File
+}
+
+func openDir(ctx context.Context, path string) (*dir, error) {
+	wrong := func(err error, hint string) (*dir, error) {
+		return nil, &failure{exitCannotWrite, "secrets directory " + path, hint, err}
+	}
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return wrong(err, "create it, mode 0700, owned by the user that this runs as")
+	}
+	root, err := os.OpenRoot(path)
+	if err != nil {
+		return wrong(err, "")
+	}
+	info, err := root.Stat(".")
+	if err == nil && info.Mode().Perm()&0o022 != 0 {
+		err = fmt.Errorf("others may write to it, mode %04o", info.Mode().Perm())
+	}
+	if err != nil {
+		return wrong(errors.Join(err, root.Close()), "chmod 700 "+path)
+	}
+	lock, err := root.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return wrong(errors.Join(err, root.Close()), "check its owner")
+	}
+	d := &dir{root, lock}
+	if err := d.wait(ctx); err != nil {
+		d.close()
+		return wrong(err, "another run holds it")
+	}
+	return d, nil
+}
+
+// wait takes the lock, which another run gives back even if it is killed.
+func (d *dir) wait(ctx context.Context) error {
+	for {
+		err := syscall.Flock(int(d.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil || !errors.Is(err, syscall.EWOULDBLOCK) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func (d *dir) close() {
+	// Closing gives the lock back; nothing was written through these.
+	_ = d.lock.Close()
+	_ = d.root.Close()
+}
+
+// write makes name hold value, mode 0600, and reports whether it did not
+// before. Whoever reads name sees the old value or the new one, whole.
+func (d *dir) write(name string, value []byte) (changed bool, err error) {
+	if !nameForm.MatchString(name) {
+		return false, fmt.Errorf("%q is not a name", name)
+	}
+	if d.holds(name, value) {
+		return false, nil
+	}
+	temporary := "." + name + ".new"
+	// A run that was killed may have left one.
+	if err := d.root.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	if err := d.writeSynced(temporary, value); err != nil {
+		return false, errors.Join(err, d.root.Remove(temporary))
+	}
+	if err := d.root.Rename(temporary, name); err != nil {
+		return false, errors.Join(err, d.root.Remove(temporary))
+	}
+	return true, d.sync()
+}
+
+// holds reports whether name is a file of mode 0600 that has value in it.
+func (d *dir) holds(name string, value []byte) bool {
+	info, err := d.root.Lstat(name)
+	if err != nil || info.Mode() != 0o600 || info.Size() != int64(len(value)) {
+		return false
+	}
+	f, err := d.root.Open(name)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	have, err := io.ReadAll(io.LimitReader(f, int64(len(value))+1))
+	defer clear(have)
+	return err == nil && bytes.Equal(have, value)
+}
+
+func (d *dir) writeSynced(name string, value []byte) error {
+	f, err := d.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(value)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+// sync makes a rename last.
+func (d *dir) sync() error {
+	f, err := d.root.Open(".")
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// listSecrets returns the names of the secrets in path, none if it is not there.
+func listSecrets(path string) ([]string, error) {
+	entries, err := os.ReadDir(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, &failure{exitCannotWrite, "secrets directory " + path, "check its owner", err}
+	}
+	var names []string
+	for _, e := range entries {
+		if nameForm.MatchString(e.Name()) && e.Type().IsRegular() {
+			names = append(names, e.Name())
+		}
+	}
+	slices.Sort(names)
+	return names, nil
+}

@@ -1,0 +1,590 @@
+package main_test
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	mathrand "math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+)
+
+var (
+	binary  string // orgkeys-node, as it ships
+	private *rsa.PrivateKey
+)
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "orgkeys-node-")
+	if err == nil {
+		defer os.RemoveAll(dir)
+		err = build(dir)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := harness.Main(m)
+	os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+func build(dir string) error {
+	binary = filepath.Join(dir, "orgkeys-node")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	var err error
+	private, err = rsa.GenerateKey(rand.Reader, 2048)
+	return err
+}
+
+// machine is a node's disk and settings.
+type machine struct {
+	t      *testing.T
+	key    string
+	dir    string
+	server string
+}
+
+func newMachine(t *testing.T, server string) *machine {
+	t.Helper()
+	m := &machine{t, filepath.Join(t.TempDir(), "key.pem"), filepath.Join(t.TempDir(), "secrets"), server}
+	m.install(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(private)}))
+	return m
+}
+
+func (m *machine) install(key []byte) {
+	m.t.Helper()
+	if err := os.WriteFile(m.key, key, 0o600); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *machine) command(org, command string, more ...string) *exec.Cmd {
+	args := append([]string{command, "--server", m.server, "--org", org, "--ip", "192.0.2.7", "--region", "eu", "--key-file", m.key, "--dir", m.dir}, more...)
+	cmd := exec.Command(binary, args...)
+	cmd.Env = []string{"PATH=/nonexistent"}
+	return cmd
+}
+
+// run returns the exit code and all that was printed.
+func (m *machine) run(command string, more ...string) (int, string) {
+	m.t.Helper()
+	out, err := m.command("acme", command, more...).CombinedOutput()
+	if _, ok := errors.AsType[*exec.ExitError](err); err != nil && !ok {
+		m.t.Fatal(err)
+	}
+	if code := 0; err != nil {
+		code = err.(*exec.ExitError).ExitCode()
+		return code, string(out)
+	}
+	return 0, string(out)
+}
+
+func (m *machine) want(code int, text, command string, more ...string) {
+	m.t.Helper()
+	got, out := m.run(command, more...)
+	if got != code || !strings.Contains(out, text) || strings.Count(out, "\n") != 1 {
+		m.t.Errorf("%s %q: exit code %d, printed %q; want %d and %q on one line", command, more, got, out, code, text)
+	}
+}
+
+// holds checks that the secrets directory has exactly these files, whole and 0600.
+func (m *machine) holds(files map[string]string) {
+	m.t.Helper()
+	entries, err := os.ReadDir(m.dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		m.t.Fatal(err)
+	}
+	found := 0
+	for _, e := range entries {
+		if e.Name() == ".orgkeys-node.lock" {
+			continue
+		}
+		found++
+		path := filepath.Join(m.dir, e.Name())
+		text, err := os.ReadFile(path)
+		info, statErr := os.Lstat(path)
+		if want, ok := files[e.Name()]; err != nil || statErr != nil || !ok || string(text) != want || info.Mode() != 0o600 {
+			m.t.Errorf("%s holds %q, mode %v, %v", e.Name(), text, info.Mode(), errors.Join(err, statErr))
+		}
+	}
+	if found != len(files) {
+		m.t.Errorf("%d files, want %d", found, len(files))
+	}
+}
+
+// stub is a server that is not orgkeys and does as it is told.
+func stub(t *testing.T, h http.HandlerFunc) string {
+	t.Helper()
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// net/http notices that a client has gone only after its body was read.
+		io.Copy(io.Discard, r.Body)
+		h(w, r)
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+func sealed(t *testing.T, secrets map[string]string) []byte {
+	t.Helper()
+	fields := map[string]string{}
+	for name, value := range secrets {
+		text, err := envelope.Seal(&private.PublicKey, []byte(value))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fields[name+"_enc"] = string(text)
+	}
+	text, err := json.Marshal(fields)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// serving answers as orgkeys does where all is well.
+func serving(answer []byte) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/secrets" {
+			answer := `{"success":true,"message":"done"}`
+			fmt.Fprint(w, answer)
+			return
+		}
+		w.Write(answer)
+	}
+}
+
+func refusing(status int, code string, headers ...string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		for i := 0; i < len(headers); i += 2 {
+			w.Header().Set(headers[i], headers[i+1])
+		}
+		w.WriteHeader(status)
+		fmt.Fprintf(w, `{"success":false,"message":"as told\nsecond line","errorCode":%q}`, code)
+	}
+}
+
+func TestBootAgainstTheRealServer(t *testing.T) {
+	s := harness.Start(t)
+	org := harness.Org()
+	owner := s.Token(t, org, "OWNER")
+	k := s.Generate(t, org)
+	put := func(name, value string) {
+		t.Helper()
+		r := harness.Request{Method: "PUT", Path: "/organization/" + org + "/secret/" + name, Token: owner, Body: []byte(value)}
+		r.Header = http.Header{"Content-Type": {"application/octet-stream"}}
+		s.Do(t, r).Want(t, 200, "Secret stored successfully")
+	}
+	nodes := func() string {
+		t.Helper()
+		return string(s.Do(t, harness.Request{Method: "GET", Path: "/organization/" + org + "/nodes", Token: owner}).Body)
+	}
+	m := newMachine(t, s.API)
+	m.install(k.PEM)
+	run := func(want int, text, command string, more ...string) {
+		t.Helper()
+		out, err := m.command(org, command, more...).CombinedOutput()
+		if code := exitCode(err); code != want || !strings.Contains(string(out), text) {
+			t.Fatalf("%s: exit code %d, printed %q", command, code, out)
+		}
+	}
+	put("env_s3", "A=1")
+	put("env_gcs", "B=2")
+	run(0, "2 secrets written, 0 unchanged, registered 192.0.2.7", "boot")
+	m.holds(map[string]string{"env_s3": "A=1", "env_gcs": "B=2"})
+	if list := nodes(); !strings.Contains(list, `"ip":"192.0.2.7"`) {
+		t.Errorf("nodes %s", list)
+	}
+	before := modified(t, m.dir, "env_s3")
+	put("env_gcs", "B=3")
+	run(0, "1 secrets written, 1 unchanged", "boot")
+	m.holds(map[string]string{"env_s3": "A=1", "env_gcs": "B=3"})
+	if modified(t, m.dir, "env_s3") != before {
+		t.Error("an unchanged secret was written again")
+	}
+	run(0, "server answers", "status")
+	run(0, "unregistered", "unregister")
+	run(0, "unregistered", "unregister")
+	if list := nodes(); strings.Contains(list, "192.0.2.7") {
+		t.Errorf("nodes %s", list)
+	}
+	s.Do(t, harness.Request{Method: "DELETE", Path: harness.KeyPath(org), Token: owner}).Want(t, 200, "Successfully deleted 1 organization key(s)")
+	run(77, "does not accept this key", "boot")
+}
+
+func exitCode(err error) int {
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		return exit.ExitCode()
+	}
+	return 0
+}
+
+func modified(t *testing.T, dir, name string) time.Time {
+	t.Helper()
+	info, err := os.Stat(filepath.Join(dir, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.ModTime()
+}
+
+// What deployed nodes do: no Go, only openssl, jq and curl.
+func TestShellClientAgainstTheRealServer(t *testing.T) {
+	s := harness.Start(t)
+	org, dir := harness.Org(), t.TempDir()
+	k := s.Generate(t, org)
+	key := filepath.Join(dir, "key.pem")
+	if err := os.WriteFile(key, k.PEM, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	value := "A='1'\nB=\x00\xff\n"
+	r := harness.Request{Method: "PUT", Path: "/organization/" + org + "/secret/env_s3", Token: s.Token(t, org, "OWNER"), Body: []byte(value)}
+	r.Header = http.Header{"Content-Type": {"application/octet-stream"}}
+	s.Do(t, r).Want(t, 200, "Secret stored successfully")
+	cmd := exec.Command("../../internal/node/testdata/client.sh", s.API, org, key, "192.0.2.9", "eu-west-1", dir)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "env_s3")); err != nil || string(got) != value {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+func TestKilledAtAnyMomentAndRunAgain(t *testing.T) {
+	secrets := map[string]string{}
+	for i := range 20 {
+		secrets[fmt.Sprintf("env_%d", i)] = strings.Repeat(string(rune('a'+i)), 20000)
+	}
+	m := newMachine(t, stub(t, serving(sealed(t, secrets))))
+	for range 25 {
+		cmd := m.command("acme", "boot")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.AfterFunc(time.Duration(mathrand.IntN(60))*time.Millisecond, func() { cmd.Process.Kill() })
+		cmd.Wait() // killed or done: either is the point
+		entries, _ := os.ReadDir(m.dir)
+		for _, e := range entries {
+			text, err := os.ReadFile(filepath.Join(m.dir, e.Name()))
+			if want, ok := secrets[e.Name()]; ok && (err != nil || string(text) != want) {
+				t.Fatalf("%s has %d bytes, %v", e.Name(), len(text), err)
+			}
+		}
+		if mathrand.IntN(2) == 0 {
+			os.Remove(filepath.Join(m.dir, "env_1"))
+		}
+	}
+	m.want(0, "registered", "boot")
+	m.holds(secrets)
+}
+
+func TestTwoRunsAtOnce(t *testing.T) {
+	secrets := map[string]string{"env_s3": "A=1", "env_gcs": "B=2"}
+	m := newMachine(t, stub(t, serving(sealed(t, secrets))))
+	var wg sync.WaitGroup
+	for range 5 {
+		wg.Go(func() { m.want(0, "registered", "boot") })
+	}
+	wg.Wait()
+	m.holds(secrets)
+}
+
+func TestServerThatComesUpLater(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	m := newMachine(t, "http://"+address)
+	go func() {
+		time.Sleep(3 * time.Second) // the server's absence is the test
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		s := &httptest.Server{Listener: l, Config: &http.Server{Handler: serving([]byte(`{}`))}}
+		s.Start()
+		t.Cleanup(s.Close)
+	}()
+	m.want(0, "registered", "boot", "--wait", "60s")
+	dead := newMachine(t, "http://127.0.0.1:1")
+	dead.want(69, "connection refused; check the network", "boot", "--wait", "1s")
+}
+
+func TestRetryAfterIsHonoured(t *testing.T) {
+	var first atomic.Int64
+	m := newMachine(t, stub(t, func(w http.ResponseWriter, r *http.Request) {
+		if first.CompareAndSwap(0, time.Now().UnixNano()) {
+			refusing(503, "overloaded", "Retry-After", "2")(w, r)
+			return
+		}
+		if waited := time.Since(time.Unix(0, first.Load())); waited < 2*time.Second {
+			t.Errorf("came back after %s", waited)
+		}
+		serving(nil)(w, r)
+	}))
+	m.want(0, "registered", "register")
+	patient := newMachine(t, stub(t, refusing(429, "too_many_failures", "Retry-After", "100000")))
+	patient.want(69, "answers 429", "register", "--wait", "1s")
+}
+
+func TestRefusalsSayWhatToDo(t *testing.T) {
+	hourAgo := time.Now().Add(-time.Hour - 2*time.Minute).UTC().Format(http.TimeFormat)
+	inAnHour := time.Now().Add(time.Hour + 2*time.Minute).UTC().Format(http.TimeFormat)
+	for name, c := range map[string]struct {
+		h    http.HandlerFunc
+		code int
+		text string
+	}{
+		"clock ahead":        {refusing(400, "stale_timestamp", "Date", hourAgo), 75, "clock is off by 1h2m, ahead of the server's; set it"},
+		"clock behind":       {refusing(400, "stale_timestamp", "Date", inAnHour), 75, "clock is off by 1h2m, behind the server's; set it"},
+		"clock, older codes": {refusing(400, "invalid_request", "Date", hourAgo), 75, "clock is off by 1h2m"},
+		"key deleted":        {refusing(400, "bad_signature"), 77, "does not accept this key for organization acme"},
+		"refused":            {refusing(403, "access_denied"), 77, "refuses (403): as told second line"},
+		"redirect":           {refusing(302, "", "Location", "https://evil.example/"), 76, "redirects (302)"},
+		"another server":     {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) }, 76, "is http://127.0.0.1"},
+		"a page":             {func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "<html>") }, 76, "orgkeys server?"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t, stub(t, c.h))
+			m.want(c.code, c.text, "boot")
+			m.want(c.code, c.text, "register")
+			m.holds(nil)
+		})
+	}
+}
+
+func TestHostileServer(t *testing.T) {
+	good := string(sealed(t, map[string]string{"env_s3": "A=1"}))
+	with := func(field, value string) []byte {
+		encoded, err := json.Marshal(value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return []byte(strings.Replace(good, "{", `{"`+field+`":`+string(encoded)+`,`, 1))
+	}
+	var envelopes map[string]string
+	if err := json.Unmarshal([]byte(good), &envelopes); err != nil {
+		t.Fatal(err)
+	}
+	e := envelopes["env_s3_enc"]
+	for name, answer := range map[string][]byte{
+		"name that leads out":    with("../evil_enc", e),
+		"absolute name":          with("/etc/evil_enc", e),
+		"name in capitals":       with("Evil_enc", e),
+		"hidden name":            with(".evil_enc", e),
+		"no name":                with("_enc", e),
+		"name with a line break": with(`evil\n_enc`, e),
+		"no envelope":            with("evil_enc", "x"),
+		"changed envelope":       with("evil_enc", strings.Replace(e, `"ct":"`, `"ct":"AAAA`, 1)),
+		"envelope as an object":  []byte(strings.Replace(good, "{", `{"evil_enc":{"key":"","iv":"","ct":"","mac":""},`, 1)),
+		"name twice":             []byte(strings.Replace(good, "{", `{"env_s3_enc":"x",`, 1)),
+		"null":                   []byte("null"),
+		"an array":               []byte("[]"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t, stub(t, serving(answer)))
+			m.want(76, "orgkeys server?", "boot")
+			m.holds(nil)
+		})
+	}
+	m := newMachine(t, stub(t, serving(with("something", "else"))))
+	m.want(0, "1 secrets written", "boot")
+}
+
+func TestAnswersWithoutEndAreCutOff(t *testing.T) {
+	endless := stub(t, func(w http.ResponseWriter, r *http.Request) {
+		chunk := bytes.Repeat([]byte(" "), 1<<20)
+		for range 1 << 10 {
+			if _, err := w.Write(chunk); err != nil {
+				return
+			}
+		}
+	})
+	m := newMachine(t, endless)
+	for _, command := range []string{"secrets", "register", "status"} {
+		cmd := m.command("acme", command)
+		out, err := cmd.CombinedOutput()
+		if exitCode(err) != 76 || !strings.Contains(string(out), "longer than") {
+			t.Errorf("%s: %v, %q", command, err, out)
+		}
+		if used := cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss; used > 100<<10 {
+			t.Errorf("%s: %d KiB of memory", command, used)
+		}
+	}
+	headers := newMachine(t, stub(t, func(w http.ResponseWriter, _ *http.Request) {
+		for i := range 1000 {
+			w.Header().Add("X-Long", strings.Repeat("x", 1000)+fmt.Sprint(i))
+		}
+	}))
+	headers.want(69, "exceeded", "register", "--wait", "0s")
+}
+
+func TestAnswersThatTrickleAreCutOff(t *testing.T) {
+	for name, first := range map[string]func(w http.ResponseWriter){
+		"no header": func(http.ResponseWriter) {},
+		"slow body": func(w http.ResponseWriter) { w.WriteHeader(200) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newMachine(t, stub(t, func(w http.ResponseWriter, r *http.Request) {
+				first(w)
+				for r.Context().Err() == nil {
+					if name == "slow body" {
+						io.WriteString(w, " ")
+						w.(http.Flusher).Flush()
+					}
+					select {
+					case <-r.Context().Done():
+					case <-time.After(100 * time.Millisecond):
+					}
+				}
+			}))
+			started := time.Now()
+			m.want(69, "cannot serve", "secrets", "--wait", "0s")
+			if took := time.Since(started); took > 20*time.Second {
+				t.Errorf("took %s", took)
+			}
+		})
+	}
+}
+
+func TestDoubtfulSettingsAreRefused(t *testing.T) {
+	m := newMachine(t, "http://127.0.0.1:1")
+	for _, c := range []struct {
+		text string
+		args []string
+	}{
+		{"not https", []string{"--server", "http://192.0.2.1:3000"}},
+		{"not https", []string{"--server", "http://orgkeys.example"}},
+		{"not https", []string{"--server", "ftp://127.0.0.1"}},
+		{"not of the form", []string{"--server", "https://user:pass@host"}},
+		{"not of the form", []string{"--server", ""}},
+		{"not an organization ID", []string{"--org", "a|b"}},
+		{"not an IP address", []string{"--ip", "fe80::1%eth0"}},
+		{"has a | in it", []string{"--region", "a|b"}},
+		{"not a number", []string{"--services", "x"}},
+		{"flag provided but not defined", []string{"--sever", "x"}},
+		{"one argument too many", []string{"now"}},
+	} {
+		m.want(64, c.text, "boot", c.args...)
+	}
+	m.want(64, "no command", "bot")
+	for _, mode := range []os.FileMode{0o644, 0o640, 0o604} {
+		if err := os.Chmod(m.key, mode); err != nil {
+			t.Fatal(err)
+		}
+		m.want(78, "chmod 600", "boot")
+	}
+	for _, text := range []string{"", "x", "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"} {
+		os.Remove(m.key)
+		m.install([]byte(text))
+		m.want(78, "copy the PEM again", "boot")
+	}
+	os.Remove(m.key)
+	m.want(78, "put the organization key there", "boot")
+}
+
+func TestUntrustedCertificateIsNotRetried(t *testing.T) {
+	s := httptest.NewTLSServer(serving(nil))
+	t.Cleanup(s.Close)
+	m := newMachine(t, s.URL)
+	m.want(78, "certificate is not trusted", "register")
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw}), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	m.want(0, "registered", "register", "--ca-file", ca)
+}
+
+func TestFilesThatAreNotAsTheyMustBeAreReplaced(t *testing.T) {
+	m := newMachine(t, stub(t, serving(sealed(t, map[string]string{"env_s3": "A=1"}))))
+	outside := filepath.Join(t.TempDir(), "outside")
+	for name, prepare := range map[string]func(path string) error{
+		"readable by others": func(path string) error { return os.WriteFile(path, []byte("A=1"), 0o644) },
+		"a link elsewhere": func(path string) error {
+			return errors.Join(os.WriteFile(outside, []byte("A=1"), 0o600), os.Symlink(outside, path))
+		},
+		"an older value":     func(path string) error { return os.WriteFile(path, []byte("A=0"), 0o600) },
+		"left by a kill":     func(path string) error { return os.WriteFile(filepath.Join(m.dir, ".env_s3.new"), []byte("A"), 0o600) },
+		"a link left behind": func(path string) error { return os.Symlink(outside, filepath.Join(m.dir, ".env_s3.new")) },
+	} {
+		if err := errors.Join(os.RemoveAll(m.dir), os.Mkdir(m.dir, 0o700), prepare(filepath.Join(m.dir, "env_s3"))); err != nil {
+			t.Fatal(err)
+		}
+		m.want(0, "1 secrets written", "secrets")
+		m.holds(map[string]string{"env_s3": "A=1"})
+		t.Log(name)
+	}
+	if text, err := os.ReadFile(outside); err != nil || string(text) != "A=1" {
+		t.Errorf("the file that a link led to holds %q, %v", text, err)
+	}
+	if err := os.Chmod(m.dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	m.want(73, "others may write to it", "secrets")
+}
+
+func TestOutcomeAsJSON(t *testing.T) {
+	m := newMachine(t, stub(t, serving(sealed(t, map[string]string{"env_s3": "A=1"}))))
+	type outcome struct {
+		Command  string
+		OK       bool
+		ExitCode int
+		Message  string
+		Changed  []string
+	}
+	parse := func(out string) (o outcome) {
+		t.Helper()
+		if err := json.Unmarshal([]byte(out), &o); err != nil || strings.Count(out, "\n") != 1 {
+			t.Errorf("%q: %v", out, err)
+		}
+		return o
+	}
+	if _, out := m.run("boot", "--json"); !parse(out).OK || parse(out).Changed[0] != "env_s3" {
+		t.Errorf("printed %s", out)
+	}
+	m.server = "http://127.0.0.1:1"
+	if code, out := m.run("boot", "--json", "--wait", "0s"); code != 69 || parse(out).ExitCode != 69 || parse(out).OK {
+		t.Errorf("printed %s", out)
+	}
+}
+
+// A unit file that names an exit code this program does not have would not restart as it says.
+func TestUnitFileNamesExitCodesThatMendingNeeds(t *testing.T) {
+	unit, err := os.ReadFile("orgkeys-node.service")
+	if err != nil || !bytes.Contains(unit, []byte("RestartPreventExitStatus=64 76 77 78\n")) {
+		t.Errorf("the unit restarts on other codes: %v", err)
+	}
+	code, help := newMachine(t, "").run("help")
+	for _, want := range []string{"64", "69", "73", "75", "76", "77", "78", "ORGKEYS_NODE_SERVER"} {
+		if code != 0 || !strings.Contains(help, want) {
+			t.Errorf("help does not mention %s", want)
+		}
+	}
+}
