@@ -6,11 +6,13 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"sync"
 	"syscall"
 	"testing"
@@ -122,6 +124,58 @@ func TestRunPrintsACommandThatSavesAKey(t *testing.T) {
 	if n := countKeys(t, "http://"+address, token); n != 2 {
 		t.Errorf("started again, the organization has %d keys, not the 2 that were made", n)
 	}
+}
+
+// TestRunReplicasShareTheirOrganizations starts two processes on PostgreSQL,
+// Redis and Vault, and kills the script the second time.
+func TestRunReplicasShareTheirOrganizations(t *testing.T) {
+	port, dir := freePort(t), filepath.Join(t.TempDir(), "data")
+	n, err := strconv.Atoi(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	environ := append(os.Environ(), "ORGKEYS_LISTEN=127.0.0.1:"+port, "ORGKEYS_DATA_DIR="+dir)
+
+	first := run(t, environ, "--replicas", "2")
+	paste(t, first.command(t))
+	token := regexp.MustCompile(`Bearer (\S+)"`).FindStringSubmatch(first.stdout.String())[1]
+	if got := countKeys(t, fmt.Sprintf("http://127.0.0.1:%d", n+1), token); got != 1 {
+		t.Errorf("the second process lists %d keys, not the one that the first made", got)
+	}
+	first.stop(t)
+	nothingRunsBelow(t, dir)
+
+	second := run(t, environ, "--replicas", "2")
+	second.command(t)
+	if got := countKeys(t, "http://127.0.0.1:"+port, token); got != 1 {
+		t.Errorf("started again, the organization has %d keys, not the 1 that was made", got)
+	}
+	if err := second.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	nothingRunsBelow(t, dir)
+}
+
+// nothingRunsBelow waits until no process has a file or directory below dir in
+// its arguments or in its environment.
+func nothingRunsBelow(t *testing.T, dir string) {
+	t.Helper()
+	eventually(t, "the processes of scripts/run", func() error {
+		var left []error
+		for _, name := range []string{"cmdline", "environ"} {
+			files, err := filepath.Glob("/proc/[0-9]*/" + name)
+			if err != nil {
+				return err
+			}
+			for _, file := range files {
+				// A process that has ended meanwhile has no such file.
+				if b, err := os.ReadFile(file); err == nil && bytes.Contains(b, []byte(dir)) {
+					left = append(left, fmt.Errorf("%s mentions %s", file, dir))
+				}
+			}
+		}
+		return errors.Join(left...)
+	})
 }
 
 // paste runs a command as a shell does and checks the key that it saves.

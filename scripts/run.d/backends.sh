@@ -101,7 +101,8 @@ start_postgres() {
 	[[ -s $dir/password ]] || random_password >"$dir/password"
 	if ((EUID == 0)); then
 		chown -R postgres: "$dir"
-		as=(setpriv --reuid postgres --regid postgres --clear-groups --inh-caps=+dac_override --ambient-caps=+dac_override)
+		# A change of user clears the signal that start has set.
+		as=(setpriv --pdeathsig INT --reuid postgres --regid postgres --clear-groups --inh-caps=+dac_override --ambient-caps=+dac_override)
 	fi
 	if [[ ! -s $dir/cluster/PG_VERSION ]]; then
 		${as[@]+"${as[@]}"} "$bin/initdb" --pgdata="$dir/cluster" --username=orgkeys --pwfile="$dir/password" \
