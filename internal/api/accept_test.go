@@ -39,6 +39,7 @@ func TestNegotiate(t *testing.T) {
 		{"both excluded", []string{"application/x-pem-file;q=0, application/json;q=0.000, */*"}, false, none},
 		{"anything excluded", []string{"*/*;q=0"}, false, none},
 		{"any application type excluded, anything else", []string{"application/*;q=0, */*"}, false, none},
+		{"the same range twice", []string{"application/json, application/json;q=0.1, application/x-pem-file;q=0.5"}, false, jsonString},
 		{"two headers", []string{"text/html", "application/json"}, false, jsonString},
 		{"parameters", []string{"application/json;charset=utf-8"}, false, jsonString},
 		{"parameters and weight", []string{`application/json;profile="a,b;q=0";q=0.2, application/x-pem-file;q=0.1`}, false, jsonString},

@@ -5,7 +5,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"time"
 
 	"github.com/gin-gonic/gin"
 )
@@ -17,22 +16,14 @@ const maxBody = 64 << 10
 // connection. net/http would otherwise wait for the rest before it lets the
 // answer go, and a client that never sends it would never hear a thing.
 func expectBody(c *gin.Context) {
-	if c.Request.ContentLength == 0 {
-		bodyRead(c)
-	} else if c.Request.ProtoMajor == 1 {
+	if c.Request.ContentLength != 0 && c.Request.ProtoMajor == 1 {
 		c.Header("Connection", "close")
 	}
 }
 
-// bodyRead is called once nothing of the body is left. From here on net/http
-// reads ahead to notice that the client has gone, and takes the read deadline
-// for just that: without lifting it, a generation that takes longer than
-// readTimeout would be cancelled under a patient client.
-func bodyRead(c *gin.Context) {
-	c.Writer.Header().Del("Connection")
-	// An error means a connection that is gone already, which the next write finds.
-	_ = http.NewResponseController(underlying(c)).SetReadDeadline(time.Time{})
-}
+// bodyRead is called once nothing of the body is left, and lets the connection
+// serve further requests.
+func bodyRead(c *gin.Context) { c.Writer.Header().Del("Connection") }
 
 // underlying is net/http's own writer. Gin's hides what a flush reports and
 // what http.MaxBytesReader asks for.

@@ -278,9 +278,10 @@ func TestReadinessDetailsAreForOperatorsOnly(t *testing.T) {
 	defer close(stuck)
 	b := newBench(t, func(c *Config) {
 		c.Checks = []Check{
-			{"database", func(context.Context) error { return nil }},
-			{"vault", func(context.Context) error { return fmt.Errorf("sealed") }},
-			{"hsm", func(context.Context) error { <-stuck; return nil }}, // does not know of contexts
+			{Name: "database", Ask: func(context.Context) error { return nil }},
+			{Name: "redis", Ask: func(context.Context) error { return fmt.Errorf("gone") }, Optional: true},
+			{Name: "vault", Ask: func(context.Context) error { return fmt.Errorf("sealed") }},
+			{Name: "hsm", Ask: func(context.Context) error { <-stuck; return nil }}, // does not know of contexts
 		}
 	})
 	started := time.Now()
@@ -300,8 +301,27 @@ func TestReadinessDetailsAreForOperatorsOnly(t *testing.T) {
 	if err := json.NewDecoder(resp.Body).Decode(&got); err != nil {
 		t.Fatal(err)
 	}
-	if resp.StatusCode != 503 || got.Status != "unavailable" || len(got.Checks) != 3 || !got.Checks[0].OK || got.Checks[1].Error != "sealed" || got.Checks[2].OK {
+	if resp.StatusCode != 503 || got.Status != "unavailable" || len(got.Checks) != 4 || !got.Checks[0].OK || got.Checks[1].Error != "gone" ||
+		got.Checks[2].Error != "sealed" || got.Checks[3].OK {
 		t.Errorf("admin: %d %+v", resp.StatusCode, got)
+	}
+}
+
+func TestWhatIsOptionalLeavesTheServiceReady(t *testing.T) {
+	b := newBench(t, func(c *Config) {
+		c.Checks = []Check{{Name: "redis", Ask: func(context.Context) error { return fmt.Errorf("gone") }, Optional: true}}
+	})
+	if a := b.ask("GET", "/readyz"); a.StatusCode != 200 {
+		t.Errorf("%d", a.StatusCode)
+	}
+	resp, err := http.Get(b.admin + "/readyz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var got detailedHealth
+	if err := json.NewDecoder(resp.Body).Decode(&got); err != nil || resp.StatusCode != 200 || got.Status != "ready" || got.Checks[0].OK {
+		t.Errorf("admin: %d %+v %v", resp.StatusCode, got, err)
 	}
 }
 
@@ -309,7 +329,7 @@ func TestReadinessRecovers(t *testing.T) {
 	down := make(chan struct{}, 1)
 	down <- struct{}{}
 	b := newBench(t, func(c *Config) {
-		c.Checks = []Check{{"database", func(context.Context) error {
+		c.Checks = []Check{{Name: "database", Ask: func(context.Context) error {
 			select {
 			case <-down:
 				return fmt.Errorf("down")
@@ -327,7 +347,7 @@ func TestReadinessRecovers(t *testing.T) {
 func TestManyProbesAreOneRoundOfChecks(t *testing.T) {
 	asked := make(chan struct{}, 1000)
 	b := newBench(t, func(c *Config) {
-		c.Checks = []Check{{"database", func(context.Context) error { asked <- struct{}{}; return nil }}}
+		c.Checks = []Check{{Name: "database", Ask: func(context.Context) error { asked <- struct{}{}; return nil }}}
 	})
 	started := time.Now()
 	for range 50 {

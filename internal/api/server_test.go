@@ -173,6 +173,14 @@ func TestTLSFilesAreReadAgain(t *testing.T) {
 		}
 		return strings.Contains(log.String(), "cannot be used")
 	})
+	waited := time.Now()
+	eventually(t, "two more looks", func() bool {
+		_, _, err := ca.get(address, nil, 0)
+		return err == nil && time.Since(waited) > 2*lookInterval+lookInterval/2
+	})
+	if n := strings.Count(log.String(), "cannot be used"); n != 1 {
+		t.Errorf("one bad change was reported %d times", n)
+	}
 	writePair(t, files, cert, key)
 	eventually(t, "the new certificate", func() bool {
 		_, name, err := ca.get(address, nil, 0)
