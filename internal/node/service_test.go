@@ -453,17 +453,14 @@ func TestMovedSecretDoesNotOpen(t *testing.T) {
 }
 
 // stuck is a sink that never acknowledges.
-type stuck struct{}
+type stuck struct{ audit.Sink }
 
-func (stuck) Name() string                                       { return "stuck" }
-func (stuck) Last(context.Context) (audit.Checkpoint, error)     { return audit.Checkpoint{}, nil }
-func (stuck) Checkpoint(context.Context, audit.Checkpoint) error { return errors.New("stuck") }
 func (stuck) Append(context.Context, []audit.Entry) ([][]byte, error) {
 	return nil, errors.New("stuck")
 }
 
 func TestNoSecretBeforeItsEventIsAcknowledged(t *testing.T) {
-	w := newWorld(t, filepath.Join(t.TempDir(), "orgkeys.db"), stuck{})
+	w := newWorld(t, filepath.Join(t.TempDir(), "orgkeys.db"), stuck{audit.NewFileSink(filepath.Join(t.TempDir(), "audit.jsonl"))})
 	w.service.AuditDeadline = 200 * time.Millisecond
 	k := w.release("acme")
 	w.must(w.service.PutSecret(t.Context(), by("acme", authz.Owner), "acme", "env_s3", []byte("A=1")))
