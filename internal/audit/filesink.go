@@ -42,8 +42,9 @@ type FileSink struct {
 
 	mu   sync.Mutex
 	file *os.File
-	end  int64  // bytes that are whole and synced
-	next []byte // lines that wait for their checkpoint
+	end  int64      // bytes that are whole and synced
+	next []byte     // lines that wait for their checkpoint
+	last Checkpoint // that the file holds
 }
 
 // NewFileSink returns a sink that appends to the file at path, creating it 0600.
@@ -63,7 +64,9 @@ func (s *FileSink) Last(context.Context) (Checkpoint, error) {
 	if err := s.open(); err != nil {
 		return Checkpoint{}, err
 	}
-	return lastCheckpoint(s.file, s.end)
+	var err error
+	s.last, err = lastCheckpoint(s.file, s.end)
+	return s.last, err
 }
 
 // Append implements Sink.
@@ -83,7 +86,27 @@ func (s *FileSink) Checkpoint(_ context.Context, c Checkpoint) error {
 	if err != nil {
 		return err
 	}
-	return s.write(append(last, '\n'))
+	return s.write(append(last, '\n'), c)
+}
+
+// KeepSigned implements Sink. The file's last checkpoint is repeated behind the
+// signed one, which may be older, since the sink goes on from the last one.
+func (s *FileSink) KeepSigned(_ context.Context, note string) error {
+	s.mu.Lock()
+	last := s.last
+	s.mu.Unlock()
+	if last.Size == 0 {
+		return errors.New("the sink's file has no checkpoint that the signed one could follow")
+	}
+	var b []byte
+	for _, text := range []string{note, last.Text()} {
+		l, err := json.Marshal(line{Checkpoint: text})
+		if err != nil {
+			return err
+		}
+		b = append(append(b, l...), '\n')
+	}
+	return s.write(b, last)
 }
 
 // AcceptRollback notes that the log was set back, and starts over.
@@ -108,11 +131,11 @@ func (s *FileSink) AcceptRollback(r Rollback) error {
 	if _, err := s.Last(context.Background()); err != nil {
 		return err
 	}
-	return s.write(b)
+	return s.write(b, start)
 }
 
-// write writes the waiting lines and then b.
-func (s *FileSink) write(b []byte) error {
+// write writes the waiting lines and then b, which ends with checkpoint last.
+func (s *FileSink) write(b []byte, last Checkpoint) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	b = append(s.next, b...)
@@ -131,6 +154,7 @@ func (s *FileSink) write(b []byte) error {
 		return err
 	}
 	s.end += int64(len(b))
+	s.last = last
 	return nil
 }
 

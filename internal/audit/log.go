@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -63,6 +64,8 @@ type Store interface {
 	SetSinkNext(ctx context.Context, sink string, next int64) error
 	// KeepReceipts stores what a sink returned for the entries from index first on.
 	KeepReceipts(ctx context.Context, sink string, first int64, receipts [][]byte) error
+	// SignedAfter returns the signed checkpoints behind place seq, oldest first.
+	SignedAfter(ctx context.Context, seq int64) ([]Signed, error)
 	// Index returns an event's index, or false while it has none.
 	Index(ctx context.Context, eventID string) (int64, bool, error)
 }
@@ -73,6 +76,7 @@ type Log struct {
 	followers []*follower
 	log       *slog.Logger
 	urgent    chan struct{} // somebody waits: do not linger
+	signed    atomic.Int64  // the place of the newest signed checkpoint, for the sinks
 
 	mu      sync.Mutex
 	changed chan struct{} // closed, and replaced, when the log or a sink has moved on
@@ -141,6 +145,43 @@ func (l *Log) moved() {
 	defer l.mu.Unlock()
 	close(l.changed)
 	l.changed = make(chan struct{})
+}
+
+// offer lets the sinks know of signed checkpoints up to place seq.
+func (l *Log) offer(seq int64) {
+	if seq > l.signed.Swap(seq) {
+		l.moved()
+	}
+}
+
+// Flush gives every recorded event its index and waits until the sinks have
+// them all, and every signed checkpoint, or ctx ends. Run must be running.
+func (l *Log) Flush(ctx context.Context) error {
+	for {
+		n, err := l.store.Sequence(ctx, sequenceBatch)
+		if err != nil {
+			return fmt.Errorf("giving the last events their place in the log: %w", err)
+		}
+		if n == 0 {
+			break
+		}
+	}
+	head, err := l.store.Head(ctx)
+	if err != nil {
+		return err
+	}
+	l.moved()
+	for {
+		changed := l.watch()
+		if l.sinksPast(head.Size - 1) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for the sinks: %w", errors.Join(ctx.Err(), l.sinkErrors()))
+		}
+	}
 }
 
 func (l *Log) sinksPast(index int64) bool {

@@ -25,6 +25,9 @@ type Sink interface {
 	// Checkpoint makes durable what was appended, and then c, which covers it.
 	// Only then the entries count as acknowledged.
 	Checkpoint(ctx context.Context, c Checkpoint) error
+	// KeepSigned records a signed checkpoint, a C2SP signed note. It covers no
+	// more than what the sink has acknowledged, and may be given again.
+	KeepSigned(ctx context.Context, note string) error
 }
 
 // RollbackError says that the log does not extend what a sink holds of it:
@@ -46,6 +49,8 @@ func (e *RollbackError) Error() string {
 type follower struct {
 	log  *Log
 	sink Sink
+
+	signed int64 // the place of the newest signed checkpoint that the sink has recorded
 
 	mu   sync.Mutex
 	next int64
@@ -94,6 +99,9 @@ func (f *follower) follow(ctx context.Context) error {
 		changed := f.log.watch()
 		after, err := f.step(ctx, next)
 		if err != nil {
+			return err
+		}
+		if err := f.keepSigned(ctx, after); err != nil {
 			return err
 		}
 		if after > next {
@@ -197,6 +205,35 @@ func (f *follower) handOver(ctx context.Context, entries []Entry, c Checkpoint) 
 	}
 	if err := f.sink.Checkpoint(ctx, c); err != nil {
 		return fmt.Errorf("giving sink %s a checkpoint: %w", f.sink.Name(), err)
+	}
+	return nil
+}
+
+// keepSigned gives the sink the signed checkpoints that it has not recorded and
+// that cover no more than next events. After a start that is the newest alone:
+// it vouches for all before it.
+func (f *follower) keepSigned(ctx context.Context, next int64) error {
+	newest := f.log.signed.Load()
+	if newest <= f.signed {
+		return nil
+	}
+	if f.signed == 0 {
+		f.signed = newest - 1
+	}
+	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
+	defer cancel()
+	waiting, err := f.log.store.SignedAfter(ctx, f.signed)
+	if err != nil {
+		return err
+	}
+	for _, s := range waiting {
+		if s.Size > next {
+			return nil
+		}
+		if err := bounded(ctx, func() error { return f.sink.KeepSigned(ctx, s.Note) }); err != nil {
+			return fmt.Errorf("giving sink %s a signed checkpoint: %w", f.sink.Name(), err)
+		}
+		f.signed = s.Seq
 	}
 	return nil
 }

@@ -92,10 +92,9 @@ func Verify(ctx context.Context, a Archive, copy *Copy) (Report, error) {
 
 type verification struct {
 	Report
+	frontier
 	copy     *Copy
-	size     int64
-	stack    []tlog.Hash // the roots of the complete subtrees, largest first
-	accepted []string    // the sinks' checkpoints that RollbackAccepted events name
+	accepted []string // the sinks' checkpoints that RollbackAccepted events name
 }
 
 func (v *verification) walk(ctx context.Context, a Archive) error {
@@ -162,32 +161,6 @@ func (v *verification) checkPersonal(row Row) error {
 		return &Problem{row.Index, "its personal part was altered"}
 	}
 	return nil
-}
-
-// push appends a leaf to the tree and returns the hashes that tlog stores for it.
-func (v *verification) push(h tlog.Hash) []tlog.Hash {
-	stored := []tlog.Hash{h}
-	for n := v.size; n&1 == 1; n >>= 1 {
-		last := len(v.stack) - 1
-		h = tlog.NodeHash(v.stack[last], h)
-		v.stack = v.stack[:last]
-		stored = append(stored, h)
-	}
-	v.stack = append(v.stack, h)
-	v.size++
-	return stored
-}
-
-func (v *verification) root() tlog.Hash {
-	if len(v.stack) == 0 {
-		empty, _ := tlog.TreeHash(0, nil) // reads no hash, so cannot fail
-		return empty
-	}
-	h := v.stack[len(v.stack)-1]
-	for _, left := range slices.Backward(v.stack[:len(v.stack)-1]) {
-		h = tlog.NodeHash(left, h)
-	}
-	return h
 }
 
 func checkHash(want tlog.Hash, index int64, stored func() (StoredHash, error, bool)) error {

@@ -39,6 +39,9 @@ func (d *Directory) Decide(ctx context.Context, r Request) (Decision, error) {
 // Revision identifies the current policy's files.
 func (d *Directory) Revision() string { return d.current.Load().Revision() }
 
+// Current is the policy in force.
+func (d *Directory) Current() *Policy { return d.current.Load() }
+
 // Follow keeps up with the directory until ctx ends; a change counts within two
 // seconds. Every change is reported once: with the new policy's revision, or
 // with the error for which it was not taken up and the revision that stays in force.

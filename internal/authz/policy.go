@@ -37,6 +37,7 @@ var (
 type Policy struct {
 	query    rego.PreparedEvalQuery
 	revision string
+	files    source
 }
 
 // Load compiles the policy in fsys (its .rego files, and .json files as data),
@@ -75,7 +76,7 @@ func load(ctx context.Context, files source) (*Policy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("preparing the policy: %w", err)
 	}
-	p := &Policy{prepared, files.revision()}
+	p := &Policy{prepared, files.revision(), files}
 	if err := p.denyImpossible(ctx); err != nil {
 		return nil, fmt.Errorf("trying the policy: %w", err)
 	}
@@ -105,6 +106,10 @@ func capabilities() *ast.Capabilities {
 
 // Revision identifies the policy's files.
 func (p *Policy) Revision() string { return p.revision }
+
+// Files are the policy's files, by name, whose Revision is the policy's. They
+// are not to be changed.
+func (p *Policy) Files() map[string][]byte { return p.files }
 
 // Decide answers r. An error means "no": it wraps ErrNoDecision, or ErrTimeLimit
 // when three evaluations of 50 ms each did not suffice, or is the reason why ctx

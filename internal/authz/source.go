@@ -116,6 +116,9 @@ func (s source) revision() string {
 	return "sha256:" + hex.EncodeToString(digest.Sum(nil))
 }
 
+// Revision is the revision of a policy that consists of these files, by name.
+func Revision(files map[string][]byte) string { return source(files).revision() }
+
 // modules parses the Rego files: those that decide, and those that test them.
 func (s source) modules() (policy, tests map[string]*ast.Module, err error) {
 	policy, tests = map[string]*ast.Module{}, map[string]*ast.Module{}

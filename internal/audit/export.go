@@ -1,0 +1,367 @@
+package audit
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"path"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// An export is a gzipped tar archive with these members in this order:
+//
+//	manifest.json           format, log, and size and SHA-256 of every other member
+//	checkpoints.jsonl       {"checkpoint":"<signed note>"}, oldest first
+//	receipt-keys.json       what sinks sign receipts with
+//	policies/REVISION/NAME  the policies that decided, file by file
+//	events.jsonl            {"index":N,"event":<leaf, verbatim>,"receipts":{…}}
+//	inventory.jsonl         the life of each key, in the order of creation
+//
+// It ends where the newest signed checkpoint ends, so a signature covers all of
+// it. Everything in it follows from the log: the same log gives the same bytes.
+const (
+	exportFormat      = "orgkeys-export/1"
+	manifestName      = "manifest.json"
+	checkpointsName   = "checkpoints.jsonl"
+	receiptKeysName   = "receipt-keys.json"
+	policiesDir       = "policies"
+	eventsName        = "events.jsonl"
+	inventoryName     = "inventory.jsonl"
+	exportPage        = 2000
+	maxManifest       = 16 << 20
+	maxSmallMember    = 64 << 20
+	exportMode        = 0o600
+	errNothingToProve = "no signed checkpoint: start the server, or run \"orgkeys audit checkpoint\" while it is stopped"
+)
+
+// ErrNotSigned: the log has no signed checkpoint that could vouch for it.
+var ErrNotSigned = errors.New(errNothingToProve)
+
+// Evidence is a log that can be exported. Its implementation is sqlstore.
+type Evidence interface {
+	Entries(ctx context.Context, index int64, limit int) ([]Entry, error)
+	At(ctx context.Context, size int64) (Checkpoint, error)
+	Index(ctx context.Context, eventID string) (int64, bool, error)
+	// Inclusion proves that a log of size holds the event at index.
+	Inclusion(ctx context.Context, size, index int64) (tlog.RecordProof, error)
+	LastSigned(ctx context.Context) (Signed, error)
+	SignedAfter(ctx context.Context, seq int64) ([]Signed, error)
+	CheckpointKeys(ctx context.Context) ([]string, error)
+	ReceiptKeys(ctx context.Context) ([]ReceiptKey, error)
+	// Receipts returns a sink's receipts for the events from index from to before to.
+	Receipts(ctx context.Context, sink string, from, to int64) ([]Receipt, error)
+	Policies(ctx context.Context) ([]PolicyFile, error)
+}
+
+// ReceiptKey is the Ed25519 public key behind a sink's receipts of one version.
+type ReceiptKey struct {
+	Sink    string `json:"sink"`
+	Version int    `json:"version"`
+	Public  []byte `json:"public"`
+}
+
+// Receipt is a sink's signature of a leaf.
+type Receipt struct {
+	Index   int64
+	Receipt []byte
+}
+
+// PolicyFile is one file of a policy.
+type PolicyFile struct {
+	Revision string
+	Name     string
+	Content  []byte
+}
+
+// Manifest is what an export says of itself.
+type Manifest struct {
+	Format         string   `json:"format"`
+	Program        string   `json:"program"` // what wrote it
+	Origin         string   `json:"origin"`
+	Size           int64    `json:"size"`
+	Root           string   `json:"root"` // base64
+	CheckpointKeys []string `json:"checkpointKeys"`
+	Policy         string   `json:"policy,omitempty"` // the revision that decided last
+	Members        []Member `json:"members"`
+}
+
+// Member is a file of an export.
+type Member struct {
+	Name   string `json:"name"`
+	Size   int64  `json:"size"`
+	SHA256 string `json:"sha256"` // hex
+}
+
+// exportLine is an event in an export.
+type exportLine struct {
+	Index    *int64            `json:"index"`
+	Event    jsontext.Value    `json:"event"`
+	Receipts map[string]string `json:"receipts,omitempty"`
+}
+
+// Export writes the log up to its newest signed checkpoint to w, by way of
+// temporary files in dir. It fails if the events do not have the root that was
+// signed.
+func Export(ctx context.Context, w io.Writer, e Evidence, dir, program string, progress Progress) (Manifest, error) {
+	x := exporter{source: e, dir: dir, progress: progress.ticking()}
+	defer x.remove()
+	if err := x.gather(ctx); err != nil {
+		return Manifest{}, err
+	}
+	keys, err := e.CheckpointKeys(ctx)
+	if err != nil {
+		return Manifest{}, err
+	}
+	m := Manifest{
+		Format: exportFormat, Program: program, Origin: x.head.Origin, Size: x.head.Size,
+		Root: base64.StdEncoding.EncodeToString(x.head.Root[:]), CheckpointKeys: keys, Policy: x.policy,
+	}
+	for _, s := range x.spools {
+		m.Members = append(m.Members, s.member())
+	}
+	return m, x.pack(w, m)
+}
+
+type exporter struct {
+	source   Evidence
+	dir      string
+	progress func(done, all int64)
+
+	head   Signed
+	sinks  []string // that give receipts
+	policy string
+	lives  inventory
+	spools []*spool
+}
+
+// spool is a member on its way into the archive.
+type spool struct {
+	name string
+	file *os.File
+	out  *bufio.Writer
+	sum  hash.Hash
+	size int64
+}
+
+func (s *spool) Write(b []byte) (int, error) {
+	s.sum.Write(b)
+	s.size += int64(len(b))
+	return s.out.Write(b)
+}
+
+func (s *spool) member() Member { return Member{s.name, s.size, hex.EncodeToString(s.sum.Sum(nil))} }
+
+// spool writes a member.
+func (x *exporter) spool(name string, fill func(io.Writer) error) error {
+	f, err := os.CreateTemp(x.dir, ".orgkeys-export-*")
+	if err != nil {
+		return err
+	}
+	s := &spool{name: name, file: f, out: bufio.NewWriterSize(f, 1<<20), sum: sha256.New()}
+	x.spools = append(x.spools, s)
+	if err := fill(s); err != nil {
+		return fmt.Errorf("exporting %s: %w", name, err)
+	}
+	return s.out.Flush()
+}
+
+func (x *exporter) remove() {
+	for _, s := range x.spools {
+		_ = errors.Join(s.file.Close(), os.Remove(s.file.Name())) // a temporary file; what counts was copied
+	}
+}
+
+func (x *exporter) gather(ctx context.Context) error {
+	var err error
+	if x.head, err = x.source.LastSigned(ctx); err != nil {
+		return err
+	}
+	if x.head.Size == 0 {
+		return ErrNotSigned
+	}
+	if err := x.spool(checkpointsName, func(w io.Writer) error { return x.writeCheckpoints(ctx, w) }); err != nil {
+		return err
+	}
+	if err := x.spool(receiptKeysName, func(w io.Writer) error { return x.writeReceiptKeys(ctx, w) }); err != nil {
+		return err
+	}
+	if err := x.writePolicies(ctx); err != nil {
+		return err
+	}
+	if err := x.spool(eventsName, func(w io.Writer) error { return x.writeEvents(ctx, w) }); err != nil {
+		return err
+	}
+	return x.spool(inventoryName, x.lives.write)
+}
+
+func (x *exporter) writeCheckpoints(ctx context.Context, w io.Writer) error {
+	for seq := int64(0); ; {
+		page, err := x.source.SignedAfter(ctx, seq)
+		if err != nil {
+			return err
+		}
+		for _, s := range page {
+			if s.Seq > x.head.Seq {
+				return nil
+			}
+			b, err := json.Marshal(line{Checkpoint: s.Note})
+			if err != nil {
+				return err
+			}
+			if _, err := w.Write(append(b, '\n')); err != nil {
+				return err
+			}
+			seq = s.Seq
+		}
+		if len(page) == 0 {
+			return nil
+		}
+	}
+}
+
+func (x *exporter) writeReceiptKeys(ctx context.Context, w io.Writer) error {
+	keys, err := x.source.ReceiptKeys(ctx)
+	if err != nil {
+		return err
+	}
+	for _, k := range keys {
+		if len(x.sinks) == 0 || x.sinks[len(x.sinks)-1] != k.Sink {
+			x.sinks = append(x.sinks, k.Sink)
+		}
+	}
+	if keys == nil {
+		keys = []ReceiptKey{}
+	}
+	return json.MarshalWrite(w, keys, json.Deterministic(true))
+}
+
+func (x *exporter) writePolicies(ctx context.Context) error {
+	files, err := x.source.Policies(ctx)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		name := path.Join(policiesDir, f.Revision, f.Name)
+		if err := x.spool(name, func(w io.Writer) error { _, err := w.Write(f.Content); return err }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (x *exporter) writeEvents(ctx context.Context, w io.Writer) error {
+	var tree frontier
+	for tree.size < x.head.Size {
+		entries, err := x.source.Entries(ctx, tree.size, int(min(exportPage, x.head.Size-tree.size)))
+		if err != nil {
+			return err
+		}
+		if len(entries) == 0 {
+			return &Problem{tree.size, fmt.Sprintf("it is missing: %d events were signed", x.head.Size)}
+		}
+		lines, err := x.lines(ctx, entries)
+		if err != nil {
+			return err
+		}
+		if _, err := w.Write(lines); err != nil {
+			return err
+		}
+		for _, e := range entries {
+			tree.push(tlog.RecordHash(e.Leaf))
+		}
+		x.progress(tree.size, x.head.Size)
+	}
+	if tree.root() != x.head.Root {
+		return &Problem{-1, "the events do not have the root hash that was signed: run \"orgkeys audit verify\""}
+	}
+	return nil
+}
+
+func (x *exporter) lines(ctx context.Context, entries []Entry) ([]byte, error) {
+	receipts := make([]map[string]string, len(entries))
+	from := entries[0].Index
+	for _, sink := range x.sinks {
+		page, err := x.source.Receipts(ctx, sink, from, from+int64(len(entries)))
+		if err != nil {
+			return nil, err
+		}
+		for _, r := range page {
+			if receipts[r.Index-from] == nil {
+				receipts[r.Index-from] = map[string]string{}
+			}
+			receipts[r.Index-from][sink] = string(r.Receipt)
+		}
+	}
+	var out bytes.Buffer
+	for i, e := range entries {
+		event, err := Decode(e.Leaf)
+		if err != nil {
+			return nil, &Problem{e.Index, "its leaf is not an event"}
+		}
+		if err := x.lives.add(e.Index, event); err != nil {
+			return nil, &Problem{e.Index, err.Error()}
+		}
+		if event.Policy != "" {
+			x.policy = event.Policy
+		}
+		fmt.Fprintf(&out, `{"index":%d,"event":%s`, e.Index, e.Leaf)
+		if receipts[i] != nil {
+			b, err := json.Marshal(receipts[i], json.Deterministic(true))
+			if err != nil {
+				return nil, err
+			}
+			fmt.Fprintf(&out, `,"receipts":%s`, b)
+		}
+		out.WriteString("}\n")
+	}
+	return out.Bytes(), nil
+}
+
+func (x *exporter) pack(w io.Writer, m Manifest) error {
+	packed, err := gzip.NewWriterLevel(w, gzip.BestSpeed)
+	if err != nil {
+		return err
+	}
+	out := tar.NewWriter(packed)
+	manifest, err := json.Marshal(m, json.Deterministic(true), jsontext.WithIndent("  "))
+	if err != nil {
+		return err
+	}
+	if err := out.WriteHeader(header(manifestName, int64(len(manifest)))); err != nil {
+		return err
+	}
+	if _, err := out.Write(manifest); err != nil {
+		return err
+	}
+	for _, s := range x.spools {
+		if _, err := s.file.Seek(0, io.SeekStart); err != nil {
+			return err
+		}
+		if err := out.WriteHeader(header(s.name, s.size)); err != nil {
+			return err
+		}
+		if _, err := io.Copy(out, s.file); err != nil {
+			return err
+		}
+	}
+	return errors.Join(out.Close(), packed.Close())
+}
+
+// header has nothing in it that differs between two exports of one log.
+func header(name string, size int64) *tar.Header {
+	return &tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: exportMode, Format: tar.FormatPAX}
+}

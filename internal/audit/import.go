@@ -1,0 +1,510 @@
+package audit
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"path"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/go-json-experiment/json"
+
+	"github.com/orgkeys/orgkeys/internal/authz"
+)
+
+// ExportReport is what verification found of an export with nothing wrong in it.
+type ExportReport struct {
+	Manifest    Manifest
+	Checkpoints int64 // each signed by a given key
+	Receipts    int64 // each signed by a given key
+	Keys        int64 // whose life the inventory tells
+	Rollbacks   []string
+	Vault       *VaultReport // nil without Vault's audit file
+}
+
+// VerifyExport checks an export against verifier keys and, unless it is nil,
+// against Vault's audit file. What is wrong is a *Problem. It reads the archive
+// once and keeps in memory what it knows of each key, not of each event.
+func VerifyExport(ctx context.Context, r io.Reader, vkeys []string, vault *VaultFile, progress Progress) (ExportReport, error) {
+	keys, err := ParseKeys(vkeys...)
+	if err != nil {
+		return ExportReport{}, err
+	}
+	x := importer{keys: keys, vkeys: vkeys, vault: vault, progress: progress.ticking(), points: map[int64][]tlog.Hash{}, policies: map[string]map[string][]byte{}}
+	if err := x.read(ctx, r); err != nil {
+		return ExportReport{}, err
+	}
+	return x.report, nil
+}
+
+type importer struct {
+	keys     Keys
+	vkeys    []string
+	vault    *VaultFile
+	progress func(done, all int64)
+
+	report   ExportReport
+	left     []Member // not read yet
+	tree     frontier
+	points   map[int64][]tlog.Hash // the roots that checkpoints give, by size
+	newest   Checkpoint
+	receipts map[string]map[int]ed25519.PublicKey
+	policies map[string]map[string][]byte
+	lives    inventory
+}
+
+func wrong(format string, args ...any) error { return &Problem{-1, fmt.Sprintf(format, args...)} }
+
+func (x *importer) read(ctx context.Context, r io.Reader) error {
+	packed, err := gzip.NewReader(bufio.NewReaderSize(r, 1<<20))
+	if err != nil {
+		return wrong("it is not an export: %v", err)
+	}
+	in := tar.NewReader(packed)
+	if err := x.readManifest(in); err != nil {
+		return err
+	}
+	for {
+		h, err := in.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return wrong("the archive is damaged: %v", err)
+		}
+		if err := x.member(ctx, h, in); err != nil {
+			return err
+		}
+	}
+	if len(x.left) > 0 {
+		return wrong("%s is missing", x.left[0].Name)
+	}
+	if _, err := io.Copy(io.Discard, packed); err != nil { // gzip's own checksum
+		return wrong("the archive is damaged: %v", err)
+	}
+	return x.finish()
+}
+
+func (x *importer) readManifest(in *tar.Reader) error {
+	h, err := in.Next()
+	if err != nil {
+		return wrong("the archive is damaged: %v", err)
+	}
+	if h.Name != manifestName || h.Typeflag != tar.TypeReg {
+		return wrong("%s does not come first: it is not an export", manifestName)
+	}
+	b, err := readAllOf(in, h.Size, maxManifest)
+	if err != nil {
+		return err
+	}
+	m := &x.report.Manifest
+	if err := json.Unmarshal(b, m, json.RejectUnknownMembers(true)); err != nil {
+		return wrong("%s cannot be read: %v", manifestName, err)
+	}
+	if m.Format != exportFormat {
+		return wrong("it is of the format %q, and this program knows %s", m.Format, exportFormat)
+	}
+	x.left = m.Members
+	names := map[string]bool{}
+	for _, member := range m.Members {
+		names[member.Name] = true
+	}
+	for _, name := range []string{checkpointsName, receiptKeysName, eventsName, inventoryName} {
+		if !names[name] {
+			return wrong("%s is missing", name)
+		}
+	}
+	return nil
+}
+
+func readAllOf(r io.Reader, size, limit int64) ([]byte, error) {
+	if size > limit {
+		return nil, wrong("a member of %d bytes is larger than any that is written", size)
+	}
+	b, err := io.ReadAll(io.LimitReader(r, limit))
+	if err != nil {
+		return nil, wrong("the archive is damaged: %v", err)
+	}
+	return b, nil
+}
+
+// member reads the next member, which must be the one that the manifest says.
+func (x *importer) member(ctx context.Context, h *tar.Header, in io.Reader) error {
+	if len(x.left) == 0 || x.left[0].Name != h.Name || h.Typeflag != tar.TypeReg {
+		return wrong("%s is not the member that the manifest names there", h.Name)
+	}
+	want := x.left[0]
+	x.left = x.left[1:]
+	hashed := &hashing{r: in, sum: sha256.New()}
+	if err := x.content(ctx, h, hashed); err != nil {
+		return err
+	}
+	if hashed.size != want.Size || hex.EncodeToString(hashed.sum.Sum(nil)) != want.SHA256 {
+		return wrong("%s does not have the size and SHA-256 that the manifest says", h.Name)
+	}
+	return nil
+}
+
+type hashing struct {
+	r    io.Reader
+	sum  hash.Hash
+	size int64
+}
+
+func (h *hashing) Read(b []byte) (int, error) {
+	n, err := h.r.Read(b)
+	h.sum.Write(b[:n])
+	h.size += int64(n)
+	return n, err
+}
+
+func (x *importer) content(ctx context.Context, h *tar.Header, in io.Reader) error {
+	switch h.Name {
+	case checkpointsName:
+		return x.readCheckpoints(in)
+	case receiptKeysName:
+		return x.readReceiptKeys(in, h.Size)
+	case eventsName:
+		return x.readEvents(ctx, in)
+	case inventoryName:
+		return x.readInventory(in)
+	}
+	return x.readPolicy(h, in)
+}
+
+// lines calls do for each line, without its end.
+func lines(name string, in io.Reader, do func(n int64, line []byte) error) error {
+	r := bufio.NewReaderSize(in, maxLine)
+	for n := int64(0); ; n++ {
+		raw, err := r.ReadSlice('\n')
+		switch {
+		case errors.Is(err, io.EOF) && len(raw) == 0:
+			return nil
+		case err != nil:
+			return wrong("%s: line %d is torn or too long: %v", name, n+1, err)
+		}
+		if err := do(n, raw[:len(raw)-1]); err != nil {
+			return err
+		}
+	}
+}
+
+func (x *importer) readCheckpoints(in io.Reader) error {
+	return lines(checkpointsName, in, func(n int64, raw []byte) error {
+		var l line
+		if err := json.Unmarshal(raw, &l, json.RejectUnknownMembers(true)); err != nil || l.Checkpoint == "" {
+			return wrong("%s: line %d is not a checkpoint", checkpointsName, n+1)
+		}
+		s, err := x.keys.Open(l.Checkpoint)
+		if err != nil {
+			return wrong("%s: line %d: %v", checkpointsName, n+1, err)
+		}
+		m := x.report.Manifest
+		if s.Origin != m.Origin || s.Size < x.newest.Size {
+			return wrong("%s: line %d is out of order, or of another log", checkpointsName, n+1)
+		}
+		x.points[s.Size] = append(x.points[s.Size], s.Root)
+		x.newest = s.Checkpoint
+		x.report.Checkpoints++
+		return nil
+	})
+}
+
+// readReceiptKeys takes the receipts' keys only if the verifier was given them:
+// it is the key that signs checkpoints, too.
+func (x *importer) readReceiptKeys(in io.Reader, size int64) error {
+	b, err := readAllOf(in, size, maxSmallMember)
+	if err != nil {
+		return err
+	}
+	var list []ReceiptKey
+	if err := json.Unmarshal(b, &list, json.RejectUnknownMembers(true)); err != nil {
+		return wrong("%s cannot be read: %v", receiptKeysName, err)
+	}
+	x.receipts = map[string]map[int]ed25519.PublicKey{}
+	for _, k := range list {
+		if x.receipts[k.Sink] == nil {
+			x.receipts[k.Sink] = map[int]ed25519.PublicKey{}
+		}
+		for _, vkey := range x.vkeys {
+			if public, err := PublicKey(vkey); err == nil && bytes.Equal(public, k.Public) {
+				x.receipts[k.Sink][k.Version] = public
+			}
+		}
+	}
+	return nil
+}
+
+func (x *importer) readPolicy(h *tar.Header, in io.Reader) error {
+	rest, ok := strings.CutPrefix(h.Name, policiesDir+"/")
+	revision, name, cut := strings.Cut(rest, "/")
+	if !ok || !cut || path.Clean(name) != name {
+		return wrong("%s is no member of an export", h.Name)
+	}
+	b, err := readAllOf(in, h.Size, maxSmallMember)
+	if err != nil {
+		return err
+	}
+	if x.policies[revision] == nil {
+		x.policies[revision] = map[string][]byte{}
+	}
+	x.policies[revision][name] = b
+	return nil
+}
+
+// checkPolicies reports a policy whose text is not the one that its revision is the hash of.
+func (x *importer) checkPolicies() error {
+	for revision, files := range x.policies {
+		if authz.Revision(files) != revision {
+			return wrong("the text of policy %s is not the one that decided", revision)
+		}
+	}
+	return nil
+}
+
+// batch is some lines of events, parsed beside others and taken in their order.
+type batch struct {
+	first  int64
+	raw    [][]byte
+	parsed []parsedEvent
+	err    error
+	done   chan struct{}
+}
+
+type parsedEvent struct {
+	event    Event
+	leaf     tlog.Hash
+	receipts int64
+}
+
+const batchLines = 500
+
+// readEvents parses and checks lines on all processors, and takes them into the
+// tree in their order.
+func (x *importer) readEvents(ctx context.Context, in io.Reader) error {
+	if err := x.checkPolicies(); err != nil {
+		return err
+	}
+	if err := x.checkPoints(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	queue := make(chan *batch, 2*runtime.NumCPU())
+	readErr := make(chan error, 1)
+	go func() {
+		defer close(queue)
+		readErr <- x.queueLines(ctx, in, queue)
+	}()
+	var err error
+	for b := range queue {
+		if <-b.done; err == nil {
+			if err = x.take(b); err != nil {
+				cancel()
+			}
+		}
+	}
+	return errors.Join(err, cancelled(<-readErr, err))
+}
+
+// cancelled leaves out that the reader stopped because of err.
+func cancelled(readErr, err error) error {
+	if err != nil && errors.Is(readErr, context.Canceled) {
+		return nil
+	}
+	return readErr
+}
+
+func (x *importer) queueLines(ctx context.Context, in io.Reader, queue chan<- *batch) error {
+	b := &batch{done: make(chan struct{})}
+	send := func() error {
+		go x.parse(b)
+		select {
+		case queue <- b:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		b = &batch{first: b.first + int64(len(b.raw)), done: make(chan struct{})}
+		return nil
+	}
+	err := lines(eventsName, in, func(_ int64, raw []byte) error {
+		if b.raw = append(b.raw, bytes.Clone(raw)); len(b.raw) < batchLines {
+			return nil
+		}
+		return send()
+	})
+	return errors.Join(err, send())
+}
+
+func (x *importer) parse(b *batch) {
+	defer close(b.done)
+	b.parsed = make([]parsedEvent, 0, len(b.raw))
+	for i, raw := range b.raw {
+		p, err := x.parseEvent(b.first+int64(i), raw)
+		if err != nil {
+			b.err = err
+			return
+		}
+		b.parsed = append(b.parsed, p)
+	}
+}
+
+func (x *importer) parseEvent(index int64, raw []byte) (p parsedEvent, err error) {
+	var l exportLine
+	if err := json.Unmarshal(raw, &l, json.RejectUnknownMembers(true)); err != nil || l.Index == nil {
+		return p, &Problem{index, "its line is not one that an export has"}
+	}
+	if *l.Index != index {
+		return p, &Problem{index, fmt.Sprintf("it is missing: event %d stands there", *l.Index)}
+	}
+	if p.event, err = Decode(l.Event); err != nil {
+		return p, &Problem{index, "its leaf is not an event"}
+	}
+	p.leaf = tlog.RecordHash(l.Event)
+	for sink, receipt := range l.Receipts {
+		if err := x.checkReceipt(sink, l.Event, receipt); err != nil {
+			return p, &Problem{index, fmt.Sprintf("the receipt of sink %s: %v", sink, err)}
+		}
+		p.receipts++
+	}
+	return p, nil
+}
+
+// checkReceipt checks Transit's signature of a leaf, "vault:vVERSION:BASE64".
+func (x *importer) checkReceipt(sink string, leaf []byte, receipt string) error {
+	parts := strings.Split(receipt, ":")
+	if len(parts) != 3 || parts[0] != "vault" || !strings.HasPrefix(parts[1], "v") {
+		return errors.New("it is not of the form vault:v1:base64")
+	}
+	version, err := strconv.Atoi(parts[1][1:])
+	if err != nil {
+		return errors.New("it is not of the form vault:v1:base64")
+	}
+	public := x.receipts[sink][version]
+	if public == nil {
+		return fmt.Errorf("it is signed by version %d of its key, which is none of the keys given", version)
+	}
+	signature, err := base64.StdEncoding.Strict().DecodeString(parts[2])
+	if err != nil || !ed25519.Verify(public, leaf, signature) {
+		return errors.New("it is not the key's signature of this event")
+	}
+	return nil
+}
+
+// take adds a batch to the tree, to the lives of keys, and compares it with
+// Vault's audit file.
+func (x *importer) take(b *batch) error {
+	for _, p := range b.parsed {
+		index := x.tree.size
+		if p.event.Policy != "" && x.policies[p.event.Policy] == nil {
+			return &Problem{index, fmt.Sprintf("the text of the policy that decided, %s, is missing", p.event.Policy)}
+		}
+		if err := x.lives.add(index, p.event); err != nil {
+			return &Problem{index, err.Error()}
+		}
+		if x.vault != nil {
+			if err := x.vault.match(index, p.leaf); err != nil {
+				return err
+			}
+		}
+		if p.event.Type == RollbackAccepted {
+			x.report.Rollbacks = append(x.report.Rollbacks, p.event.Detail["reason"])
+		}
+		x.report.Receipts += p.receipts
+		x.tree.push(p.leaf)
+		if err := x.checkRoot(); err != nil {
+			return err
+		}
+	}
+	x.progress(x.tree.size, x.report.Manifest.Size)
+	return b.err
+}
+
+// checkRoot compares the tree, at its present size, with the checkpoints of that size.
+func (x *importer) checkRoot() error {
+	roots := x.points[x.tree.size]
+	if len(roots) > 0 && slices.ContainsFunc(roots, func(r tlog.Hash) bool { return r != x.tree.root() }) {
+		return &Problem{x.tree.size - 1, "the events up to it are not those of the signed checkpoint: at least one was altered, dropped, inserted or moved"}
+	}
+	if x.vault != nil {
+		x.vault.matchRoot(x.report.Manifest.Origin, x.tree.size, x.tree.root)
+	}
+	return nil
+}
+
+// checkPoints compares the manifest with the newest signed checkpoint.
+func (x *importer) checkPoints() error {
+	m := x.report.Manifest
+	if x.report.Checkpoints == 0 {
+		return wrong("no checkpoint is signed by a given key: nothing vouches for the events")
+	}
+	if m.Size != x.newest.Size || m.Root != base64.StdEncoding.EncodeToString(x.newest.Root[:]) {
+		return wrong("the manifest says %d events, and the newest signed checkpoint %d, or another root", m.Size, x.newest.Size)
+	}
+	return nil
+}
+
+func (x *importer) readInventory(in io.Reader) error {
+	if err := x.complete(); err != nil {
+		return err
+	}
+	err := lines(inventoryName, in, func(n int64, raw []byte) error {
+		if n >= int64(len(x.lives.lives)) {
+			return wrong("%s: line %d tells of a key that the events do not know", inventoryName, n+1)
+		}
+		life := x.lives.lives[n]
+		want, err := life.line()
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(raw, want) {
+			return &Problem{life.Created.Index, fmt.Sprintf("the inventory's line %d does not tell of key %s what the events tell", n+1, life.Key)}
+		}
+		x.report.Keys++
+		return nil
+	})
+	if err == nil && x.report.Keys < int64(len(x.lives.lives)) {
+		life := x.lives.lives[x.report.Keys]
+		return &Problem{life.Created.Index, fmt.Sprintf("key %s is missing in the inventory", life.Key)}
+	}
+	return err
+}
+
+// complete reports events that are missing at the end, or too many.
+func (x *importer) complete() error {
+	m := x.report.Manifest
+	switch {
+	case x.tree.size < m.Size:
+		return &Problem{x.tree.size, fmt.Sprintf("it is missing: the signed checkpoint covers %d events", m.Size)}
+	case x.tree.size > m.Size:
+		return &Problem{m.Size, fmt.Sprintf("the signed checkpoint covers %d events: it was appended", m.Size)}
+	}
+	return nil
+}
+
+func (x *importer) finish() error {
+	if err := x.complete(); err != nil {
+		return err
+	}
+	if x.vault == nil {
+		return nil
+	}
+	report, err := x.vault.finish(len(x.report.Rollbacks) > 0)
+	x.report.Vault = &report
+	return err
+}

@@ -1,0 +1,163 @@
+package sqlstore
+
+import (
+	"context"
+	"crypto/ed25519"
+	"database/sql"
+	"errors"
+	"fmt"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+)
+
+var (
+	_ audit.CheckpointStore = (*DB)(nil)
+	_ audit.Evidence        = (*DB)(nil)
+)
+
+// Consistency implements audit.CheckpointStore.
+func (d *DB) Consistency(ctx context.Context, size, old int64) (tlog.TreeProof, error) {
+	return tlog.ProveTree(size, old, hashReader(ctx, d.read))
+}
+
+// Inclusion implements audit.Evidence.
+func (d *DB) Inclusion(ctx context.Context, size, index int64) (tlog.RecordProof, error) {
+	return tlog.ProveRecord(size, index, hashReader(ctx, d.read))
+}
+
+func scanSigned(scan func(...any) error) (s audit.Signed, err error) {
+	if err := scan(&s.Seq, &s.Note); err != nil {
+		return s, err
+	}
+	s.Checkpoint, err = audit.ParseCheckpoint(s.Note)
+	return s, err
+}
+
+// LastSigned implements audit.CheckpointStore.
+func (d *DB) LastSigned(ctx context.Context) (audit.Signed, error) {
+	found, err := query(ctx, d.read, scanSigned, "SELECT seq, text FROM signed_checkpoints WHERE superseded = 0 ORDER BY seq DESC LIMIT 1")
+	if err != nil || len(found) == 0 {
+		return audit.Signed{}, err
+	}
+	return found[0], nil
+}
+
+// SignedAfter implements audit.Store.
+func (d *DB) SignedAfter(ctx context.Context, seq int64) ([]audit.Signed, error) {
+	return query(ctx, d.read, scanSigned, "SELECT seq, text FROM signed_checkpoints WHERE superseded = 0 AND seq > $1 ORDER BY seq LIMIT 1000", seq)
+}
+
+// KeepSigned implements audit.CheckpointStore.
+func (d *DB) KeepSigned(ctx context.Context, s audit.Signed, vkey string) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		if _, err := exec(ctx, tx, "INSERT INTO checkpoint_keys (vkey) VALUES ($1) ON CONFLICT DO NOTHING", vkey); err != nil {
+			return err
+		}
+		return one(exec(ctx, tx, "INSERT INTO signed_checkpoints (size, text) VALUES ($1, $2)", s.Size, s.Note))
+	})
+}
+
+// Supersede marks the signed checkpoints from place seq on as being of a log
+// that was set back since.
+func (d *DB) Supersede(ctx context.Context, seq int64) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		_, err := exec(ctx, tx, "UPDATE signed_checkpoints SET superseded = 1 WHERE seq >= $1", seq)
+		return err
+	})
+}
+
+// CheckpointKeys implements audit.Evidence.
+func (d *DB) CheckpointKeys(ctx context.Context) ([]string, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (vkey string, err error) {
+		err = scan(&vkey)
+		return vkey, err
+	}, "SELECT vkey FROM checkpoint_keys ORDER BY seq")
+}
+
+// SealedCheckpointKey returns the sealed private half of a checkpoint key that
+// is kept here, or nil.
+func (d *DB) SealedCheckpointKey(ctx context.Context) (sealed []byte, err error) {
+	err = d.read.QueryRowContext(ctx, "SELECT sealed FROM checkpoint_keys WHERE sealed IS NOT NULL ORDER BY seq LIMIT 1").Scan(&sealed)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, nil
+	}
+	return sealed, unavailable(err)
+}
+
+// KeepCheckpointKey stores a checkpoint key's verifier key, with its sealed
+// private half where that is kept here. One that is known stays as it is.
+func (d *DB) KeepCheckpointKey(ctx context.Context, vkey string, sealed []byte) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		_, err := exec(ctx, tx, "INSERT INTO checkpoint_keys (vkey, sealed) VALUES ($1, $2) ON CONFLICT DO NOTHING", vkey, sealed)
+		return err
+	})
+}
+
+// KeepReceiptKeys stores the public keys that a sink signs receipts with.
+func (d *DB) KeepReceiptKeys(ctx context.Context, sink string, keys map[int]ed25519.PublicKey) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		for version, public := range keys {
+			if _, err := exec(ctx, tx, "INSERT INTO receipt_keys (sink, version, public) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+				sink, version, []byte(public)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// ReceiptKeys implements audit.Evidence.
+func (d *DB) ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (k audit.ReceiptKey, err error) {
+		err = scan(&k.Sink, &k.Version, &k.Public)
+		return k, err
+	}, "SELECT sink, version, public FROM receipt_keys ORDER BY sink, version")
+}
+
+// KeepPolicy stores the files of a policy that is in force.
+func (d *DB) KeepPolicy(ctx context.Context, revision string, files map[string][]byte) error {
+	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		for name, content := range files {
+			if _, err := exec(ctx, tx, "INSERT INTO policies (revision, name, content) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+				revision, name, content); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// Policies implements audit.Evidence.
+func (d *DB) Policies(ctx context.Context) ([]audit.PolicyFile, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (f audit.PolicyFile, err error) {
+		err = scan(&f.Revision, &f.Name, &f.Content)
+		return f, err
+	}, "SELECT revision, name, content FROM policies ORDER BY revision, name")
+}
+
+// Receipts implements audit.Evidence.
+func (d *DB) Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (r audit.Receipt, err error) {
+		err = scan(&r.Index, &r.Receipt)
+		return r, err
+	}, "SELECT idx, receipt FROM event_receipts WHERE sink = $1 AND idx >= $2 AND idx < $3 ORDER BY idx", sink, from, to)
+}
+
+// Erase deletes what events know of a person: of those whose actor is subject,
+// and returns how many there were. event says so in the log, and goes with it
+// in one transaction.
+func (d *DB) Erase(ctx context.Context, subject string, event func(count int64) audit.Event) (n int64, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		n, err = exec(ctx, tx, "DELETE FROM event_persons WHERE event_id IN (SELECT id FROM events WHERE actor = $1)", subject)
+		if err != nil {
+			return err
+		}
+		return d.record(ctx, tx, event(n))
+	})
+	if err != nil {
+		return 0, fmt.Errorf("erasing what is known of a person: %w", err)
+	}
+	return n, nil
+}
