@@ -169,20 +169,13 @@ func TestPromise8_RestartsGoOnWithWhatIsThere(t *testing.T) {
 	key := s.Generate(t, org)
 	token := s.Token(t, org, "OWNER")
 	for _, end := range []string{"SIGTERM", "SIGKILL"} {
-		left := func() []int { return nil }
-		if end == "SIGTERM" {
-			if children := s.Children(); len(children) != 0 {
-				t.Logf("children while it runs: %v", children)
-			}
-			if code := s.Stop(t); code != 0 {
-				t.Errorf("after SIGTERM: exit code %d", code)
-			}
-		} else {
+		if end == "SIGKILL" {
 			s.Kill()
+		} else if code := s.Stop(t); code != 0 {
+			t.Errorf("after SIGTERM: exit code %d", code)
 		}
-		left = s.Children
-		if l := left(); len(l) != 0 {
-			t.Errorf("after %s these processes are left: %v", end, l)
+		if left := s.Children(); len(left) != 0 {
+			t.Errorf("after %s these processes are left: %v", end, left)
 		}
 		s.Start(t)
 		listed := harness.ReadList(t, s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: token}))
