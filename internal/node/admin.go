@@ -85,12 +85,12 @@ func (s *Service) PutSecret(ctx context.Context, call gate.Call, org, name strin
 func checkSecret(name string, value []byte) error {
 	switch {
 	case !secretName.MatchString(name):
-		return &InputError{"name", "is not a lower-case letter followed by up to 63 lower-case letters, digits and underscores"}
+		return &InputError{Field: "name", Problem: "is not a lower-case letter followed by up to 63 lower-case letters, digits and underscores"}
 	case len(value) == 0:
 		// An upload that went wrong would otherwise blank every node's secret.
-		return &InputError{"", "the secret is empty"}
+		return &InputError{Field: "", Problem: "the secret is empty"}
 	case len(value) > envelope.MaxSecret:
-		return &InputError{"", fmt.Sprintf("the secret is longer than %d bytes", envelope.MaxSecret)}
+		return &InputError{Field: "", Problem: fmt.Sprintf("the secret is longer than %d bytes", envelope.MaxSecret)}
 	}
 	return nil
 }

@@ -50,6 +50,7 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/jsonbody"
 )
 
 const (
@@ -83,19 +84,8 @@ var (
 	ErrTooManySecrets = fmt.Errorf("an organization may have %d secrets", MaxSecrets)
 )
 
-// InputError says what is wrong with a request, in words for its sender. It
-// repeats nothing that the request contained.
-type InputError struct {
-	Field   string // empty if it is about the body as a whole
-	Problem string
-}
-
-func (e *InputError) Error() string {
-	if e.Field == "" {
-		return e.Problem
-	}
-	return e.Field + " " + e.Problem
-}
+// InputError says what is wrong with a request, in words for its sender.
+type InputError = jsonbody.Error
 
 // Origin is where a signed request came from.
 type Origin struct {

@@ -4,20 +4,17 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
-	"errors"
 	"net/netip"
 	"strings"
 	"time"
-	"unicode"
 
-	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/jsonbody"
 )
 
 const (
-	maxText      = 256  // bytes of a text field
 	maxSignature = 1368 // base64 of an 8192-bit signature
 	maxServices  = 1<<53 - 1
 )
@@ -65,10 +62,10 @@ type registerFields struct {
 func parse(e endpoint, body []byte) (request, error) {
 	var f registerFields
 	if e == register {
-		if err := decode(body, &f); err != nil {
+		if err := jsonbody.Decode(body, &f); err != nil {
 			return request{}, err
 		}
-	} else if err := decode(body, &f.signedFields); err != nil {
+	} else if err := jsonbody.Decode(body, &f.signedFields); err != nil {
 		return request{}, err
 	}
 	r, err := f.signedFields.check(e)
@@ -79,27 +76,13 @@ func parse(e endpoint, body []byte) (request, error) {
 	return r, err
 }
 
-func decode(body []byte, into any) error {
-	err := json.Unmarshal(body, into)
-	if err == nil {
-		return nil
-	}
-	if wrong, ok := errors.AsType[*json.SemanticError](err); ok && wrong.JSONPointer != "" {
-		return &InputError{strings.TrimPrefix(string(wrong.JSONPointer), "/"), "is of the wrong type"}
-	}
-	if errors.Is(err, jsontext.ErrDuplicateName) {
-		return &InputError{"", "the body has a name twice"}
-	}
-	return &InputError{"", "the body is not one JSON object in UTF-8"}
-}
-
 func (f signedFields) check(e endpoint) (request, error) {
 	r := request{endpoint: e}
 	var err error
 	if r.org, err = f.organization(); err != nil {
 		return r, err
 	}
-	if r.ip, err = requiredText("ip", f.IP); err != nil {
+	if r.ip, err = jsonbody.RequiredText("ip", f.IP); err != nil {
 		return r, err
 	}
 	if r.addr, err = parseIP(r.ip); err != nil {
@@ -117,17 +100,17 @@ func (f signedFields) check(e endpoint) (request, error) {
 
 func (f signedFields) organization() (string, error) {
 	if f.IDOrg == nil && f.OrgID == nil {
-		return "", &InputError{"id_org", "is required"}
+		return "", &InputError{Field: "id_org", Problem: "is required"}
 	}
 	if f.IDOrg != nil && f.OrgID != nil && *f.IDOrg != *f.OrgID {
-		return "", &InputError{"id_org", "and org_id differ"}
+		return "", &InputError{Field: "id_org", Problem: "and org_id differ"}
 	}
 	org := f.IDOrg
 	if org == nil {
 		org = f.OrgID
 	}
 	if gate.CheckOrg(*org) != nil {
-		return "", &InputError{"id_org", "is not an organization ID"}
+		return "", &InputError{Field: "id_org", Problem: "is not an organization ID"}
 	}
 	return *org, nil
 }
@@ -137,10 +120,10 @@ func (f signedFields) organization() (string, error) {
 func parseIP(text string) (netip.Addr, error) {
 	addr, err := netip.ParseAddr(text)
 	if err != nil {
-		return netip.Addr{}, &InputError{"ip", "is not an IP address"}
+		return netip.Addr{}, &InputError{Field: "ip", Problem: "is not an IP address"}
 	}
 	if addr.Zone() != "" {
-		return netip.Addr{}, &InputError{"ip", "has a zone"}
+		return netip.Addr{}, &InputError{Field: "ip", Problem: "has a zone"}
 	}
 	return addr.Unmap(), nil
 }
@@ -149,49 +132,36 @@ func (f signedFields) region(e endpoint) (string, error) {
 	if e == unregister && (f.Region == nil || *f.Region == "") {
 		return "", nil
 	}
-	region, err := requiredText("region", f.Region)
+	region, err := jsonbody.RequiredText("region", f.Region)
 	if err == nil && strings.Contains(region, "|") {
-		return "", &InputError{"region", "has a | in it"}
+		return "", &InputError{Field: "region", Problem: "has a | in it"}
 	}
 	return region, err
 }
 
 // timestampField returns the text that the signature covers, and its time.
 func timestampField(v jsontext.Value) (string, time.Time, error) {
-	var text string
-	switch v.Kind() {
-	case 0, 'n':
-		return "", time.Time{}, &InputError{"timestamp", "is required"}
-	case '0':
-		text = string(v)
-	case '"':
-		if err := json.Unmarshal(v, &text); err != nil {
-			return "", time.Time{}, &InputError{"timestamp", "is of the wrong type"}
-		}
-	default:
-		return "", time.Time{}, &InputError{"timestamp", "is of the wrong type"}
+	text, t, err := jsonbody.Timestamp("timestamp", v)
+	if err == nil && text == "" {
+		err = &InputError{Field: "timestamp", Problem: "is required"}
 	}
-	t, ok := parseTimestamp(text)
-	if !ok {
-		return "", time.Time{}, &InputError{"timestamp", "is none of: seconds since 1970 in 10 digits, milliseconds in 13, RFC 3339 with an offset"}
-	}
-	return text, t, nil
+	return text, t, err
 }
 
 func signatureField(s *string) ([]byte, error) {
 	if s == nil || *s == "" {
-		return nil, &InputError{"signature", "is required"}
+		return nil, &InputError{Field: "signature", Problem: "is required"}
 	}
 	if len(*s) > maxSignature {
-		return nil, &InputError{"signature", "is too long"}
+		return nil, &InputError{Field: "signature", Problem: "is too long"}
 	}
 	// The decoder would skip over line breaks.
 	if strings.ContainsAny(*s, "\r\n") {
-		return nil, &InputError{"signature", "has a line break in it"}
+		return nil, &InputError{Field: "signature", Problem: "has a line break in it"}
 	}
 	decoded, err := base64.StdEncoding.Strict().DecodeString(*s)
 	if err != nil {
-		return nil, &InputError{"signature", "is not base64 with padding"}
+		return nil, &InputError{Field: "signature", Problem: "is not base64 with padding"}
 	}
 	return decoded, nil
 }
@@ -199,13 +169,13 @@ func signatureField(s *string) ([]byte, error) {
 func (f registerFields) node(r request) (Node, error) {
 	n := Node{Org: r.org, IP: r.addr, Region: r.region}
 	var err error
-	if n.Version, err = requiredText("version", f.Version); err != nil {
+	if n.Version, err = jsonbody.RequiredText("version", f.Version); err != nil {
 		return Node{}, err
 	}
-	if n.Status, err = requiredText("status", f.Status); err != nil {
+	if n.Status, err = jsonbody.RequiredText("status", f.Status); err != nil {
 		return Node{}, err
 	}
-	if n.URL, err = optionalText("url", f.URL); err != nil {
+	if n.URL, err = jsonbody.Text("url", f.URL); err != nil {
 		return Node{}, err
 	}
 	if f.Provider != nil {
@@ -213,41 +183,16 @@ func (f registerFields) node(r request) (Node, error) {
 		switch n.Provider {
 		case "S3", "GCS", "AZURE", "AWS", "GCP":
 		default:
-			return Node{}, &InputError{"provider", "is none of S3, GCS, AZURE, AWS, GCP"}
+			return Node{}, &InputError{Field: "provider", Problem: "is none of S3, GCS, AZURE, AWS, GCP"}
 		}
 	}
 	if f.NodeServices != nil {
 		n.Services = *f.NodeServices
 		if n.Services < -maxServices || n.Services > maxServices {
-			return Node{}, &InputError{"nodeServices", "is out of range"}
+			return Node{}, &InputError{Field: "nodeServices", Problem: "is out of range"}
 		}
 	}
 	return n, nil
-}
-
-func requiredText(field string, s *string) (string, error) {
-	if s == nil || *s == "" {
-		return "", &InputError{field, "is required"}
-	}
-	return optionalText(field, s)
-}
-
-func optionalText(field string, s *string) (string, error) {
-	if s == nil {
-		return "", nil
-	}
-	if len(*s) > maxText {
-		return "", &InputError{field, "is longer than 256 bytes"}
-	}
-	if strings.ContainsFunc(*s, hidden) {
-		return "", &InputError{field, "has a control character in it"}
-	}
-	return *s, nil
-}
-
-// hidden is true of characters that make a text look like another one.
-func hidden(c rune) bool {
-	return unicode.IsControl(c) || unicode.Is(unicode.Bidi_Control, c)
 }
 
 // messages returns every line that the request's signature may be over.
@@ -268,11 +213,11 @@ func (r request) messages() []string {
 // as region and timestamp, or (by unregister) as timestamp and organization.
 func (r request) presentable() time.Time {
 	latest := r.time
-	if _, numeric := parseTimestamp(r.org); !numeric {
+	if _, numeric := jsonbody.ParseTimestamp(r.org); !numeric {
 		return latest
 	}
 	for _, text := range []string{r.org, r.region} {
-		if t, ok := parseTimestamp(text); ok && t.After(latest) {
+		if t, ok := jsonbody.ParseTimestamp(text); ok && t.After(latest) {
 			latest = t
 		}
 	}

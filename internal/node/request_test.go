@@ -4,10 +4,11 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/orgkeys/orgkeys/internal/jsonbody"
 )
 
 var someSignature = base64.StdEncoding.EncodeToString(make([]byte, 256))
@@ -76,44 +77,44 @@ func TestRefusedRegistrations(t *testing.T) {
 		want    InputError
 	}
 	cases := []refusal{
-		{"no organization", map[string]any{"id_org": nil}, InputError{"id_org", required}},
-		{"organizations differ", map[string]any{"org_id": "other"}, InputError{"id_org", "and org_id differ"}},
-		{"organizations differ, one empty", map[string]any{"org_id": ""}, InputError{"id_org", "and org_id differ"}},
-		{"malformed organization", map[string]any{"id_org": "a b"}, InputError{"id_org", "is not an organization ID"}},
-		{"unknown provider", map[string]any{"provider": "s3"}, InputError{"provider", "is none of S3, GCS, AZURE, AWS, GCP"}},
-		{"nodeServices as text", map[string]any{"nodeServices": "1"}, InputError{"nodeServices", wrongType}},
-		{"nodeServices with a fraction", map[string]any{"nodeServices": 1.5}, InputError{"nodeServices", wrongType}},
-		{"nodeServices beyond JavaScript", map[string]any{"nodeServices": raw("9007199254740992")}, InputError{"nodeServices", "is out of range"}},
-		{"url too long", map[string]any{"url": strings.Repeat("u", 257)}, InputError{"url", long}},
+		{"no organization", map[string]any{"id_org": nil}, InputError{Field: "id_org", Problem: required}},
+		{"organizations differ", map[string]any{"org_id": "other"}, InputError{Field: "id_org", Problem: "and org_id differ"}},
+		{"organizations differ, one empty", map[string]any{"org_id": ""}, InputError{Field: "id_org", Problem: "and org_id differ"}},
+		{"malformed organization", map[string]any{"id_org": "a b"}, InputError{Field: "id_org", Problem: "is not an organization ID"}},
+		{"unknown provider", map[string]any{"provider": "s3"}, InputError{Field: "provider", Problem: "is none of S3, GCS, AZURE, AWS, GCP"}},
+		{"nodeServices as text", map[string]any{"nodeServices": "1"}, InputError{Field: "nodeServices", Problem: wrongType}},
+		{"nodeServices with a fraction", map[string]any{"nodeServices": 1.5}, InputError{Field: "nodeServices", Problem: wrongType}},
+		{"nodeServices beyond JavaScript", map[string]any{"nodeServices": raw("9007199254740992")}, InputError{Field: "nodeServices", Problem: "is out of range"}},
+		{"url too long", map[string]any{"url": strings.Repeat("u", 257)}, InputError{Field: "url", Problem: long}},
 
-		{"ip with a port", map[string]any{"ip": "192.0.2.7:80"}, InputError{"ip", noIP}},
-		{"ip with leading zeros", map[string]any{"ip": "192.0.02.7"}, InputError{"ip", noIP}},
-		{"ip with a separator", map[string]any{"ip": "192.0.2.7|x"}, InputError{"ip", noIP}},
-		{"host name", map[string]any{"ip": "node.example"}, InputError{"ip", noIP}},
-		{"zone", map[string]any{"ip": "fe80::1%eth0"}, InputError{"ip", "has a zone"}},
-		{"region with a separator", map[string]any{"region": "eu|1"}, InputError{"region", "has a | in it"}},
+		{"ip with a port", map[string]any{"ip": "192.0.2.7:80"}, InputError{Field: "ip", Problem: noIP}},
+		{"ip with leading zeros", map[string]any{"ip": "192.0.02.7"}, InputError{Field: "ip", Problem: noIP}},
+		{"ip with a separator", map[string]any{"ip": "192.0.2.7|x"}, InputError{Field: "ip", Problem: noIP}},
+		{"host name", map[string]any{"ip": "node.example"}, InputError{Field: "ip", Problem: noIP}},
+		{"zone", map[string]any{"ip": "fe80::1%eth0"}, InputError{Field: "ip", Problem: "has a zone"}},
+		{"region with a separator", map[string]any{"region": "eu|1"}, InputError{Field: "region", Problem: "has a | in it"}},
 
-		{"9 digits", map[string]any{"timestamp": "170000000"}, InputError{"timestamp", stampForm}},
-		{"11 digits", map[string]any{"timestamp": "17000000000"}, InputError{"timestamp", stampForm}},
-		{"exponent", map[string]any{"timestamp": raw("1.7e9")}, InputError{"timestamp", stampForm}},
-		{"fraction", map[string]any{"timestamp": raw("1700000000.0")}, InputError{"timestamp", stampForm}},
-		{"minus", map[string]any{"timestamp": raw("-1700000000")}, InputError{"timestamp", stampForm}},
-		{"RFC 3339 without an offset", map[string]any{"timestamp": "2023-11-14T22:13:20"}, InputError{"timestamp", stampForm}},
-		{"timestamp null", map[string]any{"timestamp": raw("null")}, InputError{"timestamp", required}},
-		{"timestamp true", map[string]any{"timestamp": true}, InputError{"timestamp", wrongType}},
+		{"9 digits", map[string]any{"timestamp": "170000000"}, InputError{Field: "timestamp", Problem: stampForm}},
+		{"11 digits", map[string]any{"timestamp": "17000000000"}, InputError{Field: "timestamp", Problem: stampForm}},
+		{"exponent", map[string]any{"timestamp": raw("1.7e9")}, InputError{Field: "timestamp", Problem: stampForm}},
+		{"fraction", map[string]any{"timestamp": raw("1700000000.0")}, InputError{Field: "timestamp", Problem: stampForm}},
+		{"minus", map[string]any{"timestamp": raw("-1700000000")}, InputError{Field: "timestamp", Problem: stampForm}},
+		{"RFC 3339 without an offset", map[string]any{"timestamp": "2023-11-14T22:13:20"}, InputError{Field: "timestamp", Problem: stampForm}},
+		{"timestamp null", map[string]any{"timestamp": raw("null")}, InputError{Field: "timestamp", Problem: required}},
+		{"timestamp true", map[string]any{"timestamp": true}, InputError{Field: "timestamp", Problem: wrongType}},
 
-		{"signature without padding", map[string]any{"signature": strings.TrimRight(someSignature, "=")}, InputError{"signature", "is not base64 with padding"}},
-		{"signature in url-safe base64", map[string]any{"signature": "_-" + someSignature[2:]}, InputError{"signature", "is not base64 with padding"}},
-		{"signature with loose bits", map[string]any{"signature": "AB=="}, InputError{"signature", "is not base64 with padding"}},
-		{"signature with a line break", map[string]any{"signature": someSignature + "\n"}, InputError{"signature", "has a line break in it"}},
-		{"signature of 1 MB", map[string]any{"signature": strings.Repeat("A", 1<<20)}, InputError{"signature", "is too long"}},
+		{"signature without padding", map[string]any{"signature": strings.TrimRight(someSignature, "=")}, InputError{Field: "signature", Problem: "is not base64 with padding"}},
+		{"signature in url-safe base64", map[string]any{"signature": "_-" + someSignature[2:]}, InputError{Field: "signature", Problem: "is not base64 with padding"}},
+		{"signature with loose bits", map[string]any{"signature": "AB=="}, InputError{Field: "signature", Problem: "is not base64 with padding"}},
+		{"signature with a line break", map[string]any{"signature": someSignature + "\n"}, InputError{Field: "signature", Problem: "has a line break in it"}},
+		{"signature of 1 MB", map[string]any{"signature": strings.Repeat("A", 1<<20)}, InputError{Field: "signature", Problem: "is too long"}},
 	}
 	for _, field := range []string{"ip", "region", "timestamp", "signature", "version", "status"} {
-		cases = append(cases, refusal{"no " + field, map[string]any{field: nil}, InputError{field, required}})
+		cases = append(cases, refusal{"no " + field, map[string]any{field: nil}, InputError{Field: field, Problem: required}})
 	}
 	for _, field := range []string{"ip", "region", "signature", "id_org", "org_id", "version", "status", "provider", "url"} {
 		for kind, value := range map[string]any{"number": 1, "array": []int{}, "object": map[string]int{}, "true": true} {
-			cases = append(cases, refusal{field + " as " + kind, map[string]any{field: value}, InputError{field, wrongType}})
+			cases = append(cases, refusal{field + " as " + kind, map[string]any{field: value}, InputError{Field: field, Problem: wrongType}})
 		}
 	}
 	for _, field := range []string{"region", "version", "status", "url"} {
@@ -121,9 +122,9 @@ func TestRefusedRegistrations(t *testing.T) {
 			"NUL": "\x00", "line feed": "\n", "delete": "\x7f", "C1": "\u0085",
 			"right-to-left override": "\u202e", "isolate": "\u2066", "mark": "\u200f",
 		} {
-			cases = append(cases, refusal{field + " with " + kind, map[string]any{field: "a" + char + "b"}, InputError{field, control}})
+			cases = append(cases, refusal{field + " with " + kind, map[string]any{field: "a" + char + "b"}, InputError{Field: field, Problem: control}})
 		}
-		cases = append(cases, refusal{field + " of 1 MB", map[string]any{field: strings.Repeat("a", 1<<20)}, InputError{field, long}})
+		cases = append(cases, refusal{field + " of 1 MB", map[string]any{field: strings.Repeat("a", 1<<20)}, InputError{Field: field, Problem: long}})
 	}
 	for _, c := range cases {
 		refused(t, c.name, body(t, c.changes), c.want)
@@ -141,8 +142,8 @@ func refused(t *testing.T, name string, text []byte, want InputError) {
 
 func TestRefusedBodies(t *testing.T) {
 	good := string(body(t, nil))
-	twice := InputError{"", "the body has a name twice"}
-	notJSON := InputError{"", "the body is not one JSON object in UTF-8"}
+	twice := InputError{Field: "", Problem: "the body has a name twice"}
+	notJSON := InputError{Field: "", Problem: "the body is not one JSON object in UTF-8"}
 	for name, c := range map[string]struct {
 		text string
 		want InputError
@@ -151,7 +152,7 @@ func TestRefusedBodies(t *testing.T) {
 		"duplicate by escaping":    {strings.Replace(good, `{`, `{"\u0069p":"192.0.2.8",`, 1), twice},
 		"duplicate unknown name":   {strings.Replace(good, `{`, `{"x":1,"x":1,`, 1), twice},
 		"duplicate in the unknown": {strings.Replace(good, `{`, `{"x":{"y":1,"y":1},`, 1), twice},
-		"names in capitals":        {strings.ReplaceAll(good, `"ip"`, `"IP"`), InputError{"ip", "is required"}},
+		"names in capitals":        {strings.ReplaceAll(good, `"ip"`, `"IP"`), InputError{Field: "ip", Problem: "is required"}},
 		"trailing data":            {good + "{}", notJSON},
 		"invalid UTF-8":            {strings.Replace(good, "eu-west-1", "eu\xff", 1), notJSON},
 		"lone surrogate":           {strings.Replace(good, "eu-west-1", `\ud800`, 1), notJSON},
@@ -159,7 +160,7 @@ func TestRefusedBodies(t *testing.T) {
 		"empty":                    {"", notJSON},
 		"array":                    {"[" + good + "]", notJSON},
 		"text":                     {`"text"`, notJSON},
-		"null":                     {"null", InputError{"id_org", "is required"}},
+		"null":                     {"null", notJSON},
 		"cut off":                  {good[:len(good)-1], notJSON},
 		"deeply nested":            {strings.Replace(good, `{`, `{"x":`+strings.Repeat("[", 60000)+",", 1), notJSON},
 		"form":                     {"ip=192.0.2.7", notJSON},
@@ -278,29 +279,13 @@ func FuzzParse(f *testing.F) {
 			if r.addr.Zone() != "" || r.addr.Is4In6() || !r.addr.IsValid() {
 				t.Errorf("address %s", r.addr)
 			}
-			if strings.ContainsAny(r.ip+r.region, "|") || strings.ContainsFunc(r.ip+r.region+r.timestamp, hidden) {
-				t.Errorf("line of %q, %q, %q", r.ip, r.region, r.timestamp)
+			if strings.ContainsAny(r.ip+r.region, "|") {
+				t.Errorf("line of %q, %q", r.ip, r.region)
 			}
-		}
-	})
-}
-
-// A timestamp in digits is the same time as those digits say, and no other text passes for one.
-func FuzzTimestamp(f *testing.F) {
-	for _, text := range []string{"1700000000", "1700000000123", "2023-11-14T22:13:20Z", "2023-11-14t22:13:20.5-23:59", "2023-02-30T00:00:00Z"} {
-		f.Add(text)
-	}
-	f.Fuzz(func(t *testing.T, text string) {
-		got, ok := parseTimestamp(text)
-		if !ok {
-			return
-		}
-		if strings.ContainsFunc(text, func(c rune) bool { return !strings.ContainsRune("0123456789TtZz:+-.", c) }) {
-			t.Fatalf("%q passes", text)
-		}
-		if n, err := strconv.ParseInt(text, 10, 64); err == nil {
-			if (len(text) == 10 && got.Unix() != n) || (len(text) == 13 && got.UnixMilli() != n) {
-				t.Errorf("%q is %s", text, got)
+			for _, text := range []string{r.ip, r.region, r.timestamp} {
+				if _, err := jsonbody.Text("", &text); err != nil {
+					t.Errorf("%q in the line: %v", text, err)
+				}
 			}
 		}
 	})

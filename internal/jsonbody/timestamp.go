@@ -1,4 +1,4 @@
-package node
+package jsonbody
 
 import (
 	"regexp"
@@ -13,9 +13,9 @@ var (
 	dateForm = regexp.MustCompile(`^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?(?:[Zz]|[+-][0-9]{2}:[0-9]{2})$`)
 )
 
-// parseTimestamp reads epoch seconds (10 digits), epoch milliseconds (13
+// ParseTimestamp reads epoch seconds (10 digits), epoch milliseconds (13
 // digits), or RFC 3339 with an offset.
-func parseTimestamp(text string) (time.Time, bool) {
+func ParseTimestamp(text string) (time.Time, bool) {
 	if epochForm.MatchString(text) {
 		n, err := strconv.ParseInt(text, 10, 64)
 		if err != nil {
