@@ -17,8 +17,9 @@ import (
 )
 
 func (a *API) routesKeys(r gin.IRouter) {
+	r.POST("/organization/:idOrg/key", a.whileServing, formAuthorization, a.authenticate,
+		a.organization(authz.GenerateKey), a.withoutBody, a.generateKey)
 	keys := r.Group("/organization/:idOrg/key", a.whileServing, a.authenticate)
-	keys.POST("", a.organization(authz.GenerateKey), a.withoutBody, a.generateKey)
 	keys.GET("", a.organization(authz.ListKeys), a.withoutBody, a.listKeys)
 	keys.DELETE("", a.organization(authz.DeleteAllKeys), a.withoutBody, a.deleteKeys)
 	keys.DELETE("/:idKey", a.organization(authz.DeleteKey), a.withoutBody, a.deleteKey)
