@@ -83,6 +83,12 @@ func (s *Server) ping() error {
 	return errors.Join(c.Ping(context.Background()).Err(), c.Close())
 }
 
+// Flush makes the server forget everything.
+func (s *Server) Flush(ctx context.Context) error {
+	c := redis.NewClient(&redis.Options{Addr: s.Addr(), MaxRetries: -1})
+	return errors.Join(c.FlushAll(ctx).Err(), c.Close())
+}
+
 // Stop kills the server.
 func (s *Server) Stop() error {
 	if s.cmd == nil {

@@ -1,0 +1,143 @@
+// Package cluster runs replicas of the real program on one PostgreSQL, one
+// Redis and one Vault, all of them real, for tests of several replicas.
+package cluster
+
+import (
+	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/redislock/redistest"
+	"github.com/orgkeys/orgkeys/internal/sqlstore/pgtest"
+	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
+)
+
+// Cluster is what the replicas share, and the replicas.
+type Cluster struct {
+	Postgres *pgtest.Server
+	Redis    *redistest.Server
+	Vault    *vaulttest.Server
+	Issuer   *harness.Issuer
+	Replicas []*harness.Server
+	Database string // URL
+}
+
+// Start starts what n replicas share and then the replicas, each on a port of
+// its own that it keeps across restarts. The test's end stops everything.
+func Start(t testing.TB, n int, more ...harness.Option) *Cluster {
+	t.Helper()
+	c := Configure(t, n, more...)
+	for _, r := range c.Replicas {
+		r.Start(t)
+	}
+	return c
+}
+
+// Configure is Start without starting the replicas.
+func Configure(t testing.TB, n int, more ...harness.Option) *Cluster {
+	t.Helper()
+	c := &Cluster{Issuer: harness.NewIssuer(t)}
+	c.startPostgres(t)
+	c.startRedis(t)
+	options := append(c.startVault(t),
+		harness.TrustedBy(c.Issuer), harness.Set("ORGKEYS_KEYSTORE", "vault"),
+		harness.Set("ORGKEYS_DATABASE_URL", c.Database), harness.Set("ORGKEYS_REDIS_URL", c.Redis.URL()))
+	for i := range n {
+		own := append(options, harness.In(filepath.Join(t.TempDir(), fmt.Sprintf("replica-%d", i+1))),
+			harness.Set("ORGKEYS_LISTEN", freeAddress(t)), harness.Set("ORGKEYS_ADMIN_LISTEN", freeAddress(t)))
+		c.Replicas = append(c.Replicas, harness.Configure(t, append(own, more...)...))
+	}
+	return c
+}
+
+func (c *Cluster) startPostgres(t testing.TB) {
+	t.Helper()
+	var err error
+	if c.Postgres, err = pgtest.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { atEnd(t, c.Postgres.Close) })
+	if c.Database, err = c.Postgres.NewDatabase("orgkeys"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (c *Cluster) startRedis(t testing.TB) {
+	t.Helper()
+	var err error
+	if c.Redis, err = redistest.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { atEnd(t, c.Redis.Close) })
+}
+
+func (c *Cluster) startVault(t testing.TB) []harness.Option {
+	t.Helper()
+	var err error
+	if c.Vault, err = vaulttest.Start(t.Context(), t.TempDir()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { atEnd(t, c.Vault.Kill) })
+	login, err := c.Vault.AppRole(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	options := []harness.Option{
+		harness.Set("ORGKEYS_VAULT_ROLE_ID_FILE", login.RoleIDFile), harness.Set("ORGKEYS_VAULT_SECRET_ID_FILE", login.SecretIDFile),
+	}
+	for _, pair := range c.Vault.Env() {
+		name, value, _ := strings.Cut(pair, "=")
+		options = append(options, harness.Set(name, value))
+	}
+	return options
+}
+
+func atEnd(t testing.TB, stop func() error) {
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// freeAddress is a loopback address that nobody listens on at the moment.
+func freeAddress(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// Owner is a token of an organization's owner.
+func (c *Cluster) Owner(t testing.TB, org string) string {
+	t.Helper()
+	return c.Issuer.Token(t, harness.Claims{"org_id": org, "org_role": "OWNER"})
+}
+
+// Signed is the body of a node's signed request, good for /secrets and
+// /register, of the present moment.
+func Signed(key *rsa.PrivateKey, org, ip string) ([]byte, error) {
+	timestamp := fmt.Sprint(time.Now().UnixMilli())
+	digest := sha256.Sum256([]byte(ip + "|eu-1|" + timestamp + "|" + org))
+	signature, err := rsa.SignPKCS1v15(rand.Reader, key, crypto.SHA256, digest[:])
+	if err != nil {
+		return nil, err
+	}
+	body, encodeErr := json.Marshal(map[string]any{
+		"ip": ip, "region": "eu-1", "timestamp": timestamp, "id_org": org, "version": "1.0", "status": "active",
+		"signature": base64.StdEncoding.EncodeToString(signature),
+	})
+	return body, errors.Join(err, encodeErr)
+}
