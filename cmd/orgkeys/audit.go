@@ -19,7 +19,8 @@ import (
 
 func newAudit() *cobra.Command {
 	cmd := &cobra.Command{Use: "audit", Short: "Read and verify the audit log"}
-	cmd.AddCommand(newAuditVerify(), newAuditList(), newAcceptRollback())
+	cmd.AddCommand(newAuditVerify(), newAuditList(), newAuditExport(), newAuditProve(), newVerifyProof(),
+		newAuditKey(), newAuditCheckpoint(), newAuditErase(), newAcceptRollback())
 	return cmd
 }
 
@@ -54,10 +55,16 @@ var errNotExcluded = errors.New("truncation not excluded: no copy of the log fro
 
 func newAuditVerify() *cobra.Command {
 	var sink, checkpoint string
+	var keys, vaultFiles []string
 	cmd := &cobra.Command{
-		Use:   "verify",
-		Short: "Verify the audit log offline",
-		Long: `Verifies that every event is the one that the log's Merkle tree was built from,
+		Use:   "verify [ARCHIVE]",
+		Short: "Verify the audit log, or an export of it, offline",
+		Long: `With ARCHIVE, an export: verifies it against the public keys given with --key and
+nothing else. It needs no settings, and names the first thing wrong. With
+--vault-audit every event is compared with Vault's own audit file, and the other
+way round.
+
+Without ARCHIVE it is the log in the database: verifies that every event is the one that the log's Merkle tree was built from,
 that nothing is missing, inserted or out of order, that keys and events agree,
 and that the log extends what a sink holds. It reads the database directly and
 needs neither the server nor the HSM; the server may run meanwhile.
@@ -68,8 +75,17 @@ counts only if it lies outside the data directory, or is given with --sink.
 
 Exit code 0: verified, truncation excluded. 1: something is wrong, the first
 bad event is named. 3: consistent, but truncation is not excluded.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 1 {
+				if sink != "" || checkpoint != "" {
+					return errors.New("--sink and --checkpoint are for the log in the database; an export is verified with --key and --vault-audit")
+				}
+				return verifyExport(cmd, args[0], keys, vaultFiles)
+			}
+			if len(vaultFiles) > 0 {
+				return errors.New("--vault-audit is for an export: run \"orgkeys audit export FILE\", then \"orgkeys audit verify FILE --key … --vault-audit …\"")
+			}
 			cfg, err := load(cmd)
 			if err != nil {
 				return err
@@ -78,18 +94,29 @@ bad event is named. 3: consistent, but truncation is not excluded.`,
 			if err != nil {
 				return err
 			}
-			err = verify(cmd, cfg, db, sink, checkpoint)
+			err = verify(cmd, cfg, db, given{sink, checkpoint, keys})
 			return errors.Join(err, db.Close())
 		},
 	}
+	cmd.Flags().StringArrayVar(&keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it; may be repeated")
+	cmd.Flags().StringArrayVar(&vaultFiles, "vault-audit", nil, "Vault's audit file; repeated for rotated ones, oldest first")
 	cmd.Flags().StringVar(&sink, "sink", "", "a copy of the file sink, kept where the database's administrator cannot change it")
 	cmd.Flags().StringVar(&checkpoint, "checkpoint", "", "a file with a checkpoint of the log, kept likewise")
 	return cmd
 }
 
-func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, sink, checkpoint string) error {
-	evidence, independent, err := gatherEvidence(cfg, sink, checkpoint)
+// given is what the caller of verify gave to compare the log with.
+type given struct {
+	sink, checkpoint string
+	keys             []string
+}
+
+func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) error {
+	evidence, independent, err := gatherEvidence(cfg, g)
 	if err != nil {
+		return err
+	}
+	if err := addSigned(cmd.Context(), evidence, db, g.keys); err != nil {
 		return err
 	}
 	report, err := audit.Verify(cmd.Context(), db, evidence)
@@ -99,6 +126,9 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, sink, checkp
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "log %s: %d events, each the one that the tree was built from\n", report.Log.Origin, report.Log.Size)
 	fmt.Fprintf(out, "root hash %s\n", report.Log.Root)
+	if report.Signed > 0 {
+		fmt.Fprintf(out, "the newest signed checkpoint covers %d of them%s\n", report.Signed, unlessGiven(g.keys))
+	}
 	if report.Erased > 0 {
 		fmt.Fprintf(out, "%d events had their personal part erased\n", report.Erased)
 	}
@@ -117,7 +147,8 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, sink, checkp
 
 // gatherEvidence reads what to compare the log with, and says whether it comes
 // from outside the data directory.
-func gatherEvidence(cfg config.Config, sink, checkpoint string) (*audit.Copy, bool, error) {
+func gatherEvidence(cfg config.Config, g given) (*audit.Copy, bool, error) {
+	sink, checkpoint := g.sink, g.checkpoint
 	independent := sink != "" || checkpoint != ""
 	if sink == "" {
 		sink = cfg.AuditFile
@@ -149,13 +180,51 @@ func gatherEvidence(cfg config.Config, sink, checkpoint string) (*audit.Copy, bo
 		if err != nil {
 			return nil, false, err
 		}
-		c, err := audit.ParseCheckpoint(string(text))
+		c, err := readCheckpoint(string(text), g.keys)
 		if err != nil {
 			return nil, false, fmt.Errorf("%s: %w", checkpoint, err)
 		}
 		evidence.AddCheckpoint(c)
 	}
 	return evidence, independent, nil
+}
+
+// addSigned adds the signed checkpoints that are kept with the log. Where keys
+// are given, each must be signed by one of them.
+func addSigned(ctx context.Context, evidence *audit.Copy, db *sqlstore.DB, keys []string) error {
+	for seq := int64(0); ; {
+		page, err := db.SignedAfter(ctx, seq)
+		if err != nil || len(page) == 0 {
+			return err
+		}
+		for _, s := range page {
+			c, err := readCheckpoint(s.Note, keys)
+			if err != nil {
+				return fmt.Errorf("signed checkpoint %d in the database: %w", s.Seq, err)
+			}
+			evidence.AddSigned(c)
+			seq = s.Seq
+		}
+	}
+}
+
+func readCheckpoint(text string, vkeys []string) (audit.Checkpoint, error) {
+	if len(vkeys) == 0 {
+		return audit.ParseCheckpoint(text)
+	}
+	keys, err := audit.ParseKeys(vkeys...)
+	if err != nil {
+		return audit.Checkpoint{}, err
+	}
+	s, err := keys.Open(text)
+	return s.Checkpoint, err
+}
+
+func unlessGiven(keys []string) string {
+	if len(keys) == 0 {
+		return "; its signature was not checked, for no --key was given"
+	}
+	return ""
 }
 
 // outsideOf reports whether file lies outside dir, links resolved.
@@ -226,74 +295,4 @@ func list(ctx context.Context, w io.Writer, db *sqlstore.DB, from int64, org str
 		}
 		from += int64(len(entries))
 	}
-}
-
-func newAcceptRollback() *cobra.Command {
-	var reason string
-	cmd := &cobra.Command{
-		Use:   "accept-rollback --reason TEXT",
-		Short: "Go on with a log that was set back, as after restoring a backup",
-		Long: `The server refuses to start when the log does not extend what a sink has
-acknowledged: events were lost, by a restored backup or by somebody's hand. Find
-out which. If it was a backup, this records why in the log and in the sink, and
-the server goes on from here. The sink keeps the events that the log has lost.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if strings.TrimSpace(reason) == "" {
-				return errors.New("--reason: say why, for the auditors")
-			}
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
-			dir, err := openDataDir(cfg.DataDir)
-			if err != nil {
-				return err
-			}
-			db, err := openLog(cmd.Context(), cfg)
-			if err != nil {
-				return errors.Join(err, dir.close())
-			}
-			err = acceptRollback(cmd.Context(), cmd.OutOrStdout(), cfg, db, reason)
-			return errors.Join(err, db.Close(), dir.close())
-		},
-	}
-	cmd.Flags().StringVar(&reason, "reason", "", "why the log was set back")
-	return cmd
-}
-
-// acceptRollback writes the event before the sink's note: after a crash in
-// between, the server still refuses, and the command can be run again.
-func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, reason string) error {
-	sink := audit.NewFileSink(cfg.AuditFile)
-	held, err := sink.Last(ctx)
-	if err != nil {
-		return err
-	}
-	head, err := db.Head(ctx)
-	if err != nil {
-		return err
-	}
-	if held.Size <= head.Size {
-		then, err := db.At(ctx, held.Size)
-		if err != nil {
-			return err
-		}
-		if then == held {
-			_, err := fmt.Fprintln(out, "nothing to accept: the log extends what the sink holds")
-			return err
-		}
-	}
-	event := audit.New(audit.RollbackAccepted, "")
-	event.Actor = audit.Actor{Kind: audit.System, ID: "operator"}
-	event.Reason = "accepted"
-	event.Detail = map[string]string{"from": held.Text(), "to": head.Text(), "reason": reason}
-	if err := db.Record(ctx, event); err != nil {
-		return err
-	}
-	if err := sink.AcceptRollback(audit.Rollback{From: held.Text(), To: head.Text(), Reason: reason}); err != nil {
-		return err
-	}
-	_, err = fmt.Fprintf(out, "accepted: the log goes on from %d events; the sink had acknowledged %d\n", head.Size, held.Size)
-	return err
 }

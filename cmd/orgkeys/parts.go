@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -27,6 +28,8 @@ type backend struct {
 	keystore orgkey.Keystore
 	sealer   orgkey.Sealer
 	sink     audit.Sink // nil: the back end keeps no audit trail
+	signer   audit.Signer
+	receipts func(context.Context) (map[int]ed25519.PublicKey, error) // what sink signs with
 	healthy  func(context.Context) error
 	reap     func(context.Context) error // clears what crashes left in the back end, until ctx ends
 	close    func() error
@@ -83,8 +86,10 @@ func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.
 	}
 	return backend{
 		name: config.KeystorePKCS11, keystore: token, sealer: token, healthy: token.Healthy,
-		reap:  func(context.Context) error { return nil }, // session objects go with their process
-		close: token.Close,
+		signer:   &hsmSigner{token: token, sealer: token, db: db},
+		receipts: func(context.Context) (map[int]ed25519.PublicKey, error) { return nil, nil },
+		reap:     func(context.Context) error { return nil }, // session objects go with their process
+		close:    token.Close,
 	}, nil
 }
 
@@ -106,9 +111,11 @@ func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slo
 	if len(fatal) > 0 {
 		return backend{}, errors.Join(append(fatal, closeClient())...)
 	}
+	sink := client.Sink()
 	return backend{
-		name: config.KeystoreVault, keystore: client.Keystore(), sealer: client.Sealer(), sink: client.Sink(),
-		healthy: client.Healthy, close: closeClient,
+		name: config.KeystoreVault, keystore: client.Keystore(), sealer: client.Sealer(), sink: sink, signer: sink,
+		receipts: func(ctx context.Context) (map[int]ed25519.PublicKey, error) { return client.ReceiptKeys(ctx) },
+		healthy:  client.Healthy, close: closeClient,
 		reap: func(ctx context.Context) error { return reapVault(ctx, client, db, log) },
 	}, nil
 }
@@ -142,7 +149,8 @@ func reapVault(ctx context.Context, client *vault.Client, db *sqlstore.DB, log *
 // policy is the embedded policy, or the one in a directory that is followed.
 type policy struct {
 	decider
-	follow func(context.Context)
+	current func() *authz.Policy
+	follow  func(ctx context.Context, replaced func())
 }
 
 type decider interface {
@@ -153,19 +161,20 @@ type decider interface {
 func openPolicy(ctx context.Context, cfg config.Config, log *slog.Logger) (policy, error) {
 	if cfg.PolicyDir == "" {
 		p, err := authz.Load(ctx, policies.Files)
-		return policy{p, func(context.Context) {}}, err
+		return policy{p, func() *authz.Policy { return p }, func(context.Context, func()) {}}, err
 	}
 	d, err := authz.Open(ctx, cfg.PolicyDir)
 	if err != nil {
 		return policy{}, fmt.Errorf("ORGKEYS_POLICY_DIR: %w", err)
 	}
-	return policy{d, func(ctx context.Context) {
+	return policy{d, d.Current, func(ctx context.Context, replaced func()) {
 		d.Follow(ctx, func(revision string, err error) {
 			if err != nil {
 				log.Error("the policy directory changed and cannot be used; the previous policy stays in force", "policy", revision, "error", err)
 				return
 			}
 			log.Info("policy replaced", "policy", revision)
+			replaced()
 		})
 	}}, nil
 }

@@ -123,6 +123,10 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err != nil {
 		return err
 	}
+	checkpoints, err := openCheckpoints(starting, cfg, db, trail, backend, policy, log)
+	if err != nil {
+		return err
+	}
 	tokens, err := openTokens(cfg, dir, log)
 	if err != nil {
 		return err
@@ -155,9 +159,10 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 			{Name: "database", Ask: db.Healthy},
 			{Name: backend.name, Ask: backend.healthy},
 			{Name: "audit sinks", Ask: func(context.Context) error { return sinkTrouble(trail) }},
+			{Name: "audit checkpoints", Ask: func(context.Context) error { return rewritten(checkpoints) }},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.keys.Ready() }},
 		}, lock.checks...),
-		Metrics: newRegistry(trail), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
+		Metrics: newRegistry(trail, checkpoints), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
 	if err != nil {
 		return err
@@ -175,13 +180,17 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	// background, which the shutdown below cancels last.
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
+	following := follow(ctx, trail, checkpoints, log)
+	defer following.end()
 	running, background := errgroup.WithContext(background)
-	running.Go(func() error { return trail.Run(background) })
 	running.Go(func() error { return service.Sweep(background, sweepInterval) })
 	running.Go(func() error { return backend.reap(background) })
 	running.Go(func() error { return nodes.Keep(background, keepInterval) })
 	running.Go(func() error { tokens.keys.Run(background); return nil })
-	running.Go(func() error { policy.follow(background); return nil })
+	running.Go(func() error {
+		policy.follow(background, func() { keepPolicy(background, db, policy, log) })
+		return nil
+	})
 	running.Go(func() error { summarize(background, failures, trail, log); return nil })
 	running.Go(public.Serve)
 	running.Go(admin.Serve)
@@ -198,6 +207,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	err = public.Shutdown(ending)
 	stop()
 	err = errors.Join(err, admin.Shutdown(ending), running.Wait())
+	following.end()
 	log.Info("stopped")
 	return err
 }
@@ -277,29 +287,8 @@ func recordFailures(ctx context.Context, counts map[string]int64, trail *audit.L
 }
 
 // newRegistry returns the metrics that belong to no request.
-func newRegistry(trail *audit.Log) *prometheus.Registry {
+func newRegistry(trail *audit.Log, checkpoints *audit.Checkpointer) *prometheus.Registry {
 	r := prometheus.NewRegistry()
-	r.MustRegister(sinkCollector{trail})
+	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints})
 	return r
-}
-
-var (
-	sinkNext = prometheus.NewDesc("orgkeys_audit_sink_next_index", "First index of the log that the sink has not acknowledged.", []string{"sink"}, nil)
-	sinkUp   = prometheus.NewDesc("orgkeys_audit_sink_up", "1 while the sink follows the log.", []string{"sink"}, nil)
-)
-
-// sinkCollector shows how far each audit sink has come.
-type sinkCollector struct{ trail *audit.Log }
-
-func (sinkCollector) Describe(ch chan<- *prometheus.Desc) { ch <- sinkNext; ch <- sinkUp }
-
-func (c sinkCollector) Collect(ch chan<- prometheus.Metric) {
-	for _, s := range c.trail.Sinks() {
-		up := 1.0
-		if s.Err != nil {
-			up = 0
-		}
-		ch <- prometheus.MustNewConstMetric(sinkNext, prometheus.GaugeValue, float64(s.Next), s.Name)
-		ch <- prometheus.MustNewConstMetric(sinkUp, prometheus.GaugeValue, up, s.Name)
-	}
 }

@@ -20,6 +20,7 @@ type Copy struct {
 	leaves []tlog.Hash
 	points map[int64][]Checkpoint
 	last   int64 // size of the largest checkpoint
+	signed map[int64][]Checkpoint
 }
 
 // maxLine bounds a line of a sink's file: a leaf is under 4 KiB.
@@ -74,6 +75,16 @@ func (c *Copy) AddCheckpoint(p Checkpoint) {
 	c.last = max(c.last, p.Size)
 }
 
+// AddSigned adds a checkpoint that was kept beside the log, and that its
+// signature protects: the log must extend it, but whoever cut off the log's end
+// could have removed it too, so it does not exclude that.
+func (c *Copy) AddSigned(p Checkpoint) {
+	if c.signed == nil {
+		c.signed = map[int64][]Checkpoint{}
+	}
+	c.signed[p.Size] = append(c.signed[p.Size], p)
+}
+
 func (c *Copy) addLeaf(index int64, h tlog.Hash) error {
 	if len(c.leaves) == 0 {
 		c.first = index
@@ -98,7 +109,7 @@ func (c *Copy) addRollback(r Rollback) error {
 			return err
 		}
 	}
-	*c = Copy{Rollbacks: append(c.Rollbacks, r)}
+	*c = Copy{Rollbacks: append(c.Rollbacks, r), signed: c.signed}
 	return nil
 }
 

@@ -40,6 +40,7 @@ const (
 	AccessDenied     Type = "access.denied"  // the policy said no
 	UnknownCallers   Type = "authn.failed"   // one summary a reason and minute
 	RollbackAccepted Type = "log.rollback_accepted"
+	PersonErased     Type = "person.erased" // what events knew of a person, deleted from beside the log
 )
 
 // Outcome says how it ended.
@@ -120,7 +121,9 @@ type Record struct {
 	ID       string
 	Time     time.Time
 	Type     Type
+	Reason   string
 	Org      string
+	Kind     authz.Kind // of the actor
 	Actor    string
 	Object   string
 	Leaf     []byte // what the log commits to, verbatim
@@ -136,7 +139,7 @@ func (e Event) Encode() (Record, error) {
 		Reason: e.Reason, Org: e.Org, Kind: e.Actor.Kind, Actor: e.Actor.ID, Action: e.Action,
 		Object: e.Object, Request: e.Request, Policy: e.Policy, Detail: e.Detail,
 	}
-	r := Record{ID: e.ID, Time: e.Time, Type: e.Type, Org: e.Org, Actor: e.Actor.ID, Object: e.Object}
+	r := Record{ID: e.ID, Time: e.Time, Type: e.Type, Reason: e.Reason, Org: e.Org, Kind: e.Actor.Kind, Actor: e.Actor.ID, Object: e.Object}
 	if e.Personal != (Personal{}) {
 		p, err := encodePersonal(e.Personal)
 		if err != nil {
@@ -164,6 +167,15 @@ func encodePersonal(p Personal) ([]byte, error) {
 		return nil, fmt.Errorf("encoding the personal part of an event: %w", err)
 	}
 	return b, nil
+}
+
+// DecodePersonal reads a stored personal part.
+func DecodePersonal(stored []byte) (Personal, error) {
+	var p Personal
+	if err := json.Unmarshal(stored, &p); err != nil {
+		return Personal{}, fmt.Errorf("decoding the personal part of an event: %w", err)
+	}
+	return p, nil
 }
 
 // PersonalDigest is the digest by which a leaf commits to the stored bytes of

@@ -173,7 +173,7 @@ func (l *Log) Flush(ctx context.Context) error {
 	l.moved()
 	for {
 		changed := l.watch()
-		if l.sinksPast(head.Size - 1) {
+		if l.sinksPast(head.Size-1) && l.sinksSigned() {
 			return nil
 		}
 		select {
@@ -187,6 +187,17 @@ func (l *Log) Flush(ctx context.Context) error {
 func (l *Log) sinksPast(index int64) bool {
 	for _, f := range l.followers {
 		if next, err := f.state(); err != nil || next <= index {
+			return false
+		}
+	}
+	return true
+}
+
+// sinksSigned reports whether every sink has recorded the newest signed checkpoint.
+func (l *Log) sinksSigned() bool {
+	newest := l.signed.Load()
+	for _, f := range l.followers {
+		if f.signed.Load() < newest {
 			return false
 		}
 	}
@@ -208,14 +219,17 @@ type SinkStatus struct {
 	Name string
 	Next int64 // the first index it has not acknowledged
 	Err  error // why it is not going on, nil while it does
+
+	CaughtUp time.Time // when it last held the whole log; zero: never since the start
 }
 
 // Sinks returns the state of each sink.
 func (l *Log) Sinks() []SinkStatus {
 	all := make([]SinkStatus, len(l.followers))
 	for i, f := range l.followers {
-		next, err := f.state()
-		all[i] = SinkStatus{f.sink.Name(), next, err}
+		f.mu.Lock()
+		all[i] = SinkStatus{f.sink.Name(), f.next, f.err, f.caughtUp}
+		f.mu.Unlock()
 	}
 	return all
 }

@@ -184,6 +184,10 @@ type Checkpointer struct {
 	interval time.Duration
 	log      *slog.Logger
 
+	// Prepare makes durable what the log refers to, before a checkpoint is
+	// signed: texts of policies, keys of receipts. It may be nil.
+	Prepare func(context.Context) error
+
 	mu      sync.Mutex
 	last    Checkpoint // the newest that this process knows to be signed
 	at      time.Time  // when the log was last known to be covered by a signed checkpoint
@@ -254,6 +258,11 @@ func (c *Checkpointer) sign(ctx context.Context) error {
 	head, last, err := c.Check(ctx)
 	if err != nil || head.Size == last.Size {
 		return err
+	}
+	if c.Prepare != nil {
+		if err := c.Prepare(ctx); err != nil {
+			return err
+		}
 	}
 	signed, vkey, err := sign(ctx, c.signer, head)
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -50,11 +51,12 @@ type follower struct {
 	log  *Log
 	sink Sink
 
-	signed int64 // the place of the newest signed checkpoint that the sink has recorded
+	signed atomic.Int64 // the place of the newest signed checkpoint that the sink has recorded
 
-	mu   sync.Mutex
-	next int64
-	err  error
+	mu       sync.Mutex
+	next     int64
+	err      error
+	caughtUp time.Time // when it last held the whole log
 }
 
 func (f *follower) state() (int64, error) {
@@ -68,6 +70,13 @@ func (f *follower) set(next int64, err error) {
 	f.next, f.err = next, err
 	f.mu.Unlock()
 	f.log.moved()
+}
+
+// caught notes that the sink holds the whole log.
+func (f *follower) caught() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.caughtUp = time.Now()
 }
 
 func (f *follower) run(ctx context.Context) {
@@ -109,6 +118,7 @@ func (f *follower) follow(ctx context.Context) error {
 			f.set(next, nil)
 			continue
 		}
+		f.caught()
 		select {
 		case <-changed:
 		case <-time.After(poll):
@@ -214,15 +224,16 @@ func (f *follower) handOver(ctx context.Context, entries []Entry, c Checkpoint) 
 // it vouches for all before it.
 func (f *follower) keepSigned(ctx context.Context, next int64) error {
 	newest := f.log.signed.Load()
-	if newest <= f.signed {
+	held := f.signed.Load()
+	if newest <= held {
 		return nil
 	}
-	if f.signed == 0 {
-		f.signed = newest - 1
+	if held == 0 {
+		held = newest - 1
 	}
 	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
 	defer cancel()
-	waiting, err := f.log.store.SignedAfter(ctx, f.signed)
+	waiting, err := f.log.store.SignedAfter(ctx, held)
 	if err != nil {
 		return err
 	}
@@ -233,7 +244,8 @@ func (f *follower) keepSigned(ctx context.Context, next int64) error {
 		if err := bounded(ctx, func() error { return f.sink.KeepSigned(ctx, s.Note) }); err != nil {
 			return fmt.Errorf("giving sink %s a signed checkpoint: %w", f.sink.Name(), err)
 		}
-		f.signed = s.Seq
+		f.signed.Store(s.Seq)
+		f.log.moved()
 	}
 	return nil
 }

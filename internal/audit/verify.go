@@ -54,6 +54,7 @@ func (p *Problem) Error() string {
 type Report struct {
 	Log         Checkpoint
 	Covered     int64 // events that the copy vouches for
+	Signed      int64 // events that a signed checkpoint covers
 	Unsequenced int64 // events that have no index yet, and so no proof
 	Erased      int64 // events whose personal part was erased
 	Rollbacks   []Rollback
@@ -137,7 +138,8 @@ func (v *verification) checkRow(row Row) error {
 	if err != nil {
 		return &Problem{row.Index, "its leaf is not an event"}
 	}
-	if e.ID != row.ID || !e.Time.Equal(row.Time) || e.Type != row.Type || e.Org != row.Org || e.Actor.ID != row.Actor || e.Object != row.Object {
+	if e.ID != row.ID || !e.Time.Equal(row.Time) || e.Type != row.Type || e.Reason != row.Reason || e.Org != row.Org ||
+		e.Actor != (Actor{row.Kind, row.Actor}) || e.Object != row.Object {
 		return &Problem{row.Index, "its columns are not those of its leaf: it was altered"}
 	}
 	if held, ok := v.copy.leaf(row.Index); ok && held != tlog.RecordHash(row.Leaf) {
@@ -189,6 +191,12 @@ func (v *verification) checkCheckpoint() error {
 		}
 		v.Covered = max(v.Covered, c.Size)
 	}
+	for _, c := range v.copy.signed[v.size] {
+		if c.Origin != v.Log.Origin || c.Root != v.root() {
+			return &Problem{max(0, v.size-1), "the tree up to it has not the root that was signed: the log was rewritten"}
+		}
+		v.Signed = max(v.Signed, c.Size)
+	}
 	return nil
 }
 
@@ -202,6 +210,11 @@ func (v *verification) finish() error {
 		return &Problem{-1, "the log's root is not that of its events"}
 	case v.copy.end() > v.size:
 		return &Problem{v.size, fmt.Sprintf("it is missing: the sink's copy holds %d events, so the log was truncated or restored", v.copy.end())}
+	}
+	for size := range v.copy.signed {
+		if size > v.size {
+			return &Problem{v.size, fmt.Sprintf("it is missing: a signed checkpoint covers %d events, so the log was truncated or restored", size)}
+		}
 	}
 	v.Covered = max(v.Covered, min(v.copy.end(), v.size))
 	for _, r := range v.Rollbacks {

@@ -52,10 +52,11 @@ type Config struct {
 	ClaimOrg     string
 	ClaimRole    string
 
-	PolicyDir     string // empty: the embedded policy
-	AuditSinks    []string
-	AuditFile     string
-	AuditDeadline time.Duration
+	PolicyDir          string // empty: the embedded policy
+	AuditSinks         []string
+	AuditFile          string
+	AuditDeadline      time.Duration
+	CheckpointInterval time.Duration
 
 	TimestampWindow time.Duration
 

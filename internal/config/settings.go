@@ -52,6 +52,7 @@ var settings = []Setting{
 	{Name: "ORGKEYS_AUDIT_SINKS", Doc: "audit sinks, all of them required: file, vault; default file, and with Vault vault,file", set: list(func(c *Config) *[]string { return &c.AuditSinks })},
 	{Name: "ORGKEYS_AUDIT_FILE", Doc: "the file sink; default audit.jsonl in the data directory, better somewhere else", set: text(func(c *Config) *string { return &c.AuditFile })},
 	{Name: "ORGKEYS_AUDIT_DEADLINE", Default: "10s", Doc: "how long a release waits for the audit sinks before 503", set: duration(100*time.Millisecond, 5*time.Minute, func(c *Config) *time.Duration { return &c.AuditDeadline })},
+	{Name: "ORGKEYS_CHECKPOINT_INTERVAL", Default: "1m", Doc: "a checkpoint of the audit log is signed this often, when the log has grown; SIGUSR1 asks for one at once", set: duration(time.Second, 24*time.Hour, func(c *Config) *time.Duration { return &c.CheckpointInterval })},
 	{Name: "ORGKEYS_TIMESTAMP_WINDOW", Default: "300s", Doc: "how far a node's timestamp may be from the server's clock", set: duration(time.Second, time.Hour, func(c *Config) *time.Duration { return &c.TimestampWindow })},
 	{Name: "ORGKEYS_TLS_CERT_FILE", Doc: "certificate chain, PEM; re-read when it changes", set: text(func(c *Config) *string { return &c.TLSCertFile })},
 	{Name: "ORGKEYS_TLS_KEY_FILE", Doc: "its private key, PEM", set: text(func(c *Config) *string { return &c.TLSKeyFile })},

@@ -53,6 +53,8 @@ type Config struct {
 var (
 	// ErrNoCgo: the binary cannot load a PKCS#11 module.
 	ErrNoCgo = errors.New("this binary was built without cgo; PKCS#11 needs it: rebuild with CGO_ENABLED=1 and a C compiler, or use ORGKEYS_KEYSTORE=vault")
+	// ErrNoEd25519: the module does not sign with Ed25519.
+	ErrNoEd25519 = errors.New("the PKCS#11 module has no Ed25519")
 	// ErrNoSealingKey: the token has no sealing key, and Open was not told to make one.
 	ErrNoSealingKey = errors.New("the token has no sealing key")
 	// ErrPIN: the token refused the PIN. It is not offered again, since tokens lock.

@@ -4,6 +4,7 @@ package hsm
 
 import (
 	"context"
+	"crypto/ed25519"
 
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
@@ -28,6 +29,11 @@ func (*Token) Seal(context.Context, orgkey.Binding, []byte) ([]byte, error) { re
 
 // Open reports ErrNoCgo.
 func (*Token) Open(context.Context, []orgkey.Sealed) ([][]byte, error) { return nil, ErrNoCgo }
+
+// SignCheckpoint reports ErrNoCgo.
+func (*Token) SignCheckpoint(context.Context, []byte) ([]byte, ed25519.PublicKey, error) {
+	return nil, nil, ErrNoCgo
+}
 
 // Healthy reports ErrNoCgo.
 func (*Token) Healthy(context.Context) error { return ErrNoCgo }

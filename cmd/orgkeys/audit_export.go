@@ -1,0 +1,279 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/spf13/cobra"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// withLog runs do on the log that the settings name.
+func withLog(cmd *cobra.Command, do func(ctx context.Context, db *sqlstore.DB) error) error {
+	cfg, err := load(cmd)
+	if err != nil {
+		return err
+	}
+	db, err := openLog(cmd.Context(), cfg)
+	if err != nil {
+		return err
+	}
+	return errors.Join(do(cmd.Context(), db), db.Close())
+}
+
+// progressTo tells w how far a long run is.
+func progressTo(w io.Writer, doing string) audit.Progress {
+	return func(done, all int64) { fmt.Fprintf(w, "%s %d of %d events\n", doing, done, all) }
+}
+
+func newAuditExport() *cobra.Command {
+	return &cobra.Command{
+		Use:   "export FILE",
+		Short: "Write the log, with all that proves it, into one archive",
+		Long: `Writes a gzipped tar archive with the log's events, its signed checkpoints, the
+receipts and their keys, the life of each key, the policies that decided, and a
+manifest. It ends with the newest signed checkpoint, so that a signature covers
+all of it; SIGUSR1 makes a running server sign one at once. The server may run
+meanwhile. Verify it anywhere with: orgkeys audit verify FILE --key KEY`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error { return export(cmd, ctx, db, args[0]) })
+		},
+	}
+}
+
+// export writes to a temporary file and renames it, so that FILE is whole or not there.
+func export(cmd *cobra.Command, ctx context.Context, db *sqlstore.DB, name string) error {
+	dir := filepath.Dir(name)
+	f, err := os.CreateTemp(dir, ".orgkeys-export-*")
+	if err != nil {
+		return err
+	}
+	manifest, err := audit.Export(ctx, f, db, dir, version(), progressTo(cmd.ErrOrStderr(), "exported"))
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), name)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: log %s, %d events, root hash %s\n", name, manifest.Origin, manifest.Size, manifest.Root)
+	return err
+}
+
+var errNoKey = errors.New("--key: give the log's verifier key, from somebody other than who gave you the archive; \"orgkeys audit key\" prints it")
+
+func verifyExport(cmd *cobra.Command, name string, keys, vaultFiles []string) error {
+	if len(keys) == 0 {
+		return errNoKey
+	}
+	vault, err := readVaultFiles(vaultFiles)
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	report, err := audit.VerifyExport(cmd.Context(), f, keys, vault, progressTo(cmd.ErrOrStderr(), "verified"))
+	if err := errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	out := cmd.OutOrStdout()
+	fmt.Fprintf(out, "log %s: %d events, each covered by the signed checkpoint\nroot hash %s\n", report.Manifest.Origin, report.Manifest.Size, report.Manifest.Root)
+	fmt.Fprintf(out, "%d checkpoints and %d receipts signed by a given key; the inventory of %d keys is what the events tell\n", report.Checkpoints, report.Receipts, report.Keys)
+	for _, reason := range report.Rollbacks {
+		fmt.Fprintf(out, "a rollback was accepted: %q\n", reason)
+	}
+	if v := report.Vault; v != nil {
+		fmt.Fprintf(out, "Vault's audit file holds every event; %d more are newer than the export\n", v.Newer)
+		if v.Lost > 0 {
+			fmt.Fprintf(out, "%d events in Vault's audit file were lost by an accepted rollback\n", v.Lost)
+		}
+	}
+	return nil
+}
+
+func readVaultFiles(names []string) (*audit.VaultFile, error) {
+	if len(names) == 0 {
+		return nil, nil
+	}
+	vault := &audit.VaultFile{}
+	for _, name := range names {
+		f, err := os.Open(name)
+		if err != nil {
+			return nil, err
+		}
+		if err := errors.Join(vault.Read(f), f.Close()); err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return vault, vault.CheckNotEmpty()
+}
+
+func newAuditProve() *cobra.Command {
+	return &cobra.Command{
+		Use:   "prove EVENT",
+		Short: "Print a proof that the log holds one event, by ID or index",
+		Long: `Prints the event, its path through the log's Merkle tree, and the signed
+checkpoint that the path leads to. Verify it anywhere with:
+orgkeys audit verify-proof FILE --key KEY`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
+				proof, err := audit.Prove(ctx, db, args[0])
+				if err != nil {
+					return err
+				}
+				b, err := json.Marshal(proof, json.Deterministic(true), jsontext.WithIndent("  "))
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", b)
+				return err
+			})
+		},
+	}
+}
+
+func newVerifyProof() *cobra.Command {
+	var keys []string
+	cmd := &cobra.Command{
+		Use:   "verify-proof FILE --key KEY",
+		Short: "Verify a proof of one event, without the rest of the log",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(keys) == 0 {
+				return errNoKey
+			}
+			text, err := os.ReadFile(args[0])
+			if err != nil {
+				return err
+			}
+			proof, signed, err := audit.VerifyProof(text, keys)
+			if err != nil {
+				return fmt.Errorf("%s: %w", args[0], err)
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "event %d of log %s, which held %d events when it was signed:\n%s\n", proof.Index, signed.Origin, signed.Size, proof.Event)
+			return err
+		},
+	}
+	cmd.Flags().StringArrayVar(&keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it; may be repeated")
+	return cmd
+}
+
+func newAuditKey() *cobra.Command {
+	return &cobra.Command{
+		Use:   "key",
+		Short: "Print the verifier keys of the log's signed checkpoints",
+		Long: `Prints a line for each key that has signed checkpoints, oldest first, in the form
+of C2SP signed notes. Keep it where the database's administrator cannot change it,
+and give it to the auditors: it is all that verifying needs.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
+				keys, err := db.CheckpointKeys(ctx)
+				if err == nil && len(keys) == 0 {
+					err = audit.ErrNotSigned
+				}
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), strings.Join(keys, "\n"))
+				return err
+			})
+		},
+	}
+}
+
+func newAuditCheckpoint() *cobra.Command {
+	return &cobra.Command{
+		Use:   "checkpoint",
+		Short: "Sign a checkpoint of the log while the server is stopped",
+		Long: `Signs a checkpoint if the log has grown since the last one, and prints the newest.
+A running server signs by itself, every ORGKEYS_CHECKPOINT_INTERVAL and at once
+when it gets SIGUSR1.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := load(cmd)
+			if err != nil {
+				return err
+			}
+			dir, err := openDataDir(cfg.DataDir)
+			if err != nil {
+				return err
+			}
+			err = withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
+				log := newLogger(cfg)
+				b, err := openBackend(ctx, cfg, dir, db, log)
+				if err != nil {
+					return err
+				}
+				p, err := openPolicy(ctx, cfg, log)
+				if err != nil {
+					return errors.Join(err, b.close())
+				}
+				c, err := openCheckpoints(ctx, cfg, db, audit.NewLog(db, log), b, p, log)
+				if err == nil {
+					err = c.Sign(ctx)
+				}
+				if err := errors.Join(err, b.close()); err != nil {
+					return err
+				}
+				last, err := db.LastSigned(ctx)
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprint(cmd.OutOrStdout(), last.Note)
+				return err
+			})
+			return errors.Join(err, dir.close())
+		},
+	}
+}
+
+func newAuditErase() *cobra.Command {
+	var subject, reason string
+	cmd := &cobra.Command{
+		Use:   "erase --subject ID --reason TEXT",
+		Short: "Erase what the audit trail knows of a person",
+		Long: `Deletes names, e-mail addresses and network addresses of the events whose actor is
+the subject, the token's "sub". The log itself holds identifiers only and stays as
+it is, and verifies as before. Backups, and files that the database has not
+overwritten yet, are yours to see to; docs/audit.md says what remains.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if subject == "" || strings.TrimSpace(reason) == "" {
+				return errors.New("--subject and --reason: say whom, and why, for the auditors")
+			}
+			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
+				n, err := db.Erase(ctx, subject, func(n int64) audit.Event {
+					e := audit.New(audit.PersonErased, "")
+					e.Actor = audit.Actor{Kind: audit.System, ID: "operator"}
+					e.Object = subject
+					e.Detail = map[string]string{"events": fmt.Sprint(n), "reason": reason}
+					return e
+				})
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "erased what %d events knew of %s\n", n, subject)
+				return err
+			})
+		},
+	}
+	cmd.Flags().StringVar(&subject, "subject", "", "the person's ID in the events")
+	cmd.Flags().StringVar(&reason, "reason", "", "why")
+	return cmd
+}
