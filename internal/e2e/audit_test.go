@@ -410,7 +410,7 @@ func forge(t *testing.T, db *sql.DB, index int64) {
 	t.Helper()
 	const id = "99999999-9999-4999-8999-999999999999"
 	leaf := `{"v":1,"id":"` + id + `","time":"2026-01-01T00:00:00.000000Z","type":"orgkey.listed","outcome":"success","org":"acme","actorKind":"user","actor":"admin"}`
-	harness.Exec(t, db, `INSERT INTO events (idx, id, occurred_at, type, org_id, actor, object, leaf) VALUES (?, ?, 1767225600000000, 'orgkey.listed', 'acme', 'admin', '', ?)`,
+	harness.Exec(t, db, `INSERT INTO events (idx, id, occurred_at, type, org_id, actor_kind, actor, object, leaf) VALUES (?, ?, 1767225600000000, 'orgkey.listed', 'acme', 'user', 'admin', '', ?)`,
 		index, id, []byte(leaf))
 }
 

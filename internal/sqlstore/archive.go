@@ -18,10 +18,10 @@ var _ audit.Archive = (*DB)(nil)
 func (d *DB) Rows(ctx context.Context) iter.Seq2[audit.Row, error] {
 	return stream(ctx, d.read, func(scan func(...any) error) (r audit.Row, err error) {
 		var at int64
-		err = scan(&r.Index, &r.ID, &at, &r.Type, &r.Org, &r.Actor, &r.Object, &r.Leaf, &r.Personal)
+		err = scan(&r.Index, &r.ID, &at, &r.Type, &r.Reason, &r.Org, &r.Kind, &r.Actor, &r.Object, &r.Leaf, &r.Personal)
 		r.Time = time.UnixMicro(at).UTC()
 		return r, err
-	}, `SELECT e.idx, e.id, e.occurred_at, e.type, e.org_id, e.actor, e.object, e.leaf, p.personal
+	}, `SELECT e.idx, e.id, e.occurred_at, e.type, e.reason, e.org_id, e.actor_kind, e.actor, e.object, e.leaf, p.personal
 		FROM events e LEFT JOIN event_persons p ON p.event_id = e.id WHERE e.idx IS NOT NULL ORDER BY e.idx`)
 }
 

@@ -1,0 +1,4 @@
+package sqlstore
+
+// SystemEventsStatement is what SystemEvents asks the database.
+var SystemEventsStatement = systemEvents

@@ -1,0 +1,217 @@
+package sqlstore_test
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	_ "github.com/jackc/pgx/v5/stdlib" // registers the driver "pgx"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/systemevent"
+)
+
+var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+// at records an event that happened minutes after noon.
+func at(t *testing.T, db *sqlstore.DB, minutes int, kind audit.Type, reason, org string, who audit.Actor, object string) string {
+	t.Helper()
+	e := audit.New(kind, org)
+	e.Time, e.Reason, e.Actor, e.Object = noon.Add(time.Duration(minutes)*time.Minute), reason, who, object
+	if who.Kind == authz.Person {
+		e.Personal = audit.Personal{Name: "Ada", Email: "ada@example.org"}
+	}
+	if err := db.Record(t.Context(), e); err != nil {
+		t.Fatal(err)
+	}
+	return e.ID
+}
+
+var (
+	ada     = audit.Actor{Kind: authz.Person, ID: "ada"}
+	bob     = audit.Actor{Kind: authz.Person, ID: "bob"}
+	byKey   = audit.Actor{Kind: authz.Node, ID: "k-1"}
+	sweeper = audit.Actor{Kind: audit.System, ID: "ada"} // of the same name as a person
+)
+
+// someEvents records events of acme's and others', and returns the names of
+// the former by their IDs.
+func someEvents(t *testing.T, db *sqlstore.DB) map[string]string {
+	t.Helper()
+	names := map[string]string{
+		at(t, db, 0, audit.KeyCreated, "", "acme", ada, "k-1"):                  "k-1 created",
+		at(t, db, 1, audit.KeyDelivered, "", "acme", ada, "k-1"):                "k-1 delivered",
+		at(t, db, 2, audit.NodeRegistered, "created", "acme", byKey, "n-1"):     "n-1 created",
+		at(t, db, 3, audit.NodeRegistered, "updated", "acme", byKey, "n-1"):     "n-1 updated",
+		at(t, db, 4, audit.NodeRegistered, "repeated", "acme", byKey, "n-1"):    "n-1 repeated",
+		at(t, db, 5, audit.KeyWithdrawn, "expired", "acme", sweeper, "k-2"):     "k-2 withdrawn",
+		at(t, db, 6, audit.NodeUnregistered, "deleted", "acme", byKey, "n-1"):   "n-1 unregistered",
+		at(t, db, 7, audit.NodeUnregistered, "repeated", "acme", byKey, "n-1"):  "n-1 unregistered again",
+		at(t, db, 8, audit.NodeDeleted, "", "acme", bob, "n-2"):                 "n-2 deleted",
+		at(t, db, 9, audit.KeyDeleted, "", "acme", bob, "k-1"):                  "k-1 deleted",
+		at(t, db, 10, audit.KeysListed, "", "acme", ada, ""):                    "list",
+		at(t, db, 11, audit.AccessDenied, "insufficient_role", "acme", bob, ""): "denial",
+		at(t, db, 12, audit.SecretPut, "", "acme", ada, "env_s3"):               "secret",
+		at(t, db, 13, audit.KeysDeleted, "", "acme", ada, ""):                   "all deleted",
+		at(t, db, 9, audit.KeyCreated, "", "acme", bob, "k-3"):                  "k-3 created",
+	}
+	at(t, db, 5, audit.KeyCreated, "", "other", ada, "k-9")
+	at(t, db, 5, audit.KeyDeleted, "", "other", ada, "k-1")
+	return names
+}
+
+var everyKind = []systemevent.Kind{
+	{Type: audit.KeyCreated}, {Type: audit.KeyDelivered}, {Type: audit.KeyWithdrawn}, {Type: audit.KeyDeleted},
+	{Type: audit.NodeRegistered, Reason: "created"}, {Type: audit.NodeRegistered, Reason: "updated"},
+	{Type: audit.NodeUnregistered, Reason: "deleted"}, {Type: audit.NodeDeleted},
+}
+
+func TestSystemEventsByEveryFilter(t *testing.T) {
+	all := []string{"k-3 created", "k-1 deleted", "n-2 deleted", "n-1 unregistered", "k-2 withdrawn", "n-1 updated", "n-1 created", "k-1 delivered", "k-1 created"}
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		names := someEvents(t, db)
+		if _, err := db.Sequence(t.Context(), 3); err != nil { // the others have no index, and happened all the same
+			t.Fatal(err)
+		}
+		for _, c := range []struct {
+			name   string
+			change func(f *systemevent.Filter)
+			total  int
+			want   []string
+		}{
+			{"no filter", func(*systemevent.Filter) {}, 9, all},
+			{"another organization", func(f *systemevent.Filter) { f.Org = "Acme" }, 0, nil},
+			{"another organization's object", func(f *systemevent.Filter) { f.Object = "k-9" }, 0, nil},
+			{"an object of both organizations", func(f *systemevent.Filter) { f.Object = "k-1" }, 3, []string{"k-1 deleted", "k-1 delivered", "k-1 created"}},
+			{"the first minute is included", func(f *systemevent.Filter) { f.From = noon.Add(9 * time.Minute) }, 2, all[:2]},
+			{"a moment later is not", func(f *systemevent.Filter) { f.From = noon.Add(9*time.Minute + time.Microsecond) }, 0, nil},
+			{"the end is not included", func(f *systemevent.Filter) { f.Before = noon.Add(time.Minute) }, 1, all[8:]},
+			{"a window", func(f *systemevent.Filter) { f.From, f.Before = noon.Add(2*time.Minute), noon.Add(6*time.Minute) }, 3, all[4:7]},
+			{"one kind", func(f *systemevent.Filter) { f.Kinds = everyKind[:1] }, 2, []string{"k-3 created", "k-1 created"}},
+			{"a kind by its reason", func(f *systemevent.Filter) { f.Kinds = everyKind[5:6] }, 1, []string{"n-1 updated"}},
+			{"two kinds", func(f *systemevent.Filter) { f.Kinds = everyKind[6:] }, 2, []string{"n-2 deleted", "n-1 unregistered"}},
+			{"no kind", func(f *systemevent.Filter) { f.Kinds = nil }, 0, nil},
+			{"an actor, of whatever kind", func(f *systemevent.Filter) { f.Actor = "ada" }, 3, []string{"k-2 withdrawn", "k-1 delivered", "k-1 created"}},
+			{"a person", func(f *systemevent.Filter) { f.Person = "ada" }, 2, []string{"k-1 delivered", "k-1 created"}},
+			{"a person who is no other actor", func(f *systemevent.Filter) { f.Person, f.Actor = "ada", "bob" }, 0, nil},
+			{"a person of a key's name", func(f *systemevent.Filter) { f.Person = "k-1" }, 0, nil},
+			{"a name with a quotation mark", func(f *systemevent.Filter) { f.Actor = "' OR ''='" }, 0, nil},
+			{"a page", func(f *systemevent.Filter) { f.Skip, f.Take = 2, 3 }, 9, all[2:5]},
+			{"the last page", func(f *systemevent.Filter) { f.Skip, f.Take = 8, 3 }, 9, all[8:]},
+			{"beyond the last page", func(f *systemevent.Filter) { f.Skip = 9 }, 9, nil},
+		} {
+			t.Run(c.name, func(t *testing.T) {
+				f := systemevent.Filter{Org: "acme", Kinds: everyKind, From: noon, Take: 100}
+				c.change(&f)
+				found, total, err := db.SystemEvents(t.Context(), f)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var got []string
+				for _, s := range found {
+					e, err := audit.Decode(s.Leaf)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if (s.Personal != nil) != (e.Actor.Kind == authz.Person) {
+						t.Errorf("%s: personal part %q", names[e.ID], s.Personal)
+					}
+					got = append(got, names[e.ID])
+				}
+				if total != c.total || !slices.Equal(got, c.want) {
+					t.Errorf("%q of %d, want %q of %d", got, total, c.want, c.total)
+				}
+			})
+		}
+	})
+}
+
+// The feed's cost depends on the organization's own changes, not on what else
+// the log holds: every condition is the index's, whatever is asked.
+func TestSystemEventsAreFoundByTheIndexAlone(t *testing.T) {
+	everything := systemevent.Filter{
+		Org: "acme", Kinds: everyKind, From: noon, Before: noon.Add(time.Hour), Object: "k-1", Actor: "ada", Person: "ada", Take: 20,
+	}
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		raw := fill(t, location)
+		for name, f := range map[string]systemevent.Filter{
+			"the default": {Org: "acme", Kinds: everyKind, From: noon, Take: 20}, "every filter": everything,
+		} {
+			plan := explain(t, raw, location, f)
+			if strings.Count(plan, "events_changes") != 2 || strings.Contains(plan, "SCAN events") || strings.Contains(plan, "Seq Scan on events ") {
+				t.Errorf("%s:\n%s", name, plan)
+			}
+			if sqlite := !strings.HasPrefix(location, "postgres"); sqlite && strings.Count(plan, "COVERING INDEX events_changes") != 2 ||
+				!sqlite && strings.Count(plan, "Index Only Scan") != 2 {
+				t.Errorf("%s reads more than the index:\n%s", name, plan)
+			}
+		}
+	})
+}
+
+// fill adds 20,000 events of 100 organizations past sqlstore, and returns the
+// connection that did it.
+func fill(t *testing.T, location string) *sql.DB {
+	t.Helper()
+	driver, numbers := "sqlite", "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
+	if strings.HasPrefix(location, "postgres") {
+		driver, numbers = "pgx", "WITH n(i) AS (SELECT generate_series(1, 20000)) "
+	}
+	raw, err := sql.Open(driver, location)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { raw.Close() })
+	insert := "INSERT INTO events (id, occurred_at, type, org_id, actor_kind, actor, object, leaf) " + numbers + fmt.Sprintf(
+		"SELECT 'e-' || i, %d + i, CASE i %% 3 WHEN 0 THEN 'orgkey.listed' ELSE 'orgkey.created' END, CASE i %% 100 WHEN 0 THEN 'acme' ELSE 'org-' || (i %% 100) END, 'user', 'ada', 'k-1', '' FROM n",
+		noon.UnixMicro())
+	if driver == "pgx" {
+		insert = strings.Replace(insert, "'' FROM n", `''::bytea FROM n`, 1)
+	}
+	for _, statement := range []string{insert, map[string]string{"sqlite": "ANALYZE", "pgx": "VACUUM ANALYZE events"}[driver]} {
+		if _, err := raw.ExecContext(t.Context(), statement); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return raw
+}
+
+func explain(t *testing.T, raw *sql.DB, location string, f systemevent.Filter) string {
+	t.Helper()
+	statement, args := sqlstore.SystemEventsStatement(f)
+	explain := "EXPLAIN QUERY PLAN "
+	if strings.HasPrefix(location, "postgres") {
+		explain = "EXPLAIN "
+	}
+	rows, err := raw.QueryContext(context.Background(), explain+statement, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	columns, err := rows.Columns()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var plan []string
+	for rows.Next() {
+		cells := make([]any, len(columns))
+		into := make([]any, len(columns))
+		for i := range cells {
+			into[i] = &cells[i]
+		}
+		if err := rows.Scan(into...); err != nil {
+			t.Fatal(err)
+		}
+		plan = append(plan, fmt.Sprint(cells[len(cells)-1]))
+	}
+	if err := rows.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(plan, "\n")
+}

@@ -1,0 +1,114 @@
+package systemevent
+
+import (
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/jsonbody"
+)
+
+const (
+	defaultWindow = 24 * time.Hour
+	defaultTake   = 20
+	maxTake       = 100
+	// maxSkip bounds the work on a page. Beyond it, to_timestamp leads further.
+	maxSkip = 100_000
+)
+
+type fields struct {
+	OrgID     *string        `json:"orgId"`
+	From      jsontext.Value `json:"from_timestamp"`
+	To        jsontext.Value `json:"to_timestamp"`
+	Context   *Context       `json:"context"`
+	Event     *Change        `json:"event"`
+	ContextID *string        `json:"contextId"`
+	UserID    *string        `json:"userId"`
+	Skip      *int           `json:"skip"`
+	Take      *int           `json:"take"`
+}
+
+// parse reads a body; an empty one asks for everything of the last 24 hours.
+// With an error, which is a *jsonbody.Error, the filter's organization is still
+// the one to decide about.
+func parse(body []byte, own string, now time.Time) (Filter, error) {
+	f := Filter{Org: own}
+	var sent fields
+	if len(body) > 0 {
+		if err := jsonbody.Decode(body, &sent); err != nil {
+			return f, err
+		}
+	}
+	if sent.OrgID != nil {
+		if gate.CheckOrg(*sent.OrgID) != nil {
+			return f, &jsonbody.Error{Field: "orgId", Problem: "is not an organization ID"}
+		}
+		f.Org = *sent.OrgID
+	}
+	if err := sent.window(&f, now); err != nil {
+		return f, err
+	}
+	if err := sent.selection(&f); err != nil {
+		return f, err
+	}
+	return f, sent.part(&f)
+}
+
+// window is from one millisecond to another, both included: answers give times
+// to the millisecond, and an event must be found by the time it is shown with.
+func (sent fields) window(f *Filter, now time.Time) error {
+	fromText, from, err := jsonbody.Timestamp("from_timestamp", sent.From)
+	if err != nil {
+		return err
+	}
+	toText, to, err := jsonbody.Timestamp("to_timestamp", sent.To)
+	if err != nil {
+		return err
+	}
+	if fromText != "" && toText != "" && from.After(to) {
+		return &jsonbody.Error{Field: "from_timestamp", Problem: "is after to_timestamp"}
+	}
+	if toText != "" {
+		f.Before = to.Truncate(time.Millisecond).Add(time.Millisecond)
+		now = to
+	}
+	if fromText == "" {
+		from = now.Add(-defaultWindow)
+	}
+	f.From = from.Truncate(time.Millisecond)
+	return nil
+}
+
+func (sent fields) selection(f *Filter) error {
+	if c := sent.Context; c != nil && *c != FlashbackNode && *c != OrgKey {
+		return &jsonbody.Error{Field: "context", Problem: "is neither 9 nor 10"}
+	}
+	if e := sent.Event; e != nil && (*e < Created || *e > Deleted) {
+		return &jsonbody.Error{Field: "event", Problem: "is none of 0, 1, 2"}
+	}
+	f.Kinds = kinds(sent.Context, sent.Event)
+	var err error
+	if f.Object, err = jsonbody.Text("contextId", sent.ContextID); err != nil {
+		return err
+	}
+	f.Actor, err = jsonbody.Text("userId", sent.UserID)
+	return err
+}
+
+func (sent fields) part(f *Filter) error {
+	f.Take = defaultTake
+	if sent.Take != nil {
+		f.Take = *sent.Take
+	}
+	if sent.Skip != nil {
+		f.Skip = *sent.Skip
+	}
+	if f.Take < 1 || f.Take > maxTake {
+		return &jsonbody.Error{Field: "take", Problem: "is not from 1 to 100"}
+	}
+	if f.Skip < 0 || f.Skip > maxSkip {
+		return &jsonbody.Error{Field: "skip", Problem: "is not from 0 to 100000"}
+	}
+	return nil
+}

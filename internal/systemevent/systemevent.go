@@ -1,0 +1,197 @@
+// Package systemevent is the platform's feed of what changed in an
+// organization: its keys made, delivered, withdrawn and deleted, its nodes
+// registered and gone. It is a view of the audit log. Reads, denials, failures
+// and boot secrets are in the log too, and not in the feed: the platform has no
+// context for them.
+package systemevent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
+)
+
+// Context is what an event is about, by the platform's number.
+type Context int
+
+// The contexts that this service has events of.
+const (
+	FlashbackNode Context = 9
+	OrgKey        Context = 10
+)
+
+// Change is what became of it, by the platform's number.
+type Change int
+
+// The changes.
+const (
+	Created Change = 0
+	Updated Change = 1
+	Deleted Change = 2
+)
+
+// Event is one change.
+type Event struct {
+	audit.Event
+	Context Context
+	Change  Change
+	Person  audit.Personal // empty if the event knows no person, or that was erased
+	Leaf    string         // the event as the audit log holds it, verbatim
+}
+
+// Page is a part of what was asked for.
+type Page struct {
+	Events     []Event // newest first
+	Total      int     // matching events, on all pages
+	Skip, Take int     // as they applied
+}
+
+// Stored is an event as the store holds it.
+type Stored struct {
+	Leaf     []byte
+	Personal []byte // nil if there is none
+}
+
+// Filter says which events to return. Events match it if they match every
+// field that is not empty.
+type Filter struct {
+	Org    string // required
+	Kinds  []Kind // any of which
+	From   time.Time
+	Before time.Time // exclusive
+	Object string
+	Actor  string
+	Person string // the subject of the person who did it
+	Skip   int
+	Take   int
+}
+
+// Kind selects events by their type, and by their reason unless that is empty.
+type Kind struct {
+	Type   audit.Type
+	Reason string
+}
+
+// Store is what the feed needs of the database. Its implementation is sqlstore.
+type Store interface {
+	// SystemEvents returns f.Take events that match f, newest first, after
+	// f.Skip others, and how many match in all. Whether they have their place
+	// in the log yet does not matter: the changes are made.
+	SystemEvents(ctx context.Context, f Filter) (events []Stored, total int, err error)
+}
+
+// feed is every kind of event in the feed, and what the platform calls it. A
+// node's request that was served before changed nothing (reason "repeated"),
+// and orgkey.all_deleted comes with an event of its own for each key.
+var feed = []struct {
+	Kind
+	Context Context
+	Change  Change
+}{
+	{Kind{audit.KeyCreated, ""}, OrgKey, Created},
+	{Kind{audit.KeyDelivered, ""}, OrgKey, Updated},
+	{Kind{audit.KeyWithdrawn, ""}, OrgKey, Deleted},
+	{Kind{audit.KeyDeleted, ""}, OrgKey, Deleted},
+	{Kind{audit.NodeRegistered, "created"}, FlashbackNode, Created},
+	{Kind{audit.NodeRegistered, "updated"}, FlashbackNode, Updated},
+	{Kind{audit.NodeUnregistered, "deleted"}, FlashbackNode, Deleted},
+	{Kind{audit.NodeDeleted, ""}, FlashbackNode, Deleted},
+}
+
+// kinds returns the kinds in the feed, of one context and change unless those are nil.
+func kinds(c *Context, change *Change) []Kind {
+	var all []Kind
+	for _, k := range feed {
+		if (c == nil || *c == k.Context) && (change == nil || *change == k.Change) {
+			all = append(all, k.Kind)
+		}
+	}
+	return all
+}
+
+// read makes an Event of what the store returned.
+func read(s Stored) (Event, error) {
+	leaf, err := audit.Decode(s.Leaf)
+	if err != nil {
+		return Event{}, err
+	}
+	e := Event{Event: leaf, Leaf: string(s.Leaf)}
+	if s.Personal != nil {
+		if e.Person, err = audit.DecodePersonal(s.Personal); err != nil {
+			return Event{}, err
+		}
+	}
+	for _, k := range feed {
+		if k.Type == leaf.Type && (k.Reason == "" || k.Reason == leaf.Reason) {
+			e.Context, e.Change = k.Context, k.Change
+			return e, nil
+		}
+	}
+	return Event{}, fmt.Errorf("event %s (%s) is not one of the feed: its columns are not those of its leaf", leaf.ID, leaf.Type)
+}
+
+// Service is the use case. Every read leaves its own audit event.
+type Service struct {
+	gate.Gate
+	Store Store
+}
+
+// Read answers a request for events: of the caller's organization, or of the
+// one that the body names, as far as the policy says. What is wrong with body
+// is a *jsonbody.Error.
+func (s *Service) Read(ctx context.Context, call gate.Call, body []byte) (Page, error) {
+	f, wrong := parse(body, call.Caller.Org, time.Now())
+	pass, err := s.Decide(ctx, call, authz.ReadEvents, f.Org)
+	if err != nil {
+		return Page{}, err
+	}
+	if wrong != nil {
+		return Page{}, s.Failed(ctx, pass, audit.RequestFailed, "invalid", wrong)
+	}
+	// Any scope but the whole organization is the narrow one.
+	if pass.Decision.Scope != authz.WholeOrganization {
+		f.Person = call.Caller.Subject
+	}
+	page, err := s.page(ctx, f)
+	if err != nil {
+		return Page{}, s.Failed(ctx, pass, audit.EventsRead, "unavailable", fmt.Errorf("reading events: %w", err))
+	}
+	if err := s.Trail.Record(ctx, readEvent(pass, f, page)); err != nil {
+		return Page{}, errors.Join(gate.ErrAudit, err)
+	}
+	return page, nil
+}
+
+func (s *Service) page(ctx context.Context, f Filter) (Page, error) {
+	stored, total, err := s.Store.SystemEvents(ctx, f)
+	if err != nil {
+		return Page{}, err
+	}
+	page := Page{Events: make([]Event, len(stored)), Total: total, Skip: f.Skip, Take: f.Take}
+	for i, one := range stored {
+		if page.Events[i], err = read(one); err != nil {
+			return Page{}, err
+		}
+	}
+	return page, nil
+}
+
+// readEvent says what was read. The texts that were asked for are not in it:
+// anybody may send any text, and what is in the log stays there.
+func readEvent(pass gate.Pass, f Filter, page Page) audit.Event {
+	e := pass.Event(audit.EventsRead)
+	e.Detail = map[string]string{
+		"scope": string(pass.Decision.Scope), "from": f.From.UTC().Format(audit.TimeFormat),
+		"returned": strconv.Itoa(len(page.Events)), "total": strconv.Itoa(page.Total), "skip": strconv.Itoa(page.Skip),
+	}
+	if !f.Before.IsZero() {
+		e.Detail["before"] = f.Before.UTC().Format(audit.TimeFormat)
+	}
+	return e
+}
