@@ -6,6 +6,11 @@ package bench_test
 import (
 	"bytes"
 	"context"
+	"crypto"
+	"crypto/rsa"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -21,16 +26,55 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/hashicorp/vault/api"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/hsm"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
 	"github.com/orgkeys/orgkeys/policies"
 )
 
 func TestMain(m *testing.M) { os.Exit(harness.Main(m)) }
+
+// inPhases has n clients do b.N of a, then b.N of b, in rounds of a tenth, and
+// reports both rates and their ratio. It is for work that queues for the
+// processors, where clients in turns would only wait for each other.
+func inPhases(b *testing.B, n int, nameA string, doA func(i int) error, nameB string, doB func(i int) error) {
+	b.Helper()
+	round := max(1, b.N/10)
+	var tookA, tookB time.Duration
+	b.ResetTimer()
+	for from := 0; from < b.N; from += round {
+		to := min(from+round, b.N)
+		tookA += phase(b, n, from, to, doA)
+		tookB += phase(b, n, from, to, doB)
+	}
+	b.ReportMetric(float64(b.N)/tookA.Seconds(), nameA+"/s")
+	b.ReportMetric(float64(b.N)/tookB.Seconds(), nameB+"/s")
+	b.ReportMetric(100*tookA.Seconds()/tookB.Seconds(), "%")
+}
+
+func phase(b *testing.B, n, from, to int, do func(i int) error) time.Duration {
+	var next atomic.Int64
+	next.Store(int64(from))
+	start := time.Now()
+	var wg sync.WaitGroup
+	for range n {
+		wg.Go(func() {
+			for i := int(next.Add(1) - 1); i < to; i = int(next.Add(1) - 1) {
+				if err := do(i); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return time.Since(start)
+}
 
 // inTurns has n clients do a and then b, b.N times in all, and reports both
 // rates, per client-second times n, and their ratio.
@@ -96,19 +140,7 @@ func BenchmarkKeysSoftHSM(b *testing.B) {
 	}
 	defer token.Close()
 	s := harness.Start(b, harness.Set("ORGKEYS_MAX", "1000"), harness.Set("ORGKEYS_LOG_LEVEL", "warn"))
-	bearer := s.Token(b, "bench", "OWNER")
-	post := func() error {
-		status, _, err := call(s, http.MethodPost, harness.KeyPath("bench"), bearer)
-		if err == nil && status == http.StatusBadRequest { // full: begin again
-			_, _, err = call(s, http.MethodDelete, harness.KeyPath("bench"), bearer)
-			return err
-		}
-		if err == nil && status != http.StatusOK {
-			err = fmt.Errorf("status %d", status)
-		}
-		return err
-	}
-	inTurns(b, 2, "library", func() error { return oneKey(context.Background(), token) }, "orgkeys", post)
+	inTurns(b, 2, "library", func() error { return oneKey(context.Background(), token) }, "orgkeys", generator(b, s))
 }
 
 func call(s *harness.Server, method, path, bearer string) (int, []byte, error) {
@@ -158,7 +190,10 @@ func BenchmarkDecision(b *testing.B) {
 // BenchmarkListFiveKeysSoftHSM: GET …/key of an organization with five keys,
 // through the running program, its audit event durable.
 func BenchmarkListFiveKeysSoftHSM(b *testing.B) {
-	s := harness.Start(b, harness.Set("ORGKEYS_LOG_LEVEL", "warn"))
+	listFive(b, harness.Start(b, harness.Set("ORGKEYS_LOG_LEVEL", "warn")))
+}
+
+func listFive(b *testing.B, s *harness.Server) {
 	bearer := s.Token(b, "bench", "OWNER")
 	for range 5 {
 		if status, body, err := call(s, http.MethodPost, harness.KeyPath("bench"), bearer); err != nil || status != http.StatusOK {
@@ -278,4 +313,143 @@ func record(b *testing.B, trail *audit.Log, callers int) {
 		})
 	}
 	wg.Wait()
+}
+
+// withVault starts a real Vault and the program on it.
+func withVault(b *testing.B, opts ...harness.Option) (*vaulttest.Server, *harness.Server) {
+	b.Helper()
+	v, err := vaulttest.Start(b.Context(), b.TempDir())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := v.Stop(); err != nil {
+			b.Error(err)
+		}
+	})
+	login, err := v.AppRole(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	opts = append(opts, harness.Set("ORGKEYS_KEYSTORE", "vault"), harness.Set("ORGKEYS_LOG_LEVEL", "warn"),
+		harness.Set("ORGKEYS_VAULT_ROLE_ID_FILE", login.RoleIDFile), harness.Set("ORGKEYS_VAULT_SECRET_ID_FILE", login.SecretIDFile))
+	for _, pair := range v.Env() {
+		if name, value, ok := strings.Cut(pair, "="); ok && strings.HasPrefix(name, "VAULT_") {
+			opts = append(opts, harness.Set(name, value))
+		}
+	}
+	return v, harness.Start(b, opts...)
+}
+
+// generator returns a function that has a key made, and makes room for more.
+func generator(b *testing.B, s *harness.Server) func() error {
+	bearer := s.Token(b, "bench", "OWNER")
+	return func() error {
+		status, body, err := call(s, http.MethodPost, harness.KeyPath("bench"), bearer)
+		if err == nil && status == http.StatusBadRequest {
+			_, _, err = call(s, http.MethodDelete, harness.KeyPath("bench"), bearer)
+			return err
+		}
+		if err == nil && status != http.StatusOK {
+			err = fmt.Errorf("status %d: %s", status, body)
+		}
+		return err
+	}
+}
+
+// BenchmarkKeysVault: keys a second through the running program on Vault
+// Transit, beside a loop that calls Transit directly.
+func BenchmarkKeysVault(b *testing.B) {
+	for _, clients := range []int{1, 2, 8} {
+		b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
+			v, s := withVault(b, harness.Set("ORGKEYS_MAX", "1000"))
+			direct, err := v.Client(v.RootToken)
+			if err != nil {
+				b.Fatal(err)
+			}
+			inTurns(b, clients, "direct", func() error { return transitKey(context.Background(), direct) }, "orgkeys", generator(b, s))
+		})
+	}
+}
+
+// transitKey is what a key costs on Transit alone.
+func transitKey(ctx context.Context, client *api.Client) error {
+	path, l := "orgkeys/keys/"+uuid.NewString(), client.Logical()
+	if _, err := l.WriteWithContext(ctx, path, map[string]any{"type": "rsa-2048", "exportable": true}); err != nil {
+		return err
+	}
+	if _, err := l.WriteWithContext(ctx, path+"/config", map[string]any{"deletion_allowed": true}); err != nil {
+		return err
+	}
+	if _, err := l.ReadWithContext(ctx, "orgkeys/export/encryption-key/"+strings.TrimPrefix(path, "orgkeys/keys/")+"/1"); err != nil {
+		return err
+	}
+	_, err := l.DeleteWithContext(ctx, path)
+	return err
+}
+
+// BenchmarkListFiveKeysVault is BenchmarkListFiveKeysSoftHSM on Vault.
+func BenchmarkListFiveKeysVault(b *testing.B) {
+	_, s := withVault(b)
+	listFive(b, s)
+}
+
+// BenchmarkRegister: durable registrations a second, of nodes that all have
+// their own address, beside AppRole logins on a real Vault, 16 clients each.
+// The client's signatures are made before.
+func BenchmarkRegister(b *testing.B) {
+	v, err := vaulttest.Start(b.Context(), b.TempDir())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer v.Stop()
+	login, err := v.AppRole(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	vaultClient, err := v.Client("")
+	if err != nil {
+		b.Fatal(err)
+	}
+	credentials := map[string]any{"role_id": readLine(b, login.RoleIDFile), "secret_id": readLine(b, login.SecretIDFile)}
+
+	s := harness.Start(b, harness.Set("ORGKEYS_LOG_LEVEL", "warn"), harness.Set("ORGKEYS_TIMESTAMP_WINDOW", "3600s"))
+	key := s.Generate(b, "bench")
+	requests := make([][]byte, b.N)
+	for i := range requests {
+		requests[i] = registration(b, key.Private, i)
+	}
+	inPhases(b, 16, "logins", func(int) error {
+		_, err := vaultClient.Logical().WriteWithContext(context.Background(), "auth/approle/login", credentials)
+		return err
+	}, "registrations", func(i int) error {
+		resp, err := s.HTTP.Post(s.API+"/register", "application/json", bytes.NewReader(requests[i]))
+		if err != nil {
+			return err
+		}
+		body, err := io.ReadAll(resp.Body)
+		if err == nil && resp.StatusCode != http.StatusOK {
+			err = fmt.Errorf("status %d: %s", resp.StatusCode, body)
+		}
+		return errors.Join(err, resp.Body.Close())
+	})
+}
+
+func readLine(b *testing.B, path string) string {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return strings.TrimSpace(string(text))
+}
+
+func registration(b *testing.B, key *rsa.PrivateKey, i int) []byte {
+	ip, at := fmt.Sprintf("10.%d.%d.%d", i>>16&255, i>>8&255, i&255), strconv.FormatInt(time.Now().UnixMilli(), 10)
+	digest := sha256.Sum256([]byte(ip + "|eu-1|" + at))
+	signature, err := rsa.SignPKCS1v15(nil, key, crypto.SHA256, digest[:])
+	if err != nil {
+		b.Fatal(err)
+	}
+	return fmt.Appendf(nil, `{"ip":%q,"region":"eu-1","timestamp":%q,"id_org":"bench","signature":%q,"version":"1.0","status":"running"}`,
+		ip, at, base64.StdEncoding.EncodeToString(signature))
 }
