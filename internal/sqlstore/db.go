@@ -13,12 +13,15 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"net/url"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/stdlib"
 	_ "modernc.org/sqlite" // registers the driver "sqlite"
 
@@ -29,10 +32,27 @@ import (
 const (
 	connectTimeout   = 3 * time.Second
 	statementTimeout = 5 * time.Second
+	answerTimeout    = 8 * time.Second // for a whole transaction or query, by this process's clock: a server that hangs keeps no time
 	poolSize         = 20
 	idleTime         = 5 * time.Minute
-	batchSize        = 256 // writes that share one SQLite transaction
+	connectionLife   = 5 * time.Minute // after a fail-over, connections to the wrong server last no longer
+	batchSize        = 256             // writes that share one SQLite transaction
+	attempts         = 4               // at a transaction that PostgreSQL aborted in favour of another
+	firstRetry       = 5 * time.Millisecond
 )
+
+// sessionSettings are those of every PostgreSQL connection. The server ends a
+// transaction whose client is stopped, and notices within seconds one whose
+// host is gone: until then it would keep its locks.
+var sessionSettings = map[string]string{
+	"application_name":                    "orgkeys",
+	"statement_timeout":                   fmt.Sprint(statementTimeout.Milliseconds()),
+	"idle_in_transaction_session_timeout": fmt.Sprint(statementTimeout.Milliseconds()),
+	"tcp_keepalives_idle":                 "3",
+	"tcp_keepalives_interval":             "1",
+	"tcp_keepalives_count":                "3",
+	"tcp_user_timeout":                    "6000",
+}
 
 // DB is the database. It implements orgkey.Store and audit.Store.
 type DB struct {
@@ -84,27 +104,30 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 		return nil, errors.New("the PostgreSQL URL cannot be read: it has the form postgres://user@host:5432/database?sslmode=verify-full")
 	}
 	config.ConnectTimeout = connectTimeout
-	config.RuntimeParams["statement_timeout"] = fmt.Sprint(statementTimeout.Milliseconds())
-	config.RuntimeParams["application_name"] = "orgkeys"
-	pool := stdlib.OpenDB(*config)
+	maps.Copy(config.RuntimeParams, sessionSettings)
+	if config.ValidateConnect == nil { // the URL has no target_session_attrs
+		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+	}
+	pool := stdlib.OpenDB(*config, stdlib.OptionAfterConnect(checkDurable))
 	pool.SetMaxOpenConns(poolSize)
 	pool.SetMaxIdleConns(poolSize)
 	pool.SetConnMaxIdleTime(idleTime)
-	d := &DB{read: pool, postgres: true, recorded: make(chan struct{}, 1)}
-	if err := d.checkDurable(ctx); err != nil {
-		return nil, errors.Join(err, pool.Close())
+	pool.SetConnMaxLifetime(connectionLife)
+	if err := pool.PingContext(ctx); err != nil {
+		return nil, errors.Join(unavailable(fmt.Errorf("connecting to PostgreSQL: %w", err)), pool.Close())
 	}
-	return d, nil
+	return &DB{read: pool, postgres: true, recorded: make(chan struct{}, 1)}, nil
 }
 
-// checkDurable refuses a server that may lose what it has acknowledged.
-func (d *DB) checkDurable(ctx context.Context) error {
+// checkDurable refuses a server that may lose what it has acknowledged, at
+// each connection: the one after a fail-over may be another.
+func checkDurable(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
 		var value string
-		if err := d.read.QueryRowContext(ctx, "SELECT current_setting($1)", setting).Scan(&value); err != nil {
-			return fmt.Errorf("asking PostgreSQL for %s: %w", setting, unavailable(err))
+		if err := conn.QueryRow(ctx, "SELECT current_setting($1)", setting).Scan(&value); err != nil {
+			return fmt.Errorf("asking PostgreSQL for %s: %w", setting, err)
 		}
 		if value == "off" {
 			return fmt.Errorf("PostgreSQL runs with %s=off and may lose what it acknowledged: set it to on", setting)
@@ -122,19 +145,49 @@ func (d *DB) Close() error {
 	return errors.Join(err, d.read.Close())
 }
 
-// Healthy reports whether the database answers.
+// Healthy reports whether the database answers, and can be written to: after a
+// fail-over, a connection may lead to the server that is a standby now.
 func (d *DB) Healthy(ctx context.Context) error {
 	var size int64
-	return unavailable(d.read.QueryRowContext(ctx, "SELECT size FROM log_head").Scan(&size))
+	if err := d.read.QueryRowContext(ctx, "SELECT size FROM log_head").Scan(&size); err != nil || !d.postgres {
+		return unavailable(err)
+	}
+	var readOnly string
+	if err := d.read.QueryRowContext(ctx, "SELECT current_setting('transaction_read_only')").Scan(&readOnly); err != nil {
+		return unavailable(err)
+	}
+	if readOnly != "off" {
+		return unavailable(errReadOnly)
+	}
+	return nil
 }
 
-// write runs do in a transaction. When ctx ends before the answer is there,
+var errReadOnly = errors.New("PostgreSQL is a standby, or read-only")
+
+// write runs do in a transaction, in PostgreSQL again if that aborted it. When ctx ends before the answer is there,
 // whether the change was made is not known to the caller.
 func (d *DB) write(ctx context.Context, do func(context.Context, *sql.Tx) error) error {
 	if d.writer != nil {
 		return d.writer.write(ctx, do)
 	}
-	tx, err := d.read.BeginTx(ctx, nil)
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	err := d.attempt(ctx, do)
+	for wait, n := firstRetry, 1; n < attempts && aborted(err); wait, n = 2*wait, n+1 {
+		select {
+		case <-time.After(wait/2 + rand.N(wait)):
+		case <-ctx.Done():
+			return err
+		}
+		err = d.attempt(ctx, do)
+	}
+	return err
+}
+
+// attempt runs do in a PostgreSQL transaction. The statements rely on READ
+// COMMITTED: each must see what was committed while it waited for a lock.
+func (d *DB) attempt(ctx context.Context, do func(context.Context, *sql.Tx) error) error {
+	tx, err := d.read.BeginTx(ctx, &sql.TxOptions{Isolation: sql.LevelReadCommitted})
 	if err != nil {
 		return unavailable(err)
 	}
@@ -142,6 +195,13 @@ func (d *DB) write(ctx context.Context, do func(context.Context, *sql.Tx) error)
 		return errors.Join(err, ignoreDone(tx.Rollback()))
 	}
 	return unavailable(tx.Commit())
+}
+
+// aborted reports whether PostgreSQL gave up a transaction in favour of
+// another, so that nothing of it was done and it can be tried again.
+func aborted(err error) bool {
+	failure, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (failure.Code == "40001" || failure.Code == "40P01")
 }
 
 func ignoreDone(err error) error {

@@ -3,9 +3,9 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
-	"database/sql/driver"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -28,8 +28,8 @@ func (d *DB) record(ctx context.Context, tx *sql.Tx, events ...audit.Event) erro
 		if err != nil {
 			return err
 		}
-		if _, err := exec(ctx, tx, "INSERT INTO events (id, occurred_at, type, reason, org_id, actor_kind, actor, object, leaf) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
-			r.ID, r.Time.UnixMicro(), string(r.Type), r.Reason, r.Org, string(r.Kind), r.Actor, r.Object, r.Leaf); err != nil {
+		if _, err := exec(ctx, tx, "INSERT INTO events (id, occurred_at, type, org_id, actor, object, leaf) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+			r.ID, r.Time.UnixMicro(), string(r.Type), r.Org, r.Actor, r.Object, r.Leaf); err != nil {
 			return err
 		}
 		if r.Personal == nil {
@@ -97,23 +97,56 @@ func (d *DB) sequence(ctx context.Context, tx *sql.Tx, limit int) (int, error) {
 		return 0, err
 	}
 	leaves := make([][]byte, len(waiting))
+	rows := make([]int64, len(waiting))
 	for i, w := range waiting {
-		leaves[i] = w.leaf
-		if _, err := exec(ctx, tx, "UPDATE events SET idx = $2 WHERE seq = $1", w.seq, head.Size+int64(i)); err != nil {
-			return 0, err
-		}
+		leaves[i], rows[i] = w.leaf, w.seq
+	}
+	if err := d.giveIndices(ctx, tx, rows, head.Size); err != nil {
+		return 0, err
 	}
 	hashes, root, err := audit.Grow(head.Size, leaves, hashReader(ctx, tx))
 	if err != nil {
 		return 0, err
 	}
-	start := tlog.StoredHashIndex(0, head.Size)
-	for i, h := range hashes {
-		if _, err := exec(ctx, tx, "INSERT INTO log_hashes (idx, hash) VALUES ($1, $2)", start+int64(i), h[:]); err != nil {
-			return 0, err
-		}
+	if err := d.storeHashes(ctx, tx, hashes, tlog.StoredHashIndex(0, head.Size)); err != nil {
+		return 0, err
 	}
 	return len(waiting), one(exec(ctx, tx, "UPDATE log_head SET size = $1, root = $2 WHERE size = $3", head.Size+int64(len(waiting)), root[:], head.Size))
+}
+
+// giveIndices gives the events in these rows consecutive indices from first
+// on. In PostgreSQL a batch is one statement, not one round trip an event.
+func (d *DB) giveIndices(ctx context.Context, tx *sql.Tx, rows []int64, first int64) error {
+	if d.postgres {
+		_, err := exec(ctx, tx, `UPDATE events SET idx = $2 + row.n - 1
+			FROM unnest($1::bigint[]) WITH ORDINALITY AS row (seq, n) WHERE events.seq = row.seq`, rows, first)
+		return err
+	}
+	for i, seq := range rows {
+		if _, err := exec(ctx, tx, "UPDATE events SET idx = $2 WHERE seq = $1", seq, first+int64(i)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// storeHashes stores the tree's hashes numbered from first on, likewise.
+func (d *DB) storeHashes(ctx context.Context, tx *sql.Tx, hashes []tlog.Hash, first int64) error {
+	if d.postgres {
+		plain := make([][]byte, len(hashes))
+		for i := range hashes {
+			plain[i] = hashes[i][:]
+		}
+		_, err := exec(ctx, tx, `INSERT INTO log_hashes (idx, hash)
+			SELECT $2 + row.n - 1, row.hash FROM unnest($1::bytea[]) WITH ORDINALITY AS row (hash, n)`, plain, first)
+		return err
+	}
+	for i, h := range hashes {
+		if _, err := exec(ctx, tx, "INSERT INTO log_hashes (idx, hash) VALUES ($1, $2)", first+int64(i), h[:]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 type rowQuerier interface {
@@ -209,40 +242,28 @@ func (d *DB) KeepReceipts(ctx context.Context, sink string, first int64, receipt
 	})
 }
 
+// exclusiveTime is how long PostgreSQL waits for the holder of an exclusive
+// lock, longer than it may take.
+const exclusiveTime = 15 * time.Second
+
 // Exclusive implements audit.Store. On PostgreSQL the lock belongs to a
-// connection, so it goes with a process that dies.
+// transaction, so it goes with a process that dies, and with one that is stopped.
 func (d *DB) Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error) {
 	if !d.postgres {
 		return true, do(ctx)
 	}
-	conn, err := d.read.Conn(ctx)
+	tx, err := d.read.BeginTx(ctx, nil)
 	if err != nil {
 		return false, unavailable(err)
 	}
-	var mine bool
-	if err := conn.QueryRowContext(ctx, "SELECT pg_try_advisory_lock(hashtextextended($1, 0))", name).Scan(&mine); err != nil {
-		return false, errors.Join(unavailable(err), discard(conn))
+	if _, err := exec(ctx, tx, fmt.Sprintf("SET LOCAL idle_in_transaction_session_timeout = %d", exclusiveTime.Milliseconds())); err != nil {
+		return false, errors.Join(err, ignoreDone(tx.Rollback()))
 	}
-	if !mine {
-		return false, unavailable(conn.Close())
+	mine, err := d.tryLock(ctx, tx, name)
+	if err != nil || !mine {
+		return false, errors.Join(err, ignoreDone(tx.Rollback()))
 	}
-	err = do(ctx)
-	unlocking, cancel := context.WithTimeout(context.WithoutCancel(ctx), statementTimeout)
-	defer cancel()
-	if _, unlockErr := conn.ExecContext(unlocking, "SELECT pg_advisory_unlock(hashtextextended($1, 0))", name); unlockErr != nil {
-		return true, errors.Join(err, discard(conn))
-	}
-	return true, errors.Join(err, conn.Close())
-}
-
-// discard closes a connection that may still hold a lock, rather than give it
-// back to the pool.
-func discard(conn *sql.Conn) error {
-	err := conn.Raw(func(any) error { return driver.ErrBadConn })
-	if errors.Is(err, driver.ErrBadConn) {
-		return nil
-	}
-	return errors.Join(err, conn.Close())
+	return true, errors.Join(do(ctx), unavailable(ignoreDone(tx.Rollback())))
 }
 
 // SinkNext implements audit.Store.

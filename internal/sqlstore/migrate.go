@@ -26,8 +26,10 @@ func (d *DB) Migrate(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := provider.Up(ctx); err != nil {
-		return fmt.Errorf("migrating the database: %w", err)
+	if !d.migrated(ctx, provider) {
+		if _, err := provider.Up(ctx); err != nil {
+			return fmt.Errorf("migrating the database: %w", unavailable(err))
+		}
 	}
 	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
 		empty, err := tlog.TreeHash(0, nil)
@@ -40,9 +42,25 @@ func (d *DB) Migrate(ctx context.Context) error {
 	})
 }
 
+// migrated reports whether the newest migration is there already, so that a
+// start need not wait for its turn to find that out. In doubt it says no.
+func (d *DB) migrated(ctx context.Context, provider *goose.Provider) bool {
+	sources := provider.ListSources()
+	newest := sources[len(sources)-1].Version
+	applied, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM goose_db_version WHERE version_id = $1 AND is_applied", newest)
+	return err == nil && applied[0] > 0
+}
+
+// A replica that finds another migrating tries again after migrateRetry
+// seconds, migrateRetries times.
+const (
+	migrateRetry   = 1
+	migrateRetries = 60
+)
+
 func (d *DB) provider() (*goose.Provider, error) {
 	if d.postgres {
-		locker, err := lock.NewPostgresSessionLocker()
+		locker, err := lock.NewPostgresSessionLocker(lock.WithLockTimeout(migrateRetry, migrateRetries))
 		if err != nil {
 			return nil, err
 		}

@@ -13,6 +13,8 @@ type querier interface {
 
 // query returns one T for each row.
 func query[T any](ctx context.Context, q querier, scan func(scan func(...any) error) (T, error), statement string, args ...any) ([]T, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
 	var all []T
 	err := each(ctx, q, func(dest func(...any) error) error {
 		t, err := scan(dest)

@@ -47,6 +47,27 @@ func onBoth(t *testing.T, test func(t *testing.T, db *sqlstore.DB, location stri
 		}
 		test(t, open(t, location), location)
 	})
+	t.Run("postgres with the next version's schema", func(t *testing.T) {
+		location, err := postgres.NewDatabase("t" + strings.ReplaceAll(uuid.NewString(), "-", ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		db := open(t, location)
+		migrateToNext(t, location)
+		test(t, db, location)
+	})
+}
+
+// migrateToNext does to the schema what a next version's migrations may: a
+// rolling upgrade has this version run on it.
+func migrateToNext(t *testing.T, location string) {
+	t.Helper()
+	next := raw(t, location)
+	for _, table := range []string{"org_keys", "events", "event_persons", "log_hashes", "log_head", "event_receipts", "sink_progress", "nodes", "node_keys", "signature_uses", "boot_secrets"} {
+		statement(t, next, "ALTER TABLE "+table+" ADD COLUMN of_the_next_version TEXT")
+	}
+	statement(t, next, "CREATE TABLE of_the_next_version (id TEXT PRIMARY KEY)")
+	statement(t, next, "INSERT INTO goose_db_version (version_id, is_applied) VALUES (9999, true)")
 }
 
 func open(t *testing.T, location string) *sqlstore.DB {

@@ -1,0 +1,261 @@
+package sqlstore_test
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/sqlstore/pgtest"
+)
+
+func newDatabase(t *testing.T, server *pgtest.Server) string {
+	t.Helper()
+	location, err := server.NewDatabase("t" + strings.ReplaceAll(uuid.NewString(), "-", ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return location
+}
+
+// raw is a connection past the package, as another client of the server has.
+func raw(t *testing.T, location string) *sql.DB {
+	t.Helper()
+	db, err := sql.Open("pgx", location)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	return db
+}
+
+func statement(t *testing.T, on interface {
+	Exec(string, ...any) (sql.Result, error)
+}, text string, args ...any,
+) {
+	t.Helper()
+	if _, err := on.Exec(text, args...); err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+}
+
+// PostgreSQL gives up one of two transactions that wait for each other. The
+// caller of the one given up does not notice.
+func TestADeadlockIsTriedAgain(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db, other := open(t, location), raw(t, location)
+	ids := []string{released(t, db, "acme", 5), released(t, db, "acme", 5)}
+	first, last := min(ids[0], ids[1]), max(ids[0], ids[1])
+
+	tx, err := other.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	statement(t, tx, "SET LOCAL deadlock_timeout = '30s'") // the other side finds the deadlock, and is the one given up
+	statement(t, tx, "SELECT 1 FROM org_keys WHERE id = $1 FOR UPDATE", last)
+	done := make(chan error, 1)
+	go func() {
+		n, err := db.DeleteKeys(t.Context(), "acme", event(audit.KeysDeleted, "acme", ""), func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) })
+		if err == nil && n != 2 {
+			err = errors.New("not both keys were deleted")
+		}
+		done <- err
+	}()
+	waiting := func() (n int) {
+		if err := other.QueryRow("SELECT count(*) FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) OR NOT granted AND locktype = 'transactionid'").Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	until(t, "the deletion waits for the second key", func() bool { return waiting() > 0 })
+	statement(t, tx, "SELECT 1 FROM org_keys WHERE id = $1 FOR UPDATE", first)
+	if err := tx.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Errorf("the deletion that PostgreSQL gave up once: %v", err)
+	}
+}
+
+func until(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it did not come about that %s", what)
+		}
+	}
+}
+
+// Promise 9: a PostgreSQL that is down is an error at once, and one that is
+// back is used again without opening it again.
+func TestPostgresRestarted(t *testing.T) {
+	server, err := pgtest.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Close() })
+	db := open(t, newDatabase(t, server))
+	id := released(t, db, "acme", 5)
+
+	if err := server.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	started := time.Now()
+	err = db.Reserve(t.Context(), "acme", uuid.NewString(), 5, life)
+	if took := time.Since(started); !errors.Is(err, orgkey.ErrUnavailable) || took > 4*time.Second {
+		t.Errorf("with PostgreSQL down: %v after %s, want ErrUnavailable promptly", err, took)
+	}
+	if err := db.Healthy(t.Context()); err == nil {
+		t.Error("healthy with PostgreSQL down")
+	}
+	if err := server.Restart(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "PostgreSQL is used again", func() bool { return db.Healthy(t.Context()) == nil })
+	if records, err := db.Keys(t.Context(), "acme"); err != nil || len(records) != 1 || records[0].ID != id {
+		t.Errorf("after the restart: %v, %v", records, err)
+	}
+	reserve(t, db, "acme", 5)
+}
+
+// A server that is a standby, or was made one, is not one to work with.
+func TestAReadOnlyPostgresIsNotHealthy(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db := open(t, location)
+	statement(t, raw(t, location), "ALTER ROLE CURRENT_USER IN DATABASE "+location[strings.LastIndex(location, "/")+1:strings.Index(location, "?")]+" SET default_transaction_read_only = on")
+	if err := db.Healthy(t.Context()); err != nil {
+		t.Fatalf("a connection from before: %v", err)
+	}
+	again, err := sqlstore.Open(t.Context(), location)
+	if err == nil {
+		again.Close()
+		t.Error("a read-only PostgreSQL was opened")
+	}
+}
+
+// Whatever isolation the database's administrator made the default: each
+// statement sees what was committed while it waited for its turn.
+func TestTheQuotaHoldsUnderAnotherDefaultIsolation(t *testing.T) {
+	for _, isolation := range []string{"repeatable read", "serializable"} {
+		t.Run(isolation, func(t *testing.T) {
+			location := newDatabase(t, postgres)
+			db := open(t, location+"&default_transaction_isolation="+strings.ReplaceAll(isolation, " ", "%20"))
+			var given, refused atomic.Int64
+			var wg sync.WaitGroup
+			for range 40 {
+				wg.Go(func() {
+					err := db.Reserve(t.Context(), "acme", uuid.NewString(), 5, life)
+					switch {
+					case err == nil:
+						given.Add(1)
+					case errors.As(err, new(*orgkey.QuotaError)):
+						refused.Add(1)
+					default:
+						t.Error(err)
+					}
+				})
+			}
+			wg.Wait()
+			if given.Load() != 5 || refused.Load() != 35 {
+				t.Errorf("%d places given, %d refused; want 5 and 35", given.Load(), refused.Load())
+			}
+		})
+	}
+}
+
+// The sequencer's place is free as soon as its holder's connection is gone.
+func TestTheSequencersPlaceGoesWithItsHolder(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db, dying := open(t, location), raw(t, location)
+	if err := db.Record(t.Context(), event(audit.KeysListed, "acme", "")); err != nil {
+		t.Fatal(err)
+	}
+	tx, err := dying.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pid int
+	if err := tx.QueryRow("SELECT pg_backend_pid() FROM pg_advisory_xact_lock(hashtextextended('sequencer', 0))").Scan(&pid); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := db.Sequence(t.Context(), 10); n != 0 || err != nil {
+		t.Fatalf("sequenced %d, %v while another is at it", n, err)
+	}
+	statement(t, raw(t, location), "SELECT pg_terminate_backend($1)", pid)
+	started := time.Now()
+	until(t, "the place is taken over", func() bool {
+		n, err := db.Sequence(t.Context(), 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n == 1
+	})
+	if took := time.Since(started); took > time.Second {
+		t.Errorf("taken over after %s", took)
+	}
+}
+
+// What is done exclusively is done by one at a time, and by another once the
+// first one's connection is gone.
+func TestExclusiveGoesWithItsHolder(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db, second := open(t, location), open(t, location)
+	entered, leave, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	go func() {
+		_, err := db.Exclusive(t.Context(), "sink vault", func(context.Context) error { close(entered); <-leave; return nil })
+		done <- err
+	}()
+	<-entered
+	nothing := func(context.Context) error { return nil }
+	if mine, err := second.Exclusive(t.Context(), "sink vault", nothing); mine || err != nil {
+		t.Fatalf("mine is %t, error %v, while another is at it", mine, err)
+	}
+	if mine, err := second.Exclusive(t.Context(), "sink file", nothing); !mine || err != nil {
+		t.Fatalf("another name: mine is %t, error %v", mine, err)
+	}
+	statement(t, raw(t, location), "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())")
+	until(t, "another may", func() bool {
+		mine, err := second.Exclusive(t.Context(), "sink vault", nothing)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return mine
+	})
+	close(leave)
+	if err := <-done; err == nil {
+		t.Error("the holder whose connection was ended did not hear of it")
+	}
+}
+
+// Several replicas that start at once on an empty database all get through.
+func TestMigratingConcurrently(t *testing.T) {
+	location := newDatabase(t, postgres)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			db, err := sqlstore.Open(t.Context(), location)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer db.Close()
+			if err := errors.Join(db.Migrate(t.Context()), db.CheckMigrated(t.Context())); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	var heads int
+	if err := raw(t, location).QueryRow("SELECT count(*) FROM log_head").Scan(&heads); err != nil || heads != 1 {
+		t.Errorf("%d heads of the log, %v", heads, err)
+	}
+}
