@@ -28,8 +28,8 @@ func (d *DB) record(ctx context.Context, tx *sql.Tx, events ...audit.Event) erro
 		if err != nil {
 			return err
 		}
-		if _, err := exec(ctx, tx, "INSERT INTO events (id, occurred_at, type, org_id, actor, object, leaf) VALUES ($1, $2, $3, $4, $5, $6, $7)",
-			r.ID, r.Time.UnixMicro(), string(r.Type), r.Org, r.Actor, r.Object, r.Leaf); err != nil {
+		if _, err := exec(ctx, tx, "INSERT INTO events (id, occurred_at, type, reason, org_id, actor_kind, actor, object, leaf) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+			r.ID, r.Time.UnixMicro(), string(r.Type), r.Reason, r.Org, string(r.Kind), r.Actor, r.Object, r.Leaf); err != nil {
 			return err
 		}
 		if r.Personal == nil {
