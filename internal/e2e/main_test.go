@@ -17,5 +17,7 @@ var (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	os.Exit(harness.Main(m))
+	code := harness.Main(m)
+	shared.end()
+	os.Exit(code)
 }

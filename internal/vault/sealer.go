@@ -49,7 +49,7 @@ func (s *Sealer) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) (
 	whole := make([]byte, 0, len(body)+base64.StdEncoding.EncodedLen(len(plaintext))+len(`"}`))
 	whole = base64.StdEncoding.AppendEncode(append(whole, body...), plaintext)
 	whole = append(whole, `"}`...)
-	answer, err := s.c.do(ctx, request{method: http.MethodPut, path: sealMount + "/encrypt/seal", body: whole})
+	answer, err := s.c.do(correlated(ctx, b.ID), request{method: http.MethodPut, path: sealMount + "/encrypt/seal", body: whole})
 	if err != nil {
 		// Not cleared: the transport may still be sending it.
 		return nil, fmt.Errorf("sealing: %w", err)

@@ -1,0 +1,589 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/rsa"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/http/httptrace"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
+)
+
+// shared is the Vault of these tests, started when the first one needs it.
+// They do not run in parallel: several of them break it.
+var shared sharedVault
+
+type sharedVault struct {
+	once   sync.Once
+	dir    string
+	server *vaulttest.Server
+	err    error
+}
+
+func (v *sharedVault) get(t *testing.T) *vaulttest.Server {
+	t.Helper()
+	v.once.Do(func() {
+		if v.dir, v.err = os.MkdirTemp("", "orgkeys-e2e-vault-"); v.err != nil {
+			return
+		}
+		if v.server, v.err = vaulttest.Start(context.Background(), v.dir); v.err != nil {
+			return
+		}
+		_, v.err = v.server.AppRole(context.Background())
+	})
+	if v.err != nil {
+		t.Fatal(v.err)
+	}
+	return v.server
+}
+
+func (v *sharedVault) end() {
+	if v.server != nil {
+		v.server.Kill()
+	}
+	if v.dir != "" {
+		os.RemoveAll(v.dir)
+	}
+}
+
+// throughVault are the settings of a server on the shared Vault, and the proxy
+// in front of it. The log that an earlier test began is forgotten there.
+func throughVault(t *testing.T) (*vaulttest.Server, *vaulttest.Proxy, harness.Option) {
+	t.Helper()
+	v := shared.get(t)
+	proxy, err := vaulttest.NewProxy(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(proxy.Close)
+	if _, err := root(t, v).DeleteWithContext(t.Context(), "orgkeys-state/metadata/checkpoint"); err != nil {
+		t.Fatal(err)
+	}
+	login, err := v.AppRole(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v, proxy, func(s *harness.Server) {
+		for name, value := range map[string]string{
+			"ORGKEYS_KEYSTORE": "vault", "VAULT_ADDR": proxy.Address, "VAULT_CACERT": v.CACert,
+			"ORGKEYS_VAULT_ROLE_ID_FILE": login.RoleIDFile, "ORGKEYS_VAULT_SECRET_ID_FILE": login.SecretIDFile,
+		} {
+			harness.Set(name, value)(s)
+		}
+	}
+}
+
+func root(t testing.TB, v *vaulttest.Server) *api.Logical {
+	t.Helper()
+	client, err := v.Client(v.RootToken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client.Logical()
+}
+
+// inTransit lists the keys that root sees.
+func inTransit(t testing.TB, v *vaulttest.Server) []any {
+	t.Helper()
+	list, err := root(t, v).ListWithContext(t.Context(), "orgkeys/keys")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if list == nil {
+		return nil
+	}
+	return list.Data["keys"].([]any)
+}
+
+// vaultEntry is a line of Vault's audit file.
+type vaultEntry struct {
+	Type    string `json:"type"`
+	Request struct {
+		Operation string              `json:"operation"`
+		Path      string              `json:"path"`
+		Headers   map[string][]string `json:"headers"`
+		Data      json.RawMessage     `json:"data"`
+	} `json:"request"`
+}
+
+func vaultAudit(t testing.TB, v *vaulttest.Server) []vaultEntry {
+	t.Helper()
+	b, err := os.ReadFile(v.AuditFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var entries []vaultEntry
+	for line := range bytes.Lines(b) {
+		var e vaultEntry
+		if err := json.Unmarshal(line, &e); err != nil {
+			t.Fatalf("Vault's audit file: %v: %.200q", err, line)
+		}
+		entries = append(entries, e)
+	}
+	return entries
+}
+
+// eventsInVault are the events that Vault's audit file holds in clear: what
+// Vault wrote before it signed them.
+func eventsInVault(t testing.TB, v *vaulttest.Server, is func(harness.Leaf) bool) []harness.Leaf {
+	t.Helper()
+	var found []harness.Leaf
+	for _, e := range vaultAudit(t, v) {
+		if e.Type != "request" || e.Request.Path != "orgkeys-audit/sign/receipt" {
+			continue
+		}
+		var data struct {
+			Batch []struct{ Event string } `json:"batch_input"`
+		}
+		if err := json.Unmarshal(e.Request.Data, &data); err != nil {
+			t.Fatalf("Vault's audit file: %v", err)
+		}
+		for _, item := range data.Batch {
+			var leaf harness.Leaf
+			if json.Unmarshal([]byte(item.Event), &leaf) == nil && is(leaf) { // checkpoints are no JSON
+				found = append(found, leaf)
+			}
+		}
+	}
+	return found
+}
+
+// release asks for a key and has first run when the first byte of the answer is there.
+func release(t *testing.T, s *harness.Server, org string, first func()) harness.Response {
+	t.Helper()
+	ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotFirstResponseByte: first})
+	req := harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")}
+	resp, err := s.Try(ctx, req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Check(t, req, resp)
+	return resp
+}
+
+// TestPromise1_VaultKeepsNoKeyAndItsAuditFileNoSecret: the whole life of a key.
+func TestPromise1_VaultKeepsNoKeyAndItsAuditFileNoSecret(t *testing.T) {
+	v, proxy, settings := throughVault(t)
+	var mu sync.Mutex
+	var token string
+	proxy.Before(func(_ http.ResponseWriter, r *http.Request) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		token = r.Header.Get("X-Vault-Token")
+		return true
+	})
+	s := harness.Start(t, settings)
+	org := harness.Org()
+	var atFirstByte []any
+	var audited []harness.Leaf
+	resp := release(t, s, org, func() {
+		atFirstByte = inTransit(t, v)
+		audited = eventsInVault(t, v, func(l harness.Leaf) bool { return l.Org == org && l.Type == "orgkey.created" })
+	})
+	if resp.Status != 200 {
+		t.Fatalf("status %d, body %q", resp.Status, resp.Body)
+	}
+	key := harness.ReadKey(t, org, resp)
+
+	t.Run("at the first byte Transit has no key", func(t *testing.T) {
+		if len(atFirstByte) > 0 {
+			t.Errorf("Transit held %v", atFirstByte)
+		}
+	})
+	t.Run("at the first byte Vault's audit file holds the event in clear", func(t *testing.T) {
+		if len(audited) != 1 || audited[0].Object != key.ID || audited[0].Detail["fingerprint"] != key.Fingerprint {
+			t.Errorf("it holds %+v", audited)
+		}
+	})
+	t.Run("the service's own token cannot get the key", func(t *testing.T) {
+		mu.Lock()
+		client, err := v.Client(token)
+		mu.Unlock()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range []string{"orgkeys/export/encryption-key/" + key.ID + "/1", "orgkeys/export/encryption-key/" + key.ID, "orgkeys/backup/" + key.ID, "orgkeys/keys/" + key.ID} {
+			if got, err := client.Logical().ReadWithContext(t.Context(), path); got != nil {
+				t.Errorf("%s answers %v, %v", path, got.Data, err)
+			}
+		}
+		if list, err := client.Logical().ListWithContext(t.Context(), "orgkeys/keys"); list != nil || err != nil {
+			t.Errorf("listing answers %v, %v", list, err)
+		}
+	})
+	t.Run("it is listed and deleted", func(t *testing.T) {
+		listed := s.List(t, org)
+		if len(listed) != 1 || listed[0].ID != key.ID || !listed[0].Public(t).Equal(key.Private.Public().(*rsa.PublicKey)) {
+			t.Errorf("listed: %+v", listed)
+		}
+		gone := s.Do(t, harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + key.ID, Token: s.Token(t, org, "OWNER")})
+		if gone.Status != 200 || len(s.List(t, org)) != 0 {
+			t.Errorf("deleting: status %d", gone.Status)
+		}
+	})
+	t.Run("Vault's audit file holds every event of it", func(t *testing.T) {
+		var types []string
+		harness.Eventually(t, harness.Patience, "all events are there", func() bool {
+			types = nil
+			for _, l := range eventsInVault(t, v, func(l harness.Leaf) bool { return l.Org == org }) {
+				types = append(types, l.Type)
+			}
+			return len(types) >= 5
+		})
+		if want := []string{"orgkey.created", "orgkey.delivered", "orgkey.listed", "orgkey.deleted", "orgkey.listed"}; !slices.Equal(types, want) {
+			t.Errorf("events %v, want %v", types, want)
+		}
+	})
+	t.Run("X-Correlation-Id ties Vault's own entries to the key", func(t *testing.T) {
+		var calls []string
+		for _, e := range vaultAudit(t, v) {
+			if e.Type == "response" && slices.Contains(e.Request.Headers["x-correlation-id"], key.ID) {
+				calls = append(calls, e.Request.Operation+" "+strings.ReplaceAll(e.Request.Path, key.ID, "KEY"))
+			}
+		}
+		want := []string{"update orgkeys/keys/KEY", "update orgkeys/keys/KEY/config", "read orgkeys/export/encryption-key/KEY/1",
+			"delete orgkeys/keys/KEY", "read orgkeys/keys/KEY", "update orgkeys-seal/encrypt/seal"}
+		if !slices.Equal(calls, want) {
+			t.Errorf("entries %q, want %q", calls, want)
+		}
+	})
+	t.Run("the key is in no file of Vault's or the service's", func(t *testing.T) {
+		scan := &harness.Scanner{}
+		scan.AddKey(key)
+		planted := v.Dir + "/planted"
+		if err := os.WriteFile(planted, key.PEM, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if len(scan.ScanTree(t, v.Dir)) == 0 {
+			t.Error("a planted copy was not found")
+		}
+		if err := os.Remove(planted); err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range append(scan.ScanTree(t, v.Dir), scan.ScanTree(t, s.Dir)...) {
+			t.Error(f)
+		}
+	})
+}
+
+// TestPromise4_NothingLeavesBeforeVaultHasAnswered holds Vault's answer to one
+// call of a generation.
+func TestPromise4_NothingLeavesBeforeVaultHasAnswered(t *testing.T) {
+	const held = 3 * time.Second
+	_, proxy, settings := throughVault(t)
+	s := harness.Start(t, settings)
+	for name, is := range map[string]func(r *http.Request) bool{
+		"the receipt of the event":       func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, "/sign/receipt") },
+		"the deletion of Transit's copy": func(r *http.Request) bool { return r.Method == http.MethodDelete },
+		"the confirmation that it is gone": func(r *http.Request) bool {
+			return r.Method == http.MethodGet && strings.HasPrefix(r.URL.Path, "/v1/orgkeys/keys/")
+		},
+		"the sealed public key of the record": func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, "/encrypt/seal") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var mu sync.Mutex
+			var let, first time.Time
+			proxy.After(func(r *http.Response) error {
+				if !is(r.Request) {
+					return nil
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				if let.IsZero() {
+					time.Sleep(held)
+					let = time.Now()
+				}
+				return nil
+			})
+			defer proxy.After(nil)
+			start := time.Now()
+			resp := release(t, s, harness.Org(), func() { first = time.Now() })
+			mu.Lock()
+			defer mu.Unlock()
+			if resp.Status != 200 || let.IsZero() || first.Before(let) || first.Sub(start) < held {
+				t.Errorf("status %d; the first byte came after %s, Vault's answer was let go after %s", resp.Status, first.Sub(start), let.Sub(start))
+			}
+		})
+	}
+}
+
+// killer kills a server when Vault has answered the nth call about one key,
+// and the answer is not through yet.
+type killer struct {
+	mu     sync.Mutex
+	name   string // of the key
+	calls  int
+	killed string // the call after which it was
+}
+
+// call describes a call of a generation; it is empty for others.
+func (k *killer) call(r *http.Request) string {
+	path := strings.TrimPrefix(r.URL.Path, "/v1/")
+	if name, ok := strings.CutPrefix(path, "orgkeys/keys/"); ok && r.Method == http.MethodPut && !strings.Contains(name, "/") && k.name == "" {
+		k.name = name
+	}
+	switch {
+	case k.name == "":
+		return ""
+	case strings.Contains(path, k.name):
+		return r.Method + " " + strings.ReplaceAll(path, k.name, "KEY")
+	case strings.HasSuffix(path, "/encrypt/seal"), strings.HasSuffix(path, "/sign/receipt"), strings.HasSuffix(path, "/data/checkpoint"):
+		return r.Method + " " + path
+	}
+	return ""
+}
+
+func (k *killer) after(n int, s *harness.Server) func(*http.Response) error {
+	return func(r *http.Response) error {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		what := k.call(r.Request)
+		if what == "" || k.killed != "" {
+			return nil
+		}
+		if k.calls++; k.calls < n {
+			return nil
+		}
+		s.Kill()
+		k.killed = what
+		return errors.New("killed")
+	}
+}
+
+func (k *killer) result() string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.killed
+}
+
+// TestPromise4_KilledAfterEachCallToVault: whatever call the service dies
+// after, nothing was released without its event, and Transit is empty again.
+func TestPromise4_KilledAfterEachCallToVault(t *testing.T) {
+	const life = 8 * time.Second // of a reservation
+	v, proxy, settings := throughVault(t)
+	s := harness.Start(t, settings, harness.Set("ORGKEYS_RESERVATION_TTL", life.String()))
+	var killed []string
+	received := map[string]bool{}
+	for n := 1; ; n++ {
+		k := &killer{}
+		proxy.After(k.after(n, s))
+		org := harness.Org()
+		resp, err := s.Try(t.Context(), harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")})
+		if err == nil && resp.Status == 200 {
+			received[resp.Header.Get("X-Key-Id")] = true
+		}
+		if deadline := time.Now().Add(2 * time.Second); err == nil {
+			for k.result() == "" && time.Now().Before(deadline) { // calls that follow the answer
+				time.Sleep(20 * time.Millisecond)
+			}
+		}
+		proxy.After(nil)
+		if k.result() == "" {
+			break
+		}
+		killed = append(killed, k.result())
+		s.Start(t)
+	}
+	t.Logf("killed after %q", killed)
+	for _, call := range []string{"PUT orgkeys/keys/KEY", "PUT orgkeys/keys/KEY/config", "GET orgkeys/export/encryption-key/KEY/1", "DELETE orgkeys/keys/KEY",
+		"GET orgkeys/keys/KEY", "PUT orgkeys-seal/encrypt/seal", "PUT orgkeys-audit/sign/receipt"} {
+		if !slices.Contains(killed, call) {
+			t.Errorf("it was not killed after %s", call)
+		}
+	}
+	start := time.Now()
+	harness.Eventually(t, 2*life+harness.Patience, "nothing is left in Transit", func() bool { return len(inTransit(t, v)) == 0 })
+	t.Logf("Transit was empty %s after the last start; a reservation lives for %s", time.Since(start).Round(time.Millisecond), life)
+	db := s.Database(t)
+	harness.Eventually(t, 2*life+harness.Patience, "nothing is reserved or pending", func() bool {
+		return harness.Number(t, db, `SELECT count(*) FROM org_keys WHERE state IN ('reserved', 'pending')`) == 0
+	})
+	created := map[string]bool{}
+	for _, l := range eventsInVault(t, v, func(l harness.Leaf) bool { return l.Type == "orgkey.created" }) {
+		created[l.Object] = true
+	}
+	released := harness.Strings(t, db, `SELECT id FROM org_keys WHERE released_at IS NOT NULL`)
+	for _, id := range released {
+		if !created[id] {
+			t.Errorf("key %s was released, and Vault's audit file does not hold its event", id)
+		}
+		delete(received, id)
+	}
+	if len(received) > 0 || len(released) == 0 {
+		t.Errorf("received but not released: %v; released: %v", received, released)
+	}
+	if out, stderr, code := s.Run(t, "audit", "verify"); code != 0 && code != 3 {
+		t.Errorf("audit verify: exit code %d\n%s%s", code, out, stderr)
+	}
+}
+
+const promptly = 10 * time.Second
+
+// refusesPromptly fails the test unless what needs Vault gets a clear 5xx in
+// time, and readiness says so.
+func refusesPromptly(t *testing.T, s *harness.Server) {
+	t.Helper()
+	org := harness.Org()
+	resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")})
+	t.Logf("generating: status %d after %s, %s", resp.Status, resp.Took.Round(time.Millisecond), resp.Body)
+	if resp.Status < 500 || resp.Took > promptly || bytes.Contains(resp.Body, []byte("ault ")) {
+		t.Errorf("generating: status %d after %s, body %q", resp.Status, resp.Took, resp.Body)
+	}
+	if resp.Status == 503 && resp.Header.Get("Retry-After") == "" {
+		t.Error("503 without Retry-After")
+	}
+	harness.Eventually(t, promptly, "it is not ready", func() bool { return readiness(t, s) == 503 })
+}
+
+func readiness(t *testing.T, s *harness.Server) int {
+	t.Helper()
+	resp, err := s.HTTP.Get(s.API + "/readyz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// worksAgain fails the test unless the same process soon does all that needs Vault.
+func worksAgain(t *testing.T, s *harness.Server, v *vaulttest.Server) {
+	t.Helper()
+	start := time.Now()
+	harness.Eventually(t, harness.Patience, "it is ready again", func() bool { return readiness(t, s) == 200 })
+	org := harness.Org()
+	s.Generate(t, org)
+	if n := len(s.List(t, org)); n != 1 {
+		t.Errorf("%d keys listed", n)
+	}
+	t.Logf("back at work after %s", time.Since(start).Round(time.Millisecond))
+	harness.Eventually(t, harness.Patience, "nothing is left in Transit", func() bool { return len(inTransit(t, v)) == 0 })
+}
+
+// TestPromise9_VaultInTrouble: one process of the service goes through all of it.
+func TestPromise9_VaultInTrouble(t *testing.T) {
+	v, proxy, settings := throughVault(t)
+	s := harness.Start(t, settings, harness.Set("ORGKEYS_RESERVATION_TTL", "16s"))
+	known := harness.Org()
+	s.Generate(t, known)
+	pid := s.PID()
+	try := func(name string, do func(t *testing.T)) {
+		t.Run(name, func(t *testing.T) {
+			do(t)
+			worksAgain(t, s, v)
+			if !s.Running() || s.PID() != pid {
+				t.Fatal("it is not the same process")
+			}
+		})
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	try("sealed and unsealed", func(t *testing.T) {
+		must(v.Seal(t.Context()))
+		refusesPromptly(t, s)
+		resp := s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(known), Token: s.Token(t, known, "OWNER")})
+		if resp.Status < 500 || resp.Took > promptly {
+			t.Errorf("listing: status %d after %s", resp.Status, resp.Took)
+		}
+		must(v.Unseal(t.Context()))
+	})
+	try("killed and restarted", func(t *testing.T) {
+		must(v.Kill())
+		refusesPromptly(t, s)
+		must(v.Restart(t.Context()))
+	})
+	try("token revoked", func(t *testing.T) {
+		client, err := v.Client(v.RootToken)
+		must(err)
+		revoked := tokenInUse(t, s, proxy)
+		must(client.Auth().Token().RevokeTreeWithContext(t.Context(), revoked))
+		org := harness.Org()
+		s.Generate(t, org) // without anybody noticing
+		if tokenInUse(t, s, proxy) == revoked {
+			t.Error("it still uses the revoked token")
+		}
+	})
+	try("audit file cannot be written", func(t *testing.T) {
+		must(v.BreakAudit())
+		harness.Eventually(t, promptly, "Vault refuses", func() bool { return readiness(t, s) == 503 })
+		refusesPromptly(t, s)
+		must(v.MendAudit())
+	})
+	try("three seconds for every call", func(t *testing.T) {
+		proxy.Before(func(_ http.ResponseWriter, r *http.Request) bool {
+			select {
+			case <-time.After(3 * time.Second):
+			case <-r.Context().Done():
+			}
+			return true
+		})
+		defer proxy.Before(nil)
+		org := harness.Org()
+		resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")})
+		t.Logf("generating: status %d after %s, %s", resp.Status, resp.Took.Round(time.Millisecond), resp.Body)
+		if resp.Status != 503 || resp.Took > promptly {
+			t.Errorf("generating: status %d after %s", resp.Status, resp.Took)
+		}
+	})
+	try("every call answered with 500 once", func(t *testing.T) {
+		var mu sync.Mutex
+		asked := map[string]int{}
+		proxy.Before(func(w http.ResponseWriter, r *http.Request) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			asked[r.Method+r.URL.Path]++
+			if asked[r.Method+r.URL.Path] > 1 {
+				return true
+			}
+			w.WriteHeader(http.StatusInternalServerError)
+			return false
+		})
+		defer proxy.Before(nil)
+		s.Generate(t, harness.Org())
+	})
+	try("every call answered with 500", func(t *testing.T) {
+		proxy.Before(func(w http.ResponseWriter, _ *http.Request) bool {
+			w.WriteHeader(http.StatusInternalServerError)
+			return false
+		})
+		defer proxy.Before(nil)
+		refusesPromptly(t, s)
+	})
+}
+
+// tokenInUse is the token of the service's next call.
+func tokenInUse(t *testing.T, s *harness.Server, proxy *vaulttest.Proxy) string {
+	t.Helper()
+	seen := make(chan string, 1)
+	proxy.Before(func(_ http.ResponseWriter, r *http.Request) bool {
+		select {
+		case seen <- r.Header.Get("X-Vault-Token"):
+		default:
+		}
+		return true
+	})
+	defer proxy.Before(nil)
+	readiness(t, s)
+	select {
+	case token := <-seen:
+		return token
+	case <-time.After(harness.Patience):
+		t.Fatal("it does not call Vault")
+		return ""
+	}
+}
