@@ -22,6 +22,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/systemevent"
 )
 
 // How often what nobody asks for is done.
@@ -154,7 +155,8 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	}
 	failures := &authn.Failures{}
 	surface, err := api.New(api.Config{
-		Keys: service, Nodes: nodes, Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
+		Keys: service, Nodes: nodes,
+		SystemEvents: &systemevent.Service{Gate: gate.Gate{Policy: policy, Trail: trail, Log: log}, Store: db}, Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
 		Checks: append([]api.Check{
 			{Name: "database", Ask: db.Healthy},
 			{Name: backend.name, Ask: backend.healthy},

@@ -43,6 +43,7 @@ type Authenticator func(ctx context.Context, h http.Header) (authz.Caller, error
 type Config struct {
 	Keys         Keys
 	Nodes        Nodes
+	SystemEvents SystemEvents
 	Authenticate Authenticator
 	// Unauthenticated counts a refused caller for the audit trail's summaries;
 	// authn.Failures.Count does that.
@@ -67,7 +68,7 @@ type API struct {
 
 // New returns an API, or an error that says what is wrong with c.
 func New(c Config) (*API, error) {
-	if c.Keys == nil || c.Nodes == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
+	if c.Keys == nil || c.Nodes == nil || c.SystemEvents == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
 		return nil, errors.New("the API lacks its use cases, authentication, metrics or log")
 	}
 	crossOrigin, err := newCORS(c.CORSOrigins)
@@ -82,6 +83,7 @@ func New(c Config) (*API, error) {
 	a.public = a.engine(a.checkProxy, a.crossOrigin)
 	a.routesKeys(a.public)
 	a.routesNodes(a.public)
+	a.routesSystemEvents(a.public)
 	a.routesHealth(a.public)
 	a.public.GET("/openapi.yaml", serveDocument)
 	a.admin = a.engine()

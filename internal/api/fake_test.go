@@ -111,6 +111,7 @@ type bench struct {
 	api     *API
 	keys    *useCases
 	nodes   *nodeUseCases
+	events  *eventUseCase
 	url     string
 	address string
 	admin   string
@@ -142,9 +143,9 @@ const token = "secret-token-of-the-test"
 // newBench serves an API whose settings adjust may change.
 func newBench(t *testing.T, adjust func(*Config)) *bench {
 	t.Helper()
-	b := &bench{t: t, keys: &useCases{private: testPEM()}, nodes: &nodeUseCases{}, logs: &logs{}, metrics: prometheus.NewRegistry()}
+	b := &bench{t: t, keys: &useCases{private: testPEM()}, nodes: &nodeUseCases{}, events: &eventUseCase{}, logs: &logs{}, metrics: prometheus.NewRegistry()}
 	c := Config{
-		Keys: b.keys, Nodes: b.nodes, Log: slog.New(slog.NewJSONHandler(b.logs, nil)), Metrics: b.metrics,
+		Keys: b.keys, Nodes: b.nodes, SystemEvents: b.events, Log: slog.New(slog.NewJSONHandler(b.logs, nil)), Metrics: b.metrics,
 		Unauthenticated: func(reason string) {
 			b.mu.Lock()
 			defer b.mu.Unlock()
@@ -282,7 +283,7 @@ func eventually(t *testing.T, what string, condition func() bool) {
 func newFuzzBench(f *testing.F) *bench {
 	keys := &useCases{}
 	a, err := New(Config{
-		Keys: keys, Nodes: &nodeUseCases{}, Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(), Unauthenticated: func(string) {},
+		Keys: keys, Nodes: &nodeUseCases{}, SystemEvents: &eventUseCase{}, Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(), Unauthenticated: func(string) {},
 		Authenticate: func(context.Context, http.Header) (authz.Caller, error) { return authz.Caller{Subject: "alice"}, nil },
 	})
 	if err != nil {

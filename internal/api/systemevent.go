@@ -1,0 +1,68 @@
+package api
+
+import (
+	"context"
+	"net/http"
+
+	"github.com/gin-gonic/gin"
+
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/systemevent"
+)
+
+// SystemEvents is what the routes need of *systemevent.Service.
+type SystemEvents interface {
+	Read(ctx context.Context, call gate.Call, body []byte) (systemevent.Page, error)
+}
+
+var _ SystemEvents = (*systemevent.Service)(nil)
+
+func (a *API) routesSystemEvents(r gin.IRouter) {
+	r.POST("/systemevent", a.whileServing, a.authenticate, a.readSystemEvents)
+}
+
+type eventPage struct {
+	Events []eventEntry `json:"events"`
+	Total  int          `json:"total"`
+	Skip   int          `json:"skip"`
+	Take   int          `json:"take"`
+}
+
+type eventEntry struct {
+	ID          string  `json:"id"`
+	Timestamp   string  `json:"timestamp"`
+	ContextID   string  `json:"contextId"` // the ID of the key or node
+	Context     int     `json:"context"`
+	Event       int     `json:"event"`
+	OrgID       string  `json:"orgId"`
+	UserID      string  `json:"userId"` // whoever did it: of a node, the ID of its key
+	UserName    string  `json:"userName"`
+	UserEmail   string  `json:"userEmail"`
+	WorkspaceID *string `json:"workspaceId"` // always null: keys and nodes belong to no workspace
+	JSONData    string  `json:"jsonData"`    // the event as the audit log holds it
+	ShowUnread  bool    `json:"showUnread"`  // always false: nobody's reading is kept
+}
+
+func (a *API) readSystemEvents(c *gin.Context) {
+	x := exchangeOf(c)
+	x.org, x.action = x.caller.Org, authz.ReadEvents
+	body, refusal := readBody(c)
+	if refusal != nil {
+		a.reject(c, refusal.code, *refusal)
+		return
+	}
+	page, err := a.SystemEvents.Read(c.Request.Context(), x.call(), body)
+	if err != nil {
+		a.fail(c, err)
+		return
+	}
+	answer := eventPage{Events: make([]eventEntry, len(page.Events)), Total: page.Total, Skip: page.Skip, Take: page.Take}
+	for i, e := range page.Events {
+		answer.Events[i] = eventEntry{
+			ID: e.ID, Timestamp: instant(e.Time), ContextID: e.Object, Context: int(e.Context), Event: int(e.Change),
+			OrgID: e.Org, UserID: e.Actor.ID, UserName: e.Person.Name, UserEmail: e.Person.Email, JSONData: e.Leaf,
+		}
+	}
+	writeJSON(c, http.StatusOK, answer)
+}
