@@ -40,7 +40,8 @@ const (
 	AccessDenied     Type = "access.denied"  // the policy said no
 	UnknownCallers   Type = "authn.failed"   // one summary a reason and minute
 	RollbackAccepted Type = "log.rollback_accepted"
-	PersonErased     Type = "person.erased" // what events knew of a person, deleted from beside the log
+	SealsRewrapped   Type = "seal.rewrapped" // a run of "orgkeys rewrap"
+	PersonErased     Type = "person.erased"  // what events knew of a person, deleted from beside the log
 )
 
 // Outcome says how it ended.

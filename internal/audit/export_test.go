@@ -1,0 +1,691 @@
+package audit_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// evidence is a log with keys, nodes, receipts and signed checkpoints.
+type evidence struct {
+	log30
+	signer      audit.LocalSigner
+	checkpoints *audit.Checkpointer
+	policy      string
+}
+
+func newSigner(t *testing.T) audit.LocalSigner {
+	t.Helper()
+	_, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return audit.LocalSigner{Private: private}
+}
+
+// newEvidence makes a log in which acme's keys k-1 (used by two nodes, then
+// deleted), k-2 (withdrawn) and k-3 (in use) live.
+func newEvidence(t *testing.T) evidence {
+	t.Helper()
+	l := newLog30(t)
+	e := evidence{log30: l, signer: newSigner(t)}
+	files := map[string][]byte{"authz.rego": []byte("package orgkeys.authz\n"), "data.json": []byte("{}")}
+	e.policy = authz.Revision(files)
+	if err := l.db.KeepPolicy(t.Context(), e.policy, files); err != nil {
+		t.Fatal(err)
+	}
+	public := e.signer.Private.Public().(ed25519.PublicKey)
+	if err := l.db.KeepReceiptKeys(t.Context(), "vault", map[int]ed25519.PublicKey{1: public}); err != nil {
+		t.Fatal(err)
+	}
+	e.checkpoints = audit.NewCheckpointer(audit.NewLog(l.db, slog.New(slog.DiscardHandler)), l.db, e.signer, time.Hour, slog.New(slog.DiscardHandler))
+	e.sign(t)
+	e.record(t, e.key(audit.KeyCreated, "k-1"), e.key(audit.KeyDelivered, "k-1"), e.node(audit.NodeRegistered, "k-1", "n-1"), e.node(audit.NodeRegistered, "k-1", "n-2"))
+	e.record(t, e.key(audit.KeyCreated, "k-2"), e.key(audit.KeyWithdrawn, "k-2"), e.node(audit.SecretsFetched, "k-1", ""))
+	e.record(t, e.key(audit.KeyDeleted, "k-1"), e.key(audit.KeyCreated, "k-3"), e.node(audit.NodeRegistered, "k-3", "n-1"))
+	return e
+}
+
+func (e evidence) key(t audit.Type, id string) audit.Event {
+	event := audit.New(t, "acme")
+	event.Actor, event.Object, event.Policy, event.Request = audit.Actor{Kind: authz.Person, ID: "u-1"}, id, e.policy, "r-"+id
+	event.Detail = map[string]string{"backend": "pkcs11", "algorithm": "rsa-2048", "fingerprint": "f <&> ü \u2028 " + id}
+	return event
+}
+
+func (e evidence) node(t audit.Type, key, node string) audit.Event {
+	event := audit.New(t, "acme")
+	event.Actor, event.Object, event.Policy = audit.Actor{Kind: authz.Node, ID: key}, node, e.policy
+	event.Detail = map[string]string{"ip": "192.0.2.7"}
+	return event
+}
+
+// record puts events into the log, with receipts, and signs a checkpoint.
+func (e evidence) record(t *testing.T, events ...audit.Event) {
+	t.Helper()
+	head, err := e.db.Head(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.db.Record(t.Context(), events...); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.db.Sequence(t.Context(), 1000); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := e.db.Entries(t.Context(), head.Size, 1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var receipts [][]byte
+	for _, entry := range entries {
+		receipts = append(receipts, []byte(receipt(e.signer, entry.Leaf)))
+	}
+	if err := e.db.KeepReceipts(t.Context(), "vault", head.Size, receipts); err != nil {
+		t.Fatal(err)
+	}
+	e.sign(t)
+}
+
+func receipt(s audit.LocalSigner, leaf []byte) string {
+	return "vault:v1:" + base64.StdEncoding.EncodeToString(ed25519.Sign(s.Private, leaf))
+}
+
+func (e evidence) sign(t *testing.T) {
+	t.Helper()
+	if err := e.checkpoints.Sign(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (e evidence) vkey(t *testing.T) string {
+	t.Helper()
+	keys, err := e.db.CheckpointKeys(t.Context())
+	if err != nil || len(keys) != 1 {
+		t.Fatalf("keys %q, %v", keys, err)
+	}
+	return keys[0]
+}
+
+func (e evidence) export(t *testing.T) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	if _, err := audit.Export(t.Context(), &out, e.db, t.TempDir(), "a test", nil); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+// byPython has the independent implementation verify an export. It returns what
+// that says and whether it verified.
+func byPython(t *testing.T, archive []byte, keys ...string) (string, bool) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "export.tar.gz")
+	if err := os.WriteFile(path, archive, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("python3", append([]string{"testdata/verify_export.py", path}, keys...)...).CombinedOutput()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatalf("python3 is needed: %v", err)
+	}
+	said := string(out)
+	if verified := strings.HasPrefix(said, "verified: "); verified != (err == nil) || err != nil && !strings.HasPrefix(said, "wrong: ") {
+		t.Fatalf("the independent implementation broke down: %v\n%s", err, said)
+	}
+	return said, err == nil
+}
+
+func verifyExport(t *testing.T, archive []byte, keys ...string) (audit.ExportReport, error) {
+	t.Helper()
+	return audit.VerifyExport(t.Context(), bytes.NewReader(archive), keys, nil, nil)
+}
+
+func TestAnExportVerifiesWithNothingButTheKey(t *testing.T) {
+	e := newEvidence(t)
+	archive := e.export(t)
+	report, err := verifyExport(t, archive, e.vkey(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if report.Manifest.Size != 40 || report.Checkpoints != 4 || report.Receipts != 10 || report.Keys != 3 {
+		t.Errorf("report %+v", report)
+	}
+	said, ok := byPython(t, archive, e.vkey(t))
+	if root, _ := base64.StdEncoding.DecodeString(report.Manifest.Root); !ok || said != fmt.Sprintf("verified: 40 events, 3 keys, root %x\n", root) {
+		t.Errorf("the independent implementation says %q", said)
+	}
+}
+
+func TestTheSameLogExportsToTheSameBytes(t *testing.T) {
+	e := newEvidence(t)
+	if !bytes.Equal(e.export(t), e.export(t)) {
+		t.Error("two exports differ")
+	}
+}
+
+func TestAnExportEndsWithTheNewestSignedCheckpoint(t *testing.T) {
+	e := newEvidence(t)
+	e.add(t, 3)
+	report, err := verifyExport(t, e.export(t), e.vkey(t))
+	if err != nil || report.Manifest.Size != 40 {
+		t.Errorf("%d events, %v; 40 are signed", report.Manifest.Size, err)
+	}
+}
+
+func TestALogWithoutSignedCheckpointIsNotExported(t *testing.T) {
+	l := newLog30(t)
+	if _, err := audit.Export(t.Context(), io.Discard, l.db, t.TempDir(), "a test", nil); !errors.Is(err, audit.ErrNotSigned) {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestTheInventoryTellsEachKeysLife(t *testing.T) {
+	e := newEvidence(t)
+	members := unpack(t, e.export(t))
+	var lives []audit.Life
+	for line := range bytes.Lines(members.get(t, "inventory.jsonl")) {
+		var life audit.Life
+		if err := json.Unmarshal(line, &life); err != nil {
+			t.Fatal(err)
+		}
+		lives = append(lives, life)
+	}
+	if len(lives) != 3 {
+		t.Fatalf("%d keys", len(lives))
+	}
+	k1, k2, k3 := lives[0], lives[1], lives[2]
+	switch {
+	case k1.Key != "k-1" || k1.Org != "acme" || k1.GeneratedIn != "pkcs11" || k1.Created.Actor != "u-1" || k1.Created.Policy != e.policy || k1.Created.Index != 30:
+		t.Errorf("created: %+v %+v", k1, k1.Created)
+	case k1.Delivered == nil || k1.Delivered.Index != 31:
+		t.Errorf("delivered: %+v", k1.Delivered)
+	case len(k1.Nodes) != 2 || k1.Nodes[0].Node != "n-1" || k1.Nodes[1].Index != 33 || k1.Nodes[1].IP != "192.0.2.7":
+		t.Errorf("nodes: %+v", k1.Nodes)
+	case k1.LastUse == nil || k1.LastUse.Type != audit.SecretsFetched || k1.LastUse.Index != 36:
+		t.Errorf("last use: %+v", k1.LastUse)
+	case k1.Ended == nil || k1.Ended.Type != audit.KeyDeleted || k1.Ended.Index != 37:
+		t.Errorf("ended: %+v", k1.Ended)
+	case k2.Delivered != nil || k2.Ended == nil || k2.Ended.Type != audit.KeyWithdrawn:
+		t.Errorf("withdrawn: %+v", k2)
+	case k3.Ended != nil || len(k3.Nodes) != 1:
+		t.Errorf("in use: %+v", k3)
+	}
+}
+
+type member struct {
+	name string
+	data []byte
+}
+
+// members is an unpacked export, for tampering.
+type members struct{ list []member }
+
+func unpack(t *testing.T, archive []byte) *members {
+	t.Helper()
+	z, err := gzip.NewReader(bytes.NewReader(archive))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, in := &members{}, tar.NewReader(z)
+	for {
+		h, err := in.Next()
+		if errors.Is(err, io.EOF) {
+			return m
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := io.ReadAll(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.list = append(m.list, member{h.Name, data})
+	}
+}
+
+func (m *members) find(t *testing.T, suffix string) int {
+	t.Helper()
+	for i, x := range m.list {
+		if strings.HasSuffix(x.name, suffix) {
+			return i
+		}
+	}
+	t.Fatalf("no %s", suffix)
+	return 0
+}
+
+func (m *members) get(t *testing.T, suffix string) []byte {
+	t.Helper()
+	return m.list[m.find(t, suffix)].data
+}
+
+// edit replaces a member's lines by what change makes of them.
+func (m *members) edit(t *testing.T, suffix string, change func(lines []string) []string) {
+	t.Helper()
+	i := m.find(t, suffix)
+	before := string(m.list[i].data)
+	after := strings.Join(change(strings.SplitAfter(strings.TrimSuffix(before, "\n"), "\n")), "")
+	if after == before {
+		t.Fatal("the case changes nothing, so it proves nothing")
+	}
+	if !strings.HasSuffix(after, "\n") {
+		after += "\n"
+	}
+	m.list[i].data = []byte(after)
+}
+
+func (m *members) remove(t *testing.T, suffix string) {
+	t.Helper()
+	i := m.find(t, suffix)
+	m.list = append(m.list[:i:i], m.list[i+1:]...)
+}
+
+// manifest changes the manifest.
+func (m *members) manifest(t *testing.T, change func(*audit.Manifest)) {
+	t.Helper()
+	var x audit.Manifest
+	if err := json.Unmarshal(m.list[0].data, &x); err != nil {
+		t.Fatal(err)
+	}
+	change(&x)
+	var err error
+	if m.list[0].data, err = json.Marshal(x); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// relist makes the manifest fit the members, as a forger does.
+func (m *members) relist(t *testing.T) {
+	t.Helper()
+	m.manifest(t, func(x *audit.Manifest) {
+		x.Members = nil
+		for _, f := range m.list[1:] {
+			sum := sha256.Sum256(f.data)
+			x.Members = append(x.Members, audit.Member{Name: f.name, Size: int64(len(f.data)), SHA256: hex.EncodeToString(sum[:])})
+		}
+	})
+}
+
+func (m *members) pack(t *testing.T) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	z := gzip.NewWriter(&out)
+	w := tar.NewWriter(z)
+	for _, f := range m.list {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: f.name, Size: int64(len(f.data)), Mode: 0o600, Format: tar.FormatPAX}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(f.data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(w.Close(), z.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+// at replaces old by new in line i.
+func at(i int, old, new string) func([]string) []string {
+	return func(lines []string) []string {
+		lines[i] = strings.Replace(lines[i], old, new, 1)
+		return lines
+	}
+}
+
+// signWith replaces the newest checkpoint by one of the given leaves, signed by s.
+func (m *members) signWith(t *testing.T, s audit.LocalSigner, origin string, leaves [][]byte) {
+	t.Helper()
+	_, root, err := audit.Grow(0, leaves, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := audit.Checkpoint{Origin: origin, Size: int64(len(leaves)), Root: root}
+	signed := noteBy(t, s, c)
+	line, err := json.Marshal(map[string]string{"checkpoint": signed})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.list[m.find(t, "checkpoints.jsonl")].data = append(line, '\n')
+	m.manifest(t, func(x *audit.Manifest) {
+		x.Size, x.Root = c.Size, base64.StdEncoding.EncodeToString(root[:])
+	})
+}
+
+func noteBy(t *testing.T, s audit.LocalSigner, c audit.Checkpoint) string {
+	t.Helper()
+	seed := append([]byte{1}, s.Private.Seed()...)
+	vkey, err := audit.VerifierKey(c.Origin, s.Private.Public().(ed25519.PublicKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash := strings.Split(vkey, "+")[1]
+	signer, err := note.NewSigner("PRIVATE+KEY+" + c.Origin + "+" + hash + "+" + base64.StdEncoding.EncodeToString(seed))
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed, err := note.Sign(&note.Note{Text: c.Text()}, signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(signed)
+}
+
+func (m *members) leaves(t *testing.T) [][]byte {
+	t.Helper()
+	var all [][]byte
+	for line := range bytes.Lines(m.get(t, "events.jsonl")) {
+		var l struct{ Event json.RawMessage }
+		if err := json.Unmarshal(line, &l); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, l.Event)
+	}
+	return all
+}
+
+// Each forger fits the manifest to what was changed, unless the case says otherwise.
+func TestTamperedExportsAreRefusedByBothImplementations(t *testing.T) {
+	e := newEvidence(t)
+	archive, key := e.export(t), e.vkey(t)
+	origin := strings.Split(key, "+")[0]
+	mallory := newSigner(t)
+	for _, c := range []struct {
+		name   string
+		tamper func(t *testing.T, m *members)
+		index  int64 // of the first thing wrong, as ours names it
+	}{
+		{"an event altered", func(t *testing.T, m *members) { m.edit(t, "events.jsonl", at(12, "u-1", "u-2")) }, 29},
+		{"an event of a later checkpoint altered", func(t *testing.T, m *members) { m.edit(t, "events.jsonl", at(32, "192.0.2.7", "192.0.2.8")) }, 32},
+		{"white space in a leaf", func(t *testing.T, m *members) { m.edit(t, "events.jsonl", at(12, `"v":1`, `"v": 1`)) }, 29},
+		{"an event dropped, the others renumbered", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", func(lines []string) []string { return renumber(append(lines[:12:12], lines[13:]...)) })
+		}, 29},
+		{"an event dropped", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", func(lines []string) []string { return append(lines[:12:12], lines[13:]...) })
+		}, 12},
+		{"an event inserted", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", func(lines []string) []string {
+				return renumber(append(append(lines[:12:12], lines[3]), lines[12:]...))
+			})
+		}, 29},
+		{"two events swapped", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", func(lines []string) []string {
+				lines[12], lines[20] = lines[20], lines[12]
+				return renumber(lines)
+			})
+		}, 29},
+		{"the newest event cut off", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", func(lines []string) []string { return lines[:39] })
+		}, 39},
+		{"the newest event cut off, the manifest says so", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", func(lines []string) []string { return lines[:39] })
+			m.manifest(t, func(x *audit.Manifest) { x.Size = 39 })
+		}, -1},
+		{"an event appended", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", func(lines []string) []string { return renumber(append(lines, "\n"+lines[3])) })
+		}, 40},
+		{"a line with a field that is not known", func(t *testing.T, m *members) { m.edit(t, "events.jsonl", at(12, "}\n", `,"x":1}`+"\n")) }, 12},
+		{"everything rewritten, signed by another key", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", at(12, "u-1", "u-2"))
+			m.signWith(t, mallory, origin, m.leaves(t))
+		}, -1},
+		{"no checkpoint", func(t *testing.T, m *members) { m.list[m.find(t, "checkpoints.jsonl")].data = nil }, -1},
+		{"a checkpoint's root altered", func(t *testing.T, m *members) {
+			_, root, err := audit.Grow(0, m.leaves(t)[:3], nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			m.edit(t, "checkpoints.jsonl", at(3, m.root(t), base64.StdEncoding.EncodeToString(root[:])))
+		}, -1},
+		{"an old checkpoint replaced by one of another tree, signed by another key", func(t *testing.T, m *members) {
+			signed, err := json.Marshal(map[string]string{"checkpoint": noteBy(t, mallory, audit.Checkpoint{Origin: origin, Size: 30, Root: tlog.RecordHash(nil)})})
+			if err != nil {
+				t.Fatal(err)
+			}
+			m.edit(t, "checkpoints.jsonl", func(lines []string) []string { lines[0] = string(signed) + "\n"; return lines })
+		}, -1},
+		{"the checkpoint of another log, signed by the same key", func(t *testing.T, m *members) { m.signWith(t, e.signer, "orgkeys/other", m.leaves(t)) }, -1},
+		{"checkpoints out of order", func(t *testing.T, m *members) {
+			m.edit(t, "checkpoints.jsonl", func(lines []string) []string {
+				return []string{lines[1], lines[0], lines[2], lines[3]}
+			})
+		}, -1},
+		{"a receipt altered", func(t *testing.T, m *members) { m.edit(t, "events.jsonl", at(31, `"vault:v1:`, `"vault:v1:AAAA`)) }, 31},
+		{"two receipts exchanged", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", func(lines []string) []string {
+				const mark = `,"receipts":`
+				a, b, _ := strings.Cut(lines[31], mark)
+				c, d, _ := strings.Cut(lines[32], mark)
+				lines[31], lines[32] = a+mark+d, c+mark+b
+				return lines
+			})
+		}, 31},
+		{"a receipt by another key, listed among the keys", func(t *testing.T, m *members) {
+			public := base64.StdEncoding.EncodeToString(mallory.Private.Public().(ed25519.PublicKey))
+			m.list[m.find(t, "receipt-keys.json")].data = []byte(`[{"sink":"vault","version":1,"public":"` + public + `"}]`)
+		}, 30},
+		{"the inventory leaves a deletion out", func(t *testing.T, m *members) {
+			m.edit(t, "inventory.jsonl", func(lines []string) []string {
+				before, _, _ := strings.Cut(lines[0], `,"ended"`)
+				lines[0] = before + "}\n"
+				return lines
+			})
+		}, 30},
+		{"the inventory leaves a key out", func(t *testing.T, m *members) {
+			m.edit(t, "inventory.jsonl", func(lines []string) []string { return lines[:2] })
+		}, 38},
+		{"the inventory invents a key", func(t *testing.T, m *members) {
+			m.edit(t, "inventory.jsonl", func(lines []string) []string { return append(lines, "\n"+lines[0]) })
+		}, -1},
+		{"the policy's text altered", func(t *testing.T, m *members) {
+			m.edit(t, "authz.rego", at(0, "package", "package  "))
+		}, -1},
+		{"the policy left out", func(t *testing.T, m *members) { m.remove(t, "authz.rego"); m.remove(t, "data.json") }, 30},
+		{"the policy's data left out", func(t *testing.T, m *members) { m.remove(t, "data.json") }, -1},
+		{"a member that no export has", func(t *testing.T, m *members) { m.list = append(m.list, member{"extra", nil}) }, -1},
+		{"the inventory left out", func(t *testing.T, m *members) { m.remove(t, "inventory.jsonl") }, -1},
+		{"the events left out", func(t *testing.T, m *members) { m.remove(t, "events.jsonl") }, -1},
+		{"another format", func(t *testing.T, m *members) {
+			m.manifest(t, func(x *audit.Manifest) { x.Format = "orgkeys-export/2" })
+		}, -1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			m := unpack(t, archive)
+			c.tamper(t, m)
+			m.relist(t)
+			refused(t, m.pack(t), key, c.index)
+		})
+	}
+}
+
+func (m *members) root(t *testing.T) string {
+	t.Helper()
+	var x audit.Manifest
+	if err := json.Unmarshal(m.list[0].data, &x); err != nil {
+		t.Fatal(err)
+	}
+	return x.Root
+}
+
+// renumber gives lines of events their indices anew.
+func renumber(lines []string) []string {
+	all := strings.Split(strings.Trim(strings.ReplaceAll(strings.Join(lines, ""), "\n\n", "\n"), "\n"), "\n")
+	for i, l := range all {
+		_, rest, _ := strings.Cut(l, ",")
+		all[i] = fmt.Sprintf(`{"index":%d,%s`+"\n", i, rest)
+	}
+	return all
+}
+
+func refused(t *testing.T, archive []byte, key string, index int64) {
+	t.Helper()
+	_, err := verifyExport(t, archive, key)
+	var problem *audit.Problem
+	if !errors.As(err, &problem) {
+		t.Fatalf("not found: %v", err)
+	}
+	if problem.Index != index {
+		t.Errorf("found %q, want event %d", problem, index)
+	}
+	if said, ok := byPython(t, archive, key); ok {
+		t.Errorf("the independent implementation says %s", said)
+	}
+}
+
+// These need no forger: a disk, a mail program or a wrong key is enough.
+func TestDamagedExportsAreRefused(t *testing.T) {
+	e := newEvidence(t)
+	archive, key := e.export(t), e.vkey(t)
+	t.Run("an event altered, the manifest not", func(t *testing.T) {
+		m := unpack(t, archive)
+		m.edit(t, "events.jsonl", at(12, "u-1", "u-2"))
+		refused(t, m.pack(t), key, 29)
+	})
+	t.Run("a member altered that nothing else covers", func(t *testing.T) {
+		m := unpack(t, archive)
+		m.list[m.find(t, "receipt-keys.json")].data = append(m.get(t, "receipt-keys.json"), ' ')
+		refused(t, m.pack(t), key, -1)
+	})
+	t.Run("cut off", func(t *testing.T) {
+		for _, n := range []int{0, 10, len(archive) / 2, len(archive) - 30} {
+			if _, err := verifyExport(t, archive[:n], key); err == nil {
+				t.Errorf("%d bytes of %d verified", n, len(archive))
+			}
+			if n > 0 {
+				byPythonRefused(t, archive[:n], key)
+			}
+		}
+	})
+	t.Run("another key", func(t *testing.T) {
+		other := newEvidence(t).vkey(t)
+		refused(t, archive, other, -1)
+	})
+	t.Run("another key under this log's name", func(t *testing.T) {
+		other, err := audit.VerifierKey(strings.Split(key, "+")[0], newSigner(t).Private.Public().(ed25519.PublicKey))
+		if err != nil {
+			t.Fatal(err)
+		}
+		refused(t, archive, other, -1)
+	})
+	t.Run("not an archive", func(t *testing.T) { refused(t, []byte("hello"), key, -1) })
+}
+
+func byPythonRefused(t *testing.T, archive []byte, key string) {
+	t.Helper()
+	if said, ok := byPython(t, archive, key); ok {
+		t.Errorf("the independent implementation says %s of %d bytes", said, len(archive))
+	}
+}
+
+func TestAnExportOfATamperedLogFails(t *testing.T) {
+	for name, statements := range map[string][]string{
+		"an event altered": {`UPDATE events SET leaf = CAST(replace(leaf, 'u-1', 'u-2') AS BLOB), actor = 'u-2' WHERE idx = 12`},
+		"an event dropped": {`DELETE FROM events WHERE idx = 12`},
+		"the end cut off":  {`DELETE FROM events WHERE idx >= 39`},
+	} {
+		e := newEvidence(t)
+		e.exec(t, statements...)
+		if _, err := audit.Export(t.Context(), io.Discard, e.db, t.TempDir(), "a test", nil); err == nil {
+			t.Errorf("%s: exported", name)
+		}
+	}
+}
+
+func TestProofsOfSingleEvents(t *testing.T) {
+	e := newEvidence(t)
+	entries, err := e.db.Entries(t.Context(), 0, 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range entries {
+		proof, err := audit.Prove(t.Context(), e.db, fmt.Sprint(entry.Index))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := json.Marshal(proof)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, signed, err := audit.VerifyProof(text, []string{e.vkey(t)})
+		if err != nil || got.Event != string(entry.Leaf) || signed.Size != 40 {
+			t.Errorf("event %d: %v", entry.Index, err)
+		}
+	}
+	event, err := audit.Decode(entries[17].Leaf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	byID, err := audit.Prove(t.Context(), e.db, event.ID)
+	if err != nil || byID.Index != 17 {
+		t.Errorf("by ID: event %d, %v", byID.Index, err)
+	}
+	e.add(t, 1)
+	if _, err := audit.Prove(t.Context(), e.db, "40"); !errors.Is(err, audit.ErrNotSigned) {
+		t.Errorf("an event that no checkpoint covers: %v", err)
+	}
+}
+
+func TestForgedProofsAreRefused(t *testing.T) {
+	e, other := newEvidence(t), newEvidence(t)
+	good, err := audit.Prove(t.Context(), e.db, "12")
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign, err := audit.Prove(t.Context(), other.db, "12")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, forge := range map[string]func(p *audit.Proof){
+		"the event altered":                func(p *audit.Proof) { p.Event = strings.Replace(p.Event, "u-1", "u-2", 1) },
+		"another index":                    func(p *audit.Proof) { p.Index = 13 },
+		"a negative index":                 func(p *audit.Proof) { p.Index = -12 },
+		"an index past the end":            func(p *audit.Proof) { p.Index = 1 << 40 },
+		"a path that is shorter":           func(p *audit.Proof) { p.Path = p.Path[1:] },
+		"a path that is longer":            func(p *audit.Proof) { p.Path = append(p.Path, p.Path[0]) },
+		"a path with something else in it": func(p *audit.Proof) { p.Path = append([]string{"x"}, p.Path[1:]...) },
+		"an inner node as the event":       func(p *audit.Proof) { p.Event, p.Path = p.Path[0], p.Path[1:] },
+		"the checkpoint of another log":    func(p *audit.Proof) { p.Checkpoint = foreign.Checkpoint },
+		"all of another log":               func(p *audit.Proof) { *p = foreign },
+		"an unsigned checkpoint":           func(p *audit.Proof) { p.Checkpoint, _, _ = strings.Cut(p.Checkpoint, "\n\n") },
+		"another format":                   func(p *audit.Proof) { p.Format = "orgkeys-proof/2" },
+	} {
+		p := good
+		p.Path = append([]string{}, good.Path...)
+		forge(&p)
+		text, err := json.Marshal(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var problem *audit.Problem
+		if _, _, err := audit.VerifyProof(text, []string{e.vkey(t)}); !errors.As(err, &problem) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+var _ audit.Evidence = (*sqlstore.DB)(nil)

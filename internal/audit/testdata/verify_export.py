@@ -1,0 +1,348 @@
+#!/usr/bin/env python3
+"""Verifies an export of orgkeys' audit log with Python's standard library only.
+
+usage: verify_export.py ARCHIVE VERIFIER_KEY...
+
+Written from docs/audit.md, RFC 6962, RFC 8032 and the C2SP signed-note and
+tlog-checkpoint specifications; it shares no code with orgkeys. Exit code 0:
+verified. 1: the first thing wrong is named. Needs Python 3.8.
+"""
+import base64
+import binascii
+import hashlib
+import json
+import struct
+import sys
+import tarfile
+import zlib
+
+
+class Wrong(Exception):
+    pass
+
+
+def need(condition, what):
+    if not condition:
+        raise Wrong(what)
+
+
+# Ed25519 verification, RFC 8032 section 5.1.7, in extended coordinates.
+P = 2**255 - 19
+L = 2**252 + 27742317777372353535851937790883648493
+D = -121665 * pow(121666, P - 2, P) % P
+SQRT_M1 = pow(2, (P - 1) // 4, P)
+
+
+def recover_x(y, sign):
+    if y >= P:
+        return None
+    x2 = (y * y - 1) * pow(D * y * y + 1, P - 2, P) % P
+    if x2 == 0:
+        return None if sign else 0
+    x = pow(x2, (P + 3) // 8, P)
+    if (x * x - x2) % P:
+        x = x * SQRT_M1 % P
+    if (x * x - x2) % P:
+        return None
+    return P - x if x & 1 != sign else x
+
+
+def decompress(b):
+    y = int.from_bytes(b, "little")
+    sign, y = y >> 255, y & (1 << 255) - 1
+    x = recover_x(y, sign)
+    return None if x is None else (x, y, 1, x * y % P)
+
+
+def add(p, q):
+    a, b = (p[1] - p[0]) * (q[1] - q[0]) % P, (p[1] + p[0]) * (q[1] + q[0]) % P
+    c, d = 2 * p[3] * q[3] * D % P, 2 * p[2] * q[2] % P
+    e, f, g, h = b - a, d - c, d + c, b + a
+    return e * f % P, g * h % P, f * g % P, e * h % P
+
+
+def multiply(s, p):
+    q = (0, 1, 1, 0)
+    while s:
+        if s & 1:
+            q = add(q, p)
+        p = add(p, p)
+        s >>= 1
+    return q
+
+
+GY = 4 * pow(5, P - 2, P) % P
+GX = recover_x(GY, 0)
+G = (GX, GY, 1, GX * GY % P)
+
+
+def ed25519_verify(public, message, signature):
+    if len(public) != 32 or len(signature) != 64:
+        return False
+    a, r = decompress(public), decompress(signature[:32])
+    s = int.from_bytes(signature[32:], "little")
+    if a is None or r is None or s >= L:
+        return False
+    k = int.from_bytes(hashlib.sha512(signature[:32] + public + message).digest(), "little") % L
+    left, right = multiply(s, G), add(r, multiply(k, a))
+    return (left[0] * right[2] - right[0] * left[2]) % P == 0 and (left[1] * right[2] - right[1] * left[2]) % P == 0
+
+
+# The Merkle tree, RFC 6962 section 2.1.
+def leaf_hash(leaf):
+    return hashlib.sha256(b"\x00" + leaf).digest()
+
+
+def node_hash(left, right):
+    return hashlib.sha256(b"\x01" + left + right).digest()
+
+
+class Tree:
+    """The complete subtrees of a growing tree: pairs of height and root."""
+
+    def __init__(self):
+        self.size, self.parts = 0, []
+
+    def append(self, leaf):
+        height, h = 0, leaf_hash(leaf)
+        while self.parts and self.parts[-1][0] == height:
+            h = node_hash(self.parts.pop()[1], h)
+            height += 1
+        self.parts.append((height, h))
+        self.size += 1
+
+    def root(self):
+        h = self.parts[-1][1]
+        for _, left in reversed(self.parts[:-1]):
+            h = node_hash(left, h)
+        return h
+
+
+def b64(text):
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Wrong("%r is not base64" % text)
+
+
+def strict(pairs):
+    need(len(dict(pairs)) == len(pairs), "a JSON object has a name twice")
+    return dict(pairs)
+
+
+def lines(content):
+    """The lines of a member. Only a newline ends one, unlike for splitlines."""
+    need(not content or content.endswith(b"\n"), "the last line is torn")
+    return content.decode().split("\n")[:-1]
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=strict)
+
+
+def parse(text):
+    try:
+        return DECODER.decode(text)
+    except ValueError as err:
+        raise Wrong("not JSON: %s" % err)
+
+
+def verifier_key(text):
+    """C2SP signed-note: name+hash+base64(algorithm || key)."""
+    name, digest, encoded = text.split("+", 2)
+    key = b64(encoded)
+    need(key[:1] == b"\x01" and len(key) == 33, "not an Ed25519 verifier key")
+    need(hashlib.sha256(name.encode() + b"\n" + key).digest()[:4].hex() == digest, "the verifier key's hash is not its own")
+    return name, bytes.fromhex(digest), key[1:]
+
+
+def open_checkpoint(note, keys):
+    """Returns origin, size and root of a signed checkpoint."""
+    text, blank, signatures = note.partition("\n\n")
+    need(blank, "a checkpoint is not signed")
+    text += "\n"
+    body = text.split("\n")
+    need(len(body) == 4 and body[3] == "" and body[0], "a checkpoint does not have three lines")
+    need(body[1].isdigit() and str(int(body[1])) == body[1], "a checkpoint has no size")
+    signed = False
+    for line in signatures.split("\n")[:-1]:
+        dash, name, encoded = line.split(" ")
+        need(dash == "\u2014", "a signature line is not one")
+        raw = b64(encoded)
+        for key_name, digest, public in keys:
+            if name == key_name == body[0] and raw[:4] == digest:
+                need(ed25519_verify(public, text.encode(), raw[4:]), "a checkpoint's signature is not the key's")
+                signed = True
+    need(signed, "the checkpoint of %s events is signed by no given key" % body[1])
+    return body[0], int(body[1]), b64(body[2])
+
+
+FIELDS = ["v", "id", "time", "type", "outcome", "reason", "org", "actorKind", "actor", "action", "object", "request", "policy", "detail", "personal"]
+
+
+def moment(index, event):
+    m = {"index": index, "time": event["time"], "type": event["type"]}
+    for theirs, ours in (("reason",) * 2, ("actorKind",) * 2, ("actor",) * 2, ("action",) * 2, ("policy",) * 2, ("request",) * 2):
+        if event.get(theirs):
+            m[ours] = event[theirs]
+    return m
+
+
+class Inventory:
+    def __init__(self):
+        self.lives, self.order = {}, []
+
+    def add(self, index, e):
+        kind, detail = e["type"], e.get("detail", {})
+        if kind == "orgkey.created":
+            need(e["object"] not in self.lives, "event %d: the key is created a second time" % index)
+            life = {"key": e["object"], "org": e["org"], "created": moment(index, e)}
+            for name, source in (("algorithm", "algorithm"), ("fingerprint", "fingerprint"), ("generatedIn", "backend")):
+                if detail.get(source):
+                    life[name] = detail[source]
+            self.lives[e["object"]] = life
+            self.order.append(life)
+        elif kind in ("orgkey.delivered", "orgkey.deleted", "orgkey.withdrawn"):
+            life = self.lives.get(e.get("object"))
+            need(life and life["org"] == e.get("org"), "event %d: the key was never created" % index)
+            if kind != "orgkey.delivered":
+                need("ended" not in life, "event %d: the key has ended already" % index)
+                life["ended"] = moment(index, e)
+            elif e["outcome"] == "success":
+                life["delivered"] = moment(index, e)
+        elif e.get("actorKind") == "node" and e["outcome"] == "success":
+            life = self.lives.get(e.get("actor"))
+            if life and life["org"] == e.get("org"):
+                life["lastUse"] = moment(index, e)
+                nodes = life.setdefault("nodes", [])
+                if kind == "node.registered" and e.get("object") not in [n["node"] for n in nodes]:
+                    node = {"node": e.get("object", ""), "index": index}
+                    if detail.get("ip"):
+                        node["ip"] = detail["ip"]
+                    nodes.append(node)
+                if not nodes:
+                    del life["nodes"]
+
+
+def policy_revision(files):
+    h = hashlib.sha256()
+    for name in sorted(files, key=lambda n: n.encode()):
+        for part in (name.encode(), files[name]):
+            h.update(struct.pack(">Q", len(part)) + part)
+    return "sha256:" + h.hexdigest()
+
+
+class Verifier:
+    def __init__(self, keys):
+        self.keys, self.tree, self.inventory = keys, Tree(), Inventory()
+        self.points, self.newest, self.policies, self.receipt_keys = {}, None, {}, {}
+
+    def run(self, path):
+        with tarfile.open(path, "r|gz") as archive:
+            members = iter(archive)
+            first = next(members, None)
+            need(first and first.name == "manifest.json", "manifest.json does not come first")
+            self.manifest = parse(archive.extractfile(first).read().decode())
+            need(self.manifest["format"] == "orgkeys-export/1", "unknown format")
+            listed = iter(self.manifest["members"])
+            for info in members:
+                want = next(listed, None)
+                need(want and want["name"] == info.name and info.isreg(), "%s is not the member that the manifest names there" % info.name)
+                content = archive.extractfile(info).read()
+                need(len(content) == want["size"] and hashlib.sha256(content).hexdigest() == want["sha256"],
+                     "%s does not have the size and SHA-256 that the manifest says" % info.name)
+                self.member(info.name, content)
+            left = next(listed, None)
+            need(left is None, "%s is missing" % (left and left["name"]))
+        need(self.complete, "inventory.jsonl is missing")
+
+    complete = False
+
+    def member(self, name, content):
+        if name == "checkpoints.jsonl":
+            self.checkpoints(content)
+        elif name == "receipt-keys.json":
+            given = [public for _, _, public in self.keys]
+            for k in parse(content.decode()):
+                if b64(k["public"]) in given:
+                    self.receipt_keys[k["sink"], k["version"]] = b64(k["public"])
+        elif name.startswith("policies/"):
+            revision, file = name[len("policies/"):].split("/", 1)
+            self.policies.setdefault(revision, {})[file] = content
+        elif name == "events.jsonl":
+            self.events(content)
+        elif name == "inventory.jsonl":
+            self.check_inventory(content)
+        else:
+            raise Wrong("%s is no member of an export" % name)
+
+    def checkpoints(self, content):
+        for line in lines(content):
+            origin, size, root = open_checkpoint(parse(line)["checkpoint"], self.keys)
+            need(origin == self.manifest["origin"], "a checkpoint is of another log")
+            need(self.newest is None or size >= self.newest[0], "checkpoints are out of order")
+            self.points.setdefault(size, set()).add(root)
+            self.newest = size, root
+        need(self.newest, "there is no signed checkpoint")
+        need(self.newest == (self.manifest["size"], b64(self.manifest["root"])), "the manifest is not what was signed")
+
+    def events(self, content):
+        need(self.newest, "there is no signed checkpoint")
+        for revision, files in self.policies.items():
+            need(policy_revision(files) == revision, "the text of policy %s is not the one that decided" % revision)
+        need(content.endswith(b"\n"), "the last event is torn")
+        for line in content[:-1].split(b"\n"):
+            self.event(line.decode())
+        need(self.tree.size == self.newest[0], "there are %d events, and %d were signed" % (self.tree.size, self.newest[0]))
+
+    def event(self, line):
+        index = self.tree.size
+        start = '{"index":%d,"event":' % index
+        need(line.startswith(start), "event %d is missing" % index)
+        try:
+            event, end = DECODER.raw_decode(line, len(start))
+        except ValueError:
+            raise Wrong("event %d is not JSON" % index)
+        leaf = line[len(start):end].encode()
+        need(all(f in FIELDS for f in event) and event["v"] == 1, "event %d has a field that is not known" % index)
+        rest = line[end:]
+        if rest != "}":
+            need(rest.startswith(',"receipts":'), "event %d: what follows the leaf is no receipt" % index)
+            self.receipts(index, leaf, parse("{" + rest[1:])["receipts"])
+        policy = event.get("policy")
+        need(not policy or policy in self.policies, "event %d: the policy's text is missing" % index)
+        self.inventory.add(index, event)
+        self.tree.append(leaf)
+        for root in self.points.get(self.tree.size, ()):
+            need(root == self.tree.root(), "the events up to %d are not those that were signed" % index)
+
+    def receipts(self, index, leaf, receipts):
+        for sink, receipt in receipts.items():
+            scheme, version, signature = receipt.split(":")
+            public = self.receipt_keys.get((sink, int(version[1:])))
+            need(scheme == "vault" and public and ed25519_verify(public, leaf, b64(signature)),
+                 "event %d: the receipt of %s is not a given key's" % (index, sink))
+
+    def check_inventory(self, content):
+        need(self.tree.size, "there are no events")
+        told = lines(content)
+        need(len(told) == len(self.inventory.order), "the inventory has %d keys, and the events %d" % (len(told), len(self.inventory.order)))
+        for line, life in zip(told, self.inventory.order):
+            need(parse(line) == life, "the inventory does not tell of key %s what the events tell" % life["key"])
+        self.complete = True
+
+
+def main(path, *keys):
+    v = Verifier([verifier_key(k) for k in keys])
+    try:
+        v.run(path)
+    except Wrong as err:
+        sys.exit("wrong: %s" % err)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, KeyError, TypeError, UnicodeError) as err:
+        sys.exit("wrong: the archive is damaged: %s: %s" % (type(err).__name__, err))
+    print("verified: %d events, %d keys, root %s" % (v.tree.size, len(v.inventory.order), v.tree.root().hex()))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
