@@ -93,13 +93,12 @@ func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.
 	}, nil
 }
 
-// openVault logs in to Vault and refuses one that is not set up as it must be.
-func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slog.Logger) (backend, error) {
+// openVaultClient logs in to Vault and refuses one that is not set up as it must be.
+func openVaultClient(ctx context.Context, cfg config.Config, log *slog.Logger) (*vault.Client, error) {
 	client, err := vault.Open(ctx, vault.Config{Login: vaultLogin(cfg), ReapGrace: cfg.ReservationTTL, Log: log})
 	if err != nil {
-		return backend{}, err
+		return nil, err
 	}
-	closeClient := func() error { client.Close(); return nil }
 	var fatal []error
 	for _, finding := range client.Check(ctx) {
 		if finding.Fatal {
@@ -109,16 +108,29 @@ func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slo
 		log.Warn("Vault", "problem", finding.Problem, "remedy", finding.Remedy)
 	}
 	if len(fatal) > 0 {
-		return backend{}, errors.Join(append(fatal, closeClient())...)
+		client.Close()
+		return nil, errors.Join(fatal...)
+	}
+	return client, nil
+}
+
+func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slog.Logger) (backend, error) {
+	client, err := openVaultClient(ctx, cfg, log)
+	if err != nil {
+		return backend{}, err
 	}
 	sink := client.Sink()
 	return backend{
 		name: config.KeystoreVault, keystore: client.Keystore(), sealer: client.Sealer(), sink: sink, signer: sink,
 		receipts: func(ctx context.Context) (map[int]ed25519.PublicKey, error) { return client.ReceiptKeys(ctx) },
-		healthy:  client.Healthy, close: closeClient,
-		reap: func(ctx context.Context) error { return reapVault(ctx, client, db, log) },
+		healthy:  client.Healthy, close: func() error { client.Close(); return nil },
+		reap: func(ctx context.Context) error { return reapVault(ctx, client, db, reapInterval(cfg), log) },
 	}, nil
 }
+
+// reapInterval is short enough that what a crash left in Transit is gone soon
+// after its reservation has ended.
+func reapInterval(cfg config.Config) time.Duration { return max(time.Second, cfg.ReservationTTL/2) }
 
 func vaultLogin(cfg config.Config) vault.Login {
 	if cfg.VaultAuth == config.VaultTokenFile {
@@ -127,8 +139,8 @@ func vaultLogin(cfg config.Config) vault.Login {
 	return &vault.AppRole{RoleIDFile: cfg.VaultRoleIDFile, SecretIDFile: cfg.VaultSecretIDFile, WrappedAt: cfg.VaultSecretIDPath}
 }
 
-func reapVault(ctx context.Context, client *vault.Client, db *sqlstore.DB, log *slog.Logger) error {
-	ticker := time.NewTicker(reapInterval)
+func reapVault(ctx context.Context, client *vault.Client, db *sqlstore.DB, interval time.Duration, log *slog.Logger) error {
+	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for {
 		n, err := client.Reap(ctx, db.Reserved)

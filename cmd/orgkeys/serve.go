@@ -28,7 +28,6 @@ import (
 // How often what nobody asks for is done.
 const (
 	sweepInterval   = time.Second
-	reapInterval    = 30 * time.Second
 	keepInterval    = 5 * time.Second // between writing down last uses of keys and sights of nodes
 	summaryInterval = time.Minute     // between summaries of refused unknown callers
 	startTimeout    = 15 * time.Second

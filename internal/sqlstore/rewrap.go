@@ -1,0 +1,69 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// CountSealed is how many values of a purpose are stored sealed.
+func (d *DB) CountSealed(ctx context.Context, purpose string) (int, error) {
+	statement := "SELECT count(*) FROM org_keys WHERE sealed IS NOT NULL"
+	if purpose == orgkey.BootSecret {
+		statement = "SELECT count(*) FROM boot_secrets"
+	}
+	found, err := query(ctx, d.read, scanInt, statement)
+	if err != nil {
+		return 0, fmt.Errorf("counting sealed records: %w", err)
+	}
+	return found[0], nil
+}
+
+// SealedAfter returns, in a lasting order, at most limit sealed values of
+// after's purpose that come after it. A binding with nothing but a purpose
+// comes before all of them.
+func (d *DB) SealedAfter(ctx context.Context, after orgkey.Binding, limit int) ([]orgkey.Sealed, error) {
+	statement, args := "SELECT org_id, id, sealed FROM org_keys WHERE sealed IS NOT NULL AND id > $1 ORDER BY id LIMIT $2", []any{after.ID, limit}
+	if after.Purpose == orgkey.BootSecret {
+		statement = "SELECT org_id, name, sealed FROM boot_secrets WHERE (org_id, name) > ($1, $2) ORDER BY org_id, name LIMIT $3"
+		args = []any{after.Org, after.ID, limit}
+	}
+	found, err := query(ctx, d.read, func(scan func(...any) error) (s orgkey.Sealed, err error) {
+		s.Binding.Purpose = after.Purpose
+		err = scan(&s.Binding.Org, &s.Binding.ID, &s.Ciphertext)
+		return s, err
+	}, statement, args...)
+	if err != nil {
+		return nil, fmt.Errorf("reading sealed records: %w", err)
+	}
+	return found, nil
+}
+
+// Reseal puts fresh[i] in the place of old[i] and returns how many it
+// replaced. A record that was deleted or sealed anew meanwhile is let be.
+func (d *DB) Reseal(ctx context.Context, old []orgkey.Sealed, fresh [][]byte) (n int, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		n = 0
+		for i, s := range old {
+			touched, err := exec(ctx, tx, resealStatement(s.Binding.Purpose), s.Binding.Org, s.Binding.ID, s.Ciphertext, fresh[i])
+			if err != nil {
+				return err
+			}
+			n += int(touched)
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("storing sealed records: %w", err)
+	}
+	return n, nil
+}
+
+func resealStatement(purpose string) string {
+	if purpose == orgkey.BootSecret {
+		return "UPDATE boot_secrets SET sealed = $4 WHERE org_id = $1 AND name = $2 AND sealed = $3"
+	}
+	return "UPDATE org_keys SET sealed = $4 WHERE org_id = $1 AND id = $2 AND sealed = $3"
+}
