@@ -139,7 +139,7 @@ func BenchmarkKeysSoftHSM(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer token.Close()
-	s := harness.Start(b, harness.Set("ORGKEYS_MAX", "1000"), harness.Set("ORGKEYS_LOG_LEVEL", "warn"))
+	s := harness.Start(b, harness.Set("ORGKEYS_MAX", "1000"))
 	inTurns(b, 2, "library", func() error { return oneKey(context.Background(), token) }, "orgkeys", generator(b, s))
 }
 
@@ -190,7 +190,7 @@ func BenchmarkDecision(b *testing.B) {
 // BenchmarkListFiveKeysSoftHSM: GET …/key of an organization with five keys,
 // through the running program, its audit event durable.
 func BenchmarkListFiveKeysSoftHSM(b *testing.B) {
-	listFive(b, harness.Start(b, harness.Set("ORGKEYS_LOG_LEVEL", "warn")))
+	listFive(b, harness.Start(b))
 }
 
 func listFive(b *testing.B, s *harness.Server) {
@@ -331,7 +331,7 @@ func withVault(b *testing.B, opts ...harness.Option) (*vaulttest.Server, *harnes
 	if err != nil {
 		b.Fatal(err)
 	}
-	opts = append(opts, harness.Set("ORGKEYS_KEYSTORE", "vault"), harness.Set("ORGKEYS_LOG_LEVEL", "warn"),
+	opts = append(opts, harness.Set("ORGKEYS_KEYSTORE", "vault"),
 		harness.Set("ORGKEYS_VAULT_ROLE_ID_FILE", login.RoleIDFile), harness.Set("ORGKEYS_VAULT_SECRET_ID_FILE", login.SecretIDFile))
 	for _, pair := range v.Env() {
 		if name, value, ok := strings.Cut(pair, "="); ok && strings.HasPrefix(name, "VAULT_") {
@@ -413,7 +413,7 @@ func BenchmarkRegister(b *testing.B) {
 	}
 	credentials := map[string]any{"role_id": readLine(b, login.RoleIDFile), "secret_id": readLine(b, login.SecretIDFile)}
 
-	s := harness.Start(b, harness.Set("ORGKEYS_LOG_LEVEL", "warn"), harness.Set("ORGKEYS_TIMESTAMP_WINDOW", "3600s"))
+	s := harness.Start(b, harness.Set("ORGKEYS_TIMESTAMP_WINDOW", "3600s"))
 	key := s.Generate(b, "bench")
 	requests := make([][]byte, b.N)
 	for i := range requests {
