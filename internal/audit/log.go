@@ -76,6 +76,7 @@ type Log struct {
 	followers []*follower
 	log       *slog.Logger
 	urgent    chan struct{} // somebody waits: do not linger
+	deadline  time.Duration // for one call to a sink
 	signed    atomic.Int64  // the place of the newest signed checkpoint, for the sinks
 
 	mu      sync.Mutex
@@ -84,14 +85,17 @@ type Log struct {
 
 // NewLog returns a log over store. Every sink is a required one.
 func NewLog(store Store, log *slog.Logger, sinks ...Sink) *Log {
-	l := &Log{store: store, log: log, urgent: make(chan struct{}, 1), changed: make(chan struct{})}
+	l := &Log{store: store, log: log, deadline: sinkDeadline, urgent: make(chan struct{}, 1), changed: make(chan struct{})}
 	for _, s := range sinks {
-		l.followers = append(l.followers, &follower{log: l, sink: s, err: errNotStarted})
+		l.followers = append(l.followers, &follower{log: l, sink: s, call: make(chan struct{}, 1), err: errNotStarted})
 	}
 	return l
 }
 
-var errNotStarted = errors.New("not started yet")
+var (
+	errNotStarted = errors.New("not started yet")
+	errNotYet     = errors.New("it has not acknowledged the event yet")
+)
 
 // Record makes events durable; they get their indices shortly after.
 func (l *Log) Record(ctx context.Context, events ...Event) error {
@@ -122,7 +126,7 @@ func (l *Log) Acknowledged(ctx context.Context, eventID string) error {
 		case <-changed:
 		case <-time.After(waiting):
 		case <-ctx.Done():
-			return fmt.Errorf("waiting for event %s: %w", eventID, errors.Join(ctx.Err(), l.sinkErrors()))
+			return fmt.Errorf("waiting for event %s: %w", eventID, errors.Join(ctx.Err(), l.sinkErrors(index)))
 		}
 	}
 }
@@ -179,7 +183,7 @@ func (l *Log) Flush(ctx context.Context) error {
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return fmt.Errorf("waiting for the sinks: %w", errors.Join(ctx.Err(), l.sinkErrors()))
+			return fmt.Errorf("waiting for the sinks: %w", errors.Join(ctx.Err(), l.sinkErrors(head.Size-1)))
 		}
 	}
 }
@@ -204,10 +208,15 @@ func (l *Log) sinksSigned() bool {
 	return true
 }
 
-func (l *Log) sinkErrors() error {
+// sinkErrors says why each sink that has not acknowledged the event has not.
+func (l *Log) sinkErrors(index int64) error {
 	var all []error
 	for _, f := range l.followers {
-		if _, err := f.state(); err != nil {
+		next, err := f.state()
+		if err == nil && next <= index {
+			err = errNotYet
+		}
+		if err != nil {
 			all = append(all, fmt.Errorf("sink %s: %w", f.sink.Name(), err))
 		}
 	}

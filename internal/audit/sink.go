@@ -51,7 +51,8 @@ type follower struct {
 	log  *Log
 	sink Sink
 
-	signed atomic.Int64 // the place of the newest signed checkpoint that the sink has recorded
+	call   chan struct{} // holds an element while a call to the sink has not returned
+	signed atomic.Int64  // the place of the newest signed checkpoint that the sink has recorded
 
 	mu       sync.Mutex
 	next     int64
@@ -103,7 +104,6 @@ func (f *follower) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	f.set(next, nil)
 	for {
 		changed := f.log.watch()
 		after, err := f.step(ctx, next)
@@ -113,9 +113,13 @@ func (f *follower) follow(ctx context.Context) error {
 		if err := f.keepSigned(ctx, after); err != nil {
 			return err
 		}
+		// Trouble is over only now: a sink that says how far it is may still
+		// not take what comes next.
+		if _, trouble := f.state(); after > next || trouble != nil {
+			f.set(after, nil)
+		}
 		if after > next {
 			next = after
-			f.set(next, nil)
 			continue
 		}
 		f.caught()
@@ -130,10 +134,10 @@ func (f *follower) follow(ctx context.Context) error {
 
 // resume asks the sink how far it is, and checks that the log goes on from there.
 func (f *follower) resume(ctx context.Context) (int64, error) {
-	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
+	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
 	var held Checkpoint
-	err := bounded(ctx, func() (err error) { held, err = f.sink.Last(ctx); return err })
+	err := f.bounded(ctx, func() (err error) { held, err = f.sink.Last(ctx); return err })
 	if err != nil {
 		return 0, fmt.Errorf("asking sink %s for its last checkpoint: %w", f.sink.Name(), err)
 	}
@@ -159,7 +163,7 @@ func (f *follower) resume(ctx context.Context) (int64, error) {
 
 // step brings the sink on from next and returns how far it is then.
 func (f *follower) step(ctx context.Context, next int64) (int64, error) {
-	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
+	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
 	if !f.sink.Shared() {
 		return f.appendFrom(ctx, next)
@@ -198,7 +202,7 @@ func (f *follower) appendFrom(ctx context.Context, next int64) (int64, error) {
 	if err != nil {
 		return next, err
 	}
-	return after, bounded(ctx, func() error { return f.handOver(ctx, entries, checkpoint) })
+	return after, f.bounded(ctx, func() error { return f.handOver(ctx, entries, checkpoint) })
 }
 
 // handOver keeps receipts before the sink's checkpoint moves on, so that a
@@ -231,7 +235,7 @@ func (f *follower) keepSigned(ctx context.Context, next int64) error {
 	if held == 0 {
 		held = newest - 1
 	}
-	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
+	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
 	waiting, err := f.log.store.SignedAfter(ctx, held)
 	if err != nil {
@@ -241,7 +245,7 @@ func (f *follower) keepSigned(ctx context.Context, next int64) error {
 		if s.Size > next {
 			return nil
 		}
-		if err := bounded(ctx, func() error { return f.sink.KeepSigned(ctx, s.Note) }); err != nil {
+		if err := f.bounded(ctx, func() error { return f.sink.KeepSigned(ctx, s.Note) }); err != nil {
 			return fmt.Errorf("giving sink %s a signed checkpoint: %w", f.sink.Name(), err)
 		}
 		f.signed.Store(s.Seq)
@@ -254,10 +258,19 @@ func (f *follower) keepSigned(ctx context.Context, next int64) error {
 var errHung = errors.New("the sink did not answer in time")
 
 // bounded runs do and stops waiting for it when ctx ends, for a write to a
-// file cannot be cancelled.
-func bounded(ctx context.Context, do func() error) error {
+// file cannot be cancelled. While a call that was given up is still on its way,
+// it makes no other: a sink that hangs for good holds one goroutine.
+func (f *follower) bounded(ctx context.Context, do func() error) error {
+	select {
+	case f.call <- struct{}{}:
+	case <-ctx.Done():
+		return errHung
+	}
 	done := make(chan error, 1)
-	go func() { done <- do() }()
+	go func() {
+		defer func() { <-f.call }()
+		done <- do()
+	}()
 	select {
 	case err := <-done:
 		return err

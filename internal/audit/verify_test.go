@@ -26,6 +26,16 @@ type log30 struct {
 
 func newLog30(t *testing.T) log30 {
 	t.Helper()
+	l := openLog(t)
+	for range 3 {
+		l.add(t, 10)
+	}
+	return l
+}
+
+// openLog makes an empty log.
+func openLog(t *testing.T) log30 {
+	t.Helper()
 	dir := t.TempDir()
 	db, err := sqlstore.Open(t.Context(), filepath.Join(dir, "orgkeys.db"))
 	if err != nil {
@@ -40,11 +50,7 @@ func newLog30(t *testing.T) log30 {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { raw.Close() })
-	l := log30{db, raw, filepath.Join(dir, "elsewhere.jsonl")}
-	for range 3 {
-		l.add(t, 10)
-	}
-	return l
+	return log30{db, raw, filepath.Join(dir, "elsewhere.jsonl")}
 }
 
 // add records n events, sequences them and feeds the sink.

@@ -1,0 +1,491 @@
+package audit_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// The checks that find a rewritten history.
+const (
+	byTheTree      = "the tree"                            // orgkeys audit verify, with nothing else
+	bySignature    = "the signed checkpoints"              // audit verify with those that the database holds
+	byTheSinksCopy = "the sink's copy"                     // audit verify --sink
+	atSigning      = "the next signature"                  // the running server, within the interval
+	bySinkAtStart  = "the sink's checkpoint at start"      // the server refuses to start
+	byTheVerifier  = "an earlier checkpoint, kept outside" // audit verify --checkpoint
+)
+
+// Issue 6: history rewritten in every way that the database allows, and which
+// check finds it. A forger "recomputes" who makes the whole tree fit again.
+func TestEveryRewritingOfHistoryIsFound(t *testing.T) {
+	alter := []string{`UPDATE events SET leaf = CAST(replace(leaf, 'u-1', 'u-2') AS BLOB), actor = 'u-2' WHERE idx = 12`}
+	drop := []string{`DELETE FROM events WHERE idx = 12`, `UPDATE events SET idx = -idx WHERE idx > 12`, `UPDATE events SET idx = -idx - 1 WHERE idx < 0`}
+	insert := []string{`UPDATE events SET idx = -idx WHERE idx >= 12`, `UPDATE events SET idx = 1 - idx WHERE idx < 0`,
+		`INSERT INTO events (idx, id, occurred_at, type, org_id, actor, object, leaf) SELECT 12, 'x', occurred_at, type, org_id, actor, object, CAST(replace(leaf, id, 'x') AS BLOB) FROM events WHERE idx = 13`}
+	swap := []string{`UPDATE events SET idx = 99 WHERE idx = 12`, `UPDATE events SET idx = 12 WHERE idx = 20`, `UPDATE events SET idx = 20 WHERE idx = 99`}
+	truncate := []string{`DELETE FROM events WHERE idx >= 25`}
+	whole := []string{`UPDATE events SET leaf = CAST(replace(leaf, 'u-1', 'u-9') AS BLOB), actor = 'u-9'`}
+	unsign := `DELETE FROM signed_checkpoints WHERE size > 20`
+	for _, c := range []struct {
+		name       string
+		statements []string
+		recompute  bool
+		found      []string
+	}{
+		{"an event altered", alter, false, []string{byTheTree}},
+		{"an event dropped", drop, false, []string{byTheTree}},
+		{"an event inserted", insert, false, []string{byTheTree}},
+		{"two events swapped", swap, false, []string{byTheTree}},
+		{"the newest cut off", truncate, false, []string{byTheTree}},
+		{"an event altered, recomputed", alter, true, []string{bySignature, byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier}},
+		{"an event dropped, recomputed", drop, true, []string{bySignature, byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier}},
+		{"an event inserted, recomputed", insert, true, []string{bySignature, byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier}},
+		{"two events swapped, recomputed", swap, true, []string{bySignature, byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier}},
+		{"the newest cut off, recomputed", truncate, true, []string{bySignature, byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier}},
+		{"the newest cut off, recomputed, their signed checkpoints removed", append(truncate, unsign), true, []string{byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier}},
+		{"the whole log replaced, recomputed", whole, true, []string{bySignature, byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier}},
+		{"the whole log replaced, recomputed, no signed checkpoint left", append(whole, `DELETE FROM signed_checkpoints`), true, []string{byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier}},
+		{"everything deleted", []string{`DELETE FROM events`, `DELETE FROM signed_checkpoints`}, true, []string{byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHistory(t)
+			h.exec(t, c.statements...)
+			if c.recompute {
+				h.rebuild(t)
+			}
+			h.wantFound(t, c.found)
+		})
+	}
+}
+
+// Yesterday's backup is a consistent log with valid signatures: only what lies
+// outside the database shows that it is not today's.
+func TestYesterdaysBackupIsFoundFromOutside(t *testing.T) {
+	h := newHistory(t)
+	backup := filepath.Join(t.TempDir(), "backup.db")
+	h.exec(t, `VACUUM INTO '`+backup+`'`)
+	sink, kept := h.copyOfSink(t), h.checkpoint(t)
+	h.add(t, 5)
+	h.sign(t)
+	later := h.checkpoint(t)
+	restored, err := sqlstore.Open(t.Context(), backup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { restored.Close() })
+	h.db = restored
+	h.kept = later
+	h.wantFound(t, []string{byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier})
+	// With what was kept before the backup only, nothing can be seen.
+	h.kept = kept
+	if err := os.WriteFile(h.sink, sink, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.wantFound(t, []string{atSigning})
+}
+
+// history is a log of 30 events that is signed at 10, 20 and 30, with its sink.
+type history struct {
+	log30
+	signer  audit.LocalSigner
+	running *audit.Checkpointer // that of the server that ran all the while
+	kept    audit.Checkpoint    // by an auditor
+}
+
+func newHistory(t *testing.T) *history {
+	t.Helper()
+	h := &history{log30: openLog(t), signer: newSigner(t)}
+	h.running = h.checkpointer()
+	for range 3 {
+		h.add(t, 10)
+		h.sign(t)
+	}
+	h.kept = h.checkpoint(t)
+	for check, err := range h.checks(t) {
+		if err != nil {
+			t.Fatalf("before anything was done, %s finds: %v", check, err)
+		}
+	}
+	return h
+}
+
+func (h *history) checkpointer() *audit.Checkpointer {
+	quiet := slog.New(slog.DiscardHandler)
+	return audit.NewCheckpointer(audit.NewLog(h.db, quiet), store{h}, h.signer, time.Hour, quiet)
+}
+
+// store is the database that the history is in at the moment, which a test may
+// replace under a running checkpointer as an administrator does under a server.
+type store struct{ h *history }
+
+func (s store) Head(ctx context.Context) (audit.Checkpoint, error) { return s.h.db.Head(ctx) }
+func (s store) LastSigned(ctx context.Context) (audit.Signed, error) {
+	return s.h.db.LastSigned(ctx)
+}
+func (s store) KeepSigned(ctx context.Context, c audit.Signed, vkey string) error {
+	return s.h.db.KeepSigned(ctx, c, vkey)
+}
+func (s store) Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error) {
+	return s.h.db.Exclusive(ctx, name, do)
+}
+func (s store) Consistency(ctx context.Context, size, old int64) (tlog.TreeProof, error) {
+	return s.h.db.Consistency(ctx, size, old)
+}
+
+func (h *history) sign(t *testing.T) {
+	t.Helper()
+	if err := h.running.Sign(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (h *history) checkpoint(t *testing.T) audit.Checkpoint {
+	t.Helper()
+	head, err := h.db.Head(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return head
+}
+
+func (h *history) copyOfSink(t *testing.T) []byte {
+	t.Helper()
+	b, err := os.ReadFile(h.sink)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// checks runs every check and says what each finds.
+func (h *history) checks(t *testing.T) map[string]error {
+	t.Helper()
+	signed, outside := &audit.Copy{}, &audit.Copy{}
+	all, err := h.db.SignedAfter(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range all {
+		signed.AddSigned(s.Checkpoint)
+	}
+	outside.AddCheckpoint(h.kept)
+	verify := func(c *audit.Copy) error { _, err := audit.Verify(t.Context(), h.db, c); return err }
+	quiet := slog.New(slog.DiscardHandler)
+	return map[string]error{
+		byTheTree:      verify(nil),
+		bySignature:    verify(signed),
+		byTheSinksCopy: verify(h.copy(t)),
+		byTheVerifier:  verify(outside),
+		atSigning:      h.running.Sign(t.Context()),
+		bySinkAtStart:  audit.NewLog(h.db, quiet, audit.NewFileSink(h.sink)).CheckExtends(t.Context()),
+	}
+}
+
+func (h *history) wantFound(t *testing.T, want []string) {
+	t.Helper()
+	found := h.checks(t)
+	tree := found[byTheTree] != nil
+	for _, check := range want {
+		err := found[check]
+		delete(found, check)
+		var problem *audit.Problem
+		var rewritten *audit.RewrittenError
+		var rollback *audit.RollbackError
+		if !errors.As(err, &problem) && !errors.As(err, &rewritten) && !errors.As(err, &rollback) {
+			t.Errorf("%s does not find it: %v", check, err)
+		}
+	}
+	for check, err := range found {
+		if err != nil && !tree {
+			t.Errorf("%s finds it, which the table does not say: %v", check, err)
+		}
+	}
+}
+
+// A checkpoint is signed only when the log has grown, so an idle log costs nothing.
+func TestACheckpointIsSignedWhenTheLogHasGrown(t *testing.T) {
+	h := newHistory(t)
+	h.sign(t)
+	all, err := h.db.SignedAfter(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sizes []int64
+	for _, s := range all {
+		sizes = append(sizes, s.Size)
+	}
+	if fmt.Sprint(sizes) != "[10 20 30]" {
+		t.Errorf("signed at %v", sizes)
+	}
+}
+
+// What has been found to be rewritten is not signed, by whoever asks next.
+func TestARewrittenLogIsNotSigned(t *testing.T) {
+	h := newHistory(t)
+	h.rebuild(t, `UPDATE events SET leaf = CAST(replace(leaf, 'u-1', 'u-2') AS BLOB), actor = 'u-2' WHERE idx = 12`)
+	h.add30(t)
+	restarted := h.checkpointer()
+	for name, c := range map[string]*audit.Checkpointer{"the running server": h.running, "one that starts": restarted} {
+		var rewritten *audit.RewrittenError
+		if err := c.Sign(t.Context()); !errors.As(err, &rewritten) || c.Status().Err == nil {
+			t.Errorf("%s: %v, status %v", name, err, c.Status().Err)
+		}
+	}
+	last, err := h.db.LastSigned(t.Context())
+	if err != nil || last.Size != 30 {
+		t.Errorf("the newest signed checkpoint covers %d, %v", last.Size, err)
+	}
+}
+
+// add30 adds an event without a sink.
+func (h *history) add30(t *testing.T) {
+	t.Helper()
+	if err := h.db.Record(t.Context(), audit.New(audit.KeysListed, "acme")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.db.Sequence(t.Context(), 1000); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Signed checkpoints reach every sink, in order, and none is passed over by a
+// sink that was down when it was signed.
+func TestEverySinkRecordsSignedCheckpoints(t *testing.T) {
+	l := openLog(t)
+	file := audit.NewFileSink(l.sink)
+	gate := &gatedSink{Sink: audit.NewFileSink(l.sink + ".second")}
+	gate.set(errors.New("disk full"))
+	quiet := slog.New(slog.DiscardHandler)
+	trail := audit.NewLog(l.db, quiet, file, gate)
+	c := audit.NewCheckpointer(trail, l.db, newSigner(t), time.Hour, quiet)
+	end := run(t, trail)
+	defer end()
+	for range 4 {
+		if err := trail.Record(t.Context(), audit.New(audit.KeysListed, "acme")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := l.db.Sequence(t.Context(), 10); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Sign(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the healthy sink has the signed checkpoint", func() bool {
+			last, err := l.db.LastSigned(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return strings.Contains(read(t, l.sink), quoted(last.Note))
+		})
+	}
+	if strings.Contains(read(t, l.sink+".second"), "— ") {
+		t.Fatal("the failing sink has a signed checkpoint already, so the case proves nothing")
+	}
+	gate.set(nil)
+	flush(t, trail)
+	all, err := l.db.SignedAfter(t.Context(), 0)
+	if err != nil || len(all) != 4 {
+		t.Fatalf("%d signed, %v", len(all), err)
+	}
+	for _, s := range all {
+		if !strings.Contains(read(t, l.sink), quoted(s.Note)) {
+			t.Errorf("the sink that was there lacks the signed checkpoint of %d events", s.Size)
+		}
+	}
+	if !strings.Contains(read(t, l.sink+".second"), quoted(all[3].Note)) {
+		t.Error("the sink that was down lacks the newest signed checkpoint")
+	}
+	for _, path := range []string{l.sink, l.sink + ".second"} {
+		wantSameEvents(t, l.db, path)
+	}
+}
+
+// Issue 6: whatever a sink does, nothing is missing from any, compared event by event.
+func TestSinkFaultsLoseNothing(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		fault func(*gatedSink) (undo func())
+		up    bool // whether the sink still counts as following
+	}{
+		{"refusing", func(s *gatedSink) func() { s.set(errors.New("refused")); return func() { s.set(nil) } }, false},
+		{"hung", func(s *gatedSink) func() { return s.hang() }, false},
+		{"slow", func(s *gatedSink) func() { s.slow(200 * time.Millisecond); return func() { s.slow(0) } }, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			l := openLog(t)
+			bad := &gatedSink{Sink: audit.NewFileSink(l.sink + ".second")}
+			trail := audit.NewLog(l.db, slog.New(slog.DiscardHandler), audit.NewFileSink(l.sink), bad)
+			trail.SetSinkDeadline(300 * time.Millisecond)
+			defer run(t, trail)()
+			record(t, trail, 20)
+			flush(t, trail)
+			undo := c.fault(bad)
+			record(t, trail, 20)
+			waitFor(t, "the other sink goes on", func() bool { return trail.Sinks()[0].Next == 40 })
+			if !c.up {
+				waitFor(t, "the sink's trouble is seen", func() bool { return trail.Sinks()[1].Err != nil })
+				event := audit.New(audit.KeysListed, "acme")
+				if err := trail.Record(t.Context(), event); err != nil {
+					t.Fatal(err)
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				err := trail.Acknowledged(ctx, event.ID)
+				if err == nil || !strings.Contains(err.Error(), "sink second") {
+					t.Errorf("a release that waits for it hears %v, which must name the sink", err)
+				}
+			}
+			undo()
+			record(t, trail, 20)
+			flush(t, trail)
+			for _, path := range []string{l.sink, l.sink + ".second"} {
+				wantSameEvents(t, l.db, path)
+			}
+		})
+	}
+}
+
+// A stopped service leaves no event without its place in the log.
+func TestFlushLeavesNothingBehind(t *testing.T) {
+	l := openLog(t)
+	trail := audit.NewLog(l.db, slog.New(slog.DiscardHandler), audit.NewFileSink(l.sink))
+	end := run(t, trail)
+	record(t, trail, 500)
+	flush(t, trail)
+	end()
+	if n, err := l.db.Unsequenced(t.Context()); n != 0 || err != nil {
+		t.Errorf("%d events without a place, %v", n, err)
+	}
+	wantSameEvents(t, l.db, l.sink)
+}
+
+// gatedSink is a sink whose disk can be made to fail, hang or be slow.
+type gatedSink struct {
+	audit.Sink
+
+	mu    sync.Mutex
+	err   error
+	delay time.Duration
+	hung  chan struct{}
+}
+
+func (s *gatedSink) Name() string { return "second" }
+
+func (s *gatedSink) set(err error) { s.mu.Lock(); defer s.mu.Unlock(); s.err = err }
+
+func (s *gatedSink) slow(d time.Duration) { s.mu.Lock(); defer s.mu.Unlock(); s.delay = d }
+
+func (s *gatedSink) hang() (undo func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hung = make(chan struct{})
+	return func() { s.mu.Lock(); defer s.mu.Unlock(); close(s.hung); s.hung = nil }
+}
+
+// Checkpoint stands for the write that makes a batch durable.
+func (s *gatedSink) Checkpoint(ctx context.Context, c audit.Checkpoint) error {
+	s.mu.Lock()
+	err, delay, hung := s.err, s.delay, s.hung
+	s.mu.Unlock()
+	if hung != nil {
+		<-hung // as a write to a dead disk, it does not end with ctx
+	}
+	if err != nil {
+		return err
+	}
+	time.Sleep(delay)
+	return s.Sink.Checkpoint(ctx, c)
+}
+
+func run(t *testing.T, trail *audit.Log) (end func()) {
+	t.Helper()
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- trail.Run(ctx) }()
+	return func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func record(t *testing.T, trail *audit.Log, n int) {
+	t.Helper()
+	var events []audit.Event
+	for range n {
+		events = append(events, audit.New(audit.KeysListed, "acme"))
+	}
+	if err := trail.Record(t.Context(), events...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func flush(t *testing.T, trail *audit.Log) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := trail.Flush(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func waitFor(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within 30 s: %s", what)
+		}
+	}
+}
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func quoted(text string) string { return strings.ReplaceAll(text, "\n", `\n`) }
+
+// wantSameEvents compares a file sink with the log, event by event.
+func wantSameEvents(t *testing.T, db *sqlstore.DB, path string) {
+	t.Helper()
+	entries, err := db.Entries(t.Context(), 0, 10000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	held := map[string]bool{}
+	for line := range bytes.Lines([]byte(read(t, path))) {
+		held[string(line)] = true
+	}
+	for _, e := range entries {
+		if !held[fmt.Sprintf(`{"index":%d,"event":%s}`+"\n", e.Index, e.Leaf)] {
+			t.Errorf("%s lacks event %d", filepath.Base(path), e.Index)
+		}
+	}
+	copied, err := audit.ReadCopy(strings.NewReader(read(t, path)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if report, err := audit.Verify(t.Context(), db, copied); err != nil || report.Covered != int64(len(entries)) {
+		t.Errorf("%s covers %d of %d events, %v", filepath.Base(path), report.Covered, len(entries), err)
+	}
+}
