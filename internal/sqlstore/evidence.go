@@ -51,7 +51,7 @@ func (d *DB) SignedAfter(ctx context.Context, seq int64) ([]audit.Signed, error)
 
 // KeepSigned implements audit.CheckpointStore.
 func (d *DB) KeepSigned(ctx context.Context, s audit.Signed, vkey string) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		if _, err := exec(ctx, tx, "INSERT INTO checkpoint_keys (vkey) VALUES ($1) ON CONFLICT DO NOTHING", vkey); err != nil {
 			return err
 		}
@@ -62,7 +62,7 @@ func (d *DB) KeepSigned(ctx context.Context, s audit.Signed, vkey string) error 
 // Supersede marks the signed checkpoints from place seq on as being of a log
 // that was set back since.
 func (d *DB) Supersede(ctx context.Context, seq int64) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		_, err := exec(ctx, tx, "UPDATE signed_checkpoints SET superseded = 1 WHERE seq >= $1", seq)
 		return err
 	})
@@ -89,7 +89,7 @@ func (d *DB) SealedCheckpointKey(ctx context.Context) (sealed []byte, err error)
 // KeepCheckpointKey stores a checkpoint key's verifier key, with its sealed
 // private half where that is kept here. One that is known stays as it is.
 func (d *DB) KeepCheckpointKey(ctx context.Context, vkey string, sealed []byte) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		_, err := exec(ctx, tx, "INSERT INTO checkpoint_keys (vkey, sealed) VALUES ($1, $2) ON CONFLICT DO NOTHING", vkey, sealed)
 		return err
 	})
@@ -97,7 +97,7 @@ func (d *DB) KeepCheckpointKey(ctx context.Context, vkey string, sealed []byte) 
 
 // KeepReceiptKeys stores the public keys that a sink signs receipts with.
 func (d *DB) KeepReceiptKeys(ctx context.Context, sink string, keys map[int]ed25519.PublicKey) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		for version, public := range keys {
 			if _, err := exec(ctx, tx, "INSERT INTO receipt_keys (sink, version, public) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
 				sink, version, []byte(public)); err != nil {
@@ -118,7 +118,7 @@ func (d *DB) ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error) {
 
 // KeepPolicy stores the files of a policy that is in force.
 func (d *DB) KeepPolicy(ctx context.Context, revision string, files map[string][]byte) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		for name, content := range files {
 			if _, err := exec(ctx, tx, "INSERT INTO policies (revision, name, content) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
 				revision, name, content); err != nil {
@@ -149,7 +149,7 @@ func (d *DB) Receipts(ctx context.Context, sink string, from, to int64) ([]audit
 // and returns how many there were. event says so in the log, and goes with it
 // in one transaction.
 func (d *DB) Erase(ctx context.Context, subject string, event func(count int64) audit.Event) (n int64, err error) {
-	err = d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		n, err = exec(ctx, tx, "DELETE FROM event_persons WHERE event_id IN (SELECT id FROM events WHERE actor = $1)", subject)
 		if err != nil {
 			return err

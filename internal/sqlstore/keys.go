@@ -16,7 +16,7 @@ var _ orgkey.Store = (*DB)(nil)
 // organization's lock; UNIQUE (org_id, slot) refuses a second taker even if
 // two got here at once.
 func (d *DB) Reserve(ctx context.Context, org, id string, limit int, life time.Duration) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		if err := d.lock(ctx, tx, "org:"+org); err != nil {
 			return err
 		}
@@ -41,7 +41,7 @@ func (d *DB) Reserve(ctx context.Context, org, id string, limit int, life time.D
 }
 
 // freeSlot returns org's lowest free slot and how many are occupied.
-func freeSlot(ctx context.Context, tx *sql.Tx, org string) (slot, occupied int, err error) {
+func freeSlot(ctx context.Context, tx *txn, org string) (slot, occupied int, err error) {
 	taken, err := query(ctx, tx, scanInt, "SELECT slot FROM org_keys WHERE org_id = $1 AND slot IS NOT NULL ORDER BY slot", org)
 	if err != nil {
 		return 0, 0, err
@@ -56,7 +56,7 @@ func freeSlot(ctx context.Context, tx *sql.Tx, org string) (slot, occupied int, 
 }
 
 // sweepOrg gives back the places of org that have expired.
-func (d *DB) sweepOrg(ctx context.Context, tx *sql.Tx, org string, now int64) error {
+func (d *DB) sweepOrg(ctx context.Context, tx *txn, org string, now int64) error {
 	expired, err := query(ctx, tx, scanState,
 		"SELECT id, org_id, state FROM org_keys WHERE org_id = $1 AND slot IS NOT NULL AND expires_at <= $2 ORDER BY id"+d.forUpdate(""), org, now)
 	if err != nil {
@@ -68,7 +68,7 @@ func (d *DB) sweepOrg(ctx context.Context, tx *sql.Tx, org string, now int64) er
 // Sweep implements orgkey.Store.
 func (d *DB) Sweep(ctx context.Context, limit int, withdrawn func(org, id string) audit.Event) (int, error) {
 	var n int
-	err := d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
@@ -81,7 +81,10 @@ func (d *DB) Sweep(ctx context.Context, limit int, withdrawn func(org, id string
 		n = len(expired)
 		return d.end(ctx, tx, expired, now, withdrawn)
 	})
-	return n, err
+	if err != nil {
+		return 0, err
+	}
+	return n, nil
 }
 
 type keyState struct{ id, org, state string }
@@ -93,7 +96,7 @@ func scanState(scan func(...any) error) (k keyState, err error) {
 
 // end removes reservations, of which nothing is left, and withdraws pending
 // records, each with its event. What changed state meanwhile is let be.
-func (d *DB) end(ctx context.Context, tx *sql.Tx, keys []keyState, now int64, withdrawn func(org, id string) audit.Event) error {
+func (d *DB) end(ctx context.Context, tx *txn, keys []keyState, now int64, withdrawn func(org, id string) audit.Event) error {
 	for _, k := range keys {
 		if k.state == "reserved" {
 			if _, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = 'reserved'", k.id); err != nil {
@@ -119,7 +122,7 @@ const endKey = "UPDATE org_keys SET state = 'deleted', slot = NULL, sealed = NUL
 
 // Cancel implements orgkey.Store.
 func (d *DB) Cancel(ctx context.Context, id string) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		_, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = 'reserved'", id)
 		return err
 	})
@@ -133,7 +136,7 @@ func (d *DB) StorePending(ctx context.Context, id string, sealed []byte, created
 
 // Release implements orgkey.Store.
 func (d *DB) Release(ctx context.Context, id string) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
@@ -150,7 +153,7 @@ func (d *DB) Delivered(ctx context.Context, id string, event audit.Event) error 
 // changeOne changes key id by a statement over $1 (id), $2 (now) and args, and
 // records event with it; it reports ErrGone if no row was touched.
 func (d *DB) changeOne(ctx context.Context, event audit.Event, statement, id string, args ...any) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
@@ -171,7 +174,7 @@ func one(n int64, err error) error {
 
 // Withdraw implements orgkey.Store.
 func (d *DB) Withdraw(ctx context.Context, id string, event audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
@@ -205,7 +208,7 @@ func (d *DB) Keys(ctx context.Context, org string) ([]orgkey.Record, error) {
 
 // DeleteKey implements orgkey.Store.
 func (d *DB) DeleteKey(ctx context.Context, org, id string, event audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
@@ -227,7 +230,7 @@ func (d *DB) DeleteKey(ctx context.Context, org, id string, event audit.Event) e
 // DeleteKeys implements orgkey.Store.
 func (d *DB) DeleteKeys(ctx context.Context, org string, request audit.Event, each func(id string, released bool) audit.Event) (int, error) {
 	released := 0
-	err := d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		released = 0
 		if err := d.lock(ctx, tx, "org:"+org); err != nil {
 			return err
@@ -260,7 +263,10 @@ func (d *DB) DeleteKeys(ctx context.Context, org string, request audit.Event, ea
 		events[0].Detail = map[string]string{"count": strconv.Itoa(released)}
 		return d.record(ctx, tx, events...)
 	})
-	return released, err
+	if err != nil {
+		return 0, err
+	}
+	return released, nil
 }
 
 // forUpdate makes a SELECT hold the rows it returns until the transaction
@@ -281,7 +287,7 @@ func (d *DB) HasSealed(ctx context.Context) (bool, error) {
 // Reserved returns which of ids have a reservation that has not expired.
 func (d *DB) Reserved(ctx context.Context, ids []string) (map[string]bool, error) {
 	live := map[string]bool{}
-	err := d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
@@ -297,5 +303,8 @@ func (d *DB) Reserved(ctx context.Context, ids []string) (map[string]bool, error
 		}
 		return nil
 	})
-	return live, err
+	if err != nil {
+		return nil, err
+	}
+	return live, nil
 }

@@ -15,14 +15,14 @@ import (
 
 // Record implements audit.Store.
 func (d *DB) Record(ctx context.Context, events ...audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error { return d.record(ctx, tx, events...) })
+	return d.write(ctx, func(ctx context.Context, tx *txn) error { return d.record(ctx, tx, events...) })
 }
 
 // Recorded implements audit.Store.
 func (d *DB) Recorded() <-chan struct{} { return d.recorded }
 
 // record inserts events in the transaction of the change they describe.
-func (d *DB) record(ctx context.Context, tx *sql.Tx, events ...audit.Event) error {
+func (d *DB) record(ctx context.Context, tx *txn, events ...audit.Event) error {
 	for _, e := range events {
 		r, err := e.Encode()
 		if err != nil {
@@ -60,7 +60,7 @@ func (d *DB) Sequence(ctx context.Context, limit int) (int, error) {
 		return 0, err
 	}
 	n := 0
-	err = d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		mine, err := d.tryLock(ctx, tx, "sequencer")
 		if err != nil || !mine {
 			return err
@@ -75,7 +75,7 @@ func (d *DB) Sequence(ctx context.Context, limit int) (int, error) {
 }
 
 // tryLock is lock without waiting.
-func (d *DB) tryLock(ctx context.Context, tx *sql.Tx, name string) (bool, error) {
+func (d *DB) tryLock(ctx context.Context, tx *txn, name string) (bool, error) {
 	if !d.postgres {
 		return true, nil
 	}
@@ -84,7 +84,7 @@ func (d *DB) tryLock(ctx context.Context, tx *sql.Tx, name string) (bool, error)
 	return mine, unavailable(err)
 }
 
-func (d *DB) sequence(ctx context.Context, tx *sql.Tx, limit int) (int, error) {
+func (d *DB) sequence(ctx context.Context, tx *txn, limit int) (int, error) {
 	head, err := readHead(ctx, tx)
 	if err != nil {
 		return 0, err
@@ -116,7 +116,7 @@ func (d *DB) sequence(ctx context.Context, tx *sql.Tx, limit int) (int, error) {
 
 // giveIndices gives the events in these rows consecutive indices from first
 // on. In PostgreSQL a batch is one statement, not one round trip an event.
-func (d *DB) giveIndices(ctx context.Context, tx *sql.Tx, rows []int64, first int64) error {
+func (d *DB) giveIndices(ctx context.Context, tx *txn, rows []int64, first int64) error {
 	if d.postgres {
 		_, err := exec(ctx, tx, `UPDATE events SET idx = $2 + row.n - 1
 			FROM unnest($1::bigint[]) WITH ORDINALITY AS row (seq, n) WHERE events.seq = row.seq`, rows, first)
@@ -131,7 +131,7 @@ func (d *DB) giveIndices(ctx context.Context, tx *sql.Tx, rows []int64, first in
 }
 
 // storeHashes stores the tree's hashes numbered from first on, likewise.
-func (d *DB) storeHashes(ctx context.Context, tx *sql.Tx, hashes []tlog.Hash, first int64) error {
+func (d *DB) storeHashes(ctx context.Context, tx *txn, hashes []tlog.Hash, first int64) error {
 	if d.postgres {
 		plain := make([][]byte, len(hashes))
 		for i := range hashes {
@@ -231,7 +231,7 @@ func (d *DB) Index(ctx context.Context, eventID string) (int64, bool, error) {
 
 // KeepReceipts implements audit.Store.
 func (d *DB) KeepReceipts(ctx context.Context, sink string, first int64, receipts [][]byte) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		for i, receipt := range receipts {
 			if _, err := exec(ctx, tx, "INSERT INTO event_receipts (sink, idx, receipt) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
 				sink, first+int64(i), receipt); err != nil {
@@ -252,10 +252,11 @@ func (d *DB) Exclusive(ctx context.Context, name string, do func(context.Context
 	if !d.postgres {
 		return true, do(ctx)
 	}
-	tx, err := d.read.BeginTx(ctx, nil)
+	begun, err := d.read.BeginTx(ctx, nil)
 	if err != nil {
 		return false, unavailable(err)
 	}
+	tx := &txn{Tx: begun}
 	if _, err := exec(ctx, tx, fmt.Sprintf("SET LOCAL idle_in_transaction_session_timeout = %d", exclusiveTime.Milliseconds())); err != nil {
 		return false, errors.Join(err, ignoreDone(tx.Rollback()))
 	}
@@ -277,7 +278,7 @@ func (d *DB) SinkNext(ctx context.Context, sink string) (next int64, err error) 
 
 // SetSinkNext implements audit.Store.
 func (d *DB) SetSinkNext(ctx context.Context, sink string, next int64) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		_, err := exec(ctx, tx, "INSERT INTO sink_progress (sink, next) VALUES ($1, $2) ON CONFLICT (sink) DO UPDATE SET next = $2", sink, next)
 		return err
 	})

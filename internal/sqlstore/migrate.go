@@ -31,7 +31,7 @@ func (d *DB) Migrate(ctx context.Context) error {
 			return fmt.Errorf("migrating the database: %w", unavailable(err))
 		}
 	}
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		empty, err := tlog.TreeHash(0, nil)
 		if err != nil {
 			return err

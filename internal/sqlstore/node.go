@@ -34,7 +34,7 @@ func (d *DB) LiveKeys(ctx context.Context, org string, limit int) ([]node.Sealed
 }
 
 // checkLive reports node.ErrKeyGone unless key is a released one of org.
-func checkLive(ctx context.Context, tx *sql.Tx, org, key string) error {
+func checkLive(ctx context.Context, tx *txn, org, key string) error {
 	live, err := query(ctx, tx, scanInt, "SELECT 1 "+liveKeys+" AND id = $2", org, key)
 	if err == nil && len(live) == 0 {
 		return node.ErrKeyGone
@@ -44,7 +44,7 @@ func checkLive(ctx context.Context, tx *sql.Tx, org, key string) error {
 
 // use records the use of a signature and reports whether it is the first. A
 // key that is not live gets no use recorded, in the same statement.
-func use(ctx context.Context, tx *sql.Tx, u node.Use) (first bool, err error) {
+func use(ctx context.Context, tx *txn, u node.Use) (first bool, err error) {
 	n, err := exec(ctx, tx, `INSERT INTO signature_uses (key_id, message, request, until)
 		SELECT id, $3, $4, $5 `+liveKeys+` AND id = $2 ON CONFLICT DO NOTHING`,
 		u.Org, u.Key, u.Message[:], u.Request[:], u.Until.UnixMicro())
@@ -66,7 +66,7 @@ func use(ctx context.Context, tx *sql.Tx, u node.Use) (first bool, err error) {
 }
 
 // repeated records that a request was served before.
-func (d *DB) repeated(ctx context.Context, tx *sql.Tx, org string, ip netip.Addr, event func(string, node.Change) audit.Event) error {
+func (d *DB) repeated(ctx context.Context, tx *txn, org string, ip netip.Addr, event func(string, node.Change) audit.Event) error {
 	var id string
 	err := tx.QueryRowContext(ctx, "SELECT id FROM nodes WHERE org_id = $1 AND ip = $2", org, ip.String()).Scan(&id)
 	if err != nil && !errors.Is(err, sql.ErrNoRows) {
@@ -77,7 +77,7 @@ func (d *DB) repeated(ctx context.Context, tx *sql.Tx, org string, ip netip.Addr
 
 // Register implements node.Store.
 func (d *DB) Register(ctx context.Context, u node.Use, n node.Node, event func(string, node.Change) audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		first, err := use(ctx, tx, u)
 		if err != nil {
 			return err
@@ -96,7 +96,7 @@ func (d *DB) Register(ctx context.Context, u node.Use, n node.Node, event func(s
 	})
 }
 
-func (d *DB) upsertNode(ctx context.Context, tx *sql.Tx, org string, n node.Node) (id string, change node.Change, err error) {
+func (d *DB) upsertNode(ctx context.Context, tx *txn, org string, n node.Node) (id string, change node.Change, err error) {
 	now, err := d.now(ctx, tx)
 	if err != nil {
 		return "", "", err
@@ -122,7 +122,7 @@ func (d *DB) upsertNode(ctx context.Context, tx *sql.Tx, org string, n node.Node
 
 // Unregister implements node.Store.
 func (d *DB) Unregister(ctx context.Context, u node.Use, ip netip.Addr, event func(string, node.Change) audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		first, err := use(ctx, tx, u)
 		if err != nil {
 			return err
@@ -139,7 +139,7 @@ func (d *DB) Unregister(ctx context.Context, u node.Use, ip netip.Addr, event fu
 }
 
 // deleteNode deletes the one node that where, over $2 and $3, selects.
-func (d *DB) deleteNode(ctx context.Context, tx *sql.Tx, where string, args ...any) (string, error) {
+func (d *DB) deleteNode(ctx context.Context, tx *txn, where string, args ...any) (string, error) {
 	now, err := d.now(ctx, tx)
 	if err != nil {
 		return "", err
@@ -160,7 +160,7 @@ func (d *DB) deleteNode(ctx context.Context, tx *sql.Tx, where string, args ...a
 // Secrets implements node.Store.
 func (d *DB) Secrets(ctx context.Context, org, key string, event func([]string) audit.Event) ([]node.SealedSecret, error) {
 	var secrets []node.SealedSecret
-	err := d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		if err := checkLive(ctx, tx, org, key); err != nil {
 			return err
 		}
@@ -203,7 +203,7 @@ func (d *DB) Nodes(ctx context.Context, org string) ([]node.Node, error) {
 
 // DeleteNode implements node.Store.
 func (d *DB) DeleteNode(ctx context.Context, org, id string, event audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		_, err := d.deleteNode(ctx, tx, "org_id = $2 AND id = $3", org, id)
 		if errors.Is(err, node.ErrNodeNotFound) {
 			there, err := query(ctx, tx, scanInt, "SELECT 1 FROM nodes WHERE org_id = $1 AND id = $2", org, id)
@@ -224,7 +224,7 @@ func (d *DB) DeleteNode(ctx context.Context, org, id string, event audit.Event) 
 
 // PutSecret implements node.Store.
 func (d *DB) PutSecret(ctx context.Context, org string, s node.SealedSecret, limit int, event audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		if err := d.lock(ctx, tx, "secrets:"+org); err != nil {
 			return err
 		}
@@ -259,7 +259,7 @@ func (d *DB) SecretNames(ctx context.Context, org string) ([]node.Secret, error)
 
 // DeleteSecret implements node.Store.
 func (d *DB) DeleteSecret(ctx context.Context, org, name string, event audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		n, err := exec(ctx, tx, "DELETE FROM boot_secrets WHERE org_id = $1 AND name = $2", org, name)
 		if err != nil {
 			return err
@@ -274,7 +274,7 @@ func (d *DB) DeleteSecret(ctx context.Context, org, name string, event audit.Eve
 // ForgetUses implements node.Store.
 func (d *DB) ForgetUses(ctx context.Context, now time.Time, limit int) (int, error) {
 	var n int64
-	err := d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		var err error
 		n, err = exec(ctx, tx, `DELETE FROM signature_uses WHERE (key_id, message) IN (
 			SELECT key_id, message FROM signature_uses WHERE until < $1 LIMIT $2`+d.forUpdate(" SKIP LOCKED")+`)`, now.UnixMicro(), limit)
@@ -317,7 +317,7 @@ func (d *DB) Seen(ctx context.Context, keys map[string]time.Time, nodes map[node
 }
 
 func (d *DB) change(ctx context.Context, statement string, args []any) error {
-	return d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		_, err := exec(ctx, tx, statement, args...)
 		return err
 	})
@@ -344,7 +344,7 @@ func (v *values) String() string { return "VALUES " + strings.Join(v.rows, ", ")
 // dissociate removes the associations of a key that ends. One that a
 // registration adds at the same moment stays behind, and means nothing: every
 // reader joins with released keys.
-func dissociate(ctx context.Context, tx *sql.Tx, key string) error {
+func dissociate(ctx context.Context, tx *txn, key string) error {
 	_, err := exec(ctx, tx, "DELETE FROM node_keys WHERE key_id = $1", key)
 	return err
 }

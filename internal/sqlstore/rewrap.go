@@ -2,7 +2,6 @@ package sqlstore
 
 import (
 	"context"
-	"database/sql"
 	"fmt"
 
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -44,7 +43,7 @@ func (d *DB) SealedAfter(ctx context.Context, after orgkey.Binding, limit int) (
 // Reseal puts fresh[i] in the place of old[i] and returns how many it
 // replaced. A record that was deleted or sealed anew meanwhile is let be.
 func (d *DB) Reseal(ctx context.Context, old []orgkey.Sealed, fresh [][]byte) (n int, err error) {
-	err = d.write(ctx, func(ctx context.Context, tx *sql.Tx) error {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		n = 0
 		for i, s := range old {
 			touched, err := exec(ctx, tx, resealStatement(s.Binding.Purpose), s.Binding.Org, s.Binding.ID, s.Ciphertext, fresh[i])

@@ -1,0 +1,76 @@
+package sqlstore
+
+import (
+	"context"
+	"fmt"
+	"time"
+)
+
+// Replica is what a process says of itself. SQLite's one process has nobody to
+// tell, so there this does nothing.
+type Replica struct {
+	ID         string // fresh for each process
+	Address    string // where it listens
+	Version    string
+	Policy     string        // the policy's revision
+	Max        int           // keys that an organization may have
+	ClockAhead time.Duration // of the database's clock, as found when it was announced
+}
+
+// replicaLife is how long a replica counts that said nothing more, and
+// replicaMemory how long its row stays.
+const (
+	replicaLife   = 30 * time.Second
+	replicaMemory = time.Hour
+)
+
+const postgresNow = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+
+// AnnounceReplica writes down what r says of itself, and that it lives.
+func (d *DB) AnnounceReplica(ctx context.Context, r Replica) error {
+	if !d.postgres {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	if _, err := d.read.ExecContext(ctx, "DELETE FROM replicas WHERE seen_at < $1::bigint", time.Now().Add(-replicaMemory).UnixMicro()); err != nil {
+		return fmt.Errorf("forgetting replicas: %w", unavailable(err))
+	}
+	_, err := d.read.ExecContext(ctx, `INSERT INTO replicas (id, address, version, policy, max_keys, clock_ahead, seen_at)
+		VALUES ($1, $2, $3, $4, $5, $6::bigint - `+postgresNow+", "+postgresNow+`) ON CONFLICT (id) DO UPDATE SET
+		address = $2, version = $3, policy = $4, max_keys = $5, clock_ahead = excluded.clock_ahead, seen_at = excluded.seen_at`,
+		r.ID, r.Address, r.Version, r.Policy, r.Max, time.Now().UnixMicro())
+	return unavailable(err)
+}
+
+// ForgetReplica says that the replica has ended.
+func (d *DB) ForgetReplica(ctx context.Context, id string) error {
+	if !d.postgres {
+		return nil
+	}
+	_, err := d.read.ExecContext(ctx, "DELETE FROM replicas WHERE id = $1", id)
+	return unavailable(err)
+}
+
+// Replicas returns the replicas that live.
+func (d *DB) Replicas(ctx context.Context) ([]Replica, error) {
+	if !d.postgres {
+		return nil, nil
+	}
+	return query(ctx, d.read, func(scan func(...any) error) (r Replica, err error) {
+		var micros int64
+		err = scan(&r.ID, &r.Address, &r.Version, &r.Policy, &r.Max, &micros)
+		r.ClockAhead = time.Duration(micros) * time.Microsecond
+		return r, err
+	}, "SELECT id, address, version, policy, max_keys, clock_ahead FROM replicas WHERE seen_at > "+postgresNow+" - $1::bigint ORDER BY address, id", replicaLife.Microseconds())
+}
+
+// ClockAhead is how far this process's clock is ahead of the database's.
+func (d *DB) ClockAhead(ctx context.Context) (time.Duration, error) {
+	if !d.postgres {
+		return 0, nil
+	}
+	var now int64
+	err := d.read.QueryRowContext(ctx, "SELECT "+postgresNow).Scan(&now)
+	return time.Duration(time.Now().UnixMicro()-now) * time.Microsecond, unavailable(err)
+}
