@@ -1,0 +1,255 @@
+package chaos
+
+import (
+	"bufio"
+	"context"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	_ "github.com/jackc/pgx/v5/stdlib" // registers the driver "pgx"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/orgkeys/orgkeys/internal/chaos/cluster"
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+)
+
+// collect reads everything that the run left behind.
+func collect(t *testing.T, c *cluster.Cluster, l *load) Evidence {
+	t.Helper()
+	e := Evidence{
+		Limit: 5, Received: l.received, Deletions: l.requests, Deleted: l.deleted,
+		Listed: map[string][]string{}, Device: device(t, c.Vault.AuditFile),
+	}
+	for _, org := range l.orgs {
+		e.Listed[org] = l.list(t, org)
+	}
+	db := database(t, c)
+	settle(t, db)
+	e.Log, e.Unplaced = readLog(t, db), number(t, db, "SELECT count(*) FROM events WHERE idx IS NULL")
+	if err := db.QueryRow("SELECT size, root FROM log_head").Scan(&e.Size, &e.Root); err != nil {
+		t.Fatal(err)
+	}
+	e.Keys = readKeys(t, db)
+	e.Transit, e.Locks = transit(t, c), locks(t, c)
+	// 3: consistent, and no sink's copy outside the data directory was given.
+	if stdout, stderr, code := c.Replicas[0].Run(t, "audit", "verify"); code != 0 && code != 3 {
+		e.Verified = stdout + stderr
+	}
+	return e
+}
+
+// list is the keys that the API lists.
+func (l *load) list(t *testing.T, org string) (ids []string) {
+	t.Helper()
+	a, _, err := l.do(rand.New(rand.NewPCG(0, 0)), http.MethodGet, keys(org), l.tokens[org], nil)
+	if err != nil || a.status != http.StatusOK {
+		t.Fatalf("listing the keys of %s: status %d, %v", org, a.status, err)
+	}
+	var list struct{ Data []struct{ ID string } }
+	if err := json.Unmarshal(a.body, &list); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range list.Data {
+		ids = append(ids, key.ID)
+	}
+	return ids
+}
+
+func database(t *testing.T, c *cluster.Cluster) *sql.DB {
+	t.Helper()
+	db, err := sql.Open("pgx", c.Database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	return db
+}
+
+// settle waits until the last events have their places.
+func settle(t *testing.T, db *sql.DB) {
+	t.Helper()
+	harness.Eventually(t, harness.Patience, "every event has its place in the log", func() bool {
+		return number(t, db, "SELECT count(*) FROM events WHERE idx IS NULL") == 0
+	})
+}
+
+func number(t *testing.T, db *sql.DB, query string) (n int) {
+	t.Helper()
+	if err := db.QueryRow(query).Scan(&n); err != nil {
+		t.Fatalf("%s: %v", query, err)
+	}
+	return n
+}
+
+func rows(t *testing.T, db *sql.DB, query string, each func(scan func(...any) error) error) {
+	t.Helper()
+	r, err := db.Query(query)
+	if err != nil {
+		t.Fatalf("%s: %v", query, err)
+	}
+	defer r.Close()
+	for r.Next() {
+		if err := each(r.Scan); err != nil {
+			t.Fatalf("%s: %v", query, err)
+		}
+	}
+	if err := r.Err(); err != nil {
+		t.Fatalf("%s: %v", query, err)
+	}
+}
+
+func readLog(t *testing.T, db *sql.DB) []Leaf {
+	t.Helper()
+	var all []Leaf
+	rows(t, db, "SELECT idx, leaf FROM events WHERE idx IS NOT NULL ORDER BY idx", func(scan func(...any) error) error {
+		var l Leaf
+		if err := scan(&l.Index, &l.Raw); err != nil {
+			return err
+		}
+		all = append(all, l)
+		return json.Unmarshal(l.Raw, &all[len(all)-1])
+	})
+	return all
+}
+
+func readKeys(t *testing.T, db *sql.DB) []KeyRow {
+	t.Helper()
+	var all []KeyRow
+	rows(t, db, "SELECT id, org_id, state, coalesce(slot, 0), released_at FROM org_keys", func(scan func(...any) error) error {
+		var k KeyRow
+		var released sql.NullInt64
+		err := scan(&k.ID, &k.Org, &k.State, &k.Slot, &released)
+		if released.Valid {
+			k.Released = time.UnixMicro(released.Int64)
+		}
+		all = append(all, k)
+		return err
+	})
+	return all
+}
+
+// device reads when Vault's audit device had each event first: the request's
+// entry is written before Vault acts on it.
+func device(t *testing.T, path string) map[string]time.Time {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	had := map[string]time.Time{}
+	lines := bufio.NewReaderSize(f, 1<<20)
+	for {
+		line, err := lines.ReadBytes('\n')
+		if err != nil {
+			return had
+		}
+		var entry struct {
+			Time    time.Time
+			Type    string
+			Request struct {
+				Path string
+				Data struct {
+					Batch []struct{ Event string } `json:"batch_input"`
+				}
+			}
+		}
+		if err := json.Unmarshal(line, &entry); err != nil {
+			t.Fatalf("Vault's audit file: %v: %q", err, line)
+		}
+		if entry.Type != "request" || entry.Request.Path != "orgkeys-audit/sign/receipt" {
+			continue
+		}
+		for _, item := range entry.Request.Data.Batch {
+			if !strings.HasPrefix(item.Event, "{") {
+				continue // a checkpoint, which the same key signs
+			}
+			var leaf struct{ ID string }
+			if err := json.Unmarshal([]byte(item.Event), &leaf); err != nil {
+				t.Fatalf("an event in Vault's audit file: %v: %q", err, item.Event)
+			}
+			if _, before := had[leaf.ID]; !before {
+				had[leaf.ID] = entry.Time
+			}
+		}
+	}
+}
+
+// transit lists the keys left in Transit.
+func transit(t *testing.T, c *cluster.Cluster) []string {
+	t.Helper()
+	client, err := c.Vault.Client(c.Vault.RootToken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := client.Logical().ListWithContext(t.Context(), "orgkeys/keys")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	if secret == nil {
+		return nil
+	}
+	for _, name := range secret.Data["keys"].([]any) {
+		names = append(names, name.(string))
+	}
+	return names
+}
+
+// locks lists quota locks in Redis, and advisory locks in PostgreSQL that stay.
+func locks(t *testing.T, c *cluster.Cluster) []string {
+	t.Helper()
+	client := redis.NewClient(&redis.Options{Addr: c.Redis.Addr()})
+	defer client.Close()
+	names, err := client.Keys(context.Background(), "*").Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	db := database(t, c)
+	rows(t, db, "SELECT a.pid, a.xact_start FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid WHERE l.locktype = 'advisory' AND a.xact_start < now() - interval '15 s'",
+		func(scan func(...any) error) error {
+			var pid int
+			var since time.Time
+			err := scan(&pid, &since)
+			names = append(names, fmt.Sprintf("advisory, of backend %d since %s", pid, since))
+			return err
+		})
+	return names
+}
+
+// awaitLives waits until every life has ended that a crash can leave behind.
+func awaitLives(t *testing.T, c *cluster.Cluster) {
+	t.Helper()
+	db := database(t, c)
+	for _, r := range c.Replicas {
+		harness.Eventually(t, 2*time.Minute, r.Address()+" is ready", r.Ready)
+	}
+	harness.Eventually(t, 2*time.Minute, "no reservation, lock or Transit key is left", func() bool {
+		return number(t, db, "SELECT count(*) FROM org_keys WHERE state IN ('reserved', 'pending')") == 0 &&
+			len(transit(t, c)) == 0 && len(locks(t, c)) == 0
+	})
+}
+
+// summary is the run in one line.
+func (l *load) summary(e Evidence) string {
+	kinds := map[string]int{}
+	reasons := map[string]int{}
+	for _, event := range e.Log {
+		kinds[event.Type]++
+		if event.Type == "orgkey.withdrawn" {
+			reasons[event.Reason]++
+		}
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d requests (%d without a whole answer, answers %v), %d keys received in full, %d deletions answered; ", l.asked, l.failed, l.statuses, len(l.received), len(l.deleted))
+	fmt.Fprintf(&b, "%d events in the log (created %d, delivered %d, deleted %d, withdrawn %v)",
+		len(e.Log), kinds["orgkey.created"], kinds["orgkey.delivered"], kinds["orgkey.deleted"], reasons)
+	return b.String()
+}
