@@ -65,7 +65,7 @@ Settings are environment variables; "orgkeys serve --help" lists them all.`,
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.PersistentFlags().String("config", "", "file of NAME=VALUE lines with settings; the environment comes first")
-	root.AddCommand(newServe(), newToken(), newAudit(), newMigrate(), newRewrap(), newVersion())
+	root.AddCommand(newServe(), newToken(), newAudit(), newMigrate(), newDoctor(), newRewrap(), newVersion())
 	return root
 }
 

@@ -155,7 +155,8 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	failures := &authn.Failures{}
 	surface, err := api.New(api.Config{
 		Keys: service, Nodes: nodes,
-		SystemEvents: &systemevent.Service{Gate: gate.Gate{Policy: policy, Trail: trail, Log: log}, Store: db}, Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
+		SystemEvents: &systemevent.Service{Gate: gate.Gate{Policy: policy, Trail: trail, Log: log}, Store: db},
+		Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
 		Checks: append([]api.Check{
 			{Name: "database", Ask: db.Healthy},
 			{Name: backend.name, Ask: backend.healthy},
@@ -193,6 +194,14 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		return nil
 	})
 	running.Go(func() error { summarize(background, failures, trail, log); return nil })
+	if cfg.DatabaseURL != "" {
+		running.Go(func() error {
+			announce(background, db, func() sqlstore.Replica {
+				return sqlstore.Replica{Address: public.Addr().String(), Version: version(), Policy: policy.Revision(), Max: cfg.Max}
+			}, log)
+			return nil
+		})
+	}
 	running.Go(public.Serve)
 	running.Go(admin.Serve)
 	log.Info("listening", "api", public.Addr().String(), "admin", admin.Addr().String(), "version", version(), "policy", policy.Revision())

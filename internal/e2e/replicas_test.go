@@ -3,9 +3,13 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -195,4 +199,123 @@ func ask(t *testing.T, nodes *http.Client, s *harness.Server, path string, key h
 	}
 	resp.Body.Close()
 	return resp.StatusCode
+}
+
+// TestDoctorNamesWhatIsWrong breaks one thing at a time and sees that it, and
+// nothing else that was whole, is named.
+func TestDoctorNamesWhatIsWrong(t *testing.T) {
+	c := cluster.Start(t, 2)
+	s := c.Replicas[0]
+	if failing, said := diagnose(t, s); len(failing) != 0 {
+		t.Fatalf("with nothing broken: %s", said)
+	}
+	setting := func(name, value string) func() (mend func()) {
+		return func() func() {
+			before := s.Setting(name)
+			s.Configured(name, value)
+			return func() { s.Configured(name, before) }
+		}
+	}
+	other := t.TempDir()
+	for _, tt := range []struct {
+		name   string
+		breaks func() (mend func())
+		state  string
+		what   string
+		says   string
+	}{
+		{"an unknown setting", setting("ORGKEYS_MAXX", "5"), "fail", "configuration", "ORGKEYS_MAXX is not a setting"},
+		{"a limit that the replicas do not have", setting("ORGKEYS_MAX", "7"), "warn", "replicas", "ORGKEYS_MAX is 5, not 7"},
+		{"a policy that the replicas do not have", setting("ORGKEYS_POLICY_DIR", otherPolicy(t)), "warn", "replicas", "its policy is"},
+		{"a broken policy", setting("ORGKEYS_POLICY_DIR", other), "fail", "policy", ""},
+		{"token keys that are gone", setting("ORGKEYS_JWKS", filepath.Join(other, "none.json")), "fail", "token keys", ""},
+		{"a file sink that is gone", setting("ORGKEYS_AUDIT_FILE", filepath.Join(other, "none.jsonl")), "warn", "sink file", "does not exist"},
+		{"a file sink of another log", setting("ORGKEYS_AUDIT_FILE", foreignSink(t)), "fail", "sink file", "accept-rollback"},
+		{"a data directory that others may enter", func() func() {
+			must(t, os.Chmod(s.Dir, 0o755))
+			return func() { must(t, os.Chmod(s.Dir, 0o700)) }
+		}, "fail", "data directory", "chmod 700"},
+		{"Redis down", func() func() {
+			must(t, c.Redis.Stop())
+			return func() { must(t, c.Redis.Restart()) }
+		}, "warn", "Redis", "does not answer"},
+		{"PostgreSQL down", func() func() {
+			must(t, c.Postgres.Stop())
+			return func() { must(t, c.Postgres.Restart()) }
+		}, "fail", "database", "ORGKEYS_DATABASE_URL"},
+		{"PostgreSQL that may lose what it acknowledged", func() func() {
+			must(t, c.Postgres.Restart("fsync=off"))
+			return func() { must(t, c.Postgres.Restart()) }
+		}, "fail", "database", "fsync=off"},
+		{"an empty database", func() func() {
+			empty, err := c.Postgres.NewDatabase("empty")
+			must(t, err)
+			return setting("ORGKEYS_DATABASE_URL", empty)()
+		}, "fail", "database", "orgkeys migrate"},
+		{"Vault sealed", func() func() {
+			must(t, c.Vault.Seal(t.Context()))
+			return func() { must(t, c.Vault.Unseal(t.Context())) }
+		}, "fail", "Vault", "sealed"},
+		{"Vault's audit device full", func() func() {
+			must(t, c.Vault.BreakAudit())
+			return func() { must(t, c.Vault.MendAudit()) }
+		}, "fail", "Vault", "audit"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			mend := tt.breaks()
+			defer mend()
+			failing, said := diagnose(t, s)
+			found := false
+			for _, d := range said {
+				if d.What == tt.what && d.State == tt.state && strings.Contains(d.Found+" "+d.Remedy, tt.says) && d.Remedy != "" {
+					found = true
+				}
+			}
+			if !found || tt.state == "fail" && len(failing) == 0 || tt.state == "warn" && len(failing) != 0 {
+				t.Errorf("failing %v; said %+v", failing, said)
+			}
+		})
+	}
+}
+
+type diagnosis struct{ What, State, Found, Remedy string }
+
+// diagnose runs doctor and returns what fails and all it says.
+func diagnose(t *testing.T, s *harness.Server) (failing []string, said []diagnosis) {
+	t.Helper()
+	stdout, stderr, code := s.Run(t, "doctor", "--json")
+	if err := json.Unmarshal([]byte(stdout), &said); err != nil {
+		t.Fatalf("doctor said %q and %q", stdout, stderr)
+	}
+	for _, d := range said {
+		if d.State == "fail" {
+			failing = append(failing, d.What)
+		}
+	}
+	if (code == 1) != (len(failing) > 0) {
+		t.Errorf("exit code %d, and failing is %v", code, failing)
+	}
+	return failing, said
+}
+
+// otherPolicy is the shipped policy with a comment more.
+func otherPolicy(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	must(t, os.CopyFS(dir, os.DirFS(filepath.Join(harness.ModuleRoot(t), "policies"))))
+	f, err := os.OpenFile(filepath.Join(dir, "authz.rego"), os.O_APPEND|os.O_WRONLY, 0)
+	must(t, err)
+	_, err = f.WriteString("\n# ours\n")
+	must(t, errors.Join(err, f.Close()))
+	return dir
+}
+
+// foreignSink is the file sink of a server with a log of its own.
+func foreignSink(t *testing.T) string {
+	t.Helper()
+	s := harness.Start(t)
+	s.List(t, "acme")
+	harness.Eventually(t, harness.Patience, "the sink has a checkpoint", func() bool { return len(s.Sink(t).Checkpoints) > 0 })
+	s.Stop(t)
+	return s.AuditFile()
 }

@@ -38,7 +38,7 @@ func (c *Client) Check(ctx context.Context) []Finding {
 		return found
 	}
 	if _, err := c.session(ctx); err != nil {
-		return []Finding{fatal("check the role ID and secret ID files, or the token file; vault/setup --credentials makes new ones", "the login failed: %v", err)}
+		return []Finding{fatal("check the role ID and secret ID files, or the token file; vault/setup --credentials makes new ones; after a 500, see that every audit device can be written", "the login failed: %v", err)}
 	}
 	if err := c.Healthy(ctx); err != nil {
 		return []Finding{fatal("see that every audit device can be written, and what Vault's own log says", "Vault does not answer an audited call: %v", err)}

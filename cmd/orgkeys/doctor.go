@@ -1,0 +1,503 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	vaultapi "github.com/hashicorp/vault/api"
+	"github.com/spf13/cobra"
+
+	"github.com/orgkeys/orgkeys/internal/api"
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authn"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/redislock"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/vault"
+	"github.com/orgkeys/orgkeys/policies"
+)
+
+// diagnosis is one thing that doctor looked at.
+type diagnosis struct {
+	What   string `json:"what"`
+	State  string `json:"state"` // ok, warn or fail
+	Found  string `json:"found"`
+	Remedy string `json:"remedy,omitempty"`
+}
+
+// States of a diagnosis.
+const (
+	healthy = "ok"
+	doubt   = "warn"
+	broken  = "fail"
+)
+
+const (
+	doctorTimeout = 30 * time.Second // for everything
+	askTimeout    = 5 * time.Second  // for one dependency
+
+	clockDoubt  = time.Second      // tokens and node timestamps tolerate more; other things get odd
+	clockBroken = 30 * time.Second // tokens' expiry tolerates less
+)
+
+var errUnwell = errors.New("something is broken: see the lines that say fail")
+
+func newDoctor() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Check everything the server needs, and say what to do",
+		Long: `Checks the configuration, the database, Redis, Vault or the HSM, the policy, the
+token keys, the audit sinks, the clocks, and whether the replicas that run agree
+with each other and with this configuration. It changes nothing, and may be run
+beside a running server with the server's settings.
+
+Each line says ok, warn or fail, what was found, and what to do. The exit code
+is 1 if any line says fail.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), doctorTimeout)
+			defer cancel()
+			found := examine(ctx, cmd)
+			print := printLines
+			if asJSON {
+				print = printJSON
+			}
+			if err := print(cmd.OutOrStdout(), found); err != nil {
+				return err
+			}
+			if slices.ContainsFunc(found, func(d diagnosis) bool { return d.State == broken }) {
+				return errUnwell
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON array instead of lines")
+	return cmd
+}
+
+func printLines(w io.Writer, found []diagnosis) error {
+	for _, d := range found {
+		line := fmt.Sprintf("%-4s  %-13s  %s", d.State, d.What, d.Found)
+		if d.Remedy != "" {
+			line += "\n" + strings.Repeat(" ", 21) + "-> " + d.Remedy
+		}
+		if _, err := fmt.Fprintln(w, line); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func printJSON(w io.Writer, found []diagnosis) error {
+	return json.MarshalWrite(w, found, jsontext.WithIndent("  "))
+}
+
+// doctor examines the parts of one configuration.
+type doctor struct {
+	cfg   config.Config
+	log   *slog.Logger
+	found []diagnosis
+}
+
+func (d *doctor) ok(what, found string, args ...any) {
+	d.found = append(d.found, diagnosis{what, healthy, fmt.Sprintf(found, args...), ""})
+}
+
+func (d *doctor) warn(what, remedy, found string, args ...any) {
+	d.found = append(d.found, diagnosis{what, doubt, fmt.Sprintf(found, args...), remedy})
+}
+
+func (d *doctor) fail(what, remedy, found string, args ...any) {
+	d.found = append(d.found, diagnosis{what, broken, fmt.Sprintf(found, args...), remedy})
+}
+
+func examine(ctx context.Context, cmd *cobra.Command) []diagnosis {
+	d := &doctor{log: slog.New(slog.DiscardHandler)}
+	cfg, err := load(cmd)
+	if err != nil {
+		d.fail("configuration", "orgkeys serve --help lists every setting", "%v", err)
+		return d.found
+	}
+	d.cfg = cfg
+	d.configuration()
+	revision := d.policy(ctx)
+	d.tokenKeys(ctx)
+	d.redis(ctx)
+	db := d.database(ctx)
+	if db != nil {
+		defer db.Close() // it was only read
+	}
+	sinks := d.backend(ctx)
+	if db == nil {
+		return d.found
+	}
+	d.sinks(ctx, db, sinks)
+	d.replicas(ctx, db, revision)
+	return d.found
+}
+
+func (d *doctor) configuration() {
+	err := errors.Join(
+		api.CheckTransport(api.ServerConfig{
+			Address: d.cfg.Listen, TLS: api.TLSFiles{Cert: d.cfg.TLSCertFile, Key: d.cfg.TLSKeyFile, ClientCA: d.cfg.ClientCAFile},
+			Proxies: api.Proxies{Trusted: d.cfg.TrustedProxies, TLS: d.cfg.TLSByProxy},
+		}),
+		api.CheckOrigins(d.cfg.CORSOrigins))
+	if err != nil {
+		d.fail("configuration", "orgkeys serve --help lists every setting", "%v", err)
+		return
+	}
+	d.ok("configuration", "sound; at most %d keys an organization", d.cfg.Max)
+	info, err := os.Stat(d.cfg.DataDir)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		d.warn("data directory", "orgkeys serve makes it", "%s does not exist yet", d.cfg.DataDir)
+	case err != nil:
+		d.fail("data directory", "see that the user that runs orgkeys can read it", "%v", err)
+	case info.Mode().Perm()&0o077 != 0:
+		d.fail("data directory", "chmod 700 "+d.cfg.DataDir, "others may enter %s (mode %04o)", d.cfg.DataDir, info.Mode().Perm())
+	default:
+		d.ok("data directory", "%s is its owner's alone", d.cfg.DataDir)
+	}
+}
+
+// policy returns the revision that this configuration would use.
+func (d *doctor) policy(ctx context.Context) string {
+	if d.cfg.PolicyDir == "" {
+		p, err := authz.Load(ctx, policies.Files)
+		if err != nil {
+			d.fail("policy", "this build is broken: use another", "%v", err)
+			return ""
+		}
+		d.ok("policy", "embedded, revision %s", p.Revision())
+		return p.Revision()
+	}
+	p, err := authz.Open(ctx, d.cfg.PolicyDir)
+	if err != nil {
+		d.fail("policy", "mend the files in ORGKEYS_POLICY_DIR; replicas that run keep the policy they have", "%v", err)
+		return ""
+	}
+	d.ok("policy", "%s, revision %s", d.cfg.PolicyDir, p.Revision())
+	return p.Revision()
+}
+
+func (d *doctor) tokenKeys(ctx context.Context) {
+	if d.cfg.Development() {
+		d.warn("token keys", "set ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS", "the development issuer signs them: whoever can read the data directory can be anybody")
+		return
+	}
+	keys, err := authn.OpenKeySet(d.cfg.JWKS, authn.KeySetOptions{Interval: d.cfg.JWKSInterval, Log: d.log})
+	if err == nil {
+		running, cancel := context.WithTimeout(ctx, askTimeout)
+		defer cancel()
+		go keys.Run(running)
+		for err = keys.Ready(); err != nil && running.Err() == nil; err = keys.Ready() {
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	if err != nil {
+		d.fail("token keys", "see that ORGKEYS_JWKS names the issuer's JWKS and can be read from here", "%v", err)
+		return
+	}
+	d.ok("token keys", "read from %s", d.cfg.JWKS)
+}
+
+func (d *doctor) redis(ctx context.Context) {
+	if d.cfg.RedisURL == "" {
+		return
+	}
+	const remedy = "start Redis, or mend ORGKEYS_REDIS_URL; until then replicas collide more often, and the quota holds all the same"
+	lock, err := redislock.Open(d.cfg.RedisURL)
+	if err != nil {
+		d.fail("Redis", remedy, "%v", err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	if err := errors.Join(lock.Healthy(ctx), lock.Close()); err != nil {
+		d.warn("Redis", remedy, "it does not answer: %v", err)
+		return
+	}
+	d.ok("Redis", "answers")
+}
+
+// database returns the database, or nil if it cannot be used.
+func (d *doctor) database(ctx context.Context) *sqlstore.DB {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	location, kind := databaseLocation(d.cfg), "PostgreSQL"
+	if d.cfg.DatabaseURL == "" {
+		kind = "SQLite"
+		if _, err := os.Stat(location); errors.Is(err, os.ErrNotExist) {
+			d.warn("database", "orgkeys serve makes it", "%s does not exist yet", location)
+			return nil
+		}
+	}
+	db, err := sqlstore.Open(ctx, location)
+	if err != nil {
+		d.fail("database", "see that it runs, that ORGKEYS_DATABASE_URL leads to it, and that it keeps what it acknowledges", "%v", err)
+		return nil
+	}
+	switch err := db.CheckMigrated(ctx); {
+	case errors.Is(err, sqlstore.ErrNotMigrated):
+		d.fail("database", "run orgkeys migrate", "%v", err)
+		_ = db.Close() // it was only read
+		return nil
+	case err != nil:
+		d.fail("database", "see the database's own log", "%v", err)
+		_ = db.Close() // it was only read
+		return nil
+	}
+	if err := db.Healthy(ctx); err != nil {
+		d.fail("database", "see the database's own log", "%v", err)
+		_ = db.Close() // it was only read
+		return nil
+	}
+	d.ok("database", "%s answers, is migrated, and keeps what it acknowledges", kind)
+	return db
+}
+
+// backend looks at what makes and seals keys, and returns the audit sinks.
+func (d *doctor) backend(ctx context.Context) []audit.Sink {
+	var sinks []audit.Sink
+	for _, name := range d.cfg.AuditSinks {
+		if name == config.SinkFile {
+			sinks = append(sinks, audit.NewFileSink(d.cfg.AuditFile))
+		}
+	}
+	if d.cfg.Keystore != config.KeystoreVault {
+		d.hsm(ctx)
+		return sinks
+	}
+	client, err := vault.Open(ctx, vault.Config{Login: vaultLogin(d.cfg), ReapGrace: d.cfg.ReservationTTL, Log: d.log})
+	if err != nil {
+		d.fail("Vault", "check VAULT_ADDR and VAULT_CACERT, that Vault runs and is unsealed, and the login's files", "%v", err)
+		return sinks
+	}
+	findings := client.Check(ctx)
+	for _, f := range findings {
+		if f.Fatal {
+			d.fail("Vault", f.Remedy, "%s", f.Problem)
+		} else {
+			d.warn("Vault", f.Remedy, "%s", f.Problem)
+		}
+	}
+	if len(findings) > 0 {
+		return sinks
+	}
+	d.ok("Vault", "unsealed, audited, and set up as it must be")
+	d.vaultClock(ctx)
+	if slices.Contains(d.cfg.AuditSinks, config.SinkVault) {
+		sinks = append(sinks, client.Sink())
+	}
+	return sinks
+}
+
+// hsm opens the token as the server does, and makes nothing.
+func (d *doctor) hsm(ctx context.Context) {
+	hc := hsm.Config{Module: d.cfg.PKCS11Module, TokenLabel: d.cfg.TokenLabel, PINFile: d.cfg.PINFile, Log: d.log}
+	var err error
+	switch {
+	case d.cfg.PINFile == "":
+		if _, statErr := os.Stat(filepath.Join(d.cfg.DataDir, "tokens")); errors.Is(statErr, os.ErrNotExist) {
+			d.warn("HSM", "orgkeys serve makes it", "there is no SoftHSM token in %s yet", d.cfg.DataDir)
+			return
+		}
+		hc, _, err = hsm.InitSoftHSM(d.cfg.DataDir) // finds what is there
+		hc.Log = d.log
+	case hc.Module == "":
+		hc.Module, err = hsm.FindSoftHSM()
+	}
+	if err != nil {
+		d.fail("HSM", "install the module, or mend ORGKEYS_PKCS11_MODULE and its PIN file", "%v", err)
+		return
+	}
+	token, err := hsm.Open(ctx, hc)
+	if err != nil {
+		d.fail("HSM", "see that the token is there, that its PIN is right, and that it is the one that the records were sealed by", "%v", err)
+		return
+	}
+	if err := errors.Join(token.Healthy(ctx), token.Close()); err != nil {
+		d.fail("HSM", "see the token's own log", "%v", err)
+		return
+	}
+	d.ok("HSM", "the token is there, logged in to, and has its sealing key")
+}
+
+// vaultClock compares Vault's clock, of which HTTP gives whole seconds, with
+// this process's.
+func (d *doctor) vaultClock(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	client, err := vaultapi.NewClient(vaultapi.DefaultConfig())
+	if err != nil {
+		d.warn("clock", "check the Vault client's own variables", "Vault's clock cannot be read: %v", err)
+		return
+	}
+	response, err := client.Logical().ReadRawWithContext(ctx, "sys/seal-status")
+	if err != nil {
+		d.warn("clock", "check that Vault answers", "Vault's clock cannot be read: %v", err)
+		return
+	}
+	defer response.Body.Close()
+	date, err := http.ParseTime(response.Header.Get("Date"))
+	if err != nil {
+		d.warn("clock", "look at what stands between orgkeys and Vault", "Vault's answer has no usable date: %v", err)
+		return
+	}
+	d.clock("Vault's", time.Since(date.Add(500*time.Millisecond)), clockDoubt+time.Second)
+}
+
+// clock judges how far this process's clock is ahead of another.
+func (d *doctor) clock(whose string, ahead, tolerated time.Duration) {
+	const remedy = "have every machine follow NTP"
+	switch {
+	case ahead.Abs() > clockBroken:
+		d.fail("clock", remedy, "this machine's is %s from %s", ahead.Round(time.Millisecond), whose)
+	case ahead.Abs() > tolerated:
+		d.warn("clock", remedy, "this machine's is %s from %s", ahead.Round(time.Millisecond), whose)
+	default:
+		d.ok("clock", "agrees with %s", whose)
+	}
+}
+
+func (d *doctor) sinks(ctx context.Context, db *sqlstore.DB, sinks []audit.Sink) {
+	for _, sink := range sinks {
+		name := "sink " + sink.Name()
+		// Asking the file sink would create the file, and mend a torn line.
+		if sink.Name() == config.SinkFile {
+			if _, err := os.Stat(d.cfg.AuditFile); errors.Is(err, os.ErrNotExist) {
+				d.warn(name, "orgkeys serve fills it again from the database; find out who removed it", "%s does not exist", d.cfg.AuditFile)
+				continue
+			}
+			d.sinkFile(ctx, db, name)
+			continue
+		}
+		err := audit.NewLog(db, d.log, sink).CheckExtends(ctx)
+		d.sink(name, err)
+	}
+}
+
+// sinkFile compares the last checkpoint in the file with the log, without
+// opening it for writing: a server may be at it.
+func (d *doctor) sinkFile(ctx context.Context, db *sqlstore.DB, name string) {
+	f, err := os.Open(d.cfg.AuditFile)
+	if err != nil {
+		d.fail(name, "see that the user that runs orgkeys owns it", "%v", err)
+		return
+	}
+	held, err := lastCheckpoint(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		d.fail(name, "keep the file as evidence, and find out who changed it", "%v", err)
+		return
+	}
+	d.sink(name, audit.NewLog(db, d.log, heldSink{held}).CheckExtends(ctx))
+}
+
+// lastCheckpoint finds the last checkpoint that a file sink holds; none has
+// size 0. A last line that is not whole is one that is being written.
+func lastCheckpoint(r io.Reader) (held audit.Checkpoint, err error) {
+	in := bufio.NewReader(r)
+	for {
+		raw, err := in.ReadBytes('\n')
+		if errors.Is(err, io.EOF) {
+			return held, nil
+		}
+		if err != nil {
+			return held, err
+		}
+		var line struct {
+			Checkpoint string `json:"checkpoint"`
+		}
+		if err := json.Unmarshal(raw, &line); err != nil {
+			return held, fmt.Errorf("a line is not one that the sink writes: %w", err)
+		}
+		if line.Checkpoint == "" {
+			continue
+		}
+		if held, err = audit.ParseCheckpoint(line.Checkpoint); err != nil {
+			return held, err
+		}
+	}
+}
+
+// heldSink is a sink of which only the last checkpoint is known.
+type heldSink struct{ held audit.Checkpoint }
+
+func (heldSink) Name() string                                            { return config.SinkFile }
+func (heldSink) Shared() bool                                            { return false }
+func (s heldSink) Last(context.Context) (audit.Checkpoint, error)        { return s.held, nil }
+func (heldSink) Append(context.Context, []audit.Entry) ([][]byte, error) { return nil, errHeldOnly }
+func (heldSink) KeepSigned(context.Context, string) error                { return errHeldOnly }
+func (heldSink) Checkpoint(context.Context, audit.Checkpoint) error      { return errHeldOnly }
+
+var errHeldOnly = errors.New("doctor changes nothing")
+
+func (d *doctor) sink(name string, err error) {
+	switch {
+	case errors.As(err, new(*audit.RollbackError)):
+		d.fail(name, "find out why; if it was on purpose, as a restored backup is, run: orgkeys audit accept-rollback --reason …", "%v", err)
+	case err != nil:
+		d.fail(name, "no key is released until it answers", "%v", err)
+	default:
+		d.ok(name, "the log extends what it holds")
+	}
+}
+
+// replicas compares the replicas that live with each other and with this
+// configuration.
+func (d *doctor) replicas(ctx context.Context, db *sqlstore.DB, revision string) {
+	live, err := db.Replicas(ctx)
+	ahead, clockErr := db.ClockAhead(ctx)
+	if err := errors.Join(err, clockErr); err != nil {
+		d.fail("replicas", "see the database's own log", "%v", err)
+		return
+	}
+	if d.cfg.DatabaseURL != "" {
+		d.clock("the database's", ahead, clockDoubt)
+	}
+	mine := sqlstore.Replica{Version: version(), Policy: revision, Max: d.cfg.Max}
+	differing := 0
+	for _, r := range live {
+		if differences := differ(r, mine); len(differences) > 0 {
+			differing++
+			d.warn("replicas", "give all replicas one configuration and version; during a rolling upgrade this passes",
+				"%s differs from this configuration: %s", r.Address, strings.Join(differences, ", "))
+		}
+		if r.ClockAhead.Abs() > clockDoubt {
+			d.warn("replicas", "have every machine follow NTP", "%s: its clock is %s from the database's", r.Address, r.ClockAhead.Round(time.Millisecond))
+		}
+	}
+	if differing == 0 {
+		d.ok("replicas", "%d running, all alike", len(live))
+	}
+}
+
+func differ(r, mine sqlstore.Replica) []string {
+	var all []string
+	if r.Max != mine.Max {
+		all = append(all, fmt.Sprintf("ORGKEYS_MAX is %d, not %d", r.Max, mine.Max))
+	}
+	if mine.Policy != "" && r.Policy != mine.Policy {
+		all = append(all, fmt.Sprintf("its policy is %s, not %s", r.Policy, mine.Policy))
+	}
+	if r.Version != mine.Version {
+		all = append(all, fmt.Sprintf("its version is %q, not %q", r.Version, mine.Version))
+	}
+	return all
+}

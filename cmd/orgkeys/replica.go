@@ -1,0 +1,39 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// announceInterval is how often a replica says that it lives.
+const announceInterval = 10 * time.Second
+
+// announce says what this replica is until ctx ends, for orgkeys doctor. That
+// it fails does no harm.
+func announce(ctx context.Context, db *sqlstore.DB, self func() sqlstore.Replica, log *slog.Logger) {
+	id := uuid.NewString()
+	ticker := time.NewTicker(announceInterval)
+	defer ticker.Stop()
+	for {
+		r := self()
+		r.ID = id
+		if err := db.AnnounceReplica(ctx, r); err != nil && ctx.Err() == nil {
+			log.Warn("announcing this replica", "error", err)
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			leaving, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+			defer cancel()
+			if err := db.ForgetReplica(leaving, id); err != nil {
+				log.Warn("announcing that this replica ends", "error", err)
+			}
+			return
+		}
+	}
+}

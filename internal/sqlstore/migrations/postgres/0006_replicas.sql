@@ -1,0 +1,12 @@
+-- +goose Up
+-- What each replica says of itself every few seconds, for orgkeys doctor.
+-- clock_ahead is how far its clock is ahead of the database's, in microseconds.
+CREATE TABLE replicas (
+    id          TEXT PRIMARY KEY,
+    address     TEXT NOT NULL,
+    version     TEXT NOT NULL,
+    policy      TEXT NOT NULL,
+    max_keys    BIGINT NOT NULL,
+    clock_ahead BIGINT NOT NULL,
+    seen_at     BIGINT NOT NULL
+);
