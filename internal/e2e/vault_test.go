@@ -6,6 +6,7 @@ import (
 	"crypto/rsa"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptrace"
 	"os"
@@ -474,7 +475,7 @@ func worksAgain(t *testing.T, s *harness.Server, v *vaulttest.Server) {
 // TestPromise9_VaultInTrouble: one process of the service goes through all of it.
 func TestPromise9_VaultInTrouble(t *testing.T) {
 	v, proxy, settings := throughVault(t)
-	s := harness.Start(t, settings, harness.Set("ORGKEYS_RESERVATION_TTL", "16s"))
+	s := harness.Start(t, settings, harness.Set("ORGKEYS_RESERVATION_TTL", "14s"))
 	known := harness.Org()
 	s.Generate(t, known)
 	pid := s.PID()
@@ -586,4 +587,247 @@ func tokenInUse(t *testing.T, s *harness.Server, proxy *vaulttest.Proxy) string 
 		t.Fatal("it does not call Vault")
 		return ""
 	}
+}
+
+// sealedVersions counts the sealed records by the version of the key.
+func sealedVersions(t *testing.T, s *harness.Server) map[string]int {
+	t.Helper()
+	versions := map[string]int{}
+	db := s.Database(t)
+	for _, sealed := range harness.Strings(t, db, `SELECT sealed FROM org_keys WHERE sealed IS NOT NULL UNION ALL SELECT sealed FROM boot_secrets`) {
+		version, _, _ := strings.Cut(strings.TrimPrefix(sealed, "vault:"), ":")
+		versions[version]++
+	}
+	return versions
+}
+
+// TestRewrapAfterRotation: "orgkeys rewrap" beside a running server.
+func TestRewrapAfterRotation(t *testing.T) {
+	v, proxy, settings := throughVault(t)
+	s := harness.Start(t, settings)
+	org := harness.Org()
+	owner := s.Token(t, org, "OWNER")
+	keys := []harness.Key{s.Generate(t, org), s.Generate(t, org), s.Generate(t, org)}
+	put := harness.Request{Method: "PUT", Path: "/organization/" + org + "/secret/env_s3", Token: owner, Body: []byte("AWS_REGION=eu\n"),
+		Header: http.Header{"Content-Type": {"application/octet-stream"}}}
+	if resp := s.Do(t, put); resp.Status != 200 {
+		t.Fatalf("putting a boot secret: status %d, %q", resp.Status, resp.Body)
+	}
+	version := rotate(t, v)
+	keys = append(keys, s.Generate(t, org)) // of the newest version already
+	vNew := fmt.Sprintf("v%d", version)
+	rewrap := func(t *testing.T) (string, int) {
+		t.Helper()
+		stdout, stderr, code := s.Run(t, "rewrap")
+		if stdout != "" {
+			t.Errorf("it wrote to standard output: %q", stdout)
+		}
+		return stderr, code
+	}
+	events := func() []harness.Leaf {
+		return s.Sink(t).Find(func(l harness.Leaf) bool { return l.Type == "seal.rewrapped" })
+	}
+	db := s.Database(t)
+
+	t.Run("a key deleted meanwhile stays deleted", func(t *testing.T) {
+		var once sync.Once
+		proxy.After(func(r *http.Response) error {
+			if strings.HasSuffix(r.Request.URL.Path, "/rewrap/seal") {
+				once.Do(func() {
+					resp, err := s.Try(t.Context(), harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + keys[0].ID, Token: owner})
+					if err != nil || resp.Status != 200 {
+						t.Errorf("deleting: status %d, %v", resp.Status, err)
+					}
+				})
+			}
+			return nil
+		})
+		defer proxy.After(nil)
+		progress, code := rewrap(t)
+		if code != 0 || !strings.Contains(progress, "public keys: 4, of which 2 were rewrapped to version") || !strings.Contains(progress, "boot secrets: 1, of which 1 were rewrapped") {
+			t.Errorf("exit code %d\n%s", code, progress)
+		}
+		if n := harness.Number(t, db, `SELECT count(*) FROM org_keys WHERE state = 'deleted' AND sealed IS NULL AND id = '`+keys[0].ID+`'`); n != 1 {
+			t.Error("the deleted key came back")
+		}
+	})
+	t.Run("every record is of the newest version and opens under it alone", func(t *testing.T) {
+		if got := sealedVersions(t, s); got[vNew] != 4 || len(got) != 1 {
+			t.Errorf("records by version: %v", got)
+		}
+		for _, least := range []int{version, 1} {
+			if _, err := root(t, v).WriteWithContext(t.Context(), "orgkeys-seal/keys/seal/config", map[string]any{"min_decryption_version": least}); err != nil {
+				t.Fatal(err)
+			}
+			if n := len(s.List(t, org)); n != 3 {
+				t.Errorf("%d keys listed", n)
+			}
+		}
+	})
+	t.Run("a second run changes nothing", func(t *testing.T) {
+		all := `SELECT sealed FROM org_keys WHERE sealed IS NOT NULL UNION ALL SELECT sealed FROM boot_secrets`
+		before := harness.Strings(t, db, all)
+		progress, code := rewrap(t)
+		if code != 0 || !strings.Contains(progress, "public keys: 3, of which 0 were") || !strings.Contains(progress, "boot secrets: 1, of which 0 were") {
+			t.Errorf("exit code %d\n%s", code, progress)
+		}
+		if !slices.Equal(before, harness.Strings(t, db, all)) {
+			t.Error("records changed")
+		}
+	})
+	t.Run("an interrupted run is completed by another", func(t *testing.T) {
+		version = rotate(t, v)
+		var mu sync.Mutex
+		asked := 0
+		proxy.Before(func(w http.ResponseWriter, r *http.Request) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			if !strings.HasSuffix(r.URL.Path, "/rewrap/seal") {
+				return true
+			}
+			if asked++; asked == 1 {
+				return true
+			}
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return false
+		})
+		defer proxy.Before(nil)
+		if progress, code := rewrap(t); code != 1 || !strings.Contains(progress, "public keys: 3, of which 3 were") {
+			t.Errorf("exit code %d\n%s", code, progress)
+		}
+		proxy.Before(nil)
+		if progress, code := rewrap(t); code != 0 || !strings.Contains(progress, "public keys: 3, of which 0 were") || !strings.Contains(progress, "boot secrets: 1, of which 1 were") {
+			t.Errorf("exit code %d\n%s", code, progress)
+		}
+		if got := sealedVersions(t, s); got[fmt.Sprintf("v%d", version)] != 4 || len(got) != 1 {
+			t.Errorf("records by version: %v", got)
+		}
+	})
+	t.Run("a broken record is named and does not stop the others", func(t *testing.T) {
+		version = rotate(t, v)
+		sealed := harness.Strings(t, db, `SELECT sealed FROM org_keys WHERE id = '`+keys[1].ID+`'`)[0]
+		harness.Exec(t, db, `UPDATE org_keys SET sealed = CAST($1 AS BLOB) WHERE id = $2`, sealed[:len(sealed)-8]+"AAAAAAA=", keys[1].ID)
+		progress, code := rewrap(t)
+		if code != 1 || !strings.Contains(progress, keys[1].ID) {
+			t.Errorf("exit code %d\n%s", code, progress)
+		}
+		if got := sealedVersions(t, s); got[fmt.Sprintf("v%d", version)] != 3 {
+			t.Errorf("records by version: %v", got)
+		}
+	})
+	t.Run("every run is an event, the interrupted one too", func(t *testing.T) {
+		harness.Eventually(t, harness.Patience, "five events are in the log", func() bool { return len(events()) == 5 })
+		if interrupted := events()[2]; interrupted.Reason != "interrupted" || interrupted.Detail["count"] != "3" {
+			t.Errorf("event %+v", interrupted)
+		}
+		first, last := events()[0], events()[4]
+		if first.Outcome != "success" || first.Detail["count"] != "3" || last.Outcome != "failure" || last.Detail["count"] != "3" {
+			t.Errorf("events %+v and %+v", first, last)
+		}
+	})
+}
+
+// rotate makes a new version of the sealing key and returns its number.
+func rotate(t *testing.T, v *vaulttest.Server) int {
+	t.Helper()
+	if _, err := root(t, v).WriteWithContext(t.Context(), "orgkeys-seal/keys/seal/rotate", nil); err != nil {
+		t.Fatal(err)
+	}
+	key, err := root(t, v).ReadWithContext(t.Context(), "orgkeys-seal/keys/seal")
+	if err != nil {
+		t.Fatal(err)
+	}
+	version, err := key.Data["latest_version"].(json.Number).Int64()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int(version)
+}
+
+func TestRewrapIsForVault(t *testing.T) {
+	t.Parallel()
+	s := harness.Configure(t)
+	if _, stderr, code := s.Run(t, "rewrap"); code != 1 || !strings.Contains(stderr, "ORGKEYS_KEYSTORE=vault") {
+		t.Errorf("exit code %d, %q", code, stderr)
+	}
+}
+
+// TestPromise10_VaultThatIsNotSetUpIsRefused: each case does something to the
+// Vault, sees the service refuse it and say what to do, and undoes it.
+func TestPromise10_VaultThatIsNotSetUpIsRefused(t *testing.T) {
+	v, _, settings := throughVault(t)
+	client, err := v.Client(v.RootToken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sys, ctx := client.Sys(), t.Context()
+	file := &api.EnableAuditOptions{Type: "file", Options: map[string]string{"file_path": v.AuditFile}}
+	raw := &api.EnableAuditOptions{Type: "file", Options: map[string]string{"file_path": v.Dir + "/raw.log", "log_raw": "true"}}
+	policy, err := sys.GetPolicyWithContext(ctx, "orgkeys-service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const exporting = "\npath \"orgkeys-seal/export/encryption-key/seal\" {\n  capabilities = [\"read\"]\n}\n"
+	tests := []struct {
+		name         string
+		do, undo     func() error
+		says, advise string
+	}{
+		{"sealed", func() error { return v.Seal(ctx) }, func() error { return v.Unseal(ctx) }, "Vault is sealed", "vault operator unseal"},
+		{"no audit device", func() error { return sys.DisableAuditWithContext(ctx, "file") },
+			func() error { return sys.EnableAuditWithOptionsWithContext(ctx, "file", file) }, "no audit device", "vault audit enable file"},
+		{"an audit device with log_raw", func() error { return sys.EnableAuditWithOptionsWithContext(ctx, "raw", raw) },
+			func() error { return errors.Join(sys.DisableAuditWithContext(ctx, "raw"), os.Remove(v.Dir+"/raw.log")) }, "log_raw=true", "vault audit disable raw/"},
+		{"no sealing mount", func() error { return sys.RemountWithContext(ctx, "orgkeys-seal", "orgkeys-seal-away") },
+			func() error { return sys.RemountWithContext(ctx, "orgkeys-seal-away", "orgkeys-seal") }, "no mount for orgkeys-seal/keys/seal", "vault/setup"},
+		{"no sealing key", func() error {
+			return errors.Join(sys.RemountWithContext(ctx, "orgkeys-seal", "orgkeys-seal-away"), sys.MountWithContext(ctx, "orgkeys-seal", &api.MountInput{Type: "transit"}))
+		}, func() error {
+			return errors.Join(sys.UnmountWithContext(ctx, "orgkeys-seal"), sys.RemountWithContext(ctx, "orgkeys-seal-away", "orgkeys-seal"))
+		}, "no key orgkeys-seal/keys/seal", "vault/setup"},
+		{"a policy that is too strong", func() error { return sys.PutPolicyWithContext(ctx, "orgkeys-service", policy+exporting) },
+			func() error { return sys.PutPolicyWithContext(ctx, "orgkeys-service", policy) }, "the policy is too strong: the service has read on orgkeys-seal/export", "give the token the policies"},
+		{"a policy that is too weak", func() error {
+			return sys.PutPolicyWithContext(ctx, "orgkeys-service", strings.Replace(policy, "orgkeys-seal/decrypt/seal", "orgkeys-seal/decrypt/none", 1))
+		}, func() error { return sys.PutPolicyWithContext(ctx, "orgkeys-service", policy) }, "the policy is too weak: the service needs update on orgkeys-seal/decrypt/seal", "vault/setup"},
+		{"gone", v.Kill, func() error { return v.Restart(ctx) }, "Vault cannot be asked", "VAULT_ADDR"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			s := harness.Configure(t, settings)
+			if err := tt.do(); err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				if err := tt.undo(); err != nil {
+					t.Fatal(err)
+				}
+			}()
+			_, stderr, code := s.Run(t, "serve")
+			if code != 1 || !strings.Contains(stderr, tt.says) || !strings.Contains(stderr, tt.advise) {
+				t.Errorf("exit code %d; want %q and %q in\n%s", code, tt.says, tt.advise, stderr)
+			}
+		})
+	}
+	t.Run("as it should be again, it starts", func(t *testing.T) {
+		s := harness.Start(t, settings)
+		s.Generate(t, harness.Org())
+	})
+}
+
+// TestKeysLeftInTransitAreToldOfAndReaped: a key that no reservation owns, as a
+// crash right after its creation leaves it; the service may not delete it yet.
+func TestKeysLeftInTransitAreToldOfAndReaped(t *testing.T) {
+	const life = 2 * time.Second
+	v, _, settings := throughVault(t)
+	const name = "5f0c1f5e-9d3a-4c1b-8f57-2f6f3c8a1b2d"
+	if _, err := root(t, v).WriteWithContext(t.Context(), "orgkeys/keys/"+name, map[string]any{"type": "rsa-2048", "exportable": true}); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * life) // Vault tells the time in whole seconds
+	s := harness.Start(t, settings, harness.Set("ORGKEYS_RESERVATION_TTL", life.String()))
+	if !bytes.Contains(s.Output(), []byte("Transit holds 1 keys that a crash left behind")) {
+		t.Errorf("it does not say so:\n%s", s.Output())
+	}
+	harness.Eventually(t, harness.Patience, "the key is gone", func() bool { return len(inTransit(t, v)) == 0 })
 }

@@ -3,6 +3,7 @@ package vault_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"sync"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/vault"
 )
 
@@ -229,5 +231,38 @@ func TestLastingFailureIsReported(t *testing.T) {
 	promptly(t, prompt, func() error { return c.Healthy(t.Context()) })
 	if n := asked.Load(); n != 2 {
 		t.Errorf("Vault was asked %d times, want once and once more", n)
+	}
+}
+
+// TestFailedExportIsNotHeldUpByTheRemoval: nobody waits for a slow Vault to
+// remove a key whose private half could not be had; it is removed all the same.
+func TestFailedExportIsNotHeldUpByTheRemoval(t *testing.T) {
+	proxy, c := through(t)
+	k, err := c.Keystore().Create(t.Context(), uuid.NewString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	released := make(chan struct{})
+	proxy.Before(func(w http.ResponseWriter, r *http.Request) bool {
+		if strings.Contains(r.URL.Path, "/export/") {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return false
+		}
+		<-released
+		return true
+	})
+	if _, err := k.Export(t.Context()); !errors.Is(err, orgkey.ErrUnavailable) {
+		t.Errorf("exporting: %v", err)
+	}
+	promptly(t, 2*time.Second, func() error { return k.Destroy(t.Context()) })
+	close(released)
+	eventually(t, func() error {
+		if left := keysInVault(t); len(left) > 0 {
+			return fmt.Errorf("Transit still holds %v", left)
+		}
+		return nil
+	})
+	if err := k.Destroy(t.Context()); err != nil {
+		t.Errorf("destroying it again: %v", err)
 	}
 }

@@ -27,6 +27,10 @@ const clockGrain = 2 * time.Second
 // that nobody waits for any more.
 const abandonedPoll = 100 * time.Millisecond
 
+// uselessPatience is how long destroying a key may hold up the answer to a
+// caller who does not get it.
+const uselessPatience = time.Second
+
 // nameForm is that of a key's name: a UUID in lower case.
 var nameForm = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
 
@@ -123,8 +127,9 @@ type key struct {
 	name   string
 	public *rsa.PublicKey
 
-	mu   sync.Mutex
-	gone bool
+	mu      sync.Mutex
+	gone    bool
+	useless bool // its private half could not be had
 }
 
 // Public implements orgkey.BackendKey.
@@ -139,6 +144,9 @@ func (k *key) Export(ctx context.Context) ([]byte, error) {
 	answer, err := k.c.do(ctx, request{method: http.MethodGet, path: keysMount + "/export/encryption-key/" + k.name + "/1"})
 	defer clear(answer.body)
 	if err != nil {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.useless = true
 		return nil, fmt.Errorf("exporting a key: %w", err)
 	}
 	der, err := privateKey(answer.body)
@@ -204,15 +212,29 @@ func wipe(k *rsa.PrivateKey) {
 }
 
 // Destroy implements orgkey.BackendKey. It goes on after ctx has ended, for no
-// longer than its calls may take.
+// longer than its calls may take. A caller who was refused the private half
+// waits no longer than a moment: what a slow Vault has not removed by then is
+// removed in the background, and reported as not confirmed.
 func (k *key) Destroy(ctx context.Context) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.gone {
 		return nil
 	}
-	if err := k.c.remove(correlated(context.WithoutCancel(ctx), k.name), k.name); err != nil {
-		return fmt.Errorf("destroying a key: %w", err)
+	ctx = correlated(context.WithoutCancel(ctx), k.name)
+	removed := make(chan error, 1)
+	k.c.abandoned.Go(func() { removed <- k.c.remove(ctx, k.name) })
+	var enough <-chan time.Time // never, unless the key is useless
+	if k.useless {
+		enough = time.After(uselessPatience)
+	}
+	select {
+	case err := <-removed:
+		if err != nil {
+			return fmt.Errorf("destroying a key: %w", err)
+		}
+	case <-enough:
+		return fmt.Errorf("destroying a key: %w: Vault takes its time", orgkey.ErrUnavailable)
 	}
 	k.gone = true
 	return nil
