@@ -208,7 +208,12 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 
 	select {
 	case <-ctx.Done():
-		log.Info("shutting down: requests under way may finish", "timeout", cfg.ShutdownTimeout.String())
+		log.Info("shutting down: requests under way may finish", "notice", cfg.ShutdownNotice.String(), "timeout", cfg.ShutdownTimeout.String())
+		surface.Leave()
+		select {
+		case <-time.After(cfg.ShutdownNotice):
+		case <-background.Done():
+		}
 	case <-background.Done(): // something ended that should not have
 	}
 	surface.Drain()

@@ -61,6 +61,7 @@ type API struct {
 	metrics  metrics
 	ready    *readiness
 	cors     *cors.Cors // nil without origins
+	leaving  atomic.Bool
 	draining atomic.Bool
 	public   *gin.Engine
 	admin    *gin.Engine
@@ -96,6 +97,10 @@ func (a *API) Handler() http.Handler { return a.public }
 
 // Admin serves the admin listener: metrics, and readiness in detail.
 func (a *API) Admin() http.Handler { return a.admin }
+
+// Leave makes the API report that it is not ready, and close connections after
+// their next answer, but go on serving: load balancers need to notice first.
+func (a *API) Leave() { a.leaving.Store(true) }
 
 // Drain makes the API refuse new work and report that it is not ready. What
 // is under way goes on.

@@ -12,6 +12,9 @@ import (
 
 // whileServing refuses work that comes after Drain, before anything is spent on it.
 func (a *API) whileServing(c *gin.Context) {
+	if a.leaving.Load() {
+		c.Header("Connection", "close")
+	}
 	if a.draining.Load() {
 		c.Header("Connection", "close")
 		a.refuse(c, draining)

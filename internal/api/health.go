@@ -125,13 +125,16 @@ type health struct {
 func (a *API) routesHealth(r gin.IRouter) {
 	r.GET(healthPath, live)
 	r.GET(readyPath, func(c *gin.Context) {
-		if _, ok := a.ready.ask(c.Request.Context()); !ok || a.draining.Load() {
+		if _, ok := a.ready.ask(c.Request.Context()); !ok || a.ending() {
 			a.refuse(c, notReady)
 			return
 		}
 		writeJSON(c, http.StatusOK, health{"ready"})
 	})
 }
+
+// ending reports whether a signal has come, after which nobody should send more.
+func (a *API) ending() bool { return a.leaving.Load() || a.draining.Load() }
 
 func live(c *gin.Context) { writeJSON(c, http.StatusOK, health{"ok"}) }
 
@@ -148,7 +151,7 @@ func (a *API) routesAdmin(r gin.IRouter) {
 			states = []state{}
 		}
 		switch {
-		case a.draining.Load():
+		case a.ending():
 			writeJSON(c, http.StatusServiceUnavailable, detailedHealth{health{"draining"}, states})
 		case !ok:
 			writeJSON(c, http.StatusServiceUnavailable, detailedHealth{health{"unavailable"}, states})

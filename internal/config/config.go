@@ -28,6 +28,7 @@ type Config struct {
 	Max             int
 	MaxGenerations  int
 	ReservationTTL  time.Duration
+	ShutdownNotice  time.Duration
 	ShutdownTimeout time.Duration
 	LogLevel        string
 

@@ -60,6 +60,7 @@ var settings = []Setting{
 	{Name: "ORGKEYS_TLS_BY_PROXY", Default: "false", Doc: "true: a proxy terminates TLS; needs ORGKEYS_TRUSTED_PROXIES", set: boolean(func(c *Config) *bool { return &c.TLSByProxy })},
 	{Name: "ORGKEYS_TRUSTED_PROXIES", Doc: "addresses or CIDRs whose X-Forwarded-For and -Proto count; default none", set: prefixes},
 	{Name: "ORGKEYS_CORS_ORIGINS", Doc: "exact origins that browsers may call from; default none", set: list(func(c *Config) *[]string { return &c.CORSOrigins })},
+	{Name: "ORGKEYS_SHUTDOWN_NOTICE", Default: "0s", Doc: "how long requests are still served after a signal while /readyz fails already, so that a load balancer notices first", set: duration(0, 5*time.Minute, func(c *Config) *time.Duration { return &c.ShutdownNotice })},
 	{Name: "ORGKEYS_SHUTDOWN_TIMEOUT", Default: "35s", Doc: "how long requests under way may take after a signal", set: duration(time.Second, 10*time.Minute, func(c *Config) *time.Duration { return &c.ShutdownTimeout })},
 	{Name: "ORGKEYS_LOG_LEVEL", Default: "info", Doc: "debug, info, warn or error", set: choice(func(c *Config) *string { return &c.LogLevel }, "debug", "info", "warn", "error")},
 }
