@@ -18,7 +18,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/sqlstore/pgtest"
 )
 
-func newDatabase(t *testing.T, server *pgtest.Server) string {
+func newDatabase(t testing.TB, server *pgtest.Server) string {
 	t.Helper()
 	location, err := server.NewDatabase("t" + strings.ReplaceAll(uuid.NewString(), "-", ""))
 	if err != nil {
@@ -28,7 +28,7 @@ func newDatabase(t *testing.T, server *pgtest.Server) string {
 }
 
 // raw is a connection past the package, as another client of the server has.
-func raw(t *testing.T, location string) *sql.DB {
+func raw(t testing.TB, location string) *sql.DB {
 	t.Helper()
 	db, err := sql.Open("pgx", location)
 	if err != nil {
@@ -38,7 +38,7 @@ func raw(t *testing.T, location string) *sql.DB {
 	return db
 }
 
-func statement(t *testing.T, on interface {
+func statement(t testing.TB, on interface {
 	Exec(string, ...any) (sql.Result, error)
 }, text string, args ...any,
 ) {

@@ -70,7 +70,7 @@ func migrateToNext(t *testing.T, location string) {
 	statement(t, next, "INSERT INTO goose_db_version (version_id, is_applied) VALUES (9999, true)")
 }
 
-func open(t *testing.T, location string) *sqlstore.DB {
+func open(t testing.TB, location string) *sqlstore.DB {
 	t.Helper()
 	db, err := sqlstore.Open(t.Context(), location)
 	if err != nil {
@@ -89,7 +89,7 @@ func open(t *testing.T, location string) *sqlstore.DB {
 
 const life = time.Minute
 
-func reserve(t *testing.T, db *sqlstore.DB, org string, limit int) string {
+func reserve(t testing.TB, db *sqlstore.DB, org string, limit int) string {
 	t.Helper()
 	id := uuid.NewString()
 	if err := db.Reserve(t.Context(), org, id, limit, life); err != nil {
@@ -105,7 +105,7 @@ func event(kind audit.Type, org, id string) audit.Event {
 	return e
 }
 
-func pending(t *testing.T, db *sqlstore.DB, org string, limit int) string {
+func pending(t testing.TB, db *sqlstore.DB, org string, limit int) string {
 	t.Helper()
 	id := reserve(t, db, org, limit)
 	if err := db.StorePending(t.Context(), id, []byte("sealed "+id), event(audit.KeyCreated, org, id)); err != nil {
@@ -114,7 +114,7 @@ func pending(t *testing.T, db *sqlstore.DB, org string, limit int) string {
 	return id
 }
 
-func released(t *testing.T, db *sqlstore.DB, org string, limit int) string {
+func released(t testing.TB, db *sqlstore.DB, org string, limit int) string {
 	t.Helper()
 	id := pending(t, db, org, limit)
 	if err := db.Release(t.Context(), id); err != nil {
