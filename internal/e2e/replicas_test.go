@@ -5,12 +5,14 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -318,4 +320,94 @@ func foreignSink(t *testing.T) string {
 	harness.Eventually(t, harness.Patience, "the sink has a checkpoint", func() bool { return len(s.Sink(t).Checkpoints) > 0 })
 	s.Stop(t)
 	return s.AuditFile()
+}
+
+// TestRollingRestartLosesNoRequest restarts one replica after another under
+// load, behind what a load balancer does: it asks each for its readiness and
+// sends requests only to those that are ready.
+func TestRollingRestartLosesNoRequest(t *testing.T) {
+	c := cluster.Start(t, 3, harness.Set("ORGKEYS_SHUTDOWN_NOTICE", "3s"))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	b := &balancer{ready: make([]atomic.Bool, len(c.Replicas))}
+	for i, r := range c.Replicas {
+		b.addresses = append(b.addresses, r.Address())
+		b.checks.Go(func() { b.check(ctx, i, r) })
+	}
+	harness.Eventually(t, harness.Patience, "all are ready", func() bool { return b.serving() == len(c.Replicas) })
+
+	org := harness.Org()
+	owner := c.Owner(t, org)
+	var answered, lost atomic.Int64
+	var loading sync.WaitGroup
+	for worker := range 4 {
+		loading.Go(func() {
+			for n := worker; ctx.Err() == nil; n++ {
+				method, path := "GET", harness.KeyPath(org)
+				if worker == 0 {
+					method = "POST"
+				}
+				status, err := b.send(n, method, path, owner)
+				if err != nil || status == 503 {
+					lost.Add(1)
+					t.Errorf("a request was lost: status %d, %v", status, err)
+				}
+				answered.Add(1)
+			}
+		})
+	}
+	for _, r := range c.Replicas {
+		if code := r.Stop(t); code != 0 {
+			t.Errorf("exit code %d", code)
+		}
+		r.Start(t)
+		harness.Eventually(t, harness.Patience, "all are ready again", func() bool { return b.serving() == len(c.Replicas) })
+	}
+	cancel()
+	loading.Wait()
+	b.checks.Wait()
+	t.Logf("%d requests answered, %d lost", answered.Load(), lost.Load())
+}
+
+// balancer is the part of a load balancer that matters here.
+type balancer struct {
+	addresses []string
+	ready     []atomic.Bool
+	checks    sync.WaitGroup
+	client    http.Client
+}
+
+func (b *balancer) check(ctx context.Context, i int, r *harness.Server) {
+	for ctx.Err() == nil {
+		b.ready[i].Store(r.Ready())
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func (b *balancer) serving() (n int) {
+	for i := range b.ready {
+		if b.ready[i].Load() {
+			n++
+		}
+	}
+	return n
+}
+
+// send sends a request to the n-th replica, or the next one that is ready.
+func (b *balancer) send(n int, method, path, token string) (int, error) {
+	for !b.ready[n%len(b.ready)].Load() {
+		n++
+	}
+	request, err := http.NewRequest(method, "http://"+b.addresses[n%len(b.addresses)]+path, nil)
+	if err != nil {
+		return 0, err
+	}
+	request.Header.Set("Authorization", "Bearer "+token)
+	response, err := b.client.Do(request)
+	if err != nil {
+		return 0, err
+	}
+	defer response.Body.Close()
+	_, err = io.Copy(io.Discard, response.Body)
+	return response.StatusCode, err
 }
