@@ -1,0 +1,36 @@
+package audit
+
+import (
+	"os"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// docs/audit.md describes every field that a leaf can have, and every type.
+func TestTheDocumentDescribesEveryFieldAndType(t *testing.T) {
+	document, err := os.ReadFile("../../docs/audit.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for f := range reflect.TypeFor[leaf]().Fields() {
+		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		if !strings.Contains(string(document), "\n| `"+name+"` | ") {
+			t.Errorf("field %s is not in the table", name)
+		}
+	}
+	source, err := os.ReadFile("event.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	types := regexp.MustCompile(`(?m)^\s+\w+ +Type += +"([^"]+)"`).FindAllStringSubmatch(string(source), -1)
+	if len(types) < 20 {
+		t.Fatalf("only %d types found in the source", len(types))
+	}
+	for _, m := range types {
+		if !strings.Contains(string(document), "`"+m[1]+"`") {
+			t.Errorf("type %s is not in the table", m[1])
+		}
+	}
+}
