@@ -1,0 +1,139 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
+)
+
+// withVault is a server on a Vault of its own.
+func withVault(t *testing.T) (*vaulttest.Server, *harness.Server) {
+	t.Helper()
+	v, err := vaulttest.Start(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := v.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	login, err := v.AppRole(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v, harness.Configure(t,
+		harness.Set("ORGKEYS_KEYSTORE", "vault"), harness.Set("VAULT_ADDR", v.Address), harness.Set("VAULT_CACERT", v.CACert),
+		harness.Set("ORGKEYS_VAULT_ROLE_ID_FILE", login.RoleIDFile), harness.Set("ORGKEYS_VAULT_SECRET_ID_FILE", login.SecretIDFile))
+}
+
+// ok runs a command that must succeed and returns its standard output.
+func ok(t *testing.T, s *harness.Server, args ...string) string {
+	t.Helper()
+	out, errs, code := s.Run(t, args...)
+	if code != 0 {
+		t.Fatalf("%s: exit code %d: %s", strings.Join(args, " "), code, errs)
+	}
+	return out
+}
+
+// Issue 6: an export agrees with Vault's audit file event by event, and what
+// only one of them holds is found.
+func TestAnExportAgreesWithVaultsAuditFile(t *testing.T) {
+	v, s := withVault(t)
+	s.Start(t)
+	org := harness.Org()
+	s.Generate(t, org)
+	s.Generate(t, org)
+	s.Stop(t)
+	key := strings.TrimSpace(ok(t, s, "audit", "key"))
+	archive := filepath.Join(t.TempDir(), "export.tar.gz")
+	ok(t, s, "audit", "export", archive)
+	if out := ok(t, s, "audit", "verify", archive, "--key", key, "--vault-audit", v.AuditFile); !strings.Contains(out, "Vault's audit file holds every event; 0 more are newer") {
+		t.Errorf("said %q", out)
+	}
+	if out := ok(t, s, "audit", "verify", archive, "--key", key); !regexp.MustCompile(`[1-9][0-9]* receipts signed`).MatchString(out) {
+		t.Errorf("no receipts: %q", out)
+	}
+	file, err := os.ReadFile(v.AuditFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Count(string(file), "— "+strings.Split(key, "+")[0]) == 0 {
+		t.Error("no signed checkpoint is in Vault's audit file")
+	}
+	t.Run("an event that Vault did not see", func(t *testing.T) {
+		altered := filepath.Join(t.TempDir(), "audit.log")
+		if err := os.WriteFile(altered, []byte(strings.ReplaceAll(string(file), `\"type\":\"orgkey.delivered\"`, `\"type\":\"orgkey.withdrawn\"`)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, errs, code := s.Run(t, "audit", "verify", archive, "--key", key, "--vault-audit", altered); code != 1 || !strings.Contains(errs, "Vault's audit file does not hold it") {
+			t.Errorf("code %d: %s", code, errs)
+		}
+	})
+	t.Run("a file that is not Vault's", func(t *testing.T) {
+		if _, errs, code := s.Run(t, "audit", "verify", archive, "--key", key, "--vault-audit", archive); code != 1 {
+			t.Errorf("code %d: %s", code, errs)
+		}
+	})
+	t.Run("newer events", func(t *testing.T) {
+		s.Start(t)
+		s.List(t, org)
+		s.Stop(t)
+		if out := ok(t, s, "audit", "verify", archive, "--key", key, "--vault-audit", v.AuditFile); strings.Contains(out, "; 0 more are newer") {
+			t.Errorf("said %q", out)
+		}
+	})
+}
+
+// Promise 5: a backup that was put back is refused because of what Vault holds,
+// until an operator accepts it; then Vault gets the log anew.
+func TestARestoredBackupIsAcceptedInVaultToo(t *testing.T) {
+	v, s := withVault(t)
+	s.Configured("ORGKEYS_AUDIT_SINKS", "vault,file")
+	s.Start(t)
+	org := harness.Org()
+	s.Generate(t, org)
+	s.Stop(t)
+	db := filepath.Join(s.Dir, "orgkeys.db")
+	backup, err := os.ReadFile(db)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Start(t)
+	s.Generate(t, org)
+	s.Stop(t)
+	if err := os.WriteFile(db, backup, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, suffix := range []string{"-wal", "-shm"} {
+		if err := os.RemoveAll(db + suffix); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, errs, code := s.Run(t, "serve"); code != 1 || !strings.Contains(errs, "accept-rollback") {
+		t.Fatalf("it started: code %d: %s", code, errs)
+	}
+	out := ok(t, s, "audit", "accept-rollback", "--reason", "restored the backup")
+	if !strings.Contains(out, "sink vault") || !strings.Contains(out, "sink file") {
+		t.Errorf("said %q", out)
+	}
+	s.Start(t)
+	s.Generate(t, org)
+	s.Stop(t)
+	key := strings.TrimSpace(ok(t, s, "audit", "key"))
+	archive := filepath.Join(t.TempDir(), "export.tar.gz")
+	ok(t, s, "audit", "export", archive)
+	out = ok(t, s, "audit", "verify", archive, "--key", key, "--vault-audit", v.AuditFile)
+	if !strings.Contains(out, `a rollback was accepted: "restored the backup"`) || !regexp.MustCompile(`[1-9][0-9]* events in Vault's audit file were lost`).MatchString(out) {
+		t.Errorf("said %q", out)
+	}
+	if out := ok(t, s, "audit", "accept-rollback", "--reason", "again"); !strings.HasPrefix(out, "nothing to accept") {
+		t.Errorf("said %q", out)
+	}
+}
