@@ -1,0 +1,108 @@
+package sqlstore_test
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"encoding/base64"
+	"errors"
+	"log/slog"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// What an auditor gets is the same from both databases.
+func TestEvidence(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		public, private, err := ed25519.GenerateKey(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files := map[string][]byte{"a.rego": []byte("package a\n")}
+		revision := authz.Revision(files)
+		for range 2 { // keeping again changes nothing
+			must(t, db.KeepPolicy(t.Context(), revision, files))
+			must(t, db.KeepReceiptKeys(t.Context(), "vault", map[int]ed25519.PublicKey{1: public}))
+		}
+		quiet := slog.New(slog.DiscardHandler)
+		checkpoints := audit.NewCheckpointer(audit.NewLog(db, quiet), db, audit.LocalSigner{Private: private}, time.Hour, quiet)
+		for range 3 {
+			for range 5 {
+				e := audit.New(audit.KeysListed, "acme")
+				e.Actor, e.Policy = audit.Actor{Kind: authz.Person, ID: "u-1"}, revision
+				e.Personal = audit.Personal{Name: "Ada"}
+				must(t, db.Record(t.Context(), e))
+			}
+			if _, err := db.Sequence(t.Context(), 100); err != nil {
+				t.Fatal(err)
+			}
+			must(t, checkpoints.Sign(t.Context()))
+		}
+		entries, err := db.Entries(t.Context(), 0, 100)
+		must(t, err)
+		for _, e := range entries {
+			receipt := append([]byte("vault:v1:"), base64Of(ed25519.Sign(private, e.Leaf))...)
+			must(t, db.KeepReceipts(t.Context(), "vault", e.Index, [][]byte{receipt}))
+		}
+		keys, err := db.CheckpointKeys(t.Context())
+		if err != nil || len(keys) != 1 {
+			t.Fatalf("keys %q, %v", keys, err)
+		}
+
+		var archive bytes.Buffer
+		_, err = audit.Export(t.Context(), &archive, db, t.TempDir(), "a test", nil)
+		must(t, err)
+		report, err := audit.VerifyExport(t.Context(), &archive, keys, nil, nil)
+		if err != nil || report.Manifest.Size != 15 || report.Checkpoints != 3 || report.Receipts != 15 {
+			t.Errorf("%+v, %v", report, err)
+		}
+		if _, err := audit.Prove(t.Context(), db, "7"); err != nil {
+			t.Error(err)
+		}
+
+		t.Run("erasing", func(t *testing.T) {
+			n, err := db.Erase(t.Context(), "u-1", func(n int64) audit.Event {
+				if n != 15 {
+					t.Errorf("the event says %d", n)
+				}
+				return audit.New(audit.PersonErased, "")
+			})
+			if err != nil || n != 15 {
+				t.Errorf("erased %d, %v", n, err)
+			}
+			verified, err := audit.Verify(t.Context(), db, nil)
+			if err != nil || verified.Erased != 15 || verified.Unsequenced != 1 {
+				t.Errorf("%+v, %v", verified, err)
+			}
+		})
+		t.Run("a sealed key", func(t *testing.T) {
+			for range 2 {
+				must(t, db.KeepCheckpointKey(t.Context(), "other+00000000+AA", []byte("sealed")))
+			}
+			sealed, err := db.SealedCheckpointKey(t.Context())
+			if err != nil || string(sealed) != "sealed" {
+				t.Errorf("%q, %v", sealed, err)
+			}
+		})
+		t.Run("superseding", func(t *testing.T) {
+			must(t, db.Supersede(t.Context(), 2))
+			last, err := db.LastSigned(t.Context())
+			left, leftErr := db.SignedAfter(t.Context(), 0)
+			if err := errors.Join(err, leftErr); err != nil || last.Seq != 1 || last.Size != 5 || len(left) != 1 {
+				t.Errorf("the newest is %d of %d, %v", last.Seq, len(left), err)
+			}
+		})
+	})
+}
+
+func base64Of(b []byte) string { return base64.StdEncoding.EncodeToString(b) }
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
