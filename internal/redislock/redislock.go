@@ -47,7 +47,7 @@ type Lock struct {
 var _ orgkey.Locker = (*Lock)(nil)
 
 // ErrResting: Redis failed a moment ago and is left alone.
-var ErrResting = errors.New("Redis failed a moment ago")
+var ErrResting = errors.New("the Redis server failed a moment ago")
 
 // Open reads a URL of one of go-redis' forms: redis://[user:password@]host:port[/db]
 // (rediss:// for TLS), with ?addr=host:port&… further nodes of a cluster, or
