@@ -10,9 +10,11 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
+	"golang.org/x/sys/unix"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
@@ -117,20 +119,23 @@ func BenchmarkExport(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
-	rate := func(b *testing.B) {
+	rate := func(b *testing.B, before time.Duration) {
+		b.ReportMetric((cpuTime(b)-before).Seconds()/float64(b.N), "cpu-s/op")
 		b.ReportMetric(float64(n)*float64(b.N)/b.Elapsed().Seconds(), "events/s")
 		b.ReportMetric(peak(b), "MB-resident-peak")
 	}
 	b.Run("export", func(b *testing.B) {
+		before := cpuTime(b)
 		for b.Loop() {
 			export()
 		}
-		rate(b)
+		rate(b, before)
 	})
 	export()
 	l.leaves = nil
 	runtime.GC()
 	b.Run("verify", func(b *testing.B) {
+		before := cpuTime(b)
 		for b.Loop() {
 			f, err := os.Open(path)
 			if err != nil {
@@ -143,7 +148,7 @@ func BenchmarkExport(b *testing.B) {
 				b.Fatal(err)
 			}
 		}
-		rate(b)
+		rate(b, before)
 	})
 	b.Run("receipt", func(b *testing.B) {
 		_, private, err := ed25519.GenerateKey(nil)
@@ -158,6 +163,16 @@ func BenchmarkExport(b *testing.B) {
 			}
 		}
 	})
+}
+
+// cpuTime is what the process has used of the processors.
+func cpuTime(b *testing.B) time.Duration {
+	b.Helper()
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // peak is the most memory that the process has held, in MB (Linux).
