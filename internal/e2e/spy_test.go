@@ -66,7 +66,8 @@ func TestPromise1_WhatTheTokenSees(t *testing.T) {
 		t.Fatalf("listing the token's objects: %v\n%s", err, out)
 	}
 	text := string(out)
-	if strings.Contains(text, "Private Key Object") || strings.Contains(text, "Public Key Object") || strings.Count(text, " Object;") != 1 {
+	// The sealing key, and the pair that signs checkpoints of the audit log.
+	if strings.Contains(text, "RSA") || strings.Count(text, " Object;") != 3 || strings.Count(text, "Object; EC_EDWARDS") != 2 || strings.Count(text, "label:      orgkeys-checkpoint-v1") != 2 {
 		t.Errorf("objects in the token:\n%s", text)
 	}
 	for _, attribute := range []string{"sensitive", "never extractable"} {
