@@ -181,7 +181,7 @@ func TestPromise4_AFailingSinkReleasesNothing(t *testing.T) {
 // sink is stuck: the pending key never becomes usable.
 func TestPromise4_ARefusedKeyStaysAwayAcrossRestarts(t *testing.T) {
 	t.Parallel()
-	s := harness.Start(t, harness.Set("ORGKEYS_RESERVATION_TTL", "4s"))
+	s := harness.Start(t, harness.Set("ORGKEYS_RESERVATION_TTL", "20s"))
 	org := harness.Org()
 	owner := s.Token(t, org, "OWNER")
 	s.Interfere(t, s.AuditFile(), syncs, "delay_enter=20000000")
