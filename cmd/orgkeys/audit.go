@@ -119,7 +119,11 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) err
 	if err := addSigned(cmd.Context(), evidence, db, g.keys); err != nil {
 		return err
 	}
-	report, err := audit.Verify(cmd.Context(), db, evidence)
+	var report audit.Report
+	err = db.Snapshot(cmd.Context(), func(a audit.Archive) (err error) {
+		report, err = audit.Verify(cmd.Context(), a, evidence)
+		return err
+	})
 	if err != nil {
 		return err
 	}

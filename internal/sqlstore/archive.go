@@ -3,8 +3,10 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -14,20 +16,48 @@ import (
 
 var _ audit.Archive = (*DB)(nil)
 
+// archive reads the log at rest, a page at a time: PostgreSQL has one result
+// under way on a connection, and a limit on the time of each statement.
+type archive struct {
+	q interface {
+		querier
+		rowQuerier
+	}
+}
+
+const archivePage = 1000
+
+// Snapshot shows do the log as it is at one moment, while it goes on growing.
+func (d *DB) Snapshot(ctx context.Context, do func(audit.Archive) error) error {
+	options := &sql.TxOptions{ReadOnly: true}
+	if d.postgres {
+		options.Isolation = sql.LevelRepeatableRead
+	}
+	tx, err := d.read.BeginTx(ctx, options)
+	if err != nil {
+		return unavailable(err)
+	}
+	return errors.Join(do(archive{tx}), unavailable(ignoreDone(tx.Rollback())))
+}
+
+// Head implements audit.Store and audit.Archive.
+func (a archive) Head(ctx context.Context) (audit.Checkpoint, error) { return readHead(ctx, a.q) }
+
 // Rows implements audit.Archive.
-func (d *DB) Rows(ctx context.Context) iter.Seq2[audit.Row, error] {
-	return stream(ctx, d.read, func(scan func(...any) error) (r audit.Row, err error) {
+func (a archive) Rows(ctx context.Context) iter.Seq2[audit.Row, error] {
+	return paged(ctx, a.q, func(scan func(...any) error) (r audit.Row, err error) {
 		var at int64
 		err = scan(&r.Index, &r.ID, &at, &r.Type, &r.Reason, &r.Org, &r.Kind, &r.Actor, &r.Object, &r.Leaf, &r.Personal)
 		r.Time = time.UnixMicro(at).UTC()
 		return r, err
-	}, `SELECT e.idx, e.id, e.occurred_at, e.type, e.reason, e.org_id, e.actor_kind, e.actor, e.object, e.leaf, p.personal
-		FROM events e LEFT JOIN event_persons p ON p.event_id = e.id WHERE e.idx IS NOT NULL ORDER BY e.idx`)
+	}, func(r audit.Row) int64 { return r.Index },
+		`SELECT e.idx, e.id, e.occurred_at, e.type, e.reason, e.org_id, e.actor_kind, e.actor, e.object, e.leaf, p.personal
+		FROM events e LEFT JOIN event_persons p ON p.event_id = e.id WHERE e.idx > $1 ORDER BY e.idx LIMIT $2`)
 }
 
 // Hashes implements audit.Archive.
-func (d *DB) Hashes(ctx context.Context) iter.Seq2[audit.StoredHash, error] {
-	return stream(ctx, d.read, func(scan func(...any) error) (h audit.StoredHash, err error) {
+func (a archive) Hashes(ctx context.Context) iter.Seq2[audit.StoredHash, error] {
+	return paged(ctx, a.q, func(scan func(...any) error) (h audit.StoredHash, err error) {
 		var b []byte
 		if err := scan(&h.Index, &b); err != nil {
 			return h, err
@@ -37,12 +67,12 @@ func (d *DB) Hashes(ctx context.Context) iter.Seq2[audit.StoredHash, error] {
 		}
 		h.Hash = tlog.Hash(b)
 		return h, nil
-	}, "SELECT idx, hash FROM log_hashes ORDER BY idx")
+	}, func(h audit.StoredHash) int64 { return h.Index }, "SELECT idx, hash FROM log_hashes WHERE idx > $1 ORDER BY idx LIMIT $2")
 }
 
 // Unsequenced implements audit.Archive.
-func (d *DB) Unsequenced(ctx context.Context) (n int64, err error) {
-	err = d.read.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE idx IS NULL").Scan(&n)
+func (a archive) Unsequenced(ctx context.Context) (n int64, err error) {
+	err = a.q.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE idx IS NULL").Scan(&n)
 	return n, unavailable(err)
 }
 
@@ -65,10 +95,10 @@ var contradictions = []struct{ what, statement string }{
 }
 
 // Contradictions implements audit.Archive.
-func (d *DB) Contradictions(ctx context.Context) ([]string, error) {
+func (a archive) Contradictions(ctx context.Context) ([]string, error) {
 	var all []string
 	for _, c := range contradictions {
-		ids, err := query(ctx, d.read, func(scan func(...any) error) (id string, err error) {
+		ids, err := query(ctx, a.q, func(scan func(...any) error) (id string, err error) {
 			var org string
 			err = scan(&id, &org)
 			return id, err
@@ -83,25 +113,26 @@ func (d *DB) Contradictions(ctx context.Context) ([]string, error) {
 	return all, nil
 }
 
-// stream yields one T for each row.
-func stream[T any](ctx context.Context, db *sql.DB, scan func(scan func(...any) error) (T, error), statement string) iter.Seq2[T, error] {
+// paged yields one T for each row, by pages of a statement over $1, the number
+// of the last row of the page before, and $2, a page's size.
+func paged[T any](ctx context.Context, q querier, scan func(scan func(...any) error) (T, error), number func(T) int64, statement string) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
-		rows, err := db.QueryContext(ctx, statement)
-		if err != nil {
-			var none T
-			yield(none, unavailable(err))
-			return
-		}
-		defer rows.Close()
-		for rows.Next() {
-			t, err := scan(rows.Scan)
-			if !yield(t, err) || err != nil {
+		for last := int64(math.MinInt64); ; {
+			page, err := query(ctx, q, scan, statement, last, archivePage)
+			if err != nil {
+				var none T
+				yield(none, err)
 				return
 			}
-		}
-		if err := rows.Err(); err != nil {
-			var none T
-			yield(none, unavailable(err))
+			for _, t := range page {
+				if !yield(t, nil) {
+					return
+				}
+				last = number(t)
+			}
+			if len(page) < archivePage {
+				return
+			}
 		}
 	}
 }

@@ -56,6 +56,7 @@ var sessionSettings = map[string]string{
 
 // DB is the database. It implements orgkey.Store and audit.Store.
 type DB struct {
+	archive          // the log as it is at each moment
 	read     *sql.DB // PostgreSQL: everything; SQLite: readers
 	writer   *writer // SQLite only
 	postgres bool
@@ -89,7 +90,7 @@ func openSQLite(ctx context.Context, path string) (*DB, error) {
 	}
 	readers.SetMaxOpenConns(poolSize)
 	readers.SetMaxIdleConns(poolSize)
-	d := &DB{read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
+	d := &DB{archive: archive{readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
 	// The first connection to write creates the file and turns on its WAL.
 	if err := errors.Join(single.PingContext(ctx), readers.PingContext(ctx)); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), d.Close())
@@ -116,7 +117,7 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 	if err := pool.PingContext(ctx); err != nil {
 		return nil, errors.Join(unavailable(fmt.Errorf("connecting to PostgreSQL: %w", err)), pool.Close())
 	}
-	return &DB{read: pool, postgres: true, recorded: make(chan struct{}, 1)}, nil
+	return &DB{archive: archive{pool}, read: pool, postgres: true, recorded: make(chan struct{}, 1)}, nil
 }
 
 // checkDurable refuses a server that may lose what it has acknowledged, at

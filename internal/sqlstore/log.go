@@ -172,9 +172,6 @@ func hashReader(ctx context.Context, q rowQuerier) tlog.HashReader {
 	})
 }
 
-// Head implements audit.Store.
-func (d *DB) Head(ctx context.Context) (audit.Checkpoint, error) { return readHead(ctx, d.read) }
-
 func readHead(ctx context.Context, q rowQuerier) (audit.Checkpoint, error) {
 	var c audit.Checkpoint
 	var root []byte
