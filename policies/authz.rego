@@ -11,26 +11,21 @@
 # undefined condition only ever leads to a "no".
 package orgkeys.authz
 
-managers := {"OWNER", "ADMINISTRATOR"}
-
-members := {"OWNER", "ADMINISTRATOR", "WORKSPACES", "BILLING", "USER"}
-
-for_managers := {
-	"orgkey.generate",
-	"orgkey.list",
-	"orgkey.delete",
-	"orgkey.delete_all",
-	"node.delete",
-	"secret.put",
-	"secret.list",
-	"secret.delete",
-	"event.read",
+# What each role may do, and on how much of its organization: all of it, or
+# only what the caller did. One constant object, since it is what every decision
+# looks into.
+grants := {
+	"orgkey.generate": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"orgkey.list": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"orgkey.delete": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"orgkey.delete_all": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"node.list": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "organization", "BILLING": "organization", "USER": "organization"},
+	"node.delete": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"secret.put": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"secret.list": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"secret.delete": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"event.read": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "own", "BILLING": "own", "USER": "own"},
 }
-
-for_members := {"node.list"}
-
-# Of these, members who are not managers see what they did themselves.
-own_for_members := {"event.read"}
 
 # Nobody else may do these, and nodes may do nothing else.
 for_nodes := {"node.register", "node.unregister", "secret.fetch"}
@@ -53,53 +48,43 @@ decision := {"allow": true, "reason": "allowed", "scope": scope} if {
 	well_formed
 }
 
-# How much of the organization the caller may act on; undefined is nothing.
+# The widest scope that any role grants; undefined is nothing.
 scope := "organization" if {
 	input.caller.kind == "node"
-	input.action in for_nodes
+	for_nodes[input.action]
 } else := "organization" if {
 	input.caller.kind == "user"
-	input.action in for_managers
-	some role in input.caller.roles
-	role in managers
-} else := "organization" if {
-	input.caller.kind == "user"
-	input.action in for_members
-	some role in input.caller.roles
-	role in members
+	grants[input.action][input.caller.roles[_]] == "organization"
 } else := "own" if {
 	input.caller.kind == "user"
-	input.action in own_for_members
-	some role in input.caller.roles
-	role in members
+	grants[input.action][input.caller.roles[_]] == "own"
 }
 
 own_organization if input.caller.org == input.org
 
-known_action if input.action in for_managers
+known_action if grants[input.action]
 
-known_action if input.action in for_members
+known_action if for_nodes[input.action]
 
-known_action if input.action in for_nodes
-
-# Two empty strings are equal, so an empty one must not get as far as a comparison.
 well_formed if {
-	is_string(input.action)
-	is_string(input.org)
-	is_string(input.caller.org)
-	is_string(input.caller.subject)
-	not "" in {input.action, input.org, input.caller.org, input.caller.subject}
-	known_kind
-}
-
-known_kind if {
 	input.caller.kind == "user"
+	identified
 	is_array(input.caller.roles)
 	every role in input.caller.roles { is_string(role) }
 }
 
 # Roles are granted to people; a node that comes with one is a mistake.
-known_kind if {
+well_formed if {
 	input.caller.kind == "node"
+	identified
 	input.caller.roles == []
+}
+
+# Two empty strings are equal, so an empty one must not get as far as a comparison.
+identified if {
+	is_string(input.action)
+	is_string(input.org)
+	is_string(input.caller.org)
+	is_string(input.caller.subject)
+	not "" in {input.action, input.org, input.caller.org, input.caller.subject}
 }

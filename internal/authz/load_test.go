@@ -178,18 +178,18 @@ func write(t *testing.T, name, content string) {
 	}
 }
 
-// billingAllowed is the shipped policy with BILLING among the managers.
+// billingAllowed is the shipped policy with BILLING allowed to generate keys.
 func billingAllowed(t *testing.T) string {
 	t.Helper()
 	content, err := fs.ReadFile(policies.Files, "authz.rego")
 	if err != nil {
 		t.Fatal(err)
 	}
-	before := `managers := {"OWNER", "ADMINISTRATOR"}`
+	before := `"orgkey.generate": {`
 	if strings.Count(string(content), before) != 1 {
-		t.Fatal("the policy no longer names the managers in one line")
+		t.Fatal("the policy no longer says in one line who generates keys")
 	}
-	return strings.Replace(string(content), before, `managers := {"OWNER", "ADMINISTRATOR", "BILLING"}`, 1)
+	return strings.Replace(string(content), before, before+`"BILLING": "organization", `, 1)
 }
 
 type report struct {
