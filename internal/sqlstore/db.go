@@ -57,7 +57,7 @@ var sessionSettings = map[string]string{
 // DB is the database. It implements orgkey.Store and audit.Store.
 type DB struct {
 	archive          // the log as it is at each moment
-	read     *sql.DB // PostgreSQL: everything; SQLite: readers
+	read     *pool   // PostgreSQL: everything; SQLite: readers
 	writer   *writer // SQLite only
 	postgres bool
 	recorded chan struct{}
@@ -84,10 +84,11 @@ func openSQLite(ctx context.Context, path string) (*DB, error) {
 		return nil, fmt.Errorf("opening %s: %w", path, err)
 	}
 	single.SetMaxOpenConns(2) // the writer's, and one for migrations
-	readers, err := sql.Open("sqlite", dsn("&_pragma=query_only(1)"))
+	opened, err := sql.Open("sqlite", dsn("&_pragma=query_only(1)"))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), single.Close())
 	}
+	readers := &pool{DB: opened, prepared: map[string]*sql.Stmt{}}
 	readers.SetMaxOpenConns(poolSize)
 	readers.SetMaxIdleConns(poolSize)
 	d := &DB{archive: archive{readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
@@ -109,15 +110,15 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 	if config.ValidateConnect == nil { // the URL has no target_session_attrs
 		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
 	}
-	pool := stdlib.OpenDB(*config, stdlib.OptionAfterConnect(checkDurable))
-	pool.SetMaxOpenConns(poolSize)
-	pool.SetMaxIdleConns(poolSize)
-	pool.SetConnMaxIdleTime(idleTime)
-	pool.SetConnMaxLifetime(connectionLife)
-	if err := pool.PingContext(ctx); err != nil {
-		return nil, errors.Join(unavailable(fmt.Errorf("connecting to PostgreSQL: %w", err)), pool.Close())
+	all := &pool{DB: stdlib.OpenDB(*config, stdlib.OptionAfterConnect(checkDurable))}
+	all.SetMaxOpenConns(poolSize)
+	all.SetMaxIdleConns(poolSize)
+	all.SetConnMaxIdleTime(idleTime)
+	all.SetConnMaxLifetime(connectionLife)
+	if err := all.PingContext(ctx); err != nil {
+		return nil, errors.Join(unavailable(fmt.Errorf("connecting to PostgreSQL: %w", err)), all.Close())
 	}
-	return &DB{archive: archive{pool}, read: pool, postgres: true, recorded: make(chan struct{}, 1)}, nil
+	return &DB{archive: archive{all}, read: all, postgres: true, recorded: make(chan struct{}, 1)}, nil
 }
 
 // checkDurable refuses a server that may lose what it has acknowledged, at

@@ -64,7 +64,7 @@ func (d *DB) provider() (*goose.Provider, error) {
 		if err != nil {
 			return nil, err
 		}
-		return newProvider(goose.DialectPostgres, d.read, "migrations/postgres", goose.WithSessionLocker(locker))
+		return newProvider(goose.DialectPostgres, d.read.DB, "migrations/postgres", goose.WithSessionLocker(locker))
 	}
 	return newProvider(goose.DialectSQLite3, d.writer.db, "migrations/sqlite")
 }

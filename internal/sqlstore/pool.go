@@ -1,0 +1,55 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"sync"
+)
+
+// pool is the connections that many use at once. SQLite's keeps its statements
+// prepared, because parsing was half of what a small query costs; pgx does so
+// by itself. Statements are constants of this package, so there are few.
+type pool struct {
+	*sql.DB
+	mu       sync.RWMutex
+	prepared map[string]*sql.Stmt // nil in PostgreSQL's
+}
+
+func (p *pool) statement(ctx context.Context, text string) (*sql.Stmt, error) {
+	p.mu.RLock()
+	s := p.prepared[text]
+	p.mu.RUnlock()
+	if s != nil {
+		return s, nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s := p.prepared[text]; s != nil {
+		return s, nil
+	}
+	s, err := p.PrepareContext(ctx, text)
+	if err == nil {
+		p.prepared[text] = s
+	}
+	return s, err
+}
+
+func (p *pool) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {
+	if p.prepared == nil {
+		return p.DB.QueryContext(ctx, text, args...)
+	}
+	s, err := p.statement(ctx, text)
+	if err != nil {
+		return nil, err
+	}
+	return s.QueryContext(ctx, args...)
+}
+
+func (p *pool) QueryRowContext(ctx context.Context, text string, args ...any) *sql.Row {
+	if p.prepared != nil {
+		if s, err := p.statement(ctx, text); err == nil {
+			return s.QueryRowContext(ctx, args...)
+		}
+	}
+	return p.DB.QueryRowContext(ctx, text, args...) // and so the row says what is wrong
+}
