@@ -35,6 +35,8 @@ func TestPromise2_MovedCiphertextsDoNotOpen(t *testing.T) {
 	}
 	harness.Unprotect(t, db)
 	sa, sb, sc := sealed(a.ID), sealed(b.ID), sealed(c.ID)
+	s.List(t, first) // what the service remembers of an earlier list must not help
+	s.List(t, second)
 
 	t.Run("within one organization", func(t *testing.T) {
 		put(a.ID, sb)

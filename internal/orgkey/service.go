@@ -43,6 +43,7 @@ type Config struct {
 type Service struct {
 	Config
 	admission *semaphore.Weighted
+	opener    *opener
 }
 
 // New returns a Service, or an error that names what is wrong with c.
@@ -50,7 +51,11 @@ func New(c Config) (*Service, error) {
 	if c.Limit < 0 || c.Concurrency < 1 || c.ReservationLife < 2*time.Second || c.AuditDeadline <= 0 {
 		return nil, fmt.Errorf("limit %d, concurrency %d, reservation life %s, audit deadline %s: out of range", c.Limit, c.Concurrency, c.ReservationLife, c.AuditDeadline)
 	}
-	return &Service{Config: c, admission: semaphore.NewWeighted(int64(c.Concurrency))}, nil
+	o, err := newOpener(c.Sealer)
+	if err != nil {
+		return nil, err
+	}
+	return &Service{Config: c, admission: semaphore.NewWeighted(int64(c.Concurrency)), opener: o}, nil
 }
 
 // List returns org's released keys, newest first. It fails closed: one record
@@ -82,22 +87,14 @@ func (s *Service) keys(ctx context.Context, org string) ([]Key, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading keys: %w", err)
 	}
-	sealed := make([]Sealed, len(records))
-	for i, r := range records {
-		sealed[i] = Sealed{Binding{PublicKey, org, r.ID}, r.Sealed}
-	}
-	opened, err := s.Sealer.Open(ctx, sealed)
+	opened, err := s.opener.open(ctx, org, records)
 	if err != nil {
 		return nil, fmt.Errorf("opening keys: %w", err)
 	}
 	keys := make([]Key, len(records))
 	for i, r := range records {
-		public, err := ParsePublic(opened[i])
-		if err != nil {
-			return nil, fmt.Errorf("key %s: %w", r.ID, err)
-		}
 		keys[i] = Key{
-			ID: r.ID, Org: org, Public: public, Fingerprint: Thumbprint(public),
+			ID: r.ID, Org: org, Public: opened[i], Fingerprint: Thumbprint(opened[i]),
 			Created: r.Created, Delivered: r.Delivered, LastUsed: r.LastUsed, Nodes: r.Nodes,
 		}
 	}

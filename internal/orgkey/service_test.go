@@ -429,6 +429,39 @@ func TestPromise2_SwappedCiphertextsFailTheWholeList(t *testing.T) {
 	}
 }
 
+// countingSealer counts what it is asked to open.
+type countingSealer struct {
+	orgkey.Sealer
+	opened atomic.Int64
+}
+
+func (s *countingSealer) Open(ctx context.Context, items []orgkey.Sealed) ([][]byte, error) {
+	s.opened.Add(int64(len(items)))
+	return s.Sealer.Open(ctx, items)
+}
+
+// A list asks the back end once for each key, and again for one whose
+// ciphertext is not the one that was opened.
+func TestOpenedKeysAreRememberedByTheirCiphertext(t *testing.T) {
+	sealer := &countingSealer{Sealer: token}
+	f := newFixture(t, func(c *orgkey.Config) { c.Sealer = sealer })
+	f.generate(t, "acme")
+	f.generate(t, "acme")
+	for range 3 {
+		f.listed(t, "acme")
+	}
+	if n := sealer.opened.Load(); n != 2 {
+		t.Errorf("3 lists of 2 keys opened %d values, want 2", n)
+	}
+	if _, err := f.raw.Exec(`CREATE TABLE before AS SELECT id, sealed FROM org_keys;
+		UPDATE org_keys SET sealed = (SELECT sealed FROM before WHERE before.id <> org_keys.id)`); err != nil {
+		t.Fatal(err)
+	}
+	if keys, err := f.List(t.Context(), owner("acme"), "acme"); !errors.Is(err, orgkey.ErrSealBroken) {
+		t.Errorf("after their ciphertexts were swapped: listed %v, %v", keys, err)
+	}
+}
+
 // Promise 5: every authenticated operation, denied ones and reads included, leaves its own event.
 func TestPromise5_EveryOperationLeavesItsEvent(t *testing.T) {
 	f := newFixture(t, func(c *orgkey.Config) { c.Limit = 1 })
