@@ -5,9 +5,11 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -52,6 +54,61 @@ func TestSettingsDocumentIsTheSettingsTable(t *testing.T) {
 	}
 	if !found || table != settingsTable() {
 		t.Error("docs/settings.md has not the settings that there are: run go test ./docs -update")
+	}
+}
+
+// The table of docs/api.md has every errorCode that openapi.yaml declares, and
+// no other, under the status that the code gives it.
+func TestAPIDocumentHasEveryErrorCode(t *testing.T) {
+	_, declared, _ := strings.Cut(read(t, "internal/api/openapi.yaml"), "description: Stable, for programs.\n")
+	declared, _, _ = strings.Cut(declared, "requestId:")
+	codes := regexp.MustCompile(`(?m)^ +- (\w+)$`).FindAllStringSubmatch(declared, -1)
+	if len(codes) < 20 {
+		t.Fatalf("openapi.yaml declares %d error codes", len(codes))
+	}
+	documented := map[string]string{} // code → status
+	for _, row := range regexp.MustCompile("(?m)^\\| (\\d{3}) \\| ([^|]+) \\|").FindAllStringSubmatch(read(t, "docs/api.md"), -1) {
+		for _, code := range regexp.MustCompile("`(\\w+)`").FindAllStringSubmatch(row[2], -1) {
+			documented[code[1]] = row[1]
+		}
+	}
+	for _, code := range codes {
+		if documented[code[1]] == "" {
+			t.Errorf("docs/api.md does not say what %s is", code[1])
+		}
+	}
+	if len(documented) != len(codes) {
+		t.Errorf("docs/api.md has %d error codes, openapi.yaml %d", len(documented), len(codes))
+	}
+	source := read(t, "internal/api/errors.go") + read(t, "internal/api/node.go")
+	problems := regexp.MustCompile(`problem\{http\.Status(\w+), "(\w+)"`).FindAllStringSubmatch(source, -1)
+	if len(problems) < 20 {
+		t.Fatalf("%d problems were found in package api", len(problems))
+	}
+	for _, p := range problems {
+		if status := documented[p[2]]; status != statusNamed(p[1]) {
+			t.Errorf("docs/api.md gives %s the status %s; it is http.Status%s", p[2], status, p[1])
+		}
+	}
+}
+
+// statusNamed is the number of net/http's constant Status and name.
+func statusNamed(name string) string {
+	for status := 100; status < 600; status++ {
+		if strings.ReplaceAll(http.StatusText(status), " ", "") == name {
+			return strconv.Itoa(status)
+		}
+	}
+	return "unknown"
+}
+
+func TestREADMENamesTheGoVersionThatIsNeeded(t *testing.T) {
+	version := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(read(t, "go.mod"))
+	if version == nil {
+		t.Fatal("go.mod names no version")
+	}
+	if needed := "Go " + version[1] + " or newer"; !strings.Contains(read(t, "README.md"), needed) {
+		t.Errorf("README.md does not say %q", needed)
 	}
 }
 
@@ -111,7 +168,12 @@ func TestLinksLeadToFiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range append(documents, "../README.md", "../SECURITY.md", "../CHANGELOG.md") {
+	decisions, err := filepath.Glob("decisions/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	documents = append(documents, decisions...)
+	for _, path := range append(documents, "../README.md", "../SECURITY.md", "../CHANGELOG.md", "../CONTRIBUTING.md", "../policies/README.md", "../vault/README.md") {
 		if strings.HasPrefix(path, "contract-") {
 			continue // the page as it was given
 		}
