@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -67,7 +68,7 @@ func TestAPIDocumentHasEveryErrorCode(t *testing.T) {
 		t.Fatalf("openapi.yaml declares %d error codes", len(codes))
 	}
 	documented := map[string]string{} // code → status
-	for _, row := range regexp.MustCompile("(?m)^\\| (\\d{3}) \\| ([^|]+) \\|").FindAllStringSubmatch(read(t, "docs/api.md"), -1) {
+	for _, row := range regexp.MustCompile(`(?m)^\| (\d{3}) \| ([^|]+) \|`).FindAllStringSubmatch(read(t, "docs/api.md"), -1) {
 		for _, code := range regexp.MustCompile("`(\\w+)`").FindAllStringSubmatch(row[2], -1) {
 			documented[code[1]] = row[1]
 		}
@@ -183,14 +184,32 @@ func TestLinksLeadToFiles(t *testing.T) {
 		}
 		for _, m := range link.FindAllStringSubmatch(string(b), -1) {
 			checked++
-			if _, err := os.Stat(filepath.Join(filepath.Dir(path), m[1])); err != nil {
+			target := filepath.Join(filepath.Dir(path), m[1])
+			if _, err := os.Stat(target); err != nil {
 				t.Errorf("%s links to %s: %v", path, m[1], err)
+			} else if m[2] != "" && !slices.Contains(anchors(t, target), m[2]) {
+				t.Errorf("%s links to %s%s, which has no such heading", path, m[1], m[2])
 			}
 		}
 	}
 	if checked == 0 {
 		t.Error("no link was found to check")
 	}
+}
+
+// anchors are the links that GitHub gives the headings of a document.
+func anchors(t *testing.T, document string) []string {
+	t.Helper()
+	b, err := os.ReadFile(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, heading := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(string(b), -1) {
+		kept := regexp.MustCompile(`[^\pL\pN _-]`).ReplaceAllString(strings.ToLower(heading[1]), "")
+		all = append(all, "#"+strings.ReplaceAll(kept, " ", "-"))
+	}
+	return all
 }
 
 // The packages' table in docs/architecture.md names every package there is.
