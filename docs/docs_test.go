@@ -5,9 +5,12 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -52,6 +55,61 @@ func TestSettingsDocumentIsTheSettingsTable(t *testing.T) {
 	}
 	if !found || table != settingsTable() {
 		t.Error("docs/settings.md has not the settings that there are: run go test ./docs -update")
+	}
+}
+
+// The table of docs/api.md has every errorCode that openapi.yaml declares, and
+// no other, under the status that the code gives it.
+func TestAPIDocumentHasEveryErrorCode(t *testing.T) {
+	_, declared, _ := strings.Cut(read(t, "internal/api/openapi.yaml"), "description: Stable, for programs.\n")
+	declared, _, _ = strings.Cut(declared, "requestId:")
+	codes := regexp.MustCompile(`(?m)^ +- (\w+)$`).FindAllStringSubmatch(declared, -1)
+	if len(codes) < 20 {
+		t.Fatalf("openapi.yaml declares %d error codes", len(codes))
+	}
+	documented := map[string]string{} // code → status
+	for _, row := range regexp.MustCompile(`(?m)^\| (\d{3}) \| ([^|]+) \|`).FindAllStringSubmatch(read(t, "docs/api.md"), -1) {
+		for _, code := range regexp.MustCompile("`(\\w+)`").FindAllStringSubmatch(row[2], -1) {
+			documented[code[1]] = row[1]
+		}
+	}
+	for _, code := range codes {
+		if documented[code[1]] == "" {
+			t.Errorf("docs/api.md does not say what %s is", code[1])
+		}
+	}
+	if len(documented) != len(codes) {
+		t.Errorf("docs/api.md has %d error codes, openapi.yaml %d", len(documented), len(codes))
+	}
+	source := read(t, "internal/api/errors.go") + read(t, "internal/api/node.go")
+	problems := regexp.MustCompile(`problem\{http\.Status(\w+), "(\w+)"`).FindAllStringSubmatch(source, -1)
+	if len(problems) < 20 {
+		t.Fatalf("%d problems were found in package api", len(problems))
+	}
+	for _, p := range problems {
+		if status := documented[p[2]]; status != statusNamed(p[1]) {
+			t.Errorf("docs/api.md gives %s the status %s; it is http.Status%s", p[2], status, p[1])
+		}
+	}
+}
+
+// statusNamed is the number of net/http's constant Status and name.
+func statusNamed(name string) string {
+	for status := 100; status < 600; status++ {
+		if strings.ReplaceAll(http.StatusText(status), " ", "") == name {
+			return strconv.Itoa(status)
+		}
+	}
+	return "unknown"
+}
+
+func TestREADMENamesTheGoVersionThatIsNeeded(t *testing.T) {
+	version := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(read(t, "go.mod"))
+	if version == nil {
+		t.Fatal("go.mod names no version")
+	}
+	if needed := "Go " + version[1] + " or newer"; !strings.Contains(read(t, "README.md"), needed) {
+		t.Errorf("README.md does not say %q", needed)
 	}
 }
 
@@ -111,7 +169,12 @@ func TestLinksLeadToFiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range append(documents, "../README.md", "../SECURITY.md", "../CHANGELOG.md") {
+	decisions, err := filepath.Glob("decisions/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	documents = append(documents, decisions...)
+	for _, path := range append(documents, "../README.md", "../SECURITY.md", "../CHANGELOG.md", "../CONTRIBUTING.md", "../policies/README.md", "../vault/README.md") {
 		if strings.HasPrefix(path, "contract-") {
 			continue // the page as it was given
 		}
@@ -121,14 +184,32 @@ func TestLinksLeadToFiles(t *testing.T) {
 		}
 		for _, m := range link.FindAllStringSubmatch(string(b), -1) {
 			checked++
-			if _, err := os.Stat(filepath.Join(filepath.Dir(path), m[1])); err != nil {
+			target := filepath.Join(filepath.Dir(path), m[1])
+			if _, err := os.Stat(target); err != nil {
 				t.Errorf("%s links to %s: %v", path, m[1], err)
+			} else if m[2] != "" && !slices.Contains(anchors(t, target), m[2]) {
+				t.Errorf("%s links to %s%s, which has no such heading", path, m[1], m[2])
 			}
 		}
 	}
 	if checked == 0 {
 		t.Error("no link was found to check")
 	}
+}
+
+// anchors are the links that GitHub gives the headings of a document.
+func anchors(t *testing.T, document string) []string {
+	t.Helper()
+	b, err := os.ReadFile(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, heading := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(string(b), -1) {
+		kept := regexp.MustCompile(`[^\pL\pN _-]`).ReplaceAllString(strings.ToLower(heading[1]), "")
+		all = append(all, "#"+strings.ReplaceAll(kept, " ", "-"))
+	}
+	return all
 }
 
 // The packages' table in docs/architecture.md names every package there is.

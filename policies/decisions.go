@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -78,28 +79,21 @@ func Table() (Decisions, error) {
 	return d, nil
 }
 
-// Markdown renders the table as SECURITY.md shows it: what is allowed in bold,
-// by its scope, and what is denied by its reason.
+// Markdown renders the whole table, as policies/README.md shows it: what is
+// allowed in bold, by its scope, and what is denied by its reason.
 func (d Decisions) Markdown() string {
 	var b strings.Builder
-	b.WriteString("| Action | Organization |")
+	header := []string{"Action", "Organization"}
 	for _, c := range d.Callers {
-		fmt.Fprintf(&b, " %s |", c.Name)
+		header = append(header, c.Name)
 	}
-	b.WriteString("\n|---|---|" + strings.Repeat("---|", len(d.Callers)) + "\n")
+	tableHeader(&b, header)
 	for _, row := range d.Rows {
-		action := "(empty)"
-		if row.Action != "" {
-			action = "`" + row.Action + "`"
-		}
-		fmt.Fprintf(&b, "| %s | %s |", action, row.Organization)
+		cells := []string{row.name(), row.Organization}
 		for _, answer := range row.Answers {
-			if Allows(answer) {
-				answer = "**" + answer + "**"
-			}
-			fmt.Fprintf(&b, " %s |", answer)
+			cells = append(cells, emphasized(answer))
 		}
-		b.WriteByte('\n')
+		tableRow(&b, cells)
 	}
 	names := make([]string, len(d.Malformed))
 	for i, m := range d.Malformed {
@@ -109,7 +103,106 @@ func (d Decisions) Markdown() string {
 	return b.String()
 }
 
-// The markers in SECURITY.md between which the table stands.
+// Summary renders what differs between callers as a table, and the rows and
+// columns that say the same throughout in words, as SECURITY.md shows it.
+func (d Decisions) Summary() string {
+	var b strings.Builder
+	callers, always := d.callersThatDiffer()
+	header := []string{"Action, organization"}
+	for _, c := range callers {
+		header = append(header, d.Callers[c].Name)
+	}
+	tableHeader(&b, header)
+	var uniform []Row
+	for _, row := range d.Rows {
+		cells := []string{row.name() + ", " + row.Organization}
+		for _, c := range callers {
+			cells = append(cells, short(row.Answers[c]))
+		}
+		if len(slices.Compact(slices.Clone(cells[1:]))) == 1 {
+			uniform = append(uniform, row)
+			continue
+		}
+		tableRow(&b, cells)
+	}
+	b.WriteString("\n–: `" + insufficientRole + "`. The rest is the same for all of these callers:\n\n")
+	for _, line := range d.inWords(uniform, callers[0]) {
+		b.WriteString("- " + line + "\n")
+	}
+	for _, line := range always {
+		fmt.Fprintf(&b, "- %s, whatever is asked\n", line)
+	}
+	fmt.Fprintf(&b, "- %d kinds of malformed input: `malformed_request`, whatever else they say\n", len(d.Malformed))
+	return b.String()
+}
+
+// inWords says what caller, as everybody, is answered in rows: one line for
+// the organizations in which the same actions get the same answer.
+func (d Decisions) inWords(rows []Row, caller int) []string {
+	var order []string
+	actions := map[string][]string{} // organization: answer → actions
+	for _, row := range rows {
+		whose, answer := d.Organizations[row.Organization], row.Answers[caller]
+		key := fmt.Sprintf("%s (%q about %q): `%s`", row.Organization, whose.Caller, whose.Request, answer)
+		if actions[key] == nil {
+			order = append(order, key)
+		}
+		actions[key] = append(actions[key], row.name())
+	}
+	for i, key := range order {
+		order[i] = key + " to " + strings.Join(actions[key], ", ")
+	}
+	return order
+}
+
+// insufficientRole is the reason that most denials in one's own organization have.
+const insufficientRole = "insufficient_role"
+
+// callersThatDiffer are the indices of callers to whom the answer depends on
+// the request. always says what the others get.
+func (d Decisions) callersThatDiffer() (indices []int, always []string) {
+	for i, c := range d.Callers {
+		answer := d.Rows[0].Answers[i]
+		if slices.ContainsFunc(d.Rows, func(r Row) bool { return r.Answers[i] != answer }) {
+			indices = append(indices, i)
+			continue
+		}
+		always = append(always, fmt.Sprintf("%s: `%s`", c.Name, answer))
+	}
+	return indices, always
+}
+
+func (r Row) name() string {
+	if r.Action == "" {
+		return "(no action)"
+	}
+	return "`" + r.Action + "`"
+}
+
+func emphasized(answer string) string {
+	if Allows(answer) {
+		return "**" + answer + "**"
+	}
+	return answer
+}
+
+func short(answer string) string {
+	if answer == insufficientRole {
+		return "–"
+	}
+	return emphasized(answer)
+}
+
+func tableHeader(b *strings.Builder, cells []string) {
+	tableRow(b, cells)
+	b.WriteString("|" + strings.Repeat("---|", len(cells)) + "\n")
+}
+
+func tableRow(b *strings.Builder, cells []string) {
+	b.WriteString("| " + strings.Join(cells, " | ") + " |\n")
+}
+
+// The markers in a document between which the table stands.
 const (
 	Begin = "<!-- decisions:begin -->\n"
 	End   = "<!-- decisions:end -->\n"

@@ -1,6 +1,6 @@
 // Package policies holds the Rego policy that decides every request, its tests,
-// and the decision table that the Rego tests, the Go tests and SECURITY.md
-// share.
+// and the decision table that the Rego tests, the Go tests, SECURITY.md and
+// README.md share.
 package policies
 
 import "embed"
@@ -11,4 +11,5 @@ import "embed"
 //go:embed *.rego *.json
 var Files embed.FS
 
-//go:generate go run ./decisiontable ../SECURITY.md
+//go:generate go run ./decisiontable -summary ../SECURITY.md
+//go:generate go run ./decisiontable README.md

@@ -28,7 +28,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
-// TestUnusableCallersHear401 is §1's authentication through the real program:
+// TestUnusableCallersHear401 is the contract on authentication through the real program:
 // what passes, and what does not.
 func TestUnusableCallersHear401(t *testing.T) {
 	t.Parallel()

@@ -129,7 +129,7 @@ func TestKeysOfAnOrganization(t *testing.T) {
 	})
 }
 
-// TestRolesAndOrganizations is §1's column "Who", by example.
+// TestRolesAndOrganizations is the contract on who may do what, by example.
 func TestRolesAndOrganizations(t *testing.T) {
 	t.Parallel()
 	s := harness.Start(t)

@@ -1,4 +1,4 @@
-// Package e2e tests the contract of the service (DESIGN.md) against the real
+// Package e2e tests the contract of the service against the real
 // program with a real SoftHSM. A test's name begins with the promise it keeps.
 package e2e
 

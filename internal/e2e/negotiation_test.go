@@ -14,7 +14,7 @@ const (
 	asJSON = "application/json"
 )
 
-// TestFormOfThePrivateKey is §1's "The private key's response", by the clients
+// TestFormOfThePrivateKey is the contract on the form of the private key, by the clients
 // that send such headers.
 func TestFormOfThePrivateKey(t *testing.T) {
 	t.Parallel()

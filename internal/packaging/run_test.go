@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -123,6 +124,37 @@ func TestRunPrintsACommandThatSavesAKey(t *testing.T) {
 	token := regexp.MustCompile(`Bearer (\S+)"`).FindStringSubmatch(second.stdout.String())[1]
 	if n := countKeys(t, "http://"+address, token); n != 2 {
 		t.Errorf("started again, the organization has %d keys, not the 2 that were made", n)
+	}
+}
+
+// The commands in README.md and docs/api.md, pasted into one shell each.
+func TestTheCommandsInTheDocumentsWork(t *testing.T) {
+	address, dir := "127.0.0.1:"+freePort(t), t.TempDir()
+	bin, err := filepath.Abs(filepath.Join(root, "bin"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(bin, filepath.Join(dir, "bin")); err != nil {
+		t.Fatal(err)
+	}
+	r := run(t, append(os.Environ(), "ORGKEYS_LISTEN="+address, "ORGKEYS_ADMIN_LISTEN=127.0.0.1:"+freePort(t), "ORGKEYS_DATA_DIR="+filepath.Join(dir, ".orgkeys")))
+	r.command(t)
+	blocks := regexp.MustCompile("(?s)```sh\n(.*?)```")
+	for _, document := range []string{"README.md", "docs/api.md"} {
+		script := "set -euo pipefail\ncurl() { command curl --fail-with-body \"$@\"; }\n"
+		for _, block := range blocks.FindAllStringSubmatch(read(t, document), -1) {
+			if block[1] != "./scripts/run\n" {
+				script += block[1]
+			}
+		}
+		if !strings.Contains(script, "key.pem") {
+			t.Errorf("%s has no command that makes a key", document)
+		}
+		cmd := exec.Command("bash", "-c", strings.ReplaceAll(script, "127.0.0.1:3000", address))
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", document, err, out)
+		}
 	}
 }
 

@@ -1,11 +1,12 @@
 // Decisiontable puts the decision table into a Markdown document, between the
 // lines <!-- decisions:begin --> and <!-- decisions:end -->. Without a document
-// it prints the table.
+// it prints the table. With -summary, what says the same throughout is in words.
 //
-//	go run ./policies/decisiontable SECURITY.md
+//	go run ./policies/decisiontable -summary SECURITY.md
 package main
 
 import (
+	"flag"
 	"fmt"
 	"os"
 
@@ -13,23 +14,29 @@ import (
 )
 
 func main() {
-	if err := run(os.Args[1:]); err != nil {
+	summary := flag.Bool("summary", false, "put what says the same throughout in words")
+	flag.Parse()
+	if err := run(*summary, flag.Args()); err != nil {
 		fmt.Fprintln(os.Stderr, "decisiontable:", err)
 		os.Exit(1)
 	}
 }
 
-func run(documents []string) error {
+func run(summary bool, documents []string) error {
 	decisions, err := policies.Table()
 	if err != nil {
 		return err
 	}
+	text := decisions.Markdown()
+	if summary {
+		text = decisions.Summary()
+	}
 	if len(documents) == 0 {
-		fmt.Print(decisions.Markdown())
+		fmt.Print(text)
 		return nil
 	}
 	for _, name := range documents {
-		if err := replace(name, decisions.Markdown()); err != nil {
+		if err := replace(name, text); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
