@@ -36,11 +36,11 @@ default decision := {"allow": false, "reason": "malformed_request", "scope": ""}
 # rules and objects stay unknown.
 decision := {"allow": true, "reason": "allowed", "scope": scope} if {
 	well_formed
-	own_organization
+	input.caller.org == input.org
 } else := {"allow": false, "reason": "insufficient_role", "scope": ""} if {
 	well_formed
 	known_action
-	own_organization
+	input.caller.org == input.org
 } else := {"allow": false, "reason": "other_organization", "scope": ""} if {
 	well_formed
 	known_action
@@ -59,8 +59,6 @@ scope := "organization" if {
 	input.caller.kind == "user"
 	grants[input.action][input.caller.roles[_]] == "own"
 }
-
-own_organization if input.caller.org == input.org
 
 known_action if grants[input.action]
 
