@@ -30,8 +30,9 @@
 // unknown organization costs as much as a known one with one key and gets the
 // same answer. Opened public keys are cached by organization and key ID, so
 // that a request costs an unsealing only when its organization was not heard
-// of for a long time; whether a key lives is never cached, but read in the
-// transaction that acts. At most MaxKeys keys of an organization are tried.
+// of for a long time; that a damaged one does not open is remembered for a
+// minute. Whether a key lives is never cached, but read in the transaction that
+// acts. At most MaxKeys keys of an organization are tried.
 //
 // Verifications under way are bounded, in two lanes. A source address (IPv6 by
 // its /64) whose signatures failed too often lately is moved to the narrow

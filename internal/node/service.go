@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"strings"
@@ -47,7 +48,7 @@ func New(c Config) (*Service, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	v, err := newVerifier(c.Store, c.Sealer, c.Now)
+	v, err := newVerifier(c.Store, c.Sealer, c.Log, c.Now)
 	if err != nil {
 		return nil, err
 	}
@@ -84,8 +85,8 @@ func (s *Service) admit(ctx context.Context, from Origin, e endpoint, action aut
 
 func (s *Service) use(r signed) Use {
 	return Use{
-		Org: r.org, Key: r.key, Message: r.message, Request: r.digest(),
-		Until: r.presentable().Add(s.Window + margin),
+		Org: r.org, Key: r.key, Message: sha256.Sum256([]byte(r.line)), Request: r.digest(),
+		Until: r.presentable(r.line).Add(s.Window + margin),
 	}
 }
 
