@@ -445,7 +445,7 @@ func TestMovedSecretDoesNotOpen(t *testing.T) {
 		w.must(err)
 		w.must(w.db.PutSecret(t.Context(), "acme", node.SealedSecret{Name: "env_s3", Sealed: foreign}, 64, audit.New(audit.SecretPut, "acme")))
 		got, err := w.secrets(k.signedAt("192.0.2.1", w.now()))
-		w.want("a secret moved from another organization", err, orgkey.ErrSealBroken)
+		w.want("a secret moved from another organization", err, node.ErrSecretBroken)
 		if got != nil {
 			t.Errorf("got %v", got)
 		}

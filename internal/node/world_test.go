@@ -267,8 +267,12 @@ func (w *world) unregister(f fields) error {
 	return w.service.Unregister(w.t.Context(), here, f.body())
 }
 
-func (w *world) secrets(f fields) ([]node.Envelope, error) {
-	return w.service.Secrets(w.t.Context(), here, f.body())
+func (w *world) secrets(f fields) (got []node.Envelope, err error) {
+	err = w.service.Secrets(w.t.Context(), here, f.body(), func(e []node.Envelope) error {
+		got = e
+		return nil
+	})
+	return got, err
 }
 
 // by is a call of a person.
