@@ -7,7 +7,10 @@ COPY go.mod go.sum ./
 COPY cmd cmd
 COPY internal internal
 COPY policies policies
-RUN CGO_ENABLED=1 go build -trimpath -ldflags="-s -w" -o /out/ ./cmd/orgkeys
+# --build-arg VERSION=v1.2.3; .git, from which go build would know it, is not in here.
+ARG VERSION
+RUN CGO_ENABLED=1 go build -trimpath -ldflags="-s -w -X main.release=$VERSION" -o /out/ ./cmd/orgkeys
+RUN CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o /out/ ./cmd/orgkeys-node
 
 # What docker-compose.yml sets Vault up with: the vault command line, and this
 # project's policies and set-up script.
@@ -28,6 +31,8 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && install -d -m 0700 -o 10001 -g 10001 /var/lib/orgkeys
 COPY --from=build /out/orgkeys /usr/local/bin/orgkeys
+# For bridge nodes, which take it from here: static, it runs on any Linux.
+COPY --from=build /out/orgkeys-node /usr/local/bin/orgkeys-node
 COPY LICENSE /usr/share/doc/orgkeys/LICENSE
 ENV ORGKEYS_DATA_DIR=/var/lib/orgkeys
 VOLUME /var/lib/orgkeys

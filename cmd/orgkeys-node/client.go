@@ -35,7 +35,9 @@ const (
 	longestRetry     = 5 * time.Minute // of a server's Retry-After
 	maxSmallAnswer   = 64 << 10
 	maxSecretsAnswer = 8 << 20 // 64 secrets of 64 KiB in base64, and room
+	maxSecrets       = 64
 	maxHeaders       = 64 << 10
+	maxMessage       = 300             // of what the server says
 	clockTolerance   = 4 * time.Minute // the server's window is 5 minutes unless it is configured otherwise
 )
 
@@ -103,14 +105,18 @@ func (c *client) retry(ctx context.Context, limit int64, build func(context.Cont
 		if permanent, ok := errors.AsType[*failure](err); ok {
 			return answer{}, permanent
 		}
+		left := time.Until(deadline)
+		if left <= 0 {
+			return answer{}, c.gaveUp(a, err)
+		}
 		// Nodes that were cut off together must not come back together.
 		wait := pause/2 + rand.N(pause)
 		if wait < a.retry {
 			wait = a.retry + rand.N(pause)
 		}
-		if time.Now().Add(wait).After(deadline) || ctx.Err() != nil {
-			return answer{}, c.gaveUp(a, err)
-		}
+		// The last attempt is at the end. Ending earlier because the server asks
+		// for more patience would have a supervisor come back all the sooner.
+		wait = min(wait, left)
 		select {
 		case <-ctx.Done():
 			return answer{}, c.gaveUp(a, err)
@@ -120,6 +126,9 @@ func (c *client) retry(ctx context.Context, limit int64, build func(context.Cont
 }
 
 func (c *client) gaveUp(a answer, err error) error {
+	if outOfDate(err) {
+		return &failure{exitTryLater, fmt.Sprintf("the server's certificate is expired or not yet valid by this node's clock, tried for %s", c.s.wait), "check the clock (timedatectl set-ntp true), then the certificate", err}
+	}
 	hint := "check the network and the server; this can be run again"
 	if err == nil {
 		err = fmt.Errorf("it answers %d: %s", a.status, a.message())
@@ -152,17 +161,22 @@ func (c *client) once(ctx context.Context, limit int64, build func(context.Conte
 	return a, nil
 }
 
-// certificateTrouble makes an untrusted server an end and no reason to try again.
+// certificateTrouble makes an untrusted server an end and no reason to try
+// again, unless it may be this node's clock that is wrong: many machines boot
+// with one that is, and have it set a little later.
 func certificateTrouble(err error) error {
 	var untrusted *tls.CertificateVerificationError
-	if !errors.As(err, &untrusted) {
+	if !errors.As(err, &untrusted) || outOfDate(err) {
 		return err
 	}
-	hint := "check --server and --ca-file"
-	if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
-		hint = "check this node's clock, then the server's certificate"
-	}
-	return &failure{exitConfig, "the server's certificate is not trusted", hint, untrusted.Err}
+	return &failure{exitConfig, "the server's certificate is not trusted", "check --server and --ca-file", untrusted.Err}
+}
+
+// outOfDate reports whether a certificate was refused for the present time,
+// which is all that crypto/x509 calls Expired.
+func outOfDate(err error) bool {
+	invalid, ok := errors.AsType[x509.CertificateInvalidError](err)
+	return ok && invalid.Reason == x509.Expired
 }
 
 func (a answer) notNow() bool {
@@ -208,7 +222,10 @@ func (a answer) message() string {
 	if text == "" {
 		text = "no reason given"
 	}
-	return text[:min(len(text), 300)]
+	if len(text) > maxMessage {
+		text = strings.ToValidUTF8(text[:maxMessage], "") // no half of a character
+	}
+	return text
 }
 
 // refusal says why the server refused, and what to do.
@@ -277,7 +294,7 @@ func (c *client) register(ctx context.Context) error {
 		more["provider"] = c.s.provider
 	}
 	if c.s.services != "" {
-		more["nodeServices"] = jsontext.Value(c.s.services)
+		more["nodeServices"] = c.s.servicesNumber
 	}
 	a, err := c.post(ctx, "/register", maxSmallAnswer, more)
 	if err != nil {
@@ -333,6 +350,9 @@ func (c *client) secrets(ctx context.Context) ([]secret, error) {
 	if err := json.Unmarshal(a.body, &fields); err != nil || fields == nil {
 		return nonsense("the server's answer is not a JSON object", nil)
 	}
+	if success, ok := fields["success"]; ok && string(success) != "true" {
+		return nonsense("the server's answer says that it failed", errors.New(a.message()))
+	}
 	var all []secret
 	for field, value := range fields {
 		name, ok := strings.CutSuffix(field, "_enc")
@@ -351,6 +371,9 @@ func (c *client) secrets(ctx context.Context) ([]secret, error) {
 			return nonsense("secret "+name, err)
 		}
 		all = append(all, secret{name, opened})
+		if len(all) > maxSecrets {
+			return nonsense(fmt.Sprintf("the server's answer has more than %d secrets", maxSecrets), nil)
+		}
 	}
 	slices.SortFunc(all, func(a, b secret) int { return strings.Compare(a.name, b.name) })
 	return all, nil

@@ -38,11 +38,14 @@ func openDir(ctx context.Context, path string) (*dir, error) {
 		return wrong(err, "")
 	}
 	info, err := root.Stat(".")
-	if err == nil && info.Mode().Perm()&0o022 != 0 {
-		err = fmt.Errorf("others may write to it, mode %04o", info.Mode().Perm())
+	if err == nil {
+		err = checkOwner(info)
 	}
 	if err != nil {
-		return wrong(errors.Join(err, root.Close()), "chmod 700 "+path)
+		return wrong(errors.Join(err, root.Close()), "chown it to the user that this runs as")
+	}
+	if mode := info.Mode().Perm(); mode&0o022 != 0 {
+		return wrong(errors.Join(fmt.Errorf("others may write to it, mode %04o", mode), root.Close()), "chmod 700 "+path)
 	}
 	lock, err := root.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -54,6 +57,19 @@ func openDir(ctx context.Context, path string) (*dir, error) {
 		return wrong(err, "another run holds it")
 	}
 	return d, nil
+}
+
+// checkOwner refuses what belongs to another user, who could change it, or its
+// mode, at any time. Root could do so anyhow.
+func checkOwner(info fs.FileInfo) error {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return errors.New("it cannot be told who owns it")
+	}
+	if user := os.Geteuid(); stat.Uid != 0 && stat.Uid != uint32(user) {
+		return fmt.Errorf("it belongs to user %d, and this runs as user %d", stat.Uid, user)
+	}
+	return nil
 }
 
 // wait takes the lock, which another run gives back even if it is killed.

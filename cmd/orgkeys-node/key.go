@@ -12,6 +12,7 @@ import (
 	"io"
 	"math/big"
 	"os"
+	"syscall"
 )
 
 const maxKeyFile = 64 << 10
@@ -27,7 +28,8 @@ func readKey(path string) (key, error) {
 	wrong := func(err error, hint string) (key, error) {
 		return key{}, &failure{exitConfig, "key file " + path, hint, err}
 	}
-	f, err := os.Open(path)
+	// Opening a pipe would wait for its other end.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return wrong(err, "put the organization key there, mode 0600")
 	}
@@ -38,6 +40,9 @@ func readKey(path string) (key, error) {
 	}
 	if !info.Mode().IsRegular() {
 		return wrong(errors.New("not a file"), "give the file itself")
+	}
+	if err := checkOwner(info); err != nil {
+		return wrong(err, "chown it")
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
 		return wrong(fmt.Errorf("others may read it, mode %04o", mode), "chmod 600 "+path)

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 // Exit codes, after sysexits.h, so that a unit file can tell what another
@@ -92,7 +93,8 @@ Exit codes:
 func main() {
 	syscall.Umask(0o077)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	// A second signal ends the program whatever it waits for.
+	context.AfterFunc(ctx, stop)
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
@@ -116,7 +118,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err != nil {
 		r.ExitCode, r.Message = explain(ctx, err)
 	}
-	r.OK = err == nil
+	r.OK, r.Message = err == nil, oneLine(r.Message)
 	return r.print(s.json, stdout, stderr)
 }
 
@@ -142,16 +144,17 @@ func (r *report) print(asJSON bool, stdout, stderr io.Writer) int {
 	if !r.OK {
 		out = stderr
 	}
-	if _, err := fmt.Fprintf(out, "orgkeys-node: %s: %s\n", r.Command, oneLine(r.Message)); err != nil && r.OK {
+	if _, err := fmt.Fprintf(out, "orgkeys-node: %s: %s\n", r.Command, r.Message); err != nil && r.OK {
 		return exitCannotWrite
 	}
 	return r.ExitCode
 }
 
-// oneLine keeps what a server says from looking like more than one line of a log.
+// oneLine keeps what a server says from looking like more than one line of a
+// log, or like another text than it is.
 func oneLine(text string) string {
 	return strings.Map(func(c rune) rune {
-		if c < ' ' || c == 0x7f || (c >= 0x80 && c < 0xa0) {
+		if unicode.In(c, unicode.Cc, unicode.Cf, unicode.Zl, unicode.Zp) {
 			return ' '
 		}
 		return c
@@ -167,7 +170,7 @@ func execute(ctx context.Context, s settings, r *report) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*s.wait+attemptTimeout)
+	ctx, cancel := context.WithTimeout(ctx, 2*(s.wait+attemptTimeout))
 	defer cancel()
 	switch s.command {
 	case "boot":

@@ -4,12 +4,15 @@ import (
 	"bytes"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"log"
+	"math/big"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
@@ -26,6 +29,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/node"
 )
 
 var (
@@ -349,8 +353,28 @@ func TestRetryAfterIsHonoured(t *testing.T) {
 		serving(nil)(w, r)
 	}))
 	m.want(0, "registered", "register")
-	patient := newMachine(t, stub(t, refusing(429, "too_many_failures", "Retry-After", "100000")))
-	patient.want(69, "answers 429", "register", "--wait", "1s")
+}
+
+// A Retry-After beyond --wait does not end the run at once: a supervisor would
+// start it again all the sooner. It is tried once more at the end.
+func TestRetryAfterBeyondWait(t *testing.T) {
+	var attempts atomic.Int64
+	m := newMachine(t, stub(t, func(w http.ResponseWriter, r *http.Request) {
+		if attempts.Add(1) == 2 {
+			serving(nil)(w, r)
+			return
+		}
+		refusing(429, "too_many_failures", "Retry-After", "100000")(w, r)
+	}))
+	started := time.Now()
+	m.want(0, "registered", "register", "--wait", "2s")
+	if waited := time.Since(started); waited < 2*time.Second {
+		t.Errorf("came back after %s", waited)
+	}
+	m.want(69, "answers 429", "register", "--wait", "1s")
+	if attempts.Load() != 4 {
+		t.Errorf("%d attempts, want 4", attempts.Load())
+	}
 }
 
 func TestRefusalsSayWhatToDo(t *testing.T) {
@@ -368,7 +392,15 @@ func TestRefusalsSayWhatToDo(t *testing.T) {
 		"refused":            {refusing(403, "access_denied"), 77, "refuses (403): as told second line"},
 		"redirect":           {refusing(302, "", "Location", "https://evil.example/"), 76, "redirects (302)"},
 		"another server":     {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) }, 76, "is http://127.0.0.1"},
-		"a page":             {func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "<html>") }, 76, "orgkeys server?"},
+		"a long message": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(403)
+			io.WriteString(w, `{"message":"x`+strings.Repeat("ü", 200)+`"}`)
+		}, 77, ": x" + strings.Repeat("ü", 149) + "\n"},
+		"a message in disguise": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(403)
+			io.WriteString(w, "{\"message\":\"a\u202eb\u2028c\"}")
+		}, 77, ": a b c\n"},
+		"a page": {func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "<html>") }, 76, "orgkeys server?"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t, stub(t, c.h))
@@ -406,6 +438,7 @@ func TestHostileServer(t *testing.T) {
 		"name twice":             []byte(strings.Replace(good, "{", `{"env_s3_enc":"x",`, 1)),
 		"null":                   []byte("null"),
 		"an array":               []byte("[]"),
+		"a failure":              []byte(`{"success":false,"message":"as told"}`),
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t, stub(t, serving(answer)))
@@ -415,6 +448,19 @@ func TestHostileServer(t *testing.T) {
 	}
 	m := newMachine(t, stub(t, serving(with("something", "else"))))
 	m.want(0, "1 secrets written", "boot")
+}
+
+func TestAnswerMayHaveAsManySecretsAsTheServerKeeps(t *testing.T) {
+	secrets := map[string]string{}
+	for i := range node.MaxSecrets {
+		secrets[fmt.Sprintf("env_%d", i)] = "A=1"
+	}
+	m := newMachine(t, stub(t, serving(sealed(t, secrets))))
+	m.want(0, "64 secrets written", "secrets")
+	secrets["one_more"] = "A=1"
+	over := newMachine(t, stub(t, serving(sealed(t, secrets))))
+	over.want(76, "more than 64 secrets", "secrets")
+	over.holds(nil)
 }
 
 func TestAnswersWithoutEndAreCutOff(t *testing.T) {
@@ -488,6 +534,7 @@ func TestDoubtfulSettingsAreRefused(t *testing.T) {
 		{"not https", []string{"--server", "http://192.0.2.1:3000"}},
 		{"not https", []string{"--server", "http://orgkeys.example"}},
 		{"not https", []string{"--server", "ftp://127.0.0.1"}},
+		{"not of the form", []string{"--server", "https://host/a?"}},
 		{"not of the form", []string{"--server", "https://user:pass@host"}},
 		{"not of the form", []string{"--server", ""}},
 		{"not an organization ID", []string{"--org", "a|b"}},
@@ -513,6 +560,84 @@ func TestDoubtfulSettingsAreRefused(t *testing.T) {
 	}
 	os.Remove(m.key)
 	m.want(78, "put the organization key there", "boot")
+	if err := syscall.Mkfifo(m.key, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.want(78, "not a file", "boot")
+}
+
+// Numbers are sent as numbers, however they were written.
+func TestServicesAreSentAsANumber(t *testing.T) {
+	var got atomic.Value
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		got.Store(string(body))
+		serving(nil)(w, r)
+	}))
+	t.Cleanup(s.Close)
+	m := newMachine(t, s.URL)
+	for text, want := range map[string]string{"3": "3", "007": "7", "+5": "5", "-1": "-1", "9007199254740991": "9007199254740991"} {
+		m.want(0, "registered", "register", "--services", text)
+		if body, _ := got.Load().(string); !strings.Contains(body, `"nodeServices":`+want+`,`) {
+			t.Errorf("--services %s: sent %s", text, body)
+		}
+	}
+}
+
+// Whatever a run waits for, a second signal ends it. Reading a pipe is the
+// example: nothing but a signal's default action gets a process out of that.
+func TestSecondSignalEndsTheProgram(t *testing.T) {
+	m := newMachine(t, "https://127.0.0.1:1")
+	pipe := filepath.Join(t.TempDir(), "ca.pem")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := m.command("acme", "boot", "--ca-file", pipe)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	// Opening the pipe succeeds once the program is there to read it.
+	w, err := os.OpenFile(pipe, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-ended:
+			return
+		case <-time.After(50 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			cmd.Process.Kill()
+			t.Fatal("many signals did not end it")
+		}
+	}
+}
+
+// The owner of a file can change it, and its mode, at any time. A test has
+// files of other users only as root; as another user, what belongs to the
+// system's root is what it may trust.
+func TestOwnersAreChecked(t *testing.T) {
+	m := newMachine(t, stub(t, serving([]byte(`{}`))))
+	m.want(0, "registered", "boot")
+	if os.Geteuid() != 0 {
+		m.key = "/etc/passwd"
+		m.want(78, "others may read it", "boot")
+		return
+	}
+	for path, want := range map[string]int{m.dir: 73, m.key: 78} {
+		if err := os.Chown(path, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+		m.want(want, "belongs to user 65534, and this runs as user 0", "boot")
+		if err := os.Chown(path, 0, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func TestUntrustedCertificateIsNotRetried(t *testing.T) {
@@ -525,6 +650,61 @@ func TestUntrustedCertificateIsNotRetried(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.want(0, "registered", "register", "--ca-file", ca)
+	t.Run("another host", func(t *testing.T) {
+		m.server = strings.Replace(s.URL, "127.0.0.1", "localhost", 1)
+		m.want(78, "certificate is not trusted", "register", "--ca-file", ca)
+	})
+}
+
+// certificate is a self-signed one for 127.0.0.1, and a file that has it in it.
+func certificate(t *testing.T, from, until time.Time) (tls.Certificate, string) {
+	t.Helper()
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: from, NotAfter: until, IsCA: true, BasicConstraintsValid: true,
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &private.PublicKey, private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private}, file
+}
+
+// A node often boots with a wrong clock and has it set a little later: to it
+// the server's certificate is out of date first and good then.
+func TestWrongClockOverTLSIsWaitedFor(t *testing.T) {
+	now := time.Now()
+	good, goodFile := certificate(t, now.Add(-time.Hour), now.Add(time.Hour))
+	for name, c := range map[string]struct{ from, until time.Time }{
+		"future":  {now.Add(time.Hour), now.Add(2 * time.Hour)},
+		"expired": {now.Add(-2 * time.Hour), now.Add(-time.Hour)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			wrong, file := certificate(t, c.from, c.until)
+			var seen, mends atomic.Int64
+			s := httptest.NewUnstartedServer(serving([]byte(`{}`)))
+			s.Config.ErrorLog = log.New(t.Output(), "", 0)
+			s.Listener = tls.NewListener(s.Listener, &tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+				if n := seen.Add(1); mends.Load() > 0 && n > mends.Load() {
+					return &good, nil
+				}
+				return &wrong, nil
+			}})
+			s.Start()
+			t.Cleanup(s.Close)
+			m := newMachine(t, strings.Replace(s.URL, "http:", "https:", 1))
+			m.want(75, "not yet valid by this node's clock", "boot", "--ca-file", file, "--wait", "1s")
+			if seen.Load() < 2 {
+				t.Errorf("%d attempts", seen.Load())
+			}
+			mends.Store(seen.Load() + 1)
+			m.want(0, "registered", "boot", "--ca-file", goodFile, "--wait", "60s")
+		})
+	}
 }
 
 func TestFilesThatAreNotAsTheyMustBeAreReplaced(t *testing.T) {

@@ -31,7 +31,8 @@ type settings struct {
 	wait     time.Duration
 	json     bool
 
-	base *url.URL // server, checked
+	base           *url.URL // server, checked
+	servicesNumber int64    // services, read
 }
 
 // flags declares every flag over s, each with its environment variable as the default.
@@ -116,7 +117,10 @@ func (s *settings) check() error {
 	if s.region == "" || strings.ContainsAny(s.region, "|\r\n") {
 		return usageError("--region %q is empty, or has a | in it", s.region)
 	}
-	if _, err := strconv.ParseInt(s.services, 10, 64); s.services != "" && err != nil {
+	if s.services == "" {
+		return nil
+	}
+	if s.servicesNumber, err = strconv.ParseInt(s.services, 10, 64); err != nil {
 		return usageError("--services %q is not a number", s.services)
 	}
 	return nil
@@ -125,7 +129,7 @@ func (s *settings) check() error {
 // checkServer refuses to send secrets or signatures over a network in the clear.
 func checkServer(server string) (*url.URL, error) {
 	u, err := url.Parse(server)
-	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" {
 		return nil, usageError("--server %q is not of the form https://host or https://host:port", server)
 	}
 	u.Path = strings.TrimRight(u.Path, "/")

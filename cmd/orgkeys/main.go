@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -60,9 +61,11 @@ HSM, hands each private key out exactly once, keeps the public key only
 encrypted, and leaves an audit trail that proves what happened.
 
 Settings are environment variables; "orgkeys serve --help" lists them all.`,
+		Version:       version(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
+	root.SetVersionTemplate("{{.Version}}\n")
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.PersistentFlags().String("config", "", "file of NAME=VALUE lines with settings; the environment comes first")
 	root.AddCommand(newServe(), newToken(), newAudit(), newMigrate(), newDoctor(), newRewrap(), newVersion())
@@ -90,6 +93,10 @@ func newVersion() *cobra.Command {
 	}
 }
 
+// release is the version that an image's build gives to the linker, where there
+// is no repository to know it from.
+var release string
+
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -100,5 +107,5 @@ func version() string {
 		setting[s.Key] = s.Value
 	}
 	return strings.Join(strings.Fields(fmt.Sprintf("orgkeys %s %s cgo=%s %s",
-		info.Main.Version, setting["vcs.revision"], setting["CGO_ENABLED"], info.GoVersion)), " ")
+		cmp.Or(release, info.Main.Version), setting["vcs.revision"], setting["CGO_ENABLED"], info.GoVersion)), " ")
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"time"
 
 	"github.com/gin-gonic/gin"
 
@@ -19,7 +20,7 @@ import (
 type Nodes interface {
 	Register(ctx context.Context, from node.Origin, body []byte) error
 	Unregister(ctx context.Context, from node.Origin, body []byte) error
-	Secrets(ctx context.Context, from node.Origin, body []byte) ([]node.Envelope, error)
+	Secrets(ctx context.Context, from node.Origin, body []byte, deliver func([]node.Envelope) error) error
 	List(ctx context.Context, call gate.Call, org string) ([]node.Node, error)
 	Delete(ctx context.Context, call gate.Call, org, id string) error
 	PutSecret(ctx context.Context, call gate.Call, org, name string, value []byte) error
@@ -39,6 +40,7 @@ var (
 	nodeNotFound   = problem{http.StatusNotFound, "node_not_found", "Node not found", 0}
 	nodeDeleted    = problem{http.StatusBadRequest, "node_already_deleted", "Node is already deleted", 0}
 	secretNotFound = problem{http.StatusNotFound, "secret_not_found", "Secret not found", 0}
+	secretBroken   = problem{http.StatusInternalServerError, "secret_broken", "A boot secret of this organization cannot be opened. An administrator has to store it again.", 0}
 	tooManySecrets = problem{http.StatusBadRequest, "too_many_secrets", "Maximum number of secrets (64) has been reached. Please delete existing secrets before creating new ones.", 0}
 )
 
@@ -59,6 +61,7 @@ func nodeProblem(err error) (problem, bool) {
 		{node.ErrNodeNotFound, nodeNotFound},
 		{node.ErrAlreadyDeleted, nodeDeleted},
 		{node.ErrSecretNotFound, secretNotFound},
+		{node.ErrSecretBroken, secretBroken},
 		{node.ErrTooManySecrets, tooManySecrets},
 	} {
 		if errors.Is(err, known.err) {
@@ -156,16 +159,37 @@ func (a *API) fetchSecrets(c *gin.Context) {
 	if !ok {
 		return
 	}
-	envelopes, err := a.Nodes.Secrets(c.Request.Context(), origin(c), body)
+	err := a.Nodes.Secrets(c.Request.Context(), origin(c), body, func(envelopes []node.Envelope) error {
+		return writeEnvelopes(c, envelopes)
+	})
 	if err != nil {
 		a.failSigned(c, err)
-		return
 	}
-	answer := make(map[string]string, len(envelopes))
-	for _, e := range envelopes {
-		answer[e.Name+"_enc"] = string(e.Text)
+}
+
+// writeEnvelopes writes one envelope after the other, so that there is no
+// second copy of them all, and bounds how long a reader may hold them.
+func writeEnvelopes(c *gin.Context, envelopes []node.Envelope) error {
+	if err := http.NewResponseController(underlying(c)).SetWriteDeadline(time.Now().Add(secretsTimeout)); err != nil {
+		return err
 	}
-	writeJSON(c, http.StatusOK, answer)
+	c.Header("Content-Type", "application/json")
+	c.Status(http.StatusOK)
+	text := []byte("{")
+	for i, e := range envelopes {
+		if i > 0 {
+			text = append(text, ',')
+		}
+		text = appendJSONString(text, []byte(e.Name+"_enc"))
+		text = append(text, ':')
+		text = appendJSONString(text, e.Text)
+		if _, err := c.Writer.Write(text); err != nil {
+			return err
+		}
+		text = text[:0]
+	}
+	_, err := c.Writer.Write(append(text, '}'))
+	return err
 }
 
 type nodeList struct {

@@ -47,8 +47,11 @@ func (u *nodeUseCases) Unregister(_ context.Context, _ node.Origin, body []byte)
 	return u.note("unregister", string(body))
 }
 
-func (u *nodeUseCases) Secrets(_ context.Context, _ node.Origin, body []byte) ([]node.Envelope, error) {
-	return u.envelopes, u.note("secrets", string(body))
+func (u *nodeUseCases) Secrets(_ context.Context, _ node.Origin, body []byte, deliver func([]node.Envelope) error) error {
+	if err := u.note("secrets", string(body)); err != nil {
+		return err
+	}
+	return deliver(u.envelopes)
 }
 
 func (u *nodeUseCases) List(_ context.Context, _ gate.Call, org string) ([]node.Node, error) {
@@ -132,6 +135,8 @@ func TestRefusalsAboutNodesAndSecrets(t *testing.T) {
 		{"POST /register", node.ErrBusy, 503, "overloaded", "", ""},
 		{"POST /register", fmt.Errorf("writing: %w", orgkey.ErrUnavailable), 503, "unavailable", "", ""},
 		{"POST /register", errors.New("SQL"), 500, "internal", "Internal error", ""},
+		{"POST /secrets", fmt.Errorf("%w: %w", node.ErrSecretBroken, orgkey.ErrSealBroken), 500, "secret_broken", "", ""},
+		{"POST /secrets", node.ErrBusy, 503, "overloaded", "", ""},
 		{"POST /unregister", node.ErrNodeNotFound, 404, "node_not_found", "Node not found", ""},
 		{"POST /secrets", fmt.Errorf("%w: sink", gate.ErrAudit), 503, "audit_unavailable", "", ""},
 		{"POST /unregister", errors.Join(gate.ErrAudit, node.ErrNodeNotFound), 503, "audit_unavailable", "", ""},

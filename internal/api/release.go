@@ -42,8 +42,8 @@ func release(ctx context.Context, c *gin.Context, f form, g orgkey.Generated) er
 	return connection.Flush()
 }
 
-// appendJSONString appends text as a JSON string (RFC 8259, section 7). PEM is
-// ASCII, in which nothing else needs escaping. encoding/json would leave
+// appendJSONString appends text as a JSON string (RFC 8259, section 7). PEM and
+// envelopes are ASCII in which nothing else needs escaping. encoding/json would leave
 // copies of the key in buffers that nobody can clear; dst has to have room.
 func appendJSONString(dst, text []byte) []byte {
 	dst = append(dst, '"')

@@ -19,6 +19,7 @@ const (
 	readTimeout       = 10 * time.Second // for a whole request, body included
 	idleTimeout       = 60 * time.Second // between requests of a connection
 	releaseTimeout    = 5 * time.Second  // for writing a private key out
+	secretsTimeout    = 15 * time.Second // for writing boot secrets out, which may be 6 MB
 	answerTime        = 40 * time.Second // what a request may take beyond the generation deadline: a withdrawal (30 s) and its answer
 
 	checkTimeout  = 2 * time.Second // for a round of readiness checks

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -192,18 +193,29 @@ func TestPromise8_RestartsGoOnWithWhatIsThere(t *testing.T) {
 }
 
 // TestAnotherTokenIsRefused: with records that another token sealed, a fresh
-// one is the wrong one, and is not made in silence.
+// one is the wrong one, and is not made in silence. A boot secret is such a
+// record as much as a key.
 func TestAnotherTokenIsRefused(t *testing.T) {
 	t.Parallel()
-	s := harness.Start(t)
-	s.Generate(t, harness.Org())
-	s.Stop(t)
-	for _, name := range []string{"tokens", "pin"} {
-		if err := os.RemoveAll(filepath.Join(s.Dir, name)); err != nil {
-			t.Fatal(err)
-		}
-		if _, stderr, code := s.Run(t, "serve"); code == 0 || !strings.Contains(stderr, "token") {
-			t.Errorf("with %s gone: exit code %d\n%s", name, code, stderr)
+	for name, seal := range map[string]func(s *harness.Server, org string){
+		"a key": func(s *harness.Server, org string) { s.Generate(t, org) },
+		"a boot secret": func(s *harness.Server, org string) {
+			s.Do(t, harness.Request{
+				Method: "PUT", Path: "/organization/" + org + "/secret/env_s3", Token: s.Token(t, org, "OWNER"), Body: []byte("A=1"),
+				Header: http.Header{"Content-Type": {"application/octet-stream"}},
+			}).Want(t, 200, "Secret stored successfully")
+		},
+	} {
+		s := harness.Start(t)
+		seal(s, harness.Org())
+		s.Stop(t)
+		for _, gone := range []string{"tokens", "pin"} {
+			if err := os.RemoveAll(filepath.Join(s.Dir, gone)); err != nil {
+				t.Fatal(err)
+			}
+			if _, stderr, code := s.Run(t, "serve"); code == 0 || !strings.Contains(stderr, "token") {
+				t.Errorf("%s sealed, %s gone: exit code %d\n%s", name, gone, code, stderr)
+			}
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/node"
 )
 
 // Durable registrations a second over SQLite, file sink included, for an
@@ -44,7 +45,7 @@ func BenchmarkSecrets(b *testing.B) {
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			if _, err := w.service.Secrets(b.Context(), here, body); err != nil {
+			if err := w.service.Secrets(b.Context(), here, body, func([]node.Envelope) error { return nil }); err != nil {
 				b.Error(err)
 			}
 		}

@@ -30,8 +30,9 @@
 // unknown organization costs as much as a known one with one key and gets the
 // same answer. Opened public keys are cached by organization and key ID, so
 // that a request costs an unsealing only when its organization was not heard
-// of for a long time; whether a key lives is never cached, but read in the
-// transaction that acts. At most MaxKeys keys of an organization are tried.
+// of for a long time; that a damaged one does not open is remembered for a
+// minute. Whether a key lives is never cached, but read in the transaction that
+// acts. At most MaxKeys keys of an organization are tried.
 //
 // Verifications under way are bounded, in two lanes. A source address (IPv6 by
 // its /64) whose signatures failed too often lately is moved to the narrow
@@ -68,7 +69,7 @@ var (
 	ErrSignature = errors.New("signature is not valid")
 	// ErrTooManyFailures: ErrSignature, from an address that causes many, or no place in its lane.
 	ErrTooManyFailures = errors.New("too many failed signatures from this address")
-	// ErrBusy: too many verifications under way.
+	// ErrBusy: too many verifications under way, or too much memory taken by answers.
 	ErrBusy = errors.New("too many signed requests under way")
 	// ErrReused: the signature was used for another request.
 	ErrReused = errors.New("signature was used for another request")
@@ -80,6 +81,8 @@ var (
 	ErrAlreadyDeleted = errors.New("node is already deleted")
 	// ErrSecretNotFound: no such boot secret.
 	ErrSecretNotFound = errors.New("secret not found")
+	// ErrSecretBroken: a stored boot secret does not open for its organization and name.
+	ErrSecretBroken = errors.New("a boot secret does not open")
 	// ErrTooManySecrets: the organization has MaxSecrets boot secrets.
 	ErrTooManySecrets = fmt.Errorf("an organization may have %d secrets", MaxSecrets)
 )
@@ -171,6 +174,8 @@ type Store interface {
 	// Unregister records the use, deletes the node at ip and its associations,
 	// or reports ErrNodeNotFound. Uses are treated as by Register.
 	Unregister(ctx context.Context, use Use, ip netip.Addr, event func(id string, c Change) audit.Event) error
+	// SecretsSize returns how many bytes org's sealed secrets are.
+	SecretsSize(ctx context.Context, org string) (int64, error)
 	// Secrets returns org's secrets, by name.
 	Secrets(ctx context.Context, org, key string, event func(names []string) audit.Event) ([]SealedSecret, error)
 	// Nodes returns org's nodes that are not deleted, the newest registration first.

@@ -207,16 +207,18 @@ func (r request) messages() []string {
 	return lines
 }
 
-// presentable returns until when the line could be presented as fresh, before
-// any tolerance. That is its timestamp, but "ip|x|y" is read in two ways if the
-// organization's ID happens to be a number that reads as a timestamp: x and y
-// as region and timestamp, or (by unregister) as timestamp and organization.
-func (r request) presentable() time.Time {
+// presentable returns until when line, which was signed for r, could be
+// presented as fresh, before any tolerance. That is r's timestamp, but
+// "ip|x|y" is read in two ways, x and y as region and timestamp, or, by
+// unregister, as timestamp and organization, if y is the organization's ID and
+// happens to be a number that reads as a timestamp.
+func (r request) presentable(line string) time.Time {
 	latest := r.time
-	if _, numeric := jsonbody.ParseTimestamp(r.org); !numeric {
+	fields := strings.Split(line, "|")
+	if len(fields) != 3 || fields[2] != r.org {
 		return latest
 	}
-	for _, text := range []string{r.org, r.region} {
+	for _, text := range fields[1:] {
 		if t, ok := jsonbody.ParseTimestamp(text); ok && t.After(latest) {
 			latest = t
 		}

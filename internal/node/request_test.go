@@ -6,7 +6,6 @@ import (
 	"errors"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/orgkeys/orgkeys/internal/jsonbody"
 )
@@ -217,20 +216,34 @@ func TestLinesThatASignatureMayBeOver(t *testing.T) {
 }
 
 // The same bytes could be read as region and timestamp by register and as
-// timestamp and organization by unregister, at a later time.
+// timestamp and organization by unregister, at a later time. Lines that have
+// one reading only are kept no longer, whatever the organization is called.
 func TestUseIsKeptForEveryReadingOfTheLine(t *testing.T) {
-	later := "1700000290"
-	r, err := parse(unregister, body(t, map[string]any{"id_org": later, "region": nil}))
-	if err != nil || !r.presentable().Equal(time.Unix(1700000290, 0)) {
-		t.Errorf("organization that reads as a timestamp: kept until %s, %v", r.presentable(), err)
-	}
-	r, err = parse(register, body(t, map[string]any{"id_org": "1700000000", "region": later}))
-	if err != nil || !r.presentable().Equal(time.Unix(1700000290, 0)) {
-		t.Errorf("region that reads as a timestamp: kept until %s, %v", r.presentable(), err)
-	}
-	r, err = parse(register, body(t, map[string]any{"region": later}))
-	if err != nil || !r.presentable().Equal(time.Unix(1700000000, 0)) {
-		t.Errorf("only one reading: kept until %s, %v", r.presentable(), err)
+	const later, far = "1700000290", "9999999999999"
+	for name, c := range map[string]struct {
+		endpoint endpoint
+		change   map[string]any
+		line     int // of the request's messages
+		until    int64
+	}{
+		"organization that reads as a timestamp":     {unregister, map[string]any{"id_org": later, "region": nil}, 3, 1700000290},
+		"organization that reads as one far away":    {unregister, map[string]any{"id_org": far, "region": nil}, 3, 9999999999},
+		"region that reads as a timestamp":           {register, map[string]any{"id_org": "1700000000", "region": later}, 0, 1700000290},
+		"region alone":                               {register, map[string]any{"region": later}, 0, 1700000000},
+		"such an organization, registering":          {register, map[string]any{"id_org": far}, 0, 1700000000},
+		"such an organization, in the line":          {register, map[string]any{"id_org": far}, 1, 1700000000},
+		"such an organization, without a region":     {unregister, map[string]any{"id_org": far, "region": nil}, 1, 1700000000},
+		"such an organization, with an empty region": {unregister, map[string]any{"id_org": far, "region": nil}, 2, 1700000000},
+		"organization and region alike":              {register, map[string]any{"id_org": far, "region": far}, 0, 1700000000},
+	} {
+		r, err := parse(c.endpoint, body(t, c.change))
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		line := r.messages()[c.line]
+		if until := r.presentable(line); until.Unix() != c.until {
+			t.Errorf("%s: %q is kept until %d, want %d", name, line, until.Unix(), c.until)
+		}
 	}
 }
 

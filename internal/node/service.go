@@ -2,16 +2,16 @@ package node
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
-	"github.com/orgkeys/orgkeys/internal/envelope"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
@@ -37,6 +37,7 @@ type Service struct {
 	Config
 	verifier *verifier
 	seen     *seen
+	memory   *semaphore.Weighted // of answers to Secrets, in bytes
 }
 
 // New returns a Service, or an error that says what is wrong with c.
@@ -47,11 +48,11 @@ func New(c Config) (*Service, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	v, err := newVerifier(c.Store, c.Sealer, c.Now)
+	v, err := newVerifier(c.Store, c.Sealer, c.Log, c.Now)
 	if err != nil {
 		return nil, err
 	}
-	return &Service{Config: c, verifier: v, seen: newSeen()}, nil
+	return &Service{Config: c, verifier: v, seen: newSeen(), memory: semaphore.NewWeighted(answersMemory)}, nil
 }
 
 // signed is a request whose signature is good and that the policy lets through.
@@ -84,8 +85,8 @@ func (s *Service) admit(ctx context.Context, from Origin, e endpoint, action aut
 
 func (s *Service) use(r signed) Use {
 	return Use{
-		Org: r.org, Key: r.key, Message: r.message, Request: r.digest(),
-		Until: r.presentable().Add(s.Window + margin),
+		Org: r.org, Key: r.key, Message: sha256.Sum256([]byte(r.line)), Request: r.digest(),
+		Until: r.presentable(r.line).Add(s.Window + margin),
 	}
 }
 
@@ -140,72 +141,4 @@ func (s *Service) concluded(ctx context.Context, r signed, err error) error {
 	default:
 		return s.Failed(ctx, r.pass, audit.RequestFailed, "unavailable", err)
 	}
-}
-
-// Envelope is a boot secret, sealed to the key that asked for it.
-type Envelope struct {
-	Name string
-	Text []byte // JSON; see package envelope
-}
-
-// Secrets returns the boot secrets of the organization that the body names.
-// None is returned before its event is acknowledged by every required sink.
-func (s *Service) Secrets(ctx context.Context, from Origin, body []byte) ([]Envelope, error) {
-	r, err := s.admit(ctx, from, fetch, authz.FetchSecrets, body)
-	if err != nil {
-		return nil, err
-	}
-	var event audit.Event
-	sealed, err := s.Store.Secrets(ctx, r.org, r.key, func(names []string) audit.Event {
-		event = r.event(audit.SecretsFetched, "", "")
-		event.Detail["secrets"] = strings.Join(names, ",")
-		return event
-	})
-	if err := s.concluded(ctx, r, err); err != nil {
-		return nil, err
-	}
-	// A registration writes this down itself.
-	s.seen.node(Ref{r.org, r.addr}, s.Now())
-	envelopes, err := s.envelop(ctx, r, sealed)
-	if err != nil {
-		return nil, s.Failed(ctx, r.pass, audit.RequestFailed, "unavailable", err)
-	}
-	acknowledged, cancel := context.WithTimeout(ctx, s.AuditDeadline)
-	defer cancel()
-	if err := s.Trail.Acknowledged(acknowledged, event.ID); err != nil {
-		return nil, fmt.Errorf("%w: %w", gate.ErrAudit, err)
-	}
-	return envelopes, nil
-}
-
-func (s *Service) envelop(ctx context.Context, r signed, stored []SealedSecret) ([]Envelope, error) {
-	if len(stored) == 0 {
-		return nil, nil
-	}
-	sealed := make([]orgkey.Sealed, len(stored))
-	for i, secret := range stored {
-		sealed[i] = orgkey.Sealed{Binding: secretBinding(r.org, secret.Name), Ciphertext: secret.Sealed}
-	}
-	opened, err := s.Sealer.Open(ctx, sealed)
-	if err != nil {
-		return nil, fmt.Errorf("opening secrets: %w", err)
-	}
-	defer func() {
-		for _, secret := range opened {
-			clear(secret)
-		}
-	}()
-	envelopes := make([]Envelope, len(stored))
-	for i, secret := range opened {
-		text, err := envelope.Seal(r.public, secret)
-		if err != nil {
-			return nil, fmt.Errorf("sealing secret %s to key %s: %w", stored[i].Name, r.key, err)
-		}
-		envelopes[i] = Envelope{stored[i].Name, text}
-	}
-	return envelopes, nil
-}
-
-func secretBinding(org, name string) orgkey.Binding {
-	return orgkey.Binding{Purpose: orgkey.BootSecret, Org: org, ID: name}
 }

@@ -445,7 +445,7 @@ func TestMovedSecretDoesNotOpen(t *testing.T) {
 		w.must(err)
 		w.must(w.db.PutSecret(t.Context(), "acme", node.SealedSecret{Name: "env_s3", Sealed: foreign}, 64, audit.New(audit.SecretPut, "acme")))
 		got, err := w.secrets(k.signedAt("192.0.2.1", w.now()))
-		w.want("a secret moved from another organization", err, orgkey.ErrSealBroken)
+		w.want("a secret moved from another organization", err, node.ErrSecretBroken)
 		if got != nil {
 			t.Errorf("got %v", got)
 		}
@@ -512,6 +512,47 @@ func TestStrangersCauseNoUnsealing(t *testing.T) {
 		if w.opened.Load() != before {
 			t.Error("a registration unsealed again")
 		}
+	})
+}
+
+// One damaged record takes neither the organization's other keys with it, nor
+// does it open a way to the sealer for strangers.
+func TestDamagedKeyCannotVerifyAndOthersCan(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k, damaged := w.release("acme"), w.releaseSealedFor("acme", "other")
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		w.want("by the damaged key", w.register(damaged.signedAt("192.0.2.2", w.now())), node.ErrSignature)
+		asked := w.asked.Load()
+		bad := k.signedAt("192.0.2.1", w.now()).with("signature", "AAAA")
+		for range 29 { // with the one above as many as an address may have at once
+			w.want("a stranger", w.register(bad), node.ErrSignature)
+		}
+		w.want("a stranger too often", w.register(bad), node.ErrTooManyFailures)
+		w.must(w.register(k.signedAt("192.0.2.3", w.now())))
+		if n := w.asked.Load() - asked; n != 0 {
+			t.Errorf("the sealer was asked %d times more", n)
+		}
+		w.ahead.Store(int64(61 * time.Second))
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		if n := w.asked.Load() - asked; n != 1 {
+			t.Errorf("after a minute the sealer was asked %d times more, want 1", n)
+		}
+		only := w.releaseSealedFor("lonely", "other")
+		w.want("an organization whose one key is damaged", w.service.Register(t.Context(), there, only.signedAt("192.0.2.1", w.now()).body()), node.ErrSignature)
+	})
+}
+
+// A back end that cannot be asked says nothing about keys: it is the service's
+// failure, nobody's signature, and over when it is back.
+func TestUnavailableSealerIsNoVerdictOnKeys(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		w.down.Store(true)
+		for range 40 {
+			w.want("while it is down", w.register(k.signedAt("192.0.2.1", w.now())), orgkey.ErrUnavailable)
+		}
+		w.down.Store(false)
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
 	})
 }
 

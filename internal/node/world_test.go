@@ -1,6 +1,7 @@
 package node_test
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -82,7 +83,9 @@ type world struct {
 	db      *sqlstore.DB
 	log     *audit.Log
 	service *node.Service
-	opened  atomic.Int64 // values unsealed
+	opened  atomic.Int64 // values unsealed, or tried
+	asked   atomic.Int64 // calls that did so
+	down    atomic.Bool  // the sealer cannot be asked
 	ahead   atomic.Int64 // how far the clock is ahead of the real one, in ns
 	made    int
 }
@@ -92,6 +95,10 @@ func (w *world) now() time.Time { return time.Now().Add(time.Duration(w.ahead.Lo
 // Open counts.
 func (w *world) Open(ctx context.Context, items []orgkey.Sealed) ([][]byte, error) {
 	w.opened.Add(int64(len(items)))
+	w.asked.Add(1)
+	if w.down.Load() {
+		return nil, orgkey.ErrUnavailable
+	}
 	return token.Open(ctx, items)
 }
 
@@ -168,13 +175,20 @@ type key struct {
 // release puts a key into the store the way generating one does.
 func (w *world) release(org string) key {
 	w.t.Helper()
+	return w.releaseSealedFor(org, "")
+}
+
+// releaseSealedFor is release of a record that is damaged if it was sealed for
+// another organization.
+func (w *world) releaseSealedFor(org, sealedFor string) key {
+	w.t.Helper()
 	k := key{uuid.NewString(), org, keyPairs[w.made%len(keyPairs)]}
 	w.made++
 	der, err := x509.MarshalPKIXPublicKey(&k.private.PublicKey)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	sealed, err := token.Seal(w.t.Context(), orgkey.Binding{Purpose: orgkey.PublicKey, Org: org, ID: k.id}, der)
+	sealed, err := token.Seal(w.t.Context(), orgkey.Binding{Purpose: orgkey.PublicKey, Org: cmp.Or(sealedFor, org), ID: k.id}, der)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -253,8 +267,12 @@ func (w *world) unregister(f fields) error {
 	return w.service.Unregister(w.t.Context(), here, f.body())
 }
 
-func (w *world) secrets(f fields) ([]node.Envelope, error) {
-	return w.service.Secrets(w.t.Context(), here, f.body())
+func (w *world) secrets(f fields) (got []node.Envelope, err error) {
+	err = w.service.Secrets(w.t.Context(), here, f.body(), func(e []node.Envelope) error {
+		got = e
+		return nil
+	})
+	return got, err
 }
 
 // by is a call of a person.

@@ -1,6 +1,7 @@
 package packaging
 
 import (
+	"debug/elf"
 	"go/version"
 	"io/fs"
 	"os"
@@ -159,12 +160,61 @@ func TestImageBuildWorksAsPlainSteps(t *testing.T) {
 	for _, command := range commands {
 		cmd := exec.Command("sh", "-ec", strings.ReplaceAll(command, "/out/", out+"/"))
 		cmd.Dir = src
+		cmd.Env = append(os.Environ(), "VERSION=v9.8.7")
 		if b, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("RUN %s: %v\n%s", command, err, b)
 		}
 	}
-	if b, err := exec.Command(filepath.Join(out, "orgkeys"), "version").CombinedOutput(); err != nil {
-		t.Errorf("the program does not start: %v\n%s", err, b)
+	for _, argument := range []string{"version", "--version"} {
+		b, err := exec.Command(filepath.Join(out, "orgkeys"), argument).CombinedOutput()
+		if err != nil || !strings.HasPrefix(string(b), "orgkeys v9.8.7 ") {
+			t.Errorf("orgkeys %s: %v\n%s", argument, err, b)
+		}
+	}
+	staticAndSmall(t, filepath.Join(out, "orgkeys-node"))
+}
+
+func TestBuildScriptBuildsBothPrograms(t *testing.T) {
+	if b, err := exec.Command(filepath.Join(root, "scripts/build")).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, b)
+	}
+	if b, err := exec.Command(filepath.Join(root, "bin/orgkeys"), "version").CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, b)
+	}
+	staticAndSmall(t, filepath.Join(root, "bin/orgkeys-node"))
+}
+
+// TestVaultBuildScriptStartsNothingByMistake: what it builds takes ten minutes.
+func TestVaultBuildScriptStartsNothingByMistake(t *testing.T) {
+	for argument, want := range map[string]int{"--help": 0, "--hlep": 2, "vault": 2} {
+		cmd := exec.Command(filepath.Join(root, "vault/devserver/build"), argument)
+		cmd.Env = append(os.Environ(), "ORGKEYS_CACHE="+t.TempDir(), "PATH=/usr/bin:/bin") // where no Go is
+		b, _ := cmd.CombinedOutput()                                                       // the exit code says it
+		if code := cmd.ProcessState.ExitCode(); code != want || !strings.HasPrefix(string(b), "Usage: ") {
+			t.Errorf("%s: exit code %d\n%s", argument, code, b)
+		}
+	}
+}
+
+// staticAndSmall: a bridge node's program runs on any Linux, whatever is or is
+// not installed there, and fits into an image of a few megabytes.
+func staticAndSmall(t *testing.T, path string) {
+	t.Helper()
+	if b, err := exec.Command(path, "help").CombinedOutput(); err != nil {
+		t.Errorf("%s does not start: %v\n%s", path, err, b)
+	}
+	f, err := elf.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP || p.Type == elf.PT_DYNAMIC {
+			t.Errorf("%s is linked dynamically: it has %s", path, p.Type)
+		}
+	}
+	if info, err := os.Stat(path); err != nil || info.Size() > 10<<20 {
+		t.Errorf("%s is not small: %d bytes, %v", path, info.Size(), err)
 	}
 }
 

@@ -70,7 +70,7 @@ func run(t *testing.T, environ []string, args ...string) *running {
 	return r
 }
 
-var pasteable = regexp.MustCompile(`(?s)\n(curl .* --output private_key\.pem)\n`)
+var pasteable = regexp.MustCompile(`(?s)\n(\(umask 077 && curl .* --output private_key\.pem\))\n`)
 
 // command waits for the command that scripts/run prints when it is ready.
 func (r *running) command(t *testing.T) string {
@@ -218,9 +218,14 @@ func paste(t *testing.T, command string) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	b, err := os.ReadFile(filepath.Join(cmd.Dir, "private_key.pem"))
+	saved := filepath.Join(cmd.Dir, "private_key.pem")
+	b, err := os.ReadFile(saved)
 	if err != nil {
 		t.Fatal(err)
+	}
+	// orgkeys-node takes no other mode.
+	if info, err := os.Stat(saved); err != nil || info.Mode() != 0o600 {
+		t.Errorf("the key is saved with mode %v, %v", info.Mode(), err)
 	}
 	block, _ := pem.Decode(b)
 	if block == nil {

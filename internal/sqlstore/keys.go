@@ -278,10 +278,13 @@ func (d *DB) forUpdate(how string) string {
 	return " FOR UPDATE" + how
 }
 
-// HasSealed reports whether any record was ever sealed.
+// HasSealed reports whether anything that was sealed is kept: a public key, a
+// boot secret, or the key that signs checkpoints.
 func (d *DB) HasSealed(ctx context.Context) (bool, error) {
-	found, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM (SELECT 1 FROM org_keys WHERE sealed IS NOT NULL LIMIT 1) AS found")
-	return err == nil && found[0] > 0, err
+	found, err := query(ctx, d.read, scanInt, `SELECT 1 FROM org_keys WHERE sealed IS NOT NULL
+		UNION ALL SELECT 1 FROM boot_secrets WHERE sealed IS NOT NULL
+		UNION ALL SELECT 1 FROM checkpoint_keys WHERE sealed IS NOT NULL LIMIT 1`)
+	return len(found) > 0, err
 }
 
 // Reserved returns which of ids have a reservation that has not expired.

@@ -157,6 +157,12 @@ func (d *DB) deleteNode(ctx context.Context, tx *txn, where string, args ...any)
 	return id, err
 }
 
+// SecretsSize implements node.Store.
+func (d *DB) SecretsSize(ctx context.Context, org string) (size int64, err error) {
+	err = d.read.QueryRowContext(ctx, "SELECT coalesce(sum(length(sealed)), 0) FROM boot_secrets WHERE org_id = $1", org).Scan(&size)
+	return size, unavailable(err)
+}
+
 // Secrets implements node.Store.
 func (d *DB) Secrets(ctx context.Context, org, key string, event func([]string) audit.Event) ([]node.SealedSecret, error) {
 	var secrets []node.SealedSecret

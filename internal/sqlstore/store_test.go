@@ -126,6 +126,45 @@ func released(t testing.TB, db *sqlstore.DB, org string, limit int) string {
 // swept is the event of a sweeper that took a pending key.
 func swept(org, id string) audit.Event { return orgkey.SweptEvent(org, id) }
 
+// Whatever table has it, a sealed value needs the token or Vault that sealed it.
+func TestHasSealedSeesEveryTable(t *testing.T) {
+	inserts := map[string]string{
+		"org_keys":        `INSERT INTO org_keys (id, org_id, slot, state, sealed) VALUES ('k', 'acme', 1, 'released', '\x00')`,
+		"boot_secrets":    `INSERT INTO boot_secrets (org_id, name, sealed, created_at, updated_at) VALUES ('acme', 'env', '\x00', 1, 1)`,
+		"checkpoint_keys": `INSERT INTO checkpoint_keys (vkey, sealed) VALUES ('v', '\x00')`,
+	}
+	location, err := postgres.NewDatabase("t" + strings.ReplaceAll(uuid.NewString(), "-", ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	db, direct := open(t, location), raw(t, location)
+	rows, err := direct.QueryContext(t.Context(), `SELECT table_name FROM information_schema.columns WHERE table_schema = current_schema() AND column_name = 'sealed'`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	var tables []string
+	for rows.Next() {
+		tables = append(tables, "")
+		if err := rows.Scan(&tables[len(tables)-1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if rows.Err() != nil || len(tables) < len(inserts) {
+		t.Fatalf("tables %q, %v", tables, rows.Err())
+	}
+	for _, table := range tables {
+		if found, err := db.HasSealed(t.Context()); err != nil || found {
+			t.Errorf("before: %v, %v", found, err)
+		}
+		statement(t, direct, inserts[table]) // fails on a table that has none
+		if found, err := db.HasSealed(t.Context()); err != nil || !found {
+			t.Errorf("a sealed value in %s: %v, %v", table, found, err)
+		}
+		statement(t, direct, "DELETE FROM "+table)
+	}
+}
+
 // Promise 3: the quota is never exceeded by concurrent requests, without any lock.
 func TestConcurrentReservationsNeverExceedTheLimit(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {

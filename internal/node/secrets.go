@@ -1,0 +1,136 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// What answers with secrets may hold of memory, in bytes. An organization's
+// secrets can be 4 MiB, and whoever fetches them may be slow to read, or mean
+// to be. A node's usual few hundred bytes never wait for this.
+const (
+	answersMemory   = 96 << 20
+	answerBase      = 4 << 10         // a request, whatever its secrets
+	answerPreparing = 6               // times what is stored, while it is read, opened and sealed
+	answerWriting   = 2               // the same while it is written
+	answerPatience  = 2 * time.Second // how long a request waits for memory
+)
+
+// Envelope is a boot secret, sealed to the key that asked for it.
+type Envelope struct {
+	Name string
+	Text []byte // JSON; see package envelope
+}
+
+// Secrets has deliver write out the boot secrets of the organization that the
+// body names. None is delivered before its event is acknowledged by every
+// required sink. Its memory counts until deliver returns, so that deliver must
+// not wait for a slow reader for long.
+func (s *Service) Secrets(ctx context.Context, from Origin, body []byte, deliver func([]Envelope) error) error {
+	r, err := s.admit(ctx, from, fetch, authz.FetchSecrets, body)
+	if err != nil {
+		return err
+	}
+	size, err := s.Store.SecretsSize(ctx, r.org)
+	if err != nil {
+		return s.Failed(ctx, r.pass, audit.RequestFailed, "unavailable", fmt.Errorf("measuring secrets: %w", err))
+	}
+	held := min(answerBase+answerPreparing*size, answersMemory)
+	if err := s.reserve(ctx, held); err != nil {
+		return s.Failed(ctx, r.pass, audit.RequestFailed, "overloaded", err)
+	}
+	defer func() { s.memory.Release(held) }()
+	envelopes, err := s.fetch(ctx, r)
+	if err != nil {
+		return err
+	}
+	needless := held - min(answerBase+answerWriting*size, held)
+	s.memory.Release(needless)
+	held -= needless
+	return deliver(envelopes)
+}
+
+// reserve waits for memory, or reports ErrBusy.
+func (s *Service) reserve(ctx context.Context, size int64) error {
+	waiting, cancel := context.WithTimeout(ctx, answerPatience)
+	defer cancel()
+	if s.memory.Acquire(waiting, size) == nil {
+		return nil
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return ErrBusy
+}
+
+func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
+	var event audit.Event
+	sealed, err := s.Store.Secrets(ctx, r.org, r.key, func(names []string) audit.Event {
+		event = r.event(audit.SecretsFetched, "", "")
+		event.Detail["secrets"] = strings.Join(names, ",")
+		return event
+	})
+	if err := s.concluded(ctx, r, err); err != nil {
+		return nil, err
+	}
+	// A registration writes this down itself.
+	s.seen.node(Ref{r.org, r.addr}, s.Now())
+	envelopes, err := s.envelop(ctx, r, sealed)
+	if err != nil {
+		reason := "unavailable"
+		if errors.Is(err, ErrSecretBroken) {
+			reason = "secret_broken"
+		}
+		return nil, s.Failed(ctx, r.pass, audit.RequestFailed, reason, err)
+	}
+	acknowledged, cancel := context.WithTimeout(ctx, s.AuditDeadline)
+	defer cancel()
+	if err := s.Trail.Acknowledged(acknowledged, event.ID); err != nil {
+		return nil, fmt.Errorf("%w: %w", gate.ErrAudit, err)
+	}
+	return envelopes, nil
+}
+
+func (s *Service) envelop(ctx context.Context, r signed, stored []SealedSecret) ([]Envelope, error) {
+	if len(stored) == 0 {
+		return nil, nil
+	}
+	sealed := make([]orgkey.Sealed, len(stored))
+	for i, secret := range stored {
+		sealed[i] = orgkey.Sealed{Binding: secretBinding(r.org, secret.Name), Ciphertext: secret.Sealed}
+	}
+	opened, err := s.Sealer.Open(ctx, sealed)
+	if errors.Is(err, orgkey.ErrSealBroken) {
+		return nil, fmt.Errorf("%w: %w", ErrSecretBroken, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("opening secrets: %w", err)
+	}
+	defer func() {
+		for _, secret := range opened {
+			clear(secret)
+		}
+	}()
+	envelopes := make([]Envelope, len(stored))
+	for i, secret := range opened {
+		text, err := envelope.Seal(r.public, secret)
+		if err != nil {
+			return nil, fmt.Errorf("sealing secret %s to key %s: %w", stored[i].Name, r.key, err)
+		}
+		envelopes[i] = Envelope{stored[i].Name, text}
+	}
+	return envelopes, nil
+}
+
+func secretBinding(org, name string) orgkey.Binding {
+	return orgkey.Binding{Purpose: orgkey.BootSecret, Org: org, ID: name}
+}
