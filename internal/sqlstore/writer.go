@@ -5,11 +5,13 @@ import (
 	"database/sql"
 	"errors"
 	"sync"
+	"time"
 )
 
 // writer is SQLite's one writing connection.
 type writer struct {
 	db    *sql.DB
+	limit time.Duration // after which no further change of a batch is begun
 	queue chan *change
 	quit  sync.RWMutex // held for reading while a change is put into the queue
 	done  chan struct{}
@@ -26,10 +28,13 @@ type change struct {
 	err    error
 }
 
-var errClosed = errors.New("the database is closed")
+var (
+	errClosed = errors.New("the database is closed")
+	errSlow   = errors.New("the database took too long over what came before")
+)
 
 func newWriter(db *sql.DB) *writer {
-	w := &writer{db: db, queue: make(chan *change, batchSize), done: make(chan struct{})}
+	w := &writer{db: db, limit: statementTimeout, queue: make(chan *change, batchSize), done: make(chan struct{})}
 	go w.run()
 	return w
 }
@@ -72,10 +77,13 @@ func (w *writer) close() error {
 	return errors.Join(w.forget(), w.db.Close())
 }
 
-// begin starts a transaction on the one connection.
-func (w *writer) begin(ctx context.Context) (*txn, error) {
+// begin starts a transaction on the one connection. No context ends it:
+// database/sql would roll it back behind the writer's back, and what the
+// writer still does on the connection would be committed statement by statement.
+func (w *writer) begin() (*txn, error) {
+	ctx := context.Background()
 	if w.conn == nil {
-		conn, err := w.db.Conn(context.WithoutCancel(ctx))
+		conn, err := w.db.Conn(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -180,17 +188,21 @@ func (w *writer) collect(first *change) []*change {
 }
 
 // commit runs a batch in one transaction. A change that fails is undone alone;
-// an error it returns is everybody's.
+// an error it returns is everybody's. A change that was begun is finished,
+// however long that takes; those behind it are then refused.
 func (w *writer) commit(batch []*change) error {
-	ctx, cancel := context.WithTimeout(context.Background(), statementTimeout)
-	defer cancel()
-	tx, err := w.begin(ctx)
+	started := time.Now()
+	tx, err := w.begin()
 	if err != nil {
 		return unavailable(err)
 	}
 	for _, c := range batch {
 		if c.err = c.ctx.Err(); c.err != nil {
 			continue // nobody waits for it any more
+		}
+		if time.Since(started) > w.limit {
+			c.err = unavailable(errSlow)
+			continue
 		}
 		// SQLite would roll back the whole transaction if a caller that leaves
 		// interrupted one of its statements.
