@@ -57,13 +57,13 @@ func (s *Service) Generate(ctx context.Context, call Call, org string, deliver f
 	// and a Transit key bears the reservation's name, by which the reaper finds it.
 	if err != nil {
 		s.cancel(ctx, id)
-		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w", id, err))
+		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
 	}
 	fingerprint := Thumbprint(public)
 	sealed, err := s.seal(ctx, org, id, public)
 	if err != nil {
 		s.cancel(ctx, id)
-		return s.refused(ctx, pass, fmt.Errorf("sealing key %s: %w", id, err))
+		return s.refused(ctx, pass, fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, err))
 	}
 	created := pass.Event(audit.KeyCreated)
 	created.Object = id

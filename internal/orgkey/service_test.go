@@ -392,6 +392,44 @@ func TestAWithdrawalThatFailedIsMadeUpFor(t *testing.T) {
 	}
 }
 
+// refusing is a back end that is there and does nothing.
+type refusing struct{ orgkey.Sealer }
+
+func (refusing) Create(context.Context, string) (orgkey.BackendKey, error) {
+	return nil, fmt.Errorf("%w: sealed", orgkey.ErrUnavailable)
+}
+
+func (refusing) Seal(context.Context, orgkey.Binding, []byte) ([]byte, error) {
+	return nil, fmt.Errorf("%w: sealed", orgkey.ErrUnavailable)
+}
+
+// What the back end failed to do and what the store failed to do are two
+// errors: the contract has words for the first.
+func TestAFailureOfTheBackEndIsNotOneOfTheStore(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		broken  func(*orgkey.Config)
+		refused string // in the database
+		backend bool
+	}{
+		{"no key is made", func(c *orgkey.Config) { c.Keystore = refusing{} }, "", true},
+		{"nothing is sealed", func(c *orgkey.Config) { c.Sealer = refusing{c.Sealer} }, "", true},
+		{"no place is given", nil, "INSERT", false},
+		{"no record is stored", nil, "UPDATE", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := newFixture(t, tt.broken)
+			if tt.refused != "" {
+				f.execute(t, "CREATE TRIGGER full BEFORE "+tt.refused+" ON org_keys BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
+			}
+			err := f.Generate(t.Context(), owner("acme"), "acme", accept)
+			if !errors.Is(err, orgkey.ErrUnavailable) || errors.Is(err, orgkey.ErrBackend) != tt.backend {
+				t.Errorf("the caller hears %v; of the back end: %t, want %t", err, errors.Is(err, orgkey.ErrBackend), tt.backend)
+			}
+		})
+	}
+}
+
 func TestACallerWhoLeavesBeforeTheReleaseGetsNothingAndLeavesNothing(t *testing.T) {
 	f := newFixture(t, nil)
 	f.sink.held.Store(true)
