@@ -50,7 +50,8 @@ var (
 	internal        = problem{http.StatusInternalServerError, "internal", "Internal error", 0}
 )
 
-// generationError marks a failure of POST …/key, whose contract has words of its own.
+// generationError marks a failure of POST …/key, whose contract has words of
+// its own for what the back end did not do, and for what nobody knows.
 type generationError struct{ error }
 
 func (e generationError) Unwrap() error { return e.error }
@@ -85,10 +86,12 @@ func problemFor(err error) problem {
 		return keyNotFound
 	case errors.Is(err, orgkey.ErrOverloaded):
 		return overloaded
-	case errors.As(err, new(generationError)):
+	case errors.Is(err, orgkey.ErrBackend):
 		return generation
 	case errors.Is(err, orgkey.ErrUnavailable):
 		return unavailable
+	case errors.As(err, new(generationError)):
+		return generation
 	default:
 		return internal
 	}

@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	"time"
 
 	"github.com/google/uuid"
 
@@ -58,13 +57,13 @@ func (s *Service) Generate(ctx context.Context, call Call, org string, deliver f
 	// and a Transit key bears the reservation's name, by which the reaper finds it.
 	if err != nil {
 		s.cancel(ctx, id)
-		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w", id, err))
+		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
 	}
 	fingerprint := Thumbprint(public)
 	sealed, err := s.seal(ctx, org, id, public)
 	if err != nil {
 		s.cancel(ctx, id)
-		return s.refused(ctx, pass, fmt.Errorf("sealing key %s: %w", id, err))
+		return s.refused(ctx, pass, fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, err))
 	}
 	created := pass.Event(audit.KeyCreated)
 	created.Object = id
@@ -153,27 +152,50 @@ func (s *Service) cancel(ctx context.Context, id string) {
 	}
 }
 
-// withdraw ends a key that was not, or not wholly, handed out. It outlives the
-// caller and tries for withdrawPatience. A pending key that it fails to
-// withdraw is swept at its expiry; a released one stays "unconfirmed".
+// withdraw ends a key that was not, or not wholly, handed out, also when the
+// caller has gone. If that fails the caller does not wait for it: Sweep tries
+// again. CRASH: a pending key is swept at its expiry all the same, and a
+// released one stays "unconfirmed".
 func (s *Service) withdraw(ctx context.Context, pass gate.Pass, id, reason string) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawPatience)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	event := pass.Event(audit.KeyWithdrawn)
 	event.Object, event.Reason, event.Outcome = id, reason, audit.Failure
-	for wait := 50 * time.Millisecond; ; wait *= 2 {
-		err := s.Store.Withdraw(ctx, id, event)
-		if err == nil {
-			s.Log.Warn("key withdrawn", "key", id, "org", pass.Org, "reason", reason, "request", pass.Call.Request)
-			return
-		}
-		select {
-		case <-ctx.Done():
-			s.Log.Error("key not withdrawn", "key", id, "org", pass.Org, "reason", reason, "error", err)
-			return
-		case <-time.After(wait):
+	if err := s.end(ctx, event); err != nil {
+		s.Log.Error("key not withdrawn yet", "key", id, "org", pass.Org, "reason", reason, "error", err)
+		s.owe(event)
+	}
+}
+
+// end withdraws the key that event is about.
+func (s *Service) end(ctx context.Context, event audit.Event) error {
+	err := s.Store.Withdraw(ctx, event.Object, event)
+	if err == nil {
+		s.Log.Warn("key withdrawn", "key", event.Object, "org", event.Org, "reason", event.Reason, "request", event.Request)
+	}
+	return err
+}
+
+func (s *Service) owe(events ...audit.Event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.owed = append(s.owed, events...)
+}
+
+// withdrawOwed makes up for withdrawals that failed, up to the first that
+// fails again.
+func (s *Service) withdrawOwed(ctx context.Context) error {
+	s.mu.Lock()
+	owed := s.owed
+	s.owed = nil
+	s.mu.Unlock()
+	for i, event := range owed {
+		if err := s.end(ctx, event); err != nil {
+			s.owe(owed[i:]...)
+			return fmt.Errorf("%d keys are still to be withdrawn: %w", len(owed)-i, err)
 		}
 	}
+	return nil
 }
 
 // delivered notes that the private key went out. The caller has it by now, so

@@ -35,6 +35,8 @@ var (
 	ErrNotFound = errors.New("organization key not found")
 	// ErrOverloaded: as many generations are under way as the back end can do.
 	ErrOverloaded = errors.New("too many key generations under way")
+	// ErrBackend: the back end did not make or seal a key, for whatever reason.
+	ErrBackend = errors.New("the back end did not do its part")
 	// ErrGone: the reservation or pending record is not there any more: it expired or was cancelled.
 	ErrGone = errors.New("the key's place in the quota is gone")
 	// ErrUnavailable: the store or the back end cannot be reached at the moment.

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -17,10 +18,9 @@ import (
 
 // How long the service waits for what is not the caller's business.
 const (
-	lockPatience     = 500 * time.Millisecond // for the quota lock, before going on without it
-	cleanupDeadline  = 5 * time.Second        // for giving back a place or a back end's key
-	withdrawPatience = 30 * time.Second       // for withdrawing a key that was not handed out
-	sweepBatch       = 200                    // expired records a transaction
+	lockPatience    = 500 * time.Millisecond // for the quota lock, before going on without it
+	cleanupDeadline = 5 * time.Second        // for giving back a place or a back end's key, or withdrawing a key
+	sweepBatch      = 200                    // expired records a transaction
 )
 
 // Config is what a Service is made of. Every field is required.
@@ -44,6 +44,9 @@ type Service struct {
 	Config
 	admission *semaphore.Weighted
 	opener    *opener
+
+	mu   sync.Mutex
+	owed []audit.Event // withdrawals that failed
 }
 
 // New returns a Service, or an error that names what is wrong with c.
@@ -146,17 +149,23 @@ func (s *Service) DeleteAll(ctx context.Context, call Call, org string) (int, er
 	})
 }
 
-// Sweep ends expired reservations and pending records every interval until ctx
-// ends. Several replicas may do so at once.
+// Sweep ends expired reservations and pending records, and withdraws what could
+// not be withdrawn before, every interval until ctx ends. Several replicas may
+// do so at once.
 func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for {
-		if err := s.sweepOnce(ctx); err != nil && ctx.Err() == nil {
+		if err := errors.Join(s.withdrawOwed(ctx), s.sweepOnce(ctx)); err != nil && ctx.Err() == nil {
 			s.Log.Warn("sweeping expired keys", "error", err)
 		}
 		select {
 		case <-ctx.Done():
+			ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+			defer cancel()
+			if err := s.withdrawOwed(ending); err != nil {
+				s.Log.Error("ending", "error", err)
+			}
 			return nil
 		case <-ticker.C:
 		}

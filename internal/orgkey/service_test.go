@@ -284,6 +284,13 @@ func TestPromise4_NothingIsReleasedBeforeTheSinkAcknowledged(t *testing.T) {
 	}
 }
 
+func (f fixture) execute(t *testing.T, statement string) {
+	t.Helper()
+	if _, err := f.raw.Exec(statement); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func (f fixture) count(t *testing.T, statement string) (n int) {
 	t.Helper()
 	if err := f.raw.QueryRow(statement).Scan(&n); err != nil {
@@ -333,6 +340,93 @@ func TestAKeyThatCouldNotBeWrittenOutIsWithdrawn(t *testing.T) {
 	}
 	if got := f.history(t, "type LIKE 'orgkey.%' AND object <> ''"); got != "orgkey.created orgkey.withdrawn:write_failed" {
 		t.Errorf("events: %s", got)
+	}
+}
+
+// A key that was not handed out, and cannot be withdrawn at once, holds nobody
+// up: that is done when the store takes writes again, or else as the service ends.
+func TestAWithdrawalThatFailedIsMadeUpFor(t *testing.T) {
+	broken := errors.New("connection reset")
+	for _, tt := range []struct {
+		name  string
+		sweep func(t *testing.T, f fixture, mend func())
+	}{
+		{"while it serves", func(t *testing.T, f fixture, mend func()) {
+			ctx, stop := context.WithCancel(t.Context())
+			ended := make(chan error, 1)
+			go func() { ended <- f.Sweep(ctx, 10*time.Millisecond) }()
+			mend()
+			waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL") == 0 })
+			stop()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		}},
+		{"as it ends", func(t *testing.T, f fixture, mend func()) {
+			mend()
+			ctx, stop := context.WithCancel(t.Context())
+			stop()
+			if err := f.Sweep(ctx, time.Hour); err != nil {
+				t.Error(err)
+			}
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := newFixture(t, nil)
+			started := time.Now()
+			err := f.Generate(t.Context(), owner("acme"), "acme", func(context.Context, orgkey.Generated) error {
+				f.execute(t, "CREATE TRIGGER full BEFORE UPDATE ON org_keys BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
+				return broken
+			})
+			if took := time.Since(started); !errors.Is(err, broken) || took > 10*time.Second {
+				t.Fatalf("the caller hears %v after %s", err, took)
+			}
+			tt.sweep(t, f, func() { f.execute(t, "DROP TRIGGER full") })
+			if got := f.history(t, "type LIKE 'orgkey.%' AND object <> ''"); got != "orgkey.created orgkey.withdrawn:write_failed" {
+				t.Errorf("events: %s", got)
+			}
+			if keys := f.listed(t, "acme"); len(keys) != 0 {
+				t.Errorf("still listed: %v", keys)
+			}
+		})
+	}
+}
+
+// refusing is a back end that is there and does nothing.
+type refusing struct{ orgkey.Sealer }
+
+func (refusing) Create(context.Context, string) (orgkey.BackendKey, error) {
+	return nil, fmt.Errorf("%w: sealed", orgkey.ErrUnavailable)
+}
+
+func (refusing) Seal(context.Context, orgkey.Binding, []byte) ([]byte, error) {
+	return nil, fmt.Errorf("%w: sealed", orgkey.ErrUnavailable)
+}
+
+// What the back end failed to do and what the store failed to do are two
+// errors: the contract has words for the first.
+func TestAFailureOfTheBackEndIsNotOneOfTheStore(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		broken  func(*orgkey.Config)
+		refused string // in the database
+		backend bool
+	}{
+		{"no key is made", func(c *orgkey.Config) { c.Keystore = refusing{} }, "", true},
+		{"nothing is sealed", func(c *orgkey.Config) { c.Sealer = refusing{c.Sealer} }, "", true},
+		{"no place is given", nil, "INSERT", false},
+		{"no record is stored", nil, "UPDATE", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := newFixture(t, tt.broken)
+			if tt.refused != "" {
+				f.execute(t, "CREATE TRIGGER full BEFORE "+tt.refused+" ON org_keys BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
+			}
+			err := f.Generate(t.Context(), owner("acme"), "acme", accept)
+			if !errors.Is(err, orgkey.ErrUnavailable) || errors.Is(err, orgkey.ErrBackend) != tt.backend {
+				t.Errorf("the caller hears %v; of the back end: %t, want %t", err, errors.Is(err, orgkey.ErrBackend), tt.backend)
+			}
+		})
 	}
 }
 

@@ -1,0 +1,82 @@
+package sqlstore_test
+
+import (
+	"errors"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+const writeLimit = 20 * time.Millisecond
+
+// limited opens a SQLite database that gives a batch of writes no more than
+// writeLimit.
+func limited(t *testing.T) *sqlstore.DB {
+	t.Helper()
+	db := open(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+	db.LimitWrites(writeLimit)
+	return db
+}
+
+// deleteAll deletes org's keys, and calls stall before each key's event.
+func deleteAll(t *testing.T, db *sqlstore.DB, org string, stall func()) (int, error) {
+	return db.DeleteKeys(t.Context(), org, event(audit.KeysDeleted, org, ""), func(id string, _ bool) audit.Event {
+		stall()
+		return event(audit.KeyDeleted, org, id)
+	})
+}
+
+// A change is made wholly or not at all, however long the disk or the process
+// was held up in the middle of it.
+func TestAStallWithinAChangeLeavesItWhole(t *testing.T) {
+	db := limited(t)
+	released(t, db, "acme", 5)
+	released(t, db, "acme", 5)
+	n, err := deleteAll(t, db, "acme", func() { time.Sleep(5 * writeLimit) })
+	if err != nil || n != 2 {
+		t.Errorf("deleted %d keys, %v; want 2", n, err)
+	}
+	if keys, err := db.Keys(t.Context(), "acme"); err != nil || len(keys) != 0 {
+		t.Errorf("%d keys are left, %v", len(keys), err)
+	}
+	if got, want := types(t, db), "orgkey.created orgkey.created orgkey.all_deleted orgkey.deleted orgkey.deleted"; got != want {
+		t.Errorf("events: %s, want %s", got, want)
+	}
+}
+
+// What shares a batch with a change that took too long, and comes after it, is
+// not made, and its caller hears so.
+func TestAChangeBehindAStalledOneIsNotMade(t *testing.T) {
+	db := limited(t)
+	released(t, db, "first", 5)
+	released(t, db, "acme", 5)
+	results := map[string]chan error{"first": make(chan error, 1), "acme": make(chan error, 1), "other": make(chan error, 1)}
+	entered, leave := make(chan struct{}), make(chan struct{})
+	go func() {
+		_, err := deleteAll(t, db, "first", func() { close(entered); <-leave })
+		results["first"] <- err
+	}()
+	<-entered // the others wait for it, and so share the next batch
+	go func() {
+		_, err := deleteAll(t, db, "acme", func() { time.Sleep(5 * writeLimit) })
+		results["acme"] <- err
+	}()
+	until(t, "the stalled change waits", func() bool { return db.Waiting() == 1 })
+	go func() { results["other"] <- db.Reserve(t.Context(), "other", uuid.NewString(), 1, life) }()
+	until(t, "the change behind it waits", func() bool { return db.Waiting() == 2 })
+	close(leave)
+
+	if err := errors.Join(<-results["first"], <-results["acme"]); err != nil {
+		t.Errorf("the changes that were under way: %v", err)
+	}
+	if err := <-results["other"]; !errors.Is(err, orgkey.ErrUnavailable) {
+		t.Errorf("the change behind them: %v, want ErrUnavailable", err)
+	}
+	reserve(t, db, "other", 1)
+}
