@@ -60,6 +60,22 @@ func (a *API) observe(c *gin.Context) {
 }
 
 // record logs a request by what the service made of it: the route's pattern
+// checkHeader refuses headers that are too large. net/http's own limit is
+// further out, since over HTTP/2 a single header beyond it ends the connection
+// and every request on it.
+func (a *API) checkHeader(c *gin.Context) {
+	r := c.Request
+	size := len(r.Method) + len(r.RequestURI) + len(r.Host)
+	for name, values := range r.Header {
+		for _, value := range values {
+			size += len(name) + len(": \r\n") + len(value)
+		}
+	}
+	if size > maxHeader {
+		a.refuse(c, headerTooLarge)
+	}
+}
+
 // and checked values, nothing as it was sent.
 func (a *API) record(c *gin.Context, x *exchange, took time.Duration) {
 	status := c.Writer.Status()

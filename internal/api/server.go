@@ -24,10 +24,10 @@ const (
 	checkTimeout  = 2 * time.Second // for a round of readiness checks
 	checkInterval = time.Second     // between rounds
 
-	maxHeader      = 16 << 10
-	headerSlack    = 4 << 10 // what net/http reads beyond MaxHeaderBytes
-	maxStreams     = 64      // requests at once on an HTTP/2 connection
-	maxConnections = 4096    // of a listener; further ones wait to be accepted
+	maxHeader      = 16 << 10      // a request's headers
+	readHeader     = 2 * maxHeader // what net/http reads of them, so that most that are too large get an answer of ours
+	maxStreams     = 64            // requests at once on an HTTP/2 connection
+	maxConnections = 4096          // of a listener; further ones wait to be accepted
 )
 
 // ServerConfig is a listener and what it speaks.
@@ -127,7 +127,7 @@ func newServer(c ServerConfig, h http.Handler) *http.Server {
 		ReadTimeout:                  readTimeout,
 		WriteTimeout:                 c.GenerationDeadline + answerTime,
 		IdleTimeout:                  idleTimeout,
-		MaxHeaderBytes:               maxHeader - headerSlack,
+		MaxHeaderBytes:               readHeader,
 		Protocols:                    &protocols,
 		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		ErrorLog:                     slog.NewLogLogger(c.Log.Handler(), slog.LevelWarn),
