@@ -25,6 +25,7 @@ type exchange struct {
 	action  authz.Action
 	code    string // of the problem answered
 	aborted bool   // cut off after the response had begun
+	last    bool   // of its connection
 }
 
 const exchangeKey = "orgkeys.exchange"
@@ -50,7 +51,7 @@ func requestID(h http.Header) string {
 // and records what became of it, whatever that is.
 func (a *API) observe(c *gin.Context) {
 	started := time.Now()
-	x := &exchange{id: requestID(c.Request.Header)}
+	x := &exchange{id: requestID(c.Request.Header), last: c.Writer.Header().Get("Connection") == "close"}
 	c.Set(exchangeKey, x)
 	c.Header("X-Request-Id", x.id)
 	c.Header("X-Content-Type-Options", "nosniff")
@@ -59,7 +60,6 @@ func (a *API) observe(c *gin.Context) {
 	c.Next()
 }
 
-// record logs a request by what the service made of it: the route's pattern
 // checkHeader refuses headers that are too large. net/http's own limit is
 // further out, since over HTTP/2 a single header beyond it ends the connection
 // and every request on it.
@@ -76,6 +76,7 @@ func (a *API) checkHeader(c *gin.Context) {
 	}
 }
 
+// record logs a request by what the service made of it: the route's pattern
 // and checked values, nothing as it was sent.
 func (a *API) record(c *gin.Context, x *exchange, took time.Duration) {
 	status := c.Writer.Status()

@@ -9,8 +9,6 @@ import (
 	"net/http"
 	"net/netip"
 	"time"
-
-	"golang.org/x/net/netutil"
 )
 
 // Every time limit and bound of the listeners, and of this package.
@@ -86,7 +84,7 @@ func (c ServerConfig) checkPlaintext(loopback bool) error {
 
 // Server is a bound listener and the HTTP server for it.
 type Server struct {
-	listener net.Listener
+	listener *fairListener
 	server   *http.Server
 }
 
@@ -96,7 +94,7 @@ func Listen(c ServerConfig, h http.Handler) (*Server, error) {
 	if err := CheckTransport(c); err != nil {
 		return nil, err
 	}
-	s := &Server{server: newServer(c, h)}
+	s := &Server{server: newServer(c)}
 	if c.TLS.Cert != "" {
 		certs, err := openCertificates(c.TLS, c.Log)
 		if err != nil {
@@ -112,16 +110,21 @@ func Listen(c ServerConfig, h http.Handler) (*Server, error) {
 	if err := c.checkPlaintext(ok && at.IP.IsLoopback()); err != nil {
 		return nil, errors.Join(err, listener.Close())
 	}
-	s.listener = netutil.LimitListener(listener, maxConnections)
+	s.listener = newFairListener(listener, maxConnections, c.shared)
+	s.server.Handler = s.listener.closing(h)
 	return s, nil
 }
 
-func newServer(c ServerConfig, h http.Handler) *http.Server {
+// shared reports whether an address stands for many clients: that of a trusted
+// proxy, and this host's own, where a proxy may run that is not named because
+// nothing it says is believed.
+func (c ServerConfig) shared(a netip.Addr) bool { return a.IsLoopback() || c.Proxies.trusts(a) }
+
+func newServer(c ServerConfig) *http.Server {
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true) // over TLS only
 	return &http.Server{
-		Handler:                      h,
 		DisableGeneralOptionsHandler: true, // OPTIONS * is a wrong method like any other
 		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
