@@ -119,7 +119,7 @@ func (a *API) engine(more ...gin.HandlerFunc) *gin.Engine {
 	e.ForwardedByClientIP = false // Proxies knows whom to believe
 	e.UseEscapedPath = true
 	e.UnescapePathValues = true
-	e.Use(a.observe, a.recoverPanic)
+	e.Use(a.observe, a.recoverPanic, a.checkHeader)
 	e.Use(more...)
 	e.NoRoute(func(c *gin.Context) { a.refuse(c, noRoute) })
 	e.NoMethod(func(c *gin.Context) { a.refuse(c, noMethod) })

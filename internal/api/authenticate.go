@@ -13,10 +13,10 @@ import (
 // whileServing refuses work that comes after Drain, before anything is spent on it.
 func (a *API) whileServing(c *gin.Context) {
 	if a.leaving.Load() {
-		c.Header("Connection", "close")
+		endConnection(c)
 	}
 	if a.draining.Load() {
-		c.Header("Connection", "close")
+		endConnection(c)
 		a.refuse(c, draining)
 	}
 }

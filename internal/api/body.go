@@ -16,14 +16,30 @@ const maxBody = 64 << 10
 // connection. net/http would otherwise wait for the rest before it lets the
 // answer go, and a client that never sends it would never hear a thing.
 func expectBody(c *gin.Context) {
+	// net/http does not tell whether a Content-Length came beside a
+	// Transfer-Encoding. Whoever stands in front may have gone by the former, so
+	// the connection must not be used again (RFC 9112, section 6.1).
+	if len(c.Request.TransferEncoding) > 0 {
+		endConnection(c)
+	}
 	if c.Request.ContentLength != 0 && c.Request.ProtoMajor == 1 {
 		c.Header("Connection", "close")
 	}
 }
 
+// endConnection ends the connection with this answer, whatever becomes of the body.
+func endConnection(c *gin.Context) {
+	exchangeOf(c).last = true
+	c.Header("Connection", "close")
+}
+
 // bodyRead is called once nothing of the body is left, and lets the connection
 // serve further requests.
-func bodyRead(c *gin.Context) { c.Writer.Header().Del("Connection") }
+func bodyRead(c *gin.Context) {
+	if !exchangeOf(c).last {
+		c.Writer.Header().Del("Connection")
+	}
+}
 
 // underlying is net/http's own writer. Gin's hides what a flush reports and
 // what http.MaxBytesReader asks for.

@@ -35,6 +35,7 @@ var (
 	tlsRequired     = problem{http.StatusBadRequest, "tls_required", "This service is reached over HTTPS only", 0}
 	invalidOrg      = problem{http.StatusBadRequest, "invalid_organization", "Invalid organization ID: 1 to 128 letters, digits, '_' or '-', beginning with a letter or digit", 0}
 	notAcceptable   = problem{http.StatusNotAcceptable, "not_acceptable", "None of the accepted media types can be had: this resource comes as application/x-pem-file or application/json", 0}
+	headerTooLarge  = problem{http.StatusRequestHeaderFieldsTooLarge, "header_too_large", "The request's headers are over 16 KiB", 0}
 	bodyTooLarge    = problem{http.StatusRequestEntityTooLarge, "body_too_large", "The request body is over 64 KiB", 0}
 	bodyTooSlow     = problem{http.StatusRequestTimeout, "request_timeout", "The request body did not arrive in time", 0}
 	bodyUnreadable  = problem{http.StatusBadRequest, "body_unreadable", "The request body could not be read", 0}

@@ -25,6 +25,7 @@ type exchange struct {
 	action  authz.Action
 	code    string // of the problem answered
 	aborted bool   // cut off after the response had begun
+	last    bool   // of its connection
 }
 
 const exchangeKey = "orgkeys.exchange"
@@ -50,13 +51,29 @@ func requestID(h http.Header) string {
 // and records what became of it, whatever that is.
 func (a *API) observe(c *gin.Context) {
 	started := time.Now()
-	x := &exchange{id: requestID(c.Request.Header)}
+	x := &exchange{id: requestID(c.Request.Header), last: c.Writer.Header().Get("Connection") == "close"}
 	c.Set(exchangeKey, x)
 	c.Header("X-Request-Id", x.id)
 	c.Header("X-Content-Type-Options", "nosniff")
 	expectBody(c)
 	defer func() { a.record(c, x, time.Since(started)) }()
 	c.Next()
+}
+
+// checkHeader refuses headers that are too large. net/http's own limit is
+// further out, since over HTTP/2 a single header beyond it ends the connection
+// and every request on it.
+func (a *API) checkHeader(c *gin.Context) {
+	r := c.Request
+	size := len(r.Method) + len(r.RequestURI) + len(r.Host)
+	for name, values := range r.Header {
+		for _, value := range values {
+			size += len(name) + len(": \r\n") + len(value)
+		}
+	}
+	if size > maxHeader {
+		a.refuse(c, headerTooLarge)
+	}
 }
 
 // record logs a request by what the service made of it: the route's pattern

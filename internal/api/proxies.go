@@ -21,8 +21,10 @@ func (p Proxies) trusts(a netip.Addr) bool {
 }
 
 // peer is the address at the other end of the connection; invalid if there is none.
-func peer(r *http.Request) netip.Addr {
-	at, err := netip.ParseAddrPort(r.RemoteAddr)
+func peer(r *http.Request) netip.Addr { return peerOf(r.RemoteAddr) }
+
+func peerOf(remote string) netip.Addr {
+	at, err := netip.ParseAddrPort(remote)
 	if err != nil {
 		return netip.Addr{}
 	}

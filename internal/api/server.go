@@ -9,8 +9,6 @@ import (
 	"net/http"
 	"net/netip"
 	"time"
-
-	"golang.org/x/net/netutil"
 )
 
 // Every time limit and bound of the listeners, and of this package.
@@ -25,10 +23,10 @@ const (
 	checkTimeout  = 2 * time.Second // for a round of readiness checks
 	checkInterval = time.Second     // between rounds
 
-	maxHeader      = 16 << 10
-	headerSlack    = 4 << 10 // what net/http reads beyond MaxHeaderBytes
-	maxStreams     = 64      // requests at once on an HTTP/2 connection
-	maxConnections = 4096    // of a listener; further ones wait to be accepted
+	maxHeader      = 16 << 10      // a request's headers
+	readHeader     = 2 * maxHeader // what net/http reads of them, so that most that are too large get an answer of ours
+	maxStreams     = 64            // requests at once on an HTTP/2 connection
+	maxConnections = 4096          // of a listener; further ones wait to be accepted
 )
 
 // ServerConfig is a listener and what it speaks.
@@ -87,7 +85,7 @@ func (c ServerConfig) checkPlaintext(loopback bool) error {
 
 // Server is a bound listener and the HTTP server for it.
 type Server struct {
-	listener net.Listener
+	listener *fairListener
 	server   *http.Server
 }
 
@@ -97,7 +95,7 @@ func Listen(c ServerConfig, h http.Handler) (*Server, error) {
 	if err := CheckTransport(c); err != nil {
 		return nil, err
 	}
-	s := &Server{server: newServer(c, h)}
+	s := &Server{server: newServer(c)}
 	if c.TLS.Cert != "" {
 		certs, err := openCertificates(c.TLS, c.Log)
 		if err != nil {
@@ -113,22 +111,27 @@ func Listen(c ServerConfig, h http.Handler) (*Server, error) {
 	if err := c.checkPlaintext(ok && at.IP.IsLoopback()); err != nil {
 		return nil, errors.Join(err, listener.Close())
 	}
-	s.listener = netutil.LimitListener(listener, maxConnections)
+	s.listener = newFairListener(listener, maxConnections, c.shared)
+	s.server.Handler = s.listener.closing(h)
 	return s, nil
 }
 
-func newServer(c ServerConfig, h http.Handler) *http.Server {
+// shared reports whether an address stands for many clients: that of a trusted
+// proxy, and this host's own, where a proxy may run that is not named because
+// nothing it says is believed.
+func (c ServerConfig) shared(a netip.Addr) bool { return a.IsLoopback() || c.Proxies.trusts(a) }
+
+func newServer(c ServerConfig) *http.Server {
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true) // over TLS only
 	return &http.Server{
-		Handler:                      h,
 		DisableGeneralOptionsHandler: true, // OPTIONS * is a wrong method like any other
 		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
 		WriteTimeout:                 c.GenerationDeadline + answerTime,
 		IdleTimeout:                  idleTimeout,
-		MaxHeaderBytes:               maxHeader - headerSlack,
+		MaxHeaderBytes:               readHeader,
 		Protocols:                    &protocols,
 		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		ErrorLog:                     slog.NewLogLogger(c.Log.Handler(), slog.LevelWarn),

@@ -3,10 +3,14 @@ package api
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -259,20 +263,106 @@ func TestAFlushThatFailsIsReported(t *testing.T) {
 }
 
 // TestConnectionsAreKept: reading bodies to their end is what makes that safe.
+// A Transfer-Encoding ends them, since a Content-Length may have come beside it.
 func TestConnectionsAreKept(t *testing.T) {
 	b := newBench(t, nil)
 	conn := b.dial()
 	answers := bufio.NewReader(conn)
-	for _, body := range []string{"\r\n", "Content-Length: 3\r\n\r\nabc", "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", "\r\n"} {
+	const chunked = "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+	for _, body := range []string{"\r\n", "Content-Length: 3\r\n\r\nabc", "\r\n", "Content-Length: 3\r\n" + chunked} {
 		if _, err := io.WriteString(conn, "POST /organization/acme/key HTTP/1.1\r\n"+authorized+body); err != nil {
 			t.Fatal(err)
 		}
 		resp, err := http.ReadResponse(answers, nil)
-		if err != nil || resp.StatusCode != 200 || resp.Close {
+		if err != nil || resp.StatusCode != 200 || resp.Close != strings.Contains(body, chunked) {
 			t.Fatalf("%q: %v %v", body, resp, err)
 		}
 		if _, err := io.Copy(io.Discard, resp.Body); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestLeavingEndsConnections: with a body or without, so that a client's next
+// request goes to another replica.
+func TestLeavingEndsConnections(t *testing.T) {
+	b := newBench(t, nil)
+	b.api.Leave()
+	for _, body := range []string{"\r\n", "Content-Length: 3\r\n\r\nabc"} {
+		if resp := b.raw("POST /organization/acme/key HTTP/1.1\r\n" + authorized + body); resp.StatusCode != 200 || !resp.Close {
+			t.Errorf("%q: %s, closing: %t", body, resp.Status, resp.Close)
+		}
+	}
+}
+
+// TestHeadersOverTheLimit are refused by themselves, over HTTP/2 too: a
+// request beside them on the same connection goes on.
+func TestHeadersOverTheLimit(t *testing.T) {
+	b := newBench(t, nil)
+	started, leave := make(chan struct{}), make(chan struct{})
+	b.keys.before = func(ctx context.Context) {
+		close(started)
+		select {
+		case <-ctx.Done():
+		case <-leave:
+		}
+	}
+	ca := newAuthority(t)
+	dir := t.TempDir()
+	files := TLSFiles{Cert: filepath.Join(dir, "cert.pem"), Key: filepath.Join(dir, "key.pem")}
+	cert, key := ca.issue("server")
+	writePair(t, files, cert, key)
+	address := serve(t, ServerConfig{Address: "127.0.0.1:0", TLS: files, GenerationDeadline: 30 * time.Second, Log: slog.New(slog.DiscardHandler)}, b.api.Handler())
+	roots := x509.NewCertPool()
+	roots.AddCert(ca.cert)
+	dials := 0
+	transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: "localhost"},
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			dials++
+			return (&net.Dialer{}).DialContext(ctx, network, addr)
+		}}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport, Timeout: 30 * time.Second}
+	ask := func(method, url string, fill int) (status int, body []byte, err error) {
+		req, err := http.NewRequest(method, url+"/organization/acme/key", nil)
+		if err != nil {
+			return 0, nil, err
+		}
+		req.Header.Set("Authorization", "Bearer "+token)
+		req.Header.Set("X-Fill", strings.Repeat("a", fill))
+		resp, err := client.Do(req)
+		if err != nil {
+			return 0, nil, err
+		}
+		defer resp.Body.Close()
+		body, err = io.ReadAll(resp.Body)
+		CheckExchange(t, req, nil, resp, body)
+		return resp.StatusCode, body, err
+	}
+	beside := make(chan error, 1)
+	go func() {
+		status, _, err := ask("POST", "https://"+address, 0)
+		if err == nil && status != 200 {
+			err = fmt.Errorf("status %d", status)
+		}
+		beside <- err
+	}()
+	<-started
+	for _, url := range []string{"https://" + address, b.url} {
+		if status, body, err := ask("GET", url, 15<<10); status != 200 {
+			t.Errorf("%s, headers of 15 KiB: %d %s %v", url, status, body, err)
+		}
+		for _, fill := range []int{17 << 10, 31 << 10} {
+			if status, body, err := ask("GET", url, fill); status != 431 || !strings.Contains(string(body), `"header_too_large"`) {
+				t.Errorf("%s, headers of %d bytes: %d %s %v", url, fill, status, body, err)
+			}
+		}
+	}
+	close(leave)
+	if err := <-beside; err != nil {
+		t.Error("the request beside them:", err)
+	}
+	if dials != 2 { // one for each URL
+		t.Errorf("%d connections", dials)
 	}
 }

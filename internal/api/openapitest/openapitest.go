@@ -124,8 +124,11 @@ func check(req *http.Request, reqBody []byte, resp *http.Response, respBody []by
 	return nil
 }
 
+// beyond are the errors that belong to no operation, with their statuses.
+var beyond = map[string]int{"not_found": 404, "method_not_allowed": 405, "header_too_large": 431}
+
 // outside handles what no operation of the document stands for: CORS
-// preflights, and paths and methods that do not exist.
+// preflights, paths and methods that do not exist, and headers that are too large.
 func (d *document) outside(req *http.Request, resp *http.Response, body []byte) (bool, error) {
 	if req.Method == http.MethodOptions && resp.StatusCode == http.StatusNoContent {
 		if len(body) > 0 {
@@ -137,14 +140,14 @@ func (d *document) outside(req *http.Request, resp *http.Response, body []byte) 
 		return true, nil // without a body there is nothing to check
 	}
 	var e struct{ ErrorCode string }
-	if json.Unmarshal(body, &e) != nil || (e.ErrorCode != "not_found" && e.ErrorCode != "method_not_allowed") {
+	if json.Unmarshal(body, &e) != nil || beyond[e.ErrorCode] == 0 {
 		return false, nil
 	}
-	if e.ErrorCode == "method_not_allowed" && (resp.StatusCode != 405 || resp.Header.Get("Allow") == "") {
-		return true, errors.New("method_not_allowed without status 405 or without Allow")
+	if resp.StatusCode != beyond[e.ErrorCode] {
+		return true, fmt.Errorf("%s with status %d", e.ErrorCode, resp.StatusCode)
 	}
-	if e.ErrorCode == "not_found" && resp.StatusCode != 404 {
-		return true, errors.New("not_found without status 404")
+	if resp.StatusCode == http.StatusMethodNotAllowed && resp.Header.Get("Allow") == "" {
+		return true, errors.New("method_not_allowed without Allow")
 	}
 	schema := d.model.Components.Schemas.GetOrZero("Error").Schema()
 	if ok, found := d.errors.ValidateSchemaBytes(schema, body); !ok {

@@ -2,6 +2,7 @@ package openapitest
 
 import (
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -86,5 +87,31 @@ func TestCheckTellsRightFromWrong(t *testing.T) {
 				t.Errorf("allowed: %t, expected %t; %v", err == nil, c.fine, err)
 			}
 		})
+	}
+}
+
+// TestSecuritySchemesAreDefined: the document's own validation does not look.
+func TestSecuritySchemesAreDefined(t *testing.T) {
+	d, err := load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	required := slices.Clone(d.model.Security)
+	for _, item := range d.model.Paths.PathItems.FromOldest() {
+		for _, operation := range item.GetOperations().FromOldest() {
+			required = append(required, operation.Security...)
+		}
+	}
+	named := 0
+	for _, r := range required {
+		for scheme := range r.Requirements.FromOldest() {
+			named++
+			if _, ok := d.model.Components.SecuritySchemes.Get(scheme); !ok {
+				t.Errorf("security scheme %q is named and not defined", scheme)
+			}
+		}
+	}
+	if named == 0 {
+		t.Error("no security scheme is named")
 	}
 }
