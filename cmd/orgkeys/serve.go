@@ -275,8 +275,8 @@ func summarize(ctx context.Context, failures *authn.Failures, trail *audit.Log, 
 		case <-ctx.Done():
 		case <-ticker.C:
 		}
-		if err := recordFailures(context.WithoutCancel(ctx), failures.Flush(), trail); err != nil {
-			log.Warn("refused callers are not in the audit trail", "error", err)
+		if err := recordFailures(context.WithoutCancel(ctx), failures, trail); err != nil {
+			log.Warn("refused callers are not in the audit trail yet", "error", err)
 		}
 		if ctx.Err() != nil {
 			return
@@ -284,12 +284,14 @@ func summarize(ctx context.Context, failures *authn.Failures, trail *audit.Log, 
 	}
 }
 
-func recordFailures(ctx context.Context, counts map[string]int64, trail *audit.Log) error {
+// recordFailures leaves the counts for the next summary if it cannot record them.
+func recordFailures(ctx context.Context, failures *authn.Failures, trail *audit.Log) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	var events []audit.Event
 	for reason, n := range counts {
 		e := audit.New(audit.UnknownCallers, "")
+	counts := failures.Flush()
 		e.Actor = audit.Actor{Kind: audit.System, ID: "authn"}
 		e.Outcome, e.Reason = audit.Denied, reason
 		e.Detail = map[string]string{"count": fmt.Sprint(n)}
@@ -298,7 +300,11 @@ func recordFailures(ctx context.Context, counts map[string]int64, trail *audit.L
 	if len(events) == 0 {
 		return nil
 	}
-	return trail.Record(ctx, events...)
+	err := trail.Record(ctx, events...)
+	if err != nil {
+		failures.Restore(counts)
+	}
+	return err
 }
 
 // newRegistry returns the metrics that belong to no request.
