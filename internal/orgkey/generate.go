@@ -44,6 +44,9 @@ func (s *Service) Generate(ctx context.Context, call Call, org string, deliver f
 
 	id := uuid.NewString()
 	if err := s.reserve(ctx, org, id); err != nil {
+		if !errors.As(err, new(*QuotaError)) {
+			s.cancel(ctx, id) // it may have been made, and only the answer be missing
+		}
 		return s.refused(ctx, pass, err)
 	}
 	// CRASH: a place in the quota stays taken until the reservation expires.

@@ -465,6 +465,25 @@ func TestPromise5_EveryOperationLeavesItsEvent(t *testing.T) {
 	}
 }
 
+// lostAnswer reserves and does not say so, as a store does when its caller's
+// time ends while the change is on its way.
+type lostAnswer struct{ *sqlstore.DB }
+
+func (s lostAnswer) Reserve(ctx context.Context, org, id string, limit int, life time.Duration) error {
+	return errors.Join(context.Canceled, s.DB.Reserve(ctx, org, id, limit, life))
+}
+
+// Promise 3: a client that hangs up holds no place.
+func TestPromise3_AReservationWhoseAnswerWasLostIsGivenBack(t *testing.T) {
+	f := newFixture(t, func(c *orgkey.Config) { c.Store = lostAnswer{c.Store.(*sqlstore.DB)} })
+	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	if n := f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 0 {
+		t.Errorf("%d places are held", n)
+	}
+}
+
 func TestAnotherOrganizationsKeyIsNotFound(t *testing.T) {
 	f := newFixture(t, nil)
 	id, _ := f.generate(t, "acme")
