@@ -447,13 +447,13 @@ func TestPromise5_EveryOperationLeavesItsEvent(t *testing.T) {
 		{func() error { return f.Delete(t.Context(), owner("acme"), "acme", id) }, "orgkey.deleted"},
 		{func() error { _, err := f.DeleteAll(t.Context(), owner("acme"), "acme"); return err }, "orgkey.all_deleted"},
 		{func() error {
-			return f.Reject(t.Context(), owner("acme"), "acme", authz.GenerateKey, "not_acceptable")
+			return f.Reject(t.Context(), owner("acme"), "acme", authz.GenerateKey, "", "not_acceptable")
 		}, "request.failed:not_acceptable"},
 		{func() error {
-			return f.Reject(t.Context(), owner("acme"), "../etc", authz.GenerateKey, "malformed_organization")
+			return f.Reject(t.Context(), owner("acme"), "../etc", authz.GenerateKey, "", "malformed_organization")
 		}, "request.failed:malformed_organization"},
 		{func() error {
-			return f.Reject(t.Context(), owner("evil"), "acme", authz.GenerateKey, "not_acceptable")
+			return f.Reject(t.Context(), owner("evil"), "acme", authz.GenerateKey, "", "not_acceptable")
 		}, "access.denied:other_organization"},
 	}
 	for i, s := range steps {
