@@ -140,8 +140,7 @@ func keepPolicy(ctx context.Context, db *sqlstore.DB, p policy, log *slog.Logger
 // rewritten reports that the log under the running server was rewritten.
 func rewritten(c *audit.Checkpointer) error {
 	err := c.Status().Err
-	var found *audit.RewrittenError
-	if errors.As(err, &found) {
+	if errors.As(err, new(*audit.RewrittenError)) || errors.As(err, new(*audit.RollbackError)) {
 		return err
 	}
 	return nil
@@ -213,7 +212,7 @@ var (
 
 	checkpointSize = prometheus.NewDesc("orgkeys_audit_checkpoint_size", "Events that the newest signed checkpoint covers.", nil, nil)
 	checkpointTime = prometheus.NewDesc("orgkeys_audit_checkpoint_timestamp_seconds", "When the whole log was last found to be covered by a signed checkpoint.", nil, nil)
-	logRewritten   = prometheus.NewDesc("orgkeys_audit_log_rewritten", "1 when the log does not extend its newest signed checkpoint.", nil, nil)
+	logRewritten   = prometheus.NewDesc("orgkeys_audit_log_rewritten", "1 when the log does not extend its newest signed checkpoint, or what a sink has acknowledged.", nil, nil)
 )
 
 // sinkCollector shows how far each audit sink has come.

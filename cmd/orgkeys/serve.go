@@ -136,8 +136,10 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		return err
 	}
 	closeAll.add(lock.close)
+	lost := newLostEvents()
+	way := gate.Gate{Policy: policy, Trail: trail, Log: log, Lost: lost}
 	service, err := orgkey.New(orgkey.Config{
-		Gate:  gate.Gate{Policy: policy, Trail: trail, Log: log},
+		Gate:  way,
 		Store: db, Keystore: backend.keystore, Sealer: backend.sealer, Locker: lock.Locker,
 		Backend: backend.name, Limit: cfg.Max, Concurrency: cfg.MaxGenerations,
 		ReservationLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline,
@@ -146,7 +148,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		return err
 	}
 	nodes, err := node.New(node.Config{
-		Gate:  gate.Gate{Policy: policy, Trail: trail, Log: log},
+		Gate:  way,
 		Store: db, Sealer: backend.sealer, Window: cfg.TimestampWindow, AuditDeadline: cfg.AuditDeadline,
 	})
 	if err != nil {
@@ -155,7 +157,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	failures := &authn.Failures{}
 	surface, err := api.New(api.Config{
 		Keys: service, Nodes: nodes,
-		SystemEvents: &systemevent.Service{Gate: gate.Gate{Policy: policy, Trail: trail, Log: log}, Store: db},
+		SystemEvents: &systemevent.Service{Gate: way, Store: db},
 		Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
 		Checks: append([]api.Check{
 			{Name: "database", Ask: db.Healthy},
@@ -164,7 +166,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 			{Name: "audit checkpoints", Ask: func(context.Context) error { return rewritten(checkpoints) }},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.keys.Ready() }},
 		}, lock.checks...),
-		Metrics: newRegistry(trail, checkpoints), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
+		Metrics: newRegistry(trail, checkpoints, lost), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
 	if err != nil {
 		return err
@@ -275,8 +277,8 @@ func summarize(ctx context.Context, failures *authn.Failures, trail *audit.Log, 
 		case <-ctx.Done():
 		case <-ticker.C:
 		}
-		if err := recordFailures(context.WithoutCancel(ctx), failures.Flush(), trail); err != nil {
-			log.Warn("refused callers are not in the audit trail", "error", err)
+		if err := recordFailures(context.WithoutCancel(ctx), failures, trail); err != nil {
+			log.Warn("refused callers are not in the audit trail yet", "error", err)
 		}
 		if ctx.Err() != nil {
 			return
@@ -284,10 +286,12 @@ func summarize(ctx context.Context, failures *authn.Failures, trail *audit.Log, 
 	}
 }
 
-func recordFailures(ctx context.Context, counts map[string]int64, trail *audit.Log) error {
+// recordFailures leaves the counts for the next summary if it cannot record them.
+func recordFailures(ctx context.Context, failures *authn.Failures, trail *audit.Log) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	var events []audit.Event
+	counts := failures.Flush()
 	for reason, n := range counts {
 		e := audit.New(audit.UnknownCallers, "")
 		e.Actor = audit.Actor{Kind: audit.System, ID: "authn"}
@@ -298,12 +302,22 @@ func recordFailures(ctx context.Context, counts map[string]int64, trail *audit.L
 	if len(events) == 0 {
 		return nil
 	}
-	return trail.Record(ctx, events...)
+	err := trail.Record(ctx, events...)
+	if err != nil {
+		failures.Restore(counts)
+	}
+	return err
 }
 
 // newRegistry returns the metrics that belong to no request.
-func newRegistry(trail *audit.Log, checkpoints *audit.Checkpointer) *prometheus.Registry {
+func newRegistry(trail *audit.Log, checkpoints *audit.Checkpointer, lost prometheus.Counter) *prometheus.Registry {
 	r := prometheus.NewRegistry()
-	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints})
+	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints}, lost)
 	return r
+}
+
+func newLostEvents() prometheus.Counter {
+	return prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "orgkeys_audit_events_lost_total", Help: "Requests, most of them denied or failed, whose event could not be recorded.",
+	})
 }

@@ -30,7 +30,7 @@ type Keys interface {
 	List(ctx context.Context, call orgkey.Call, org string) ([]orgkey.Key, error)
 	Delete(ctx context.Context, call orgkey.Call, org, id string) error
 	DeleteAll(ctx context.Context, call orgkey.Call, org string) (int, error)
-	Reject(ctx context.Context, call orgkey.Call, org string, action authz.Action, reason string) error
+	Reject(ctx context.Context, call orgkey.Call, org string, action authz.Action, object, reason string) error
 }
 
 var _ Keys = (*orgkey.Service)(nil)

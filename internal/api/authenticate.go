@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"errors"
 
 	"github.com/gin-gonic/gin"
@@ -65,9 +66,14 @@ func (a *API) organization(action authz.Action) gin.HandlerFunc {
 // its say and the audit trail has the refusal.
 func (a *API) reject(c *gin.Context, reason string, p problem) {
 	x := exchangeOf(c)
-	if err := a.Keys.Reject(c.Request.Context(), x.call(), x.org, x.action, reason); err != nil && !errors.Is(err, orgkey.ErrBadOrg) {
+	if err := a.Keys.Reject(c.Request.Context(), x.call(), x.org, x.action, object(c), reason); err != nil && !errors.Is(err, orgkey.ErrBadOrg) {
 		a.fail(c, err)
 		return
 	}
 	a.refuse(c, p)
+}
+
+// object is what the path names within the organization, as it was sent.
+func object(c *gin.Context) string {
+	return cmp.Or(c.Param("idKey"), c.Param("idNode"), c.Param("name"))
 }

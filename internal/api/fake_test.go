@@ -87,7 +87,7 @@ func (u *useCases) DeleteAll(_ context.Context, call orgkey.Call, org string) (i
 	return u.deleted, err
 }
 
-func (u *useCases) Reject(_ context.Context, call orgkey.Call, org string, action authz.Action, reason string) error {
+func (u *useCases) Reject(_ context.Context, call orgkey.Call, org string, action authz.Action, _, reason string) error {
 	u.note(call, "reject", org, string(action), reason)
 	return u.rejects
 }

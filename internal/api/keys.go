@@ -130,7 +130,7 @@ func (a *API) deleteKeys(c *gin.Context) {
 
 func (a *API) deleteKey(c *gin.Context) {
 	id := c.Param("idKey")
-	if !isKeyID(id) { // such a key cannot exist, and its ID is nothing for an audit event
+	if !isKeyID(id) { // such a key cannot exist
 		a.reject(c, "not_found", keyNotFound)
 		return
 	}

@@ -231,7 +231,7 @@ func (a *API) listNodes(c *gin.Context) {
 
 func (a *API) deleteNode(c *gin.Context) {
 	id := c.Param("idNode")
-	if !isKeyID(id) { // nodes' IDs have the same form, and no other is one for an audit event
+	if !isKeyID(id) { // nodes' IDs have the same form
 		a.reject(c, "not_found", nodeNotFound)
 		return
 	}

@@ -36,7 +36,7 @@ const (
 	SecretsListed    Type = "secret.listed"
 	EventsRead       Type = "event.read"
 
-	RequestFailed    Type = "request.failed" // an authenticated request that was refused as malformed or impossible
+	RequestFailed    Type = "request.failed" // an authenticated request that was malformed or impossible, or on which the policy did not decide
 	AccessDenied     Type = "access.denied"  // the policy said no
 	UnknownCallers   Type = "authn.failed"   // one summary a reason and minute
 	RollbackAccepted Type = "log.rollback_accepted"
@@ -68,10 +68,13 @@ type Event struct {
 	Reason   string // a short code: why denied, refused, withdrawn
 	Org      string
 	Actor    Actor
+	ActorOrg string       // the organization that the actor belongs to
+	Roles    []authz.Role // the actor's
 	Action   authz.Action // what the policy was asked for, where it was
 	Object   string       // the ID of the key, node or secret it is about
 	Request  string       // the request's ID
 	Policy   string       // the revision of the policy that decided
+	Scope    authz.Scope  // of an allowed request
 	Detail   map[string]string
 	Personal Personal
 }
@@ -106,10 +109,13 @@ type leaf struct {
 	Org      string            `json:"org,omitempty"`
 	Kind     authz.Kind        `json:"actorKind,omitempty"`
 	Actor    string            `json:"actor,omitempty"`
+	ActorOrg string            `json:"actorOrg,omitempty"`
+	Roles    []authz.Role      `json:"roles,omitempty"`
 	Action   authz.Action      `json:"action,omitempty"`
 	Object   string            `json:"object,omitempty"`
 	Request  string            `json:"request,omitempty"`
 	Policy   string            `json:"policy,omitempty"`
+	Scope    authz.Scope       `json:"scope,omitempty"`
 	Detail   map[string]string `json:"detail,omitempty"`
 	Personal string            `json:"personal,omitempty"`
 }
@@ -137,8 +143,8 @@ type Record struct {
 func (e Event) Encode() (Record, error) {
 	l := leaf{
 		Version: 1, ID: e.ID, Time: e.Time.UTC().Format(TimeFormat), Type: e.Type, Outcome: e.Outcome,
-		Reason: e.Reason, Org: e.Org, Kind: e.Actor.Kind, Actor: e.Actor.ID, Action: e.Action,
-		Object: e.Object, Request: e.Request, Policy: e.Policy, Detail: e.Detail,
+		Reason: e.Reason, Org: e.Org, Kind: e.Actor.Kind, Actor: e.Actor.ID, ActorOrg: e.ActorOrg, Roles: e.Roles, Action: e.Action,
+		Object: e.Object, Request: e.Request, Policy: e.Policy, Scope: e.Scope, Detail: e.Detail,
 	}
 	r := Record{ID: e.ID, Time: e.Time, Type: e.Type, Reason: e.Reason, Org: e.Org, Kind: e.Actor.Kind, Actor: e.Actor.ID, Object: e.Object}
 	if e.Personal != (Personal{}) {
@@ -201,7 +207,7 @@ func Decode(leafBytes []byte) (Event, error) {
 	}
 	return Event{
 		ID: l.ID, Time: t, Type: l.Type, Outcome: l.Outcome, Reason: l.Reason, Org: l.Org,
-		Actor: Actor{l.Kind, l.Actor}, Action: l.Action, Object: l.Object, Request: l.Request,
-		Policy: l.Policy, Detail: l.Detail,
+		Actor: Actor{l.Kind, l.Actor}, ActorOrg: l.ActorOrg, Roles: l.Roles, Action: l.Action, Object: l.Object, Request: l.Request,
+		Policy: l.Policy, Scope: l.Scope, Detail: l.Detail,
 	}, nil
 }

@@ -251,6 +251,49 @@ func TestARewrittenLogIsNotSigned(t *testing.T) {
 	}
 }
 
+// What a sink holds already and no checkpoint covers yet cannot be rewritten
+// either: the running server signs nothing more, and the sink gets nothing more.
+func TestALogRewrittenBetweenTwoSignaturesIsNotSigned(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		later int // events recorded after it was rewritten
+	}{{"before anything else is recorded", 0}, {"and more was recorded", 3}} {
+		t.Run(c.name, func(t *testing.T) {
+			l := openLog(t)
+			quiet := slog.New(slog.DiscardHandler)
+			trail := audit.NewLog(l.db, quiet, audit.NewFileSink(l.sink))
+			checkpoints := audit.NewCheckpointer(trail, l.db, newSigner(t), time.Hour, quiet)
+			defer run(t, trail)()
+			record(t, trail, 5)
+			flush(t, trail)
+			if err := checkpoints.Sign(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			record(t, trail, 5)
+			flush(t, trail)
+			held := read(t, l.sink)
+			l.rebuild(t, `UPDATE events SET leaf = CAST(replace(leaf, 'acme', 'evil') AS BLOB), org_id = 'evil' WHERE idx = 7`)
+			if c.later > 0 {
+				record(t, trail, c.later)
+				waitFor(t, "they have their place", func() bool {
+					n, err := l.db.Unsequenced(t.Context())
+					return n == 0 && err == nil
+				})
+			}
+			if err := checkpoints.Sign(t.Context()); !errors.As(err, new(*audit.RollbackError)) {
+				t.Errorf("signing: %v", err)
+			}
+			waitFor(t, "the sink's follower sees it", func() bool { return errors.As(trail.Sinks()[0].Err, new(*audit.RollbackError)) })
+			if read(t, l.sink) != held {
+				t.Error("the sink was given more")
+			}
+			if last, err := l.db.LastSigned(t.Context()); err != nil || last.Size != 5 {
+				t.Errorf("the newest signed checkpoint covers %d, %v", last.Size, err)
+			}
+		})
+	}
+}
+
 // add30 adds an event without a sink.
 func (h *history) add30(t *testing.T) {
 	t.Helper()

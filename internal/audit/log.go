@@ -190,7 +190,7 @@ func (l *Log) Flush(ctx context.Context) error {
 
 func (l *Log) sinksPast(index int64) bool {
 	for _, f := range l.followers {
-		if next, err := f.state(); err != nil || next <= index {
+		if held, err := f.state(); err != nil || held.Size <= index {
 			return false
 		}
 	}
@@ -212,8 +212,8 @@ func (l *Log) sinksSigned() bool {
 func (l *Log) sinkErrors(index int64) error {
 	var all []error
 	for _, f := range l.followers {
-		next, err := f.state()
-		if err == nil && next <= index {
+		held, err := f.state()
+		if err == nil && held.Size <= index {
 			err = errNotYet
 		}
 		if err != nil {
@@ -226,8 +226,9 @@ func (l *Log) sinkErrors(index int64) error {
 // SinkStatus says how far a sink has come.
 type SinkStatus struct {
 	Name string
-	Next int64 // the first index it has not acknowledged
-	Err  error // why it is not going on, nil while it does
+	Next int64      // the first index it has not acknowledged
+	Held Checkpoint // of what it has acknowledged, as it was then
+	Err  error      // why it is not going on, nil while it does
 
 	CaughtUp time.Time // when it last held the whole log; zero: never since the start
 }
@@ -237,7 +238,7 @@ func (l *Log) Sinks() []SinkStatus {
 	all := make([]SinkStatus, len(l.followers))
 	for i, f := range l.followers {
 		f.mu.Lock()
-		all[i] = SinkStatus{f.sink.Name(), f.next, f.err, f.caughtUp}
+		all[i] = SinkStatus{f.sink.Name(), f.held.Size, f.held, f.err, f.caughtUp}
 		f.mu.Unlock()
 	}
 	return all

@@ -231,7 +231,8 @@ func (c *Checkpointer) Status() CheckpointStatus {
 
 // Sign signs a checkpoint of the log as it is, unless the newest one covers it
 // already, and has every sink record it. Before that it checks that the log
-// extends the newest signed checkpoint, and reports *RewrittenError if not.
+// extends the newest signed checkpoint, and reports *RewrittenError if not, and
+// what the sinks hold, and reports *RollbackError if not.
 func (c *Checkpointer) Sign(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
 	defer cancel()
@@ -272,9 +273,11 @@ func (c *Checkpointer) sign(ctx context.Context) error {
 }
 
 // Check reports *RewrittenError unless the log extends its newest signed
-// checkpoint: the stored one, and the one that this process saw last. It
-// returns the log's present checkpoint and the stored signed one.
+// checkpoint: the stored one, and the one that this process saw last; and
+// *RollbackError unless it extends what each sink has acknowledged, which is
+// more. It returns the log's present checkpoint and the stored signed one.
 func (c *Checkpointer) Check(ctx context.Context) (head Checkpoint, last Signed, err error) {
+	sinks := c.trail.Sinks() // before the head, which goes on growing
 	if last, err = c.store.LastSigned(ctx); err != nil {
 		return head, last, err
 	}
@@ -286,6 +289,18 @@ func (c *Checkpointer) Check(ctx context.Context) (head Checkpoint, last Signed,
 	c.mu.Unlock()
 	for _, held := range []Checkpoint{last.Checkpoint, seen} {
 		if err := extends(ctx, c.store, head, held); err != nil {
+			return head, last, err
+		}
+	}
+	for _, s := range sinks {
+		if errors.As(s.Err, new(*RollbackError)) {
+			return head, last, s.Err
+		}
+		err := extends(ctx, c.store, head, s.Held)
+		if errors.As(err, new(*RewrittenError)) {
+			err = &RollbackError{s.Name, s.Held, head}
+		}
+		if err != nil {
 			return head, last, err
 		}
 	}

@@ -55,20 +55,20 @@ type follower struct {
 	signed atomic.Int64  // the place of the newest signed checkpoint that the sink has recorded
 
 	mu       sync.Mutex
-	next     int64
+	held     Checkpoint // what the sink has acknowledged, as it was then
 	err      error
 	caughtUp time.Time // when it last held the whole log
 }
 
-func (f *follower) state() (int64, error) {
+func (f *follower) state() (Checkpoint, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.next, f.err
+	return f.held, f.err
 }
 
-func (f *follower) set(next int64, err error) {
+func (f *follower) set(held Checkpoint, err error) {
 	f.mu.Lock()
-	f.next, f.err = next, err
+	f.held, f.err = held, err
 	f.mu.Unlock()
 	f.log.moved()
 }
@@ -87,12 +87,12 @@ func (f *follower) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		next, _ := f.state()
-		if next > 0 {
+		held, _ := f.state()
+		if held.Size > 0 {
 			backoff = poll
 		}
-		f.set(next, err)
-		f.log.log.Warn("an audit sink is behind", "sink", f.sink.Name(), "next", next, "error", err)
+		f.set(held, err)
+		f.log.log.Warn("an audit sink is behind", "sink", f.sink.Name(), "next", held.Size, "error", err)
 		pause(ctx, backoff)
 		backoff = min(2*backoff, sinkBackoff)
 	}
@@ -100,26 +100,26 @@ func (f *follower) run(ctx context.Context) {
 
 // follow resumes where the sink is and goes on until something fails.
 func (f *follower) follow(ctx context.Context) error {
-	next, err := f.resume(ctx)
+	held, err := f.resume(ctx)
 	if err != nil {
 		return err
 	}
 	for {
 		changed := f.log.watch()
-		after, err := f.step(ctx, next)
+		after, err := f.step(ctx, held)
 		if err != nil {
 			return err
 		}
-		if err := f.keepSigned(ctx, after); err != nil {
+		if err := f.keepSigned(ctx, after.Size); err != nil {
 			return err
 		}
 		// Trouble is over only now: a sink that says how far it is may still
 		// not take what comes next.
-		if _, trouble := f.state(); after > next || trouble != nil {
+		if _, trouble := f.state(); after != held || trouble != nil {
 			f.set(after, nil)
 		}
-		if after > next {
-			next = after
+		if after != held {
+			held = after
 			continue
 		}
 		f.caught()
@@ -133,76 +133,83 @@ func (f *follower) follow(ctx context.Context) error {
 }
 
 // resume asks the sink how far it is, and checks that the log goes on from there.
-func (f *follower) resume(ctx context.Context) (int64, error) {
+func (f *follower) resume(ctx context.Context) (held Checkpoint, err error) {
 	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
-	var held Checkpoint
-	err := f.bounded(ctx, func() (err error) { held, err = f.sink.Last(ctx); return err })
+	err = f.bounded(ctx, func() (err error) { held, err = f.sink.Last(ctx); return err })
 	if err != nil {
-		return 0, fmt.Errorf("asking sink %s for its last checkpoint: %w", f.sink.Name(), err)
+		return Checkpoint{}, fmt.Errorf("asking sink %s for its last checkpoint: %w", f.sink.Name(), err)
 	}
+	return held, f.extended(ctx, held)
+}
+
+// extended reports *RollbackError unless the log extends held.
+func (f *follower) extended(ctx context.Context, held Checkpoint) error {
 	if held.Size == 0 {
-		return 0, nil
+		return nil
 	}
 	head, err := f.log.store.Head(ctx)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	if head.Size < held.Size {
-		return 0, &RollbackError{f.sink.Name(), held, head}
+		return &RollbackError{f.sink.Name(), held, head}
 	}
 	then, err := f.log.store.At(ctx, held.Size)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	if then.Root != held.Root || then.Origin != held.Origin {
-		return 0, &RollbackError{f.sink.Name(), held, then}
+	if then != held {
+		return &RollbackError{f.sink.Name(), held, then}
 	}
-	return held.Size, nil
+	return nil
 }
 
-// step brings the sink on from next and returns how far it is then.
-func (f *follower) step(ctx context.Context, next int64) (int64, error) {
+// step brings the sink on from held and returns how far it is then. What the
+// sink holds must still be in the log: it may have been rewritten meanwhile.
+func (f *follower) step(ctx context.Context, held Checkpoint) (Checkpoint, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
-	if !f.sink.Shared() {
-		return f.appendFrom(ctx, next)
+	if err := f.extended(ctx, held); err != nil {
+		return held, err
 	}
-	name := f.sink.Name()
-	mine, err := f.log.store.Exclusive(ctx, "sink "+name, func(ctx context.Context) error {
+	if !f.sink.Shared() {
+		return f.appendFrom(ctx, held)
+	}
+	name, mine := f.sink.Name(), held
+	_, err := f.log.store.Exclusive(ctx, "sink "+name, func(ctx context.Context) error {
 		done, err := f.log.store.SinkNext(ctx, name)
-		if err != nil {
+		if err != nil || done > held.Size {
 			return err
 		}
-		if done > next {
-			next = done
-			return nil
-		}
-		after, err := f.appendFrom(ctx, next)
-		if err != nil || after == next {
+		if mine, err = f.appendFrom(ctx, held); err != nil || mine == held {
 			return err
 		}
-		next = after
-		return f.log.store.SetSinkNext(ctx, name, after)
+		return f.log.store.SetSinkNext(ctx, name, mine.Size)
 	})
-	if err != nil || mine {
-		return next, err
+	if err != nil || mine != held {
+		return mine, err
 	}
 	done, err := f.log.store.SinkNext(ctx, name) // what another replica has done
-	return max(done, next), err
+	if err != nil || done <= held.Size {
+		return held, err
+	}
+	return f.log.store.At(ctx, done)
 }
 
-func (f *follower) appendFrom(ctx context.Context, next int64) (int64, error) {
-	entries, err := f.log.store.Entries(ctx, next, sinkBatch)
+func (f *follower) appendFrom(ctx context.Context, held Checkpoint) (Checkpoint, error) {
+	entries, err := f.log.store.Entries(ctx, held.Size, sinkBatch)
 	if err != nil || len(entries) == 0 {
-		return next, err
+		return held, err
 	}
-	after := next + int64(len(entries))
-	checkpoint, err := f.log.store.At(ctx, after)
+	after, err := f.log.store.At(ctx, held.Size+int64(len(entries)))
 	if err != nil {
-		return next, err
+		return held, err
 	}
-	return after, f.bounded(ctx, func() error { return f.handOver(ctx, entries, checkpoint) })
+	if err := f.bounded(ctx, func() error { return f.handOver(ctx, entries, after) }); err != nil {
+		return held, err
+	}
+	return after, nil
 }
 
 // handOver keeps receipts before the sink's checkpoint moves on, so that a

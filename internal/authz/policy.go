@@ -111,16 +111,17 @@ func (p *Policy) Revision() string { return p.revision }
 // are not to be changed.
 func (p *Policy) Files() map[string][]byte { return p.files }
 
-// Decide answers r. An error means "no": it wraps ErrNoDecision, or ErrTimeLimit
+// Decide answers r. An error means "no", and the decision with it says no more
+// than which policy failed to decide: it wraps ErrNoDecision, or ErrTimeLimit
 // when three evaluations of 50 ms each did not suffice, or is the reason why ctx
 // ended, which is noticed between evaluations.
 func (p *Policy) Decide(ctx context.Context, r Request) (Decision, error) {
 	d, err := p.decide(ctx, input(r))
 	if err != nil {
-		return Decision{}, err
+		return Decision{Revision: p.revision}, err
 	}
 	if d.Scope == OwnOnly && r.Action != ReadEvents {
-		return Decision{}, fmt.Errorf("%w: scope %q for %s, which has no owner", ErrNoDecision, d.Scope, r.Action)
+		return Decision{Revision: p.revision}, fmt.Errorf("%w: scope %q for %s, which has no owner", ErrNoDecision, d.Scope, r.Action)
 	}
 	return d, nil
 }

@@ -42,7 +42,7 @@ func (s *Service) Secrets(ctx context.Context, from Origin, body []byte, deliver
 	}
 	size, err := s.Store.SecretsSize(ctx, r.org)
 	if err != nil {
-		return s.Failed(ctx, r.pass, audit.RequestFailed, "unavailable", fmt.Errorf("measuring secrets: %w", err))
+		return s.Failed(ctx, r.pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("measuring secrets: %w", err))
 	}
 	held := min(answerBase+answerPreparing*size, answersMemory)
 	if err := s.reserve(ctx, held); err != nil {
@@ -86,7 +86,7 @@ func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
 	s.seen.node(Ref{r.org, r.addr}, s.Now())
 	envelopes, err := s.envelop(ctx, r, sealed)
 	if err != nil {
-		reason := "unavailable"
+		reason := gate.ReasonFor(ctx, "unavailable")
 		if errors.Is(err, ErrSecretBroken) {
 			reason = "secret_broken"
 		}

@@ -79,7 +79,8 @@ func (s *Service) admit(ctx context.Context, from Origin, e endpoint, action aut
 		Caller:  authz.Caller{Kind: authz.Node, Subject: p.key, Org: r.org},
 		Request: from.Request, Address: from.Address,
 	}
-	pass, err := s.Decide(ctx, call, action, r.org)
+	pass, err := s.Decide(ctx, call, action, r.org, "")
+	pass.Detail = map[string]string{"ip": r.addr.String()}
 	return signed{r, p, pass}, err
 }
 
@@ -90,11 +91,10 @@ func (s *Service) use(r signed) Use {
 	}
 }
 
-// event is about the node that r claims to be, at the address that it claims.
+// event is about the node that r claims to be.
 func (r signed) event(t audit.Type, id string, c Change) audit.Event {
 	e := r.pass.Event(t)
 	e.Object, e.Reason = id, string(c)
-	e.Detail = map[string]string{"ip": r.addr.String()}
 	return e
 }
 
@@ -107,6 +107,8 @@ func (s *Service) Register(ctx context.Context, from Origin, body []byte) error 
 	}
 	n := r.node
 	n.ID = uuid.NewString()
+	ctx, cancel := gate.Outlive(ctx)
+	defer cancel()
 	err = s.Store.Register(ctx, s.use(r), n, func(id string, c Change) audit.Event {
 		return r.event(audit.NodeRegistered, id, c)
 	})
@@ -119,6 +121,8 @@ func (s *Service) Unregister(ctx context.Context, from Origin, body []byte) erro
 	if err != nil {
 		return err
 	}
+	ctx, cancel := gate.Outlive(ctx)
+	defer cancel()
 	err = s.Store.Unregister(ctx, s.use(r), r.addr, func(id string, c Change) audit.Event {
 		return r.event(audit.NodeUnregistered, id, c)
 	})
@@ -139,6 +143,6 @@ func (s *Service) concluded(ctx context.Context, r signed, err error) error {
 	case errors.Is(err, ErrNodeNotFound):
 		return s.Failed(ctx, r.pass, audit.RequestFailed, "not_found", err)
 	default:
-		return s.Failed(ctx, r.pass, audit.RequestFailed, "unavailable", err)
+		return s.Failed(ctx, r.pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), err)
 	}
 }

@@ -34,7 +34,7 @@ type Generated struct {
 // A crash (CRASH below) loses no more than this says; the sweeper, and for
 // Transit the reaper, clear it without anybody's help.
 func (s *Service) Generate(ctx context.Context, call Call, org string, deliver func(context.Context, Generated) error) error {
-	pass, err := s.Decide(ctx, call, authz.GenerateKey, org)
+	pass, err := s.Decide(ctx, call, authz.GenerateKey, org, "")
 	if err != nil {
 		return err
 	}
@@ -43,6 +43,9 @@ func (s *Service) Generate(ctx context.Context, call Call, org string, deliver f
 
 	id := uuid.NewString()
 	if err := s.reserve(ctx, org, id); err != nil {
+		if !errors.As(err, new(*QuotaError)) {
+			s.cancel(ctx, id) // it may have been made, and only the answer be missing
+		}
 		return s.refused(ctx, pass, err)
 	}
 	// CRASH: a place in the quota stays taken until the reservation expires.
@@ -75,11 +78,11 @@ func (s *Service) Generate(ctx context.Context, call Call, org string, deliver f
 	// CRASH: record and event are committed, nothing is released; the sweeper
 	// deletes the record at its expiry, with an event that says so.
 	if err := s.acknowledged(ctx, created.ID); err != nil {
-		s.withdraw(ctx, pass, id, reasonFor(ctx, "audit_not_acknowledged"))
+		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, "audit_not_acknowledged"))
 		return fmt.Errorf("%w: %w", ErrAudit, err)
 	}
 	if err := s.Store.Release(ctx, id); err != nil {
-		s.withdraw(ctx, pass, id, reasonFor(ctx, "release_failed"))
+		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, "release_failed"))
 		return fmt.Errorf("releasing key %s: %w", id, err)
 	}
 	// CRASH: the key is released and listed as delivery "unconfirmed"; whether
@@ -236,14 +239,6 @@ func refusal(err error) string {
 	default:
 		return "generation_failed"
 	}
-}
-
-// reasonFor is the caller's absence where that is why something failed.
-func reasonFor(ctx context.Context, otherwise string) string {
-	if errors.Is(ctx.Err(), context.Canceled) {
-		return "caller_gone"
-	}
-	return otherwise
 }
 
 // Thumbprint is the RFC 7638 thumbprint of a public key: base64url, unpadded,

@@ -64,25 +64,25 @@ func New(c Config) (*Service, error) {
 // List returns org's released keys, newest first. It fails closed: one record
 // that does not open for its organization and ID fails the whole list.
 func (s *Service) List(ctx context.Context, call Call, org string) ([]Key, error) {
-	pass, err := s.Decide(ctx, call, authz.ListKeys, org)
+	pass, err := s.Decide(ctx, call, authz.ListKeys, org, "")
 	if err != nil {
 		return nil, err
 	}
 	keys, err := s.keys(ctx, org)
 	if err != nil {
-		return nil, s.Failed(ctx, pass, audit.KeysListed, listFailure(err), err)
+		return nil, s.Failed(ctx, pass, audit.KeysListed, listFailure(ctx, err), err)
 	}
-	if err := s.Trail.Record(ctx, pass.Event(audit.KeysListed)); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAudit, err)
+	if err := s.Record(ctx, pass.Event(audit.KeysListed)); err != nil {
+		return nil, err
 	}
 	return keys, nil
 }
 
-func listFailure(err error) string {
+func listFailure(ctx context.Context, err error) string {
 	if errors.Is(err, ErrSealBroken) {
 		return "seal_broken"
 	}
-	return "unavailable"
+	return gate.ReasonFor(ctx, "unavailable")
 }
 
 func (s *Service) keys(ctx context.Context, org string) ([]Key, error) {
@@ -119,27 +119,38 @@ func ParsePublic(der []byte) (*rsa.PublicKey, error) {
 
 // Delete ends org's key id for every request that begins after it returned.
 func (s *Service) Delete(ctx context.Context, call Call, org, id string) error {
-	pass, err := s.Decide(ctx, call, authz.DeleteKey, org)
+	pass, err := s.Decide(ctx, call, authz.DeleteKey, org, id)
 	if err != nil {
 		return err
 	}
-	event := pass.Event(audit.KeyDeleted)
-	event.Object = id
-	err = s.Store.DeleteKey(ctx, org, id, event)
-	if errors.Is(err, ErrNotFound) {
+	ctx, cancel := gate.Outlive(ctx)
+	defer cancel()
+	err = s.Store.DeleteKey(ctx, org, id, pass.Event(audit.KeyDeleted))
+	return s.changed(ctx, pass, err)
+}
+
+// changed records that an allowed change did not come about.
+func (s *Service) changed(ctx context.Context, pass gate.Pass, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ErrNotFound):
 		return s.Failed(ctx, pass, audit.RequestFailed, "not_found", err)
+	default:
+		return s.Failed(ctx, pass, audit.RequestFailed, "unavailable", err)
 	}
-	return err
 }
 
 // DeleteAll ends all of org's keys, cancels what is being generated, and
 // returns how many released keys it ended.
 func (s *Service) DeleteAll(ctx context.Context, call Call, org string) (int, error) {
-	pass, err := s.Decide(ctx, call, authz.DeleteAllKeys, org)
+	pass, err := s.Decide(ctx, call, authz.DeleteAllKeys, org, "")
 	if err != nil {
 		return 0, err
 	}
-	return s.Store.DeleteKeys(ctx, org, pass.Event(audit.KeysDeleted), func(id string, released bool) audit.Event {
+	ctx, cancel := gate.Outlive(ctx)
+	defer cancel()
+	n, err := s.Store.DeleteKeys(ctx, org, pass.Event(audit.KeysDeleted), func(id string, released bool) audit.Event {
 		event := pass.Event(audit.KeyDeleted)
 		if !released {
 			event.Type, event.Reason = audit.KeyWithdrawn, "cancelled"
@@ -147,6 +158,7 @@ func (s *Service) DeleteAll(ctx context.Context, call Call, org string) (int, er
 		event.Object = id
 		return event
 	})
+	return n, s.changed(ctx, pass, err)
 }
 
 // Sweep ends expired reservations and pending records, and withdraws what could

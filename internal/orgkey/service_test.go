@@ -574,13 +574,13 @@ func TestPromise5_EveryOperationLeavesItsEvent(t *testing.T) {
 		{func() error { return f.Delete(t.Context(), owner("acme"), "acme", id) }, "orgkey.deleted"},
 		{func() error { _, err := f.DeleteAll(t.Context(), owner("acme"), "acme"); return err }, "orgkey.all_deleted"},
 		{func() error {
-			return f.Reject(t.Context(), owner("acme"), "acme", authz.GenerateKey, "not_acceptable")
+			return f.Reject(t.Context(), owner("acme"), "acme", authz.GenerateKey, "", "not_acceptable")
 		}, "request.failed:not_acceptable"},
 		{func() error {
-			return f.Reject(t.Context(), owner("acme"), "../etc", authz.GenerateKey, "malformed_organization")
+			return f.Reject(t.Context(), owner("acme"), "../etc", authz.GenerateKey, "", "malformed_organization")
 		}, "request.failed:malformed_organization"},
 		{func() error {
-			return f.Reject(t.Context(), owner("evil"), "acme", authz.GenerateKey, "not_acceptable")
+			return f.Reject(t.Context(), owner("evil"), "acme", authz.GenerateKey, "", "not_acceptable")
 		}, "access.denied:other_organization"},
 	}
 	for i, s := range steps {
@@ -589,6 +589,25 @@ func TestPromise5_EveryOperationLeavesItsEvent(t *testing.T) {
 		if got := f.history(t, "seq > $1", last); got != s.want {
 			t.Errorf("step %d left %q, want %q", i, got, s.want)
 		}
+	}
+}
+
+// lostAnswer reserves and does not say so, as a store does when its caller's
+// time ends while the change is on its way.
+type lostAnswer struct{ *sqlstore.DB }
+
+func (s lostAnswer) Reserve(ctx context.Context, org, id string, limit int, life time.Duration) error {
+	return errors.Join(context.Canceled, s.DB.Reserve(ctx, org, id, limit, life))
+}
+
+// Promise 3: a client that hangs up holds no place.
+func TestPromise3_AReservationWhoseAnswerWasLostIsGivenBack(t *testing.T) {
+	f := newFixture(t, func(c *orgkey.Config) { c.Store = lostAnswer{c.Store.(*sqlstore.DB)} })
+	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	if n := f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 0 {
+		t.Errorf("%d places are held", n)
 	}
 }
 

@@ -245,13 +245,13 @@ func TestEveryReadLeavesItsOwnEvent(t *testing.T) {
 	}{
 		{by("ada", "acme", authz.User), `{"userId":"ada@example.org"}`, "event.read success  acme own 0"},
 		{by("o", "acme", authz.Owner), `{}`, "event.read success  acme organization 1"},
-		{by("o", "acme", authz.Owner), `{"take":0}`, "request.failed failure invalid acme  "},
-		{by("o", "acme", authz.Owner), `{"orgId":"a b"}`, "request.failed failure invalid acme  "},
+		{by("o", "acme", authz.Owner), `{"take":0}`, "request.failed failure invalid acme organization "},
+		{by("o", "acme", authz.Owner), `{"orgId":"a b"}`, "request.failed failure invalid acme organization "},
 		{by("o", "other", authz.Owner), `{"orgId":"acme"}`, "access.denied denied other_organization acme  "},
 	} {
 		_, _ = f.service.Read(t.Context(), c.call, []byte(c.body)) // the other tests look at the answers
 		e := f.last()
-		got := fmt.Sprintf("%s %s %s %s %s %s", e.Type, e.Outcome, e.Reason, e.Org, e.Detail["scope"], e.Detail["returned"])
+		got := fmt.Sprintf("%s %s %s %s %s %s", e.Type, e.Outcome, e.Reason, e.Org, e.Scope, e.Detail["returned"])
 		if got != c.want || e.Action != authz.ReadEvents || e.Actor.ID != c.call.Caller.Subject || e.Request != "r-1" || e.Policy == "" {
 			t.Errorf("%s: %s, want %s; %+v", c.body, got, c.want, e)
 		}

@@ -7,7 +7,6 @@ package systemevent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"time"
@@ -147,7 +146,7 @@ type Service struct {
 // is a *jsonbody.Error.
 func (s *Service) Read(ctx context.Context, call gate.Call, body []byte) (Page, error) {
 	f, wrong := parse(body, call.Caller.Org, time.Now())
-	pass, err := s.Decide(ctx, call, authz.ReadEvents, f.Org)
+	pass, err := s.Decide(ctx, call, authz.ReadEvents, f.Org, "")
 	if err != nil {
 		return Page{}, err
 	}
@@ -160,10 +159,10 @@ func (s *Service) Read(ctx context.Context, call gate.Call, body []byte) (Page, 
 	}
 	page, err := s.page(ctx, f)
 	if err != nil {
-		return Page{}, s.Failed(ctx, pass, audit.EventsRead, "unavailable", fmt.Errorf("reading events: %w", err))
+		return Page{}, s.Failed(ctx, pass, audit.EventsRead, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("reading events: %w", err))
 	}
-	if err := s.Trail.Record(ctx, readEvent(pass, f, page)); err != nil {
-		return Page{}, errors.Join(gate.ErrAudit, err)
+	if err := s.Record(ctx, readEvent(pass, f, page)); err != nil {
+		return Page{}, err
 	}
 	return page, nil
 }
@@ -187,7 +186,7 @@ func (s *Service) page(ctx context.Context, f Filter) (Page, error) {
 func readEvent(pass gate.Pass, f Filter, page Page) audit.Event {
 	e := pass.Event(audit.EventsRead)
 	e.Detail = map[string]string{
-		"scope": string(pass.Decision.Scope), "from": f.From.UTC().Format(audit.TimeFormat),
+		"from":     f.From.UTC().Format(audit.TimeFormat),
 		"returned": strconv.Itoa(len(page.Events)), "total": strconv.Itoa(page.Total), "skip": strconv.Itoa(page.Skip),
 	}
 	if !f.Before.IsZero() {
