@@ -234,16 +234,17 @@ func TestAccessLogHoldsNothingThatWasSent(t *testing.T) {
 	b.ask("GET", "/organization/acme/key", "Authorization", "Bearer "+marker)
 	b.ask(marker, "/organization/acme/key")
 	b.ask("POST", "/organization/acme/key")
+	lines := func() []string { return strings.Split(strings.TrimSpace(b.logs.String()), "\n") }
+	eventually(t, "every answer has its line", func() bool { return len(lines()) >= 6 }) // written after the answer
 	log := b.logs.String()
 	if strings.Contains(log, marker) || strings.Contains(log, token) || strings.Contains(log, "PRIVATE KEY") {
 		t.Errorf("the log:\n%s", log)
 	}
-	lines := strings.Split(strings.TrimSpace(log), "\n")
-	if len(lines) != 6 {
-		t.Fatalf("%d lines:\n%s", len(lines), log)
+	if len(lines()) != 6 {
+		t.Fatalf("%d lines:\n%s", len(lines()), log)
 	}
 	var first map[string]any
-	if err := json.Unmarshal([]byte(lines[0]), &first); err != nil {
+	if err := json.Unmarshal([]byte(lines()[0]), &first); err != nil {
 		t.Fatal(err)
 	}
 	for k, want := range map[string]string{"msg": "request", "method": "GET", "route": "/organization/:idOrg/key", "status": "200", "org": "acme"} {
