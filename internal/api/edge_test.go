@@ -253,7 +253,7 @@ func TestAccessLogHoldsNothingThatWasSent(t *testing.T) {
 		}
 	}
 	if first["request"] == nil || first["ms"] == nil {
-		t.Errorf("the request's ID or duration is missing: %s", lines[0])
+		t.Errorf("the request's ID or duration is missing: %s", lines()[0])
 	}
 	metrics := b.scrape()
 	if strings.Contains(metrics, marker) || !strings.Contains(metrics, `orgkeys_http_requests_total{method="other",route="none",status="405"} 1`) ||
