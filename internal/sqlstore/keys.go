@@ -280,7 +280,7 @@ func (d *DB) forUpdate(how string) string {
 
 // HasSealed reports whether any record was ever sealed.
 func (d *DB) HasSealed(ctx context.Context) (bool, error) {
-	found, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM (SELECT 1 FROM org_keys WHERE sealed IS NOT NULL LIMIT 1) AS found")
+	found, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM (SELECT 1 FROM event_keys UNION ALL SELECT 1 FROM org_keys WHERE sealed IS NOT NULL LIMIT 1) AS found")
 	return err == nil && found[0] > 0, err
 }
 
