@@ -139,6 +139,9 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) err
 	if report.Unsequenced > 0 {
 		fmt.Fprintf(out, "%d events are recorded and not in the log yet: nothing vouches for them until the server runs\n", report.Unsequenced)
 	}
+	if report.Unauthenticated > 0 {
+		fmt.Fprintf(out, "%d rows of the table events wait unauthenticated: orgkeys did not record them, and gives them no place in the log\n", report.Unauthenticated)
+	}
 	for _, r := range report.Rollbacks {
 		fmt.Fprintf(out, "a rollback was accepted: %q\n", r.Reason)
 	}

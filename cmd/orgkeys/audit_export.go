@@ -257,7 +257,15 @@ overwritten yet, are yours to see to; docs/audit.md says what remains.`,
 			if subject == "" || strings.TrimSpace(reason) == "" {
 				return errors.New("--subject and --reason: say whom, and why, for the auditors")
 			}
+			cfg, err := load(cmd)
+			if err != nil {
+				return err
+			}
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
+				// Not locked: the server may run.
+				if err := openToRecord(ctx, cfg, &dataDir{path: cfg.DataDir}, db); err != nil {
+					return err
+				}
 				n, err := db.Erase(ctx, subject, func(n int64) audit.Event {
 					e := audit.New(audit.PersonErased, "")
 					e.Actor = audit.Actor{Kind: audit.System, ID: "operator"}

@@ -46,7 +46,9 @@ and run it with the data directory of each that has a file sink.`,
 			if err != nil {
 				return errors.Join(err, dir.close())
 			}
-			err = acceptRollback(cmd.Context(), cmd.OutOrStdout(), cfg, db, reason)
+			if err = openToRecord(cmd.Context(), cfg, dir, db); err == nil {
+				err = acceptRollback(cmd.Context(), cmd.OutOrStdout(), cfg, db, reason)
+			}
 			return errors.Join(err, db.Close(), dir.close())
 		},
 	}

@@ -25,8 +25,8 @@ func newRewrap() *cobra.Command {
 	return &cobra.Command{
 		Use:   "rewrap",
 		Short: "Seal every stored record again under the newest version of Vault's key",
-		Long: `Seals every stored public key and boot secret again under the newest version of
-the sealing key in Vault, inside Vault. Run it after
+		Long: `Seals every stored public key and boot secret, and the key that authenticates
+events, again under the newest version of the sealing key in Vault, inside Vault. Run it after
 "vault write -f orgkeys-seal/keys/seal/rotate".
 
 The server may run meanwhile, and a run that was interrupted is completed by
@@ -69,7 +69,8 @@ func rewrap(ctx context.Context, cfg config.Config, progress io.Writer) (err err
 	if r.version, err = r.sealer.LatestVersion(ctx); err != nil {
 		return err
 	}
-	err = errors.Join(r.all(ctx, orgkey.PublicKey, "public keys"), r.all(ctx, orgkey.BootSecret, "boot secrets"))
+	err = errors.Join(r.all(ctx, orgkey.PublicKey, "public keys"), r.all(ctx, orgkey.BootSecret, "boot secrets"),
+		r.all(ctx, orgkey.EventKey, "keys that authenticate events"))
 	return errors.Join(err, r.broken(), r.record(ctx, err))
 }
 
@@ -173,7 +174,11 @@ func (r *rewrapper) record(ctx context.Context, interrupted error) error {
 	case r.failed > 0:
 		e.Outcome, e.Reason = audit.Failure, "sealed_record_broken"
 	}
-	if err := r.db.Record(ctx, e); err != nil {
+	err := openEventKey(ctx, r.sealer, r.db)
+	if err == nil {
+		err = r.db.Record(ctx, e)
+	}
+	if err != nil {
 		return fmt.Errorf("recording the run: %w", err)
 	}
 	return nil

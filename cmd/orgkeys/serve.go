@@ -115,6 +115,9 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		return err
 	}
 	closeAll.add(backend.close)
+	if err := openEventKey(starting, backend.sealer, db); err != nil {
+		return err
+	}
 	trail := audit.NewLog(db, log, backend.sinks(cfg)...)
 	if err := checkSinks(starting, trail, log); err != nil {
 		return err
@@ -164,9 +167,10 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 			{Name: backend.name, Ask: backend.healthy},
 			{Name: "audit sinks", Ask: func(context.Context) error { return sinkTrouble(trail) }},
 			{Name: "audit checkpoints", Ask: func(context.Context) error { return rewritten(checkpoints) }},
+			{Name: "audit events", Ask: func(ctx context.Context) error { return unauthenticated(ctx, db) }, Optional: true},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.keys.Ready() }},
 		}, lock.checks...),
-		Metrics: newRegistry(trail, checkpoints, lost), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
+		Metrics: newRegistry(db, trail, checkpoints, lost), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
 	if err != nil {
 		return err
@@ -310,9 +314,9 @@ func recordFailures(ctx context.Context, failures *authn.Failures, trail *audit.
 }
 
 // newRegistry returns the metrics that belong to no request.
-func newRegistry(trail *audit.Log, checkpoints *audit.Checkpointer, lost prometheus.Counter) *prometheus.Registry {
+func newRegistry(db *sqlstore.DB, trail *audit.Log, checkpoints *audit.Checkpointer, lost prometheus.Counter) *prometheus.Registry {
 	r := prometheus.NewRegistry()
-	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints}, lost)
+	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints}, refusedCollector{db}, lost)
 	return r
 }
 

@@ -33,6 +33,8 @@ type Archive interface {
 	Hashes(ctx context.Context) iter.Seq2[StoredHash, error]
 	// Unsequenced counts events that have no index yet.
 	Unsequenced(ctx context.Context) (int64, error)
+	// Unauthenticated counts events that the sequencer refused an index.
+	Unauthenticated(ctx context.Context) (int64, error)
 	// Contradictions names records and events that do not fit each other.
 	Contradictions(ctx context.Context) ([]string, error)
 }
@@ -52,12 +54,13 @@ func (p *Problem) Error() string {
 
 // Report is what verification found of a log with nothing wrong in it.
 type Report struct {
-	Log         Checkpoint
-	Covered     int64 // events that the copy vouches for
-	Signed      int64 // events that a signed checkpoint covers
-	Unsequenced int64 // events that have no index yet, and so no proof
-	Erased      int64 // events whose personal part was erased
-	Rollbacks   []Rollback
+	Log             Checkpoint
+	Covered         int64 // events that the copy vouches for
+	Signed          int64 // events that a signed checkpoint covers
+	Unsequenced     int64 // events that have no index yet, and so no proof
+	Unauthenticated int64 // events that the sequencer refused an index
+	Erased          int64 // events whose personal part was erased
+	Rollbacks       []Rollback
 }
 
 // Verify checks that every event is the one that the tree was built from, that
@@ -73,6 +76,9 @@ func Verify(ctx context.Context, a Archive, copy *Copy) (Report, error) {
 	}
 	v := &verification{Report: Report{Log: head, Rollbacks: copy.Rollbacks}, copy: copy}
 	if v.Unsequenced, err = a.Unsequenced(ctx); err != nil {
+		return Report{}, err
+	}
+	if v.Unauthenticated, err = a.Unauthenticated(ctx); err != nil {
 		return Report{}, err
 	}
 	if err := v.walk(ctx, a); err != nil {

@@ -45,6 +45,7 @@ func openLog(t *testing.T) log30 {
 	if err := db.Migrate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	db.UseEventKey(audit.EventKey{})
 	raw, err := sql.Open("sqlite", "file:"+filepath.Join(dir, "orgkeys.db"))
 	if err != nil {
 		t.Fatal(err)

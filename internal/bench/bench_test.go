@@ -277,6 +277,7 @@ func BenchmarkEvents(b *testing.B) {
 			if err := db.Migrate(b.Context()); err != nil {
 				b.Fatal(err)
 			}
+			db.UseEventKey(audit.NewEventKey())
 			trail := audit.NewLog(db, slog.New(slog.DiscardHandler), audit.NewFileSink(filepath.Join(dir, "audit.jsonl")))
 			ctx, stop := context.WithCancel(b.Context())
 			ended := make(chan error, 1)

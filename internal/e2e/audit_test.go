@@ -4,6 +4,8 @@ import (
 	"database/sql"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -39,9 +41,12 @@ func TestPromise5_EveryOperationLeavesItsOwnEvent(t *testing.T) {
 		{"a list denied by role", harness.Request{Method: "GET", Path: harness.KeyPath(org)}, org, "USER", 403, "access.denied", "denied", "insufficient_role", "", 0},
 		{"a key denied by role", harness.Request{Method: "POST", Path: harness.KeyPath(org)}, org, "BILLING", 403, "access.denied", "denied", "insufficient_role", "", 0},
 		{"a key denied by organization", harness.Request{Method: "POST", Path: harness.KeyPath(org)}, other, "OWNER", 403, "access.denied", "denied", "other_organization", "", 0},
-		{"a deletion denied", harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + key.ID}, other, "OWNER", 403, "access.denied", "denied", "other_organization", "", 0},
+		{"a deletion denied", harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + key.ID}, other, "OWNER", 403, "access.denied", "denied", "other_organization", key.ID, 0},
+		{"a node's deletion denied", harness.Request{Method: "DELETE", Path: "/organization/" + org + "/node" + none}, org, "USER", 403, "access.denied", "denied", "insufficient_role", none[1:], 0},
+		{"a secret's deletion denied", harness.Request{Method: "DELETE", Path: "/organization/" + org + "/secret/env_s3"}, org, "USER", 403, "access.denied", "denied", "insufficient_role", "env_s3", 0},
+		{"a deletion with a body", harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + key.ID, Body: make([]byte, 1<<20)}, org, "OWNER", 413, "request.failed", "failure", "*", key.ID, 0},
 		{"deleting all denied", harness.Request{Method: "DELETE", Path: harness.KeyPath(org)}, org, "WORKSPACES", 403, "access.denied", "denied", "insufficient_role", "", 0},
-		{"a deletion of what is not there", harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + none}, org, "OWNER", 404, "request.failed", "failure", "not_found", "", 0},
+		{"a deletion of what is not there", harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + none}, org, "OWNER", 404, "request.failed", "failure", "not_found", none[1:], 0},
 		{"an Accept that cannot be met", harness.Request{Method: "POST", Path: harness.KeyPath(org), Header: http.Header{"Accept": {"text/html"}}}, org, "OWNER", 406, "request.failed", "failure", "*", "", 0},
 		{"a malformed organization", harness.Request{Method: "GET", Path: "/organization/-x/key"}, org, "OWNER", 400, "request.failed", "failure", "*", "", 0},
 		{"a deletion", harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + key.ID}, org, "ADMINISTRATOR", 200, "orgkey.deleted", "success", "", key.ID, 0},
@@ -392,6 +397,84 @@ func TestPromise5_YesterdaysDataIsRefused(t *testing.T) {
 	if _, stderr, code := s.Run(t, "serve"); code == 0 {
 		t.Errorf("serve on the same old data again: exit code 0\n%s", stderr)
 	}
+}
+
+// TestPromise5_AForgedRowIsNotSequenced: a row that somebody else puts into the
+// running server's database reaches no sink, is reported, and is in nobody's way.
+func TestPromise5_AForgedRowIsNotSequenced(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org := harness.Org()
+	s.Generate(t, org)
+	const id = "99999999-9999-4999-8999-999999999999"
+	harness.Exec(t, s.Database(t), `INSERT INTO events (id, occurred_at, type, org_id, actor_kind, actor, object, leaf) VALUES (?, 1767225600000000, 'secret.fetched', 'acme', 'user', 'admin', '', ?)`,
+		id, []byte(`{"v":1,"id":"`+id+`","time":"2026-01-01T00:00:00.000000Z","type":"secret.fetched","outcome":"success","org":"acme","actorKind":"user","actor":"admin"}`))
+	harness.Eventually(t, harness.Patience, "the metric counts it", func() bool {
+		return strings.Contains(admin(t, s, "/metrics"), "\norgkeys_audit_events_unauthenticated 1\n")
+	})
+	harness.Eventually(t, harness.Patience, "readiness names it", func() bool {
+		return strings.Contains(admin(t, s, "/readyz"), "1 events in the database were not recorded by orgkeys")
+	})
+	s.Generate(t, org) // whose event needs its place before the key is released
+	if _, stderr, code := s.Run(t, "audit", "erase", "--subject", "nobody", "--reason", "a test"); code != 0 {
+		t.Errorf("a command that records beside the server: exit code %d\n%s", code, stderr)
+	}
+	harness.Eventually(t, harness.Patience, "the command's event is in the log", func() bool {
+		return len(s.Sink(t).Find(func(l harness.Leaf) bool { return l.Type == "person.erased" })) == 1
+	})
+	if len(s.Sink(t).Find(func(l harness.Leaf) bool { return l.ID == id })) != 0 {
+		t.Error("the forged event is in the sink")
+	}
+	if !strings.Contains(string(s.Output()), "somebody writes to the database") {
+		t.Error("the server's log says nothing")
+	}
+	if stdout, stderr, _ := s.Run(t, "audit", "verify"); !strings.Contains(stdout, "1 rows of the table events wait unauthenticated") {
+		t.Errorf("verifying says %s%s", stdout, stderr)
+	}
+}
+
+// admin returns what the admin listener answers.
+func admin(t *testing.T, s *harness.Server, path string) string {
+	t.Helper()
+	resp, err := http.Get(s.Admin + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// TestPromise5_HangingUpDoesNotAvoidTheEvent: a denied caller closes its half of
+// the connection right behind the request.
+func TestPromise5_HangingUpDoesNotAvoidTheEvent(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org, other := harness.Org(), harness.Org()
+	token := s.Token(t, other, "OWNER")
+	const requests = 30
+	for i := range requests {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(s.API, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(conn, "DELETE %s HTTP/1.1\r\nHost: orgkeys\r\nAuthorization: Bearer %s\r\nX-Request-Id: hanging-up-%d\r\n\r\n", harness.KeyPath(org), token, i)
+		if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.Discard, conn); err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+	}
+	harness.Eventually(t, harness.Patience, "each has its event", func() bool {
+		return len(s.Sink(t).Find(func(l harness.Leaf) bool {
+			return l.Type == "access.denied" && l.Org == org && strings.HasPrefix(l.Request, "hanging-up-")
+		})) == requests
+	})
 }
 
 // alter turns an event's outcome, which no column repeats, into another.

@@ -644,7 +644,8 @@ func TestRewrapAfterRotation(t *testing.T) {
 		})
 		defer proxy.After(nil)
 		progress, code := rewrap(t)
-		if code != 0 || !strings.Contains(progress, "public keys: 4, of which 2 were rewrapped to version") || !strings.Contains(progress, "boot secrets: 1, of which 1 were rewrapped") {
+		if code != 0 || !strings.Contains(progress, "public keys: 4, of which 2 were rewrapped to version") || !strings.Contains(progress, "boot secrets: 1, of which 1 were rewrapped") ||
+			!strings.Contains(progress, "keys that authenticate events: 1, of which 1 were rewrapped") {
 			t.Errorf("exit code %d\n%s", code, progress)
 		}
 		if n := harness.Number(t, db, `SELECT count(*) FROM org_keys WHERE state = 'deleted' AND sealed IS NULL AND id = '`+keys[0].ID+`'`); n != 1 {
@@ -665,7 +666,7 @@ func TestRewrapAfterRotation(t *testing.T) {
 		}
 	})
 	t.Run("a second run changes nothing", func(t *testing.T) {
-		all := `SELECT sealed FROM org_keys WHERE sealed IS NOT NULL UNION ALL SELECT sealed FROM boot_secrets`
+		all := `SELECT sealed FROM org_keys WHERE sealed IS NOT NULL UNION ALL SELECT sealed FROM boot_secrets UNION ALL SELECT sealed FROM event_keys`
 		before := harness.Strings(t, db, all)
 		progress, code := rewrap(t)
 		if code != 0 || !strings.Contains(progress, "public keys: 3, of which 0 were") || !strings.Contains(progress, "boot secrets: 1, of which 0 were") {
@@ -721,7 +722,7 @@ func TestRewrapAfterRotation(t *testing.T) {
 			t.Errorf("event %+v", interrupted)
 		}
 		first, last := events()[0], events()[4]
-		if first.Outcome != "success" || first.Detail["count"] != "3" || last.Outcome != "failure" || last.Detail["count"] != "3" {
+		if first.Outcome != "success" || first.Detail["count"] != "4" || last.Outcome != "failure" || last.Detail["count"] != "4" {
 			t.Errorf("events %+v and %+v", first, last)
 		}
 	})

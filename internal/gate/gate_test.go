@@ -49,6 +49,7 @@ func newWorld(t *testing.T, policy gate.Policy) *world {
 	if err := db.Migrate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	db.UseEventKey(audit.EventKey{})
 	raw, err := sql.Open("sqlite", "file:"+path+"?_pragma=busy_timeout(5000)")
 	if err != nil {
 		t.Fatal(err)

@@ -127,6 +127,7 @@ func newWorld(t testing.TB, location string, sinks ...audit.Sink) *world {
 	if err := db.Migrate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	db.UseEventKey(audit.EventKey{})
 	logger := slog.New(slog.NewTextHandler(t.Output(), nil))
 	if sinks == nil {
 		sinks = []audit.Sink{audit.NewFileSink(filepath.Join(t.TempDir(), "audit.jsonl"))}

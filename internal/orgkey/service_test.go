@@ -90,6 +90,7 @@ func newFixture(t *testing.T, change func(*orgkey.Config)) fixture {
 	if err := db.Migrate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	db.UseEventKey(audit.EventKey{})
 	raw, err := sql.Open("sqlite", "file:"+filepath.Join(dir, "orgkeys.db")+"?_pragma=busy_timeout(5000)")
 	if err != nil {
 		t.Fatal(err)

@@ -72,7 +72,13 @@ func (a archive) Hashes(ctx context.Context) iter.Seq2[audit.StoredHash, error] 
 
 // Unsequenced implements audit.Archive.
 func (a archive) Unsequenced(ctx context.Context) (n int64, err error) {
-	err = a.q.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE idx IS NULL").Scan(&n)
+	err = a.q.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE idx IS NULL AND refused = 0").Scan(&n)
+	return n, unavailable(err)
+}
+
+// Unauthenticated implements audit.Archive.
+func (a archive) Unauthenticated(ctx context.Context) (n int64, err error) {
+	err = a.q.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE refused = 1").Scan(&n)
 	return n, unavailable(err)
 }
 

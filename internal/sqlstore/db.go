@@ -24,6 +24,7 @@ import (
 	"github.com/jackc/pgx/v5/stdlib"
 	_ "modernc.org/sqlite" // registers the driver "sqlite"
 
+	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -60,6 +61,7 @@ type DB struct {
 	writer   *writer // SQLite only
 	postgres bool
 	recorded chan struct{}
+	eventKey *audit.EventKey // nil until UseEventKey
 }
 
 // Open opens the database at location: a postgres:// URL, or a SQLite file's

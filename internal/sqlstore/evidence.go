@@ -95,6 +95,24 @@ func (d *DB) KeepCheckpointKey(ctx context.Context, vkey string, sealed []byte) 
 	})
 }
 
+// SealedEventKey returns the sealed key that authenticates the events of the
+// log of this origin, or nil.
+func (d *DB) SealedEventKey(ctx context.Context, origin string) (sealed []byte, err error) {
+	err = d.read.QueryRowContext(ctx, "SELECT sealed FROM event_keys WHERE origin = $1", origin).Scan(&sealed)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, nil
+	}
+	return sealed, unavailable(err)
+}
+
+// KeepEventKey stores it, unless there is one.
+func (d *DB) KeepEventKey(ctx context.Context, origin string, sealed []byte) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		_, err := exec(ctx, tx, "INSERT INTO event_keys (origin, sealed) VALUES ($1, $2) ON CONFLICT DO NOTHING", origin, sealed)
+		return err
+	})
+}
+
 // KeepReceiptKeys stores the public keys that a sink signs receipts with.
 func (d *DB) KeepReceiptKeys(ctx context.Context, sink string, keys map[int]ed25519.PublicKey) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {

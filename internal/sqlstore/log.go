@@ -21,15 +21,24 @@ func (d *DB) Record(ctx context.Context, events ...audit.Event) error {
 // Recorded implements audit.Store.
 func (d *DB) Recorded() <-chan struct{} { return d.recorded }
 
+// UseEventKey says what authenticates the log's events. Nothing is recorded or
+// sequenced before it, and no other call may be under way.
+func (d *DB) UseEventKey(k audit.EventKey) { d.eventKey = &k }
+
+var errNoEventKey = errors.New("the key that authenticates events is not open")
+
 // record inserts events in the transaction of the change they describe.
 func (d *DB) record(ctx context.Context, tx *txn, events ...audit.Event) error {
+	if d.eventKey == nil {
+		return errNoEventKey
+	}
 	for _, e := range events {
 		r, err := e.Encode()
 		if err != nil {
 			return err
 		}
-		if _, err := exec(ctx, tx, "INSERT INTO events (id, occurred_at, type, reason, org_id, actor_kind, actor, object, leaf) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
-			r.ID, r.Time.UnixMicro(), string(r.Type), r.Reason, r.Org, string(r.Kind), r.Actor, r.Object, r.Leaf); err != nil {
+		if _, err := exec(ctx, tx, "INSERT INTO events (id, occurred_at, type, reason, org_id, actor_kind, actor, object, leaf, mac) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+			r.ID, r.Time.UnixMicro(), string(r.Type), r.Reason, r.Org, string(r.Kind), r.Actor, r.Object, r.Leaf, d.eventKey.MAC(r.Leaf)); err != nil {
 			return err
 		}
 		if r.Personal == nil {
@@ -47,29 +56,32 @@ func (d *DB) record(ctx context.Context, tx *txn, events ...audit.Event) error {
 }
 
 type unsequenced struct {
-	seq  int64
-	leaf []byte
+	seq       int64
+	leaf, mac []byte
 }
 
 // Sequence implements audit.Store. On PostgreSQL an advisory lock lets one
 // process at a time do it; it goes with the transaction, so a holder that dies
 // is followed at once.
 func (d *DB) Sequence(ctx context.Context, limit int) (int, error) {
-	waiting, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM (SELECT 1 FROM events WHERE idx IS NULL LIMIT 1) AS waiting")
+	waiting, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM (SELECT 1 FROM events WHERE idx IS NULL AND refused = 0 LIMIT 1) AS waiting")
 	if err != nil || waiting[0] == 0 {
 		return 0, err
 	}
-	n := 0
+	n, refused := 0, 0
 	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		mine, err := d.tryLock(ctx, tx, "sequencer")
 		if err != nil || !mine {
 			return err
 		}
-		n, err = d.sequence(ctx, tx, limit)
+		n, refused, err = d.sequence(ctx, tx, limit)
 		return err
 	})
 	if err != nil {
 		return 0, err
+	}
+	if refused > 0 {
+		return n, &audit.UnauthenticatedError{Count: refused}
 	}
 	return n, nil
 }
@@ -84,46 +96,60 @@ func (d *DB) tryLock(ctx context.Context, tx *txn, name string) (bool, error) {
 	return mine, unavailable(err)
 }
 
-func (d *DB) sequence(ctx context.Context, tx *txn, limit int) (int, error) {
+func (d *DB) sequence(ctx context.Context, tx *txn, limit int) (given, refused int, err error) {
+	if d.eventKey == nil {
+		return 0, 0, errNoEventKey
+	}
 	head, err := readHead(ctx, tx)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	waiting, err := query(ctx, tx, func(scan func(...any) error) (u unsequenced, err error) {
-		err = scan(&u.seq, &u.leaf)
+		err = scan(&u.seq, &u.leaf, &u.mac)
 		return u, err
-	}, "SELECT seq, leaf FROM events WHERE idx IS NULL ORDER BY seq LIMIT $1", limit)
-	if err != nil || len(waiting) == 0 {
-		return 0, err
+	}, "SELECT seq, leaf, mac FROM events WHERE idx IS NULL AND refused = 0 ORDER BY seq LIMIT $1", limit)
+	if err != nil {
+		return 0, 0, err
 	}
-	leaves := make([][]byte, len(waiting))
-	rows := make([]int64, len(waiting))
-	for i, w := range waiting {
-		leaves[i], rows[i] = w.leaf, w.seq
+	var leaves [][]byte
+	var rows []int64
+	for _, w := range waiting {
+		if d.eventKey.Authentic(w.leaf, w.mac) {
+			leaves, rows = append(leaves, w.leaf), append(rows, w.seq)
+			continue
+		}
+		refused++
+		if err := one(exec(ctx, tx, "UPDATE events SET refused = 1 WHERE seq = $1", w.seq)); err != nil {
+			return 0, 0, err
+		}
+	}
+	if len(rows) == 0 {
+		return 0, refused, nil
 	}
 	if err := d.giveIndices(ctx, tx, rows, head.Size); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	hashes, root, err := audit.Grow(head.Size, leaves, hashReader(ctx, tx))
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	if err := d.storeHashes(ctx, tx, hashes, tlog.StoredHashIndex(0, head.Size)); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	return len(waiting), one(exec(ctx, tx, "UPDATE log_head SET size = $1, root = $2 WHERE size = $3", head.Size+int64(len(waiting)), root[:], head.Size))
+	return len(rows), refused, one(exec(ctx, tx, "UPDATE log_head SET size = $1, root = $2 WHERE size = $3", head.Size+int64(len(rows)), root[:], head.Size))
 }
 
 // giveIndices gives the events in these rows consecutive indices from first
-// on. In PostgreSQL a batch is one statement, not one round trip an event.
+// on. Their MACs go, so that no event can be made to get an index again. In
+// PostgreSQL a batch is one statement, not one round trip an event.
 func (d *DB) giveIndices(ctx context.Context, tx *txn, rows []int64, first int64) error {
 	if d.postgres {
-		_, err := exec(ctx, tx, `UPDATE events SET idx = $2 + row.n - 1
+		_, err := exec(ctx, tx, `UPDATE events SET idx = $2 + row.n - 1, mac = ''
 			FROM unnest($1::bigint[]) WITH ORDINALITY AS row (seq, n) WHERE events.seq = row.seq`, rows, first)
 		return err
 	}
 	for i, seq := range rows {
-		if _, err := exec(ctx, tx, "UPDATE events SET idx = $2 WHERE seq = $1", seq, first+int64(i)); err != nil {
+		if _, err := exec(ctx, tx, "UPDATE events SET idx = $2, mac = '' WHERE seq = $1", seq, first+int64(i)); err != nil {
 			return err
 		}
 	}

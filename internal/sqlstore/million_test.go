@@ -111,8 +111,8 @@ func fillMillion(b *testing.B, db *sql.DB) {
 		fmt.Sprintf(`INSERT INTO org_keys (id, org_id, slot, state, sealed, created_at, released_at, delivered_at)
 			SELECT gen_random_uuid(), 'org-' || (n / 5), n %% 5 + 1, 'released', decode(repeat('5a', 340), 'hex'), 1767225600000000 + n, 1767225600000000 + n, 1767225600000000 + n
 			FROM generate_series(0, %d) AS n`, millionKeys-1),
-		fmt.Sprintf(`INSERT INTO events (idx, id, occurred_at, type, org_id, actor, object, leaf)
-			SELECT n, gen_random_uuid(), 1767225600000000 + n, 'orgkey.created', 'org-' || (n / 5), 'admin', gen_random_uuid(), convert_to(repeat('x', 300), 'UTF8')
+		fmt.Sprintf(`INSERT INTO events (idx, id, occurred_at, type, org_id, actor, object, leaf, mac)
+			SELECT n, gen_random_uuid(), 1767225600000000 + n, 'orgkey.created', 'org-' || (n / 5), 'admin', gen_random_uuid(), convert_to(repeat('x', 300), 'UTF8'), ''
 			FROM generate_series(0, %d) AS n`, millionKeys-1),
 		fmt.Sprintf(`INSERT INTO log_hashes (idx, hash) SELECT n, sha256(convert_to(n::text, 'UTF8')) FROM generate_series(0, %d) AS n`, tlog.StoredHashCount(millionKeys)-1),
 		fmt.Sprintf(`UPDATE log_head SET size = %d`, millionKeys),

@@ -10,8 +10,11 @@ import (
 // CountSealed is how many values of a purpose are stored sealed.
 func (d *DB) CountSealed(ctx context.Context, purpose string) (int, error) {
 	statement := "SELECT count(*) FROM org_keys WHERE sealed IS NOT NULL"
-	if purpose == orgkey.BootSecret {
+	switch purpose {
+	case orgkey.BootSecret:
 		statement = "SELECT count(*) FROM boot_secrets"
+	case orgkey.EventKey:
+		statement = "SELECT count(*) FROM event_keys"
 	}
 	found, err := query(ctx, d.read, scanInt, statement)
 	if err != nil {
@@ -25,9 +28,12 @@ func (d *DB) CountSealed(ctx context.Context, purpose string) (int, error) {
 // comes before all of them.
 func (d *DB) SealedAfter(ctx context.Context, after orgkey.Binding, limit int) ([]orgkey.Sealed, error) {
 	statement, args := "SELECT org_id, id, sealed FROM org_keys WHERE sealed IS NOT NULL AND id > $1 ORDER BY id LIMIT $2", []any{after.ID, limit}
-	if after.Purpose == orgkey.BootSecret {
+	switch after.Purpose {
+	case orgkey.BootSecret:
 		statement = "SELECT org_id, name, sealed FROM boot_secrets WHERE (org_id, name) > ($1, $2) ORDER BY org_id, name LIMIT $3"
 		args = []any{after.Org, after.ID, limit}
+	case orgkey.EventKey:
+		statement, args = "SELECT origin, '', sealed FROM event_keys WHERE origin > $1 ORDER BY origin LIMIT $2", []any{after.Org, limit}
 	}
 	found, err := query(ctx, d.read, func(scan func(...any) error) (s orgkey.Sealed, err error) {
 		s.Binding.Purpose = after.Purpose
@@ -61,8 +67,11 @@ func (d *DB) Reseal(ctx context.Context, old []orgkey.Sealed, fresh [][]byte) (n
 }
 
 func resealStatement(purpose string) string {
-	if purpose == orgkey.BootSecret {
+	switch purpose {
+	case orgkey.BootSecret:
 		return "UPDATE boot_secrets SET sealed = $4 WHERE org_id = $1 AND name = $2 AND sealed = $3"
+	case orgkey.EventKey:
+		return "UPDATE event_keys SET sealed = $4 WHERE origin = $1 AND $2 = '' AND sealed = $3"
 	}
 	return "UPDATE org_keys SET sealed = $4 WHERE org_id = $1 AND id = $2 AND sealed = $3"
 }

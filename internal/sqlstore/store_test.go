@@ -84,6 +84,7 @@ func open(t testing.TB, location string) *sqlstore.DB {
 	if err := db.Migrate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	db.UseEventKey(audit.EventKey{})
 	return db
 }
 

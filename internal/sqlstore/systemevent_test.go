@@ -168,11 +168,11 @@ func fill(t *testing.T, location string) *sql.DB {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { raw.Close() })
-	insert := "INSERT INTO events (id, occurred_at, type, org_id, actor_kind, actor, object, leaf) " + numbers + fmt.Sprintf(
-		"SELECT 'e-' || i, %d + i, CASE i %% 3 WHEN 0 THEN 'orgkey.listed' ELSE 'orgkey.created' END, CASE i %% 100 WHEN 0 THEN 'acme' ELSE 'org-' || (i %% 100) END, 'user', 'ada', 'k-1', '' FROM n",
+	insert := "INSERT INTO events (id, occurred_at, type, org_id, actor_kind, actor, object, leaf, mac) " + numbers + fmt.Sprintf(
+		"SELECT 'e-' || i, %d + i, CASE i %% 3 WHEN 0 THEN 'orgkey.listed' ELSE 'orgkey.created' END, CASE i %% 100 WHEN 0 THEN 'acme' ELSE 'org-' || (i %% 100) END, 'user', 'ada', 'k-1', '', '' FROM n",
 		noon.UnixMicro())
 	if driver == "pgx" {
-		insert = strings.Replace(insert, "'' FROM n", `''::bytea FROM n`, 1)
+		insert = strings.Replace(insert, "'', '' FROM n", `''::bytea, ''::bytea FROM n`, 1)
 	}
 	for _, statement := range []string{insert, map[string]string{"sqlite": "ANALYZE", "pgx": "VACUUM ANALYZE events"}[driver]} {
 		if _, err := raw.ExecContext(t.Context(), statement); err != nil {

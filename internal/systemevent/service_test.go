@@ -39,6 +39,7 @@ func newFeed(t *testing.T) feed {
 	if err := db.Migrate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	db.UseEventKey(audit.EventKey{})
 	policy, err := authz.Load(t.Context(), policies.Files)
 	if err != nil {
 		t.Fatal(err)

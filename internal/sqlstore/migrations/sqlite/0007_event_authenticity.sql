@@ -1,0 +1,14 @@
+-- +goose Up
+-- A row bears the MAC of its leaf until it has an index. One whose MAC is wrong
+-- is refused, and stays. Rows that have an index already need none.
+ALTER TABLE events ADD COLUMN mac BLOB NOT NULL DEFAULT x'';
+ALTER TABLE events ADD COLUMN refused BIGINT NOT NULL DEFAULT 0;
+DROP INDEX events_unsequenced;
+CREATE INDEX events_waiting ON events (seq) WHERE idx IS NULL AND refused = 0;
+CREATE INDEX events_refused ON events (seq) WHERE refused = 1;
+
+-- The key of the MACs, sealed, by the log's origin.
+CREATE TABLE event_keys (
+    origin TEXT PRIMARY KEY,
+    sealed BLOB NOT NULL
+);
