@@ -203,7 +203,8 @@ func newAuditCheckpoint() *cobra.Command {
 		Short: "Sign a checkpoint of the log while the server is stopped",
 		Long: `Signs a checkpoint if the log has grown since the last one, and prints the newest.
 A running server signs by itself, every ORGKEYS_CHECKPOINT_INTERVAL and at once
-when it gets SIGUSR1.`,
+when it gets SIGUSR1. It signs nothing that does not extend what the sinks hold,
+or while one of them cannot be asked.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(cmd)
@@ -224,7 +225,7 @@ when it gets SIGUSR1.`,
 				if err != nil {
 					return errors.Join(err, b.close())
 				}
-				c, err := openCheckpoints(ctx, cfg, db, audit.NewLog(db, log), b, p, log)
+				c, err := openCheckpoints(ctx, cfg, db, audit.NewLog(db, log, b.sinks(cfg)...), b, p, log)
 				if err == nil {
 					err = c.Sign(ctx)
 				}
