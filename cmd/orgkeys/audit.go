@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -49,9 +50,19 @@ func databaseLocation(cfg config.Config) string {
 	return filepath.Join(cfg.DataDir, "orgkeys.db")
 }
 
+// codeNotExcluded is the exit code of what is consistent, and may lack its end.
 const codeNotExcluded = 3
 
-var errNotExcluded = errors.New("truncation not excluded: no copy of the log from outside the data directory was compared; keep the file sink elsewhere (ORGKEYS_AUDIT_FILE), or give --sink a copy or --checkpoint a checkpoint that was kept elsewhere")
+// inFlight is how long an event may be on its way to the sinks before it
+// counts as one that they do not have.
+const inFlight = time.Minute
+
+// notExcluded is the error for what nothing from outside vouches for.
+func notExcluded(format string, args ...any) error {
+	return &exitError{codeNotExcluded, fmt.Errorf("truncation not excluded: "+format, args...)}
+}
+
+var errNoCopy = notExcluded("no copy of the log from outside the data directory was compared; keep the file sink elsewhere (ORGKEYS_AUDIT_FILE), or give --sink a copy or --checkpoint a checkpoint that was kept elsewhere")
 
 func newAuditVerify() *cobra.Command {
 	var sink, checkpoint string
@@ -140,13 +151,39 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) err
 		fmt.Fprintf(out, "%d events are recorded and not in the log yet: nothing vouches for them until the server runs\n", report.Unsequenced)
 	}
 	for _, r := range report.Rollbacks {
-		fmt.Fprintf(out, "a rollback was accepted: %q\n", r.Reason)
+		fmt.Fprintln(out, accepted(r))
 	}
 	if !independent {
-		return &exitError{codeNotExcluded, errNotExcluded}
+		return errNoCopy
 	}
-	fmt.Fprintf(out, "truncation excluded: the copy vouches for %d of %d events\n", report.Covered, report.Log.Size)
-	return nil
+	return vouched(out, report)
+}
+
+// accepted says what was accepted.
+func accepted(r audit.Rollback) string {
+	said := fmt.Sprintf("a rollback was accepted: %q", r.Reason)
+	if to, err := audit.ParseCheckpoint(r.To); err == nil && r.Kept < to.Size {
+		said += fmt.Sprintf("; it kept the first %d of %d events: the log was rewritten from event %d on", r.Kept, to.Size, r.Kept)
+	}
+	return said
+}
+
+// vouched says how far a copy from outside vouches for the log. Events that are
+// newer than the copy are usual while the server runs; those that nobody has
+// taken for longer are as good as unprotected.
+func vouched(out io.Writer, r audit.Report) error {
+	newer := r.Log.Size - r.Covered
+	switch {
+	case r.Covered == 0:
+		return notExcluded("the copy or checkpoint from outside holds no event of this log")
+	case newer == 0:
+		_, err := fmt.Fprintf(out, "truncation excluded: the copy vouches for %d of %d events\n", r.Covered, r.Log.Size)
+		return err
+	case time.Since(r.Uncovered) > inFlight:
+		return notExcluded("the copy vouches for %d of %d events, and the %d newer ones have been nowhere else since %s", r.Covered, r.Log.Size, newer, r.Uncovered.Format(time.RFC3339))
+	}
+	_, err := fmt.Fprintf(out, "truncation excluded: the copy vouches for %d of %d events; the %d newest, less than a minute old, are not in it yet\n", r.Covered, r.Log.Size, newer)
+	return err
 }
 
 // gatherEvidence reads what to compare the log with, and says whether it comes
@@ -170,13 +207,9 @@ func gatherEvidence(cfg config.Config, g given) (*audit.Copy, bool, error) {
 	}
 	evidence := &audit.Copy{}
 	if sink != "" {
-		f, err := os.Open(sink)
-		if err != nil {
+		var err error
+		if evidence, err = readCopy(sink); err != nil {
 			return nil, false, err
-		}
-		evidence, err = audit.ReadCopy(f)
-		if err := errors.Join(err, f.Close()); err != nil {
-			return nil, false, fmt.Errorf("%s: %w", sink, err)
 		}
 	}
 	if checkpoint != "" {
@@ -193,23 +226,45 @@ func gatherEvidence(cfg config.Config, g given) (*audit.Copy, bool, error) {
 	return evidence, independent, nil
 }
 
-// addSigned adds the signed checkpoints that are kept with the log. Where keys
-// are given, each must be signed by one of them.
-func addSigned(ctx context.Context, evidence *audit.Copy, db *sqlstore.DB, keys []string) error {
+func readCopy(name string) (*audit.Copy, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return &audit.Copy{}, err
+	}
+	c, err := audit.ReadCopy(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return c, nil
+}
+
+// eachSigned calls do for each signed checkpoint that is kept with the log.
+func eachSigned(ctx context.Context, db *sqlstore.DB, do func(audit.Signed) error) error {
 	for seq := int64(0); ; {
 		page, err := db.SignedAfter(ctx, seq)
 		if err != nil || len(page) == 0 {
 			return err
 		}
 		for _, s := range page {
-			c, err := readCheckpoint(s.Note, keys)
-			if err != nil {
-				return fmt.Errorf("signed checkpoint %d in the database: %w", s.Seq, err)
+			if err := do(s); err != nil {
+				return err
 			}
-			evidence.AddSigned(c)
 			seq = s.Seq
 		}
 	}
+}
+
+// addSigned adds the signed checkpoints that are kept with the log. Where keys
+// are given, each must be signed by one of them.
+func addSigned(ctx context.Context, evidence *audit.Copy, db *sqlstore.DB, keys []string) error {
+	return eachSigned(ctx, db, func(s audit.Signed) error {
+		c, err := readCheckpoint(s.Note, keys)
+		if err != nil {
+			return fmt.Errorf("signed checkpoint %d in the database: %w", s.Seq, err)
+		}
+		evidence.AddSigned(c)
+		return nil
+	})
 }
 
 func readCheckpoint(text string, vkeys []string) (audit.Checkpoint, error) {
@@ -231,20 +286,23 @@ func unlessGiven(keys []string) string {
 	return ""
 }
 
-// outsideOf reports whether file lies outside dir, links resolved.
+// outsideOf reports whether file lies outside dir, links resolved, its own too.
 func outsideOf(dir, file string) (bool, error) {
 	dir, err := resolve(dir)
 	if err != nil {
 		return false, err
 	}
-	parent, err := resolve(filepath.Dir(file))
+	place, err := resolve(file)
+	if errors.Is(err, os.ErrNotExist) {
+		place, err = resolve(filepath.Dir(file))
+	}
 	if errors.Is(err, os.ErrNotExist) {
 		return true, nil // and so opening it says
 	}
 	if err != nil {
 		return false, err
 	}
-	return parent != dir && !strings.HasPrefix(parent, dir+string(filepath.Separator)), nil
+	return place != dir && !strings.HasPrefix(place, dir+string(filepath.Separator)), nil
 }
 
 func resolve(path string) (string, error) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"iter"
 	"slices"
+	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -53,10 +54,11 @@ func (p *Problem) Error() string {
 // Report is what verification found of a log with nothing wrong in it.
 type Report struct {
 	Log         Checkpoint
-	Covered     int64 // events that the copy vouches for
-	Signed      int64 // events that a signed checkpoint covers
-	Unsequenced int64 // events that have no index yet, and so no proof
-	Erased      int64 // events whose personal part was erased
+	Covered     int64     // events that the copy vouches for
+	Uncovered   time.Time // when the first event behind them was recorded; zero: there is none
+	Signed      int64     // events that a signed checkpoint covers
+	Unsequenced int64     // events that have no index yet, and so no proof
+	Erased      int64     // events whose personal part was erased
 	Rollbacks   []Rollback
 }
 
@@ -95,7 +97,7 @@ type verification struct {
 	Report
 	frontier
 	copy     *Copy
-	accepted []string // the sinks' checkpoints that RollbackAccepted events name
+	accepted []Rollback // by RollbackAccepted events
 }
 
 func (v *verification) walk(ctx context.Context, a Archive) error {
@@ -145,8 +147,11 @@ func (v *verification) checkRow(row Row) error {
 	if held, ok := v.copy.leaf(row.Index); ok && held != tlog.RecordHash(row.Leaf) {
 		return &Problem{row.Index, "it is not the one that the sink's copy holds: the log was rewritten"}
 	}
+	if row.Index == v.copy.end() {
+		v.Uncovered = e.Time
+	}
 	if e.Type == RollbackAccepted {
-		v.accepted = append(v.accepted, e.Detail["from"])
+		v.accepted = append(v.accepted, rollbackOf(e))
 	}
 	return v.checkPersonal(row)
 }
@@ -218,7 +223,7 @@ func (v *verification) finish() error {
 	}
 	v.Covered = max(v.Covered, min(v.copy.end(), v.size))
 	for _, r := range v.Rollbacks {
-		if !slices.Contains(v.accepted, r.From) {
+		if !slices.Contains(v.accepted, r) {
 			return &Problem{-1, "the sink's copy notes a rollback that no event of the log accounts for"}
 		}
 	}
