@@ -65,36 +65,41 @@ func notExcluded(format string, args ...any) error {
 var errNoCopy = notExcluded("no copy of the log from outside the data directory was compared; keep the file sink elsewhere (ORGKEYS_AUDIT_FILE), or give --sink a copy or --checkpoint a checkpoint that was kept elsewhere")
 
 func newAuditVerify() *cobra.Command {
-	var sink, checkpoint string
-	var keys, vaultFiles []string
+	var g given
 	cmd := &cobra.Command{
 		Use:   "verify [ARCHIVE]",
 		Short: "Verify the audit log, or an export of it, offline",
-		Long: `With ARCHIVE, an export: verifies it against the public keys given with --key and
-nothing else. It needs no settings, and names the first thing wrong. With
---vault-audit every event is compared with Vault's own audit file, and the other
-way round.
+		Long: `Without ARCHIVE it is the log in the database: verifies that every event is the
+one that the log's Merkle tree was built from, that nothing is missing, inserted
+or out of order, that keys, policies, receipts, erasures and signed checkpoints
+agree with the events, and that the log extends what a sink holds. It reads the
+database directly and needs neither the server nor the HSM; the server may run
+meanwhile.
 
-Without ARCHIVE it is the log in the database: verifies that every event is the one that the log's Merkle tree was built from,
-that nothing is missing, inserted or out of order, that keys and events agree,
-and that the log extends what a sink holds. It reads the database directly and
-needs neither the server nor the HSM; the server may run meanwhile.
+With ARCHIVE it is an export: verifies it against the public keys given with
+--key. It needs no settings. With --vault-audit every event is compared with
+Vault's own audit file, and the other way round.
 
-What whoever controls the database can do unseen without a copy from elsewhere
-is cut off the log's end, or rewrite all of it consistently. So the file sink
-counts only if it lies outside the data directory, or is given with --sink.
+Neither a log nor an export can show by itself that its end is not cut off, nor
+a log that it was not rewritten as a whole: whoever controls the database can do
+that. Something from elsewhere must vouch for the end. For the log that is the
+file sink, which counts only if it lies outside the data directory or is given
+with --sink, or --checkpoint; for an export --checkpoint or --vault-audit. Events
+of the last minute may be missing in a copy of the sink, and in an export those
+that no checkpoint had been signed over yet.
 
-Exit code 0: verified, truncation excluded. 1: something is wrong, the first
-bad event is named. 3: consistent, but truncation is not excluded.`,
+Exit code 0: verified, and truncation is excluded. 1: something is wrong, or
+known to be missing; the first bad event is named. 3: verified, but truncation is
+not excluded: nothing from elsewhere vouches for the end.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 1 {
-				if sink != "" || checkpoint != "" {
-					return errors.New("--sink and --checkpoint are for the log in the database; an export is verified with --key and --vault-audit")
+				if g.sink != "" {
+					return errors.New("--sink is for the log in the database; an export is verified with --key, --checkpoint and --vault-audit")
 				}
-				return verifyExport(cmd, args[0], keys, vaultFiles)
+				return verifyExport(cmd, args[0], g)
 			}
-			if len(vaultFiles) > 0 {
+			if len(g.vaultFiles) > 0 {
 				return errors.New("--vault-audit is for an export: run \"orgkeys audit export FILE\", then \"orgkeys audit verify FILE --key … --vault-audit …\"")
 			}
 			cfg, err := load(cmd)
@@ -105,21 +110,21 @@ bad event is named. 3: consistent, but truncation is not excluded.`,
 			if err != nil {
 				return err
 			}
-			err = verify(cmd, cfg, db, given{sink, checkpoint, keys})
+			err = verify(cmd, cfg, db, g)
 			return errors.Join(err, db.Close())
 		},
 	}
-	cmd.Flags().StringArrayVar(&keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it; may be repeated")
-	cmd.Flags().StringArrayVar(&vaultFiles, "vault-audit", nil, "Vault's audit file; repeated for rotated ones, oldest first")
-	cmd.Flags().StringVar(&sink, "sink", "", "a copy of the file sink, kept where the database's administrator cannot change it")
-	cmd.Flags().StringVar(&checkpoint, "checkpoint", "", "a file with a checkpoint of the log, kept likewise")
+	cmd.Flags().StringArrayVar(&g.keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it; may be repeated")
+	cmd.Flags().StringArrayVar(&g.vaultFiles, "vault-audit", nil, "Vault's audit file; repeated for rotated ones")
+	cmd.Flags().StringVar(&g.sink, "sink", "", "a copy of the file sink, kept where the database's administrator cannot change it")
+	cmd.Flags().StringVar(&g.checkpoint, "checkpoint", "", "a file with a checkpoint of the log, kept likewise")
 	return cmd
 }
 
 // given is what the caller of verify gave to compare the log with.
 type given struct {
 	sink, checkpoint string
-	keys             []string
+	keys, vaultFiles []string
 }
 
 func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) error {

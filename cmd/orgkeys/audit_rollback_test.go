@@ -90,6 +90,41 @@ func TestHowFarACopyVouches(t *testing.T) {
 	}
 }
 
+// Promise 5: an export says by itself that its end may be missing; what vouches
+// for the end comes from elsewhere.
+func TestAnExportAloneDoesNotExcludeTruncation(t *testing.T) {
+	t.Parallel()
+	s, _ := used(t)
+	key := strings.TrimSpace(ok(t, s, "audit", "key"))
+	archive, kept := filepath.Join(t.TempDir(), "export.tar.gz"), filepath.Join(t.TempDir(), "kept")
+	ok(t, s, "audit", "export", archive)
+	keep := func() {
+		if err := os.WriteFile(kept, []byte(ok(t, s, "audit", "checkpoint")), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	keep()
+	verify := func(want int, says string, args ...string) {
+		t.Helper()
+		out, errs, code := s.Run(t, append([]string{"audit", "verify", archive, "--key", key}, args...)...)
+		if code != want || !strings.Contains(out+errs, says) {
+			t.Errorf("%v: exit code %d, want %d and %q\n%s%s", args, code, want, says, out, errs)
+		}
+	}
+	verify(3, "truncation not excluded: the export ends with the signed checkpoint of 8 events")
+	verify(0, "truncation excluded: the checkpoint given vouches for 8 of 8 events", "--checkpoint", kept)
+	s.Start(t)
+	s.List(t, harness.Org())
+	s.Stop(t)
+	older := kept
+	kept += "-later"
+	keep()
+	verify(1, "event 8: it is missing", "--checkpoint", kept)
+	ok(t, s, "audit", "export", archive)
+	verify(3, "truncation not excluded: the checkpoint given vouches for 8 of 9 events", "--checkpoint", older)
+	verify(0, "vouches for 9 of 9 events", "--checkpoint", kept)
+}
+
 // restored is a server whose data directory is of before its newest events.
 func restored(t *testing.T, change func(t *testing.T, db *sql.DB)) *harness.Server {
 	t.Helper()

@@ -44,6 +44,7 @@ const (
 	exportPage        = 2000
 	maxManifest       = 16 << 20
 	maxSmallMember    = 64 << 20
+	maxPolicies       = 64 << 20 // of all together
 	exportMode        = 0o600
 	errNothingToProve = "no signed checkpoint: start the server, or run \"orgkeys audit checkpoint\" while it is stopped"
 )

@@ -55,7 +55,7 @@ func TestEvidence(t *testing.T) {
 		var archive bytes.Buffer
 		_, err = audit.Export(t.Context(), &archive, db, t.TempDir(), "a test", nil)
 		must(t, err)
-		report, err := audit.VerifyExport(t.Context(), &archive, keys, nil, nil)
+		report, err := audit.VerifyExport(t.Context(), &archive, keys, audit.Outside{}, nil)
 		if err != nil || report.Manifest.Size != 15 || report.Checkpoints != 3 || report.Receipts != 15 {
 			t.Errorf("%+v, %v", report, err)
 		}
