@@ -137,7 +137,7 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) err
 	}
 	var report audit.Report
 	err = db.Snapshot(cmd.Context(), func(a audit.Archive) (err error) {
-		report, err = audit.Verify(cmd.Context(), a, evidence)
+		report, err = audit.Verify(cmd.Context(), a, evidence, progressTo(cmd.ErrOrStderr(), "verified"))
 		return err
 	})
 	if err != nil {
@@ -148,6 +148,9 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) err
 	fmt.Fprintf(out, "root hash %s\n", report.Log.Root)
 	if report.Signed > 0 {
 		fmt.Fprintf(out, "the newest signed checkpoint covers %d of them%s\n", report.Signed, unlessGiven(g.keys))
+	}
+	if report.Receipts > 0 {
+		fmt.Fprintf(out, "%d of them have a receipt that verifies\n", report.Receipts)
 	}
 	if report.Erased > 0 {
 		fmt.Fprintf(out, "%d events had their personal part erased\n", report.Erased)
@@ -259,17 +262,31 @@ func eachSigned(ctx context.Context, db *sqlstore.DB, do func(audit.Signed) erro
 	}
 }
 
-// addSigned adds the signed checkpoints that are kept with the log. Where keys
-// are given, each must be signed by one of them.
-func addSigned(ctx context.Context, evidence *audit.Copy, db *sqlstore.DB, keys []string) error {
-	return eachSigned(ctx, db, func(s audit.Signed) error {
-		c, err := readCheckpoint(s.Note, keys)
+// addSigned adds the signed checkpoints that are kept with the log. Each must be
+// signed by a given key or, where none is given, by one that is kept there, too.
+func addSigned(ctx context.Context, evidence *audit.Copy, db *sqlstore.DB, vkeys []string) error {
+	var notes []audit.Signed
+	if err := eachSigned(ctx, db, func(s audit.Signed) error { notes = append(notes, s); return nil }); err != nil {
+		return err
+	}
+	if len(vkeys) == 0 {
+		var err error
+		if vkeys, err = db.CheckpointKeys(ctx); err != nil {
+			return err
+		}
+	}
+	keys, err := audit.ParseKeys(vkeys...)
+	if err != nil {
+		return err
+	}
+	for _, s := range notes {
+		opened, err := keys.Open(s.Note)
 		if err != nil {
 			return fmt.Errorf("signed checkpoint %d in the database: %w", s.Seq, err)
 		}
-		evidence.AddSigned(c)
-		return nil
-	})
+		evidence.AddSigned(opened.Checkpoint)
+	}
+	return nil
 }
 
 func readCheckpoint(text string, vkeys []string) (audit.Checkpoint, error) {
@@ -286,7 +303,7 @@ func readCheckpoint(text string, vkeys []string) (audit.Checkpoint, error) {
 
 func unlessGiven(keys []string) string {
 	if len(keys) == 0 {
-		return "; its signature was not checked, for no --key was given"
+		return "; that its key is genuine is the database's word, for no --key was given"
 	}
 	return ""
 }

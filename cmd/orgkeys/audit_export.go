@@ -200,13 +200,13 @@ func newAuditKey() *cobra.Command {
 	return &cobra.Command{
 		Use:   "key",
 		Short: "Print the verifier keys of the log's signed checkpoints",
-		Long: `Prints a line for each key that has signed checkpoints, oldest first, in the form
+		Long: `Prints a line for each key that has signed a stored checkpoint, oldest first, in the form
 of C2SP signed notes. Keep it where the database's administrator cannot change it,
 and give it to the auditors: it is all that verifying needs.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
-				keys, err := db.CheckpointKeys(ctx)
+				keys, err := audit.SigningKeys(ctx, db)
 				if err == nil && len(keys) == 0 {
 					err = audit.ErrNotSigned
 				}

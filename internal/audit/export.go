@@ -123,7 +123,7 @@ func Export(ctx context.Context, w io.Writer, e Evidence, dir, program string, p
 	if err := x.gather(ctx); err != nil {
 		return Manifest{}, err
 	}
-	keys, err := e.CheckpointKeys(ctx)
+	keys, err := SigningKeys(ctx, e)
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -254,6 +254,9 @@ func (x *exporter) writePolicies(ctx context.Context) error {
 	files, err := x.source.Policies(ctx)
 	if err != nil {
 		return err
+	}
+	if revision := alteredPolicy(byRevision(files)); revision != "" {
+		return &Problem{-1, fmt.Sprintf("the text of policy %s was altered", revision)}
 	}
 	for _, f := range files {
 		name := path.Join(policiesDir, f.Revision, f.Name)

@@ -21,8 +21,6 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/go-json-experiment/json"
-
-	"github.com/orgkeys/orgkeys/internal/authz"
 )
 
 // ExportReport is what verification found of an export with nothing wrong in it.
@@ -337,10 +335,8 @@ func (x *importer) readPolicy(h *tar.Header, in io.Reader) error {
 
 // checkPolicies reports a policy whose text is not the one that its revision is the hash of.
 func (x *importer) checkPolicies() error {
-	for revision, files := range x.policies {
-		if authz.Revision(files) != revision {
-			return wrong("the text of policy %s is not the one that decided", revision)
-		}
+	if revision := alteredPolicy(x.policies); revision != "" {
+		return wrong("the text of policy %s is not the one that decided", revision)
 	}
 	return nil
 }

@@ -44,7 +44,7 @@ const alteredAt7 = `UPDATE events SET leaf = CAST(replace(leaf, 'u-1', 'u-2') AS
 // beginning was rewritten.
 func TestAnAcceptedRollbackHidesNoRewriting(t *testing.T) {
 	l := setBack(t, 20)
-	report, err := audit.Verify(t.Context(), l.db, l.copy(t))
+	report, err := audit.Verify(t.Context(), l.db, l.copy(t), nil)
 	if err != nil || report.Log.Size != 26 || report.Covered != 26 || len(report.Rollbacks) != 1 {
 		t.Errorf("a log that was only set back: %+v, %v", report, err)
 	}
@@ -69,7 +69,7 @@ func TestAnAcceptedRollbackHidesNoRewriting(t *testing.T) {
 	})
 	t.Run("rewritten, and accepted as that", func(t *testing.T) {
 		l := setBack(t, 7, alteredAt7)
-		if report, err := audit.Verify(t.Context(), l.db, l.copy(t)); err != nil || report.Rollbacks[0].Kept != 7 {
+		if report, err := audit.Verify(t.Context(), l.db, l.copy(t), nil); err != nil || report.Rollbacks[0].Kept != 7 {
 			t.Errorf("%+v, %v", report, err)
 		}
 	})

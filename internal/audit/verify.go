@@ -2,6 +2,7 @@ package audit
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"iter"
 	"slices"
@@ -34,6 +35,15 @@ type Archive interface {
 	Hashes(ctx context.Context) iter.Seq2[StoredHash, error]
 	// Unsequenced counts events that have no index yet.
 	Unsequenced(ctx context.Context) (int64, error)
+	// Erasing returns whom PersonErased events name that have no index yet.
+	Erasing(ctx context.Context) ([]string, error)
+	// Policies returns every policy that was in force, file by file.
+	Policies(ctx context.Context) ([]PolicyFile, error)
+	// ReceiptSinks names the sinks of which there are receipts.
+	ReceiptSinks(ctx context.Context) ([]string, error)
+	ReceiptKeys(ctx context.Context) ([]ReceiptKey, error)
+	// Receipts returns a sink's receipts for the events from index from to before to.
+	Receipts(ctx context.Context, sink string, from, to int64) ([]Receipt, error)
 	// Contradictions names records and events that do not fit each other.
 	Contradictions(ctx context.Context) ([]string, error)
 }
@@ -58,14 +68,16 @@ type Report struct {
 	Uncovered   time.Time // when the first event behind them was recorded; zero: there is none
 	Signed      int64     // events that a signed checkpoint covers
 	Unsequenced int64     // events that have no index yet, and so no proof
+	Receipts    int64     // each signed by a stored receipt key
 	Erased      int64     // events whose personal part was erased
 	Rollbacks   []Rollback
 }
 
 // Verify checks that every event is the one that the tree was built from, that
-// nothing is missing, inserted or out of order, that records and events agree,
-// and that the log extends copy, which may be nil. What is wrong is a *Problem.
-func Verify(ctx context.Context, a Archive, copy *Copy) (Report, error) {
+// nothing is missing, inserted or out of order, that the log extends copy, which
+// may be nil, and that what is kept beside the log agrees with it: records,
+// policies, receipts, and what was erased. What is wrong is a *Problem.
+func Verify(ctx context.Context, a Archive, copy *Copy, progress Progress) (Report, error) {
 	head, err := a.Head(ctx)
 	if err != nil {
 		return Report{}, err
@@ -73,14 +85,23 @@ func Verify(ctx context.Context, a Archive, copy *Copy) (Report, error) {
 	if copy == nil {
 		copy = &Copy{}
 	}
-	v := &verification{Report: Report{Log: head, Rollbacks: copy.Rollbacks}, copy: copy}
+	v := &verification{
+		Report: Report{Log: head, Rollbacks: copy.Rollbacks}, copy: copy, progress: progress.ticking(),
+		policies: map[string]int64{}, erased: map[string]int64{}, missing: map[string]int64{},
+	}
 	if v.Unsequenced, err = a.Unsequenced(ctx); err != nil {
+		return Report{}, err
+	}
+	if err := v.openReceipts(ctx, a); err != nil {
 		return Report{}, err
 	}
 	if err := v.walk(ctx, a); err != nil {
 		return Report{}, err
 	}
 	if err := v.finish(); err != nil {
+		return Report{}, err
+	}
+	if err := errors.Join(v.checkPolicies(ctx, a), v.checkErasures(ctx, a)); err != nil {
 		return Report{}, err
 	}
 	contradictions, err := a.Contradictions(ctx)
@@ -97,7 +118,15 @@ type verification struct {
 	Report
 	frontier
 	copy     *Copy
+	progress func(done, all int64)
 	accepted []Rollback // by RollbackAccepted events
+
+	policies map[string]int64 // by revision, the first event that it decided
+	erased   map[string]int64 // by person, the newest PersonErased event
+	missing  map[string]int64 // by actor, the newest event whose personal part is gone
+
+	receiptKeys map[string]ReceiptKeys // by sink
+	receipts    map[receiptOf][]byte   // of the page under way
 }
 
 func (v *verification) walk(ctx context.Context, a Archive) error {
@@ -116,6 +145,9 @@ func (v *verification) walk(ctx context.Context, a Archive) error {
 		if err := v.checkRow(row); err != nil {
 			return err
 		}
+		if err := v.checkReceipts(ctx, a, row); err != nil {
+			return err
+		}
 		for _, h := range v.push(tlog.RecordHash(row.Leaf)) {
 			if err := checkHash(h, row.Index, stored); err != nil {
 				return err
@@ -124,6 +156,7 @@ func (v *verification) walk(ctx context.Context, a Archive) error {
 		if err := v.checkCheckpoint(); err != nil {
 			return err
 		}
+		v.progress(v.size, v.Log.Size)
 	}
 	if h, err, more := stored(); more {
 		if err != nil {
@@ -150,8 +183,14 @@ func (v *verification) checkRow(row Row) error {
 	if row.Index == v.copy.end() {
 		v.Uncovered = e.Time
 	}
-	if e.Type == RollbackAccepted {
+	switch e.Type {
+	case RollbackAccepted:
 		v.accepted = append(v.accepted, rollbackOf(e))
+	case PersonErased:
+		v.erased[e.Object] = row.Index
+	}
+	if _, known := v.policies[e.Policy]; !known && e.Policy != "" {
+		v.policies[e.Policy] = row.Index
 	}
 	return v.checkPersonal(row)
 }
@@ -164,6 +203,7 @@ func (v *verification) checkPersonal(row Row) error {
 	switch {
 	case row.Personal == nil && l.Personal != "":
 		v.Erased++
+		v.missing[row.Actor] = row.Index
 	case row.Personal != nil && PersonalDigest(row.Personal) != l.Personal:
 		return &Problem{row.Index, "its personal part was altered"}
 	}

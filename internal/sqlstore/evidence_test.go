@@ -73,7 +73,7 @@ func TestEvidence(t *testing.T) {
 			if err != nil || n != 15 {
 				t.Errorf("erased %d, %v", n, err)
 			}
-			verified, err := audit.Verify(t.Context(), db, nil)
+			verified, err := audit.Verify(t.Context(), db, nil, nil)
 			if err != nil || verified.Erased != 15 || verified.Unsequenced != 1 {
 				t.Errorf("%+v, %v", verified, err)
 			}
