@@ -68,7 +68,9 @@ func TestEvidence(t *testing.T) {
 				if n != 15 {
 					t.Errorf("the event says %d", n)
 				}
-				return audit.New(audit.PersonErased, "")
+				e := audit.New(audit.PersonErased, "")
+				e.Object = "u-1"
+				return e
 			})
 			if err != nil || n != 15 {
 				t.Errorf("erased %d, %v", n, err)
