@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -49,41 +50,56 @@ func databaseLocation(cfg config.Config) string {
 	return filepath.Join(cfg.DataDir, "orgkeys.db")
 }
 
+// codeNotExcluded is the exit code of what is consistent, and may lack its end.
 const codeNotExcluded = 3
 
-var errNotExcluded = errors.New("truncation not excluded: no copy of the log from outside the data directory was compared; keep the file sink elsewhere (ORGKEYS_AUDIT_FILE), or give --sink a copy or --checkpoint a checkpoint that was kept elsewhere")
+// inFlight is how long an event may be on its way to the sinks before it
+// counts as one that they do not have.
+const inFlight = time.Minute
+
+// notExcluded is the error for what nothing from outside vouches for.
+func notExcluded(format string, args ...any) error {
+	return &exitError{codeNotExcluded, fmt.Errorf("truncation not excluded: "+format, args...)}
+}
+
+var errNoCopy = notExcluded("no copy of the log from outside the data directory was compared; keep the file sink elsewhere (ORGKEYS_AUDIT_FILE), or give --sink a copy or --checkpoint a checkpoint that was kept elsewhere")
 
 func newAuditVerify() *cobra.Command {
-	var sink, checkpoint string
-	var keys, vaultFiles []string
+	var g given
 	cmd := &cobra.Command{
 		Use:   "verify [ARCHIVE]",
 		Short: "Verify the audit log, or an export of it, offline",
-		Long: `With ARCHIVE, an export: verifies it against the public keys given with --key and
-nothing else. It needs no settings, and names the first thing wrong. With
---vault-audit every event is compared with Vault's own audit file, and the other
-way round.
+		Long: `Without ARCHIVE it is the log in the database: verifies that every event is the
+one that the log's Merkle tree was built from, that nothing is missing, inserted
+or out of order, that keys, policies, receipts, erasures and signed checkpoints
+agree with the events, and that the log extends what a sink holds. It reads the
+database directly and needs neither the server nor the HSM; the server may run
+meanwhile.
 
-Without ARCHIVE it is the log in the database: verifies that every event is the one that the log's Merkle tree was built from,
-that nothing is missing, inserted or out of order, that keys and events agree,
-and that the log extends what a sink holds. It reads the database directly and
-needs neither the server nor the HSM; the server may run meanwhile.
+With ARCHIVE it is an export: verifies it against the public keys given with
+--key. It needs no settings. With --vault-audit every event is compared with
+Vault's own audit file, and the other way round.
 
-What whoever controls the database can do unseen without a copy from elsewhere
-is cut off the log's end, or rewrite all of it consistently. So the file sink
-counts only if it lies outside the data directory, or is given with --sink.
+Neither a log nor an export can show by itself that its end is not cut off, nor
+a log that it was not rewritten as a whole: whoever controls the database can do
+that. Something from elsewhere must vouch for the end. For the log that is the
+file sink, which counts only if it lies outside the data directory or is given
+with --sink, or --checkpoint; for an export --checkpoint or --vault-audit. Events
+of the last minute may be missing in a copy of the sink, and in an export those
+that no checkpoint had been signed over yet.
 
-Exit code 0: verified, truncation excluded. 1: something is wrong, the first
-bad event is named. 3: consistent, but truncation is not excluded.`,
+Exit code 0: verified, and truncation is excluded. 1: something is wrong, or
+known to be missing; the first bad event is named. 3: verified, but truncation is
+not excluded: nothing from elsewhere vouches for the end.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 1 {
-				if sink != "" || checkpoint != "" {
-					return errors.New("--sink and --checkpoint are for the log in the database; an export is verified with --key and --vault-audit")
+				if g.sink != "" {
+					return errors.New("--sink is for the log in the database; an export is verified with --key, --checkpoint and --vault-audit")
 				}
-				return verifyExport(cmd, args[0], keys, vaultFiles)
+				return verifyExport(cmd, args[0], g)
 			}
-			if len(vaultFiles) > 0 {
+			if len(g.vaultFiles) > 0 {
 				return errors.New("--vault-audit is for an export: run \"orgkeys audit export FILE\", then \"orgkeys audit verify FILE --key … --vault-audit …\"")
 			}
 			cfg, err := load(cmd)
@@ -94,21 +110,21 @@ bad event is named. 3: consistent, but truncation is not excluded.`,
 			if err != nil {
 				return err
 			}
-			err = verify(cmd, cfg, db, given{sink, checkpoint, keys})
+			err = verify(cmd, cfg, db, g)
 			return errors.Join(err, db.Close())
 		},
 	}
-	cmd.Flags().StringArrayVar(&keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it; may be repeated")
-	cmd.Flags().StringArrayVar(&vaultFiles, "vault-audit", nil, "Vault's audit file; repeated for rotated ones, oldest first")
-	cmd.Flags().StringVar(&sink, "sink", "", "a copy of the file sink, kept where the database's administrator cannot change it")
-	cmd.Flags().StringVar(&checkpoint, "checkpoint", "", "a file with a checkpoint of the log, kept likewise")
+	cmd.Flags().StringArrayVar(&g.keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it; may be repeated")
+	cmd.Flags().StringArrayVar(&g.vaultFiles, "vault-audit", nil, "Vault's audit file; repeated for rotated ones")
+	cmd.Flags().StringVar(&g.sink, "sink", "", "a copy of the file sink, kept where the database's administrator cannot change it")
+	cmd.Flags().StringVar(&g.checkpoint, "checkpoint", "", "a file with a checkpoint of the log, kept likewise")
 	return cmd
 }
 
 // given is what the caller of verify gave to compare the log with.
 type given struct {
 	sink, checkpoint string
-	keys             []string
+	keys, vaultFiles []string
 }
 
 func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) error {
@@ -121,7 +137,7 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) err
 	}
 	var report audit.Report
 	err = db.Snapshot(cmd.Context(), func(a audit.Archive) (err error) {
-		report, err = audit.Verify(cmd.Context(), a, evidence)
+		report, err = audit.Verify(cmd.Context(), a, evidence, progressTo(cmd.ErrOrStderr(), "verified"))
 		return err
 	})
 	if err != nil {
@@ -133,6 +149,9 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) err
 	if report.Signed > 0 {
 		fmt.Fprintf(out, "the newest signed checkpoint covers %d of them%s\n", report.Signed, unlessGiven(g.keys))
 	}
+	if report.Receipts > 0 {
+		fmt.Fprintf(out, "%d of them have a receipt that verifies\n", report.Receipts)
+	}
 	if report.Erased > 0 {
 		fmt.Fprintf(out, "%d events had their personal part erased\n", report.Erased)
 	}
@@ -143,13 +162,39 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) err
 		fmt.Fprintf(out, "%d rows of the table events wait unauthenticated: orgkeys did not record them, and gives them no place in the log\n", report.Unauthenticated)
 	}
 	for _, r := range report.Rollbacks {
-		fmt.Fprintf(out, "a rollback was accepted: %q\n", r.Reason)
+		fmt.Fprintln(out, accepted(r))
 	}
 	if !independent {
-		return &exitError{codeNotExcluded, errNotExcluded}
+		return errNoCopy
 	}
-	fmt.Fprintf(out, "truncation excluded: the copy vouches for %d of %d events\n", report.Covered, report.Log.Size)
-	return nil
+	return vouched(out, report)
+}
+
+// accepted says what was accepted.
+func accepted(r audit.Rollback) string {
+	said := fmt.Sprintf("a rollback was accepted: %q", r.Reason)
+	if to, err := audit.ParseCheckpoint(r.To); err == nil && r.Kept < to.Size {
+		said += fmt.Sprintf("; it kept the first %d of %d events: the log was rewritten from event %d on", r.Kept, to.Size, r.Kept)
+	}
+	return said
+}
+
+// vouched says how far a copy from outside vouches for the log. Events that are
+// newer than the copy are usual while the server runs; those that nobody has
+// taken for longer are as good as unprotected.
+func vouched(out io.Writer, r audit.Report) error {
+	newer := r.Log.Size - r.Covered
+	switch {
+	case r.Covered == 0:
+		return notExcluded("the copy or checkpoint from outside holds no event of this log")
+	case newer == 0:
+		_, err := fmt.Fprintf(out, "truncation excluded: the copy vouches for %d of %d events\n", r.Covered, r.Log.Size)
+		return err
+	case time.Since(r.Uncovered) > inFlight:
+		return notExcluded("the copy vouches for %d of %d events, and the %d newer ones have been nowhere else since %s", r.Covered, r.Log.Size, newer, r.Uncovered.Format(time.RFC3339))
+	}
+	_, err := fmt.Fprintf(out, "truncation excluded: the copy vouches for %d of %d events; the %d newest, less than a minute old, are not in it yet\n", r.Covered, r.Log.Size, newer)
+	return err
 }
 
 // gatherEvidence reads what to compare the log with, and says whether it comes
@@ -173,13 +218,9 @@ func gatherEvidence(cfg config.Config, g given) (*audit.Copy, bool, error) {
 	}
 	evidence := &audit.Copy{}
 	if sink != "" {
-		f, err := os.Open(sink)
-		if err != nil {
+		var err error
+		if evidence, err = readCopy(sink); err != nil {
 			return nil, false, err
-		}
-		evidence, err = audit.ReadCopy(f)
-		if err := errors.Join(err, f.Close()); err != nil {
-			return nil, false, fmt.Errorf("%s: %w", sink, err)
 		}
 	}
 	if checkpoint != "" {
@@ -196,23 +237,59 @@ func gatherEvidence(cfg config.Config, g given) (*audit.Copy, bool, error) {
 	return evidence, independent, nil
 }
 
-// addSigned adds the signed checkpoints that are kept with the log. Where keys
-// are given, each must be signed by one of them.
-func addSigned(ctx context.Context, evidence *audit.Copy, db *sqlstore.DB, keys []string) error {
+func readCopy(name string) (*audit.Copy, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return &audit.Copy{}, err
+	}
+	c, err := audit.ReadCopy(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return c, nil
+}
+
+// eachSigned calls do for each signed checkpoint that is kept with the log.
+func eachSigned(ctx context.Context, db *sqlstore.DB, do func(audit.Signed) error) error {
 	for seq := int64(0); ; {
 		page, err := db.SignedAfter(ctx, seq)
 		if err != nil || len(page) == 0 {
 			return err
 		}
 		for _, s := range page {
-			c, err := readCheckpoint(s.Note, keys)
-			if err != nil {
-				return fmt.Errorf("signed checkpoint %d in the database: %w", s.Seq, err)
+			if err := do(s); err != nil {
+				return err
 			}
-			evidence.AddSigned(c)
 			seq = s.Seq
 		}
 	}
+}
+
+// addSigned adds the signed checkpoints that are kept with the log. Each must be
+// signed by a given key or, where none is given, by one that is kept there, too.
+func addSigned(ctx context.Context, evidence *audit.Copy, db *sqlstore.DB, vkeys []string) error {
+	var notes []audit.Signed
+	if err := eachSigned(ctx, db, func(s audit.Signed) error { notes = append(notes, s); return nil }); err != nil {
+		return err
+	}
+	if len(vkeys) == 0 {
+		var err error
+		if vkeys, err = db.CheckpointKeys(ctx); err != nil {
+			return err
+		}
+	}
+	keys, err := audit.ParseKeys(vkeys...)
+	if err != nil {
+		return err
+	}
+	for _, s := range notes {
+		opened, err := keys.Open(s.Note)
+		if err != nil {
+			return fmt.Errorf("signed checkpoint %d in the database: %w", s.Seq, err)
+		}
+		evidence.AddSigned(opened.Checkpoint)
+	}
+	return nil
 }
 
 func readCheckpoint(text string, vkeys []string) (audit.Checkpoint, error) {
@@ -229,25 +306,28 @@ func readCheckpoint(text string, vkeys []string) (audit.Checkpoint, error) {
 
 func unlessGiven(keys []string) string {
 	if len(keys) == 0 {
-		return "; its signature was not checked, for no --key was given"
+		return "; that its key is genuine is the database's word, for no --key was given"
 	}
 	return ""
 }
 
-// outsideOf reports whether file lies outside dir, links resolved.
+// outsideOf reports whether file lies outside dir, links resolved, its own too.
 func outsideOf(dir, file string) (bool, error) {
 	dir, err := resolve(dir)
 	if err != nil {
 		return false, err
 	}
-	parent, err := resolve(filepath.Dir(file))
+	place, err := resolve(file)
+	if errors.Is(err, os.ErrNotExist) {
+		place, err = resolve(filepath.Dir(file))
+	}
 	if errors.Is(err, os.ErrNotExist) {
 		return true, nil // and so opening it says
 	}
 	if err != nil {
 		return false, err
 	}
-	return parent != dir && !strings.HasPrefix(parent, dir+string(filepath.Separator)), nil
+	return place != dir && !strings.HasPrefix(place, dir+string(filepath.Separator)), nil
 }
 
 func resolve(path string) (string, error) {

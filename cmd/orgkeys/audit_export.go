@@ -74,35 +74,58 @@ func export(cmd *cobra.Command, ctx context.Context, db *sqlstore.DB, name strin
 
 var errNoKey = errors.New("--key: give the log's verifier key, from somebody other than who gave you the archive; \"orgkeys audit key\" prints it")
 
-func verifyExport(cmd *cobra.Command, name string, keys, vaultFiles []string) error {
-	if len(keys) == 0 {
+func verifyExport(cmd *cobra.Command, name string, g given) error {
+	if len(g.keys) == 0 {
 		return errNoKey
 	}
-	vault, err := readVaultFiles(vaultFiles)
-	if err != nil {
+	var outside audit.Outside
+	var err error
+	if outside.Vault, err = readVaultFiles(g.vaultFiles); err != nil {
 		return err
+	}
+	if g.checkpoint != "" {
+		text, err := os.ReadFile(g.checkpoint)
+		if err != nil {
+			return err
+		}
+		outside.Checkpoint = string(text)
 	}
 	f, err := os.Open(name)
 	if err != nil {
 		return err
 	}
-	report, err := audit.VerifyExport(cmd.Context(), f, keys, vault, progressTo(cmd.ErrOrStderr(), "verified"))
+	report, err := audit.VerifyExport(cmd.Context(), f, g.keys, outside, progressTo(cmd.ErrOrStderr(), "verified"))
 	if err := errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "log %s: %d events, each covered by the signed checkpoint\nroot hash %s\n", report.Manifest.Origin, report.Manifest.Size, report.Manifest.Root)
 	fmt.Fprintf(out, "%d checkpoints and %d receipts signed by a given key; the inventory of %d keys is what the events tell\n", report.Checkpoints, report.Receipts, report.Keys)
-	for _, reason := range report.Rollbacks {
-		fmt.Fprintf(out, "a rollback was accepted: %q\n", reason)
+	for _, r := range report.Rollbacks {
+		fmt.Fprintln(out, accepted(r))
 	}
-	if v := report.Vault; v != nil {
-		fmt.Fprintf(out, "Vault's audit file holds every event; %d more are newer than the export\n", v.Newer)
-		if v.Lost > 0 {
-			fmt.Fprintf(out, "%d events in Vault's audit file were lost by an accepted rollback\n", v.Lost)
+	return exportVouched(out, report)
+}
+
+// exportVouched says how far something from outside vouches for an export. Its
+// key vouches that every event in it is genuine, not that none came after.
+func exportVouched(out io.Writer, r audit.ExportReport) error {
+	size := r.Manifest.Size
+	if v := r.Vault; v != nil {
+		for _, l := range v.Lost {
+			fmt.Fprintf(out, "%d events in Vault's audit file, from %s to %s, were lost by the rollback that event %d accepted\n", l.Events, l.First, l.Last, l.Index)
 		}
+		_, err := fmt.Fprintf(out, "truncation excluded: Vault's audit file holds each of the %d events, and %d newer ones that no checkpoint had been signed over yet\n", size, v.Newer)
+		return err
 	}
-	return nil
+	switch {
+	case r.Covered == 0:
+		return notExcluded("the export ends with the signed checkpoint of %d events, and by itself cannot show that there was no newer one; give --checkpoint one that was kept elsewhere, or --vault-audit Vault's audit file", size)
+	case r.Covered < size:
+		return notExcluded("the checkpoint given vouches for %d of %d events, and nothing from elsewhere says where the log ended; give --checkpoint a newer one, or --vault-audit Vault's audit file", r.Covered, size)
+	}
+	_, err := fmt.Fprintf(out, "truncation excluded: the checkpoint given vouches for %d of %d events\n", r.Covered, size)
+	return err
 }
 
 func readVaultFiles(names []string) (*audit.VaultFile, error) {
@@ -115,8 +138,8 @@ func readVaultFiles(names []string) (*audit.VaultFile, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := errors.Join(vault.Read(f), f.Close()); err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
+		if err := errors.Join(vault.Read(name, f), f.Close()); err != nil {
+			return nil, err
 		}
 	}
 	return vault, vault.CheckNotEmpty()
@@ -177,13 +200,13 @@ func newAuditKey() *cobra.Command {
 	return &cobra.Command{
 		Use:   "key",
 		Short: "Print the verifier keys of the log's signed checkpoints",
-		Long: `Prints a line for each key that has signed checkpoints, oldest first, in the form
+		Long: `Prints a line for each key that has signed a stored checkpoint, oldest first, in the form
 of C2SP signed notes. Keep it where the database's administrator cannot change it,
 and give it to the auditors: it is all that verifying needs.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
-				keys, err := db.CheckpointKeys(ctx)
+				keys, err := audit.SigningKeys(ctx, db)
 				if err == nil && len(keys) == 0 {
 					err = audit.ErrNotSigned
 				}
@@ -203,7 +226,8 @@ func newAuditCheckpoint() *cobra.Command {
 		Short: "Sign a checkpoint of the log while the server is stopped",
 		Long: `Signs a checkpoint if the log has grown since the last one, and prints the newest.
 A running server signs by itself, every ORGKEYS_CHECKPOINT_INTERVAL and at once
-when it gets SIGUSR1.`,
+when it gets SIGUSR1. It signs nothing that does not extend what the sinks hold,
+or while one of them cannot be asked.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(cmd)
@@ -224,7 +248,7 @@ when it gets SIGUSR1.`,
 				if err != nil {
 					return errors.Join(err, b.close())
 				}
-				c, err := openCheckpoints(ctx, cfg, db, audit.NewLog(db, log), b, p, log)
+				c, err := openCheckpoints(ctx, cfg, db, audit.NewLog(db, log, b.sinks(cfg)...), b, p, log)
 				if err == nil {
 					err = c.Sign(ctx)
 				}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -18,14 +20,22 @@ import (
 
 func newAcceptRollback() *cobra.Command {
 	var reason string
+	var rewritten bool
 	cmd := &cobra.Command{
-		Use:   "accept-rollback --reason TEXT",
+		Use:   "accept-rollback --reason TEXT [--rewritten]",
 		Short: "Go on with a log that was set back, as after restoring a backup",
 		Long: `The server refuses to start when the log does not extend what a sink has
 acknowledged, or its newest signed checkpoint: events were lost, by a restored
 backup or by somebody's hand. Find out which. If it was a backup, this records
 why in the log and in the sinks, and the server goes on from here. The sinks keep
 the events that the log has lost.
+
+A restored backup is the beginning of the log that was lost. If it is not, that
+is: if an event in it is another one than the sinks hold, somebody rewrote the
+log. The command names the first such event and refuses, unless --rewritten says
+that this, too, is to be accepted; the log and the sinks then keep which event.
+Of Vault only the checkpoint can be compared here, not the events: afterwards
+verify an export with --vault-audit.
 
 It asks every sink in ORGKEYS_AUDIT_SINKS. With replicas, stop all of them first,
 and run it with the data directory of each that has a file sink.`,
@@ -47,12 +57,13 @@ and run it with the data directory of each that has a file sink.`,
 				return errors.Join(err, dir.close())
 			}
 			if err = openToRecord(cmd.Context(), cfg, dir, db); err == nil {
-				err = acceptRollback(cmd.Context(), cmd.OutOrStdout(), cfg, db, reason)
+				err = acceptRollback(cmd.Context(), cmd.OutOrStdout(), cfg, db, reason, rewritten)
 			}
 			return errors.Join(err, db.Close(), dir.close())
 		},
 	}
 	cmd.Flags().StringVar(&reason, "reason", "", "why the log was set back")
+	cmd.Flags().BoolVar(&rewritten, "rewritten", false, "accept a log that is not the beginning of the one that was lost")
 	return cmd
 }
 
@@ -65,7 +76,7 @@ type rollbackSink struct {
 
 // acceptRollback writes the event before a sink's note: after a crash in
 // between, the server still refuses, and the command can be run again.
-func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, reason string) error {
+func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, reason string, rewritten bool) error {
 	sinks, closeSinks, err := rollbackSinks(ctx, cfg, db)
 	if err != nil {
 		return err
@@ -75,15 +86,20 @@ func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *s
 	if err != nil {
 		return err
 	}
+	kept, err := keptOf(ctx, out, cfg, db, sinks, head, rewritten)
+	if err != nil {
+		return err
+	}
+	r := audit.Rollback{To: head.Text(), Kept: kept, Reason: reason}
 	accepted := false
 	for _, s := range sinks {
-		done, err := acceptIn(ctx, out, db, s, head, reason)
+		done, err := acceptIn(ctx, out, db, s, head, r)
 		if err != nil {
 			return fmt.Errorf("sink %s: %w", s.name, err)
 		}
 		accepted = accepted || done
 	}
-	done, err := acceptSigned(ctx, out, db, head, reason)
+	done, err := acceptSigned(ctx, out, db, head, r)
 	if err != nil {
 		return err
 	}
@@ -91,6 +107,46 @@ func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *s
 		_, err = fmt.Fprintln(out, "nothing to accept: the log extends what the sinks hold")
 	}
 	return err
+}
+
+// keptOf returns how many of the log's events are as the sinks and the signed
+// checkpoints have them: all, unless it was rewritten.
+func keptOf(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, sinks []rollbackSink, head audit.Checkpoint, rewritten bool) (int64, error) {
+	held, err := heldOf(ctx, cfg, db, sinks)
+	if err != nil {
+		return 0, err
+	}
+	problem, err := held.Differs(ctx, head, db.Entries)
+	switch {
+	case err != nil:
+		return 0, err
+	case problem == nil:
+		return head.Size, nil
+	case !rewritten:
+		return 0, fmt.Errorf("the log was not only set back, it was rewritten: %w; keep the database and the sinks as evidence, and find out who did it; only --rewritten accepts it", problem)
+	}
+	_, err = fmt.Fprintf(out, "rewritten: %v\n", problem)
+	return problem.Index, err
+}
+
+// heldOf is all that can be compared with the log: the events in the sink's
+// file, and every checkpoint.
+func heldOf(ctx context.Context, cfg config.Config, db *sqlstore.DB, sinks []rollbackSink) (*audit.Copy, error) {
+	held := &audit.Copy{}
+	if slices.Contains(cfg.AuditSinks, config.SinkFile) {
+		var err error
+		if held, err = readCopy(cfg.AuditFile); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+	}
+	for _, s := range sinks {
+		last, err := s.last(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("sink %s: %w", s.name, err)
+		}
+		held.AddCheckpoint(last)
+	}
+	return held, eachSigned(ctx, db, func(s audit.Signed) error { held.AddCheckpoint(s.Checkpoint); return nil })
 }
 
 func rollbackSinks(ctx context.Context, cfg config.Config, db *sqlstore.DB) ([]rollbackSink, func(), error) {
@@ -132,7 +188,7 @@ func extended(ctx context.Context, db *sqlstore.DB, head, held audit.Checkpoint)
 	return then == held, err
 }
 
-func acceptIn(ctx context.Context, out io.Writer, db *sqlstore.DB, s rollbackSink, head audit.Checkpoint, reason string) (bool, error) {
+func acceptIn(ctx context.Context, out io.Writer, db *sqlstore.DB, s rollbackSink, head audit.Checkpoint, r audit.Rollback) (bool, error) {
 	held, err := s.last(ctx)
 	if err != nil {
 		return false, err
@@ -140,26 +196,32 @@ func acceptIn(ctx context.Context, out io.Writer, db *sqlstore.DB, s rollbackSin
 	if ok, err := extended(ctx, db, head, held); ok || err != nil {
 		return false, err
 	}
-	if err := recordRollback(ctx, db, held, head, reason); err != nil {
+	r.From = held.Text()
+	if err := recordRollback(ctx, db, r); err != nil {
 		return false, err
 	}
-	if err := s.accept(ctx, audit.Rollback{From: held.Text(), To: head.Text(), Reason: reason}); err != nil {
+	if err := s.accept(ctx, r); err != nil {
 		return false, err
 	}
 	_, err = fmt.Fprintf(out, "accepted: the log goes on from %d events; sink %s had acknowledged %d\n", head.Size, s.name, held.Size)
 	return true, err
 }
 
-func recordRollback(ctx context.Context, db *sqlstore.DB, held, head audit.Checkpoint, reason string) error {
-	event := audit.New(audit.RollbackAccepted, "")
-	event.Actor = audit.Actor{Kind: audit.System, ID: "operator"}
-	event.Reason = "accepted"
-	event.Detail = map[string]string{"from": held.Text(), "to": head.Text(), "reason": reason}
-	return db.Record(ctx, event)
+// recordRollback gives the event its place in the log at once, for the sink's
+// note refers to it and the server may be started much later.
+func recordRollback(ctx context.Context, db *sqlstore.DB, r audit.Rollback) error {
+	if err := db.Record(ctx, r.Event()); err != nil {
+		return err
+	}
+	for {
+		if n, err := db.Sequence(ctx, 1000); n == 0 || err != nil {
+			return err
+		}
+	}
 }
 
 // acceptSigned sets the signed checkpoints aside that the log does not extend.
-func acceptSigned(ctx context.Context, out io.Writer, db *sqlstore.DB, head audit.Checkpoint, reason string) (bool, error) {
+func acceptSigned(ctx context.Context, out io.Writer, db *sqlstore.DB, head audit.Checkpoint, r audit.Rollback) (bool, error) {
 	last, err := db.LastSigned(ctx)
 	if err != nil {
 		return false, err
@@ -168,26 +230,18 @@ func acceptSigned(ctx context.Context, out io.Writer, db *sqlstore.DB, head audi
 		return false, err
 	}
 	first := last.Seq
-	for seq := int64(0); ; {
-		page, err := db.SignedAfter(ctx, seq)
-		if err != nil {
-			return false, err
+	err = eachSigned(ctx, db, func(s audit.Signed) error {
+		ok, err := extended(ctx, db, head, s.Checkpoint)
+		if err == nil && !ok {
+			first = min(first, s.Seq)
 		}
-		if len(page) == 0 {
-			break
-		}
-		for _, s := range page {
-			ok, err := extended(ctx, db, head, s.Checkpoint)
-			if err != nil {
-				return false, err
-			}
-			if !ok {
-				first = min(first, s.Seq)
-			}
-			seq = s.Seq
-		}
+		return err
+	})
+	if err != nil {
+		return false, err
 	}
-	if err := recordRollback(ctx, db, last.Checkpoint, head, reason); err != nil {
+	r.From = last.Text()
+	if err := recordRollback(ctx, db, r); err != nil {
 		return false, err
 	}
 	if err := db.Supersede(ctx, first); err != nil {

@@ -3,6 +3,8 @@ package main
 import (
 	"io"
 	"net/http"
+	"os"
+	"os/exec"
 	"regexp"
 	"strings"
 	"testing"
@@ -66,6 +68,21 @@ func TestAlertsNameMetricsThatExist(t *testing.T) {
 	}
 	if alerts == 0 {
 		t.Error("no alerts")
+	}
+}
+
+// Each alert fires when it should, and only then, as Prometheus' own tool finds.
+func TestAlertsFire(t *testing.T) {
+	tool := exec.Command("../../scripts/promtool")
+	tool.Stderr = os.Stderr
+	path, err := tool.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"check", "rules", "../../docs/prometheus-rules.yml"}, {"test", "rules", "testdata/rules.yml"}} {
+		if out, err := exec.Command(strings.TrimSpace(string(path)), args...).CombinedOutput(); err != nil {
+			t.Errorf("%v: %v\n%s", args, err, out)
+		}
 	}
 }
 

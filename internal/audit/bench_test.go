@@ -141,7 +141,7 @@ func BenchmarkExport(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			if _, err := audit.VerifyExport(b.Context(), f, []string{l.vkey}, nil, nil); err != nil {
+			if _, err := audit.VerifyExport(b.Context(), f, []string{l.vkey}, audit.Outside{}, nil); err != nil {
 				b.Fatal(err)
 			}
 			if err := f.Close(); err != nil {

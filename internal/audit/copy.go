@@ -3,9 +3,11 @@ package audit
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -101,17 +103,61 @@ func (c *Copy) addLeaf(index int64, h tlog.Hash) error {
 	return nil
 }
 
-// addRollback forgets what the copy holds so far: an operator accepted that the
-// log was set back, and the sink has got it anew from its first event.
+// addRollback forgets what the log has lost: an operator accepted that it was
+// set back, and the sink has got it anew from its first event. What the log
+// kept stays, so that it must come again unchanged.
 func (c *Copy) addRollback(r Rollback) error {
 	for _, text := range []string{r.From, r.To} {
 		if _, err := ParseCheckpoint(text); err != nil {
 			return err
 		}
 	}
-	*c = Copy{Rollbacks: append(c.Rollbacks, r), signed: c.signed}
+	c.Rollbacks = append(c.Rollbacks, r)
+	c.leaves = c.leaves[:min(int64(len(c.leaves)), max(0, r.Kept-c.first))]
+	if c.first > 0 {
+		c.leaves = nil // a copy that begins later: the events before that come now
+	}
+	maps.DeleteFunc(c.points, func(size int64, _ []Checkpoint) bool { return size > r.Kept })
+	c.last = 0
+	for size := range c.points {
+		c.last = max(c.last, size)
+	}
 	return nil
 }
+
+// Differs compares the log, which is at head, with what the copy holds of it. It
+// returns the first event that is another one, or nil. That the copy holds more
+// than the log is no difference.
+func (c *Copy) Differs(ctx context.Context, head Checkpoint, entries func(ctx context.Context, index int64, limit int) ([]Entry, error)) (*Problem, error) {
+	var tree frontier
+	agreed := int64(0) // the largest checkpoint that fits
+	for tree.size < head.Size {
+		page, err := entries(ctx, tree.size, int(min(exportPage, head.Size-tree.size)))
+		if err != nil {
+			return nil, err
+		}
+		if len(page) == 0 {
+			return &Problem{tree.size, "it is missing"}, nil
+		}
+		for _, e := range page {
+			h := tlog.RecordHash(e.Leaf)
+			if held, ok := c.leaf(e.Index); ok && held != h {
+				return &Problem{e.Index, "it is not the one that the sink's copy holds"}, nil
+			}
+			tree.push(h)
+			for _, p := range c.points[tree.size] {
+				if p.Origin != head.Origin || p.Root != tree.root() {
+					return &Problem{agreed, fmt.Sprintf("it, or one behind it, is not among the %d that a checkpoint vouches for", tree.size)}, nil
+				}
+				agreed = tree.size
+			}
+		}
+	}
+	return nil, nil
+}
+
+// HoldsEvents reports whether it has events to compare, not checkpoints alone.
+func (c *Copy) HoldsEvents() bool { return len(c.leaves) > 0 }
 
 func (c *Copy) leaf(index int64) (tlog.Hash, bool) {
 	at := index - c.first

@@ -44,6 +44,7 @@ const (
 	exportPage        = 2000
 	maxManifest       = 16 << 20
 	maxSmallMember    = 64 << 20
+	maxPolicies       = 64 << 20 // of all together
 	exportMode        = 0o600
 	errNothingToProve = "no signed checkpoint: start the server, or run \"orgkeys audit checkpoint\" while it is stopped"
 )
@@ -122,7 +123,7 @@ func Export(ctx context.Context, w io.Writer, e Evidence, dir, program string, p
 	if err := x.gather(ctx); err != nil {
 		return Manifest{}, err
 	}
-	keys, err := e.CheckpointKeys(ctx)
+	keys, err := SigningKeys(ctx, e)
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -253,6 +254,9 @@ func (x *exporter) writePolicies(ctx context.Context) error {
 	files, err := x.source.Policies(ctx)
 	if err != nil {
 		return err
+	}
+	if revision := alteredPolicy(byRevision(files)); revision != "" {
+		return &Problem{-1, fmt.Sprintf("the text of policy %s was altered", revision)}
 	}
 	for _, f := range files {
 		name := path.Join(policiesDir, f.Revision, f.Name)

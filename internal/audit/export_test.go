@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -160,7 +161,7 @@ func byPython(t *testing.T, archive []byte, keys ...string) (string, bool) {
 
 func verifyExport(t *testing.T, archive []byte, keys ...string) (audit.ExportReport, error) {
 	t.Helper()
-	return audit.VerifyExport(t.Context(), bytes.NewReader(archive), keys, nil, nil)
+	return audit.VerifyExport(t.Context(), bytes.NewReader(archive), keys, audit.Outside{}, nil)
 }
 
 func TestAnExportVerifiesWithNothingButTheKey(t *testing.T) {
@@ -329,7 +330,18 @@ func (m *members) relist(t *testing.T) {
 	})
 }
 
-func (m *members) pack(t *testing.T) []byte {
+// move puts a member into another place.
+func (m *members) move(t *testing.T, suffix string, to int) {
+	t.Helper()
+	moved := m.list[m.find(t, suffix)]
+	m.remove(t, suffix)
+	m.list = slices.Insert(m.list, to, moved)
+}
+
+func (m *members) pack(t *testing.T) []byte { return m.packWith(t, nil) }
+
+// packWith has something behind the end of the tar archive.
+func (m *members) packWith(t *testing.T, behind []byte) []byte {
 	t.Helper()
 	var out bytes.Buffer
 	z := gzip.NewWriter(&out)
@@ -342,7 +354,11 @@ func (m *members) pack(t *testing.T) []byte {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(w.Close(), z.Close()); err != nil {
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err := z.Write(behind)
+	if err := errors.Join(err, z.Close()); err != nil {
 		t.Fatal(err)
 	}
 	return out.Bytes()
@@ -507,6 +523,34 @@ func TestTamperedExportsAreRefusedByBothImplementations(t *testing.T) {
 		{"the policy left out", func(t *testing.T, m *members) { m.remove(t, "authz.rego"); m.remove(t, "data.json") }, 30},
 		{"the policy's data left out", func(t *testing.T, m *members) { m.remove(t, "data.json") }, -1},
 		{"a member that no export has", func(t *testing.T, m *members) { m.list = append(m.list, member{"extra", nil}) }, -1},
+		{"a second inventory", func(t *testing.T, m *members) { m.list = append(m.list, member{"inventory.jsonl", nil}) }, -1},
+		{"a second one of the events", func(t *testing.T, m *members) { m.list = append(m.list, member{"events.jsonl", nil}) }, -1},
+		{"second checkpoints", func(t *testing.T, m *members) {
+			m.list = append(m.list, member{"checkpoints.jsonl", m.get(t, "checkpoints.jsonl")})
+		}, -1},
+		{"second receipt keys", func(t *testing.T, m *members) { m.list = append(m.list, member{"receipt-keys.json", []byte("[]")}) }, -1},
+		{"a policy twice, the wrong one first", func(t *testing.T, m *members) {
+			rego := m.list[m.find(t, "authz.rego")]
+			m.list = slices.Insert(m.list, m.find(t, "authz.rego"), member{rego.name, []byte("package evil")})
+		}, -1},
+		{"a policy behind the events", func(t *testing.T, m *members) {
+			m.list = append(m.list, member{"policies/" + e.policy + "/more.rego", []byte("package evil")})
+		}, -1},
+		{"a policy that nothing names, under a hash that is not its own", func(t *testing.T, m *members) {
+			m.list = slices.Insert(m.list, m.find(t, "events.jsonl"), member{"policies/sha256:00/x.rego", []byte("package evil")})
+		}, -1},
+		{"a policy whose name leads elsewhere", func(t *testing.T, m *members) {
+			m.list = slices.Insert(m.list, m.find(t, "events.jsonl"), member{"policies/../../../../tmp/evil", []byte("x")})
+		}, -1},
+		{"a policy whose name leads elsewhere on Windows", func(t *testing.T, m *members) {
+			m.list = slices.Insert(m.list, m.find(t, "events.jsonl"), member{`policies/x/..\..\evil`, []byte("x")})
+		}, -1},
+		{"a policy outside its directory", func(t *testing.T, m *members) {
+			m.list = slices.Insert(m.list, m.find(t, "events.jsonl"), member{"policies/x", []byte("x")})
+		}, -1},
+		{"the events before the checkpoints", func(t *testing.T, m *members) { m.move(t, "events.jsonl", 1) }, -1},
+		{"the inventory before the events", func(t *testing.T, m *members) { m.move(t, "inventory.jsonl", m.find(t, "events.jsonl")) }, -1},
+		{"a receipt that writes its version otherwise", func(t *testing.T, m *members) { m.edit(t, "events.jsonl", at(31, `"vault:v1:`, `"vault:v01:`)) }, 31},
 		{"the inventory left out", func(t *testing.T, m *members) { m.remove(t, "inventory.jsonl") }, -1},
 		{"the events left out", func(t *testing.T, m *members) { m.remove(t, "events.jsonl") }, -1},
 		{"another format", func(t *testing.T, m *members) {
@@ -592,7 +636,48 @@ func TestDamagedExportsAreRefused(t *testing.T) {
 		}
 		refused(t, archive, other, -1)
 	})
+	t.Run("something behind its end", func(t *testing.T) {
+		m := unpack(t, archive)
+		var plain bytes.Buffer
+		z, err := gzip.NewReader(bytes.NewReader((&members{[]member{{"inventory.jsonl", []byte("evil\n")}}}).pack(t)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(&plain, z); err != nil {
+			t.Fatal(err)
+		}
+		for name, b := range map[string][]byte{
+			"garbage in the tar archive": m.packWith(t, []byte("garbage")),
+			"another tar archive":        m.packWith(t, plain.Bytes()),
+			"garbage":                    append(m.pack(t), "garbage"...),
+			"another gzip member":        append(m.pack(t), archive...),
+		} {
+			t.Run(name, func(t *testing.T) { refused(t, b, key, -1) })
+		}
+		padded := m.packWith(t, make([]byte, 10000))
+		if _, err := verifyExport(t, padded, key); err != nil {
+			t.Errorf("padding: %v", err)
+		}
+		if said, ok := byPython(t, padded, key); !ok {
+			t.Errorf("padding: %s", said)
+		}
+	})
 	t.Run("not an archive", func(t *testing.T) { refused(t, []byte("hello"), key, -1) })
+}
+
+// A small file must not take much memory: zeros are packed a thousandfold.
+func TestPoliciesTakeLimitedMemory(t *testing.T) {
+	e := newEvidence(t)
+	m := unpack(t, e.export(t))
+	big := make([]byte, 40<<20)
+	for i := range 2 {
+		m.list = slices.Insert(m.list, m.find(t, "events.jsonl"), member{fmt.Sprintf("policies/x/%d", 9-i), big})
+	}
+	m.relist(t)
+	_, err := verifyExport(t, m.pack(t), e.vkey(t))
+	if err == nil || !strings.Contains(err.Error(), "larger than any that is written") {
+		t.Errorf("%v", err)
+	}
 }
 
 func byPythonRefused(t *testing.T, archive []byte, key string) {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -30,7 +31,24 @@ type line struct {
 type Rollback struct {
 	From   string `json:"from"` // the checkpoint that the sink held
 	To     string `json:"to"`   // the log's checkpoint when it was accepted
+	Kept   int64  `json:"kept"` // how many first events of To the sink holds as they are: fewer than To has if they were rewritten, too
 	Reason string `json:"reason"`
+}
+
+// Event is the event that the log has of an accepted rollback.
+func (r Rollback) Event() Event {
+	e := New(RollbackAccepted, "")
+	e.Actor = Actor{System, "operator"}
+	e.Reason = "accepted"
+	e.Detail = map[string]string{"from": r.From, "to": r.To, "kept": strconv.FormatInt(r.Kept, 10), "reason": r.Reason}
+	return e
+}
+
+// rollbackOf is the rollback that an event tells of. Where the event does not
+// say what was kept, nothing was.
+func rollbackOf(e Event) Rollback {
+	kept, _ := strconv.ParseInt(e.Detail["kept"], 10, 64)
+	return Rollback{From: e.Detail["from"], To: e.Detail["to"], Kept: kept, Reason: e.Detail["reason"]}
 }
 
 // FileSink is a JSON-lines file, fsynced. Each event is a line

@@ -183,7 +183,7 @@ func (h *history) checks(t *testing.T) map[string]error {
 		signed.AddSigned(s.Checkpoint)
 	}
 	outside.AddCheckpoint(h.kept)
-	verify := func(c *audit.Copy) error { _, err := audit.Verify(t.Context(), h.db, c); return err }
+	verify := func(c *audit.Copy) error { _, err := audit.Verify(t.Context(), h.db, c, nil); return err }
 	quiet := slog.New(slog.DiscardHandler)
 	return map[string]error{
 		byTheTree:      verify(nil),
@@ -528,7 +528,7 @@ func wantSameEvents(t *testing.T, db *sqlstore.DB, path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if report, err := audit.Verify(t.Context(), db, copied); err != nil || report.Covered != int64(len(entries)) {
+	if report, err := audit.Verify(t.Context(), db, copied, nil); err != nil || report.Covered != int64(len(entries)) {
 		t.Errorf("%s covers %d of %d events, %v", filepath.Base(path), report.Covered, len(entries), err)
 	}
 }

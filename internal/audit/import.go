@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
-	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
@@ -14,17 +13,14 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"path"
+	"io/fs"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/go-json-experiment/json"
-
-	"github.com/orgkeys/orgkeys/internal/authz"
 )
 
 // ExportReport is what verification found of an export with nothing wrong in it.
@@ -33,19 +29,31 @@ type ExportReport struct {
 	Checkpoints int64 // each signed by a given key
 	Receipts    int64 // each signed by a given key
 	Keys        int64 // whose life the inventory tells
-	Rollbacks   []string
+	Rollbacks   []Rollback
+	Covered     int64        // events that something from outside vouches for
 	Vault       *VaultReport // nil without Vault's audit file
 }
 
-// VerifyExport checks an export against verifier keys and, unless it is nil,
-// against Vault's audit file. What is wrong is a *Problem. It reads the archive
-// once and keeps in memory what it knows of each key, not of each event.
-func VerifyExport(ctx context.Context, r io.Reader, vkeys []string, vault *VaultFile, progress Progress) (ExportReport, error) {
+// Outside is what an export is compared with: what others hold of the log.
+type Outside struct {
+	Vault      *VaultFile // nil: none
+	Checkpoint string     // a signed checkpoint; empty: none
+}
+
+// VerifyExport checks an export against verifier keys and what others hold of
+// the log. What is wrong is a *Problem. It reads the archive once and keeps in
+// memory what it knows of each key; of each event only with Vault's audit file.
+func VerifyExport(ctx context.Context, r io.Reader, vkeys []string, outside Outside, progress Progress) (ExportReport, error) {
 	keys, err := ParseKeys(vkeys...)
 	if err != nil {
 		return ExportReport{}, err
 	}
-	x := importer{keys: keys, vkeys: vkeys, vault: vault, progress: progress.ticking(), points: map[int64][]tlog.Hash{}, policies: map[string]map[string][]byte{}}
+	x := importer{keys: keys, vkeys: vkeys, vault: outside.Vault, progress: progress.ticking(), points: map[int64][]tlog.Hash{}, policies: map[string]map[string][]byte{}}
+	if outside.Checkpoint != "" {
+		if x.kept, err = keys.Open(outside.Checkpoint); err != nil {
+			return ExportReport{}, fmt.Errorf("the checkpoint given: %w", err)
+		}
+	}
 	if err := x.read(ctx, r); err != nil {
 		return ExportReport{}, err
 	}
@@ -56,6 +64,7 @@ type importer struct {
 	keys     Keys
 	vkeys    []string
 	vault    *VaultFile
+	kept     Signed // by somebody outside; size 0: none
 	progress func(done, all int64)
 
 	report   ExportReport
@@ -63,18 +72,22 @@ type importer struct {
 	tree     frontier
 	points   map[int64][]tlog.Hash // the roots that checkpoints give, by size
 	newest   Checkpoint
-	receipts map[string]map[int]ed25519.PublicKey
+	accepted []acceptedRollback
+	receipts map[string]ReceiptKeys
 	policies map[string]map[string][]byte
+	policy   int64 // bytes of all policies
 	lives    inventory
 }
 
 func wrong(format string, args ...any) error { return &Problem{-1, fmt.Sprintf(format, args...)} }
 
 func (x *importer) read(ctx context.Context, r io.Reader) error {
-	packed, err := gzip.NewReader(bufio.NewReaderSize(r, 1<<20))
+	compressed := bufio.NewReaderSize(r, 1<<20)
+	packed, err := gzip.NewReader(compressed)
 	if err != nil {
 		return wrong("it is not an export: %v", err)
 	}
+	packed.Multistream(false)
 	in := tar.NewReader(packed)
 	if err := x.readManifest(in); err != nil {
 		return err
@@ -94,10 +107,32 @@ func (x *importer) read(ctx context.Context, r io.Reader) error {
 	if len(x.left) > 0 {
 		return wrong("%s is missing", x.left[0].Name)
 	}
-	if _, err := io.Copy(io.Discard, packed); err != nil { // gzip's own checksum
-		return wrong("the archive is damaged: %v", err)
+	if err := checkEnd(packed, compressed); err != nil {
+		return err
 	}
 	return x.finish()
+}
+
+// checkEnd reports what is behind the archive's last member: there is nothing
+// but padding, lest somebody else's program read more than was verified.
+func checkEnd(packed io.Reader, compressed io.ByteReader) error {
+	rest := make([]byte, 32<<10)
+	for {
+		n, err := packed.Read(rest)
+		if slices.ContainsFunc(rest[:n], func(b byte) bool { return b != 0 }) {
+			return wrong("something stands behind the end of the archive")
+		}
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil { // gzip's own checksum among them
+			return wrong("the archive is damaged: %v", err)
+		}
+	}
+	if _, err := compressed.ReadByte(); !errors.Is(err, io.EOF) {
+		return wrong("something stands behind the end of the archive")
+	}
+	return nil
 }
 
 func (x *importer) readManifest(in *tar.Reader) error {
@@ -120,12 +155,43 @@ func (x *importer) readManifest(in *tar.Reader) error {
 		return wrong("it is of the format %q, and this program knows %s", m.Format, exportFormat)
 	}
 	x.left = m.Members
-	names := map[string]bool{}
-	for _, member := range m.Members {
-		names[member.Name] = true
+	return checkMembers(m.Members)
+}
+
+// memberOrder is the order of an export's members; the policies' have names of
+// their own.
+var memberOrder = []string{checkpointsName, receiptKeysName, policiesDir, eventsName, inventoryName}
+
+// memberPlace is a member's place in that order, or -1 if no export has it. A
+// name leads nowhere but below the directory in which somebody unpacks it.
+func memberPlace(name string) int {
+	parts := strings.SplitN(name, "/", 3)
+	if len(parts) == 3 && parts[0] == policiesDir && fs.ValidPath(name) && !strings.Contains(name, `\`) {
+		return slices.Index(memberOrder, policiesDir)
 	}
-	for _, name := range []string{checkpointsName, receiptKeysName, eventsName, inventoryName} {
-		if !names[name] {
+	if name == policiesDir {
+		return -1
+	}
+	return slices.Index(memberOrder, name)
+}
+
+// checkMembers reports members that an export does not have, at that place.
+func checkMembers(members []Member) error {
+	place, seen := 0, map[string]bool{}
+	for _, m := range members {
+		at := memberPlace(m.Name)
+		switch {
+		case at < 0:
+			return wrong("%q is no member of an export", m.Name)
+		case seen[m.Name]:
+			return wrong("%s is there twice", m.Name)
+		case at < place:
+			return wrong("%s is not in its place", m.Name)
+		}
+		place, seen[m.Name] = at, true
+	}
+	for _, name := range memberOrder {
+		if name != policiesDir && !seen[name] {
 			return wrong("%s is missing", name)
 		}
 	}
@@ -236,10 +302,10 @@ func (x *importer) readReceiptKeys(in io.Reader, size int64) error {
 	if err := json.Unmarshal(b, &list, json.RejectUnknownMembers(true)); err != nil {
 		return wrong("%s cannot be read: %v", receiptKeysName, err)
 	}
-	x.receipts = map[string]map[int]ed25519.PublicKey{}
+	x.receipts = map[string]ReceiptKeys{}
 	for _, k := range list {
 		if x.receipts[k.Sink] == nil {
-			x.receipts[k.Sink] = map[int]ed25519.PublicKey{}
+			x.receipts[k.Sink] = ReceiptKeys{}
 		}
 		for _, vkey := range x.vkeys {
 			if public, err := PublicKey(vkey); err == nil && bytes.Equal(public, k.Public) {
@@ -250,16 +316,16 @@ func (x *importer) readReceiptKeys(in io.Reader, size int64) error {
 	return nil
 }
 
+// readPolicy keeps a policy's file. All together are small, so that an archive
+// cannot take more memory than that.
 func (x *importer) readPolicy(h *tar.Header, in io.Reader) error {
-	rest, ok := strings.CutPrefix(h.Name, policiesDir+"/")
-	revision, name, cut := strings.Cut(rest, "/")
-	if !ok || !cut || path.Clean(name) != name {
-		return wrong("%s is no member of an export", h.Name)
-	}
-	b, err := readAllOf(in, h.Size, maxSmallMember)
+	parts := strings.SplitN(h.Name, "/", 3) // checkMembers has seen it
+	revision, name := parts[1], parts[2]
+	b, err := readAllOf(in, h.Size, maxPolicies-x.policy)
 	if err != nil {
 		return err
 	}
+	x.policy += int64(len(b))
 	if x.policies[revision] == nil {
 		x.policies[revision] = map[string][]byte{}
 	}
@@ -269,10 +335,8 @@ func (x *importer) readPolicy(h *tar.Header, in io.Reader) error {
 
 // checkPolicies reports a policy whose text is not the one that its revision is the hash of.
 func (x *importer) checkPolicies() error {
-	for revision, files := range x.policies {
-		if authz.Revision(files) != revision {
-			return wrong("the text of policy %s is not the one that decided", revision)
-		}
+	if revision := alteredPolicy(x.policies); revision != "" {
+		return wrong("the text of policy %s is not the one that decided", revision)
 	}
 	return nil
 }
@@ -377,33 +441,12 @@ func (x *importer) parseEvent(index int64, raw []byte) (p parsedEvent, err error
 	}
 	p.leaf = tlog.RecordHash(l.Event)
 	for sink, receipt := range l.Receipts {
-		if err := x.checkReceipt(sink, l.Event, receipt); err != nil {
+		if err := x.receipts[sink].Verify(l.Event, []byte(receipt)); err != nil {
 			return p, &Problem{index, fmt.Sprintf("the receipt of sink %s: %v", sink, err)}
 		}
 		p.receipts++
 	}
 	return p, nil
-}
-
-// checkReceipt checks Transit's signature of a leaf, "vault:vVERSION:BASE64".
-func (x *importer) checkReceipt(sink string, leaf []byte, receipt string) error {
-	parts := strings.Split(receipt, ":")
-	if len(parts) != 3 || parts[0] != "vault" || !strings.HasPrefix(parts[1], "v") {
-		return errors.New("it is not of the form vault:v1:base64")
-	}
-	version, err := strconv.Atoi(parts[1][1:])
-	if err != nil {
-		return errors.New("it is not of the form vault:v1:base64")
-	}
-	public := x.receipts[sink][version]
-	if public == nil {
-		return fmt.Errorf("it is signed by version %d of its key, which is none of the keys given", version)
-	}
-	signature, err := base64.StdEncoding.Strict().DecodeString(parts[2])
-	if err != nil || !ed25519.Verify(public, leaf, signature) {
-		return errors.New("it is not the key's signature of this event")
-	}
-	return nil
 }
 
 // take adds a batch to the tree, to the lives of keys, and compares it with
@@ -423,7 +466,9 @@ func (x *importer) take(b *batch) error {
 			}
 		}
 		if p.event.Type == RollbackAccepted {
-			x.report.Rollbacks = append(x.report.Rollbacks, p.event.Detail["reason"])
+			r := rollbackOf(p.event)
+			x.report.Rollbacks = append(x.report.Rollbacks, r)
+			x.accepted = append(x.accepted, acceptedRollback{r, index})
 		}
 		x.report.Receipts += p.receipts
 		x.tree.push(p.leaf)
@@ -440,6 +485,9 @@ func (x *importer) checkRoot() error {
 	roots := x.points[x.tree.size]
 	if len(roots) > 0 && slices.ContainsFunc(roots, func(r tlog.Hash) bool { return r != x.tree.root() }) {
 		return &Problem{x.tree.size - 1, "the events up to it are not those of the signed checkpoint: at least one was altered, dropped, inserted or moved"}
+	}
+	if x.kept.Size == x.tree.size && (x.kept.Origin != x.report.Manifest.Origin || x.kept.Root != x.tree.root()) {
+		return &Problem{x.tree.size - 1, "the events up to it are not those of the checkpoint given: the log was rewritten, or it is another one"}
 	}
 	if x.vault != nil {
 		x.vault.matchRoot(x.report.Manifest.Origin, x.tree.size, x.tree.root)
@@ -501,10 +549,14 @@ func (x *importer) finish() error {
 	if err := x.complete(); err != nil {
 		return err
 	}
+	if x.kept.Size > x.tree.size {
+		return &Problem{x.tree.size, fmt.Sprintf("it is missing: the checkpoint given covers %d events; the export is older, or the log has lost its end: make a new one", x.kept.Size)}
+	}
+	x.report.Covered = x.kept.Size
 	if x.vault == nil {
 		return nil
 	}
-	report, err := x.vault.finish(len(x.report.Rollbacks) > 0)
-	x.report.Vault = &report
+	report, err := x.vault.finish(x.report.Manifest.Origin, x.accepted)
+	x.report.Vault, x.report.Covered = &report, x.tree.size
 	return err
 }

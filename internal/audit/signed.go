@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
@@ -188,6 +189,8 @@ type Checkpointer struct {
 	// signed: texts of policies, keys of receipts. It may be nil.
 	Prepare func(context.Context) error
 
+	asked atomic.Bool // whether the log was found to extend what the sinks hold
+
 	mu      sync.Mutex
 	last    Checkpoint // the newest that this process knows to be signed
 	at      time.Time  // when the log was last known to be covered by a signed checkpoint
@@ -255,7 +258,16 @@ func (c *Checkpointer) Sign(ctx context.Context) error {
 	return nil
 }
 
+// sign asks every sink first: a log that one of them would refuse is not signed,
+// nor one of which that could not be found out. Later the signed checkpoint
+// that this process saw last stands for what the sinks hold.
 func (c *Checkpointer) sign(ctx context.Context) error {
+	if !c.asked.Load() {
+		if err := c.trail.CheckExtends(ctx); err != nil {
+			return err
+		}
+		c.asked.Store(true)
+	}
 	head, last, err := c.Check(ctx)
 	if err != nil || head.Size == last.Size {
 		return err

@@ -3,10 +3,13 @@ package audit
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -16,32 +19,60 @@ import (
 // VaultFile is what the audit files of Vault say of the log: the events and
 // checkpoints that Vault has signed. Vault writes a "response" entry after it
 // has done so; a request that it refused leaves an error, and does not count.
+// It needs memory for every event.
 type VaultFile struct {
-	at      map[tlog.Hash]int64    // the line of each event that is not matched yet
-	points  map[int64][]vaultPoint // by size
-	line    int64
+	at      map[tlog.Hash]vaultMark // where each event stands that is not matched yet
+	points  map[int64][]vaultPoint  // by size
+	names   []string                // of the files
+	read    int64                   // events and checkpoints, of all files
 	events  int64
-	last    int64 // the line of the newest event that the log holds, too
-	bad     *Problem
-	badLine int64
+	matched []vaultMark // where the log's events stand, by index
+	bad     []vaultProblem
+}
+
+// vaultMark is a place among the entries of all files. Their time orders them:
+// in which order the files are given says nothing.
+type vaultMark struct {
+	time int64 // of the entry, in nanoseconds
+	n    int64 // as read, for what one entry holds
+	file int
+	line int64
+}
+
+func (m vaultMark) before(other vaultMark) bool {
+	return m.time < other.time || m.time == other.time && m.n < other.n
 }
 
 type vaultPoint struct {
 	Checkpoint
-	line int64
+	vaultMark
+	signed bool // a signed note, which the log holds by then
+}
+
+type vaultProblem struct {
+	vaultMark
+	*Problem
 }
 
 // VaultReport is what the comparison with Vault's audit file found.
 type VaultReport struct {
 	Events int64 // that the file holds
-	Newer  int64 // of them that the log has got after the export
-	Lost   int64 // of them that the log has lost by an accepted rollback
+	Newer  int64 // of them that came after the export, and are not signed for yet
+	Lost   []VaultLoss
+}
+
+// VaultLoss is what an accepted rollback has lost.
+type VaultLoss struct {
+	Index       int64 // of the event that accepted it
+	Events      int64
+	First, Last string // where they stand in Vault's audit file
 }
 
 // vaultEntry is a line of Vault's audit file, as far as it matters here.
 type vaultEntry struct {
-	Type    string `json:"type"`
-	Error   string `json:"error"`
+	Time    time.Time `json:"time"`
+	Type    string    `json:"type"`
+	Error   string    `json:"error"`
 	Request struct {
 		Path string `json:"path"`
 		Data struct {
@@ -57,57 +88,77 @@ const (
 	maxVaultLine = 16 << 20
 )
 
-// Read adds an audit file of Vault. Several are given in the order of time.
-func (f *VaultFile) Read(r io.Reader) error {
+// Read adds an audit file of Vault, in any order. A last line that is not
+// whole, as in the copy of a file that Vault is writing, is passed over.
+func (f *VaultFile) Read(name string, r io.Reader) error {
 	if f.at == nil {
-		f.at, f.points = map[tlog.Hash]int64{}, map[int64][]vaultPoint{}
+		f.at, f.points = map[tlog.Hash]vaultMark{}, map[int64][]vaultPoint{}
 	}
-	in := bufio.NewScanner(r)
-	in.Buffer(make([]byte, 1<<20), maxVaultLine)
-	for in.Scan() {
-		f.line++
-		if !bytes.Contains(in.Bytes(), []byte(receiptPath)) {
-			continue
+	f.names = append(f.names, name)
+	in := bufio.NewReaderSize(r, maxVaultLine)
+	for line := int64(1); ; line++ {
+		raw, err := in.ReadSlice('\n')
+		torn := errors.Is(err, io.EOF)
+		if err != nil && !torn {
+			return fmt.Errorf("%s: line %d: %w", name, line, err)
 		}
-		var e vaultEntry
-		if err := json.Unmarshal(in.Bytes(), &e); err != nil {
-			return fmt.Errorf("line %d of Vault's audit file cannot be read: %w", f.line, err)
+		if err := f.entry(raw, line); err != nil && !torn {
+			return fmt.Errorf("%s: line %d cannot be read: %w", name, line, err)
 		}
-		if e.Type != "response" || e.Error != "" || e.Request.Path != receiptPath {
-			continue
-		}
-		for _, item := range e.Request.Data.Batch {
-			f.add(item.Event)
+		if torn {
+			return nil
 		}
 	}
-	if err := in.Err(); err != nil {
-		return fmt.Errorf("reading Vault's audit file: %w", err)
+}
+
+func (f *VaultFile) entry(raw []byte, line int64) error {
+	if !bytes.Contains(raw, []byte(receiptPath)) {
+		return nil
+	}
+	var e vaultEntry
+	if err := json.Unmarshal(raw, &e); err != nil {
+		return err
+	}
+	if e.Type != "response" || e.Error != "" || e.Request.Path != receiptPath {
+		return nil
+	}
+	if e.Time.IsZero() {
+		return errors.New("it has no time")
+	}
+	for _, item := range e.Request.Data.Batch {
+		f.add(item.Event, vaultMark{e.Time.UnixNano(), f.read, len(f.names) - 1, line})
+		f.read++
 	}
 	return nil
 }
 
-func (f *VaultFile) add(text string) {
+func (f *VaultFile) add(text string, mark vaultMark) {
 	if !strings.HasPrefix(text, "{") {
 		if c, err := ParseCheckpoint(text); err == nil {
-			f.points[c.Size] = append(f.points[c.Size], vaultPoint{c, f.line})
+			f.points[c.Size] = append(f.points[c.Size], vaultPoint{c, mark, text != c.Text()})
 		}
 		return
 	}
 	h := tlog.RecordHash([]byte(text))
-	if _, known := f.at[h]; !known { // a sink may get an event more than once
-		f.at[h] = f.line
+	first, known := f.at[h] // a sink may get an event more than once
+	if !known {
 		f.events++
+	}
+	if !known || mark.before(first) {
+		f.at[h] = mark
 	}
 }
 
-// match notes that the log holds an event.
+func (f *VaultFile) place(m vaultMark) string { return fmt.Sprintf("%s:%d", f.names[m.file], m.line) }
+
+// match notes that the log holds an event. It is called for each, in their order.
 func (f *VaultFile) match(index int64, leaf tlog.Hash) error {
-	line, ok := f.at[leaf]
+	mark, ok := f.at[leaf]
 	if !ok {
 		return &Problem{index, "Vault's audit file does not hold it: it was altered or inserted, or not every audit file was given"}
 	}
 	delete(f.at, leaf)
-	f.last = max(f.last, line)
+	f.matched = append(f.matched, mark)
 	return nil
 }
 
@@ -115,35 +166,109 @@ func (f *VaultFile) match(index int64, leaf tlog.Hash) error {
 func (f *VaultFile) matchRoot(origin string, size int64, root func() tlog.Hash) {
 	for _, p := range f.points[size] {
 		if p.Origin == origin && p.Root != root() {
-			f.found(p.line, &Problem{size - 1, fmt.Sprintf("the checkpoint of that size in Vault's audit file (line %d) has another root: the log was rewritten", p.line)})
+			f.found(p.vaultMark, size-1, "the checkpoint of that size in Vault's audit file (%s) has another root: the log was rewritten", f.place(p.vaultMark))
 		}
 	}
 }
 
-// found keeps the problem of the earliest line.
-func (f *VaultFile) found(line int64, p *Problem) {
-	if f.bad == nil || line < f.badLine {
-		f.bad, f.badLine = p, line
-	}
+func (f *VaultFile) found(m vaultMark, index int64, format string, args ...any) {
+	f.bad = append(f.bad, vaultProblem{m, &Problem{index, fmt.Sprintf(format, args...)}})
 }
 
-// finish judges what only Vault's file holds: what came after the last common
-// event is newer than the export; what came before is missing in the log, which
-// only an accepted rollback explains.
-func (f *VaultFile) finish(rolledBack bool) (VaultReport, error) {
+// acceptedRollback is a rollback and the event that accepted it.
+type acceptedRollback struct {
+	Rollback
+	index int64
+}
+
+// loss is where in Vault's file the events stand that an accepted rollback has
+// lost: behind the last that the log kept, and before the event that accepts it.
+type loss struct {
+	after, until vaultMark
+	index        int64
+	events       int64
+	first, last  vaultMark // of these events
+}
+
+func (l *loss) add(m vaultMark) {
+	if l.events == 0 || m.before(l.first) {
+		l.first = m
+	}
+	if l.events == 0 || l.last.before(m) {
+		l.last = m
+	}
+	l.events++
+}
+
+// lossAt is the one that m lies in, or nil.
+func lossAt(losses []*loss, m vaultMark) *loss {
+	for _, l := range losses {
+		if l.after.before(m) && m.before(l.until) {
+			return l
+		}
+	}
+	return nil
+}
+
+func (f *VaultFile) losses(accepted []acceptedRollback) []*loss {
+	all := make([]*loss, len(accepted))
+	for i, r := range accepted {
+		all[i] = &loss{until: f.matched[r.index], index: r.index}
+		if r.Kept > 0 {
+			all[i].after = f.matched[min(r.Kept, r.index)-1]
+		}
+	}
+	return all
+}
+
+// finish judges what only Vault's file holds. What lies within an accepted
+// rollback was lost by it. What came after the last common event is newer than
+// the export, and nothing more as long as no checkpoint was signed over it. All
+// else is missing in the log.
+func (f *VaultFile) finish(origin string, accepted []acceptedRollback) (VaultReport, error) {
 	r := VaultReport{Events: f.events}
-	for _, line := range f.at {
-		if line >= f.last {
-			r.Newer++
-			continue
+	losses := f.losses(accepted)
+	var newest vaultMark
+	for _, m := range f.matched {
+		if newest.before(m) {
+			newest = m
 		}
-		r.Lost++
-		f.found(line, &Problem{-1, fmt.Sprintf("Vault's audit file holds an event (line %d) that the log does not: it was dropped, or the log was set back", line)})
 	}
-	if f.bad != nil && !rolledBack {
-		return r, f.bad
+	for _, m := range f.at {
+		switch l := lossAt(losses, m); {
+		case l != nil:
+			l.add(m)
+		case newest.before(m):
+			r.Newer++
+		default:
+			f.found(m, -1, "Vault's audit file holds an event (%s) that the log does not: it was dropped, or the log was set back", f.place(m))
+		}
 	}
-	return r, nil
+	f.findNewer(origin)
+	for _, l := range losses {
+		if l.events > 0 {
+			r.Lost = append(r.Lost, VaultLoss{l.index, l.events, f.place(l.first), f.place(l.last)})
+		}
+	}
+	f.bad = slices.DeleteFunc(f.bad, func(p vaultProblem) bool { return lossAt(losses, p.vaultMark) != nil })
+	if len(f.bad) == 0 {
+		return r, nil
+	}
+	return r, slices.MinFunc(f.bad, func(a, b vaultProblem) int {
+		return cmp.Or(cmp.Compare(a.time, b.time), cmp.Compare(a.n, b.n))
+	}).Problem
+}
+
+// findNewer finds signed checkpoints that cover more than the export holds.
+func (f *VaultFile) findNewer(origin string) {
+	size := int64(len(f.matched))
+	for covered, points := range f.points {
+		for _, p := range points {
+			if covered > size && p.signed && p.Origin == origin {
+				f.found(p.vaultMark, size, "it is missing: Vault's audit file (%s) holds a signed checkpoint of %d events; the export is older, or the log has lost its end: make a new one", f.place(p.vaultMark), covered)
+			}
+		}
+	}
 }
 
 var errNoVaultEvents = errors.New("the file holds nothing that orgkeys had Vault sign: is it Vault's audit file?")

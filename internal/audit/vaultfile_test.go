@@ -4,20 +4,22 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 )
 
-// vaultLine is an entry of Vault's audit file, as a real one has it.
-func vaultLine(t *testing.T, kind, failure string, texts ...string) string {
+// vaultLine is an entry of Vault's audit file at a second, as a real one has it.
+func vaultLine(t *testing.T, second int, kind, failure string, texts ...string) string {
 	t.Helper()
 	var batch []map[string]string
 	for _, text := range texts {
 		batch = append(batch, map[string]string{"event": text, "input": "hmac-sha256:00"})
 	}
-	b, err := json.Marshal(map[string]any{"type": kind, "error": failure, "request": map[string]any{
+	b, err := json.Marshal(map[string]any{"time": time.Unix(int64(1e9+second), 123456789).UTC().Format(time.RFC3339Nano), "type": kind, "error": failure, "request": map[string]any{
 		"path": "orgkeys-audit/sign/receipt", "operation": "update", "data": map[string]any{"batch_input": batch},
 	}})
 	if err != nil {
@@ -50,7 +52,9 @@ func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	whole := vaultLine(t, "response", "", events[:20]...) + vaultLine(t, "response", "", signed[0].Note) + vaultLine(t, "response", "", events[20:]...)
+	unsigned := audit.Checkpoint{Origin: signed[0].Origin, Size: 41}.Text()
+	newer := noteBy(t, e.signer, audit.Checkpoint{Origin: signed[0].Origin, Size: 41})
+	whole := vaultLine(t, 1, "response", "", events[:20]...) + vaultLine(t, 2, "response", "", signed[0].Note) + vaultLine(t, 3, "response", "", events[20:]...)
 	for _, c := range []struct {
 		name  string
 		file  string
@@ -59,19 +63,23 @@ func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
 	}{
 		{"the same events", whole, -2, 0},
 		{"events given twice, as after a crash", whole + whole, -2, 0},
-		{"newer events", whole + vaultLine(t, "response", "", string(foreign.Leaf)), -2, 1},
-		{"an event missing", vaultLine(t, "response", "", append(events[:12:12], events[13:]...)...), 12, 0},
-		{"an event that the log dropped", vaultLine(t, "response", "", string(foreign.Leaf)) + whole, -1, 0},
-		{"an event that Vault refused does not vouch", vaultLine(t, "response", "", append(events[:12:12], events[13:]...)...) + vaultLine(t, "response", "permission denied", events[12]), 12, 0},
-		{"a request without its response does not vouch", vaultLine(t, "response", "", append(events[:12:12], events[13:]...)...) + vaultLine(t, "request", "", events[12]), 12, 0},
-		{"a checkpoint of another tree", whole + vaultLine(t, "response", "", other.Text()), other.Size - 1, 0},
+		{"newer events", whole + vaultLine(t, 9, "response", "", string(foreign.Leaf)), -2, 1},
+		{"newer events that a checkpoint was signed over", whole + vaultLine(t, 9, "response", "", string(foreign.Leaf), newer), 40, 0},
+		{"a newer checkpoint that is not in the log yet", whole + vaultLine(t, 9, "response", "", string(foreign.Leaf), unsigned), -2, 1},
+		{"a last line that is being written", whole + whole[:100], -2, 0},
+		{"a line without its end", strings.TrimSuffix(whole, "\n"), -2, 0},
+		{"an event missing", vaultLine(t, 5, "response", "", append(events[:12:12], events[13:]...)...), 12, 0},
+		{"an event that the log dropped", vaultLine(t, 0, "response", "", string(foreign.Leaf)) + whole, -1, 0},
+		{"an event that Vault refused does not vouch", vaultLine(t, 5, "response", "", append(events[:12:12], events[13:]...)...) + vaultLine(t, 5, "response", "permission denied", events[12]), 12, 0},
+		{"a request without its response does not vouch", vaultLine(t, 5, "response", "", append(events[:12:12], events[13:]...)...) + vaultLine(t, 5, "request", "", events[12]), 12, 0},
+		{"a checkpoint of another tree", whole + vaultLine(t, 9, "response", "", other.Text()), other.Size - 1, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			vault := &audit.VaultFile{}
-			if err := vault.Read(strings.NewReader(c.file)); err != nil {
+			if err := vault.Read("audit.log", strings.NewReader(c.file)); err != nil {
 				t.Fatal(err)
 			}
-			report, err := audit.VerifyExport(t.Context(), bytes.NewReader(archive), []string{e.vkey(t)}, vault, nil)
+			report, err := audit.VerifyExport(t.Context(), bytes.NewReader(archive), []string{e.vkey(t)}, audit.Outside{Vault: vault}, nil)
 			var problem *audit.Problem
 			switch {
 			case c.index == -2 && (err != nil || report.Vault.Newer != c.newer):
@@ -82,7 +90,138 @@ func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
 		})
 	}
 	empty := &audit.VaultFile{}
-	if err := empty.Read(strings.NewReader("{}\n")); err != nil || empty.CheckNotEmpty() == nil {
+	if err := empty.Read("audit.log", strings.NewReader("{}\n")); err != nil || empty.CheckNotEmpty() == nil {
 		t.Errorf("a file without events: %v", err)
+	}
+}
+
+// Rotated files may be given in any order: the time of their entries counts.
+func TestVaultsAuditFilesAreOrderedByTime(t *testing.T) {
+	e := newEvidence(t)
+	archive := e.export(t)
+	dropped, err := audit.New(audit.KeysListed, "acme").Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var events []string
+	for _, l := range unpack(t, archive).leaves(t) {
+		events = append(events, string(l))
+	}
+	first := vaultLine(t, 1, "response", "", events[:20]...) + vaultLine(t, 2, "response", "", string(dropped.Leaf))
+	second := vaultLine(t, 3, "response", "", events[20:]...)
+	for name, files := range map[string][]string{"oldest first": {first, second}, "newest first": {second, first}} {
+		vault := &audit.VaultFile{}
+		for _, f := range files {
+			if err := vault.Read("audit.log", strings.NewReader(f)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_, err := audit.VerifyExport(t.Context(), bytes.NewReader(archive), []string{e.vkey(t)}, audit.Outside{Vault: vault}, nil)
+		if err == nil || !strings.Contains(err.Error(), "audit.log:2") {
+			t.Errorf("%s: the event that the log dropped is not found: %v", name, err)
+		}
+	}
+}
+
+// An accepted rollback excuses what it lost, and nothing before or after.
+func TestAnAcceptedRollbackExcusesOnlyWhatItLost(t *testing.T) {
+	e := newEvidence(t)
+	entries, err := e.db.Entries(t.Context(), 0, 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	from, err := e.db.LastSigned(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var before []string
+	for _, entry := range entries {
+		before = append(before, string(entry.Leaf))
+	}
+	e.rebuild(t, "DELETE FROM events WHERE idx >= 35", "DELETE FROM event_receipts WHERE idx >= 35", "DELETE FROM signed_checkpoints WHERE size > 35")
+	to, err := e.db.Head(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	quiet := slog.New(slog.DiscardHandler)
+	e.checkpoints = audit.NewCheckpointer(audit.NewLog(e.db, quiet), e.db, e.signer, time.Hour, quiet)
+	e.record(t, audit.Rollback{From: from.Text(), To: to.Text(), Kept: 35, Reason: "a test"}.Event())
+	e.record(t, audit.New(audit.KeysListed, "acme"))
+	archive := e.export(t)
+	var after []string
+	for _, l := range unpack(t, archive).leaves(t) {
+		after = append(after, string(l))
+	}
+	if len(after) != 37 {
+		t.Fatalf("%d events", len(after))
+	}
+	dropped, err := audit.New(audit.KeysListed, "acme").Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := func(second int, texts ...string) string { return vaultLine(t, second, "response", "", texts...) }
+	other := func(size int64) string {
+		return noteBy(t, e.signer, audit.Checkpoint{Origin: from.Origin, Size: size})
+	}
+	whole := line(1, before[:10]...) + line(3, before[10:]...) + line(4, from.Note, other(36)) + line(5, after[:36]...) + line(7, after[36])
+	for _, c := range []struct {
+		name, more string
+		index      int64 // of the problem; -2: none
+	}{
+		{"what the rollback lost", "", -2},
+		{"more that it lost", line(4, string(dropped.Leaf)), -2},
+		{"an event dropped long before", line(2, string(dropped.Leaf)), -1},
+		{"an event dropped after it", line(6, string(dropped.Leaf)), -1},
+		{"another root before", line(2, other(10)), 9},
+		{"another root after", line(8, other(37)), 36},
+		{"a checkpoint that covers more, after it", line(8, other(40)), 37},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			vault := &audit.VaultFile{}
+			if err := vault.Read("audit.log", strings.NewReader(whole+c.more)); err != nil {
+				t.Fatal(err)
+			}
+			report, err := audit.VerifyExport(t.Context(), bytes.NewReader(archive), []string{e.vkey(t)}, audit.Outside{Vault: vault}, nil)
+			var problem *audit.Problem
+			switch {
+			case c.index == -2 && err != nil:
+				t.Error(err)
+			case c.index == -2 && (len(report.Vault.Lost) != 1 || report.Vault.Lost[0].Index != 35 || report.Vault.Lost[0].Events < 5 || report.Vault.Lost[0].First != "audit.log:2"):
+				t.Errorf("lost: %+v", report.Vault.Lost)
+			case c.index != -2 && (!errors.As(err, &problem) || problem.Index != c.index):
+				t.Errorf("found %v, want event %d", err, c.index)
+			}
+		})
+	}
+}
+
+// What lies outside vouches for an export's end, as far as it goes.
+func TestACheckpointFromElsewhereVouchesForAnExport(t *testing.T) {
+	e := newEvidence(t)
+	archive := e.export(t)
+	signed, err := e.db.SignedAfter(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	origin := signed[0].Origin
+	for _, c := range []struct {
+		name       string
+		checkpoint string
+		covered    int64
+		fails      string
+	}{
+		{"none", "", 0, ""},
+		{"the newest", signed[3].Note, 40, ""},
+		{"an older one", signed[0].Note, 30, ""},
+		{"one that covers more", noteBy(t, e.signer, audit.Checkpoint{Origin: origin, Size: 41}), 0, "event 40: it is missing"},
+		{"one of another tree", noteBy(t, e.signer, audit.Checkpoint{Origin: origin, Size: 12}), 0, "event 11:"},
+		{"one of another log", noteBy(t, e.signer, audit.Checkpoint{Origin: "orgkeys/other", Size: 40}), 0, "no given key"},
+		{"one that is not signed", signed[3].Text(), 0, "the checkpoint given"},
+		{"one that another key signed", noteBy(t, newSigner(t), signed[3].Checkpoint), 0, "no given key"},
+	} {
+		report, err := audit.VerifyExport(t.Context(), bytes.NewReader(archive), []string{e.vkey(t)}, audit.Outside{Checkpoint: c.checkpoint}, nil)
+		if c.fails == "" && (err != nil || report.Covered != c.covered) || c.fails != "" && (err == nil || !strings.Contains(err.Error(), c.fails)) {
+			t.Errorf("%s: covered %d, %v", c.name, report.Covered, err)
+		}
 	}
 }

@@ -2,9 +2,11 @@ package audit
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"iter"
 	"slices"
+	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -35,6 +37,15 @@ type Archive interface {
 	Unsequenced(ctx context.Context) (int64, error)
 	// Unauthenticated counts events that the sequencer refused an index.
 	Unauthenticated(ctx context.Context) (int64, error)
+	// Erasing returns whom PersonErased events name that have no index yet.
+	Erasing(ctx context.Context) ([]string, error)
+	// Policies returns every policy that was in force, file by file.
+	Policies(ctx context.Context) ([]PolicyFile, error)
+	// ReceiptSinks names the sinks of which there are receipts.
+	ReceiptSinks(ctx context.Context) ([]string, error)
+	ReceiptKeys(ctx context.Context) ([]ReceiptKey, error)
+	// Receipts returns a sink's receipts for the events from index from to before to.
+	Receipts(ctx context.Context, sink string, from, to int64) ([]Receipt, error)
 	// Contradictions names records and events that do not fit each other.
 	Contradictions(ctx context.Context) ([]string, error)
 }
@@ -55,18 +66,21 @@ func (p *Problem) Error() string {
 // Report is what verification found of a log with nothing wrong in it.
 type Report struct {
 	Log             Checkpoint
-	Covered         int64 // events that the copy vouches for
-	Signed          int64 // events that a signed checkpoint covers
-	Unsequenced     int64 // events that have no index yet, and so no proof
-	Unauthenticated int64 // events that the sequencer refused an index
-	Erased          int64 // events whose personal part was erased
+	Covered         int64     // events that the copy vouches for
+	Uncovered       time.Time // when the first event behind them was recorded; zero: there is none
+	Signed          int64     // events that a signed checkpoint covers
+	Unsequenced     int64     // events that have no index yet, and so no proof
+	Unauthenticated int64     // events that the sequencer refused an index
+	Receipts        int64     // each signed by a stored receipt key
+	Erased          int64     // events whose personal part was erased
 	Rollbacks       []Rollback
 }
 
 // Verify checks that every event is the one that the tree was built from, that
-// nothing is missing, inserted or out of order, that records and events agree,
-// and that the log extends copy, which may be nil. What is wrong is a *Problem.
-func Verify(ctx context.Context, a Archive, copy *Copy) (Report, error) {
+// nothing is missing, inserted or out of order, that the log extends copy, which
+// may be nil, and that what is kept beside the log agrees with it: records,
+// policies, receipts, and what was erased. What is wrong is a *Problem.
+func Verify(ctx context.Context, a Archive, copy *Copy, progress Progress) (Report, error) {
 	head, err := a.Head(ctx)
 	if err != nil {
 		return Report{}, err
@@ -74,17 +88,26 @@ func Verify(ctx context.Context, a Archive, copy *Copy) (Report, error) {
 	if copy == nil {
 		copy = &Copy{}
 	}
-	v := &verification{Report: Report{Log: head, Rollbacks: copy.Rollbacks}, copy: copy}
+	v := &verification{
+		Report: Report{Log: head, Rollbacks: copy.Rollbacks}, copy: copy, progress: progress.ticking(),
+		policies: map[string]int64{}, erased: map[string]int64{}, missing: map[string]int64{},
+	}
 	if v.Unsequenced, err = a.Unsequenced(ctx); err != nil {
 		return Report{}, err
 	}
 	if v.Unauthenticated, err = a.Unauthenticated(ctx); err != nil {
 		return Report{}, err
 	}
+	if err := v.openReceipts(ctx, a); err != nil {
+		return Report{}, err
+	}
 	if err := v.walk(ctx, a); err != nil {
 		return Report{}, err
 	}
 	if err := v.finish(); err != nil {
+		return Report{}, err
+	}
+	if err := errors.Join(v.checkPolicies(ctx, a), v.checkErasures(ctx, a)); err != nil {
 		return Report{}, err
 	}
 	contradictions, err := a.Contradictions(ctx)
@@ -101,7 +124,15 @@ type verification struct {
 	Report
 	frontier
 	copy     *Copy
-	accepted []string // the sinks' checkpoints that RollbackAccepted events name
+	progress func(done, all int64)
+	accepted []Rollback // by RollbackAccepted events
+
+	policies map[string]int64 // by revision, the first event that it decided
+	erased   map[string]int64 // by person, the newest PersonErased event
+	missing  map[string]int64 // by actor, the newest event whose personal part is gone
+
+	receiptKeys map[string]ReceiptKeys // by sink
+	receipts    map[receiptOf][]byte   // of the page under way
 }
 
 func (v *verification) walk(ctx context.Context, a Archive) error {
@@ -120,6 +151,9 @@ func (v *verification) walk(ctx context.Context, a Archive) error {
 		if err := v.checkRow(row); err != nil {
 			return err
 		}
+		if err := v.checkReceipts(ctx, a, row); err != nil {
+			return err
+		}
 		for _, h := range v.push(tlog.RecordHash(row.Leaf)) {
 			if err := checkHash(h, row.Index, stored); err != nil {
 				return err
@@ -128,6 +162,7 @@ func (v *verification) walk(ctx context.Context, a Archive) error {
 		if err := v.checkCheckpoint(); err != nil {
 			return err
 		}
+		v.progress(v.size, v.Log.Size)
 	}
 	if h, err, more := stored(); more {
 		if err != nil {
@@ -151,8 +186,17 @@ func (v *verification) checkRow(row Row) error {
 	if held, ok := v.copy.leaf(row.Index); ok && held != tlog.RecordHash(row.Leaf) {
 		return &Problem{row.Index, "it is not the one that the sink's copy holds: the log was rewritten"}
 	}
-	if e.Type == RollbackAccepted {
-		v.accepted = append(v.accepted, e.Detail["from"])
+	if row.Index == v.copy.end() {
+		v.Uncovered = e.Time
+	}
+	switch e.Type {
+	case RollbackAccepted:
+		v.accepted = append(v.accepted, rollbackOf(e))
+	case PersonErased:
+		v.erased[e.Object] = row.Index
+	}
+	if _, known := v.policies[e.Policy]; !known && e.Policy != "" {
+		v.policies[e.Policy] = row.Index
 	}
 	return v.checkPersonal(row)
 }
@@ -165,6 +209,7 @@ func (v *verification) checkPersonal(row Row) error {
 	switch {
 	case row.Personal == nil && l.Personal != "":
 		v.Erased++
+		v.missing[row.Actor] = row.Index
 	case row.Personal != nil && PersonalDigest(row.Personal) != l.Personal:
 		return &Problem{row.Index, "its personal part was altered"}
 	}
@@ -224,7 +269,7 @@ func (v *verification) finish() error {
 	}
 	v.Covered = max(v.Covered, min(v.copy.end(), v.size))
 	for _, r := range v.Rollbacks {
-		if !slices.Contains(v.accepted, r.From) {
+		if !slices.Contains(v.accepted, r) {
 			return &Problem{-1, "the sink's copy notes a rollback that no event of the log accounts for"}
 		}
 	}

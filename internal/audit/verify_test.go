@@ -2,10 +2,12 @@ package audit_test
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"database/sql"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -115,7 +117,7 @@ func (l log30) copy(t *testing.T) *audit.Copy {
 func TestAnUntouchedLogVerifies(t *testing.T) {
 	l := newLog30(t)
 	for name, c := range map[string]*audit.Copy{"alone": nil, "with its sink": l.copy(t)} {
-		report, err := audit.Verify(t.Context(), l.db, c)
+		report, err := audit.Verify(t.Context(), l.db, c, nil)
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -172,7 +174,7 @@ func TestTamperingIsFoundWithoutASink(t *testing.T) {
 
 func wantProblem(t *testing.T, db *sqlstore.DB, c *audit.Copy, index int64) {
 	t.Helper()
-	_, err := audit.Verify(t.Context(), db, c)
+	_, err := audit.Verify(t.Context(), db, c, nil)
 	var problem *audit.Problem
 	if !errors.As(err, &problem) {
 		t.Fatalf("not found: %v", err)
@@ -202,7 +204,7 @@ func TestConsistentForgeriesAreFoundThroughTheSink(t *testing.T) {
 			l := newLog30(t)
 			held := l.copy(t)
 			c.forge(t, l)
-			if _, err := audit.Verify(t.Context(), l.db, nil); err != nil {
+			if _, err := audit.Verify(t.Context(), l.db, nil, nil); err != nil {
 				t.Fatalf("the forgery is not consistent, so the case proves nothing: %v", err)
 			}
 			wantProblem(t, l.db, held, c.index)
@@ -219,7 +221,7 @@ func TestACheckpointAloneFindsARewrittenLog(t *testing.T) {
 	}
 	c := &audit.Copy{}
 	c.AddCheckpoint(head)
-	if _, err := audit.Verify(t.Context(), l.db, c); err != nil {
+	if _, err := audit.Verify(t.Context(), l.db, c, nil); err != nil {
 		t.Fatal(err)
 	}
 	l.rebuild(t, "UPDATE events SET leaf = CAST(replace(leaf, 'u-1', 'u-2') AS BLOB), actor = 'u-2' WHERE idx = 12")
@@ -260,10 +262,86 @@ func (l log30) rebuild(t *testing.T, statements ...string) {
 
 func TestErasingAPersonIsSeenAndAllowed(t *testing.T) {
 	l := newLog30(t)
-	l.exec(t, "DELETE FROM event_persons WHERE event_id = (SELECT id FROM events WHERE idx = 12)")
-	report, err := audit.Verify(t.Context(), l.db, l.copy(t))
-	if err != nil || report.Erased != 1 {
-		t.Errorf("erased %d, %v", report.Erased, err)
+	erase := func() {
+		if _, err := l.db.Erase(t.Context(), "u-1", func(int64) audit.Event {
+			e := audit.New(audit.PersonErased, "")
+			e.Object = "u-1"
+			return e
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	erase()
+	for _, place := range []string{"not in the log yet", "in the log"} {
+		report, err := audit.Verify(t.Context(), l.db, l.copy(t), nil)
+		if err != nil || report.Erased != 30 {
+			t.Errorf("the event is %s: erased %d, %v", place, report.Erased, err)
+		}
+		l.add(t, 0)
+	}
+	l.add(t, 1) // event 31, of the same person
+	l.exec(t, "DELETE FROM event_persons")
+	wantProblem(t, l.db, l.copy(t), 31)
+}
+
+// What is kept beside the log follows from it, and is checked against it.
+func TestTamperingBesideTheLogIsFound(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		sql   string
+		index int64
+	}{
+		{"a policy altered", `UPDATE policies SET content = x'00' WHERE name = 'authz.rego'`, 30},
+		{"a policy's file dropped", `DELETE FROM policies WHERE name = 'data.json'`, 30},
+		{"a policy's file added", `INSERT INTO policies SELECT revision, 'more.rego', content FROM policies LIMIT 1`, 30},
+		{"the policies dropped", `DELETE FROM policies`, 30},
+		{"a policy that never decided", `INSERT INTO policies VALUES ('sha256:00', 'x.rego', x'00')`, -1},
+		{"a receipt altered", `UPDATE event_receipts SET receipt = (SELECT receipt FROM event_receipts WHERE idx = 31) WHERE idx = 32`, 32},
+		{"a receipt made up", `INSERT INTO event_receipts VALUES ('vault', 12, 'x')`, 12},
+		{"a sink's receipts made up", `INSERT INTO event_receipts SELECT 'other', idx, receipt FROM event_receipts`, 30},
+		{"the receipt key replaced", `UPDATE receipt_keys SET public = zeroblob(32)`, 30},
+		{"a person dropped", `DELETE FROM event_persons WHERE event_id = (SELECT id FROM events WHERE idx = 12)`, 12},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			e := newEvidence(t)
+			e.exec(t, `INSERT INTO org_keys (id, org_id, slot, state, sealed) VALUES ('k-1', 'acme', NULL, 'deleted', NULL), ('k-2', 'acme', NULL, 'deleted', NULL), ('k-3', 'acme', 1, 'released', x'00')`)
+			signed := &audit.Copy{}
+			last, err := e.db.LastSigned(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			signed.AddSigned(last.Checkpoint)
+			if report, err := audit.Verify(t.Context(), e.db, signed, nil); err != nil || report.Receipts != 10 {
+				t.Fatalf("untouched: %d receipts, %v", report.Receipts, err)
+			}
+			e.exec(t, c.sql)
+			wantProblem(t, e.db, signed, c.index)
+		})
+	}
+}
+
+// A policy that is in force mends its own text, so that exports go on to verify.
+func TestAChangedPolicyIsPutRight(t *testing.T) {
+	e := newEvidence(t)
+	e.exec(t, `UPDATE policies SET content = x'00' WHERE name = 'authz.rego'`)
+	if _, err := audit.Export(t.Context(), io.Discard, e.db, t.TempDir(), "a test", nil); err == nil || !strings.Contains(err.Error(), "was altered") {
+		t.Errorf("exported, although the archive cannot verify: %v", err)
+	}
+	must(t, e.db.KeepPolicy(t.Context(), e.policy, map[string][]byte{"authz.rego": []byte("package orgkeys.authz\n"), "data.json": []byte("{}")}))
+	if _, err := verifyExport(t, e.export(t), e.vkey(t)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestOnlyKeysThatHaveSignedAreShown(t *testing.T) {
+	e := newEvidence(t)
+	genuine := e.vkey(t)
+	forged, err := audit.VerifierKey(strings.Split(genuine, "+")[0], newSigner(t).Private.Public().(ed25519.PublicKey))
+	must(t, err)
+	e.exec(t, `INSERT INTO checkpoint_keys (vkey) VALUES ('`+forged+`'), ('evil+00000000+AAAA')`)
+	keys, err := audit.SigningKeys(t.Context(), e.db)
+	if err != nil || len(keys) != 1 || keys[0] != genuine {
+		t.Errorf("%q, %v", keys, err)
 	}
 }
 
@@ -314,7 +392,7 @@ func TestFileSinkRecovers(t *testing.T) {
 				t.Fatalf("last checkpoint %d, %v; want %d", last.Size, err, c.kept)
 			}
 			l.add(t, 5)
-			if report, err := audit.Verify(t.Context(), l.db, l.copy(t)); err != nil || report.Covered != 35 {
+			if report, err := audit.Verify(t.Context(), l.db, l.copy(t), nil); err != nil || report.Covered != 35 {
 				t.Errorf("after going on: covered %d, %v", report.Covered, err)
 			}
 		})

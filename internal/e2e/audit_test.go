@@ -270,11 +270,22 @@ func TestPromise5_VerifyFindsWhatWasChanged(t *testing.T) {
 	t.Run("a personal part erased is no tampering", func(t *testing.T) {
 		t.Parallel()
 		dir := harness.Copy(t, h.server.Dir)
+		v := harness.Configure(t, harness.In(dir), harness.Set("ORGKEYS_AUDIT_FILE", h.sink))
+		if stdout, stderr, code := v.Run(t, "audit", "erase", "--subject", "admin", "--reason", "asked for"); code != 0 || strings.Contains(stdout, "what 0 events") {
+			t.Fatalf("exit code %d\n%s%s", code, stdout, stderr)
+		}
+		if out, code := h.verify(t, dir, h.sink); code != 0 {
+			t.Errorf("exit code %d\n%s", code, out)
+		}
+	})
+	t.Run("personal parts deleted by hand are", func(t *testing.T) {
+		t.Parallel()
+		dir := harness.Copy(t, h.server.Dir)
 		db := harness.OpenDatabase(t, dir)
 		harness.Unprotect(t, db)
 		harness.Exec(t, db, `DELETE FROM event_persons`)
 		db.Close()
-		if out, code := h.verify(t, dir, h.sink); code != 0 {
+		if out, code := h.verify(t, dir, h.sink); code != 1 || !strings.Contains(out, "no event says that it was erased") {
 			t.Errorf("exit code %d\n%s", code, out)
 		}
 	})

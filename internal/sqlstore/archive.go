@@ -82,6 +82,21 @@ func (a archive) Unauthenticated(ctx context.Context) (n int64, err error) {
 	return n, unavailable(err)
 }
 
+// Erasing implements audit.Archive.
+func (a archive) Erasing(ctx context.Context) ([]string, error) {
+	return query(ctx, a.q, scanText, "SELECT object FROM events WHERE idx IS NULL AND type = $1", string(audit.PersonErased))
+}
+
+// ReceiptSinks implements audit.Archive.
+func (a archive) ReceiptSinks(ctx context.Context) ([]string, error) {
+	return query(ctx, a.q, scanText, "SELECT DISTINCT sink FROM event_receipts ORDER BY sink")
+}
+
+func scanText(scan func(...any) error) (text string, err error) {
+	err = scan(&text)
+	return text, err
+}
+
 // contradictions are the ways in which records and events can fail to fit: each
 // statement returns key IDs. They rely on the events' columns, which
 // audit.Verify has compared with the leaves by then.

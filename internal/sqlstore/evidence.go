@@ -126,19 +126,21 @@ func (d *DB) KeepReceiptKeys(ctx context.Context, sink string, keys map[int]ed25
 	})
 }
 
-// ReceiptKeys implements audit.Evidence.
-func (d *DB) ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error) {
-	return query(ctx, d.read, func(scan func(...any) error) (k audit.ReceiptKey, err error) {
+// ReceiptKeys implements audit.Evidence and audit.Archive.
+func (a archive) ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error) {
+	return query(ctx, a.q, func(scan func(...any) error) (k audit.ReceiptKey, err error) {
 		err = scan(&k.Sink, &k.Version, &k.Public)
 		return k, err
 	}, "SELECT sink, version, public FROM receipt_keys ORDER BY sink, version")
 }
 
-// KeepPolicy stores the files of a policy that is in force.
+// KeepPolicy stores the files of a policy that is in force, and puts right what
+// was changed in them.
 func (d *DB) KeepPolicy(ctx context.Context, revision string, files map[string][]byte) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		for name, content := range files {
-			if _, err := exec(ctx, tx, "INSERT INTO policies (revision, name, content) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+			if _, err := exec(ctx, tx, `INSERT INTO policies (revision, name, content) VALUES ($1, $2, $3)
+				ON CONFLICT (revision, name) DO UPDATE SET content = excluded.content WHERE policies.content <> excluded.content`,
 				revision, name, content); err != nil {
 				return err
 			}
@@ -147,17 +149,17 @@ func (d *DB) KeepPolicy(ctx context.Context, revision string, files map[string][
 	})
 }
 
-// Policies implements audit.Evidence.
-func (d *DB) Policies(ctx context.Context) ([]audit.PolicyFile, error) {
-	return query(ctx, d.read, func(scan func(...any) error) (f audit.PolicyFile, err error) {
+// Policies implements audit.Evidence and audit.Archive.
+func (a archive) Policies(ctx context.Context) ([]audit.PolicyFile, error) {
+	return query(ctx, a.q, func(scan func(...any) error) (f audit.PolicyFile, err error) {
 		err = scan(&f.Revision, &f.Name, &f.Content)
 		return f, err
 	}, "SELECT revision, name, content FROM policies ORDER BY revision, name")
 }
 
-// Receipts implements audit.Evidence.
-func (d *DB) Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error) {
-	return query(ctx, d.read, func(scan func(...any) error) (r audit.Receipt, err error) {
+// Receipts implements audit.Evidence and audit.Archive.
+func (a archive) Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error) {
+	return query(ctx, a.q, func(scan func(...any) error) (r audit.Receipt, err error) {
 		err = scan(&r.Index, &r.Receipt)
 		return r, err
 	}, "SELECT idx, receipt FROM event_receipts WHERE sink = $1 AND idx >= $2 AND idx < $3 ORDER BY idx", sink, from, to)

@@ -55,7 +55,7 @@ func TestEvidence(t *testing.T) {
 		var archive bytes.Buffer
 		_, err = audit.Export(t.Context(), &archive, db, t.TempDir(), "a test", nil)
 		must(t, err)
-		report, err := audit.VerifyExport(t.Context(), &archive, keys, nil, nil)
+		report, err := audit.VerifyExport(t.Context(), &archive, keys, audit.Outside{}, nil)
 		if err != nil || report.Manifest.Size != 15 || report.Checkpoints != 3 || report.Receipts != 15 {
 			t.Errorf("%+v, %v", report, err)
 		}
@@ -68,12 +68,14 @@ func TestEvidence(t *testing.T) {
 				if n != 15 {
 					t.Errorf("the event says %d", n)
 				}
-				return audit.New(audit.PersonErased, "")
+				e := audit.New(audit.PersonErased, "")
+				e.Object = "u-1"
+				return e
 			})
 			if err != nil || n != 15 {
 				t.Errorf("erased %d, %v", n, err)
 			}
-			verified, err := audit.Verify(t.Context(), db, nil)
+			verified, err := audit.Verify(t.Context(), db, nil, nil)
 			if err != nil || verified.Erased != 15 || verified.Unsequenced != 1 {
 				t.Errorf("%+v, %v", verified, err)
 			}

@@ -256,7 +256,7 @@ func (d *DB) Index(ctx context.Context, eventID string) (int64, bool, error) {
 func (d *DB) KeepReceipts(ctx context.Context, sink string, first int64, receipts [][]byte) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		for i, receipt := range receipts {
-			if _, err := exec(ctx, tx, "INSERT INTO event_receipts (sink, idx, receipt) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+			if _, err := exec(ctx, tx, "INSERT INTO event_receipts (sink, idx, receipt) VALUES ($1, $2, $3) ON CONFLICT (sink, idx) DO UPDATE SET receipt = excluded.receipt",
 				sink, first+int64(i), receipt); err != nil {
 				return err
 			}

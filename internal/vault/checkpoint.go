@@ -21,7 +21,7 @@ func (s *Sink) SignCheckpoint(ctx context.Context, text []byte) ([]byte, ed25519
 	if err != nil {
 		return nil, nil, fmt.Errorf("having Vault sign a checkpoint: %w", err)
 	}
-	version, signature, err := parseReceipt(signed[0])
+	version, signature, err := audit.ParseReceipt(signed[0])
 	if err != nil {
 		return nil, nil, err
 	}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"regexp"
 	"strconv"
 	"sync"
 
@@ -25,9 +24,6 @@ const (
 	receiptBytes = 256 << 10
 )
 
-// ErrReceipt: a receipt is not Vault's signature of the leaf.
-var ErrReceipt = errors.New("receipt does not verify")
-
 // Sink has Vault's audit device record every event in clear, and keeps the
 // newest checkpoint in Vault. It implements audit.Sink.
 //
@@ -38,7 +34,7 @@ type Sink struct {
 	c *Client
 
 	mu      sync.Mutex
-	keys    ReceiptKeys
+	keys    audit.ReceiptKeys
 	version int  // of the checkpoint entry, as this sink last saw it
 	seen    bool // whether version means anything
 }
@@ -211,7 +207,7 @@ func signBody(entries []audit.Entry) ([]byte, error) {
 // verify checks a receipt against the keys known, and asks for them once more
 // when its version is a new one.
 func (s *Sink) verify(ctx context.Context, leaf, receipt []byte) error {
-	version, _, err := parseReceipt(receipt)
+	version, _, err := audit.ParseReceipt(receipt)
 	if err != nil {
 		return err
 	}
@@ -288,12 +284,9 @@ func (s *Sink) put(ctx context.Context, c audit.Checkpoint) error {
 	return nil
 }
 
-// ReceiptKeys are the public keys of the receipt key, by version.
-type ReceiptKeys map[int]ed25519.PublicKey
-
 // ReceiptKeys reads the receipt key's public halves. Kept outside Vault, they
 // let receipts be verified offline.
-func (c *Client) ReceiptKeys(ctx context.Context) (ReceiptKeys, error) {
+func (c *Client) ReceiptKeys(ctx context.Context) (audit.ReceiptKeys, error) {
 	answer, err := c.do(ctx, request{method: http.MethodGet, path: receiptKey})
 	if err != nil {
 		return nil, fmt.Errorf("reading the receipt key: %w", err)
@@ -306,7 +299,7 @@ func (c *Client) ReceiptKeys(ctx context.Context) (ReceiptKeys, error) {
 	if err != nil {
 		return nil, err
 	}
-	keys := make(ReceiptKeys, len(k.Keys))
+	keys := make(audit.ReceiptKeys, len(k.Keys))
 	for text, key := range k.Keys {
 		version, err := strconv.Atoi(text)
 		if err != nil || len(key.PublicKey) != ed25519.PublicKeySize {
@@ -316,47 +309,3 @@ func (c *Client) ReceiptKeys(ctx context.Context) (ReceiptKeys, error) {
 	}
 	return keys, nil
 }
-
-// Verify reports an error that wraps ErrReceipt unless receipt is the
-// signature of leaf under the key version that it names.
-func (keys ReceiptKeys) Verify(leaf, receipt []byte) error {
-	version, _, err := parseReceipt(receipt)
-	if err != nil {
-		return err
-	}
-	public, ok := keys[version]
-	if !ok {
-		return fmt.Errorf("%w: no key of version %d is known", ErrReceipt, version)
-	}
-	return VerifyReceipt(public, leaf, receipt)
-}
-
-// VerifyReceipt reports an error that wraps ErrReceipt unless receipt is
-// public's signature of leaf (RFC 8032, pure Ed25519). It asks nobody.
-func VerifyReceipt(public ed25519.PublicKey, leaf, receipt []byte) error {
-	_, signature, err := parseReceipt(receipt)
-	if err != nil {
-		return err
-	}
-	if len(public) != ed25519.PublicKeySize || !ed25519.Verify(public, leaf, signature) {
-		return ErrReceipt
-	}
-	return nil
-}
-
-func parseReceipt(receipt []byte) (version int, signature []byte, err error) {
-	m := receiptForm.FindSubmatch(receipt)
-	if m == nil {
-		return 0, nil, fmt.Errorf("%w: it is not of the form vault:v1:base64", ErrReceipt)
-	}
-	if version, err = strconv.Atoi(string(m[1])); err != nil {
-		return 0, nil, fmt.Errorf("%w: %w", ErrReceipt, err)
-	}
-	signature, err = base64.StdEncoding.Strict().DecodeString(string(m[2]))
-	if err != nil || len(signature) != ed25519.SignatureSize {
-		return 0, nil, fmt.Errorf("%w: it holds no Ed25519 signature", ErrReceipt)
-	}
-	return version, signature, nil
-}
-
-var receiptForm = regexp.MustCompile(`^vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]+={0,2})$`)

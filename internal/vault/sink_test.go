@@ -166,7 +166,7 @@ func TestReceiptsAreKeptInOrderAndVerifyOffline(t *testing.T) {
 		"not base64's canonical one": {leaf, append(bytes.Clone(good[:len(good)-3]), good[len(good)-3]^1, '=', '=')},
 	}
 	for name, tt := range tests {
-		if err := keys.Verify(tt.leaf, tt.receipt); !errors.Is(err, vault.ErrReceipt) {
+		if err := keys.Verify(tt.leaf, tt.receipt); !errors.Is(err, audit.ErrReceipt) {
 			t.Errorf("%s: got %v, want ErrReceipt", name, err)
 		}
 	}
@@ -174,7 +174,7 @@ func TestReceiptsAreKeptInOrderAndVerifyOffline(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := vault.VerifyReceipt(other, leaf, good); !errors.Is(err, vault.ErrReceipt) {
+	if err := (audit.ReceiptKeys{1: other}).Verify(leaf, good); !errors.Is(err, audit.ErrReceipt) {
 		t.Errorf("under another key: got %v", err)
 	}
 }
@@ -203,7 +203,7 @@ func TestForgedReceiptIsNotAnAcknowledgement(t *testing.T) {
 		fmt.Fprintf(w, `{"data":{"batch_results":[{"signature":"vault:v1:%s"}]}}`, signature)
 		return false
 	})
-	if err := appendAll(t, c.Sink(), entries(t, 0, 1), checkpointAt(origin, 1)); !errors.Is(err, vault.ErrReceipt) {
+	if err := appendAll(t, c.Sink(), entries(t, 0, 1), checkpointAt(origin, 1)); !errors.Is(err, audit.ErrReceipt) {
 		t.Errorf("got %v, want ErrReceipt", err)
 	}
 }

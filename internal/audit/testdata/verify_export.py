@@ -5,15 +5,18 @@ usage: verify_export.py ARCHIVE VERIFIER_KEY...
 
 Written from docs/audit.md, RFC 6962, RFC 8032 and the C2SP signed-note and
 tlog-checkpoint specifications; it shares no code with orgkeys. Exit code 0:
-verified. 1: the first thing wrong is named. Needs Python 3.8.
+verified, except that nothing shows whether the log went on behind the export.
+1: the first thing wrong is named. Needs Python 3.8.
 """
 import base64
 import binascii
 import hashlib
 import json
+import re
 import struct
 import sys
 import tarfile
+import tempfile
 import zlib
 
 
@@ -231,29 +234,69 @@ def policy_revision(files):
     return "sha256:" + h.hexdigest()
 
 
+def unpack(packed, plain):
+    """The archive is one gzip member, and nothing follows it."""
+    z = zlib.decompressobj(31)
+    for block in iter(lambda: packed.read(1 << 20), b""):
+        need(not z.eof, "something stands behind the end of the archive")
+        plain.write(z.decompress(block))
+    need(z.eof, "the archive is cut off")
+    need(not z.unused_data, "something stands behind the end of the archive")
+    plain.seek(0)
+
+
+ORDER = ["checkpoints.jsonl", "receipt-keys.json", "policies", "events.jsonl", "inventory.jsonl"]
+
+
+def check_members(names):
+    """Each is there once, in the order of an export, under a name that leads nowhere else."""
+    places = []
+    for name in names:
+        parts = name.split("/", 2)
+        policy = len(parts) == 3 and parts[0] == "policies"
+        need(policy or name in ORDER and name != "policies", "%r is no member of an export" % name)
+        need(not set(name.split("/")) & {"", ".", ".."} and "\\" not in name, "%r leads elsewhere" % name)
+        places.append(ORDER.index(parts[0]))
+    need(len(set(names)) == len(names), "a member is there twice")
+    need(places == sorted(places), "the members are not in their order")
+    need(set(places) | {2} == set(range(len(ORDER))), "a member is missing")
+
+
+RECEIPT = re.compile(r"vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]+={0,2})", re.ASCII)
+
+
 class Verifier:
     def __init__(self, keys):
         self.keys, self.tree, self.inventory = keys, Tree(), Inventory()
         self.points, self.newest, self.policies, self.receipt_keys = {}, None, {}, {}
 
     def run(self, path):
-        with tarfile.open(path, "r|gz") as archive:
-            members = iter(archive)
-            first = next(members, None)
-            need(first and first.name == "manifest.json", "manifest.json does not come first")
-            self.manifest = parse(archive.extractfile(first).read().decode())
-            need(self.manifest["format"] == "orgkeys-export/1", "unknown format")
-            listed = iter(self.manifest["members"])
-            for info in members:
-                want = next(listed, None)
-                need(want and want["name"] == info.name and info.isreg(), "%s is not the member that the manifest names there" % info.name)
-                content = archive.extractfile(info).read()
-                need(len(content) == want["size"] and hashlib.sha256(content).hexdigest() == want["sha256"],
-                     "%s does not have the size and SHA-256 that the manifest says" % info.name)
-                self.member(info.name, content)
-            left = next(listed, None)
-            need(left is None, "%s is missing" % (left and left["name"]))
+        with open(path, "rb") as packed, tempfile.TemporaryFile() as plain:
+            unpack(packed, plain)
+            with tarfile.open(fileobj=plain, mode="r:") as archive:
+                self.members(archive)
+                plain.seek(archive.offset)
+            for block in iter(lambda: plain.read(1 << 20), b""):
+                need(not block.strip(b"\0"), "something stands behind the end of the archive")
         need(self.complete, "inventory.jsonl is missing")
+
+    def members(self, archive):
+        members = iter(archive)
+        first = next(members, None)
+        need(first and first.name == "manifest.json" and first.isreg(), "manifest.json does not come first")
+        self.manifest = parse(archive.extractfile(first).read().decode())
+        need(self.manifest["format"] == "orgkeys-export/1", "unknown format")
+        check_members([m["name"] for m in self.manifest["members"]])
+        listed = iter(self.manifest["members"])
+        for info in members:
+            want = next(listed, None)
+            need(want and want["name"] == info.name and info.isreg(), "%s is not the member that the manifest names there" % info.name)
+            content = archive.extractfile(info).read()
+            need(len(content) == want["size"] and hashlib.sha256(content).hexdigest() == want["sha256"],
+                 "%s does not have the size and SHA-256 that the manifest says" % info.name)
+            self.member(info.name, content)
+        left = next(listed, None)
+        need(left is None, "%s is missing" % (left and left["name"]))
 
     complete = False
 
@@ -265,15 +308,13 @@ class Verifier:
             for k in parse(content.decode()):
                 if b64(k["public"]) in given:
                     self.receipt_keys[k["sink"], k["version"]] = b64(k["public"])
-        elif name.startswith("policies/"):
-            revision, file = name[len("policies/"):].split("/", 1)
-            self.policies.setdefault(revision, {})[file] = content
         elif name == "events.jsonl":
             self.events(content)
         elif name == "inventory.jsonl":
             self.check_inventory(content)
         else:
-            raise Wrong("%s is no member of an export" % name)
+            _, revision, file = name.split("/", 2)
+            self.policies.setdefault(revision, {})[file] = content
 
     def checkpoints(self, content):
         for line in lines(content):
@@ -317,9 +358,9 @@ class Verifier:
 
     def receipts(self, index, leaf, receipts):
         for sink, receipt in receipts.items():
-            scheme, version, signature = receipt.split(":")
-            public = self.receipt_keys.get((sink, int(version[1:])))
-            need(scheme == "vault" and public and ed25519_verify(public, leaf, b64(signature)),
+            form = RECEIPT.fullmatch(receipt)
+            public = form and self.receipt_keys.get((sink, int(form[1])))
+            need(public and ed25519_verify(public, leaf, b64(form[2])),
                  "event %d: the receipt of %s is not a given key's" % (index, sink))
 
     def check_inventory(self, content):
