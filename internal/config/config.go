@@ -261,6 +261,9 @@ func (c *Config) checkStorage() error {
 	if c.PKCS11Module != "" && c.PINFile == "" && c.Keystore == KeystorePKCS11 {
 		return errors.New("ORGKEYS_PKCS11_MODULE needs ORGKEYS_PKCS11_PIN_FILE: only SoftHSM's own default token is set up by itself")
 	}
+	if c.TokenLabel != "orgkeys" && c.PINFile == "" && c.Keystore == KeystorePKCS11 {
+		return errors.New("ORGKEYS_PKCS11_TOKEN_LABEL names a token of yours and needs ORGKEYS_PKCS11_PIN_FILE: without it SoftHSM's own default token is used")
+	}
 	if c.DatabaseURL == "" && c.RedisURL != "" {
 		return errors.New("ORGKEYS_REDIS_URL is for several replicas, which share a database: give ORGKEYS_DATABASE_URL too")
 	}

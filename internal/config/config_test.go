@@ -64,6 +64,7 @@ func TestDoubtfulSettingsAreRefusedByName(t *testing.T) {
 		"Vault's sink without Vault":      {[]string{"ORGKEYS_AUDIT_SINKS=vault"}, "ORGKEYS_AUDIT_SINKS"},
 		"Vault without a login":           {[]string{"ORGKEYS_KEYSTORE=vault"}, "ORGKEYS_VAULT_ROLE_ID_FILE"},
 		"module without PIN":              {[]string{"ORGKEYS_PKCS11_MODULE=/x.so"}, "ORGKEYS_PKCS11_PIN_FILE"},
+		"token's label without PIN":       {[]string{"ORGKEYS_PKCS11_TOKEN_LABEL=theirs"}, "ORGKEYS_PKCS11_PIN_FILE"},
 		"proxy that is everybody":         {[]string{"ORGKEYS_TRUSTED_PROXIES=0.0.0.0/0"}, "ORGKEYS_TRUSTED_PROXIES"},
 		"policy directory that is gone":   {[]string{"ORGKEYS_POLICY_DIR=/nowhere"}, "ORGKEYS_POLICY_DIR"},
 		"not a boolean":                   {[]string{"ORGKEYS_TLS_BY_PROXY=yes"}, "ORGKEYS_TLS_BY_PROXY"},

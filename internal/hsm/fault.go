@@ -14,6 +14,10 @@ import (
 // errRetired: the session's life has ended, or is about to.
 var errRetired = errors.New("the session's life has ended")
 
+// vendorDefined is CKR_VENDOR_DEFINED, from which on each vendor has return
+// values of its own; the binding does not name it.
+const vendorDefined = pkcs11.Error(0x80000000)
+
 // lost reports whether err says that the library has lost a session, a login,
 // an object or the token, or may have: what a new life can put right.
 func lost(err error) bool {
@@ -23,6 +27,9 @@ func lost(err error) bool {
 	var rv pkcs11.Error
 	if !errors.As(err, &rv) {
 		return false
+	}
+	if rv >= vendorDefined {
+		return true // how network HSMs report a connection that is gone
 	}
 	switch rv {
 	case pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED, pkcs11.CKR_OPERATION_ACTIVE,

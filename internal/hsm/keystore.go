@@ -138,11 +138,13 @@ func (t *Token) Create(ctx context.Context, name string) (orgkey.BackendKey, err
 // generate keeps s if it succeeds and gives it back if not. If ctx ends before
 // the pair is there, the pair is destroyed as soon as it is.
 func (t *Token) generate(ctx context.Context, l *life, s *session, name string) (*pair, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, t.limits.generate, errSlow)
+	defer cancel()
 	var p *pair
 	running, err := s.call(ctx, func(h pkcs11.SessionHandle) (err error) {
 		// The wrapping key dies with the anchor; better to know now than
 		// when the pair has been made.
-		if err := t.checkLogin(l); err != nil {
+		if err := l.anchor.do(func(h pkcs11.SessionHandle) error { return t.checkLogin(l, h) }); err != nil {
 			return err
 		}
 		if p, err = generatePair(t.lib, h, name); err == nil {
@@ -179,6 +181,8 @@ func (k *key) Export(ctx context.Context) ([]byte, error) {
 	if s == nil {
 		return nil, fmt.Errorf("exporting the key: %w", errDestroyed)
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, t.limits.answer, errSlow)
+	defer cancel()
 	var der []byte
 	_, err := s.call(ctx, func(h pkcs11.SessionHandle) (err error) {
 		if k.pair.gone {
@@ -199,7 +203,7 @@ func (k *key) Export(ctx context.Context) ([]byte, error) {
 // Destroy goes on when ctx has ended, for a time of its own. An object that the
 // token does not destroy ends with the life it was made in.
 func (k *key) Destroy(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), destroyTime)
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), k.token.limits.answer, errSlow)
 	defer cancel()
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -10,11 +10,12 @@ import (
 	"time"
 
 	"github.com/miekg/pkcs11"
+	"golang.org/x/sync/singleflight"
 )
 
 // life is what belongs to one span between C_Initialize and C_Finalize. The
 // anchor session stays open, since closing a token's last session logs out, and
-// owns the wrapping key; nothing else uses it but Healthy.
+// owns the wrapping key; nothing else uses it but checks.
 type life struct {
 	born       time.Time
 	made       atomic.Int64 // keys generated
@@ -25,6 +26,7 @@ type life struct {
 	wrapping   []byte              // the same key in this process; read under a session's turn only
 	generate   *pool
 	seal       *pool
+	check      singleflight.Group // of Healthy: one check waits for the anchor, however many ask
 }
 
 // begin initialises the library, logs in and has everything made that a life
@@ -58,22 +60,22 @@ func (t *Token) begin() (_ *life, err error) {
 	if err := t.makeWrappingKey(l, anchor); err != nil {
 		return nil, err
 	}
-	if l.generate, err = t.openPool(l.slot, t.cfg.Generations); err != nil {
+	if l.generate, err = t.openPool(l.slot, t.cfg.Generations, t.limits.generate); err != nil {
 		return nil, err
 	}
-	if l.seal, err = t.openPool(l.slot, t.cfg.Sealings); err != nil {
+	if l.seal, err = t.openPool(l.slot, t.cfg.Sealings, t.limits.answer); err != nil {
 		return nil, err
 	}
 	return l, nil
 }
 
 // end drains l and finalises the library. Keys that are held for longer than
-// patience lasts cease to exist, as session objects do. It reports an error, and may be
+// held cease to exist, as session objects do. It reports an error, and may be
 // called again, if a call does not return from the library.
-func (t *Token) end(l *life) error {
-	patience, cancel := context.WithTimeout(context.Background(), t.patience)
+func (t *Token) end(l *life, held time.Duration) error {
+	patience, cancel := context.WithTimeout(context.Background(), held)
 	defer cancel()
-	ctx, cancelAll := context.WithTimeout(context.Background(), t.patience+time.Second)
+	ctx, cancelAll := context.WithTimeout(context.Background(), held+time.Second)
 	defer cancelAll()
 	// Generations first: they take longest, and sealing goes on meanwhile.
 	if err := l.generate.drain(ctx, patience); err != nil {
@@ -125,7 +127,7 @@ func (t *Token) openSession(slot uint) (pkcs11.SessionHandle, error) {
 	return h, nil
 }
 
-func (t *Token) openPool(slot uint, n int) (*pool, error) {
+func (t *Token) openPool(slot uint, n int, limit time.Duration) (*pool, error) {
 	sessions := make([]*session, n)
 	for i := range sessions {
 		h, err := t.openSession(slot)
@@ -134,7 +136,7 @@ func (t *Token) openPool(slot uint, n int) (*pool, error) {
 		}
 		sessions[i] = newSession(h)
 	}
-	return newPool(sessions), nil
+	return newPool(sessions, limit), nil
 }
 
 // login logs the user in, for all sessions of this process. The binding takes
@@ -151,25 +153,46 @@ func (t *Token) login(h pkcs11.SessionHandle) error {
 	return fmt.Errorf("logging in: %w", err)
 }
 
-// checkLogin reports whether l's anchor is open and logged in.
-func (t *Token) checkLogin(l *life) error {
-	return l.anchor.do(func(h pkcs11.SessionHandle) error {
-		info, err := t.lib.GetSessionInfo(h)
-		if err != nil {
-			return err
-		}
-		if info.State != pkcs11.CKS_RW_USER_FUNCTIONS {
-			return pkcs11.Error(pkcs11.CKR_USER_NOT_LOGGED_IN)
-		}
-		slot, err := t.lib.GetSlotInfo(l.slot)
-		if err != nil {
-			return err
-		}
-		if slot.Flags&pkcs11.CKF_TOKEN_PRESENT == 0 {
-			return pkcs11.Error(pkcs11.CKR_TOKEN_NOT_PRESENT)
-		}
-		return nil
+// checkLogin reports whether l's anchor h is open and logged in.
+func (t *Token) checkLogin(l *life, h pkcs11.SessionHandle) error {
+	info, err := t.lib.GetSessionInfo(h)
+	if err != nil {
+		return err
+	}
+	if info.State != pkcs11.CKS_RW_USER_FUNCTIONS {
+		return pkcs11.Error(pkcs11.CKR_USER_NOT_LOGGED_IN)
+	}
+	slot, err := t.lib.GetSlotInfo(l.slot)
+	if err != nil {
+		return err
+	}
+	if slot.Flags&pkcs11.CKF_TOKEN_PRESENT == 0 {
+		return pkcs11.Error(pkcs11.CKR_TOKEN_NOT_PRESENT)
+	}
+	return nil
+}
+
+// checkUse reports whether l can be used: no call is stuck, and the anchor is
+// logged in and opens what was sealed at start. The last finds out too that a
+// token's files are gone, which a login outlives.
+func (t *Token) checkUse(ctx context.Context, l *life) error {
+	if l.generate.stuck()+l.seal.stuck() > 0 {
+		return errSlow
+	}
+	checked := l.check.DoChan("", func() (any, error) {
+		return nil, l.anchor.do(func(h pkcs11.SessionHandle) error {
+			if err := t.checkLogin(l, h); err != nil {
+				return err
+			}
+			return t.checkProbe(h, l.sealingKey)
+		})
 	})
+	select {
+	case result := <-checked:
+		return result.Err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // find returns the objects that match, at most max of them.

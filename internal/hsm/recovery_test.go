@@ -364,7 +364,7 @@ func TestAbandonedGenerationsLeaveNothing(t *testing.T) {
 func TestKeyHeldForTooLong(t *testing.T) {
 	cfg := softHSM(t)
 	token := open(t, cfg)
-	token.patience = 50 * time.Millisecond
+	token.limits.held = 50 * time.Millisecond
 	key, err := token.Create(bounded(t), uuid.NewString())
 	if err != nil {
 		t.Fatal(err)
@@ -387,7 +387,7 @@ func TestKeyHeldForTooLong(t *testing.T) {
 // A library with a call in it is never finalised.
 func TestCallThatDoesNotReturn(t *testing.T) {
 	token := open(t, softHSM(t))
-	token.patience = 20 * time.Millisecond
+	token.limits.held = 20 * time.Millisecond
 	old := token.life
 	s := old.seal.all[0]
 	s.turn <- struct{}{} // as a call does that hangs
@@ -472,7 +472,7 @@ func TestClosedTokenIsUnavailable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	token.patience = 50 * time.Millisecond
+	token.limits.closing = 50 * time.Millisecond
 	if err := token.Close(); err != nil {
 		t.Fatalf("Close: %v", err)
 	}

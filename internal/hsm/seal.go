@@ -78,8 +78,8 @@ func (t *Token) Open(ctx context.Context, items []orgkey.Sealed) ([][]byte, erro
 }
 
 func (t *Token) openOne(ctx context.Context, l *life, h pkcs11.SessionHandle, item orgkey.Sealed) ([]byte, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
 	}
 	value, err := decrypt(t.lib, h, l.sealingKey, item.Binding.Context(), item.Ciphertext)
 	if err == nil || errors.Is(err, orgkey.ErrSealBroken) || !is(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED) {
@@ -96,6 +96,8 @@ func (t *Token) openOne(ctx context.Context, l *life, h pkcs11.SessionHandle, it
 // seal runs f on a sealing session, and once more in a new life if the library
 // turns out to have lost the first one. f leaves nothing behind if it fails.
 func (t *Token) seal(ctx context.Context, f func(*life, pkcs11.SessionHandle) error) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, t.limits.answer, errSlow)
+	defer cancel()
 	for attempt := 0; ; attempt++ {
 		l, s, err := t.acquire(ctx, func(l *life) *pool { return l.seal })
 		if err != nil {

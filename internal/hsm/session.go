@@ -6,6 +6,8 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/miekg/pkcs11"
 )
@@ -13,8 +15,9 @@ import (
 // session is a PKCS#11 session that one operation uses at a time.
 type session struct {
 	handle pkcs11.SessionHandle
-	turn   chan struct{} // holds an element while a call is in the library
-	gone   bool          // its life has ended; guarded by turn
+	turn   chan struct{}             // holds an element while a call is in the library
+	since  atomic.Pointer[time.Time] // when that call began; nil: none is in the library
+	gone   bool                      // its life has ended; guarded by turn
 }
 
 func newSession(h pkcs11.SessionHandle) *session {
@@ -28,14 +31,23 @@ func (s *session) do(f func(pkcs11.SessionHandle) error) error {
 	if s.gone {
 		return errRetired
 	}
+	now := time.Now()
+	s.since.Store(&now)
+	defer s.since.Store(nil)
 	return f(s.handle)
 }
 
+// stuck reports whether a call has been in the library for longer than limit.
+func (s *session) stuck(limit time.Duration) bool {
+	since := s.since.Load()
+	return since != nil && time.Since(*since) > limit
+}
+
 // call is do with an end to the waiting. If ctx ends while f runs, call reports
-// its error and that f is still running, and late is called with f's error afterwards.
+// its cause and that f is still running, and late is called with f's error afterwards.
 func (s *session) call(ctx context.Context, f func(pkcs11.SessionHandle) error, late func(error)) (running bool, err error) {
-	if err := ctx.Err(); err != nil {
-		return false, err
+	if ctx.Err() != nil {
+		return false, context.Cause(ctx)
 	}
 	done := make(chan error, 1)
 	go func() { done <- s.do(f) }()
@@ -44,7 +56,7 @@ func (s *session) call(ctx context.Context, f func(pkcs11.SessionHandle) error, 
 		return false, err
 	case <-ctx.Done():
 		go func() { late(<-done) }()
-		return true, ctx.Err()
+		return true, context.Cause(ctx)
 	}
 }
 
@@ -63,38 +75,55 @@ func (s *session) retire(ctx context.Context) error {
 // pool lends sessions.
 type pool struct {
 	all     []*session
+	limit   time.Duration // a call that takes longer is stuck
 	idle    chan *session
 	shut    chan struct{}
 	shutter sync.Once
 	waiter  sync.Once
 }
 
-func newPool(all []*session) *pool {
-	p := &pool{all: all, idle: make(chan *session, len(all)), shut: make(chan struct{})}
+func newPool(all []*session, limit time.Duration) *pool {
+	p := &pool{all: all, limit: limit, idle: make(chan *session, len(all)), shut: make(chan struct{})}
 	for _, s := range all {
 		p.idle <- s
 	}
 	return p
 }
 
-// take waits for a session until ctx ends, or reports errRetired once the pool is closed.
+// take waits for a session until ctx ends. It reports errRetired once the pool
+// is closed, and errSlow if every session is stuck.
 func (p *pool) take(ctx context.Context) (*session, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
 	}
 	select {
 	case <-p.shut:
 		return nil, errRetired
 	default:
 	}
-	select {
-	case s := <-p.idle:
-		return s, nil
-	case <-p.shut:
-		return nil, errRetired
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	for p.stuck() < len(p.all) {
+		select {
+		case s := <-p.idle:
+			return s, nil
+		case <-p.shut:
+			return nil, errRetired
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(p.limit):
+		}
 	}
+	return nil, errSlow
+}
+
+// stuck counts the sessions that are.
+func (p *pool) stuck() int {
+	n := 0
+	for _, s := range p.all {
+		if s.stuck(p.limit) {
+			n++
+		}
+	}
+	return n
 }
 
 func (p *pool) put(s *session) { p.idle <- s }

@@ -19,31 +19,23 @@ import (
 const (
 	defaultRecycleKeys = 20_000
 	defaultRecycleAge  = time.Hour
-
-	// patience is how long a life that is to end waits for keys that are held;
-	// a key is held from its generation to its destruction, mostly well under a second.
-	patience = 30 * time.Second
-	// pause is the least time between a renewal that failed and the next.
-	pause = time.Second
-	// destroyTime bounds a destruction, which does not end with its request.
-	destroyTime = 10 * time.Second
 )
 
 // Token is a PKCS#11 token in use.
 type Token struct {
-	cfg      Config
-	lib      *pkcs11.Ctx
-	pin      []byte
-	courier  *courier
-	probe    []byte // a sealed value, made at Open: opens under the sealing key of then
-	patience time.Duration
+	cfg     Config
+	limits  limits
+	lib     *pkcs11.Ctx
+	pin     []byte
+	courier *courier
+	probe   []byte // a sealed value, made at Open: opens under the sealing key of then
 
 	mu       sync.Mutex
-	life     *life         // nil: none is usable
-	ending   *life         // to be drained before another can begin; nil: none
-	renewal  chan struct{} // closed when the renewal under way is over; nil: none is
-	renewals int           // lives begun after the first
-	failed   error         // why the last renewal failed
+	life     *life    // nil: none is usable
+	ending   *life    // to be drained before another can begin; nil: none
+	renewal  *renewal // the one under way; nil: none is
+	renewals int      // lives begun after the first
+	failed   error    // why the last renewal failed
 	failedAt time.Time
 	refused  error // why no renewal is tried any more; nil: none such
 }
@@ -58,7 +50,7 @@ var (
 // those that keep a private key from ever being readable are not among them. A
 // process has one Token for a module at a time.
 func Open(ctx context.Context, cfg Config) (*Token, error) {
-	t := &Token{cfg: withDefaults(cfg), patience: patience}
+	t := &Token{cfg: withDefaults(cfg), limits: defaultLimits()}
 	pin, err := readPIN(cfg.PINFile)
 	if err != nil {
 		return nil, err
@@ -87,7 +79,7 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	case <-ctx.Done():
 		go func() {
 			if b := <-done; b.err == nil {
-				_ = t.end(b.l) // nobody is left to hear of it
+				_ = t.end(b.l, t.limits.closing) // nobody is left to hear of it
 			}
 			clear(t.pin)
 		}()
@@ -117,22 +109,17 @@ func withDefaults(cfg Config) Config {
 // Capacity is the number of keys that the token generates at once.
 func (t *Token) Capacity() int { return t.cfg.Generations }
 
-// Healthy reports whether the token is there and logged in to. If it is not, a
-// renewal begins and Healthy waits for it.
+// Healthy reports whether the token is there, logged in to, and answers. If the
+// library has lost it a renewal begins and Healthy waits for it.
 func (t *Token) Healthy(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, t.limits.answer, errSlow)
+	defer cancel()
 	for attempt := 0; ; attempt++ {
 		l, err := t.await(ctx)
 		if err != nil {
 			return fault("checking the token", err)
 		}
-		checked := make(chan error, 1)
-		go func() { checked <- t.checkLogin(l) }()
-		select {
-		case err = <-checked:
-		case <-ctx.Done():
-			err = ctx.Err()
-		}
-		if err == nil {
+		if err = t.checkUse(ctx, l); err == nil {
 			return nil
 		}
 		if attempt > 0 || !lost(err) {
@@ -143,6 +130,7 @@ func (t *Token) Healthy(ctx context.Context) error {
 }
 
 // Close waits for what is under way, within bounds, and finalises the library.
+// It reports an error, and may be called again, if a call does not return.
 // Whatever is asked of t afterwards fails with orgkey.ErrUnavailable. The module
 // stays loaded: unloading one that has registered exit or thread handlers, as
 // OpenSSL's do, crashes the process later.
@@ -153,8 +141,8 @@ func (t *Token) Close() error {
 	t.mu.Unlock()
 	if renewal != nil {
 		select {
-		case <-renewal:
-		case <-time.After(t.patience + 2*time.Second):
+		case <-renewal.over:
+		case <-time.After(t.limits.closing):
 			return errors.New("closing the token: a call does not return from the library")
 		}
 	}
@@ -163,15 +151,16 @@ func (t *Token) Close() error {
 	if l == nil {
 		l = t.ending
 	}
-	t.life, t.ending = nil, nil
+	t.life, t.ending = nil, l
 	t.mu.Unlock()
-	if l == nil {
-		clear(t.pin)
-		return nil
+	if l != nil {
+		if err := t.end(l, t.limits.closing); err != nil {
+			return fmt.Errorf("closing the token: %w", err)
+		}
 	}
-	if err := t.end(l); err != nil {
-		return fmt.Errorf("closing the token: %w", err)
-	}
+	t.mu.Lock()
+	t.ending = nil
+	t.mu.Unlock()
 	clear(t.pin)
 	return nil
 }
@@ -186,16 +175,14 @@ func (t *Token) await(ctx context.Context) (*life, error) {
 		if renewal == nil {
 			return l, nil
 		}
-		select {
-		case <-renewal:
-		case <-ctx.Done():
-			return nil, ctx.Err()
+		if err := renewal.wait(ctx, t.limits.generate); err != nil {
+			return nil, err
 		}
 	}
 }
 
 // acquire returns a session of one of the pools of the life in use, and waits
-// for it, and for a renewal, until ctx ends.
+// for it until ctx ends, for a renewal no longer than a key pair may take.
 func (t *Token) acquire(ctx context.Context, from func(*life) *pool) (*life, *session, error) {
 	for {
 		l, renewal, err := t.current()
@@ -211,24 +198,22 @@ func (t *Token) acquire(ctx context.Context, from func(*life) *pool) (*life, *se
 		if renewal == nil {
 			continue // it began, or was over, since current looked
 		}
-		select {
-		case <-renewal:
-		case <-ctx.Done():
-			return nil, nil, ctx.Err()
+		if err := renewal.wait(ctx, t.limits.generate); err != nil {
+			return nil, nil, err
 		}
 	}
 }
 
 // current returns the life in use and the renewal under way. If there is
 // neither it starts a renewal, unless one has just failed.
-func (t *Token) current() (*life, <-chan struct{}, error) {
+func (t *Token) current() (*life, *renewal, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.refused != nil {
 		return nil, nil, t.refused
 	}
 	if t.life == nil && t.renewal == nil {
-		if time.Since(t.failedAt) < pause {
+		if time.Since(t.failedAt) < t.limits.pause {
 			return nil, nil, t.failed
 		}
 		t.startRenewal()
@@ -267,6 +252,25 @@ func (t *Token) recycle() {
 	t.startRenewal()
 }
 
+// renewal is a life's replacement under way.
+type renewal struct {
+	began time.Time
+	over  chan struct{} // closed when it is
+}
+
+// wait waits until r is over or ctx ends, and for no renewal longer than limit
+// after it began.
+func (r *renewal) wait(ctx context.Context, limit time.Duration) error {
+	select {
+	case <-r.over:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(time.Until(r.began.Add(limit))):
+		return errSlow
+	}
+}
+
 // startRenewal needs t.mu. A life still in use makes no more keys, and goes on
 // sealing until those under way are done.
 func (t *Token) startRenewal() {
@@ -274,8 +278,8 @@ func (t *Token) startRenewal() {
 		t.ending = t.life
 		t.ending.generate.close()
 	}
-	old, done := t.ending, make(chan struct{})
-	t.renewal = done
+	old, r := t.ending, &renewal{began: time.Now(), over: make(chan struct{})}
+	t.renewal = r
 	go func() {
 		ended, l, err := t.replace(old)
 		t.mu.Lock()
@@ -294,14 +298,14 @@ func (t *Token) startRenewal() {
 			t.failed, t.failedAt = fmt.Errorf("%w: %w", orgkey.ErrUnavailable, err), time.Now()
 			t.cfg.Log.Error("the HSM token is not available", "error", err)
 		}
-		close(done)
+		close(r.over)
 	}()
 }
 
 // replace ends old, if there is one, and begins another life.
 func (t *Token) replace(old *life) (ended bool, l *life, err error) {
 	if old != nil {
-		if err := t.end(old); err != nil {
+		if err := t.end(old, t.limits.held); err != nil {
 			return false, nil, err
 		}
 	}
