@@ -46,14 +46,14 @@ var (
 	ErrTLSFiles    = errors.New("ORGKEYS_TLS_CERT_FILE and ORGKEYS_TLS_KEY_FILE belong together, and ORGKEYS_TLS_CLIENT_CA_FILE needs both")
 	ErrTwoTLS      = errors.New("ORGKEYS_TLS_BY_PROXY=true says that a proxy terminates TLS, and ORGKEYS_TLS_CERT_FILE that the service does")
 	ErrNoProxies   = errors.New("ORGKEYS_TLS_BY_PROXY=true needs ORGKEYS_TRUSTED_PROXIES, or anybody could claim to have come over TLS")
-	ErrTrustingAll = errors.New("ORGKEYS_TRUSTED_PROXIES trusts every address there is")
+	ErrTrustingAll = errors.New("ORGKEYS_TRUSTED_PROXIES has a network that is wider than any private one, which 10.0.0.0/8 and fc00::/7 are")
 )
 
 // CheckTransport reports what is doubtful about how c would be reached. It
 // looks at the settings only; Listen calls it, and looks at the address it got besides.
 func CheckTransport(c ServerConfig) error {
 	for _, p := range c.Proxies.Trusted {
-		if !p.IsValid() || p.Bits() == 0 {
+		if !p.IsValid() || p.Addr().Is4() && p.Bits() < 8 || p.Addr().Is6() && p.Bits() < 7 {
 			return ErrTrustingAll
 		}
 	}

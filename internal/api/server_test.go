@@ -47,6 +47,9 @@ func TestCheckTransport(t *testing.T) {
 		{"a key without its certificate", ServerConfig{Address: "127.0.0.1:1", TLS: TLSFiles{Key: "k"}}, ErrTLSFiles},
 		{"a client CA without TLS", ServerConfig{Address: "127.0.0.1:1", TLS: TLSFiles{ClientCA: "a"}}, ErrTLSFiles},
 		{"everybody is a proxy", ServerConfig{Address: ":3000", TLS: files, Proxies: Proxies{Trusted: prefixes("0.0.0.0/0")}}, ErrTrustingAll},
+		{"everybody is a proxy, in two halves", ServerConfig{Address: ":3000", TLS: files, Proxies: Proxies{Trusted: prefixes("0.0.0.0/1", "128.0.0.0/1")}}, ErrTrustingAll},
+		{"an IPv6 network of too many", ServerConfig{Address: ":3000", TLS: files, Proxies: Proxies{Trusted: prefixes("2000::/3")}}, ErrTrustingAll},
+		{"private networks", ServerConfig{Address: ":3000", TLS: files, Proxies: Proxies{Trusted: prefixes("10.0.0.0/8", "fc00::/7")}}, nil},
 		{"everybody is a proxy in IPv6", ServerConfig{Address: ":3000", TLS: files, Proxies: Proxies{Trusted: prefixes("::/0")}}, ErrTrustingAll},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -2,10 +2,14 @@ package authz
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // pollInterval is how often a directory is read. A change is taken up when two
@@ -22,13 +26,50 @@ type Directory struct {
 
 // Open loads the policy in the directory name.
 func Open(ctx context.Context, name string) (*Directory, error) {
-	p, err := Load(ctx, os.DirFS(name))
+	files, err := readDirectory(name)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	p, err := load(ctx, files)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	d := &Directory{name: name}
 	d.current.Store(p)
 	return d, nil
+}
+
+// readDirectory reads the policy's files, and refuses those that everybody
+// could change or replace.
+func readDirectory(name string) (source, error) {
+	files, err := readSource(os.DirFS(name))
+	if err != nil {
+		return nil, err
+	}
+	for file := range files {
+		for ; ; file = filepath.Dir(file) {
+			if err := checkWriters(filepath.Join(name, file)); err != nil {
+				return nil, err
+			}
+			if file == "." {
+				break
+			}
+		}
+	}
+	return files, nil
+}
+
+// checkWriters lets a mode that allows writing pass where nobody can write:
+// Kubernetes mounts directories with mode 0777 read only.
+func checkWriters(path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if info.Mode().Perm()&0o002 != 0 && !errors.Is(unix.Access(path, unix.W_OK), unix.EROFS) {
+		return fmt.Errorf("%s may be written by everybody, who could then allow themselves anything: chmod o-w %s", path, path)
+	}
+	return nil
 }
 
 // Decide answers r by the current policy; see Policy.Decide.
@@ -71,7 +112,7 @@ type follower struct {
 const unreadable = ""
 
 func (f *follower) poll(ctx context.Context) {
-	files, err := readSource(os.DirFS(f.directory.name))
+	files, err := readDirectory(f.directory.name)
 	revision := unreadable
 	if err == nil {
 		revision = files.revision()

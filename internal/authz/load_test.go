@@ -269,6 +269,7 @@ func TestOldPolicyStaysInForceWhileTheDirectoryIsUnusable(t *testing.T) {
 	for name, spoil := range map[string]func(t *testing.T, dir string){
 		"a syntax error":            func(t *testing.T, dir string) { write(t, filepath.Join(dir, "authz.rego"), "package") },
 		"a change its tests refuse": func(t *testing.T, dir string) { write(t, filepath.Join(dir, "authz.rego"), billingAllowed(t)) },
+		"everybody may change it":   func(t *testing.T, dir string) { chmod(t, dir, 0o777) },
 		"the directory gone": func(t *testing.T, dir string) {
 			if err := os.Rename(dir, dir+".gone"); err != nil {
 				t.Fatal(err)
@@ -338,6 +339,33 @@ func TestDirectoryBehindKubernetesLinksIsReadAndFollowed(t *testing.T) {
 	}
 	if got := reasonFor(t, d, Owner); got != "second" {
 		t.Errorf("after the link moved: %s", got)
+	}
+}
+
+func chmod(t *testing.T, path string, mode os.FileMode) {
+	t.Helper()
+	if err := os.Chmod(path, mode); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestOpenRefusesWhatEverybodyMayWrite(t *testing.T) {
+	for _, path := range []string{".", "authz.rego", "below", "below/more.rego"} {
+		t.Run(path, func(t *testing.T) {
+			dir := directory(t)
+			if err := os.Mkdir(filepath.Join(dir, "below"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			write(t, filepath.Join(dir, "below", "more.rego"), "package below")
+			if _, err := Open(t.Context(), dir); err != nil {
+				t.Fatal(err)
+			}
+			spoiled := filepath.Join(dir, path)
+			chmod(t, spoiled, 0o777)
+			if _, err := Open(t.Context(), dir); err == nil || !strings.Contains(err.Error(), "chmod o-w "+spoiled) {
+				t.Errorf("%v", err)
+			}
+		})
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -115,13 +116,20 @@ func readFile(path string) (map[string]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the settings: %w", err)
 	}
-	given, err := envparse.Parse(bytes.NewReader(b))
-	if err != nil {
-		return nil, fmt.Errorf("reading the settings in %s: not lines of NAME=VALUE", path)
-	}
-	for name := range given {
-		if !strings.HasPrefix(name, prefix) {
-			return nil, fmt.Errorf("%s: %s is not a setting of orgkeys: they begin with %s", path, name, prefix)
+	given := map[string]string{}
+	for line := range bytes.Lines(b) { // one at a time, since the last of two would win
+		pairs, err := envparse.Parse(bytes.NewReader(line))
+		if err != nil {
+			return nil, fmt.Errorf("reading the settings in %s: not lines of NAME=VALUE", path)
+		}
+		for name, value := range pairs {
+			if !strings.HasPrefix(name, prefix) {
+				return nil, fmt.Errorf("%s: %s is not a setting of orgkeys: they begin with %s", path, name, prefix)
+			}
+			if _, twice := given[name]; twice {
+				return nil, fmt.Errorf("%s: %s is given twice", path, name)
+			}
+			given[name] = value
 		}
 	}
 	return given, nil
@@ -147,6 +155,7 @@ func readPrivate(path string) ([]byte, error) {
 func parse(given map[string]string) (Config, error) {
 	var c Config
 	var errs []error
+	names := slices.Collect(maps.Keys(given))
 	for _, s := range settings {
 		value, err := s.value(given)
 		if err == nil && value != "" {
@@ -163,8 +172,24 @@ func parse(given map[string]string) (Config, error) {
 	for name := range given {
 		errs = append(errs, fmt.Errorf("%s is not a setting: see orgkeys serve --help", name))
 	}
+	for _, name := range names {
+		if k := keystoreOf(name); k != "" && c.Keystore != "" && k != c.Keystore {
+			errs = append(errs, fmt.Errorf("%s is for ORGKEYS_KEYSTORE=%s, and that is %s", name, k, c.Keystore))
+		}
+	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return c, errors.Join(errs...)
+}
+
+// keystoreOf is the keystore that a setting is for, or empty.
+func keystoreOf(name string) string {
+	switch {
+	case strings.HasPrefix(name, prefix+"PKCS11_"):
+		return KeystorePKCS11
+	case strings.HasPrefix(name, prefix+"VAULT_"):
+		return KeystoreVault
+	}
+	return ""
 }
 
 var errEmpty = errors.New("is set but empty: give it a value, or unset it for the default")
@@ -177,6 +202,8 @@ func (s Setting) value(given map[string]string) (string, error) {
 		return "", fmt.Errorf("is given twice, also as %s_FILE", s.Name)
 	case ok && strings.TrimSpace(value) == "":
 		return "", errEmpty
+	case ok && strings.TrimSpace(value) != value:
+		return "", errors.New("begins or ends with a blank")
 	case ok:
 		return value, nil
 	case s.Secret && fileOK:
@@ -184,7 +211,10 @@ func (s Setting) value(given map[string]string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		return strings.TrimSpace(string(b)), nil
+		if value = strings.TrimSpace(string(b)); value == "" {
+			return "", fmt.Errorf("%s, which %s_FILE names, is empty", path, s.Name)
+		}
+		return value, nil
 	}
 	return s.Default, nil
 }
@@ -235,6 +265,8 @@ func (c *Config) checkTokens() error {
 		return errors.New("ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS belong together: give all three, or none for the development issuer")
 	case given == 0 && (c.ClaimOrg != "org_id" || c.ClaimRole != "org_role"):
 		return errors.New("ORGKEYS_CLAIM_ORG and ORGKEYS_CLAIM_ROLE are for another issuer's tokens: those of the development issuer use org_id and org_role")
+	case given == 0 && c.TLSByProxy:
+		return errors.New("ORGKEYS_TLS_BY_PROXY=true says that a proxy lets others in, and the development issuer is for this machine alone: configure ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS")
 	case given == 0 && !Loopback(c.Listen):
 		return fmt.Errorf("the development issuer serves loopback addresses only, and ORGKEYS_LISTEN is %s: configure ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS", c.Listen)
 	}
@@ -258,7 +290,7 @@ func (c *Config) checkStorage() error {
 	if c.DatabaseURL != "" && c.RedisURL == "" {
 		return errors.New("with ORGKEYS_DATABASE_URL several replicas may share the database, so ORGKEYS_REDIS_URL must be given too")
 	}
-	if c.PKCS11Module != "" && c.PINFile == "" && c.Keystore == KeystorePKCS11 {
+	if c.PKCS11Module != "" && c.PINFile == "" {
 		return errors.New("ORGKEYS_PKCS11_MODULE needs ORGKEYS_PKCS11_PIN_FILE: only SoftHSM's own default token is set up by itself")
 	}
 	if c.TokenLabel != "orgkeys" && c.PINFile == "" && c.Keystore == KeystorePKCS11 {

@@ -1,6 +1,7 @@
 package config_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -8,6 +9,7 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/node"
 )
 
 func load(t *testing.T, settings ...string) (config.Config, error) {
@@ -39,6 +41,13 @@ func TestDoubtfulSettingsAreRefusedByName(t *testing.T) {
 	if err := os.WriteFile(private, []byte("postgres://u:canary@h/d"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	dir := t.TempDir()
+	empty, blank := filepath.Join(dir, "empty"), filepath.Join(dir, "blank")
+	for path, content := range map[string]string{empty: "", blank: " \n"} {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for name, c := range map[string]struct {
 		settings []string
 		names    string
@@ -66,6 +75,14 @@ func TestDoubtfulSettingsAreRefusedByName(t *testing.T) {
 		"module without PIN":              {[]string{"ORGKEYS_PKCS11_MODULE=/x.so"}, "ORGKEYS_PKCS11_PIN_FILE"},
 		"token's label without PIN":       {[]string{"ORGKEYS_PKCS11_TOKEN_LABEL=theirs"}, "ORGKEYS_PKCS11_PIN_FILE"},
 		"proxy that is everybody":         {[]string{"ORGKEYS_TRUSTED_PROXIES=0.0.0.0/0"}, "ORGKEYS_TRUSTED_PROXIES"},
+		"proxy that never matches":        {[]string{"ORGKEYS_TRUSTED_PROXIES=::ffff:127.0.0.1"}, "ORGKEYS_TRUSTED_PROXIES"},
+		"empty secret file":               {[]string{"ORGKEYS_DATABASE_URL_FILE=" + empty}, "ORGKEYS_DATABASE_URL_FILE"},
+		"blank secret file":               {[]string{"ORGKEYS_REDIS_URL_FILE=" + blank}, "ORGKEYS_REDIS_URL_FILE"},
+		"blank before the issuer":         {[]string{"ORGKEYS_ISSUER= https://i", "ORGKEYS_AUDIENCE=a", "ORGKEYS_JWKS=https://i/k"}, "ORGKEYS_ISSUER"},
+		"blank behind the audience":       {[]string{"ORGKEYS_ISSUER=https://i", "ORGKEYS_AUDIENCE=a ", "ORGKEYS_JWKS=https://i/k"}, "ORGKEYS_AUDIENCE"},
+		"development issuer and proxy":    {[]string{"ORGKEYS_TLS_BY_PROXY=true", "ORGKEYS_TRUSTED_PROXIES=127.0.0.1"}, "ORGKEYS_TLS_BY_PROXY"},
+		"Vault's setting without Vault":   {[]string{"ORGKEYS_VAULT_ROLE_ID_FILE=/x"}, "ORGKEYS_VAULT_ROLE_ID_FILE"},
+		"HSM's setting with Vault":        {[]string{"ORGKEYS_KEYSTORE=vault", "ORGKEYS_VAULT_AUTH=token_file", "ORGKEYS_VAULT_TOKEN_FILE=x", "ORGKEYS_PKCS11_TOKEN_LABEL=orgkeys"}, "ORGKEYS_PKCS11_TOKEN_LABEL"},
 		"policy directory that is gone":   {[]string{"ORGKEYS_POLICY_DIR=/nowhere"}, "ORGKEYS_POLICY_DIR"},
 		"not a boolean":                   {[]string{"ORGKEYS_TLS_BY_PROXY=yes"}, "ORGKEYS_TLS_BY_PROXY"},
 	} {
@@ -101,6 +118,10 @@ func TestSettingsFile(t *testing.T) {
 	if _, err := config.Load(nil, path); err == nil || !strings.Contains(err.Error(), "MAX") {
 		t.Errorf("a name that is no setting: %v", err)
 	}
+	write("ORGKEYS_MAX=5\n# ORGKEYS_MAX=6\nexport ORGKEYS_MAX=7\n", 0o600)
+	if _, err := config.Load(nil, path); err == nil || !strings.Contains(err.Error(), "ORGKEYS_MAX is given twice") {
+		t.Errorf("a name given twice: %v", err)
+	}
 	write("ORGKEYS_MAX=7\n", 0o644)
 	if _, err := config.Load(nil, path); err == nil || !strings.Contains(err.Error(), "chmod 600") {
 		t.Errorf("a file that others may read: %v", err)
@@ -121,5 +142,16 @@ func TestSecretsComeFromFiles(t *testing.T) {
 func TestNamesOfTheScriptsAreNotSettings(t *testing.T) {
 	if _, err := load(t, "ORGKEYS_CACHE=/x", "ORGKEYS_TEST_LONG=1"); err != nil {
 		t.Error(err)
+	}
+}
+
+// Nodes sign with any of their organization's keys, so it has no more than a
+// signature is tried against.
+func TestTheLimitIsWhatSignaturesAreTriedAgainst(t *testing.T) {
+	if _, err := load(t, fmt.Sprintf("ORGKEYS_MAX=%d", node.MaxKeys)); err != nil {
+		t.Error(err)
+	}
+	if _, err := load(t, fmt.Sprintf("ORGKEYS_MAX=%d", node.MaxKeys+1)); err == nil {
+		t.Errorf("more than %d keys are allowed", node.MaxKeys)
 	}
 }

@@ -28,7 +28,7 @@ var settings = []Setting{
 	{Name: "ORGKEYS_LISTEN", Default: "127.0.0.1:3000", Doc: "address of the API", set: address(func(c *Config) *string { return &c.Listen })},
 	{Name: "ORGKEYS_ADMIN_LISTEN", Doc: "address of /metrics and readiness in detail; default loopback, the API's port + 1000", set: address(func(c *Config) *string { return &c.AdminListen })},
 	{Name: "ORGKEYS_DATA_DIR", Default: ".orgkeys", Doc: "SQLite file, development issuer, SoftHSM token, file sink", set: text(func(c *Config) *string { return &c.DataDir })},
-	{Name: "ORGKEYS_MAX", Default: "5", Doc: "keys an organization may have", set: number(0, 1000, func(c *Config) *int { return &c.Max })},
+	{Name: "ORGKEYS_MAX", Default: "5", Doc: "keys an organization may have, at most 64: a node's signature is tried against no more", set: number(0, 64, func(c *Config) *int { return &c.Max })},
 	{Name: "ORGKEYS_MAX_GENERATIONS", Default: "16", Doc: "key generations under way at once; past that 503", set: number(1, 1024, func(c *Config) *int { return &c.MaxGenerations })},
 	{Name: "ORGKEYS_RESERVATION_TTL", Default: "60s", Doc: "how long a crash may hold a place in the quota; a generation has half of it", set: duration(2*time.Second, time.Hour, func(c *Config) *time.Duration { return &c.ReservationTTL })},
 	{Name: "ORGKEYS_KEYSTORE", Default: KeystorePKCS11, Doc: "what makes and seals keys: pkcs11 or vault", set: choice(func(c *Config) *string { return &c.Keystore }, KeystorePKCS11, KeystoreVault)},
@@ -58,7 +58,7 @@ var settings = []Setting{
 	{Name: "ORGKEYS_TLS_KEY_FILE", Doc: "its private key, PEM", set: text(func(c *Config) *string { return &c.TLSKeyFile })},
 	{Name: "ORGKEYS_TLS_CLIENT_CA_FILE", Doc: "require client certificates of these authorities", set: text(func(c *Config) *string { return &c.ClientCAFile })},
 	{Name: "ORGKEYS_TLS_BY_PROXY", Default: "false", Doc: "true: a proxy terminates TLS; needs ORGKEYS_TRUSTED_PROXIES", set: boolean(func(c *Config) *bool { return &c.TLSByProxy })},
-	{Name: "ORGKEYS_TRUSTED_PROXIES", Doc: "addresses or CIDRs whose X-Forwarded-For and -Proto count; default none", set: prefixes},
+	{Name: "ORGKEYS_TRUSTED_PROXIES", Doc: "addresses or CIDRs whose X-Forwarded-For and -Proto count, none wider than 10.0.0.0/8 or fc00::/7; default none", set: prefixes},
 	{Name: "ORGKEYS_CORS_ORIGINS", Doc: "exact origins that browsers may call from; default none", set: list(func(c *Config) *[]string { return &c.CORSOrigins })},
 	{Name: "ORGKEYS_SHUTDOWN_NOTICE", Default: "0s", Doc: "how long requests are still served after a signal while /readyz fails already, so that a load balancer notices first", set: duration(0, 5*time.Minute, func(c *Config) *time.Duration { return &c.ShutdownNotice })},
 	{Name: "ORGKEYS_SHUTDOWN_TIMEOUT", Default: "35s", Doc: "how long requests under way may take after a signal", set: duration(time.Second, 10*time.Minute, func(c *Config) *time.Duration { return &c.ShutdownTimeout })},
@@ -147,8 +147,11 @@ func prefixes(c *Config, v string) error {
 		if addr, addrErr := netip.ParseAddr(item); addrErr == nil {
 			p, err = addr.Prefix(addr.BitLen())
 		}
-		if err != nil || p.Bits() == 0 {
+		if err != nil {
 			return fmt.Errorf("%q is not an address or CIDR of a proxy", item)
+		}
+		if p.Addr().Is4In6() {
+			return fmt.Errorf("%q is an IPv4 address in IPv6's form: write it as IPv4", item)
 		}
 		c.TrustedProxies = append(c.TrustedProxies, p.Masked())
 	}

@@ -18,7 +18,7 @@ const (
 // that send such headers.
 func TestFormOfThePrivateKey(t *testing.T) {
 	t.Parallel()
-	s := harness.Start(t, harness.Set("ORGKEYS_MAX", "100"))
+	s := harness.Start(t, harness.Set("ORGKEYS_MAX", "20"))
 	org := harness.Org()
 	for _, c := range []struct {
 		name   string

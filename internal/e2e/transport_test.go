@@ -169,7 +169,7 @@ func TestProxiesAreTrustedOnlyWhenNamed(t *testing.T) {
 // TLS is refused, and so is who is not the proxy.
 func TestTLSByAProxy(t *testing.T) {
 	t.Parallel()
-	s := harness.Configure(t, harness.Set("ORGKEYS_TLS_BY_PROXY", "true"))
+	s := harness.Configure(t, harness.TrustedBy(harness.NewIssuer(t)), harness.Set("ORGKEYS_TLS_BY_PROXY", "true"))
 	if _, stderr, code := s.Run(t, "serve"); code == 0 || !strings.Contains(stderr, "ORGKEYS_TRUSTED_PROXIES") {
 		t.Errorf("TLS by a proxy that is not named: exit code %d\n%s", code, stderr)
 	}
