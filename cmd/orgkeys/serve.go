@@ -131,7 +131,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err != nil {
 		return err
 	}
-	lock, err := openLocker(cfg)
+	lock, err := openLocker(cfg, log)
 	if err != nil {
 		return err
 	}
@@ -164,7 +164,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 			{Name: "audit checkpoints", Ask: func(context.Context) error { return rewritten(checkpoints) }},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.keys.Ready() }},
 		}, lock.checks...),
-		Metrics: newRegistry(trail, checkpoints), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
+		Metrics: newRegistry(trail, checkpoints, lock.metrics), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
 	if err != nil {
 		return err
@@ -302,8 +302,9 @@ func recordFailures(ctx context.Context, counts map[string]int64, trail *audit.L
 }
 
 // newRegistry returns the metrics that belong to no request.
-func newRegistry(trail *audit.Log, checkpoints *audit.Checkpointer) *prometheus.Registry {
+func newRegistry(trail *audit.Log, checkpoints *audit.Checkpointer, lock []prometheus.Collector) *prometheus.Registry {
 	r := prometheus.NewRegistry()
 	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints})
+	r.MustRegister(lock...)
 	return r
 }
