@@ -221,19 +221,26 @@ func (d *doctor) redis(ctx context.Context) {
 	if d.cfg.RedisURL == "" {
 		return
 	}
-	const remedy = "start Redis, or mend ORGKEYS_REDIS_URL; until then replicas collide more often, and the quota holds all the same"
-	lock, err := redislock.Open(d.cfg.RedisURL)
+	const without = "; until then replicas collide more often, and the quota holds all the same"
+	lock, err := redislock.Open(d.cfg.RedisURL, d.log)
 	if err != nil {
-		d.fail("Redis", remedy, "%v", err)
+		d.fail("Redis", "mend ORGKEYS_REDIS_URL", "%v", err)
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	if err := errors.Join(lock.Healthy(ctx), lock.Close()); err != nil {
-		d.warn("Redis", remedy, "it does not answer: %v", err)
-		return
+	switch err := errors.Join(lock.Healthy(ctx), lock.Close()); {
+	case err == nil:
+		d.ok("Redis", "answers, and grants locks")
+	case errors.Is(err, redislock.ErrLogin):
+		d.warn("Redis", "mend user and password in ORGKEYS_REDIS_URL"+without, "%v", err)
+	case errors.Is(err, redislock.ErrPermission):
+		d.warn("Redis", "ACL SETUSER … ~orgkeys:quota:* +set +get +del +eval +evalsha"+without, "%v", err)
+	case errors.Is(err, redislock.ErrReadOnly):
+		d.warn("Redis", "have ORGKEYS_REDIS_URL lead to the primary, or to the sentinels that know it"+without, "%v", err)
+	default:
+		d.warn("Redis", "start Redis, or mend ORGKEYS_REDIS_URL"+without, "it cannot be used: %v", err)
 	}
-	d.ok("Redis", "answers")
 }
 
 // database returns the database, or nil if it cannot be used.

@@ -9,6 +9,8 @@ import (
 	"os"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/orgkeys/orgkeys/internal/api"
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authn"
@@ -226,17 +228,18 @@ func tokenConfig(cfg config.Config, dir *dataDir, log *slog.Logger) (authn.Confi
 // process, or on Redis among replicas.
 type locker struct {
 	orgkey.Locker
-	checks []api.Check
-	close  func() error
+	checks  []api.Check
+	metrics []prometheus.Collector
+	close   func() error
 }
 
-func openLocker(cfg config.Config) (locker, error) {
+func openLocker(cfg config.Config, log *slog.Logger) (locker, error) {
 	if cfg.RedisURL == "" {
-		return locker{orgkey.NewLocalLock(), nil, func() error { return nil }}, nil
+		return locker{Locker: orgkey.NewLocalLock(), close: func() error { return nil }}, nil
 	}
-	l, err := redislock.Open(cfg.RedisURL)
+	l, err := redislock.Open(cfg.RedisURL, log)
 	if err != nil {
 		return locker{}, fmt.Errorf("ORGKEYS_REDIS_URL: %w", err)
 	}
-	return locker{l, []api.Check{{Name: "redis", Ask: l.Healthy, Optional: true}}, l.Close}, nil
+	return locker{l, []api.Check{{Name: "redis", Ask: l.Healthy, Optional: true}}, []prometheus.Collector{l.Outcomes()}, l.Close}, nil
 }

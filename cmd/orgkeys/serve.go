@@ -134,7 +134,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err != nil {
 		return err
 	}
-	lock, err := openLocker(cfg)
+	lock, err := openLocker(cfg, log)
 	if err != nil {
 		return err
 	}
@@ -170,7 +170,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 			{Name: "audit events", Ask: func(ctx context.Context) error { return unauthenticated(ctx, db) }, Optional: true},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.keys.Ready() }},
 		}, lock.checks...),
-		Metrics: newRegistry(db, trail, checkpoints, lost), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
+		Metrics: newRegistry(db, trail, checkpoints, append(lock.metrics, lost)), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
 	if err != nil {
 		return err
@@ -314,9 +314,10 @@ func recordFailures(ctx context.Context, failures *authn.Failures, trail *audit.
 }
 
 // newRegistry returns the metrics that belong to no request.
-func newRegistry(db *sqlstore.DB, trail *audit.Log, checkpoints *audit.Checkpointer, lost prometheus.Counter) *prometheus.Registry {
+func newRegistry(db *sqlstore.DB, trail *audit.Log, checkpoints *audit.Checkpointer, more []prometheus.Collector) *prometheus.Registry {
 	r := prometheus.NewRegistry()
-	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints}, refusedCollector{db}, lost)
+	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints}, refusedCollector{db})
+	r.MustRegister(more...)
 	return r
 }
 

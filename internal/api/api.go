@@ -76,11 +76,12 @@ func New(c Config) (*API, error) {
 	if err != nil {
 		return nil, err
 	}
-	m, err := newMetrics(c.Metrics)
+	ready := newReadiness(c.Checks)
+	m, err := newMetrics(c.Metrics, ready)
 	if err != nil {
 		return nil, err
 	}
-	a := &API{Config: c, metrics: m, ready: newReadiness(c.Checks), cors: crossOrigin}
+	a := &API{Config: c, metrics: m, ready: ready, cors: crossOrigin}
 	a.public = a.engine(a.checkProxy, a.crossOrigin)
 	a.routesKeys(a.public)
 	a.routesNodes(a.public)

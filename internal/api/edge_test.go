@@ -326,6 +326,21 @@ func TestWhatIsOptionalLeavesTheServiceReady(t *testing.T) {
 	}
 }
 
+func TestDependenciesShowInTheMetrics(t *testing.T) {
+	b := newBench(t, func(c *Config) {
+		c.Checks = []Check{
+			{Name: "database", Ask: func(context.Context) error { return nil }},
+			{Name: "redis", Ask: func(context.Context) error { return fmt.Errorf("gone") }, Optional: true},
+		}
+	})
+	metrics := b.scrape() // without anybody having asked for /readyz
+	for _, want := range []string{`orgkeys_dependency_up{name="database"} 1`, `orgkeys_dependency_up{name="redis"} 0`} {
+		if !strings.Contains(metrics, want) {
+			t.Errorf("%s is not in the metrics:\n%s", want, metrics)
+		}
+	}
+}
+
 func TestReadinessRecovers(t *testing.T) {
 	down := make(chan struct{}, 1)
 	down <- struct{}{}

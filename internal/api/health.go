@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/gin-gonic/gin"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/singleflight"
 )
@@ -66,6 +67,24 @@ func (r *readiness) ask(ctx context.Context) ([]state, bool) {
 		return states, allOK(states)
 	case <-ctx.Done():
 		return nil, false
+	}
+}
+
+var dependencyUp = prometheus.NewDesc("orgkeys_dependency_up", "Whether the dependency could be used when it was last asked, as /readyz shows it.", []string{"name"}, nil)
+
+// Describe implements prometheus.Collector.
+func (r *readiness) Describe(ch chan<- *prometheus.Desc) { ch <- dependencyUp }
+
+// Collect implements prometheus.Collector. It asks like /readyz, so that the
+// metric is true also where nobody else asks.
+func (r *readiness) Collect(ch chan<- prometheus.Metric) {
+	states, _ := r.ask(context.Background()) // a round is bounded by checkTimeout
+	for _, s := range states {
+		up := 0.0
+		if s.OK {
+			up = 1
+		}
+		ch <- prometheus.MustNewConstMetric(dependencyUp, prometheus.GaugeValue, up, s.Name)
 	}
 }
 

@@ -18,7 +18,7 @@ type metrics struct {
 
 // Labels are route patterns, known methods and reasons of a closed set, so
 // that no client can make up new time series.
-func newMetrics(r *prometheus.Registry) (metrics, error) {
+func newMetrics(r *prometheus.Registry, ready *readiness) (metrics, error) {
 	m := metrics{
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "orgkeys_http_requests_total", Help: "Requests answered.",
@@ -34,7 +34,7 @@ func newMetrics(r *prometheus.Registry) (metrics, error) {
 			Name: "orgkeys_generations_in_flight", Help: "Requests for a new key under way.",
 		}),
 	}
-	err := errors.Join(r.Register(m.requests), r.Register(m.durations), r.Register(m.authnFailures), r.Register(m.generating))
+	err := errors.Join(r.Register(m.requests), r.Register(m.durations), r.Register(m.authnFailures), r.Register(m.generating), r.Register(ready))
 	if err != nil {
 		return metrics{}, fmt.Errorf("registering the API's metrics: %w", err)
 	}

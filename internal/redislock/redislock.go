@@ -12,11 +12,13 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"log/slog"
 	mathrand "math/rand/v2"
 	"net/url"
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -30,6 +32,18 @@ const (
 	longestWait  = 80 * time.Millisecond
 	respite      = time.Second // how long a Redis that failed is left alone
 	releaseLimit = time.Second
+	quiet        = time.Minute // between warnings that it cannot be had
+
+	prefix = "orgkeys:quota:"
+	probe  = prefix + "{.probe}:" // no organization's: their IDs begin with a letter or digit
+)
+
+// Outcomes of asking for a lock, and of giving it back.
+const (
+	held        = "held"
+	timeout     = "timeout"     // another held it for longer than the caller waits
+	unavailable = "unavailable" // Redis failed, or did so a moment ago
+	unreleased  = "unreleased"  // it was held, and stays until it expires
 )
 
 // release deletes a lock only for the holder of its token.
@@ -37,11 +51,14 @@ var release = redis.NewScript(`if redis.call("GET", KEYS[1]) == ARGV[1] then ret
 
 // Lock is a Locker on Redis.
 type Lock struct {
-	client redis.UniversalClient
+	client   redis.UniversalClient
+	log      *slog.Logger
+	outcomes *prometheus.CounterVec
 
 	mu      sync.Mutex
 	failed  time.Time // when Redis last failed
 	failure error
+	warned  time.Time
 }
 
 var _ orgkey.Locker = (*Lock)(nil)
@@ -49,16 +66,29 @@ var _ orgkey.Locker = (*Lock)(nil)
 // ErrResting: Redis failed a moment ago and is left alone.
 var ErrResting = errors.New("the Redis server failed a moment ago")
 
+// What Healthy tells apart of a Redis that answers and cannot lock.
+var (
+	ErrLogin      = errors.New("the Redis server refuses the user or the password")
+	ErrPermission = errors.New("the Redis user may not do what a lock needs")
+	ErrReadOnly   = errors.New("the Redis server is a read-only replica")
+)
+
 // Open reads a URL of one of go-redis' forms: redis://[user:password@]host:port[/db]
 // (rediss:// for TLS), with ?addr=host:port&… further nodes of a cluster, or
 // with ?master_name=NAME&addr=… sentinels. It does not connect.
-func Open(location string) (*Lock, error) {
+func Open(location string, log *slog.Logger) (*Lock, error) {
 	client, err := newClient(location)
 	if err != nil {
 		// go-redis' own text may repeat the URL with its password.
 		return nil, errors.New("the Redis URL cannot be read: it has the form redis://[user:password@]host:port[/db], or rediss:// for TLS")
 	}
-	return &Lock{client: client}, nil
+	outcomes := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "orgkeys_quota_lock_total", Help: "What became of asking Redis for a quota lock, and of giving it back.",
+	}, []string{"outcome"})
+	for _, outcome := range []string{held, timeout, unavailable, unreleased} {
+		outcomes.WithLabelValues(outcome) // shown from the start, as 0
+	}
+	return &Lock{client: client, log: log, outcomes: outcomes}, nil
 }
 
 func newClient(location string) (redis.UniversalClient, error) {
@@ -99,26 +129,52 @@ func (silent) Printf(context.Context, string, ...any) {}
 // Close closes the connections.
 func (l *Lock) Close() error { return l.client.Close() }
 
-// Healthy reports whether Redis answers.
-func (l *Lock) Healthy(ctx context.Context) error { return l.client.Ping(ctx).Err() }
+// Outcomes counts what became of locks.
+func (l *Lock) Outcomes() prometheus.Collector { return l.outcomes }
+
+// Healthy reports whether a lock can be had and given back, which more may
+// prevent than a Redis that does not answer.
+func (l *Lock) Healthy(ctx context.Context) error {
+	token := rand.Text()
+	key := probe + token
+	err := l.client.SetNX(ctx, key, token, life).Err()
+	if err == nil {
+		err = release.Run(ctx, l.client, []string{key}, token).Err()
+	}
+	switch {
+	case err == nil:
+		return nil
+	case redis.IsAuthError(err):
+		return fmt.Errorf("%w: %w", ErrLogin, err)
+	case redis.IsPermissionError(err), redis.HasErrorPrefix(err, "The user executing the script can't"): // NOPERM within a script
+		return fmt.Errorf("%w: %w", ErrPermission, err)
+	case redis.IsReadOnlyError(err):
+		return fmt.Errorf("%w: %w", ErrReadOnly, err)
+	default:
+		return err
+	}
+}
 
 // Lock implements orgkey.Locker.
 func (l *Lock) Lock(ctx context.Context, org string) (func(), error) {
 	if err := l.resting(); err != nil {
+		l.count(unavailable)
 		return nil, err
 	}
-	key, token := "orgkeys:quota:{"+org+"}", rand.Text()
+	key, token := prefix+"{"+org+"}", rand.Text()
 	for wait := firstWait; ; wait = min(2*wait, longestWait) {
 		ok, err := l.client.SetNX(ctx, key, token, life).Result()
 		if err != nil {
-			return nil, l.fail(ctx, err)
+			return nil, l.fail(ctx, unavailable, err)
 		}
 		if ok {
+			l.count(held)
 			return func() { l.release(ctx, key, token) }, nil
 		}
 		select {
 		case <-time.After(wait/2 + mathrand.N(wait)):
 		case <-ctx.Done():
+			l.count(timeout)
 			return nil, fmt.Errorf("waiting for the quota lock: %w", ctx.Err())
 		}
 	}
@@ -129,7 +185,7 @@ func (l *Lock) release(ctx context.Context, key, token string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseLimit)
 	defer cancel()
 	if err := release.Run(ctx, l.client, []string{key}, token).Err(); err != nil {
-		_ = l.fail(ctx, err)
+		_ = l.fail(ctx, unreleased, err)
 	}
 }
 
@@ -143,12 +199,19 @@ func (l *Lock) resting() error {
 }
 
 // fail notes Redis' failure, so that the next requests do not wait for it too.
-func (l *Lock) fail(ctx context.Context, err error) error {
+func (l *Lock) fail(ctx context.Context, outcome string, err error) error {
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return ctx.Err() // the caller's doing, not Redis'
 	}
+	l.count(outcome)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.failed, l.failure = time.Now(), err
+	if time.Since(l.warned) > quiet {
+		l.warned = l.failed
+		l.log.Warn("quota locks cannot be had from Redis, and are done without", "outcome", outcome, "error", err)
+	}
 	return err
 }
+
+func (l *Lock) count(outcome string) { l.outcomes.WithLabelValues(outcome).Inc() }

@@ -3,6 +3,8 @@ package redislock_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -10,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/orgkeys/orgkeys/internal/redislock"
@@ -32,7 +35,7 @@ func start(t *testing.T, args ...string) *redistest.Server {
 
 func open(t *testing.T, url string) *redislock.Lock {
 	t.Helper()
-	l, err := redislock.Open(url)
+	l, err := redislock.Open(url, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -159,15 +162,88 @@ func TestAnACLUserAndItsPassword(t *testing.T) {
 	unlock()
 }
 
+// A Redis that answers and cannot lock is not one to rely on, and says what is
+// to be done.
+func TestARedisThatCannotLockIsNotHealthy(t *testing.T) {
+	user := func(rights ...string) []string {
+		return append([]string{"--user", "orgkeys", "on", ">canary-password", "~orgkeys:*", "+ping", "+hello"}, rights...)
+	}
+	for _, tt := range []struct {
+		name     string
+		args     []string
+		password string
+		want     error
+	}{
+		{"all it needs", user("+set", "+get", "+del", "+eval", "+evalsha"), "canary-password", nil},
+		{"no SET", user("+get", "+del", "+eval", "+evalsha"), "canary-password", redislock.ErrPermission},
+		{"no EVAL", user("+set", "+get", "+del"), "canary-password", redislock.ErrPermission},
+		{"no DEL", user("+set", "+get", "+eval", "+evalsha"), "canary-password", redislock.ErrPermission},
+		{"another password", user("+@all"), "wrong", redislock.ErrLogin},
+		{"a replica", append(user("+@all"), "--replicaof", "127.0.0.1", "1"), "canary-password", redislock.ErrReadOnly},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := start(t, tt.args...)
+			l := open(t, strings.Replace(s.URL(), "redis://", "redis://orgkeys:"+tt.password+"@", 1))
+			if err := l.Healthy(within(t, 5*time.Second)); !errors.Is(err, tt.want) || err != nil && strings.Contains(err.Error(), "canary") {
+				t.Errorf("healthy: %v, want %v", err, tt.want)
+			}
+		})
+	}
+}
+
+// outcomes is what was counted, in alphabetical order.
+func outcomes(t *testing.T, l *redislock.Lock) string {
+	t.Helper()
+	r := prometheus.NewRegistry()
+	r.MustRegister(l.Outcomes())
+	families, err := r.Gather()
+	if err != nil || len(families) != 1 {
+		t.Fatalf("%d metrics, %v", len(families), err)
+	}
+	var all []string
+	for _, m := range families[0].GetMetric() {
+		all = append(all, fmt.Sprintf("%s %v", m.GetLabel()[0].GetValue(), m.GetCounter().GetValue()))
+	}
+	return strings.Join(all, ", ")
+}
+
+// Whether locks can be had shows in a metric, and in one warning a while.
+func TestWhatBecomesOfLocksIsCounted(t *testing.T) {
+	s := start(t, "--user", "orgkeys", "on", ">canary-password", "~orgkeys:*", "+set", "+hello")
+	var log strings.Builder
+	l, err := redislock.Open(strings.Replace(s.URL(), "redis://", "redis://orgkeys:canary-password@", 1), slog.New(slog.NewTextHandler(&log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	unlock, err := l.Lock(within(t, 5*time.Second), "acme")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Lock(within(t, 50*time.Millisecond), "acme"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatal(err)
+	}
+	unlock() // it may not
+	if _, err := l.Lock(within(t, 5*time.Second), "acme"); !errors.Is(err, redislock.ErrResting) {
+		t.Fatal(err)
+	}
+	if got, want := outcomes(t, l), "held 1, timeout 1, unavailable 1, unreleased 1"; got != want {
+		t.Errorf("counted %q, want %q", got, want)
+	}
+	if n := strings.Count(log.String(), "level=WARN"); n != 1 || strings.Contains(log.String(), "canary") {
+		t.Errorf("%d warnings, want 1:\n%s", n, log.String())
+	}
+}
+
 func TestURLForms(t *testing.T) {
 	for _, good := range []string{"redis://h:1", "rediss://u:p@h:1/2", "redis://h:1?addr=h:2&addr=h:3", "redis://h:1?master_name=m&addr=h:2"} {
-		if l, err := redislock.Open(good); err != nil {
+		if l, err := redislock.Open(good, slog.New(slog.DiscardHandler)); err != nil {
 			t.Errorf("%s: %v", good, err)
 		} else {
 			l.Close()
 		}
 	}
-	_, err := redislock.Open("redis://u:canary-password@h:notaport?db=x")
+	_, err := redislock.Open("redis://u:canary-password@h:notaport?db=x", slog.New(slog.DiscardHandler))
 	if err == nil || strings.Contains(err.Error(), "canary") {
 		t.Errorf("a bad URL: %v", err)
 	}
