@@ -1,16 +1,21 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/gin-gonic/gin"
 
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
@@ -138,6 +143,46 @@ func TestGenerateReleasesTheSamePEMAsJSON(t *testing.T) {
 	if a.Header.Get("Content-Type") != "application/json" || a.Header.Get("Content-Disposition") != "" || a.Header.Get("X-Key-Id") != keyID ||
 		a.Header.Get("Content-Length") != fmt.Sprint(len(a.body)) {
 		t.Errorf("headers: %v", a.Header)
+	}
+}
+
+// keepingWriter keeps the slice that was last written, not a copy.
+type keepingWriter struct {
+	gin.ResponseWriter
+	written []byte
+}
+
+func (w *keepingWriter) Write(b []byte) (int, error) {
+	w.written = b
+	return w.ResponseWriter.Write(b)
+}
+
+func (w *keepingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// The PEM is the use case's to clear; its JSON form is made here.
+func TestPromise1_TheJSONFormIsCleared(t *testing.T) {
+	w := &keepingWriter{}
+	server := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		c, _ := gin.CreateTestContext(rw)
+		w.ResponseWriter = c.Writer
+		c.Writer = w
+		if err := release(r.Context(), c, jsonString, orgkey.Generated{ID: keyID, Org: "acme", PEM: testPEM()}); err != nil {
+			t.Error(err)
+		}
+	}))
+	defer server.Close()
+	resp, err := http.Get(server.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || !bytes.Contains(body, []byte("RSA PRIVATE KEY")) {
+		t.Fatalf("%v: %s", err, body)
+	}
+	server.Close() // the handler has returned
+	if len(w.written) != len(body) || bytes.ContainsFunc(w.written, func(r rune) bool { return r != 0 }) {
+		t.Errorf("%d bytes were written, and are still in memory", len(w.written))
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -39,7 +40,7 @@ func openHanging(t *testing.T) hanging {
 	}
 	cfg.Generations, cfg.Sealings = 2, 2
 	h.Token = open(t, cfg)
-	h.limits = limits{answer: time.Second, generate: 2 * time.Second, held: time.Second, closing: time.Second, pause: 10 * time.Millisecond}
+	h.limits = limits{answer: 2 * time.Second, generate: 5 * time.Second, held: time.Second, closing: time.Minute, pause: 10 * time.Millisecond}
 	for p, limit := range map[*pool]time.Duration{h.life.generate: h.limits.generate, h.life.seal: h.limits.answer} {
 		p.limit = limit
 	}
@@ -58,7 +59,10 @@ func (h hanging) hang(t *testing.T, calls ...string) {
 	}
 }
 
-// unavailable wants f to report ErrUnavailable within a time that no limit adds up to.
+// soon is more than the limits of a test add up to, for all that waits on them.
+const soon = 20 * time.Second
+
+// unavailable wants f to report ErrUnavailable soon.
 func unavailable(t *testing.T, what string, f func(context.Context) error) {
 	t.Helper()
 	began := time.Now()
@@ -69,7 +73,7 @@ func unavailable(t *testing.T, what string, f func(context.Context) error) {
 		if !errors.Is(err, orgkey.ErrUnavailable) {
 			t.Errorf("%s: %v after %s, want ErrUnavailable", what, err, time.Since(began))
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(soon):
 		t.Errorf("%s: no answer after %s", what, time.Since(began))
 	}
 }
@@ -78,17 +82,18 @@ func (h hanging) recovers(t *testing.T) {
 	t.Helper()
 	h.hang(t)
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
-		if h.Healthy(bounded(t)) == nil && generateOne(bounded(t), h) == nil {
+		healthy, generated := h.Healthy(bounded(t)), generateOne(bounded(t), h)
+		if healthy == nil && generated == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatal("does not come back")
+			t.Fatalf("does not come back: healthy: %v, generating: %v", healthy, generated)
 		}
 	}
 }
 
-// Whatever call hangs: each use of the token is told so in time, however often
-// it is tried; Healthy fails; and all is well again when the call returns.
+// Whatever call hangs: each use of the token is told so in time, also those that
+// wait for another; Healthy fails; and all is well again when the call returns.
 func TestPromise9_CallThatHangs(t *testing.T) {
 	for _, call := range []string{"C_Decrypt", "C_GenerateKeyPair", "C_WrapKey", "C_GetSessionInfo", "C_Login"} {
 		t.Run(call, func(t *testing.T) {
@@ -104,14 +109,16 @@ func TestPromise9_CallThatHangs(t *testing.T) {
 			}
 			generate := func(ctx context.Context) error { return generateOne(ctx, token) }
 			open := func(ctx context.Context) error { _, err := token.Open(ctx, []orgkey.Sealed{item}); return err }
+			var all sync.WaitGroup
 			for range 3 { // more than there are sessions
 				if call != "C_Decrypt" {
-					unavailable(t, "generating", generate)
+					all.Go(func() { unavailable(t, "generating", generate) })
 				}
 				if call == "C_Decrypt" || call == "C_Login" {
-					unavailable(t, "opening", open)
+					all.Go(func() { unavailable(t, "opening", open) })
 				}
 			}
+			all.Wait()
 			unavailable(t, "health", token.Healthy)
 			token.recovers(t)
 			if err := open(bounded(t)); err != nil {
@@ -129,7 +136,7 @@ func TestWaitingBehindCallsThatHang(t *testing.T) {
 	for range cap(done) {
 		go func() { _, err := token.Create(context.Background(), uuid.NewString()); done <- err }()
 	}
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(soon)
 	for i := range cap(done) {
 		select {
 		case err := <-done:
@@ -166,6 +173,7 @@ func TestHealthyLeavesOneCallWaiting(t *testing.T) {
 func TestCloseGivesUpOnACallThatHangs(t *testing.T) {
 	token := openHanging(t)
 	token.limits.held = time.Hour // is not what Close waits for
+	token.limits.closing = time.Second
 	token.hang(t, "C_GenerateKeyPair")
 	unavailable(t, "generating", func(ctx context.Context) error { return generateOne(ctx, token) })
 	closed := make(chan error, 1)
@@ -175,9 +183,10 @@ func TestCloseGivesUpOnACallThatHangs(t *testing.T) {
 		if err == nil {
 			t.Error("Close with a call in the library reported success")
 		}
-	case <-time.After(10 * time.Second):
-		t.Error("Close waits for ever")
+	case <-time.After(soon):
+		t.Fatal("Close waits for ever")
 	}
+	token.limits.closing = time.Minute // for the one that follows the call's return
 }
 
 // The login outlives the token's files; what is sealed does not.

@@ -360,6 +360,31 @@ func TestAbandonedGenerationsLeaveNothing(t *testing.T) {
 	}
 }
 
+// Destroy does not take the library's word for it: as long as anything has the
+// key's name, it is not destroyed.
+func TestDestroyLooksForWhatIsLeft(t *testing.T) {
+	token := open(t, softHSM(t))
+	name := uuid.NewString()
+	key, err := token.Create(bounded(t), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A token object, which outlives the life that Destroy ends on the way.
+	if err := token.life.anchor.do(func(h pkcs11.SessionHandle) (err error) {
+		_, err = token.lib.GenerateKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
+			pkcs11.NewAttribute(pkcs11.CKA_ID, name),
+			pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+			pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, 32),
+		})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := key.Destroy(bounded(t)); !errors.Is(err, errPresent) {
+		t.Errorf("Destroy: %v, want errPresent", err)
+	}
+}
+
 // A key that is held for too long does not keep a life from ending, and is gone with it.
 func TestKeyHeldForTooLong(t *testing.T) {
 	cfg := softHSM(t)

@@ -1,6 +1,7 @@
 package orgkey_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"database/sql"
@@ -219,6 +220,44 @@ func TestPromise1_ThePrivateKeyIsClearedAfterItWasHandedOut(t *testing.T) {
 	for _, b := range kept {
 		if b != 0 {
 			t.Fatal("the PEM is still in memory")
+		}
+	}
+}
+
+// keeping keeps what it exports.
+type keeping struct {
+	orgkey.Keystore
+	exported *[]byte
+}
+
+func (k keeping) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
+	key, err := k.Keystore.Create(ctx, name)
+	return keptKey{key, k.exported}, err
+}
+
+type keptKey struct {
+	orgkey.BackendKey
+	exported *[]byte
+}
+
+func (k keptKey) Export(ctx context.Context) ([]byte, error) {
+	der, err := k.BackendKey.Export(ctx)
+	*k.exported = der
+	return der, err
+}
+
+func TestPromise1_TheExportedKeyIsCleared(t *testing.T) {
+	var exported []byte
+	f := newFixture(t, func(c *orgkey.Config) { c.Keystore = keeping{token, &exported} })
+	for name, deliver := range map[string]func(context.Context, orgkey.Generated) error{
+		"handed out":     func(context.Context, orgkey.Generated) error { return nil },
+		"not handed out": func(context.Context, orgkey.Generated) error { return errors.New("the connection is gone") },
+	} {
+		if err := f.Generate(t.Context(), owner("acme"), "acme", deliver); (err == nil) != (name == "handed out") {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if len(exported) == 0 || bytes.ContainsFunc(exported, func(r rune) bool { return r != 0 }) {
+			t.Errorf("%s: the exported key's %d bytes are still in memory", name, len(exported))
 		}
 	}
 }
