@@ -201,7 +201,7 @@ func (d *doctor) tokenKeys(ctx context.Context) {
 		d.warn("token keys", "set ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS", "the development issuer signs them: whoever can read the data directory can be anybody")
 		return
 	}
-	keys, err := authn.OpenKeySet(d.cfg.JWKS, authn.KeySetOptions{Interval: d.cfg.JWKSInterval, Log: d.log})
+	keys, err := authn.OpenKeySet(d.cfg.JWKS, authn.KeySetConfig{Interval: d.cfg.JWKSInterval, Log: d.log})
 	if err == nil {
 		running, cancel := context.WithTimeout(ctx, askTimeout)
 		defer cancel()

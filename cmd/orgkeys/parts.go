@@ -217,7 +217,7 @@ func tokenConfig(cfg config.Config, dir *dataDir, log *slog.Logger) (authn.Confi
 		log.Warn("tokens come from the development issuer: whoever can read the data directory can be anybody")
 		return issuer.Config()
 	}
-	keys, err := authn.OpenKeySet(cfg.JWKS, authn.KeySetOptions{Interval: cfg.JWKSInterval, Log: log})
+	keys, err := authn.OpenKeySet(cfg.JWKS, authn.KeySetConfig{Interval: cfg.JWKSInterval, Log: log})
 	if err != nil {
 		return authn.Config{}, fmt.Errorf("ORGKEYS_JWKS: %w", err)
 	}

@@ -4,8 +4,10 @@
 // 7.1), signed with RS256, PS256, ES256 or EdDSA by a key of the issuer's JWK
 // set (RFC 7517). The set decides what a key may do; the token only names one
 // of its keys. Whatever else a token says about keys (jku, jwk, x5u, x5c) is
-// never fetched and never trusted, and a token that declares anything critical
-// (crit) is refused, since nothing of the kind is understood here.
+// never fetched and never trusted; a jwk, x5c or nonce that is malformed refuses
+// the token, since go-jose reads it before it verifies anything. A token that
+// declares anything critical (crit) is refused, since nothing of the kind is
+// understood here.
 //
 // What one token can mean is settled before it is believed: JSON with
 // duplicate names, invalid UTF-8 or trailing data is refused, names are
@@ -65,14 +67,13 @@ const MaxToken = 8 << 10
 // clock and ours differ. exp has none: an expired token is expired.
 const Leeway = 60 * time.Second
 
-// Config says whose tokens are accepted. Its zero values are refused, except for
-// the claim names, which have defaults.
+// Config says whose tokens are accepted. Every field is required.
 type Config struct {
 	Issuer    string  // iss must be exactly this
 	Audience  string  // aud must be or contain exactly this
 	Keys      *KeySet // the issuer's keys
-	ClaimOrg  string  // the claim that names the caller's organization; "org_id" if empty
-	ClaimRole string  // the claim with the caller's role or roles; "org_role" if empty
+	ClaimOrg  string  // the claim that names the caller's organization
+	ClaimRole string  // the claim with the caller's role or roles
 }
 
 // Verifier accepts the tokens of one issuer for one audience. It may be used
@@ -93,11 +94,8 @@ func New(c Config) (*Verifier, error) {
 	if c.Keys == nil {
 		return nil, errors.New("there is no key set for the token issuer")
 	}
-	if c.ClaimOrg == "" {
-		c.ClaimOrg = "org_id"
-	}
-	if c.ClaimRole == "" {
-		c.ClaimRole = "org_role"
+	if c.ClaimOrg == "" || c.ClaimRole == "" {
+		return nil, errors.New("the claim of the organization or role has no name")
 	}
 	if err := checkClaimNames(c.ClaimOrg, c.ClaimRole); err != nil {
 		return nil, err

@@ -106,7 +106,7 @@ func newTestVerifier(t testing.TB, set []byte) *Verifier {
 	if err != nil {
 		t.Fatal(err)
 	}
-	v, err := New(Config{Issuer: testIssuer, Audience: testAudience, Keys: keys})
+	v, err := New(Config{Issuer: testIssuer, Audience: testAudience, Keys: keys, ClaimOrg: "org_id", ClaimRole: "org_role"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -195,7 +195,7 @@ func checkRefused(t *testing.T, v *Verifier, token, reason string) {
 
 func TestNewRefusesDoubtfulConfiguration(t *testing.T) {
 	keys := must(fixedKeySet(issuerSet()))
-	good := Config{Issuer: testIssuer, Audience: testAudience, Keys: keys}
+	good := Config{Issuer: testIssuer, Audience: testAudience, Keys: keys, ClaimOrg: "org_id", ClaimRole: "org_role"}
 	if _, err := New(good); err != nil {
 		t.Fatalf("New(%+v): %v", good, err)
 	}
@@ -203,6 +203,8 @@ func TestNewRefusesDoubtfulConfiguration(t *testing.T) {
 		"no issuer":                        func(c *Config) { c.Issuer = "" },
 		"no audience":                      func(c *Config) { c.Audience = "" },
 		"no keys":                          func(c *Config) { c.Keys = nil },
+		"no claim for the organization":    func(c *Config) { c.ClaimOrg = "" },
+		"no claim for the role":            func(c *Config) { c.ClaimRole = "" },
 		"organization out of the audience": func(c *Config) { c.ClaimOrg = "aud" },
 		"organization out of the subject":  func(c *Config) { c.ClaimOrg = "sub" },
 		"role out of the issuer":           func(c *Config) { c.ClaimRole = "iss" },
@@ -372,6 +374,7 @@ func TestHostileTokens(t *testing.T) {
 		{"b64 false, not critical", unencoded(k.ed, edHeader(`,"b64":false`), good), ReasonMalformed},
 		{"typ of a logout token", sign(k.ed, "", edHeader(`,"typ":"logout+jwt"`), good), ReasonMalformed},
 		{"typ of a DPoP proof", sign(k.ed, "", edHeader(`,"typ":"dpop+jwt"`), good), ReasonMalformed},
+		{"typ of another tree", sign(k.ed, "", edHeader(`,"typ":"text/jwt"`), good), ReasonMalformed},
 		{"typ null", sign(k.ed, "", edHeader(`,"typ":null`), good), ReasonMalformed},
 
 		// Form.
@@ -479,12 +482,24 @@ func TestMalleatedES256SignatureIsTheSameToken(t *testing.T) {
 	}
 }
 
+// TestMalformedHeaderParametersOfKeysRefuseTheToken: go-jose reads them first.
+func TestMalformedHeaderParametersOfKeysRefuseTheToken(t *testing.T) {
+	v := newTestVerifier(t, issuerSet())
+	for _, more := range []string{`,"jwk":5`, `,"jwk":{"kty":"RSA"}`, `,"x5c":["AAAA"]`, `,"nonce":5`} {
+		_, err := v.Authenticate(t.Context(), bearerHeader(sign(keysForTests().ed, "", edHeader(more), goodClaims(nil))))
+		if !refusedFor(ReasonMalformed)(err) {
+			t.Errorf("%s: %v", more, err)
+		}
+	}
+}
+
 func TestIgnoredHeaderParametersDoNotMatter(t *testing.T) {
 	k := keysForTests()
 	v := newTestVerifier(t, issuerSet())
 	attackersJWK := string(must(json.Marshal(publicJWK(&k.attacker.PublicKey, "a"))))
 	for name, more := range map[string]string{
 		"typ JWT":                `,"typ":"JWT"`,
+		"typ application/jwt":    `,"typ":"application/jwt"`,
 		"typ at+jwt":             `,"typ":"at+jwt"`,
 		"typ application/at+jwt": `,"typ":"application/AT+JWT"`,
 		"jwk":                    `,"jwk":` + attackersJWK,
@@ -561,9 +576,8 @@ func TestDuplicateKeyIDs(t *testing.T) {
 func TestWaitingEndsWithTheRequest(t *testing.T) {
 	block := make(chan struct{})
 	defer close(block)
-	keys := must(newKeySet(func(context.Context) ([]byte, error) { <-block; return nil, errors.New("late") },
-		KeySetOptions{Log: quiet}, time.Minute, time.Hour))
-	v := must(New(Config{Issuer: testIssuer, Audience: testAudience, Keys: keys}))
+	keys := newKeySet(func(context.Context) ([]byte, error) { <-block; return nil, errors.New("late") }, time.Minute, time.Hour, quiet)
+	v := must(New(Config{Issuer: testIssuer, Audience: testAudience, Keys: keys, ClaimOrg: "org_id", ClaimRole: "org_role"}))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	_, err := v.Authenticate(ctx, bearerHeader(edToken(goodClaims(nil))))

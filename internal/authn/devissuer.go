@@ -168,7 +168,7 @@ func (d *DevIssuer) Config() (Config, error) {
 	if err != nil {
 		return Config{}, err
 	}
-	return Config{Issuer: DevIssuerName, Audience: DevAudience, Keys: keys}, nil
+	return Config{Issuer: DevIssuerName, Audience: DevAudience, Keys: keys, ClaimOrg: "org_id", ClaimRole: "org_role"}, nil
 }
 
 // Issue returns a token for subject in org, good for ttl: at least one second,

@@ -21,16 +21,21 @@ const (
 	fetchTimeout = 5 * time.Second
 )
 
-// KeySetOptions tunes a KeySet; zero values take the defaults.
-type KeySetOptions struct {
-	// Interval is the least time from the start of one reading of the set to
-	// the start of the next, whatever asks for it: 30 s for a URL, 1 s for a file.
+// How a set in a file is read. That costs nothing, so no setting slows it down.
+const (
+	fileInterval = time.Second
+	fileRefresh  = 5 * time.Second
+)
+
+// urlRefresh is how often a URL is read unasked, so that removed keys stop working.
+const urlRefresh = 5 * time.Minute
+
+// KeySetConfig says how a key set is read. Every field is required.
+type KeySetConfig struct {
+	// Interval is the least time from the start of one reading of a URL to the
+	// start of the next, whatever asks for it.
 	Interval time.Duration
-	// Refresh is how often the set is read unasked, so that removed keys stop
-	// working: 5 min for a URL, 5 s for a file.
-	Refresh time.Duration
-	// Log receives failures, and changes of the set; slog.Default() if nil.
-	Log *slog.Logger
+	Log      *slog.Logger // receives failures, and changes of the set
 }
 
 // KeySet is an issuer's keys, kept up to date. It may be used by several
@@ -44,8 +49,8 @@ type KeySetOptions struct {
 // is MaxAge old. An empty set is a good one: its issuer has no keys.
 type KeySet struct {
 	read     func(ctx context.Context) ([]byte, error)
-	interval time.Duration
-	refresh  time.Duration
+	interval time.Duration // the least time between the starts of two readings
+	refresh  time.Duration // between readings unasked
 	log      *slog.Logger
 
 	mu      sync.Mutex
@@ -62,18 +67,18 @@ type KeySet struct {
 // A file must be there, hold a JWK set with at least one usable key, and not
 // be writable by everybody. A URL need not answer yet: until it does, tokens
 // are answered with ErrKeysUnavailable, and Ready says so.
-func OpenKeySet(location string, o KeySetOptions) (*KeySet, error) {
+func OpenKeySet(location string, c KeySetConfig) (*KeySet, error) {
+	if c.Interval <= 0 || c.Log == nil {
+		return nil, errors.New("the key set lacks its interval or log")
+	}
 	if isURL(location) {
 		read, err := fetcher(location)
 		if err != nil {
 			return nil, err
 		}
-		return newKeySet(read, o, 30*time.Second, 5*time.Minute)
+		return newKeySet(read, c.Interval, max(urlRefresh, c.Interval), c.Log), nil
 	}
-	k, err := newKeySet(fileReader(location), o, time.Second, 5*time.Second)
-	if err != nil {
-		return nil, err
-	}
+	k := newKeySet(fileReader(location), fileInterval, fileRefresh, c.Log)
 	if err := k.readAgain(context.Background()); err != nil { // bounded by fetchTimeout
 		return nil, err
 	}
@@ -86,32 +91,16 @@ func OpenKeySet(location string, o KeySetOptions) (*KeySet, error) {
 // fixedKeySet returns a key set that is always set.
 func fixedKeySet(set []byte) (*KeySet, error) {
 	read := func(context.Context) ([]byte, error) { return set, nil }
-	k, err := newKeySet(read, KeySetOptions{Log: slog.New(slog.DiscardHandler)}, time.Second, time.Hour)
-	if err != nil {
-		return nil, err
-	}
+	k := newKeySet(read, time.Second, time.Hour, slog.New(slog.DiscardHandler))
 	return k, k.readAgain(context.Background()) // returns set at once
 }
 
-func newKeySet(read func(context.Context) ([]byte, error), o KeySetOptions, interval, refresh time.Duration) (*KeySet, error) {
-	k := &KeySet{read: read, interval: o.Interval, refresh: o.Refresh, log: o.Log}
-	if k.interval == 0 {
-		k.interval = interval
-	}
-	if k.refresh == 0 {
-		k.refresh = max(refresh, k.interval)
-	}
-	if k.log == nil {
-		k.log = slog.Default()
-	}
-	if k.interval < 0 || k.refresh < k.interval {
-		return nil, errors.New("the key set's refresh time is shorter than its least interval")
-	}
-	return k, nil
+func newKeySet(read func(context.Context) ([]byte, error), interval, refresh time.Duration, log *slog.Logger) *KeySet {
+	return &KeySet{read: read, interval: interval, refresh: refresh, log: log}
 }
 
-// Run keeps the set up to date until ctx ends: it reads it every Refresh, and
-// after a failure every Interval.
+// Run keeps the set up to date until ctx ends: it reads it at every
+// refresh, and after a failure at every interval.
 func (k *KeySet) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if k.readAgain(ctx) != nil {

@@ -79,16 +79,20 @@ func publish(set []byte) http.HandlerFunc {
 
 var quiet = slog.New(slog.DiscardHandler)
 
+func verifierWith(keys *KeySet) *Verifier {
+	v := must(New(Config{Issuer: testIssuer, Audience: testAudience, Keys: keys, ClaimOrg: "org_id", ClaimRole: "org_role"}))
+	v.now = func() time.Time { return time.Unix(testNow, 0) }
+	return v
+}
+
 // verifierFor is the tests' verifier with the key set at location.
 func verifierFor(t *testing.T, location string, interval time.Duration) *Verifier {
 	t.Helper()
-	keys, err := OpenKeySet(location, KeySetOptions{Interval: interval, Log: quiet})
+	keys, err := OpenKeySet(location, KeySetConfig{Interval: interval, Log: quiet})
 	if err != nil {
 		t.Fatal(err)
 	}
-	v := must(New(Config{Issuer: testIssuer, Audience: testAudience, Keys: keys}))
-	v.now = func() time.Time { return time.Unix(testNow, 0) }
-	return v
+	return verifierWith(keys)
 }
 
 func tokenOf(kid string) string {
@@ -132,7 +136,7 @@ func refusedFor(reason string) func(error) bool {
 // TLS, before the interval has passed.
 func TestUnknownKeyIDsCauseOneFetchAnInterval(t *testing.T) {
 	p := newProvider(t, publish(issuerSet()))
-	v := verifierFor(t, p.URL, 0) // 30 s
+	v := verifierFor(t, p.URL, 30*time.Second)
 	// Otherwise the first fetch could answer all of them.
 	if err := authenticate(t, v, tokenOf("ed")); err != nil {
 		t.Fatal(err)
@@ -224,9 +228,8 @@ func TestKeyRotationWithoutRestart(t *testing.T) {
 func TestRemovedKeyStopsWorkingByItself(t *testing.T) {
 	k := keysForTests()
 	p := newProvider(t, publish(jwks(publicJWK(k.ed.Public(), "old"))))
-	keys := must(OpenKeySet(p.URL, KeySetOptions{Interval: time.Millisecond, Refresh: 5 * time.Millisecond, Log: quiet}))
-	v := must(New(Config{Issuer: testIssuer, Audience: testAudience, Keys: keys}))
-	v.now = func() time.Time { return time.Unix(testNow, 0) }
+	keys := newKeySet(must(fetcher(p.URL)), time.Millisecond, 5*time.Millisecond, quiet)
+	v := verifierWith(keys)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() { keys.Run(ctx); close(ended) }()
@@ -303,7 +306,7 @@ func TestUntrustworthyAnswers(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newProvider(t, answer)
-			v := verifierFor(t, p.URL, 0)
+			v := verifierFor(t, p.URL, 30*time.Second)
 			if err := authenticate(t, v, tokenOf("ed")); !errors.Is(err, ErrKeysUnavailable) {
 				t.Errorf("answered with %v", err)
 			}
@@ -324,7 +327,7 @@ func TestProviderWithoutATrustedCertificate(t *testing.T) {
 	p.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	p.StartTLS()
 	defer p.Close()
-	v := verifierFor(t, p.URL, 0)
+	v := verifierFor(t, p.URL, 30*time.Second)
 	err := authenticate(t, v, tokenOf("ed"))
 	var unknown x509.UnknownAuthorityError
 	if !errors.Is(err, ErrKeysUnavailable) || !errors.As(err, &unknown) {
@@ -338,7 +341,7 @@ func TestProviderWithOldTLS(t *testing.T) {
 	p.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	p.StartTLS()
 	defer p.Close()
-	if err := authenticate(t, verifierFor(t, p.URL, 0), tokenOf("ed")); !errors.Is(err, ErrKeysUnavailable) {
+	if err := authenticate(t, verifierFor(t, p.URL, 30*time.Second), tokenOf("ed")); !errors.Is(err, ErrKeysUnavailable) {
 		t.Errorf("answered with %v", err)
 	}
 }
@@ -362,7 +365,7 @@ func TestSlowProvider(t *testing.T) {
 		<-r.Context().Done()
 		close(gone)
 	})
-	v := verifierFor(t, p.URL, 0)
+	v := verifierFor(t, p.URL, 30*time.Second)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	start := time.Now()
@@ -386,19 +389,17 @@ func TestLocationsThatAreRefused(t *testing.T) {
 		"https://issuer.example/#canary", "https://issuer.example/%zz", "://", "",
 	} {
 		t.Run(location, func(t *testing.T) {
-			if _, err := OpenKeySet(location, KeySetOptions{Log: quiet}); err == nil || strings.Contains(err.Error(), "canary") {
+			if _, err := OpenKeySet(location, KeySetConfig{Interval: time.Second, Log: quiet}); err == nil || strings.Contains(err.Error(), "canary") {
 				t.Errorf("error %v", err)
 			}
 		})
 	}
 }
 
-func TestIntervalsThatAreRefused(t *testing.T) {
-	for _, o := range []KeySetOptions{
-		{Interval: -1}, {Refresh: -1}, {Interval: time.Minute, Refresh: time.Second},
-	} {
-		if _, err := OpenKeySet("https://issuer.example/", o); err == nil {
-			t.Errorf("accepted %+v", o)
+func TestKeySetConfigsThatAreRefused(t *testing.T) {
+	for _, c := range []KeySetConfig{{Log: quiet}, {Interval: -1, Log: quiet}, {Interval: time.Second}} {
+		if _, err := OpenKeySet("https://issuer.example/", c); err == nil {
+			t.Errorf("accepted %+v", c)
 		}
 	}
 }
@@ -415,7 +416,7 @@ func TestKeySetFileIsReadAgain(t *testing.T) {
 	k := keysForTests()
 	path := filepath.Join(t.TempDir(), "jwks.json")
 	writeFile(t, path, jwks(publicJWK(k.ed.Public(), "old")))
-	v := verifierFor(t, path, time.Millisecond)
+	v := verifierWith(newKeySet(fileReader(path), time.Millisecond, time.Hour, quiet))
 	if err := authenticate(t, v, tokenOf("old")); err != nil {
 		t.Fatal(err)
 	}
@@ -435,6 +436,16 @@ func TestKeySetFileIsReadAgain(t *testing.T) {
 	}
 }
 
+// TestKeySetFileIsReadAgainSoon whatever the interval of URLs is.
+func TestKeySetFileIsReadAgainSoon(t *testing.T) {
+	k := keysForTests()
+	path := filepath.Join(t.TempDir(), "jwks.json")
+	writeFile(t, path, jwks(publicJWK(k.ed.Public(), "old")))
+	v := verifierFor(t, path, time.Hour)
+	writeFile(t, path, jwks(publicJWK(k.ed.Public(), "new")))
+	eventually(t, v, tokenOf("new"), accepted)
+}
+
 func TestKeySetFilesThatAreRefused(t *testing.T) {
 	k := keysForTests()
 	good := jwks(publicJWK(k.ed.Public(), "ed"))
@@ -446,7 +457,7 @@ func TestKeySetFilesThatAreRefused(t *testing.T) {
 		}
 		return path
 	}
-	if _, err := OpenKeySet(file("good", good, 0o644), KeySetOptions{Log: quiet}); err != nil {
+	if _, err := OpenKeySet(file("good", good, 0o644), KeySetConfig{Interval: time.Second, Log: quiet}); err != nil {
 		t.Fatal(err)
 	}
 	for _, tt := range []struct{ name, path, says string }{
@@ -461,7 +472,7 @@ func TestKeySetFilesThatAreRefused(t *testing.T) {
 		{"private key", file("private", jwks(publicJWK(k.ed, "ed")), 0o600), "private key"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if _, err := OpenKeySet(tt.path, KeySetOptions{Log: quiet}); err == nil || !strings.Contains(err.Error(), tt.says) {
+			if _, err := OpenKeySet(tt.path, KeySetConfig{Interval: time.Second, Log: quiet}); err == nil || !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("error %v, want one that says %q", err, tt.says)
 			}
 		})
@@ -489,7 +500,7 @@ func onAClock(t *testing.T, test func(t *testing.T, s *scriptedSource, k *KeySet
 	synctest.Test(t, func(t *testing.T) {
 		s := &scriptedSource{}
 		s.set.Store(&set)
-		k := must(newKeySet(s.read, KeySetOptions{Log: quiet}, 30*time.Second, 5*time.Minute))
+		k := newKeySet(s.read, 30*time.Second, 5*time.Minute, quiet)
 		test(t, s, k)
 	})
 }

@@ -101,11 +101,9 @@ func isTokenType(typ jsontext.Value) bool {
 	if !ok {
 		return false
 	}
-	switch strings.ToLower(s) { // media types know no case, RFC 7515, section 4.1.9
-	case "jwt", "at+jwt", "application/at+jwt":
-		return true
-	}
-	return false
+	// RFC 7515, section 4.1.9: media types know no case, and "application/" may be left out.
+	s = strings.TrimPrefix(strings.ToLower(s), "application/")
+	return s == "jwt" || s == "at+jwt"
 }
 
 // verify returns the payload that key signed. The algorithm has been matched

@@ -45,7 +45,7 @@ var settings = []Setting{
 	{Name: "ORGKEYS_ISSUER", Doc: "the tokens' issuer; default the development issuer, on loopback only", set: text(func(c *Config) *string { return &c.Issuer })},
 	{Name: "ORGKEYS_AUDIENCE", Doc: "the audience that tokens must name", set: text(func(c *Config) *string { return &c.Audience })},
 	{Name: "ORGKEYS_JWKS", Doc: "the issuer's keys: an https URL or a file", set: text(func(c *Config) *string { return &c.JWKS })},
-	{Name: "ORGKEYS_JWKS_INTERVAL", Default: "30s", Doc: "unknown key IDs cause at most one fetch in this time", set: duration(time.Second, time.Hour, func(c *Config) *time.Duration { return &c.JWKSInterval })},
+	{Name: "ORGKEYS_JWKS_INTERVAL", Default: "30s", Doc: "unknown key IDs cause at most one fetch of the URL in this time; a file is read within a second", set: duration(time.Second, time.Hour, func(c *Config) *time.Duration { return &c.JWKSInterval })},
 	{Name: "ORGKEYS_CLAIM_ORG", Default: "org_id", Doc: "the claim that names the organization", set: text(func(c *Config) *string { return &c.ClaimOrg })},
 	{Name: "ORGKEYS_CLAIM_ROLE", Default: "org_role", Doc: "the claim that names the role", set: text(func(c *Config) *string { return &c.ClaimRole })},
 	{Name: "ORGKEYS_POLICY_DIR", Doc: "a directory that replaces the embedded policy; re-read when it changes", set: text(func(c *Config) *string { return &c.PolicyDir })},
