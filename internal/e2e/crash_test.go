@@ -206,14 +206,14 @@ func TestPromise8_KilledWhileItStartsForTheFirstTime(t *testing.T) {
 
 // onlyOwnKeys fails unless the token holds the service's own keys and nothing
 // else: the sealing key, and from the first signature on the pair that signs
-// checkpoints.
+// checkpoints, of which a kill may leave half until the next signature.
 func onlyOwnKeys(t *testing.T, s *harness.Server) {
 	t.Helper()
 	objects := s.TokenObjects(t)
 	others := slices.DeleteFunc(slices.Clone(objects), func(o string) bool {
 		return strings.HasPrefix(o, "Secret Key Object; AES") || strings.Contains(o, "Object; EC_EDWARDS")
 	})
-	if len(others) > 0 || len(objects) != 1 && len(objects) != 3 {
+	if len(others) > 0 || len(objects) < 1 || len(objects) > 3 {
 		t.Errorf("objects in the token: %v", objects)
 	}
 }

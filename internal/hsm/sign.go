@@ -43,26 +43,25 @@ func (t *Token) SignCheckpoint(ctx context.Context, text []byte) (signature []by
 }
 
 func (t *Token) signCheckpoint(h pkcs11.SessionHandle, text []byte) ([]byte, ed25519.PublicKey, error) {
-	public, err := t.checkpointKey(h)
-	if errors.Is(err, errNoCheckpointKey) {
+	private, err := findCheckpointKey(t.lib, h, pkcs11.CKO_PRIVATE_KEY)
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(private) == 0 {
 		if err := createCheckpointKey(t.lib, h); err != nil {
 			return nil, nil, err
 		}
 		t.cfg.Log.Info("made the checkpoint key", "label", checkpointKeyLabel)
-		public, err = t.checkpointKey(h)
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	private, err := find(t.lib, h, 2,
-		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
-		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
-		pkcs11.NewAttribute(pkcs11.CKA_LABEL, checkpointKeyLabel))
-	if err != nil {
-		return nil, nil, err
+		if private, err = findCheckpointKey(t.lib, h, pkcs11.CKO_PRIVATE_KEY); err != nil {
+			return nil, nil, err
+		}
 	}
 	if len(private) != 1 {
-		return nil, nil, fmt.Errorf("%d private keys have the label %s", len(private), checkpointKeyLabel)
+		return nil, nil, fmt.Errorf("%d private keys have the label %s; delete those that signed nothing", len(private), checkpointKeyLabel)
+	}
+	public, err := t.checkpointKey(h)
+	if err != nil {
+		return nil, nil, err
 	}
 	if err := t.lib.SignInit(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(ckmEdDSA, nil)}, private[0]); err != nil {
 		return nil, nil, fmt.Errorf("starting a signature: %w", err)
@@ -77,24 +76,23 @@ func (t *Token) signCheckpoint(h pkcs11.SessionHandle, text []byte) ([]byte, ed2
 	return signature, public, nil
 }
 
-var errNoCheckpointKey = errors.New("the token has no checkpoint key")
+// findCheckpointKey returns the objects of class that have the key's label, at most two.
+func findCheckpointKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle, class uint) ([]pkcs11.ObjectHandle, error) {
+	return find(lib, h, 2,
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, class),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+		pkcs11.NewAttribute(pkcs11.CKA_LABEL, checkpointKeyLabel))
+}
 
 // checkpointKey reads the public half: an octet string of 32 bytes, which some
 // modules give without its DER header.
 func (t *Token) checkpointKey(h pkcs11.SessionHandle) (ed25519.PublicKey, error) {
-	found, err := find(t.lib, h, 2,
-		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
-		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
-		pkcs11.NewAttribute(pkcs11.CKA_LABEL, checkpointKeyLabel))
+	found, err := findCheckpointKey(t.lib, h, pkcs11.CKO_PUBLIC_KEY)
 	if err != nil {
 		return nil, err
 	}
-	switch len(found) {
-	case 0:
-		return nil, errNoCheckpointKey
-	case 1:
-	default:
-		return nil, fmt.Errorf("more than one key has the label %s; delete those that signed nothing", checkpointKeyLabel)
+	if len(found) != 1 {
+		return nil, fmt.Errorf("%d public keys have the label %s, where there is one private key: delete those that are not its other half", len(found), checkpointKeyLabel)
 	}
 	attributes, err := t.lib.GetAttributeValue(h, found[0], []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_EC_POINT, nil)})
 	if err != nil {
@@ -113,8 +111,18 @@ func (t *Token) checkpointKey(h pkcs11.SessionHandle) (ed25519.PublicKey, error)
 
 // createCheckpointKey has the token make the pair. Modules differ in how they
 // want the curve named: by its OID (RFC 8410, as PKCS#11 3.1 has it), or by
-// its name, as in 3.0.
+// its name, as in 3.0. SoftHSM stores the public half first, so a crash leaves
+// one that nothing can be signed for; it goes.
 func createCheckpointKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle) error {
+	halves, err := findCheckpointKey(lib, h, pkcs11.CKO_PUBLIC_KEY)
+	if err != nil {
+		return err
+	}
+	for _, half := range halves {
+		if err := lib.DestroyObject(h, half); err != nil {
+			return fmt.Errorf("removing the public half of a checkpoint key that has no private one: %w", err)
+		}
+	}
 	named, err := asn1.MarshalWithParams("edwards25519", "printable")
 	if err != nil {
 		return err

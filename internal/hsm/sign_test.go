@@ -54,3 +54,31 @@ func TestTheTokenSignsCheckpoints(t *testing.T) {
 		}
 	})
 }
+
+// A process killed while the token makes the pair leaves the public half alone,
+// which must not keep the next one from signing.
+func TestHalfACheckpointKeyIsMadeAnew(t *testing.T) {
+	cfg := softHSM(t)
+	token := open(t, cfg)
+	if _, _, err := token.SignCheckpoint(t.Context(), []byte("a")); err != nil {
+		t.Fatal(err)
+	}
+	if err := token.Close(); err != nil {
+		t.Fatal(err)
+	}
+	inToken(t, cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+		private, err := findCheckpointKey(lib, h, pkcs11.CKO_PRIVATE_KEY)
+		if err != nil || len(private) != 1 {
+			t.Fatal(private, err)
+		}
+		if err := lib.DestroyObject(h, private[0]); err != nil {
+			t.Fatal(err)
+		}
+	})
+	token = open(t, cfg)
+	defer token.Close()
+	signature, public, err := token.SignCheckpoint(t.Context(), []byte("b"))
+	if err != nil || !ed25519.Verify(public, []byte("b"), signature) {
+		t.Errorf("signature %x, %v", signature, err)
+	}
+}
