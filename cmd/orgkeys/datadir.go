@@ -18,22 +18,32 @@ type dataDir struct {
 
 var errLocked = errors.New("another orgkeys process uses this data directory: stop it, or set ORGKEYS_DATA_DIR to another one")
 
-// openDataDir creates the directory 0700 if it is missing, refuses one that
-// others may enter, and locks it until close or the process's end.
-func openDataDir(path string) (*dataDir, error) {
+// makeDataDir creates the directory 0700 if it is missing, refuses one that
+// others may enter, and returns its absolute path.
+func makeDataDir(path string) (string, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
-		return nil, fmt.Errorf("making the data directory: %w", err)
+		return "", fmt.Errorf("making the data directory: %w", err)
 	}
 	path, err := filepath.Abs(path)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	info, err := os.Stat(path)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	if info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("others may enter the data directory %s (mode %04o): chmod 700 %s", path, info.Mode().Perm(), path)
+		return "", fmt.Errorf("others may enter the data directory %s (mode %04o): chmod 700 %s", path, info.Mode().Perm(), path)
+	}
+	return path, nil
+}
+
+// openDataDir is makeDataDir, and locks the directory until close or the
+// process's end.
+func openDataDir(path string) (*dataDir, error) {
+	path, err := makeDataDir(path)
+	if err != nil {
+		return nil, err
 	}
 	lock, err := os.OpenFile(filepath.Join(path, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

@@ -40,7 +40,11 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 			if err != nil {
 				return err
 			}
-			issuer, err := authn.OpenDevIssuer(cfg.DataDir)
+			dir, err := makeDataDir(cfg.DataDir)
+			if err != nil {
+				return err
+			}
+			issuer, err := authn.OpenDevIssuer(dir)
 			if err != nil {
 				return err
 			}

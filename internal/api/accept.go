@@ -103,8 +103,9 @@ func (p *preference) consider(mediaRange string, q int, mediaType string) {
 	}
 }
 
-// qvalue is RFC 9110, section 12.4.2.
-var qvalue = regexp.MustCompile(`^(?:0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)$`)
+// qvalue is RFC 9110, section 12.4.2, and ".2", which older Java sends in every
+// request.
+var qvalue = regexp.MustCompile(`^(?:0(?:\.[0-9]{0,3})?|\.[0-9]{1,3}|1(?:\.0{0,3})?)$`)
 
 func parseRange(element string) (mediaRange string, q int, ok bool) {
 	mediaRange, parameters, err := mime.ParseMediaType(element)

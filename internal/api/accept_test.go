@@ -29,6 +29,8 @@ func TestNegotiate(t *testing.T) {
 		{"axios's default", []string{"application/json, text/plain, */*"}, false, jsonString},
 		{"the PEM or anything, by a fetch", []string{"application/x-pem-file, */*"}, true, pemFile},
 		{"a browser's navigation", []string{"text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}, false, pemFile},
+		{"older Java's default", []string{"text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"}, false, pemFile},
+		{"weights without a zero", []string{"application/x-pem-file;q=.5, application/json;q=.51"}, false, jsonString},
 		{"JSON preferred", []string{"application/x-pem-file;q=0.5, application/json"}, false, jsonString},
 		{"PEM preferred", []string{"application/x-pem-file, application/json;q=0.9"}, true, pemFile},
 		{"both alike", []string{"application/json, application/x-pem-file"}, false, pemFile},

@@ -60,9 +60,14 @@ func checkOrigin(origin string) error {
 
 // crossOrigin answers preflights of allowed origins for paths that exist, and
 // marks answers that scripts of those origins may read. Any other OPTIONS is a
-// wrong method.
+// wrong method. A request of several origins is of none: rs/cors judges the
+// first and echoes all.
 func (a *API) crossOrigin(c *gin.Context) {
 	if a.cors == nil {
+		return
+	}
+	if len(c.Request.Header.Values("Origin")) != 1 {
+		c.Writer.Header().Add("Vary", "Origin")
 		return
 	}
 	asked := c.Request.Header.Get("Access-Control-Request-Method")
@@ -72,7 +77,7 @@ func (a *API) crossOrigin(c *gin.Context) {
 	}
 	// Gin has found by now whether other methods of the path exist.
 	exists := c.Writer.Status() == http.StatusMethodNotAllowed
-	if !exists || c.Request.Header.Get("Origin") == "" || !a.cors.OriginAllowed(c.Request) {
+	if !exists || !a.cors.OriginAllowed(c.Request) {
 		c.Writer.Header().Add("Vary", "Origin")
 		return
 	}

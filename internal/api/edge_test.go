@@ -167,6 +167,12 @@ func TestCORS(t *testing.T) {
 	if a := preflight("/nowhere", origin); a.StatusCode != 404 {
 		t.Errorf("preflight for no path: %d", a.StatusCode)
 	}
+	for _, method := range []string{"OPTIONS", "GET"} {
+		two := b.ask(method, "/organization/acme/key", "Origin", origin, "Origin", "https://evil.example", "Access-Control-Request-Method", "POST")
+		if two.StatusCode == 204 || two.Header.Get("Access-Control-Allow-Origin") != "" || !slices.Contains(two.Header.Values("Vary"), "Origin") {
+			t.Errorf("%s of two origins: %s %v", method, two.Status, two.Header)
+		}
+	}
 	if a := b.ask("OPTIONS", "/organization/acme/key", "Origin", origin); a.StatusCode != 405 {
 		t.Errorf("OPTIONS that is no preflight: %d", a.StatusCode)
 	}

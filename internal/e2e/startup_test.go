@@ -128,6 +128,29 @@ func TestDataDirectoryIsPrivate(t *testing.T) {
 	}
 }
 
+// TestTokensComeBeforeTheFirstStart: the data directory is made as serve wants
+// it, and refused as serve refuses it.
+func TestTokensComeBeforeTheFirstStart(t *testing.T) {
+	t.Parallel()
+	s := harness.Configure(t)
+	token := s.Token(t, "acme", "OWNER")
+	s.Start(t)
+	if resp := s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath("acme"), Token: token}); resp.Status != 200 {
+		t.Errorf("status %d: %s", resp.Status, resp.Body)
+	}
+	open := t.TempDir()
+	if err := os.Chmod(open, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s = harness.Configure(t, harness.In(open))
+	if _, stderr, code := s.Run(t, "token", "--org", "acme", "--role", "OWNER"); code == 0 || !strings.Contains(stderr, "chmod 700") {
+		t.Errorf("in a directory that others may enter: exit code %d\n%s", code, stderr)
+	}
+	if left, err := os.ReadDir(open); err != nil || len(left) > 0 {
+		t.Errorf("it holds %v, %v", left, err)
+	}
+}
+
 // TestSettingsComeFromAFileToo: the same names, the environment first, and a
 // file that others may read is refused.
 func TestSettingsComeFromAFileToo(t *testing.T) {

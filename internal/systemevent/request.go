@@ -108,7 +108,7 @@ func (sent fields) part(f *Filter) error {
 		return &jsonbody.Error{Field: "take", Problem: "is not from 1 to 100"}
 	}
 	if f.Skip < 0 || f.Skip > maxSkip {
-		return &jsonbody.Error{Field: "skip", Problem: "is not from 0 to 100000"}
+		return &jsonbody.Error{Field: "skip", Problem: "is not from 0 to 100000: further back, ask with an earlier to_timestamp"}
 	}
 	return nil
 }
