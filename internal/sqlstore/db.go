@@ -167,10 +167,27 @@ func (d *DB) Healthy(ctx context.Context) error {
 
 var errReadOnly = errors.New("PostgreSQL is a standby, or read-only")
 
-// write runs do in a transaction, in PostgreSQL again if that aborted it. When
-// ctx ends before the answer is there, whether the change was made is not known
-// to the caller, and do may still be running: what it sets must not be read.
+// write runs do in a transaction, in PostgreSQL again if that aborted it, and
+// lets the sequencer know of the events in it. When ctx ends before the answer
+// is there, whether the change was made is not known to the caller, and do may
+// still be running: what it sets must not be read.
 func (d *DB) write(ctx context.Context, do func(context.Context, *txn) error) error {
+	recorded := false
+	err := d.transact(ctx, func(ctx context.Context, tx *txn) error {
+		err := do(ctx, tx)
+		recorded = tx.recorded
+		return err
+	})
+	if err == nil && recorded {
+		select {
+		case d.recorded <- struct{}{}:
+		default:
+		}
+	}
+	return err
+}
+
+func (d *DB) transact(ctx context.Context, do func(context.Context, *txn) error) error {
 	if d.writer != nil {
 		return d.writer.write(ctx, do)
 	}

@@ -48,10 +48,7 @@ func (d *DB) record(ctx context.Context, tx *txn, events ...audit.Event) error {
 			return err
 		}
 	}
-	select {
-	case d.recorded <- struct{}{}:
-	default:
-	}
+	tx.recorded = true
 	return nil
 }
 

@@ -236,6 +236,32 @@ func TestExclusiveGoesWithItsHolder(t *testing.T) {
 	}
 }
 
+// The sequencer is called when events are there to be found, not before.
+func TestRecordedTellsOfCommittedEventsOnly(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db, admin := open(t, location), raw(t, location)
+	told := func() bool {
+		select {
+		case <-db.Recorded():
+			return true
+		default:
+			return false
+		}
+	}
+	statement(t, admin, "CREATE FUNCTION refuse() RETURNS trigger AS $$ BEGIN RAISE 'not today'; END $$ LANGUAGE plpgsql")
+	statement(t, admin, "CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON events DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()")
+	if err := db.Record(t.Context(), event(audit.KeysListed, "acme", "")); !errors.Is(err, orgkey.ErrUnavailable) || told() {
+		t.Errorf("a transaction that did not commit: %v; or the sequencer was told of it", err)
+	}
+	statement(t, admin, "DROP TRIGGER refuse ON events")
+	if err := db.Record(t.Context(), event(audit.KeysListed, "acme", "")); err != nil || !told() {
+		t.Errorf("a transaction that committed: %v; or the sequencer was not told of it", err)
+	}
+	if n, err := db.Sequence(t.Context(), 10); n != 1 || err != nil || told() {
+		t.Errorf("sequenced %d, %v; or that counts as an event", n, err)
+	}
+}
+
 // Several replicas that start at once on an empty database all get through.
 func TestMigratingConcurrently(t *testing.T) {
 	location := newDatabase(t, postgres)

@@ -93,7 +93,7 @@ func (w *writer) begin() (*txn, error) {
 	if err != nil {
 		return nil, errors.Join(err, w.forget())
 	}
-	return &txn{tx, w}, nil
+	return &txn{Tx: tx, writer: w}, nil
 }
 
 // forget gives the connection back, and with it what was prepared on it.
@@ -122,7 +122,8 @@ func (w *writer) statement(ctx context.Context, text string) (*sql.Stmt, error) 
 // keeps its own.
 type txn struct {
 	*sql.Tx
-	writer *writer
+	writer   *writer // SQLite only
+	recorded bool    // whether events are in it
 }
 
 func (t *txn) ExecContext(ctx context.Context, text string, args ...any) (sql.Result, error) {
