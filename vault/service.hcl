@@ -54,10 +54,18 @@ path "orgkeys-state/data/checkpoint" {
   capabilities = ["create", "read", "update"]
 }
 
-# Checks at start. Listing the audit devices needs sudo; this one path is all
+# Checks, at start and while it serves. Listing the audit devices needs sudo; this one path is all
 # it is given for, and devices live below it, at sys/audit/NAME.
 path "sys/audit" {
   capabilities = ["read", "sudo"]
+}
+
+path "sys/mounts/orgkeys/tune" {
+  capabilities = ["read"]
+}
+
+path "sys/mounts/orgkeys-seal/tune" {
+  capabilities = ["read"]
 }
 
 path "sys/mounts/orgkeys-audit/tune" {

@@ -26,6 +26,14 @@ path "sys/mounts/orgkeys-state" {
   capabilities = ["create", "update"]
 }
 
+path "sys/mounts/orgkeys/tune" {
+  capabilities = ["read", "create", "update"]
+}
+
+path "sys/mounts/orgkeys-seal/tune" {
+  capabilities = ["read", "create", "update"]
+}
+
 path "sys/mounts/orgkeys-audit/tune" {
   capabilities = ["read", "create", "update"]
 }
@@ -100,4 +108,13 @@ path "auth/approle/role/orgkeys/role-id" {
 
 path "auth/approle/role/orgkeys/secret-id" {
   capabilities = ["create", "update"]
+}
+
+# Whether the files that --credentials finds are still good.
+path "auth/approle/role/orgkeys/secret-id/lookup" {
+  capabilities = ["create", "update"]
+}
+
+path "sys/wrapping/lookup" {
+  capabilities = ["update"]
 }

@@ -1,16 +1,23 @@
 package vault
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/go-json-experiment/json"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 // Finding is something about Vault that an operator should know at start.
@@ -18,15 +25,32 @@ type Finding struct {
 	Fatal   bool   // the service must not start, or would not work
 	Problem string // what is wrong
 	Remedy  string // what to do
+
+	cause error // what Vault's answer to a call was, or why there was none
 }
 
 func (f Finding) String() string { return f.Problem + ": " + f.Remedy }
 
 func fatal(remedy, problem string, args ...any) Finding {
-	return Finding{true, fmt.Sprintf(problem, args...), remedy}
+	return Finding{Fatal: true, Problem: fmt.Sprintf(problem, args...), Remedy: remedy}
 }
 
-const runSetup = "run vault/setup against this Vault"
+// failed is what is found when a call fails. A Vault that is slow or away says
+// nothing of its set-up.
+func failed(cause error, remedy, problem string, args ...any) Finding {
+	if errors.Is(cause, orgkey.ErrUnavailable) {
+		remedy = "Vault is slow or unavailable: see its load and its own log"
+	}
+	f := fatal(remedy, "%s: %v", fmt.Sprintf(problem, args...), cause)
+	f.cause = cause
+	return f
+}
+
+const (
+	runSetup    = "run vault/setup against this Vault"
+	mendLogin   = "check the role ID and secret ID files, or the token file; vault/setup --credentials makes new ones; after a 500, see that every audit device can be written"
+	twoPolicies = "give the token the policies orgkeys-service and orgkeys-reaper of vault/setup and no other"
+)
 
 // Check looks at all that the service relies on in Vault. It changes nothing.
 //
@@ -38,19 +62,79 @@ func (c *Client) Check(ctx context.Context) []Finding {
 		return found
 	}
 	if _, err := c.session(ctx); err != nil {
-		return []Finding{fatal("check the role ID and secret ID files, or the token file; vault/setup --credentials makes new ones; after a 500, see that every audit device can be written", "the login failed: %v", err)}
+		return []Finding{fatal(mendLogin, "the login failed: %v", err)}
 	}
-	if err := c.Healthy(ctx); err != nil {
+	if _, err := c.policies(ctx); err != nil {
 		return []Finding{fatal("see that every audit device can be written, and what Vault's own log says", "Vault does not answer an audited call: %v", err)}
 	}
-	return slices.Concat(c.checkAudit(ctx), c.checkKeys(ctx), c.checkClear(ctx), c.checkPolicy(ctx), c.checkLeftBehind(ctx))
+	return together(ctx, c.checkTrail, c.checkKeys, c.checkPolicies, c.checkCapabilities, c.checkLeftBehind)
 }
 
-// Healthy makes a call that Vault cannot answer without writing it to its
-// audit device. sys/health stays 200 when that is full.
+// together runs checks at the same time, so that a slow Vault delays the start
+// by the slowest only, and returns what they found in their order.
+func together(ctx context.Context, checks ...func(context.Context) []Finding) []Finding {
+	found := make([][]Finding, len(checks))
+	var running sync.WaitGroup
+	for i, check := range checks {
+		running.Go(func() { found[i] = check(ctx) })
+	}
+	running.Wait()
+	return slices.Concat(found...)
+}
+
+// trailLife is how long it is taken for granted that the audit trail is as it
+// was: what somebody changes in Vault stops the service no later than this.
+const trailLife = time.Second
+
+// trail is the last look at the audit trail.
+type trail struct {
+	mu  sync.Mutex
+	at  time.Time
+	err error
+}
+
+// Healthy looks at the audit trail with calls that Vault cannot answer without
+// writing them to its audit devices. sys/health stays 200 when those are full.
+// The error wraps orgkey.ErrUnavailable.
 func (c *Client) Healthy(ctx context.Context) error {
-	_, err := c.do(ctx, request{method: http.MethodGet, path: "auth/token/lookup-self"})
-	return err
+	c.trail.mu.Lock()
+	defer c.trail.mu.Unlock()
+	return c.look(ctx)
+}
+
+// audited is Healthy, unless that was asked within trailLife. Before a private
+// key leaves Vault, and before events count as recorded, it says that the
+// audit devices show the events and hide the keys.
+func (c *Client) audited(ctx context.Context) error {
+	c.trail.mu.Lock()
+	defer c.trail.mu.Unlock()
+	if time.Since(c.trail.at) < trailLife {
+		return c.trail.err
+	}
+	return c.look(ctx)
+}
+
+// look is for who holds c.trail.mu. That Vault did not answer is not kept: the
+// next one asks again.
+func (c *Client) look(ctx context.Context) error {
+	at := time.Now()
+	var problems, causes []error
+	for _, f := range c.checkTrail(ctx) {
+		problems = append(problems, errors.New(f.Problem))
+		if f.cause != nil {
+			causes = append(causes, f.cause)
+		}
+	}
+	switch {
+	case len(causes) > 0:
+		c.trail.at = time.Time{}
+		return fmt.Errorf("looking at Vault's audit trail: %w: %w", orgkey.ErrUnavailable, errors.Join(causes...))
+	case len(problems) > 0:
+		c.trail.at, c.trail.err = at, fmt.Errorf("%w: Vault's audit trail is not safe: %w", orgkey.ErrUnavailable, errors.Join(problems...))
+	default:
+		c.trail.at, c.trail.err = at, nil
+	}
+	return c.trail.err
 }
 
 func (c *Client) checkSeal(ctx context.Context) []Finding {
@@ -74,35 +158,57 @@ func (c *Client) checkSeal(ctx context.Context) []Finding {
 	return nil
 }
 
+// checkTrail sees that the audit devices record events and checkpoints in
+// clear, and keys and secrets not.
+func (c *Client) checkTrail(ctx context.Context) []Finding {
+	checks := []func(context.Context) []Finding{c.checkAudit}
+	for _, m := range []inClear{{keysMount, nil}, {sealMount, nil}, {auditMount, []string{"event"}}, {stateMount, []string{"checkpoint"}}} {
+		checks = append(checks, func(ctx context.Context) []Finding { return c.checkClear(ctx, m) })
+	}
+	return together(ctx, checks...)
+}
+
 func (c *Client) checkAudit(ctx context.Context) []Finding {
 	answer, err := c.do(ctx, request{method: http.MethodGet, path: "sys/audit"})
 	if err != nil {
-		return []Finding{fatal(runSetup+", which lets the service list the audit devices", "cannot tell whether Vault has an audit device: %v", err)}
+		return []Finding{failed(err, runSetup+", which lets the service list the audit devices", "cannot tell whether Vault has an audit device")}
 	}
-	devices, err := data[map[string]struct {
-		Options map[string]string `json:"options"`
-	}](answer.body)
+	devices, err := data[map[string]device](answer.body)
 	if err != nil {
 		return []Finding{fatal(runSetup, "cannot tell whether Vault has an audit device: %v", err)}
 	}
+	const enable = "vault audit enable file file_path=/var/log/vault/audit.log"
 	if len(devices) == 0 {
-		return []Finding{fatal("vault audit enable file file_path=/var/log/vault/audit.log", "Vault has no audit device, and answers every request unaudited")}
+		return []Finding{fatal(enable, "Vault has no audit device, and answers every request unaudited")}
 	}
 	var found []Finding
+	kept := 0
 	for _, name := range slices.Sorted(maps.Keys(devices)) {
+		if !devices[name].discards() {
+			kept++
+		}
 		text, set := devices[name].Options["log_raw"]
 		if raw, err := strconv.ParseBool(text); set && (raw || err != nil) {
 			found = append(found, fatal("vault audit disable "+name+", destroy its log, and enable it without log_raw",
 				"audit device %s has log_raw=%s, and writes private keys in clear", name, text))
 		}
 	}
+	if kept == 0 {
+		found = append(found, fatal(enable, "Vault has no audit device that keeps what it is given"))
+	}
 	return found
 }
 
-// keyCheck is a key that setup makes, and what Transit should say of it.
-type keyCheck struct {
-	path string
-	want standingKey
+// device is what Vault says of an audit device.
+type device struct {
+	Type    string            `json:"type"`
+	Options map[string]string `json:"options"`
+}
+
+// discards reports whether the device keeps nothing.
+func (d device) discards() bool {
+	path := cmp.Or(d.Options["file_path"], d.Options["path"]) // the name that Vault reads too
+	return d.Type == "file" && (strings.EqualFold(path, "discard") || filepath.Clean(path) == os.DevNull)
 }
 
 // standingKey is what Transit says of a key that stays.
@@ -115,55 +221,62 @@ type standingKey struct {
 }
 
 func (c *Client) checkKeys(ctx context.Context) []Finding {
-	var found []Finding
-	for _, k := range []keyCheck{
-		{sealKey, standingKey{Type: "aes256-gcm96", Derived: true}},
-		{receiptKey, standingKey{Type: "ed25519"}},
-	} {
-		if f, ok := c.checkKey(ctx, k); !ok {
-			found = append(found, f)
-		}
-	}
+	return together(ctx,
+		c.checkKey(sealKey, standingKey{Type: "aes256-gcm96", Derived: true}),
+		c.checkKey(receiptKey, standingKey{Type: "ed25519"}),
+		c.checkCheckpoint)
+}
+
+func (c *Client) checkCheckpoint(ctx context.Context) []Finding {
 	if _, err := c.Sink().Last(ctx); err != nil {
-		found = append(found, fatal(runSetup, "the checkpoint cannot be read: %v", err))
+		return []Finding{failed(err, runSetup, "the checkpoint cannot be read")}
 	}
-	return found
+	return nil
 }
 
-func (c *Client) checkKey(ctx context.Context, k keyCheck) (Finding, bool) {
-	answer, err := c.do(ctx, request{method: http.MethodGet, path: k.path})
-	switch {
-	case missingMount(err):
-		return fatal(runSetup, "there is no mount for %s", k.path), false
-	case errors.Is(err, errNotFound):
-		return fatal(runSetup+", unless records were sealed under a key that was lost: then restore Vault from its backup", "there is no key %s", k.path), false
-	case err != nil:
-		return fatal(runSetup, "%s cannot be read: %v", k.path, err), false
+// checkKey compares a key that setup makes with what it makes.
+func (c *Client) checkKey(path string, want standingKey) func(context.Context) []Finding {
+	return func(ctx context.Context) []Finding {
+		answer, err := c.do(ctx, request{method: http.MethodGet, path: path})
+		switch {
+		case missingMount(err):
+			return []Finding{fatal(runSetup, "there is no mount for %s", path)}
+		case errors.Is(err, errNotFound):
+			return []Finding{fatal(runSetup+", unless records were sealed under a key that was lost: then restore Vault from its backup", "there is no key %s", path)}
+		case err != nil:
+			return []Finding{failed(err, runSetup, "%s cannot be read", path)}
+		}
+		got, err := data[standingKey](answer.body)
+		if err != nil || got != want {
+			return []Finding{fatal("find out who made or changed it; vault/setup makes a sound one on a fresh mount", "%s is %+v, not %+v (%v)", path, got, want, err)}
+		}
+		return nil
 	}
-	got, err := data[standingKey](answer.body)
-	if err != nil || got != k.want {
-		return fatal("find out who made or changed it; vault/setup makes a sound one on a fresh mount", "%s is %+v, not %+v (%v)", k.path, got, k.want, err), false
-	}
-	return Finding{}, true
 }
 
-// checkClear sees that the audit device records events and checkpoints in clear.
-func (c *Client) checkClear(ctx context.Context) []Finding {
-	var found []Finding
-	for _, m := range []struct{ mount, field string }{{auditMount, "event"}, {stateMount, "checkpoint"}} {
-		answer, err := c.do(ctx, request{method: http.MethodGet, path: "sys/mounts/" + m.mount + "/tune"})
-		if err != nil {
-			found = append(found, fatal(runSetup, "the settings of mount %s cannot be read: %v", m.mount, err))
-			continue
-		}
-		tune, err := data[struct {
-			Clear []string `json:"audit_non_hmac_request_keys"`
-		}](answer.body)
-		if err != nil || !slices.Contains(tune.Clear, m.field) {
-			found = append(found, fatal(runSetup, "mount %s does not have %q audited in clear", m.mount, m.field))
-		}
+// inClear is which fields of a mount's requests the audit devices record in
+// clear; of its answers they record none so.
+type inClear struct {
+	mount  string
+	fields []string
+}
+
+func (c *Client) checkClear(ctx context.Context, m inClear) []Finding {
+	answer, err := c.do(ctx, request{method: http.MethodGet, path: "sys/mounts/" + m.mount + "/tune"})
+	if err != nil {
+		return []Finding{failed(err, runSetup, "the settings of mount %s cannot be read", m.mount)}
 	}
-	return found
+	tune, err := data[struct {
+		Requests []string `json:"audit_non_hmac_request_keys"`
+		Answers  []string `json:"audit_non_hmac_response_keys"`
+	}](answer.body)
+	if missing := without(m.fields, tune.Requests); err != nil || len(missing) > 0 {
+		return []Finding{fatal(runSetup, "mount %s does not have %q audited in clear", m.mount, strings.Join(m.fields, ", "))}
+	}
+	if extra := append(without(tune.Requests, m.fields), tune.Answers...); len(extra) > 0 {
+		return []Finding{fatal(runSetup+", and destroy the audit devices' logs of the time", "mount %s has %q audited in clear, which may be secret", m.mount, strings.Join(extra, ", "))}
+	}
+	return nil
 }
 
 const sampleKey = "00000000-0000-4000-8000-000000000000"
@@ -183,6 +296,8 @@ var granted = map[string][]string{
 	"orgkeys-audit/keys/receipt":                        {"read"},
 	"orgkeys-state/data/checkpoint":                     {"create", "read", "update"},
 	"sys/audit":                                         {"read", "sudo"},
+	"sys/mounts/orgkeys/tune":                           {"read"},
+	"sys/mounts/orgkeys-seal/tune":                      {"read"},
 	"sys/mounts/orgkeys-audit/tune":                     {"read"},
 	"sys/mounts/orgkeys-state/tune":                     {"read"},
 	"sys/capabilities-self":                             {"update"},
@@ -214,8 +329,35 @@ var denied = []string{
 	"auth/token/create", "auth/token/create-orphan", "auth/token/accessors", "identity/entity", "cubbyhole/orgkeys", "secret/data/orgkeys", "transit/keys/orgkeys",
 }
 
-// checkPolicy compares what the token may do with what it needs, both ways.
-func (c *Client) checkPolicy(ctx context.Context) []Finding {
+// policies are the names of the token's policies, in order, those of its
+// identity too.
+func (c *Client) policies(ctx context.Context) ([]string, error) {
+	answer, err := c.do(ctx, request{method: http.MethodGet, path: "auth/token/lookup-self"})
+	if err != nil {
+		return nil, err
+	}
+	token, err := data[struct {
+		Policies []string `json:"policies"`
+		Identity []string `json:"identity_policies"`
+	}](answer.body)
+	return slices.Compact(slices.Sorted(slices.Values(append(token.Policies, token.Identity...)))), err
+}
+
+// checkPolicies finds a policy too many by its name: no list of paths shows
+// all that it could allow.
+func (c *Client) checkPolicies(ctx context.Context) []Finding {
+	have, err := c.policies(ctx)
+	if err != nil {
+		return []Finding{failed(err, runSetup, "the token's policies cannot be listed")}
+	}
+	if want := []string{"orgkeys-reaper", "orgkeys-service"}; !slices.Equal(have, want) {
+		return []Finding{fatal(twoPolicies, "the token has the policies %s, not %s", strings.Join(have, ", "), strings.Join(want, ", "))}
+	}
+	return nil
+}
+
+// checkCapabilities compares what the token may do with what it needs, both ways.
+func (c *Client) checkCapabilities(ctx context.Context) []Finding {
 	paths := append(slices.Collect(maps.Keys(granted)), denied...)
 	body, err := json.Marshal(map[string][]string{"paths": paths})
 	if err != nil {
@@ -223,7 +365,7 @@ func (c *Client) checkPolicy(ctx context.Context) []Finding {
 	}
 	answer, err := c.do(ctx, request{method: http.MethodPut, path: "sys/capabilities-self", body: body})
 	if err != nil {
-		return []Finding{fatal(runSetup, "the token's policy cannot be checked: %v", err)}
+		return []Finding{failed(err, runSetup, "the token's policy cannot be checked")}
 	}
 	have, err := data[map[string][]string](answer.body)
 	if err != nil {
@@ -244,7 +386,7 @@ func compareCapabilities(path string, want, have []string) []Finding {
 			"the policy is too weak: the service needs %s on %s", strings.Join(missing, ", "), path))
 	}
 	if extra := without(have, append(want, "deny")); len(extra) > 0 {
-		found = append(found, fatal("give the token the policies orgkeys-service and orgkeys-reaper of vault/setup and no other",
+		found = append(found, fatal(twoPolicies,
 			"the policy is too strong: the service has %s on %s and never needs it", strings.Join(extra, ", "), path))
 	}
 	return found
@@ -255,9 +397,12 @@ func without(list, taken []string) []string {
 }
 
 func (c *Client) checkLeftBehind(ctx context.Context) []Finding {
+	// The start does not wait for a long list: what was not seen is the reaper's.
+	ctx, cancel := context.WithTimeout(ctx, c.config.CallTimeout)
+	defer cancel()
 	names, err := c.keyNames(ctx)
 	if err != nil {
-		return []Finding{fatal(runSetup, "the keys in Transit cannot be listed: %v", err)}
+		return []Finding{failed(err, runSetup, "the keys in Transit cannot be listed")}
 	}
 	old := 0
 	for _, name := range names {

@@ -78,6 +78,7 @@ type Client struct {
 	failure failure       // guarded by login
 	stop    context.CancelFunc
 	stopped chan struct{}
+	trail   trail
 
 	abandoned sync.WaitGroup // removals under way in the background
 }
@@ -117,7 +118,7 @@ func Open(ctx context.Context, config Config) (*Client, error) {
 	}
 	if _, err := c.replace(ctx, nil); errors.Is(err, ErrLogin) {
 		stop()
-		return nil, err
+		return nil, fmt.Errorf("%w: %s", err, mendLogin)
 	}
 	go c.stayLoggedIn(background)
 	return c, nil

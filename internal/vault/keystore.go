@@ -141,7 +141,11 @@ func (k *key) Public() *rsa.PublicKey { return k.public }
 // came through, and what crypto/rsa computed while the key was checked.
 func (k *key) Export(ctx context.Context) ([]byte, error) {
 	ctx = correlated(ctx, k.name)
-	answer, err := k.c.do(ctx, request{method: http.MethodGet, path: keysMount + "/export/encryption-key/" + k.name + "/1"})
+	var answer response
+	err := k.c.audited(ctx) // before the audit devices get to see the key
+	if err == nil {
+		answer, err = k.c.do(ctx, request{method: http.MethodGet, path: keysMount + "/export/encryption-key/" + k.name + "/1"})
+	}
 	defer clear(answer.body)
 	if err != nil {
 		k.mu.Lock()

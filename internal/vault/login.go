@@ -9,7 +9,9 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/vault/api"
@@ -96,7 +98,11 @@ func (a *AppRole) get(ctx context.Context, base *api.Client, _ *session) (*sessi
 	path := "auth/" + cmp.Or(a.Mount, "approle") + "/login"
 	secret, err := base.Logical().WriteWithContext(ctx, path, map[string]any{"role_id": roleID, "secret_id": secretID})
 	if err != nil {
-		return nil, loginError(path, err)
+		err = loginError(path, err)
+		if a.WrappedAt == "" && strings.HasPrefix(secretID, "hvs.") {
+			err = fmt.Errorf("%w: %s looks like it holds a wrapping token: then set ORGKEYS_VAULT_SECRET_ID_PATH=auth/approle/role/orgkeys/secret-id", err, a.SecretIDFile)
+		}
+		return nil, err
 	}
 	if secret == nil || secret.Auth == nil {
 		return nil, fmt.Errorf("%w: %s answered without a token", ErrLogin, path)
@@ -170,7 +176,7 @@ func (f *TokenFile) get(_ context.Context, base *api.Client, stale *session) (*s
 
 // readFile reads a credential from a file whose mode has no bit of forbidden.
 func readFile(path string, forbidden os.FileMode) (string, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe would wait for its writer
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", ErrLogin, err)
 	}

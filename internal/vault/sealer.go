@@ -18,6 +18,10 @@ import (
 // ten thousand; this many answer well within a call's time.
 const sealBatch = 1000
 
+// sealBytes is about how many bytes of ciphertexts one call carries. Vault
+// takes no request of more than 32 MiB.
+const sealBytes = 4 << 20
+
 var ciphertextForm = regexp.MustCompile(`^vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]+={0,2})$`)
 
 // parseCiphertext returns the key version of a Transit ciphertext, or an error
@@ -127,12 +131,18 @@ type sealResult struct {
 
 func (s *Sealer) batches(ctx context.Context, operation string, items []orgkey.Sealed) ([]sealResult, error) {
 	results := make([]sealResult, 0, len(items))
-	for start := 0; start < len(items); start += sealBatch {
-		part, err := s.batch(ctx, operation, items[start:min(start+sealBatch, len(items))])
+	for len(items) > 0 {
+		n, size := 0, 0
+		for n < len(items) && n < sealBatch && (n == 0 || size+len(items[n].Ciphertext) <= sealBytes) {
+			size += len(items[n].Ciphertext)
+			n++
+		}
+		part, err := s.batch(ctx, operation, items[:n])
 		if err != nil {
 			return nil, err
 		}
 		results = append(results, part...)
+		items = items[n:]
 	}
 	return results, nil
 }

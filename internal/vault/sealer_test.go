@@ -144,3 +144,22 @@ func TestSealingNeverMakesAKey(t *testing.T) {
 		t.Errorf("got %v, want 400", err)
 	}
 }
+
+func TestItemsLargerTogetherThanVaultTakes(t *testing.T) {
+	s := open(t).Sealer()
+	large := orgkey.Sealed{Binding: orgkey.Binding{Org: "acme", ID: "large"}}
+	var err error
+	if large.Ciphertext, err = s.Seal(t.Context(), large.Binding, make([]byte, 64<<10)); err != nil {
+		t.Fatal(err)
+	}
+	items := make([]orgkey.Sealed, 500)
+	for i := range items {
+		items[i] = large
+	}
+	if wrapped, err := s.Rewrap(t.Context(), items); err != nil || len(wrapped) != len(items) {
+		t.Errorf("%d rewrapped, %v", len(wrapped), err)
+	}
+	if opened, err := s.Open(t.Context(), items); err != nil || len(opened) != len(items) {
+		t.Errorf("%d opened, %v", len(opened), err)
+	}
+}

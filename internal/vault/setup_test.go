@@ -3,6 +3,7 @@ package vault_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,6 +13,7 @@ import (
 	"github.com/go-json-experiment/json"
 	"github.com/hashicorp/vault/api"
 
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/vault"
 )
 
@@ -64,9 +66,9 @@ func TestSecondSetupChangesNothing(t *testing.T) {
 	if len(entries) < 10 {
 		t.Fatalf("the audit file shows %d entries: the set-up did not look", len(entries))
 	}
-	harness := []string{"sys/policies/acl/orgkeys-setup", "auth/token/create"}
+	looking := []string{"sys/policies/acl/orgkeys-setup", "auth/token/create", "auth/approle/role/orgkeys/secret-id/lookup"}
 	for _, e := range entries {
-		if e.Request.Operation != "read" && !slices.Contains(harness, e.Request.Path) {
+		if e.Request.Operation != "read" && !slices.Contains(looking, e.Request.Path) {
 			t.Errorf("the second run did %s %s", e.Request.Operation, e.Request.Path)
 		}
 	}
@@ -179,5 +181,83 @@ func TestSetupTellsWhatItCannotDo(t *testing.T) {
 	}
 	if output, err := server.RunSetup(t.Context(), token.Auth.ClientToken); err == nil || !strings.Contains(output, "vault/setup.hcl") {
 		t.Errorf("with a weak token the set-up said %q, %v", output, err)
+	}
+}
+
+// The audit trail is looked at while the service is at work, not only at start.
+func TestAuditTrailThatIsChangedStopsTheSink(t *testing.T) {
+	sys := root(t).Sys()
+	device := func(options map[string]string) func() error {
+		return func() error {
+			return sys.EnableAuditWithOptionsWithContext(context.Background(), "other", &api.EnableAuditOptions{Type: "file", Options: options})
+		}
+	}
+	file := func() error {
+		return sys.EnableAuditWithOptionsWithContext(context.Background(), "file", &api.EnableAuditOptions{Type: "file", Options: map[string]string{"file_path": server.AuditFile}})
+	}
+	disable := func(name string) func() error {
+		return func() error { return sys.DisableAuditWithContext(context.Background(), name) }
+	}
+	tune := func(mount, field string) func() error {
+		return func() error {
+			return second(root(t).Logical().WriteWithContext(context.Background(), "sys/mounts/"+mount+"/tune", map[string]any{"audit_non_hmac_response_keys": field}))
+		}
+	}
+	tests := []struct {
+		name     string
+		do, undo func() error
+		want     string
+		repaired bool // by vault/setup, which refuses the others
+	}{
+		{"private keys in clear", tune("orgkeys", "1"), tune("orgkeys", ""), "mount orgkeys has", true},
+		{"secrets in clear", tune("orgkeys-seal", "plaintext"), tune("orgkeys-seal", ""), "mount orgkeys-seal has", true},
+		{"log_raw", device(map[string]string{"file_path": filepath.Join(t.TempDir(), "raw"), "log_raw": "true"}), disable("other"), "log_raw=true", false},
+		{"no device", disable("file"), file, "no audit device", false},
+		{"only a device that discards", func() error {
+			return errors.Join(device(map[string]string{"file_path": "discard"})(), disable("file")())
+		},
+			func() error { return errors.Join(file(), disable("other")()) }, "keeps what it is given", false},
+		{"only /dev/null", func() error {
+			return errors.Join(device(map[string]string{"file_path": "/dev/null"})(), disable("file")())
+		},
+			func() error { return errors.Join(file(), disable("other")()) }, "keeps what it is given", false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c := open(t)
+			sink, list := c.Sink(), entries(t, 0, 1)
+			if err := second(sink.Append(t.Context(), list)); err != nil {
+				t.Fatal(err)
+			}
+			if err := tt.do(); err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				if err := tt.undo(); err != nil {
+					t.Error(err)
+				}
+			}()
+			eventually(t, func() error {
+				if second(sink.Append(t.Context(), list)) == nil {
+					return errors.New("the sink still acknowledges")
+				}
+				return nil
+			})
+			if err := second(generate(t.Context(), c)); !errors.Is(err, orgkey.ErrUnavailable) {
+				t.Errorf("a key came out: %v", err)
+			}
+			if err := c.Healthy(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("it is healthy: %v", err)
+			}
+			if p := problems(c); !strings.Contains(p, tt.want) {
+				t.Errorf("the check at start found: %q", p)
+			}
+			if output, err := server.Setup(t.Context()); (err == nil) != tt.repaired {
+				t.Errorf("the set-up said %q, %v", output, err)
+			}
+			if tt.repaired && c.Healthy(t.Context()) != nil {
+				t.Error("the set-up did not repair it")
+			}
+		})
 	}
 }

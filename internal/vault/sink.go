@@ -96,10 +96,14 @@ func missingMount(err error) bool {
 }
 
 // Append implements audit.Sink. The events are in Vault's audit file, in
-// order, when it returns; every receipt was checked.
+// order, when it returns; every receipt was checked. It fails while the audit
+// devices are not as Check wants them.
 func (s *Sink) Append(ctx context.Context, entries []audit.Entry) ([][]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err := s.c.audited(ctx); err != nil {
+		return nil, err
+	}
 	receipts := make([][]byte, 0, len(entries))
 	for len(entries) > 0 {
 		n := batchLen(entries)

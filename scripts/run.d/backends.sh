@@ -51,6 +51,7 @@ random_password() { openssl rand -hex 24; }
 # file audit device; initialised and set up the first time, unsealed every time.
 start_vault() {
 	local dir=$data/vault
+	unset "${!VAULT_@}" # the caller's are for another Vault
 	VAULT_CLI=$(vault/devserver/build)
 	export VAULT_CLI VAULT_ADDR=https://127.0.0.1:$1 VAULT_CACERT=$dir/tls.crt
 	mkdir -p "$dir"
