@@ -32,9 +32,13 @@ events, again under the newest version of the sealing key in Vault, inside Vault
 The server may run meanwhile, and a run that was interrupted is completed by
 another: records of the newest version are left alone, and so are those that
 change while it runs. One that does not open is named, and does not stop the
-others. Progress goes to standard error. When it ends with exit code 0 the old
-versions are no longer needed, except by backups of the database: only then
-think of min_decryption_version.`,
+others. Progress goes to standard error.
+
+What was being sealed at the moment of the rotation may be stored under the old
+version after a run has passed it. So run it again some minutes later, and think
+of min_decryption_version only when a run finds nothing to do. Backups of the
+database need the old versions as long as you keep them. If min_decryption_version
+was raised too early, lower it and run this again: nothing is lost.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(cmd)
