@@ -10,9 +10,12 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
@@ -142,6 +145,64 @@ func TestPromise1_KeyMaterialIsNowhere(t *testing.T) {
 		if s.Running() {
 			s.Stop(t)
 		}
+	}
+}
+
+// TestPromise1_MemoryIsKeptFromOthers runs the program as a user who is not
+// root: to root's processes the kernel's refusal does not show.
+func TestPromise1_MemoryIsKeptFromOthers(t *testing.T) {
+	t.Parallel()
+	dir, err := os.MkdirTemp("", "orgkeys-memory-") // t.TempDir's parent is its owner's only
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	program, err := os.ReadFile(harness.Binary(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	binary := filepath.Join(dir, "orgkeys")
+	if err := os.WriteFile(binary, program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), binary, "serve")
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "ORGKEYS_DATA_DIR=" + filepath.Join(dir, "data"), "ORGKEYS_LISTEN=127.0.0.1:0"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{}
+	if os.Getuid() == 0 {
+		const nobody = 65534
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
+		if err := os.Chown(dir, nobody, nobody); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out := &harness.Output{}
+	cmd.Stderr = out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill() // what it answers to does not matter here
+		_ = cmd.Wait()
+	}()
+	harness.Eventually(t, harness.Patience, "the service listens", func() bool {
+		return bytes.Contains(out.From(0), []byte(`"msg":"listening"`))
+	})
+	proc := fmt.Sprintf("/proc/%d/", cmd.Process.Pid)
+	limits, err := os.ReadFile(proc + "limits")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !regexp.MustCompile(`(?m)^Max core file size +0 +0 `).Match(limits) {
+		t.Errorf("core dumps are not forbidden:\n%s", limits)
+	}
+	// The kernel gives the files of a process that must not be dumped to root,
+	// and so keeps other processes of its user from reading its memory.
+	info, err := os.Stat(proc + "mem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if uid := info.Sys().(*syscall.Stat_t).Uid; uid != 0 {
+		t.Errorf("the process's memory belongs to user %d, and other processes of that user can read it", uid)
 	}
 }
 
