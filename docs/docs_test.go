@@ -142,19 +142,27 @@ func TestEveryPromiseNamesTestsThatExist(t *testing.T) {
 	}
 	existing := testNames(t)
 	promises := 0
+	kept := map[string]string{} // by test, the promise in whose row it stands
 	for _, row := range strings.Split(table, "\n") {
 		if !regexp.MustCompile(`^\| \d+\. `).MatchString(row) {
 			continue
 		}
 		promises++
+		number := regexp.MustCompile(`\d+`).FindString(row)
 		named := regexp.MustCompile("`(Test\\w+)`").FindAllStringSubmatch(row, -1)
 		if len(named) == 0 {
 			t.Errorf("no test keeps this promise: %s", row)
 		}
 		for _, n := range named {
+			kept[n[1]] = number
 			if !existing[n[1]] {
 				t.Errorf("there is no test %s, which is to keep: %.60s…", n[1], row)
 			}
+		}
+	}
+	for name := range existing {
+		if m := regexp.MustCompile(`^TestPromise(\d+)_`).FindStringSubmatch(name); m != nil && kept[name] != m[1] {
+			t.Errorf("SECURITY.md does not name %s in the row of promise %s", name, m[1])
 		}
 	}
 	if promises != 10 {

@@ -15,8 +15,12 @@ import (
 
 	"golang.org/x/mod/sumdb/tlog"
 
+	"github.com/orgkeys/orgkeys/internal/chaos/cluster"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
+
+// aNode stands for a role where a request is signed by a node.
+const aNode = "node"
 
 // TestPromise5_EveryOperationLeavesItsOwnEvent finds each by its request ID.
 func TestPromise5_EveryOperationLeavesItsOwnEvent(t *testing.T) {
@@ -24,7 +28,20 @@ func TestPromise5_EveryOperationLeavesItsOwnEvent(t *testing.T) {
 	s := harness.Start(t, harness.Set("ORGKEYS_MAX", "1"))
 	org, other := harness.Org(), harness.Org()
 	key := s.Generate(t, org)
-	none := "/11111111-2222-4333-8444-555555555555"
+	const none = "/11111111-2222-4333-8444-555555555555"
+	nodes, secret := "/organization/"+org+"/nodes", "/organization/"+org+"/secret"
+	signed := func() []byte {
+		body, err := cluster.Signed(key.Private, org, "192.0.2.7")
+		must(t, err)
+		return body
+	}
+	inJSON := http.Header{"Content-Type": {"application/json"}}
+	if resp := s.Do(t, harness.Request{Method: "POST", Path: "/register", Body: signed(), Header: inJSON}); resp.Status != 200 {
+		t.Fatalf("registering: %s", resp.Body)
+	}
+	var registered struct{ Data []struct{ ID string } }
+	must(t, json.Unmarshal(s.Do(t, harness.Request{Method: "GET", Path: nodes, Token: s.Token(t, org, "USER")}).Body, &registered))
+	node := "/organization/" + org + "/node/" + registered.Data[0].ID
 	for i, c := range []struct {
 		name      string
 		request   harness.Request
@@ -49,6 +66,26 @@ func TestPromise5_EveryOperationLeavesItsOwnEvent(t *testing.T) {
 		{"a deletion of what is not there", harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + none}, org, "OWNER", 404, "request.failed", "failure", "not_found", none[1:], 0},
 		{"an Accept that cannot be met", harness.Request{Method: "POST", Path: harness.KeyPath(org), Header: http.Header{"Accept": {"text/html"}}}, org, "OWNER", 406, "request.failed", "failure", "*", "", 0},
 		{"a malformed organization", harness.Request{Method: "GET", Path: "/organization/-x/key"}, org, "OWNER", 400, "request.failed", "failure", "*", "", 0},
+		{"nodes", harness.Request{Method: "GET", Path: nodes}, org, "USER", 200, "node.listed", "success", "", "", 0},
+		{"nodes denied", harness.Request{Method: "GET", Path: nodes}, other, "OWNER", 403, "access.denied", "denied", "other_organization", "", 0},
+		{"a node's deletion denied", harness.Request{Method: "DELETE", Path: node}, org, "USER", 403, "access.denied", "denied", "insufficient_role", "", 0},
+		{"a node's deletion", harness.Request{Method: "DELETE", Path: node}, org, "OWNER", 200, "node.deleted", "success", "", registered.Data[0].ID, 0},
+		{"a node's deletion again", harness.Request{Method: "DELETE", Path: node}, org, "OWNER", 400, "request.failed", "failure", "already_deleted", "", 0},
+		{"a deletion of no node", harness.Request{Method: "DELETE", Path: "/organization/" + org + "/node" + none}, org, "OWNER", 404, "request.failed", "failure", "not_found", "", 0},
+		{"a registration", harness.Request{Method: "POST", Path: "/register"}, org, aNode, 200, "node.registered", "success", "*", registered.Data[0].ID, 0},
+		{"a node's fetching of secrets", harness.Request{Method: "POST", Path: "/secrets"}, org, aNode, 200, "secret.fetched", "success", "", "", 0},
+		{"an end of registration", harness.Request{Method: "POST", Path: "/unregister"}, org, aNode, 200, "node.unregistered", "success", "deleted", registered.Data[0].ID, 0},
+		{"an end of no registration", harness.Request{Method: "POST", Path: "/unregister"}, org, aNode, 404, "request.failed", "failure", "not_found", "", 0},
+		{"a secret", harness.Request{Method: "PUT", Path: secret + "/env_s3", Body: []byte("s")}, org, "OWNER", 200, "secret.put", "success", "*", "*", 0},
+		{"a secret denied", harness.Request{Method: "PUT", Path: secret + "/env_s3", Body: []byte("s")}, org, "USER", 403, "access.denied", "denied", "insufficient_role", "", 0},
+		{"a secret without a name of one", harness.Request{Method: "PUT", Path: secret + "/ENV", Body: []byte("s")}, org, "OWNER", 400, "request.failed", "failure", "invalid", "", 0},
+		{"secrets", harness.Request{Method: "GET", Path: secret}, org, "ADMINISTRATOR", 200, "secret.listed", "success", "", "", 0},
+		{"secrets denied", harness.Request{Method: "GET", Path: secret}, other, "OWNER", 403, "access.denied", "denied", "other_organization", "", 0},
+		{"a secret's deletion denied", harness.Request{Method: "DELETE", Path: secret + "/env_s3"}, org, "BILLING", 403, "access.denied", "denied", "insufficient_role", "", 0},
+		{"a secret's deletion", harness.Request{Method: "DELETE", Path: secret + "/env_s3"}, org, "OWNER", 200, "secret.deleted", "success", "*", "*", 0},
+		{"a secret's deletion again", harness.Request{Method: "DELETE", Path: secret + "/env_s3"}, org, "OWNER", 404, "request.failed", "failure", "not_found", "*", 0},
+		{"a reading of events", harness.Request{Method: "POST", Path: "/systemevent", Body: []byte("{}")}, org, "USER", 200, "event.read", "success", "", "", 0},
+		{"a reading of events that is malformed", harness.Request{Method: "POST", Path: "/systemevent", Body: []byte(`{"take":0}`)}, org, "USER", 400, "request.failed", "failure", "invalid", "", 0},
 		{"a deletion", harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + key.ID}, org, "ADMINISTRATOR", 200, "orgkey.deleted", "success", "", key.ID, 0},
 		{"a key", harness.Request{Method: "POST", Path: harness.KeyPath(org)}, org, "OWNER", 200, "orgkey.created", "success", "", "*", 1},
 		{"deleting all", harness.Request{Method: "DELETE", Path: harness.KeyPath(org)}, org, "OWNER", 200, "orgkey.all_deleted", "success", "", "", 1},
@@ -59,7 +96,13 @@ func TestPromise5_EveryOperationLeavesItsOwnEvent(t *testing.T) {
 				c.request.Header = http.Header{}
 			}
 			c.request.Header.Set("X-Request-Id", id)
-			c.request.Token = s.Token(t, c.as, c.role)
+			c.request.Header.Set("Content-Type", map[string]string{"POST": "application/json", "PUT": "application/octet-stream"}[c.request.Method])
+			actor, kind := "admin", "user"
+			if c.role == aNode {
+				actor, kind, c.request.Body = key.ID, "node", signed()
+			} else {
+				c.request.Token = s.Token(t, c.as, c.role)
+			}
 			if resp := s.Do(t, c.request); resp.Status != c.status {
 				t.Fatalf("status %d, want %d; body %.300q", resp.Status, c.status, resp.Body)
 			}
@@ -75,11 +118,11 @@ func TestPromise5_EveryOperationLeavesItsOwnEvent(t *testing.T) {
 			if e.Type != c.typ || e.Outcome != c.outcome || c.reason != "*" && e.Reason != c.reason || c.object != "*" && e.Object != c.object {
 				t.Errorf("the event is %+v", e)
 			}
-			if e.Actor != "admin" || e.Kind != "user" || e.Time == "" || e.Action == "" {
+			if e.Actor != actor || e.Kind != kind || e.Time == "" || e.Action == "" {
 				t.Errorf("who, when and what for is incomplete: %+v", e)
 			}
 			// What is not an organization's ID is never shown to the policy.
-			if decided := strings.HasPrefix(e.Policy, "sha256:"); decided != (c.status != 400 || e.Reason == "quota") {
+			if decided := strings.HasPrefix(e.Policy, "sha256:"); decided != (e.Org != "") {
 				t.Errorf("the policy's revision is %q", e.Policy)
 			}
 		})
