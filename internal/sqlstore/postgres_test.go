@@ -262,6 +262,67 @@ func TestRecordedTellsOfCommittedEventsOnly(t *testing.T) {
 	}
 }
 
+// A holder that is stopped keeps its connection and is silent on it. It is
+// followed all the same, and hears of it when it goes on.
+func TestAFrozenHolderIsFollowed(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db := open(t, location)
+	if err := db.Record(t.Context(), event(audit.KeysListed, "acme", "")); err != nil {
+		t.Fatal(err)
+	}
+	for name, follow := range map[string]func() (bool, error){
+		"sequencer": func() (bool, error) { n, err := db.Sequence(t.Context(), 10); return n == 1, err },
+		"sink vault": func() (bool, error) {
+			return db.Exclusive(t.Context(), "sink vault", func(context.Context) error { return nil })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			frozen, err := db.Hold(t.Context(), name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if mine, err := follow(); mine || err != nil {
+				t.Fatalf("mine is %t, %v, while another has it", mine, err)
+			}
+			started := time.Now()
+			until(t, "another has it", func() bool {
+				mine, err := follow()
+				if err != nil {
+					t.Fatal(err)
+				}
+				return mine
+			})
+			if took := time.Since(started); took > 2*sqlstore.HolderIdle {
+				t.Errorf("followed after %s", took)
+			}
+			if err := frozen.Commit(); err == nil {
+				t.Error("the holder that was frozen committed")
+			}
+		})
+	}
+}
+
+// A holder that is at work keeps its place for as long as that takes.
+func TestABusyHolderIsNotFollowed(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db, second := open(t, location), open(t, location)
+	entered, leave, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	go func() {
+		_, err := db.Exclusive(t.Context(), "sink vault", func(ctx context.Context) error { close(entered); <-leave; return ctx.Err() })
+		done <- err
+	}()
+	<-entered
+	for working := time.Now(); time.Since(working) < 2*sqlstore.HolderIdle; time.Sleep(50 * time.Millisecond) {
+		if mine, err := second.Exclusive(t.Context(), "sink vault", func(context.Context) error { return nil }); mine || err != nil {
+			t.Fatalf("after %s: mine is %t, %v", time.Since(working), mine, err)
+		}
+	}
+	close(leave)
+	if err := <-done; err != nil {
+		t.Errorf("the holder: %v", err)
+	}
+}
+
 // Several replicas that start at once on an empty database all get through.
 func TestMigratingConcurrently(t *testing.T) {
 	location := newDatabase(t, postgres)
