@@ -142,6 +142,63 @@ func TestAReadOnlyPostgresIsNotHealthy(t *testing.T) {
 	}
 }
 
+// Promise 8: also a server that was made unsafe while connections to it live
+// is not written to, and one that was made safe again is.
+func TestAPostgresThatBecomesUnsafeIsRefused(t *testing.T) {
+	server, err := pgtest.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Close() })
+	location := newDatabase(t, server)
+	db, admin := open(t, location), raw(t, location)
+	// Several connections, each of which has to be given up.
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() { reserve(t, db, uuid.NewString(), 1) })
+	}
+	all.Wait()
+	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
+		statement(t, admin, "ALTER SYSTEM SET "+setting+" = off")
+		statement(t, admin, "SELECT pg_reload_conf()")
+		until(t, "it is not healthy with "+setting+"=off", func() bool {
+			err := db.Healthy(t.Context())
+			return err != nil && strings.Contains(err.Error(), setting+"=off")
+		})
+		for range 8 {
+			if err := db.Reserve(t.Context(), uuid.NewString(), uuid.NewString(), 1, life); !errors.Is(err, orgkey.ErrUnavailable) {
+				t.Errorf("with %s=off a place was given: %v", setting, err)
+			}
+		}
+		statement(t, admin, "ALTER SYSTEM RESET "+setting)
+		statement(t, admin, "SELECT pg_reload_conf()")
+		until(t, "it is healthy again", func() bool { return db.Healthy(t.Context()) == nil })
+		reserve(t, db, uuid.NewString(), 1)
+	}
+}
+
+// A role that may only read is not one to serve with.
+func TestARoleThatMayNotWriteIsNotHealthy(t *testing.T) {
+	location := newDatabase(t, postgres)
+	open(t, location)
+	admin := raw(t, location)
+	role := "r" + strings.ReplaceAll(uuid.NewString(), "-", "")
+	statement(t, admin, "CREATE ROLE "+role+" LOGIN")
+	statement(t, admin, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO "+role)
+	db, err := sqlstore.Open(t.Context(), strings.Replace(location, "orgkeys@", role+"@", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if err := db.Healthy(t.Context()); !errors.Is(err, orgkey.ErrUnavailable) || !strings.Contains(err.Error(), "INSERT on events") {
+		t.Errorf("a role that may only read: %v", err)
+	}
+	statement(t, admin, "GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO "+role)
+	if err := db.Healthy(t.Context()); err != nil {
+		t.Errorf("a role that may write: %v", err)
+	}
+}
+
 // Whatever isolation the database's administrator made the default: each
 // statement sees what was committed while it waited for its turn.
 func TestTheQuotaHoldsUnderAnotherDefaultIsolation(t *testing.T) {
