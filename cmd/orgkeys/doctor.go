@@ -239,7 +239,7 @@ func (d *doctor) redis(ctx context.Context) {
 	case errors.Is(err, redislock.ErrReadOnly):
 		d.warn("Redis", "have ORGKEYS_REDIS_URL lead to the primary, or to the sentinels that know it"+without, "%v", err)
 	default:
-		d.warn("Redis", "start Redis, or mend ORGKEYS_REDIS_URL"+without, "it cannot be used: %v", err)
+		d.warn("Redis", "start Redis, or mend ORGKEYS_REDIS_URL"+without, "it does not answer, or not as it must: %v", err)
 	}
 }
 

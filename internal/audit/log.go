@@ -57,7 +57,8 @@ type Store interface {
 	// Entries returns at most limit entries from index on.
 	Entries(ctx context.Context, index int64, limit int) ([]Entry, error)
 	// Exclusive runs do while no other process runs one of the same name. It
-	// returns false at once if another does.
+	// returns false at once if another does. do's context ends if the process
+	// loses that place, as one that was stopped does.
 	Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error)
 	// SinkNext returns the first index that a shared sink has not acknowledged,
 	// as SetSinkNext last set it.

@@ -3,8 +3,10 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"database/sql"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -201,6 +203,80 @@ func ask(t *testing.T, nodes *http.Client, s *harness.Server, path string, key h
 	}
 	resp.Body.Close()
 	return resp.StatusCode
+}
+
+// TestTheSequencersPlaceIsTakenOver: the process that is giving events their
+// place in the log is killed, or stopped, in the middle of that. Another goes
+// on soon, and keys are released meanwhile.
+func TestTheSequencersPlaceIsTakenOver(t *testing.T) {
+	c := cluster.Configure(t, 3)
+	admin, err := sql.Open("pgx", c.Database)
+	must(t, err)
+	defer admin.Close()
+	byRole := map[string]*harness.Server{} // each has a role of its own, by which its connections are known
+	for i, r := range c.Replicas {
+		role := fmt.Sprintf("replica_%d", i)
+		_, err := admin.Exec("CREATE ROLE " + role + " SUPERUSER LOGIN")
+		must(t, err)
+		r.Configured("ORGKEYS_DATABASE_URL", strings.Replace(c.Database, "orgkeys@", role+"@", 1))
+		byRole[role] = r
+		r.Start(t)
+	}
+	for _, tt := range []struct {
+		name   string
+		strike func(*harness.Server) (mend func())
+		within time.Duration
+	}{
+		{"killed", func(s *harness.Server) func() { s.Kill(); return func() { s.Start(t) } }, 2 * time.Second},
+		{"stopped", func(s *harness.Server) func() {
+			must(t, syscall.Kill(s.PID(), syscall.SIGSTOP))
+			return func() { must(t, syscall.Kill(s.PID(), syscall.SIGCONT)) }
+		}, 4 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			// Whoever gives the next event its place waits for the log's head.
+			head, err := admin.Begin()
+			must(t, err)
+			_, err = head.Exec("SELECT 1 FROM log_head FOR UPDATE")
+			must(t, err)
+			org := harness.Org()
+			list(t, c, org)
+			var role string
+			harness.Eventually(t, 4*time.Second, "a process is at the log's head", func() bool {
+				return admin.QueryRow("SELECT usename FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory' AND wait_event_type = 'Lock' LIMIT 1").Scan(&role) == nil
+			})
+			mend := tt.strike(byRole[role])
+			must(t, head.Rollback())
+			started := time.Now()
+			harness.Eventually(t, harness.Patience, "the event has its place", func() bool {
+				var waiting int
+				must(t, admin.QueryRow("SELECT count(*) FROM events WHERE idx IS NULL").Scan(&waiting))
+				return waiting == 0
+			})
+			if took := time.Since(started); took > tt.within {
+				t.Errorf("taken over after %s", took)
+			}
+			for other, r := range byRole {
+				if other != role {
+					resp := r.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: c.Owner(t, org)})
+					if resp.Status != http.StatusOK {
+						t.Errorf("a key of %s: %d %s", r.Address(), resp.Status, resp.Body)
+					}
+				}
+			}
+			mend()
+			harness.Eventually(t, time.Minute, "the process serves again", byRole[role].Ready)
+		})
+	}
+}
+
+// list makes an event.
+func list(t *testing.T, c *cluster.Cluster, org string) {
+	t.Helper()
+	resp := c.Replicas[0].Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: c.Owner(t, org)})
+	if resp.Status != http.StatusOK {
+		t.Fatalf("listing: %d %s", resp.Status, resp.Body)
+	}
 }
 
 // TestDoctorNamesWhatIsWrong breaks one thing at a time and sees that it, and

@@ -11,12 +11,15 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"net/url"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -35,6 +38,7 @@ const (
 	answerTimeout    = 8 * time.Second // for a whole transaction or query, by this process's clock: a server that hangs keeps no time
 	poolSize         = 20
 	idleTime         = 5 * time.Minute
+	durableFor       = time.Second     // between two looks at whether PostgreSQL keeps what it acknowledges
 	connectionLife   = 5 * time.Minute // after a fail-over, connections to the wrong server last no longer
 	batchSize        = 256             // writes that share one SQLite transaction
 	attempts         = 4               // at a transaction that PostgreSQL aborted in favour of another
@@ -111,7 +115,7 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 	if config.ValidateConnect == nil { // the URL has no target_session_attrs
 		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
 	}
-	all := &pool{DB: stdlib.OpenDB(*config, stdlib.OptionAfterConnect(checkDurable))}
+	all := &pool{DB: stdlib.OpenDB(*config, stdlib.OptionAfterConnect(checkDurable), stdlib.OptionResetSession(stillDurable()))}
 	all.SetMaxOpenConns(poolSize)
 	all.SetMaxIdleConns(poolSize)
 	all.SetConnMaxIdleTime(idleTime)
@@ -127,16 +131,35 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 func checkDurable(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
-		var value string
-		if err := conn.QueryRow(ctx, "SELECT current_setting($1)", setting).Scan(&value); err != nil {
-			return fmt.Errorf("asking PostgreSQL for %s: %w", setting, err)
-		}
-		if value == "off" {
-			return fmt.Errorf("PostgreSQL runs with %s=off and may lose what it acknowledged: set it to on", setting)
-		}
+	settings := []string{"fsync", "synchronous_commit", "full_page_writes"}
+	values := make([]string, len(settings))
+	err := conn.QueryRow(ctx, "SELECT current_setting($1), current_setting($2), current_setting($3)", settings[0], settings[1], settings[2]).
+		Scan(&values[0], &values[1], &values[2])
+	if err != nil {
+		return fmt.Errorf("asking PostgreSQL whether it keeps what it acknowledges: %w", err)
+	}
+	if i := slices.Index(values, "off"); i >= 0 {
+		return fmt.Errorf("PostgreSQL runs with %s=off and may lose what it acknowledged: set it to on", settings[i])
 	}
 	return nil
+}
+
+// stillDurable repeats checkDurable, since a server is reconfigured while
+// connections to it live. It is asked of a connection that is about to be used, at
+// most once every durableFor. While the answer is bad every connection that
+// is asked is given up, and none is made instead.
+func stillDurable() func(context.Context, *pgx.Conn) error {
+	var good atomic.Int64 // when the answer was good last, in nanoseconds since the epoch
+	return func(ctx context.Context, conn *pgx.Conn) error {
+		if time.Since(time.Unix(0, good.Load())) < durableFor {
+			return nil
+		}
+		if checkDurable(ctx, conn) != nil {
+			return driver.ErrBadConn // the next connection's error says what is wrong
+		}
+		good.Store(time.Now().UnixNano())
+		return nil
+	}
 }
 
 // Close waits for writes under way and closes the database.
@@ -148,24 +171,51 @@ func (d *DB) Close() error {
 	return errors.Join(err, d.read.Close())
 }
 
-// Healthy reports whether the database answers, and can be written to: after a
-// fail-over, a connection may lead to the server that is a standby now.
+// Healthy reports whether the database answers, and can be written to: a disk
+// may be full, another process may hold SQLite's file, a role may lack a right,
+// and after a fail-over a connection may lead to the server that is a standby now.
 func (d *DB) Healthy(ctx context.Context) error {
 	var size int64
-	if err := d.read.QueryRowContext(ctx, "SELECT size FROM log_head").Scan(&size); err != nil || !d.postgres {
+	if err := d.read.QueryRowContext(ctx, "SELECT size FROM log_head").Scan(&size); err != nil {
 		return unavailable(err)
 	}
-	var readOnly string
-	if err := d.read.QueryRowContext(ctx, "SELECT current_setting('transaction_read_only')").Scan(&readOnly); err != nil {
+	if !d.postgres {
+		return d.write(ctx, rewriteHead)
+	}
+	var readOnly bool
+	var missing string
+	if err := d.read.QueryRowContext(ctx, cannotWrite).Scan(&readOnly, &missing); err != nil {
 		return unavailable(err)
 	}
-	if readOnly != "off" {
+	if readOnly {
 		return unavailable(errReadOnly)
+	}
+	if missing != "" {
+		return unavailable(fmt.Errorf("the role that orgkeys logs in with lacks %s", missing))
 	}
 	return nil
 }
 
+// rewriteHead changes nothing, and has SQLite write and commit a page all the
+// same: only that shows whether there is room. A row that is set to what it is
+// would not be written.
+func rewriteHead(ctx context.Context, tx *txn) error {
+	if _, err := exec(ctx, tx, "UPDATE log_head SET size = size + 1"); err != nil {
+		return err
+	}
+	_, err := exec(ctx, tx, "UPDATE log_head SET size = size - 1")
+	return err
+}
+
 var errReadOnly = errors.New("PostgreSQL is a standby, or read-only")
+
+// cannotWrite finds what keeps PostgreSQL from taking the writes without which
+// no key can be made. It only asks: writes that come to nothing, once a second
+// for each replica, would be the vacuum's work.
+const cannotWrite = `SELECT current_setting('transaction_read_only')::boolean, coalesce(string_agg(what || ' on ' || thing, ', '), '')
+	FROM (VALUES ('INSERT', 'events'), ('UPDATE', 'events'), ('INSERT', 'org_keys'), ('UPDATE', 'org_keys'), ('DELETE', 'org_keys'),
+		('INSERT', 'log_hashes'), ('UPDATE', 'log_head')) AS needed (what, thing)
+	WHERE NOT has_table_privilege(thing, what)`
 
 // write runs do in a transaction, in PostgreSQL again if that aborted it, and
 // lets the sequencer know of the events in it. When ctx ends before the answer

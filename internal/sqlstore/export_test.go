@@ -1,6 +1,11 @@
 package sqlstore
 
-import "time"
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"time"
+)
 
 // SystemEventsStatement is what SystemEvents asks the database.
 var SystemEventsStatement = systemEvents
@@ -11,3 +16,20 @@ func (d *DB) LimitWrites(limit time.Duration) { d.writer.limit = limit }
 
 // Waiting is how many changes wait for SQLite's writer.
 func (d *DB) Waiting() int { return len(d.writer.queue) }
+
+// HolderIdle is how long a holder may be silent.
+const HolderIdle = holderIdle
+
+// Hold takes the lock name as a sequencer or feeder does, and is then silent,
+// as one that is stopped.
+func (d *DB) Hold(ctx context.Context, name string) (*sql.Tx, error) {
+	tx, err := d.read.BeginTx(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	mine, err := d.tryLock(ctx, &txn{Tx: tx}, name)
+	if err == nil && !mine {
+		err = errors.New("another has it")
+	}
+	return tx, err
+}

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -83,13 +84,22 @@ func (d *DB) Sequence(ctx context.Context, limit int) (int, error) {
 	return n, nil
 }
 
-// tryLock is lock without waiting.
+// How long PostgreSQL leaves a lock to a holder that is silent, as one that is
+// stopped is, and how often a holder that is at work elsewhere says something.
+const (
+	holderIdle  = 2 * time.Second
+	holderTouch = 500 * time.Millisecond
+)
+
+// tryLock is lock without waiting. The transaction does not outlive its
+// holder's silence by more than holderIdle.
 func (d *DB) tryLock(ctx context.Context, tx *txn, name string) (bool, error) {
 	if !d.postgres {
 		return true, nil
 	}
 	var mine bool
-	err := tx.QueryRowContext(ctx, "SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))", name).Scan(&mine)
+	err := tx.QueryRowContext(ctx, `SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))
+		FROM set_config('idle_in_transaction_session_timeout', $2, true)`, name, strconv.FormatInt(holderIdle.Milliseconds(), 10)).Scan(&mine)
 	return mine, unavailable(err)
 }
 
@@ -262,12 +272,9 @@ func (d *DB) KeepReceipts(ctx context.Context, sink string, first int64, receipt
 	})
 }
 
-// exclusiveTime is how long PostgreSQL waits for the holder of an exclusive
-// lock, longer than it may take.
-const exclusiveTime = 15 * time.Second
-
 // Exclusive implements audit.Store. On PostgreSQL the lock belongs to a
-// transaction, so it goes with a process that dies, and with one that is stopped.
+// transaction, so it goes with a process that dies, and with one that is
+// stopped; then do's context ends when that process goes on.
 func (d *DB) Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error) {
 	if !d.postgres {
 		return true, do(ctx)
@@ -277,14 +284,43 @@ func (d *DB) Exclusive(ctx context.Context, name string, do func(context.Context
 		return false, unavailable(err)
 	}
 	tx := &txn{Tx: begun}
-	if _, err := exec(ctx, tx, fmt.Sprintf("SET LOCAL idle_in_transaction_session_timeout = %d", exclusiveTime.Milliseconds())); err != nil {
-		return false, errors.Join(err, ignoreDone(tx.Rollback()))
-	}
 	mine, err := d.tryLock(ctx, tx, name)
 	if err != nil || !mine {
 		return false, errors.Join(err, ignoreDone(tx.Rollback()))
 	}
-	return true, errors.Join(do(ctx), unavailable(ignoreDone(tx.Rollback())))
+	holding, stop := context.WithCancel(ctx)
+	kept := make(chan error, 1)
+	go func() {
+		defer stop()
+		kept <- keep(holding, tx)
+	}()
+	err = do(holding)
+	stop()
+	return true, errors.Join(err, <-kept, unavailable(ignoreDone(tx.Rollback())))
+}
+
+// keep says something in tx now and then, so that PostgreSQL does not end it,
+// until ctx ends or PostgreSQL has ended it.
+func keep(ctx context.Context, tx *txn) error {
+	ticker := time.NewTicker(holderTouch)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+			if err := ignoreDone(touch(context.WithoutCancel(ctx), tx)); err != nil {
+				return fmt.Errorf("keeping a lock: %w", err)
+			}
+		}
+	}
+}
+
+func touch(ctx context.Context, tx *txn) error {
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	_, err := exec(ctx, tx, "SELECT 1")
+	return err
 }
 
 // SinkNext implements audit.Store.

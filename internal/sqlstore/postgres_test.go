@@ -142,6 +142,63 @@ func TestAReadOnlyPostgresIsNotHealthy(t *testing.T) {
 	}
 }
 
+// Promise 8: also a server that was made unsafe while connections to it live
+// is not written to, and one that was made safe again is.
+func TestAPostgresThatBecomesUnsafeIsRefused(t *testing.T) {
+	server, err := pgtest.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Close() })
+	location := newDatabase(t, server)
+	db, admin := open(t, location), raw(t, location)
+	// Several connections, each of which has to be given up.
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() { reserve(t, db, uuid.NewString(), 1) })
+	}
+	all.Wait()
+	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
+		statement(t, admin, "ALTER SYSTEM SET "+setting+" = off")
+		statement(t, admin, "SELECT pg_reload_conf()")
+		until(t, "it is not healthy with "+setting+"=off", func() bool {
+			err := db.Healthy(t.Context())
+			return err != nil && strings.Contains(err.Error(), setting+"=off")
+		})
+		for range 8 {
+			if err := db.Reserve(t.Context(), uuid.NewString(), uuid.NewString(), 1, life); !errors.Is(err, orgkey.ErrUnavailable) {
+				t.Errorf("with %s=off a place was given: %v", setting, err)
+			}
+		}
+		statement(t, admin, "ALTER SYSTEM RESET "+setting)
+		statement(t, admin, "SELECT pg_reload_conf()")
+		until(t, "it is healthy again", func() bool { return db.Healthy(t.Context()) == nil })
+		reserve(t, db, uuid.NewString(), 1)
+	}
+}
+
+// A role that may only read is not one to serve with.
+func TestARoleThatMayNotWriteIsNotHealthy(t *testing.T) {
+	location := newDatabase(t, postgres)
+	open(t, location)
+	admin := raw(t, location)
+	role := "r" + strings.ReplaceAll(uuid.NewString(), "-", "")
+	statement(t, admin, "CREATE ROLE "+role+" LOGIN")
+	statement(t, admin, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO "+role)
+	db, err := sqlstore.Open(t.Context(), strings.Replace(location, "orgkeys@", role+"@", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if err := db.Healthy(t.Context()); !errors.Is(err, orgkey.ErrUnavailable) || !strings.Contains(err.Error(), "INSERT on events") {
+		t.Errorf("a role that may only read: %v", err)
+	}
+	statement(t, admin, "GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO "+role)
+	if err := db.Healthy(t.Context()); err != nil {
+		t.Errorf("a role that may write: %v", err)
+	}
+}
+
 // Whatever isolation the database's administrator made the default: each
 // statement sees what was committed while it waited for its turn.
 func TestTheQuotaHoldsUnderAnotherDefaultIsolation(t *testing.T) {
@@ -259,6 +316,67 @@ func TestRecordedTellsOfCommittedEventsOnly(t *testing.T) {
 	}
 	if n, err := db.Sequence(t.Context(), 10); n != 1 || err != nil || told() {
 		t.Errorf("sequenced %d, %v; or that counts as an event", n, err)
+	}
+}
+
+// A holder that is stopped keeps its connection and is silent on it. It is
+// followed all the same, and hears of it when it goes on.
+func TestAFrozenHolderIsFollowed(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db := open(t, location)
+	if err := db.Record(t.Context(), event(audit.KeysListed, "acme", "")); err != nil {
+		t.Fatal(err)
+	}
+	for name, follow := range map[string]func() (bool, error){
+		"sequencer": func() (bool, error) { n, err := db.Sequence(t.Context(), 10); return n == 1, err },
+		"sink vault": func() (bool, error) {
+			return db.Exclusive(t.Context(), "sink vault", func(context.Context) error { return nil })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			frozen, err := db.Hold(t.Context(), name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if mine, err := follow(); mine || err != nil {
+				t.Fatalf("mine is %t, %v, while another has it", mine, err)
+			}
+			started := time.Now()
+			until(t, "another has it", func() bool {
+				mine, err := follow()
+				if err != nil {
+					t.Fatal(err)
+				}
+				return mine
+			})
+			if took := time.Since(started); took > 2*sqlstore.HolderIdle {
+				t.Errorf("followed after %s", took)
+			}
+			if err := frozen.Commit(); err == nil {
+				t.Error("the holder that was frozen committed")
+			}
+		})
+	}
+}
+
+// A holder that is at work keeps its place for as long as that takes.
+func TestABusyHolderIsNotFollowed(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db, second := open(t, location), open(t, location)
+	entered, leave, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	go func() {
+		_, err := db.Exclusive(t.Context(), "sink vault", func(ctx context.Context) error { close(entered); <-leave; return ctx.Err() })
+		done <- err
+	}()
+	<-entered
+	for working := time.Now(); time.Since(working) < 2*sqlstore.HolderIdle; time.Sleep(50 * time.Millisecond) {
+		if mine, err := second.Exclusive(t.Context(), "sink vault", func(context.Context) error { return nil }); mine || err != nil {
+			t.Fatalf("after %s: mine is %t, %v", time.Since(working), mine, err)
+		}
+	}
+	close(leave)
+	if err := <-done; err != nil {
+		t.Errorf("the holder: %v", err)
 	}
 }
 

@@ -1,8 +1,12 @@
 package sqlstore_test
 
 import (
+	"context"
+	"database/sql"
 	"errors"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -79,4 +83,56 @@ func TestAChangeBehindAStalledOneIsNotMade(t *testing.T) {
 		t.Errorf("the change behind them: %v, want ErrUnavailable", err)
 	}
 	reserve(t, db, "other", 1)
+}
+
+// A SQLite file that another process has locked cannot be written to, whatever
+// can be read from it.
+func TestALockedFileIsNotHealthy(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "orgkeys.db")
+	db := open(t, path)
+	other, err := sql.Open("sqlite", "file:"+path+"?_txlock=immediate")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	lock, err := other.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := db.Healthy(ctx); !errors.Is(err, orgkey.ErrUnavailable) {
+		t.Errorf("while another process has the lock: %v", err)
+	}
+	if err := lock.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Healthy(t.Context()); err != nil {
+		t.Errorf("when it is free again: %v", err)
+	}
+}
+
+// Nor can one on a disk that is full, for which a limit on the size of files
+// stands here.
+func TestAFullDiskIsNotHealthy(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+	signal.Ignore(syscall.SIGXFSZ)
+	defer signal.Reset(syscall.SIGXFSZ)
+	var before syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_FSIZE, &before); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: 1, Max: before.Max}); err != nil {
+		t.Fatal(err)
+	}
+	err := db.Healthy(t.Context())
+	if restore := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &before); restore != nil {
+		t.Fatal(restore)
+	}
+	if !errors.Is(err, orgkey.ErrUnavailable) {
+		t.Errorf("with a full disk: %v", err)
+	}
+	if err := db.Healthy(t.Context()); err != nil {
+		t.Errorf("when there is room again: %v", err)
+	}
 }
