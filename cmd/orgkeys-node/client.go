@@ -117,6 +117,9 @@ func (c *client) retry(ctx context.Context, limit int64, build func(context.Cont
 		// The last attempt is at the end. Ending earlier because the server asks
 		// for more patience would have a supervisor come back all the sooner.
 		wait = min(wait, left)
+		// A connection kept meanwhile would take one of the server's from a node
+		// that has something to ask.
+		c.http.CloseIdleConnections()
 		select {
 		case <-ctx.Done():
 			return answer{}, c.gaveUp(a, err)

@@ -170,6 +170,8 @@ func execute(ctx context.Context, s settings, r *report) error {
 	if err != nil {
 		return err
 	}
+	// The server has a bound on connections, and others are waiting.
+	defer c.http.CloseIdleConnections()
 	ctx, cancel := context.WithTimeout(ctx, 2*(s.wait+attemptTimeout))
 	defer cancel()
 	switch s.command {

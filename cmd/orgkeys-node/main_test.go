@@ -20,6 +20,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -770,6 +772,37 @@ func TestUnitFileNamesExitCodesThatMendingNeeds(t *testing.T) {
 	for _, want := range []string{"64", "69", "73", "75", "76", "77", "78", "ORGKEYS_NODE_SERVER"} {
 		if code != 0 || !strings.Contains(help, want) {
 			t.Errorf("help does not mention %s", want)
+		}
+	}
+}
+
+// The exit codes in docs/nodes.md are those of the program's help, and the unit
+// starts again for the codes that the table says.
+func TestDocumentedExitCodes(t *testing.T) {
+	text, err := os.ReadFile("../../docs/nodes.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	unit, err := os.ReadFile("orgkeys-node.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, prevented, _ := strings.Cut(string(unit), "\nRestartPreventExitStatus=")
+	prevented, _, _ = strings.Cut(prevented, "\n")
+	_, help := newMachine(t, "").run("help")
+	_, help, _ = strings.Cut(help, "Exit codes:\n")
+	codes := regexp.MustCompile(`(?m)^  (\d+) +(.*)$`).FindAllStringSubmatch(help, -1)
+	rows := regexp.MustCompile(`(?m)^\| (\d+) \| (.*) \| (?:(yes|no) )?\|$`).FindAllStringSubmatch(string(text), -1)
+	if len(codes) == 0 || len(rows) != len(codes) {
+		t.Fatalf("%d exit codes in the help, %d in the document", len(codes), len(rows))
+	}
+	for i, row := range rows {
+		code, meaning, again := row[1], row[2], row[3]
+		if code != codes[i][1] || !strings.HasPrefix(codes[i][2], meaning) {
+			t.Errorf("the document says %s %s, the help %s %s", code, meaning, codes[i][1], codes[i][2])
+		}
+		if ends := slices.Contains(strings.Fields(prevented), code); code != "0" && ends != (again == "no") {
+			t.Errorf("the document says that the unit starts again after %s: %s; it has %q", code, again, prevented)
 		}
 	}
 }

@@ -157,6 +157,12 @@ type Ref struct {
 	IP  netip.Addr
 }
 
+// Sight is a node that signed with a key.
+type Sight struct {
+	Ref
+	Key string
+}
+
 // Store keeps nodes, secrets and the uses of signatures. Every method is one
 // transaction, and the event given is committed in it or nothing is. Its
 // implementation is sqlstore.
@@ -188,8 +194,9 @@ type Store interface {
 	SecretNames(ctx context.Context, org string) ([]Secret, error)
 	// DeleteSecret ends org's secret, or reports ErrSecretNotFound.
 	DeleteSecret(ctx context.Context, org, name string, event audit.Event) error
-	// Seen moves last uses of keys and last sights of nodes forward; what is not there is no error.
-	Seen(ctx context.Context, keys map[string]time.Time, nodes map[Ref]time.Time) error
+	// Seen moves last uses of keys and last sights of nodes forward, and
+	// associates nodes with the keys they signed with; what is not there is no error.
+	Seen(ctx context.Context, keys map[string]time.Time, nodes map[Sight]time.Time) error
 	// ForgetUses removes at most limit uses whose Until is before now.
 	ForgetUses(ctx context.Context, now time.Time, limit int) (int, error)
 }

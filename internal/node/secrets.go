@@ -83,7 +83,7 @@ func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
 		return nil, err
 	}
 	// A registration writes this down itself.
-	s.seen.node(Ref{r.org, r.addr}, s.Now())
+	s.seen.node(Sight{Ref{r.org, r.addr}, r.key}, s.Now())
 	envelopes, err := s.envelop(ctx, r, sealed)
 	if err != nil {
 		reason := gate.ReasonFor(ctx, "unavailable")

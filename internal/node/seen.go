@@ -17,11 +17,11 @@ const (
 type seen struct {
 	mu    sync.Mutex
 	keys  map[string]time.Time
-	nodes map[Ref]time.Time
+	nodes map[Sight]time.Time
 }
 
 func newSeen() *seen {
-	return &seen{keys: map[string]time.Time{}, nodes: map[Ref]time.Time{}}
+	return &seen{keys: map[string]time.Time{}, nodes: map[Sight]time.Time{}}
 }
 
 func (s *seen) key(id string, at time.Time) {
@@ -30,18 +30,18 @@ func (s *seen) key(id string, at time.Time) {
 	s.keys[id] = at
 }
 
-func (s *seen) node(node Ref, at time.Time) {
+func (s *seen) node(node Sight, at time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.nodes[node] = at
 }
 
 // take returns what was collected and starts again.
-func (s *seen) take() (map[string]time.Time, map[Ref]time.Time) {
+func (s *seen) take() (map[string]time.Time, map[Sight]time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	keys, nodes := s.keys, s.nodes
-	s.keys, s.nodes = map[string]time.Time{}, map[Ref]time.Time{}
+	s.keys, s.nodes = map[string]time.Time{}, map[Sight]time.Time{}
 	return keys, nodes
 }
 

@@ -381,6 +381,31 @@ func TestNewKeyIsAssociatedWithRegisteredNodes(t *testing.T) {
 	})
 }
 
+// Whoever rotates a key waits until every node has signed with the new one.
+// Fetching secrets is signing.
+func TestFetchingConfirmsAnAssociation(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		first := w.release("acme")
+		w.must(w.register(first.signedAt("192.0.2.1", w.now())))
+		w.must(w.register(first.signedAt("192.0.2.2", w.now())))
+		second := w.release("acme")
+		w.ahead.Store(int64(time.Second))
+		for _, k := range []key{first, second} {
+			for _, ip := range []string{"192.0.2.1", "192.0.2.99"} {
+				if _, err := w.secrets(k.signedAt(ip, w.now())); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		stop()
+		w.must(w.service.Keep(ctx, time.Hour))
+		if got := w.nodeKeys(first) + ", " + w.nodeKeys(second); got != "192.0.2.2 192.0.2.1, 192.0.2.2? 192.0.2.1" {
+			t.Errorf("associations %s", got)
+		}
+	})
+}
+
 func TestSecretsReachTheHolderOfAKey(t *testing.T) {
 	onBoth(t, func(t *testing.T, w *world) {
 		k, other := w.release("acme"), w.release("other")
@@ -582,7 +607,7 @@ func TestLastUseAndLastSightAreWrittenDown(t *testing.T) {
 			}
 		}
 		past := map[string]time.Time{k.id: time.Unix(1, 0)}
-		w.must(w.db.Seen(t.Context(), past, map[node.Ref]time.Time{{Org: "acme", IP: n.IP}: time.Unix(1, 0)}))
+		w.must(w.db.Seen(t.Context(), past, map[node.Sight]time.Time{{Ref: node.Ref{Org: "acme", IP: n.IP}, Key: k.id}: time.Unix(1, 0)}))
 		if again := w.nodes("acme")[0]; again.Seen != n.Seen {
 			t.Errorf("sight moved back to %s", again.Seen)
 		}

@@ -294,38 +294,50 @@ func (d *DB) ForgetUses(ctx context.Context, now time.Time, limit int) (int, err
 
 // Seen implements node.Store. Rows that another transaction holds are left
 // out: a last use is worth no waiting, and no deadlock.
-func (d *DB) Seen(ctx context.Context, keys map[string]time.Time, nodes map[node.Ref]time.Time) error {
+func (d *DB) Seen(ctx context.Context, keys map[string]time.Time, nodes map[node.Sight]time.Time) error {
 	ids := slices.Collect(maps.Keys(keys))
 	for batch := range slices.Chunk(ids, seenBatch) {
 		var v values
 		for _, id := range batch {
 			v.add("CAST(%s AS TEXT), CAST(%s AS BIGINT)", id, keys[id].UnixMicro())
 		}
-		if err := d.change(ctx, "WITH v(id, at) AS ("+v.String()+`) UPDATE org_keys SET last_used_at = v.at FROM v
+		if err := d.change(ctx, v.args, "WITH v(id, at) AS ("+v.String()+`) UPDATE org_keys SET last_used_at = v.at FROM v
 			WHERE org_keys.id = v.id AND coalesce(last_used_at, 0) < v.at
-			AND org_keys.id IN (SELECT id FROM org_keys WHERE id IN (SELECT id FROM v)`+d.forUpdate(" SKIP LOCKED")+")", v.args); err != nil {
+			AND org_keys.id IN (SELECT id FROM org_keys WHERE id IN (SELECT id FROM v)`+d.forUpdate(" SKIP LOCKED")+")"); err != nil {
 			return err
 		}
 	}
-	refs := slices.Collect(maps.Keys(nodes))
-	for batch := range slices.Chunk(refs, seenBatch) {
+	sights := slices.Collect(maps.Keys(nodes))
+	for batch := range slices.Chunk(sights, seenBatch) {
 		var v values
-		for _, ref := range batch {
-			v.add("CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS BIGINT)", ref.Org, ref.IP.String(), nodes[ref].UnixMicro())
+		for _, s := range batch {
+			v.add("CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS BIGINT)", s.Org, s.IP.String(), s.Key, nodes[s].UnixMicro())
 		}
-		if err := d.change(ctx, "WITH v(org_id, ip, at) AS ("+v.String()+`) UPDATE nodes SET seen_at = v.at FROM v
-			WHERE nodes.org_id = v.org_id AND nodes.ip = v.ip AND seen_at < v.at
-			AND nodes.id IN (SELECT id FROM nodes WHERE (org_id, ip) IN (SELECT org_id, ip FROM v)`+d.forUpdate(" SKIP LOCKED")+")", v.args); err != nil {
+		with := "WITH v(org_id, ip, key_id, at) AS (" + v.String() + ") "
+		// A node that was left out was not moved to v.at, and is not associated
+		// either: it may be about to be deleted.
+		if err := d.change(ctx, v.args, with+`UPDATE nodes SET seen_at = last.at FROM (SELECT org_id, ip, max(at) AS at FROM v GROUP BY org_id, ip) AS last
+			WHERE nodes.org_id = last.org_id AND nodes.ip = last.ip AND seen_at < last.at
+			AND nodes.id IN (SELECT id FROM nodes WHERE (org_id, ip) IN (SELECT org_id, ip FROM v)`+d.forUpdate(" SKIP LOCKED")+")",
+			with+`INSERT INTO node_keys (node_id, key_id) SELECT n.id, k.id FROM v
+			JOIN nodes n ON n.org_id = v.org_id AND n.ip = v.ip AND n.deleted_at IS NULL AND n.seen_at >= v.at
+			JOIN org_keys k ON k.id = v.key_id AND k.org_id = v.org_id AND k.state = 'released'
+			WHERE true ON CONFLICT DO NOTHING`); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (d *DB) change(ctx context.Context, statement string, args []any) error {
+// change executes statements, each over args, in one transaction.
+func (d *DB) change(ctx context.Context, args []any, statements ...string) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		_, err := exec(ctx, tx, statement, args...)
-		return err
+		for _, statement := range statements {
+			if _, err := exec(ctx, tx, statement, args...); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 
@@ -356,7 +368,7 @@ func dissociate(ctx context.Context, tx *txn, key string) error {
 }
 
 // nodeKeys gives each record the nodes that are associated with its key: those
-// that registered with it, and, unconfirmed, those that were registered
+// that signed with it, and, unconfirmed, those that were registered
 // already when it was released.
 func (d *DB) nodeKeys(ctx context.Context, org string, records []orgkey.Record) error {
 	byID := make(map[string]*orgkey.Record, len(records))
