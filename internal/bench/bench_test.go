@@ -419,26 +419,101 @@ func BenchmarkRegister(b *testing.B) {
 	}
 	credentials := map[string]any{"role_id": readLine(b, login.RoleIDFile), "secret_id": readLine(b, login.SecretIDFile)}
 
-	s := harness.Start(b, harness.Set("ORGKEYS_TIMESTAMP_WINDOW", "3600s"))
-	key := s.Generate(b, "bench")
-	requests := make([][]byte, b.N)
-	for i := range requests {
-		requests[i] = registration(b, key.Private, i)
-	}
+	n := startNodes(b, b.N)
 	inPhases(b, 16, "logins", func(int) error {
 		_, err := vaultClient.Logical().WriteWithContext(context.Background(), "auth/approle/login", credentials)
 		return err
-	}, "registrations", func(i int) error {
-		resp, err := s.HTTP.Post(s.API+"/register", "application/json", bytes.NewReader(requests[i]))
-		if err != nil {
-			return err
-		}
-		body, err := io.ReadAll(resp.Body)
-		if err == nil && resp.StatusCode != http.StatusOK {
-			err = fmt.Errorf("status %d: %s", resp.StatusCode, body)
-		}
-		return errors.Join(err, resp.Body.Close())
-	})
+	}, "registrations", n.register)
+}
+
+// nodes are those of one organization, beside the running program.
+type nodes struct {
+	s        *harness.Server
+	requests [][]byte // registrations, each of another node, signed before
+}
+
+// startNodes starts the program, with two boot secrets to fetch.
+func startNodes(b *testing.B, registrations int) nodes {
+	b.Helper()
+	s := harness.Start(b, harness.Set("ORGKEYS_TIMESTAMP_WINDOW", "3600s"))
+	key := s.Generate(b, "bench")
+	owner := s.Token(b, "bench", "OWNER")
+	for _, name := range []string{"env_s3", "env_gcs"} {
+		s.Do(b, harness.Request{
+			Method: http.MethodPut, Path: "/organization/bench/secret/" + name, Token: owner, Body: make([]byte, 500),
+			Header: http.Header{"Content-Type": {"application/octet-stream"}},
+		}).Want(b, http.StatusOK, "Secret stored successfully")
+	}
+	n := nodes{s, make([][]byte, registrations)}
+	for i := range n.requests {
+		n.requests[i] = registration(b, key.Private, i)
+	}
+	return n
+}
+
+func (n nodes) register(i int) error { return n.post("/register", n.requests[i]) }
+
+// fetch fetches the secrets. Nothing of a signature is used up by that.
+func (n nodes) fetch(i int) error { return n.post("/secrets", n.requests[i%len(n.requests)]) }
+
+func (n nodes) post(path string, request []byte) error {
+	resp, err := n.s.HTTP.Post(n.s.API+path, "application/json", bytes.NewReader(request))
+	if err != nil {
+		return err
+	}
+	body, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("status %d: %s", resp.StatusCode, body)
+	}
+	return errors.Join(err, resp.Body.Close())
+}
+
+// BenchmarkSecrets: fetches of two boot secrets a second, by 16 clients, each
+// acknowledged by the file sink before it is answered.
+func BenchmarkSecrets(b *testing.B) {
+	n := startNodes(b, 100)
+	b.ResetTimer()
+	took := phase(b, 16, 0, b.N, n.fetch)
+	b.ReportMetric(float64(b.N)/took.Seconds(), "fetches/s")
+}
+
+// BenchmarkNodesAtHalfLoad: how long a registration and a fetch take while they
+// come at half of the rate that 16 clients reach.
+func BenchmarkNodesAtHalfLoad(b *testing.B) {
+	const measuring = 2000
+	for _, c := range []struct {
+		name string
+		do   func(n nodes, i int) error
+	}{{"register", nodes.register}, {"secrets", nodes.fetch}} {
+		b.Run(c.name, func(b *testing.B) {
+			n := startNodes(b, measuring+b.N)
+			whole := phase(b, 16, 0, measuring, func(i int) error { return c.do(n, i) })
+			interval := 2 * whole / measuring
+			b.ResetTimer()
+			percentiles(b, atIntervals(b, interval, func(i int) error { return c.do(n, measuring+i) }))
+			b.ReportMetric(float64(time.Second)/float64(interval), "offered/s")
+		})
+	}
+}
+
+// atIntervals has do begin b.N times, whether or not earlier ones have ended,
+// and returns how long after its moment each was done.
+func atIntervals(b *testing.B, interval time.Duration, do func(i int) error) []time.Duration {
+	took := make([]time.Duration, b.N)
+	var wg sync.WaitGroup
+	begin := time.Now()
+	for i := range b.N {
+		moment := begin.Add(time.Duration(i) * interval)
+		time.Sleep(time.Until(moment))
+		wg.Go(func() {
+			if err := do(i); err != nil {
+				b.Error(err)
+			}
+			took[i] = time.Since(moment)
+		})
+	}
+	wg.Wait()
+	return took
 }
 
 func readLine(b *testing.B, path string) string {
