@@ -133,6 +133,7 @@ func TestHasSealedSeesEveryTable(t *testing.T) {
 		"org_keys":        `INSERT INTO org_keys (id, org_id, slot, state, sealed) VALUES ('k', 'acme', 1, 'released', '\x00')`,
 		"boot_secrets":    `INSERT INTO boot_secrets (org_id, name, sealed, created_at, updated_at) VALUES ('acme', 'env', '\x00', 1, 1)`,
 		"checkpoint_keys": `INSERT INTO checkpoint_keys (vkey, sealed) VALUES ('v', '\x00')`,
+		"event_keys":      `INSERT INTO event_keys (origin, sealed) VALUES ('o', '\x00')`,
 	}
 	location, err := postgres.NewDatabase("t" + strings.ReplaceAll(uuid.NewString(), "-", ""))
 	if err != nil {
