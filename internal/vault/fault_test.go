@@ -222,7 +222,7 @@ func TestLastingFailureIsReported(t *testing.T) {
 	proxy, c := through(t)
 	var asked atomic.Int64
 	proxy.Before(func(w http.ResponseWriter, r *http.Request) bool {
-		if strings.HasSuffix(r.URL.Path, "/lookup-self") {
+		if strings.HasSuffix(r.URL.Path, "/sys/audit") {
 			asked.Add(1)
 		}
 		w.WriteHeader(http.StatusInternalServerError)
