@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/sqlstore/pgtest"
@@ -361,6 +363,37 @@ func TestDeletingAKey(t *testing.T) {
 		}
 		if got := types(t, db); got != "orgkey.created orgkey.created orgkey.deleted" {
 			t.Errorf("a refused deletion left its event behind: %s", got)
+		}
+	})
+}
+
+// A signature may have verified a moment before its key was deleted. The
+// transaction that acts looks again, also where the same request was served before.
+func TestPromise6_AKeyDeletedAfterItVerifiedActsNoMore(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id, ip := released(t, db, "acme", 5), netip.MustParseAddr("192.0.2.7")
+		registered := func(id string, _ node.Change) audit.Event { return event(audit.NodeRegistered, "acme", id) }
+		register := func(message byte) error {
+			use := node.Use{Org: "acme", Key: id, Message: [32]byte{message}, Until: time.Now().Add(time.Hour)}
+			return db.Register(t.Context(), use, node.Node{ID: uuid.NewString(), Org: "acme", IP: ip}, registered)
+		}
+		if err := register(1); err != nil {
+			t.Fatal(err)
+		}
+		if err := db.DeleteKey(t.Context(), "acme", id, event(audit.KeyDeleted, "acme", id)); err != nil {
+			t.Fatal(err)
+		}
+		for name, message := range map[string]byte{"the request from before": 1, "a new request": 2} {
+			if err := register(message); !errors.Is(err, node.ErrKeyGone) {
+				t.Errorf("%s: %v, want ErrKeyGone", name, err)
+			}
+		}
+		_, err := db.Secrets(t.Context(), "acme", id, func([]string) audit.Event { return event(audit.SecretsFetched, "acme", id) })
+		if !errors.Is(err, node.ErrKeyGone) {
+			t.Errorf("secrets: %v, want ErrKeyGone", err)
+		}
+		if got := types(t, db); got != "orgkey.created node.registered orgkey.deleted" {
+			t.Errorf("events: %s", got)
 		}
 	})
 }
