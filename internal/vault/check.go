@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/go-json-experiment/json"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
@@ -86,8 +87,10 @@ func together(ctx context.Context, checks ...func(context.Context) []Finding) []
 // was: what somebody changes in Vault stops the service no later than this.
 const trailLife = time.Second
 
-// trail is the last look at the audit trail.
+// trail is the last look at the audit trail, and the one under way.
 type trail struct {
+	looking singleflight.Group
+
 	mu  sync.Mutex
 	at  time.Time
 	err error
@@ -97,9 +100,18 @@ type trail struct {
 // writing them to its audit devices. sys/health stays 200 when those are full.
 // The error wraps orgkey.ErrUnavailable.
 func (c *Client) Healthy(ctx context.Context) error {
-	c.trail.mu.Lock()
-	defer c.trail.mu.Unlock()
-	return c.look(ctx)
+	// Who joins a look that another began leaves it when ctx ends.
+	look := c.trail.looking.DoChan("", func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.config.CallTimeout)
+		defer cancel()
+		return nil, c.look(ctx)
+	})
+	select {
+	case seen := <-look:
+		return seen.Err
+	case <-ctx.Done():
+		return fmt.Errorf("looking at Vault's audit trail: %w: %w", orgkey.ErrUnavailable, ctx.Err())
+	}
 }
 
 // audited is Healthy, unless that was asked within trailLife. Before a private
@@ -107,16 +119,16 @@ func (c *Client) Healthy(ctx context.Context) error {
 // audit devices show the events and hide the keys.
 func (c *Client) audited(ctx context.Context) error {
 	c.trail.mu.Lock()
-	defer c.trail.mu.Unlock()
-	if time.Since(c.trail.at) < trailLife {
-		return c.trail.err
+	at, err := c.trail.at, c.trail.err
+	c.trail.mu.Unlock()
+	if time.Since(at) < trailLife {
+		return err
 	}
-	return c.look(ctx)
+	return c.Healthy(ctx)
 }
 
-// look is for who holds c.trail.mu. That Vault did not answer is not kept: the
-// next one asks again.
-func (c *Client) look(ctx context.Context) error {
+// look keeps what it saw, unless Vault did not answer: then the next one asks again.
+func (c *Client) look(ctx context.Context) (err error) {
 	at := time.Now()
 	var problems, causes []error
 	for _, f := range c.checkTrail(ctx) {
@@ -127,14 +139,14 @@ func (c *Client) look(ctx context.Context) error {
 	}
 	switch {
 	case len(causes) > 0:
-		c.trail.at = time.Time{}
-		return fmt.Errorf("looking at Vault's audit trail: %w: %w", orgkey.ErrUnavailable, errors.Join(causes...))
+		at, err = time.Time{}, fmt.Errorf("looking at Vault's audit trail: %w: %w", orgkey.ErrUnavailable, errors.Join(causes...))
 	case len(problems) > 0:
-		c.trail.at, c.trail.err = at, fmt.Errorf("%w: Vault's audit trail is not safe: %w", orgkey.ErrUnavailable, errors.Join(problems...))
-	default:
-		c.trail.at, c.trail.err = at, nil
+		err = fmt.Errorf("%w: Vault's audit trail is not safe: %w", orgkey.ErrUnavailable, errors.Join(problems...))
 	}
-	return c.trail.err
+	c.trail.mu.Lock()
+	defer c.trail.mu.Unlock()
+	c.trail.at, c.trail.err = at, err
+	return err
 }
 
 func (c *Client) checkSeal(ctx context.Context) []Finding {

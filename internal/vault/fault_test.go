@@ -234,6 +234,38 @@ func TestLastingFailureIsReported(t *testing.T) {
 	}
 }
 
+// Who cannot wait any longer does not wait for the look that another began.
+func TestALookAtTheTrailHoldsNobodyUp(t *testing.T) {
+	proxy, c := through(t)
+	asked, answer := make(chan struct{}, 64), make(chan struct{})
+	proxy.Before(func(_ http.ResponseWriter, r *http.Request) bool {
+		if strings.HasSuffix(r.URL.Path, "/sys/audit") {
+			asked <- struct{}{}
+			<-answer
+		}
+		return true
+	})
+	patient := make(chan error, 1)
+	go func() { patient <- c.Healthy(t.Context()) }()
+	<-asked
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	hurried := make(chan error, 1)
+	go func() { hurried <- c.Healthy(ctx) }()
+	select {
+	case err := <-hurried:
+		if !errors.Is(err, orgkey.ErrUnavailable) {
+			t.Errorf("who could not wait heard %v", err)
+		}
+	case <-time.After(3 * time.Second):
+		t.Error("who could not wait is still waiting")
+	}
+	close(answer)
+	if err := <-patient; err != nil {
+		t.Errorf("who waited heard %v", err)
+	}
+}
+
 // TestFailedExportIsNotHeldUpByTheRemoval: nobody waits for a slow Vault to
 // remove a key whose private half could not be had; it is removed all the same.
 func TestFailedExportIsNotHeldUpByTheRemoval(t *testing.T) {

@@ -124,6 +124,8 @@ func TestCheckFindsAPolicyThatDoesNotFit(t *testing.T) {
 			"too strong: the service has read on orgkeys-seal/export/encryption-key/seal/1"},
 		{"it can delete the checkpoint", `path "orgkeys-state/data/checkpoint" { capabilities = ["delete"] }`,
 			"too strong: the service has delete on orgkeys-state/data/checkpoint"},
+		{"it can do what no list names", `path "kv-production/*" { capabilities = ["read"] }`,
+			"the token has the policies orgkeys-reaper, orgkeys-service, test, not"},
 		{"it is root", "", "too strong: the service has root on"},
 	}
 	for _, tt := range tests {

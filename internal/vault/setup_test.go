@@ -4,8 +4,10 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -122,6 +124,93 @@ func TestSetupRepairsWhatWasLoosened(t *testing.T) {
 	}
 	if p := problems(open(t)); p != "" {
 		t.Errorf("after the set-up the check at start still finds: %s", p)
+	}
+}
+
+func TestSetupRepairsTheRole(t *testing.T) {
+	const role = "auth/approle/role/orgkeys"
+	for field, loosened := range map[string]any{
+		"token_type": "batch", "token_period": "24h", "token_explicit_max_ttl": 60, "token_num_uses": 7, "secret_id_num_uses": 1,
+		"token_max_ttl": "720h", "token_policies": []string{"orgkeys-service", "orgkeys-reaper", "default"},
+	} {
+		t.Run(field, func(t *testing.T) {
+			sound := read(t, role)
+			if field == "token_type" { // Vault refuses a batch token with a number of uses or a period
+				loosened = "default-batch"
+			}
+			if err := second(root(t).Logical().WriteWithContext(t.Context(), role, map[string]any{field: loosened})); err != nil {
+				t.Fatal(err)
+			}
+			if reflect.DeepEqual(read(t, role), sound) {
+				t.Fatal("nothing was loosened")
+			}
+			if output, err := server.Setup(t.Context()); err != nil || !strings.Contains(output, "wrote role orgkeys") {
+				t.Errorf("the set-up said %q, %v", output, err)
+			}
+			if now := read(t, role); !reflect.DeepEqual(now, sound) {
+				t.Errorf("the role is %v, not %v", now, sound)
+			}
+		})
+	}
+}
+
+func read(t *testing.T, path string) map[string]any {
+	t.Helper()
+	s, err := root(t).Logical().ReadWithContext(t.Context(), path)
+	if err != nil || s == nil {
+		t.Fatal(s, err)
+	}
+	return s.Data
+}
+
+// A mount of the same name that somebody else uses is refused as it is.
+func TestSetupLeavesAnotherKVAlone(t *testing.T) {
+	sys, logical := root(t).Sys(), root(t).Logical()
+	if err := sys.RemountWithContext(t.Context(), "orgkeys-state", "set-aside"); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		ctx := context.WithoutCancel(t.Context())
+		if err := errors.Join(sys.UnmountWithContext(ctx, "orgkeys-state"), sys.RemountWithContext(ctx, "set-aside", "orgkeys-state")); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := sys.MountWithContext(t.Context(), "orgkeys-state", &api.MountInput{Type: "kv", Options: map[string]string{"version": "1"}}); err != nil {
+		t.Fatal(err)
+	}
+	theirs := map[string]any{"a": "b"}
+	if err := second(logical.WriteWithContext(t.Context(), "orgkeys-state/config", theirs)); err != nil {
+		t.Fatal(err)
+	}
+	if output, err := server.Setup(t.Context()); err == nil || !strings.Contains(output, "not version 2 of kv") {
+		t.Errorf("the set-up said %q, %v", output, err)
+	}
+	if now := read(t, "orgkeys-state/config"); !reflect.DeepEqual(now, theirs) {
+		t.Errorf("their secret is %v now", now)
+	}
+}
+
+// What a file from before Vault was set up anew holds is replaced.
+func TestSetupReplacesStaleCredentials(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"role_id", "secret_id"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("11111111-2222-3333-4444-555555555555"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stale := func(c *vault.Config) {
+		c.Login = &vault.AppRole{RoleIDFile: filepath.Join(dir, "role_id"), SecretIDFile: filepath.Join(dir, "secret_id")}
+	}
+	config := vault.Config{Address: server.Address, Log: slog.New(slog.DiscardHandler)}
+	stale(&config)
+	if _, err := vault.Open(t.Context(), config); !errors.Is(err, vault.ErrLogin) || !strings.Contains(err.Error(), "vault/setup --credentials") {
+		t.Errorf("with stale credentials: %v", err)
+	}
+	if output, err := server.Setup(t.Context(), "--credentials", dir); err != nil || strings.Count(output, "wrote "+dir) != 2 {
+		t.Fatalf("the set-up said %q, %v", output, err)
+	}
+	if p := problems(open(t, stale)); p != "" {
+		t.Errorf("with what the set-up wrote: %s", p)
 	}
 }
 

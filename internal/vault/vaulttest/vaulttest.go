@@ -338,6 +338,8 @@ func (s *Server) Setup(ctx context.Context, args ...string) (string, error) {
 }
 
 // RunSetup runs vault/setup with the given token, and returns what it printed.
+// Of VAULT_ variables it gets those that a caller's shell may well have set
+// and that change what Vault's command line prints.
 func (s *Server) RunSetup(ctx context.Context, token string, args ...string) (string, error) {
 	root, err := Root()
 	if err != nil {
@@ -345,7 +347,7 @@ func (s *Server) RunSetup(ctx context.Context, token string, args ...string) (st
 	}
 	var output bytes.Buffer
 	cmd := exec.CommandContext(ctx, filepath.Join(root, "vault", "setup"), args...)
-	cmd.Env = append(withoutVault(os.Environ()), append(s.Env(), "VAULT_CLI="+s.binary, "VAULT_TOKEN="+token)...)
+	cmd.Env = append(withoutVault(os.Environ()), append(s.Env(), "VAULT_CLI="+s.binary, "VAULT_TOKEN="+token, "VAULT_FORMAT=json", "VAULT_WRAP_TTL=60")...)
 	cmd.Stdout, cmd.Stderr = &output, &output
 	if err := cmd.Run(); err != nil {
 		return output.String(), fmt.Errorf("vault/setup: %w: %s", err, output.String())
