@@ -12,6 +12,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/vault"
@@ -19,7 +20,11 @@ import (
 
 // rewrapBatch is how many records are rewrapped by one call and stored by one
 // transaction, which a server's writers wait for.
-const rewrapBatch = 500
+const rewrapBatch = 100
+
+// clockGrain is how much older than it is a version of the key may look, by
+// Vault's clock, of which both ends are given in whole seconds.
+const clockGrain = 2 * time.Second
 
 func newRewrap() *cobra.Command {
 	return &cobra.Command{
@@ -34,11 +39,12 @@ another: records of the newest version are left alone, and so are those that
 change while it runs. One that does not open is named, and does not stop the
 others. Progress goes to standard error.
 
-What was being sealed at the moment of the rotation may be stored under the old
-version after a run has passed it. So run it again some minutes later, and think
-of min_decryption_version only when a run finds nothing to do. Backups of the
-database need the old versions as long as you keep them. If min_decryption_version
-was raised too early, lower it and run this again: nothing is lost.`,
+What is being sealed at the moment of the rotation may be stored under the old
+version a little later. So a run soon after one looks at all records again when
+the version is old enough: after ORGKEYS_RESERVATION_TTL. When a run has ended
+without an error, nothing needs the older versions but backups of the database,
+and min_decryption_version may be raised as far as your backups allow. If it was
+raised too early, lower it and run this again: nothing is lost.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(cmd)
@@ -69,12 +75,8 @@ func rewrap(ctx context.Context, cfg config.Config, progress io.Writer) (err err
 		return err
 	}
 	defer client.Close()
-	r := rewrapper{db: db, sealer: client.Sealer(), progress: progress}
-	if r.version, err = r.sealer.LatestVersion(ctx); err != nil {
-		return err
-	}
-	err = errors.Join(r.all(ctx, orgkey.PublicKey, "public keys"), r.all(ctx, orgkey.BootSecret, "boot secrets"),
-		r.all(ctx, orgkey.EventKey, "keys that authenticate events"))
+	r := rewrapper{db: db, sealer: client.Sealer(), progress: progress, failed: map[orgkey.Binding]bool{}}
+	err = r.run(ctx, max(cfg.ReservationTTL, 2*gate.RecordDeadline)+clockGrain)
 	return errors.Join(err, r.broken(), r.record(ctx, err))
 }
 
@@ -84,9 +86,44 @@ type rewrapper struct {
 	sealer   *vault.Sealer
 	progress io.Writer
 
-	version   int // of the sealing key
+	key       vault.SealingKey
 	rewrapped int
-	failed    int
+	failed    map[orgkey.Binding]bool
+}
+
+// run rewraps everything, and once more if the key's newest version was younger
+// than settled when it began: until then a record may be stored that was sealed
+// before that version was.
+func (r *rewrapper) run(ctx context.Context, settled time.Duration) error {
+	for seen := 0; ; {
+		key, err := r.sealer.Key(ctx)
+		if err != nil {
+			return err
+		}
+		if key.Latest == seen {
+			key.Age = settled // it was waited for, whatever Vault's clock says
+		}
+		r.key = key
+		if err := r.pass(ctx); err != nil {
+			return err
+		}
+		wait := settled - max(key.Age, 0)
+		if wait <= 0 {
+			return nil
+		}
+		fmt.Fprintf(r.progress, "version %d is new: what was being sealed before it is stored within %s; then all is looked at once more\n", key.Latest, wait)
+		seen = key.Latest
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (r *rewrapper) pass(ctx context.Context) error {
+	return errors.Join(r.all(ctx, orgkey.PublicKey, "public keys"), r.all(ctx, orgkey.BootSecret, "boot secrets"),
+		r.all(ctx, orgkey.EventKey, "keys that authenticate events"))
 }
 
 // all rewraps the records of a purpose, which what names.
@@ -102,7 +139,7 @@ func (r *rewrapper) all(ctx context.Context, purpose, what string) error {
 			return err
 		}
 		if len(page) == 0 {
-			fmt.Fprintf(r.progress, "%s: %d, of which %d were rewrapped to version %d\n", what, seen, r.rewrapped-before, r.version)
+			fmt.Fprintf(r.progress, "%s: %d, of which %d were rewrapped to version %d\n", what, seen, r.rewrapped-before, r.key.Latest)
 			return nil
 		}
 		if err := r.batch(ctx, r.outdated(page)); err != nil {
@@ -118,7 +155,7 @@ func (r *rewrapper) all(ctx context.Context, purpose, what string) error {
 func (r *rewrapper) outdated(page []orgkey.Sealed) []orgkey.Sealed {
 	var old []orgkey.Sealed
 	for _, s := range page {
-		if version, err := r.sealer.Version(s.Ciphertext); err != nil || version < r.version {
+		if version, err := r.sealer.Version(s.Ciphertext); err != nil || version < r.key.Latest {
 			old = append(old, s)
 		}
 	}
@@ -145,8 +182,13 @@ func (r *rewrapper) batch(ctx context.Context, old []orgkey.Sealed) error {
 
 func (r *rewrapper) apart(ctx context.Context, old []orgkey.Sealed, broken error) error {
 	if len(old) == 1 {
-		r.failed++
-		fmt.Fprintln(r.progress, broken)
+		if version, err := r.sealer.Version(old[0].Ciphertext); err == nil && version < r.key.MinDecryption {
+			return fmt.Errorf("there are records of version %d, and versions below %d open nothing now: lower min_decryption_version of the key orgkeys-seal/keys/seal and run this again", version, r.key.MinDecryption)
+		}
+		if b := old[0].Binding; !r.failed[b] {
+			r.failed[b] = true
+			fmt.Fprintln(r.progress, broken)
+		}
 		return nil
 	}
 	for i := range old {
@@ -158,10 +200,10 @@ func (r *rewrapper) apart(ctx context.Context, old []orgkey.Sealed, broken error
 }
 
 func (r *rewrapper) broken() error {
-	if r.failed == 0 {
+	if len(r.failed) == 0 {
 		return nil
 	}
-	return fmt.Errorf("%w: %d of them, named above; restore them from a backup, or have their organizations make new ones", orgkey.ErrSealBroken, r.failed)
+	return fmt.Errorf("%w: %d of them, named above; restore them from a backup, or have their organizations make new ones", orgkey.ErrSealBroken, len(r.failed))
 }
 
 // record leaves the run's event, also of one that was interrupted. The server
@@ -171,11 +213,11 @@ func (r *rewrapper) record(ctx context.Context, interrupted error) error {
 	defer cancel()
 	e := audit.New(audit.SealsRewrapped, "")
 	e.Actor = audit.Actor{Kind: audit.System, ID: "rewrap"}
-	e.Detail = map[string]string{"version": strconv.Itoa(r.version), "count": strconv.Itoa(r.rewrapped)}
+	e.Detail = map[string]string{"version": strconv.Itoa(r.key.Latest), "count": strconv.Itoa(r.rewrapped)}
 	switch {
 	case interrupted != nil:
 		e.Outcome, e.Reason = audit.Failure, "interrupted"
-	case r.failed > 0:
+	case len(r.failed) > 0:
 		e.Outcome, e.Reason = audit.Failure, "sealed_record_broken"
 	}
 	err := openEventKey(ctx, r.sealer, r.db)

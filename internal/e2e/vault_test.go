@@ -604,16 +604,31 @@ func sealedVersions(t *testing.T, s *harness.Server) map[string]int {
 // TestRewrapAfterRotation: "orgkeys rewrap" beside a running server.
 func TestRewrapAfterRotation(t *testing.T) {
 	v, proxy, settings := throughVault(t)
-	s := harness.Start(t, settings)
+	s := harness.Start(t, settings, harness.Set("ORGKEYS_RESERVATION_TTL", "10s"))
 	org := harness.Org()
 	owner := s.Token(t, org, "OWNER")
 	keys := []harness.Key{s.Generate(t, org), s.Generate(t, org), s.Generate(t, org)}
-	put := harness.Request{Method: "PUT", Path: "/organization/" + org + "/secret/env_s3", Token: owner, Body: []byte("AWS_REGION=eu\n"),
-		Header: http.Header{"Content-Type": {"application/octet-stream"}}}
-	if resp := s.Do(t, put); resp.Status != 200 {
-		t.Fatalf("putting a boot secret: status %d, %q", resp.Status, resp.Body)
+	put := func(name string) {
+		resp, err := s.Try(t.Context(), harness.Request{Method: "PUT", Path: "/organization/" + org + "/secret/" + name, Token: owner, Body: []byte("AWS_REGION=eu\n"),
+			Header: http.Header{"Content-Type": {"application/octet-stream"}}})
+		if err != nil || resp.Status != 200 {
+			t.Errorf("putting a boot secret: status %d, %v", resp.Status, err)
+		}
 	}
+	put("env_s3")
+	late := make(chan struct{}) // closed to let out what was sealed before the rotation
+	sealed, stored := make(chan struct{}), make(chan struct{})
+	proxy.After(func(r *http.Response) error {
+		if strings.HasSuffix(r.Request.URL.Path, "/encrypt/seal") {
+			close(sealed)
+			<-late
+		}
+		return nil
+	})
+	go func() { put("env_late"); close(stored) }()
+	<-sealed
 	version := rotate(t, v)
+	proxy.After(nil)
 	keys = append(keys, s.Generate(t, org)) // of the newest version already
 	vNew := fmt.Sprintf("v%d", version)
 	rewrap := func(t *testing.T) (string, int) {
@@ -629,22 +644,26 @@ func TestRewrapAfterRotation(t *testing.T) {
 	}
 	db := s.Database(t)
 
-	t.Run("a key deleted meanwhile stays deleted", func(t *testing.T) {
-		var once sync.Once
+	t.Run("a key deleted meanwhile stays deleted, and what was being sealed is not missed", func(t *testing.T) {
+		asked := 0
 		proxy.After(func(r *http.Response) error {
 			if strings.HasSuffix(r.Request.URL.Path, "/rewrap/seal") {
-				once.Do(func() {
+				switch asked++; asked {
+				case 1:
 					resp, err := s.Try(t.Context(), harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + keys[0].ID, Token: owner})
 					if err != nil || resp.Status != 200 {
 						t.Errorf("deleting: status %d, %v", resp.Status, err)
 					}
-				})
+				case 3: // keys and boot secrets have been looked at
+					close(late)
+					<-stored
+				}
 			}
 			return nil
 		})
 		defer proxy.After(nil)
 		progress, code := rewrap(t)
-		if code != 0 || !strings.Contains(progress, "public keys: 4, of which 2 were rewrapped to version") || !strings.Contains(progress, "boot secrets: 1, of which 1 were rewrapped") ||
+		if code != 0 || !strings.Contains(progress, "boot secrets: 2, of which 1 were rewrapped") || !strings.Contains(progress, "public keys: 4, of which 2 were rewrapped to version") || !strings.Contains(progress, "boot secrets: 1, of which 1 were rewrapped") ||
 			!strings.Contains(progress, "keys that authenticate events: 1, of which 1 were rewrapped") {
 			t.Errorf("exit code %d\n%s", code, progress)
 		}
@@ -653,13 +672,11 @@ func TestRewrapAfterRotation(t *testing.T) {
 		}
 	})
 	t.Run("every record is of the newest version and opens under it alone", func(t *testing.T) {
-		if got := sealedVersions(t, s); got[vNew] != 4 || len(got) != 1 {
+		if got := sealedVersions(t, s); got[vNew] != 5 || len(got) != 1 {
 			t.Errorf("records by version: %v", got)
 		}
 		for _, least := range []int{version, 1} {
-			if _, err := root(t, v).WriteWithContext(t.Context(), "orgkeys-seal/keys/seal/config", map[string]any{"min_decryption_version": least}); err != nil {
-				t.Fatal(err)
-			}
+			openFrom(t, v, least)
 			if n := len(s.List(t, org)); n != 3 {
 				t.Errorf("%d keys listed", n)
 			}
@@ -669,7 +686,7 @@ func TestRewrapAfterRotation(t *testing.T) {
 		all := `SELECT sealed FROM org_keys WHERE sealed IS NOT NULL UNION ALL SELECT sealed FROM boot_secrets UNION ALL SELECT sealed FROM event_keys`
 		before := harness.Strings(t, db, all)
 		progress, code := rewrap(t)
-		if code != 0 || !strings.Contains(progress, "public keys: 3, of which 0 were") || !strings.Contains(progress, "boot secrets: 1, of which 0 were") {
+		if code != 0 || !strings.Contains(progress, "public keys: 3, of which 0 were") || !strings.Contains(progress, "boot secrets: 2, of which 0 were") {
 			t.Errorf("exit code %d\n%s", code, progress)
 		}
 		if !slices.Equal(before, harness.Strings(t, db, all)) {
@@ -697,10 +714,15 @@ func TestRewrapAfterRotation(t *testing.T) {
 			t.Errorf("exit code %d\n%s", code, progress)
 		}
 		proxy.Before(nil)
-		if progress, code := rewrap(t); code != 0 || !strings.Contains(progress, "public keys: 3, of which 0 were") || !strings.Contains(progress, "boot secrets: 1, of which 1 were") {
+		openFrom(t, v, version)
+		if progress, code := rewrap(t); code != 1 || !strings.Contains(progress, "lower min_decryption_version") {
+			t.Errorf("with min_decryption_version raised too early: exit code %d\n%s", code, progress)
+		}
+		openFrom(t, v, 1)
+		if progress, code := rewrap(t); code != 0 || !strings.Contains(progress, "public keys: 3, of which 0 were") || !strings.Contains(progress, "boot secrets: 2, of which 2 were") {
 			t.Errorf("exit code %d\n%s", code, progress)
 		}
-		if got := sealedVersions(t, s); got[fmt.Sprintf("v%d", version)] != 4 || len(got) != 1 {
+		if got := sealedVersions(t, s); got[fmt.Sprintf("v%d", version)] != 5 || len(got) != 1 {
 			t.Errorf("records by version: %v", got)
 		}
 	})
@@ -712,7 +734,10 @@ func TestRewrapAfterRotation(t *testing.T) {
 		if code != 1 || !strings.Contains(progress, keys[1].ID) {
 			t.Errorf("exit code %d\n%s", code, progress)
 		}
-		if got := sealedVersions(t, s); got[fmt.Sprintf("v%d", version)] != 3 {
+		if strings.Count(progress, keys[1].ID) != 1 {
+			t.Errorf("the broken record is named more than once:\n%s", progress)
+		}
+		if got := sealedVersions(t, s); got[fmt.Sprintf("v%d", version)] != 4 {
 			t.Errorf("records by version: %v", got)
 		}
 	})
@@ -722,10 +747,18 @@ func TestRewrapAfterRotation(t *testing.T) {
 			t.Errorf("event %+v", interrupted)
 		}
 		first, last := events()[0], events()[4]
-		if first.Outcome != "success" || first.Detail["count"] != "4" || last.Outcome != "failure" || last.Detail["count"] != "4" {
+		if first.Outcome != "success" || first.Detail["count"] != "5" || last.Outcome != "failure" || last.Detail["count"] != "5" {
 			t.Errorf("events %+v and %+v", first, last)
 		}
 	})
+}
+
+// openFrom has Vault refuse what is sealed under older versions.
+func openFrom(t *testing.T, v *vaulttest.Server, version int) {
+	t.Helper()
+	if _, err := root(t, v).WriteWithContext(t.Context(), "orgkeys-seal/keys/seal/config", map[string]any{"min_decryption_version": version}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // rotate makes a new version of the sealing key and returns its number.

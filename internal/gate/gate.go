@@ -57,13 +57,13 @@ type Call struct {
 // like. No other text that a caller sends in their place reaches the log.
 var objectForm = regexp.MustCompile(`^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[a-z][a-z0-9_]{0,63})$`)
 
-// recordDeadline bounds what has to leave its event although the caller may be gone.
-const recordDeadline = 5 * time.Second
+// RecordDeadline bounds what has to leave its event although the caller may be gone.
+const RecordDeadline = 5 * time.Second
 
 // Outlive returns a context for what must leave its event: it does not end
 // with ctx, so that nobody escapes the trail by hanging up, but after a time.
 func Outlive(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), recordDeadline)
+	return context.WithTimeout(context.WithoutCancel(ctx), RecordDeadline)
 }
 
 // ReasonFor is the caller's absence where that is why something failed.

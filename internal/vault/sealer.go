@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"regexp"
 	"strconv"
+	"time"
 
 	"github.com/go-json-experiment/json"
 
@@ -102,16 +103,29 @@ func (s *Sealer) Rewrap(ctx context.Context, items []orgkey.Sealed) ([][]byte, e
 	return wrapped, nil
 }
 
-// LatestVersion is the version of the sealing key that Seal and Rewrap use.
-func (s *Sealer) LatestVersion(ctx context.Context) (int, error) {
+// SealingKey is the state of the key in Transit that records are sealed under.
+type SealingKey struct {
+	Latest        int           // the version that Seal and Rewrap use
+	Age           time.Duration // of that version, by Vault's clock, in whole seconds
+	MinDecryption int           // the oldest version that opens anything
+}
+
+// Key reads the state of the sealing key.
+func (s *Sealer) Key(ctx context.Context) (SealingKey, error) {
 	answer, err := s.c.do(ctx, request{method: http.MethodGet, path: sealKey})
 	if err != nil {
-		return 0, fmt.Errorf("reading the sealing key's version: %w", err)
+		return SealingKey{}, fmt.Errorf("reading the sealing key's versions: %w", err)
 	}
 	k, err := data[struct {
-		LatestVersion int `json:"latest_version"`
+		Latest        int              `json:"latest_version"`
+		MinDecryption int              `json:"min_decryption_version"`
+		Created       map[string]int64 `json:"keys"` // in Unix seconds
 	}](answer.body)
-	return k.LatestVersion, err
+	if err != nil {
+		return SealingKey{}, fmt.Errorf("reading the sealing key's versions: %w", err)
+	}
+	created := time.Unix(k.Created[strconv.Itoa(k.Latest)], 0)
+	return SealingKey{Latest: k.Latest, Age: answer.date.Sub(created), MinDecryption: k.MinDecryption}, nil
 }
 
 // Version is the version of the sealing key that a ciphertext was sealed

@@ -51,9 +51,13 @@ func TestRewrapAfterRotation(t *testing.T) {
 	if _, err := root(t).Logical().WriteWithContext(t.Context(), "orgkeys-seal/keys/seal/rotate", nil); err != nil {
 		t.Fatal(err)
 	}
-	latest, err := s.LatestVersion(t.Context())
+	key, err := s.Key(t.Context())
 	if err != nil {
 		t.Fatal(err)
+	}
+	latest := key.Latest
+	if key.Age < -2*time.Second || key.Age > 20*time.Second || key.MinDecryption != 1 {
+		t.Errorf("a moment after the rotation the key is %+v", key)
 	}
 	if _, err := s.Open(t.Context(), items); err != nil {
 		t.Errorf("what was sealed before the rotation does not open: %v", err)

@@ -1,0 +1,82 @@
+package sqlstore_test
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// Every sealed value is found once whatever the page, and put back only where
+// nobody was faster.
+func TestSealedValuesAreReplaced(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		var keys []string
+		for i := range 5 {
+			org := fmt.Sprintf("org%d", i%2)
+			keys = append(keys, released(t, db, org, 5))
+			secret := node.SealedSecret{Name: fmt.Sprintf("s%d", i), Sealed: fmt.Appendf(nil, "secret %d", i)}
+			must(t, db.PutSecret(t.Context(), org, secret, 10, event(audit.SecretPut, org, secret.Name)))
+		}
+		head, err := db.Head(t.Context())
+		must(t, err)
+		must(t, db.KeepEventKey(t.Context(), head.Origin, []byte("event key")))
+
+		for purpose, want := range map[string]int{orgkey.PublicKey: 5, orgkey.BootSecret: 5, orgkey.EventKey: 1} {
+			if n, err := db.CountSealed(t.Context(), purpose); err != nil || n != want {
+				t.Errorf("%s: counted %d, %v", purpose, n, err)
+			}
+			all := sealedOf(t, db, purpose)
+			if len(all) != want {
+				t.Errorf("%s: found %d", purpose, len(all))
+			}
+			var stale []orgkey.Sealed
+			var fresh [][]byte
+			for i, s := range all {
+				fresh = append(fresh, append([]byte("fresh "), s.Ciphertext...))
+				if i == 0 {
+					s.Ciphertext = []byte("somebody was faster")
+				}
+				stale = append(stale, s)
+			}
+			if n, err := db.Reseal(t.Context(), stale, fresh); err != nil || n != want-1 {
+				t.Errorf("%s: replaced %d, %v", purpose, n, err)
+			}
+			for i, s := range sealedOf(t, db, purpose) {
+				want := string(fresh[i])
+				if i == 0 {
+					want = string(all[0].Ciphertext)
+				}
+				if s.Binding != all[i].Binding || string(s.Ciphertext) != want {
+					t.Errorf("%s: %+v holds %q, want %q", purpose, s.Binding, s.Ciphertext, want)
+				}
+			}
+		}
+
+		all := sealedOf(t, db, orgkey.PublicKey)
+		must(t, db.DeleteKey(t.Context(), all[1].Binding.Org, all[1].Binding.ID, event(audit.KeyDeleted, all[1].Binding.Org, all[1].Binding.ID)))
+		if n, err := db.Reseal(t.Context(), all[1:2], [][]byte{[]byte("back from the dead")}); err != nil || n != 0 {
+			t.Errorf("a deleted key was sealed again: %d, %v", n, err)
+		}
+		if n := len(sealedOf(t, db, orgkey.PublicKey)); n != len(keys)-1 {
+			t.Errorf("%d sealed keys after one was deleted", n)
+		}
+	})
+}
+
+// sealedOf reads the sealed values of a purpose by pages of two.
+func sealedOf(t *testing.T, db *sqlstore.DB, purpose string) []orgkey.Sealed {
+	t.Helper()
+	var all []orgkey.Sealed
+	for after := (orgkey.Binding{Purpose: purpose}); ; {
+		page, err := db.SealedAfter(t.Context(), after, 2)
+		must(t, err)
+		if len(page) == 0 {
+			return all
+		}
+		all, after = append(all, page...), page[len(page)-1].Binding
+	}
+}
