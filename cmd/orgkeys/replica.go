@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"log/slog"
+	"os"
 	"time"
 
 	"github.com/google/uuid"
@@ -17,11 +18,15 @@ const announceInterval = 10 * time.Second
 // it fails does no harm.
 func announce(ctx context.Context, db *sqlstore.DB, self func() sqlstore.Replica, log *slog.Logger) {
 	id := uuid.NewString()
+	host, err := os.Hostname()
+	if err != nil {
+		host = id // so that it is taken for nobody else
+	}
 	ticker := time.NewTicker(announceInterval)
 	defer ticker.Stop()
 	for {
 		r := self()
-		r.ID = id
+		r.ID, r.Address = id, host+" "+r.Address // in containers all listen on one address
 		if err := db.AnnounceReplica(ctx, r); err != nil && ctx.Err() == nil {
 			log.Warn("announcing this replica", "error", err)
 		}

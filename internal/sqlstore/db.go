@@ -36,7 +36,6 @@ const (
 	connectTimeout   = 3 * time.Second
 	statementTimeout = 5 * time.Second
 	answerTimeout    = 8 * time.Second // for a whole transaction or query, by this process's clock: a server that hangs keeps no time
-	poolSize         = 20
 	idleTime         = 5 * time.Minute
 	durableFor       = time.Second     // between two looks at whether PostgreSQL keeps what it acknowledges
 	connectionLife   = 5 * time.Minute // after a fail-over, connections to the wrong server last no longer
@@ -44,6 +43,9 @@ const (
 	attempts         = 4               // at a transaction that PostgreSQL aborted in favour of another
 	firstRetry       = 5 * time.Millisecond
 )
+
+// PoolSize is how many connections a process opens at most.
+const PoolSize = 20
 
 // sessionSettings are those of every PostgreSQL connection. The server ends a
 // transaction whose client is stopped, and notices within seconds one whose
@@ -94,8 +96,8 @@ func openSQLite(ctx context.Context, path string) (*DB, error) {
 		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), single.Close())
 	}
 	readers := &pool{DB: opened, prepared: map[string]*sql.Stmt{}}
-	readers.SetMaxOpenConns(poolSize)
-	readers.SetMaxIdleConns(poolSize)
+	readers.SetMaxOpenConns(PoolSize)
+	readers.SetMaxIdleConns(PoolSize)
 	d := &DB{archive: archive{readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
 	// The first connection to write creates the file and turns on its WAL.
 	if err := errors.Join(single.PingContext(ctx), readers.PingContext(ctx)); err != nil {
@@ -116,8 +118,8 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
 	}
 	all := &pool{DB: stdlib.OpenDB(*config, stdlib.OptionAfterConnect(checkDurable), stdlib.OptionResetSession(stillDurable()))}
-	all.SetMaxOpenConns(poolSize)
-	all.SetMaxIdleConns(poolSize)
+	all.SetMaxOpenConns(PoolSize)
+	all.SetMaxIdleConns(PoolSize)
 	all.SetConnMaxIdleTime(idleTime)
 	all.SetConnMaxLifetime(connectionLife)
 	if err := all.PingContext(ctx); err != nil {

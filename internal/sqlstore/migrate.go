@@ -26,7 +26,8 @@ func (d *DB) Migrate(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !d.migrated(ctx, provider) {
+	// A start need not wait for its turn to migrate to find that it is done. In doubt it does.
+	if done, err := d.migrated(ctx, provider); err != nil || !done {
 		if _, err := provider.Up(ctx); err != nil {
 			return fmt.Errorf("migrating the database: %w", unavailable(err))
 		}
@@ -42,13 +43,21 @@ func (d *DB) Migrate(ctx context.Context) error {
 	})
 }
 
-// migrated reports whether the newest migration is there already, so that a
-// start need not wait for its turn to find that out. In doubt it says no.
-func (d *DB) migrated(ctx context.Context, provider *goose.Provider) bool {
+// migrated reports whether the newest migration is there already. It changes
+// nothing: goose would make its table to find out.
+func (d *DB) migrated(ctx context.Context, provider *goose.Provider) (bool, error) {
+	table := "SELECT count(*) FROM sqlite_master WHERE name = 'goose_db_version'"
+	if d.postgres {
+		table = "SELECT count(to_regclass('goose_db_version'))"
+	}
+	tables, err := query(ctx, d.read, scanInt, table)
+	if err != nil || tables[0] == 0 {
+		return false, err
+	}
 	sources := provider.ListSources()
 	newest := sources[len(sources)-1].Version
 	applied, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM goose_db_version WHERE version_id = $1 AND is_applied", newest)
-	return err == nil && applied[0] > 0
+	return err == nil && applied[0] > 0, err
 }
 
 // A replica that finds another migrating tries again after migrateRetry
@@ -87,14 +96,11 @@ func (d *DB) CheckMigrated(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	pending, err := provider.HasPending(ctx)
-	if err != nil {
-		return unavailable(err)
+	done, err := d.migrated(ctx, provider)
+	if err == nil && !done {
+		err = ErrNotMigrated
 	}
-	if pending {
-		return ErrNotMigrated
-	}
-	return nil
+	return err
 }
 
 var _ audit.Store = (*DB)(nil)

@@ -293,6 +293,37 @@ func TestExclusiveGoesWithItsHolder(t *testing.T) {
 	}
 }
 
+// A replica that was killed and started again is one. Rows are forgotten by
+// the clock that wrote them.
+func TestReplicasAreThoseThatLive(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db, admin := open(t, location), raw(t, location)
+	for _, r := range []sqlstore.Replica{
+		{ID: "killed", Address: "a 127.0.0.1:3000", Max: 5},
+		{ID: "again", Address: "a 127.0.0.1:3000", Max: 6},
+		{ID: "other", Address: "b 127.0.0.1:3000", Max: 5},
+		{ID: "silent", Address: "c 127.0.0.1:3000", Max: 5},
+		{ID: "old", Address: "d 127.0.0.1:3000", Max: 5},
+	} {
+		if err := db.AnnounceReplica(t.Context(), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	statement(t, admin, "UPDATE replicas SET seen_at = seen_at - 59 * 60 * 1000000::bigint WHERE id = 'silent'")
+	statement(t, admin, "UPDATE replicas SET seen_at = seen_at - 61 * 60 * 1000000::bigint WHERE id = 'old'")
+	if err := db.AnnounceReplica(t.Context(), sqlstore.Replica{ID: "other", Address: "b 127.0.0.1:3000", Max: 5}); err != nil {
+		t.Fatal(err)
+	}
+	live, err := db.Replicas(t.Context())
+	if err != nil || len(live) != 2 || live[0].ID != "again" || live[1].ID != "other" {
+		t.Errorf("live: %+v, %v", live, err)
+	}
+	var rows string
+	if err := admin.QueryRow("SELECT string_agg(id, ' ' ORDER BY id) FROM replicas").Scan(&rows); err != nil || rows != "again killed other silent" {
+		t.Errorf("rows: %s, %v", rows, err)
+	}
+}
+
 // The sequencer is called when events are there to be found, not before.
 func TestRecordedTellsOfCommittedEventsOnly(t *testing.T) {
 	location := newDatabase(t, postgres)

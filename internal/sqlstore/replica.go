@@ -10,7 +10,7 @@ import (
 // tell, so there this does nothing.
 type Replica struct {
 	ID         string // fresh for each process
-	Address    string // where it listens
+	Address    string // its host, and where it listens: no two replicas that live share it
 	Version    string
 	Policy     string        // the policy's revision
 	Max        int           // keys that an organization may have
@@ -33,7 +33,7 @@ func (d *DB) AnnounceReplica(ctx context.Context, r Replica) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
-	if _, err := d.read.ExecContext(ctx, "DELETE FROM replicas WHERE seen_at < $1::bigint", time.Now().Add(-replicaMemory).UnixMicro()); err != nil {
+	if _, err := d.read.ExecContext(ctx, "DELETE FROM replicas WHERE seen_at < "+postgresNow+" - $1::bigint", replicaMemory.Microseconds()); err != nil {
 		return fmt.Errorf("forgetting replicas: %w", unavailable(err))
 	}
 	_, err := d.read.ExecContext(ctx, `INSERT INTO replicas (id, address, version, policy, max_keys, clock_ahead, seen_at)
@@ -52,7 +52,8 @@ func (d *DB) ForgetReplica(ctx context.Context, id string) error {
 	return unavailable(err)
 }
 
-// Replicas returns the replicas that live.
+// Replicas returns the replicas that live. Of those with one address only the
+// last to say something does: the others were killed.
 func (d *DB) Replicas(ctx context.Context) ([]Replica, error) {
 	if !d.postgres {
 		return nil, nil
@@ -62,7 +63,14 @@ func (d *DB) Replicas(ctx context.Context) ([]Replica, error) {
 		err = scan(&r.ID, &r.Address, &r.Version, &r.Policy, &r.Max, &micros)
 		r.ClockAhead = time.Duration(micros) * time.Microsecond
 		return r, err
-	}, "SELECT id, address, version, policy, max_keys, clock_ahead FROM replicas WHERE seen_at > "+postgresNow+" - $1::bigint ORDER BY address, id", replicaLife.Microseconds())
+	}, "SELECT DISTINCT ON (address) id, address, version, policy, max_keys, clock_ahead FROM replicas WHERE seen_at > "+postgresNow+" - $1::bigint ORDER BY address, seen_at DESC", replicaLife.Microseconds())
+}
+
+// Connections is how many connections PostgreSQL gives to all who are not its
+// superusers, of which each replica may take PoolSize.
+func (d *DB) Connections(ctx context.Context) (n int, err error) {
+	err = d.read.QueryRowContext(ctx, "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int").Scan(&n)
+	return n, unavailable(err)
 }
 
 // ClockAhead is how far this process's clock is ahead of the database's.

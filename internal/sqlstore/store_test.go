@@ -2,6 +2,7 @@ package sqlstore_test
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -486,6 +487,37 @@ func TestMigratingTwiceAndAtOnceIsHarmless(t *testing.T) {
 			t.Errorf("the log's head changed from %+v to %+v, %v", before, after, err)
 		}
 	})
+}
+
+// Who only looks whether a database is migrated leaves nothing in it.
+func TestLookingForMigrationsChangesNothing(t *testing.T) {
+	for _, tt := range []struct{ name, location, driver, tables string }{
+		{"sqlite", filepath.Join(t.TempDir(), "orgkeys.db"), "sqlite", "SELECT count(*) FROM sqlite_master"},
+		{"postgres", newDatabase(t, postgres), "pgx", "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			db, err := sqlstore.Open(t.Context(), tt.location)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer db.Close()
+			if err := db.CheckMigrated(t.Context()); !errors.Is(err, sqlstore.ErrNotMigrated) {
+				t.Errorf("an empty database: %v", err)
+			}
+			other, err := sql.Open(tt.driver, tt.location)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer other.Close()
+			var tables int
+			if err := other.QueryRow(tt.tables).Scan(&tables); err != nil || tables != 0 {
+				t.Errorf("it holds %d tables now, %v", tables, err)
+			}
+			if err := errors.Join(db.Migrate(t.Context()), db.CheckMigrated(t.Context())); err != nil {
+				t.Errorf("migrated: %v", err)
+			}
+		})
+	}
 }
 
 // Promise 8.
