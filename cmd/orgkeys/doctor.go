@@ -73,11 +73,11 @@ is 1 if any line says fail.`,
 			ctx, cancel := context.WithTimeout(cmd.Context(), doctorTimeout)
 			defer cancel()
 			found := examine(ctx, cmd)
-			print := printLines
+			write := printLines
 			if asJSON {
-				print = printJSON
+				write = printJSON
 			}
-			if err := print(cmd.OutOrStdout(), found); err != nil {
+			if err := write(cmd.OutOrStdout(), found); err != nil {
 				return err
 			}
 			if slices.ContainsFunc(found, func(d diagnosis) bool { return d.State == broken }) {
@@ -92,9 +92,9 @@ is 1 if any line says fail.`,
 
 func printLines(w io.Writer, found []diagnosis) error {
 	for _, d := range found {
-		line := fmt.Sprintf("%-4s  %-13s  %s", d.State, d.What, d.Found)
+		line := fmt.Sprintf("%-4s  %-14s  %s", d.State, d.What, d.Found)
 		if d.Remedy != "" {
-			line += "\n" + strings.Repeat(" ", 21) + "-> " + d.Remedy
+			line += "\n" + strings.Repeat(" ", 22) + "-> " + d.Remedy
 		}
 		if _, err := fmt.Fprintln(w, line); err != nil {
 			return err
@@ -147,7 +147,9 @@ func examine(ctx context.Context, cmd *cobra.Command) []diagnosis {
 		return d.found
 	}
 	d.sinks(ctx, db, sinks)
-	d.replicas(ctx, db, revision)
+	if d.cfg.DatabaseURL != "" { // SQLite's one process tells nobody of itself
+		d.replicas(ctx, db, revision)
+	}
 	return d.found
 }
 
@@ -475,9 +477,8 @@ func (d *doctor) replicas(ctx context.Context, db *sqlstore.DB, revision string)
 		d.fail("replicas", "see the database's own log", "%v", err)
 		return
 	}
-	if d.cfg.DatabaseURL != "" {
-		d.clock("the database's", ahead, clockDoubt)
-	}
+	d.clock("the database's", ahead, clockDoubt)
+	d.connections(ctx, db, len(live))
 	mine := sqlstore.Replica{Version: version(), Policy: revision, Max: d.cfg.Max}
 	differing := 0
 	for _, r := range live {
@@ -493,6 +494,22 @@ func (d *doctor) replicas(ctx context.Context, db *sqlstore.DB, revision string)
 	if differing == 0 {
 		d.ok("replicas", "%d running, all alike", len(live))
 	}
+}
+
+// connections compares what all replicas may open with what PostgreSQL gives.
+func (d *doctor) connections(ctx context.Context, db *sqlstore.DB, replicas int) {
+	given, err := db.Connections(ctx)
+	if err != nil {
+		d.fail("connections", "see the database's own log", "%v", err)
+		return
+	}
+	replicas = max(replicas, 1)
+	if wanted := replicas * sqlstore.PoolSize; wanted > given {
+		d.warn("connections", "raise max_connections in postgresql.conf, or run fewer replicas; a rolling restart needs room for one more",
+			"%d replicas may open %d, and PostgreSQL gives %d", replicas, wanted, given)
+		return
+	}
+	d.ok("connections", "%d replicas may open %d of the %d that PostgreSQL gives", replicas, replicas*sqlstore.PoolSize, given)
 }
 
 func differ(r, mine sqlstore.Replica) []string {

@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/redis/go-redis/v9"
+
 	"github.com/orgkeys/orgkeys/internal/chaos/cluster"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
@@ -317,6 +319,22 @@ func TestDoctorNamesWhatIsWrong(t *testing.T) {
 			must(t, c.Redis.Stop())
 			return func() { must(t, c.Redis.Restart()) }
 		}, "warn", "Redis", "does not answer"},
+		{"a Redis user that may not lock", func() func() {
+			admin := redis.NewClient(&redis.Options{Addr: c.Redis.Addr()})
+			must(t, errors.Join(admin.Do(t.Context(), "ACL", "SETUSER", "narrow", "on", ">narrow", "~orgkeys:*", "+ping", "+hello").Err(), admin.Close()))
+			return setting("ORGKEYS_REDIS_URL", strings.Replace(c.Redis.URL(), "redis://", "redis://narrow:narrow@", 1))()
+		}, "warn", "Redis", "ACL SETUSER"},
+		{"a PostgreSQL role that may only read", func() func() {
+			admin, err := sql.Open("pgx", c.Database)
+			must(t, err)
+			_, err = admin.Exec("CREATE ROLE reader LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
+			must(t, errors.Join(err, admin.Close()))
+			return setting("ORGKEYS_DATABASE_URL", strings.Replace(c.Database, "orgkeys@", "reader@", 1))()
+		}, "fail", "database", "lacks INSERT on events"},
+		{"fewer connections than the replicas may open", func() func() {
+			must(t, c.Postgres.Restart("max_connections=30"))
+			return func() { must(t, c.Postgres.Restart()) }
+		}, "warn", "connections", "2 replicas may open 40, and PostgreSQL gives 27"},
 		{"PostgreSQL down", func() func() {
 			must(t, c.Postgres.Stop())
 			return func() { must(t, c.Postgres.Restart()) }
@@ -353,6 +371,29 @@ func TestDoctorNamesWhatIsWrong(t *testing.T) {
 				t.Errorf("failing %v; said %+v", failing, said)
 			}
 		})
+	}
+}
+
+// Beside a server on SQLite doctor says nothing of replicas, and sets what it
+// says in one column.
+func TestDoctorBesideOneProcess(t *testing.T) {
+	s := harness.Start(t)
+	stdout, stderr, code := s.Run(t, "doctor")
+	if code != 0 {
+		t.Errorf("exit code %d: %s", code, stderr)
+	}
+	lines := 0
+	for line := range strings.Lines(stdout) {
+		lines++
+		if strings.Contains(line, "replicas") {
+			t.Errorf("of replicas: %q", line)
+		}
+		if len(line) < 23 || line[21] != ' ' || line[22] == ' ' {
+			t.Errorf("not in its column: %q", line)
+		}
+	}
+	if lines == 0 {
+		t.Error("it says nothing")
 	}
 }
 
