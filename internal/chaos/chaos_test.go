@@ -41,7 +41,7 @@ func TestChaos(t *testing.T) {
 	clients, orgs := setting(t, "CLIENTS", 6), setting(t, "ORGS", 8)
 
 	c := cluster.Configure(t, 3,
-		harness.Set("ORGKEYS_RESERVATION_TTL", "10s"), harness.Set("ORGKEYS_AUDIT_DEADLINE", "4s"), harness.Set("ORGKEYS_MAX_GENERATIONS", "3"))
+		harness.Set("ORGKEYS_RESERVATION_TTL", reservationLife.String()), harness.Set("ORGKEYS_AUDIT_DEADLINE", "4s"), harness.Set("ORGKEYS_MAX_GENERATIONS", "3"))
 	m := &monkey{Cluster: c, dice: rand.New(rand.NewPCG(seed, 0)), counts: map[string]int{}}
 	for _, r := range c.Replicas {
 		m.must(t, r.Launch())

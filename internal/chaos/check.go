@@ -25,14 +25,16 @@ type Evidence struct {
 	Root      []byte               // likewise
 	Keys      []KeyRow             // every record of a key
 	Listed    map[string][]string  // key IDs by organization, as the API lists them
+	Public    map[string]string    // the thumbprint of the public key that the API lists under this ID
 	Device    map[string]time.Time // when Vault's audit device first had the event of this ID
 	Transit   []string             // keys left in Transit
 	Locks     []string             // quota locks left in Redis, and advisory ones in PostgreSQL
 	Verified  string               // what "audit verify" objects to; empty: nothing
 }
 
-// Received is a private key that a client has.
-type Received struct{ Org, ID string }
+// Received is a private key that a client has. Thumbprint (RFC 7638) is of its
+// public half, as the client worked it out.
+type Received struct{ Org, ID, Thumbprint string }
 
 // Leaf is an event of the log.
 type Leaf struct {
@@ -43,7 +45,10 @@ type Leaf struct {
 	Org     string `json:"org"`
 	Object  string `json:"object"`
 	Request string `json:"request"`
-	Raw     []byte // verbatim
+	Detail  struct {
+		Fingerprint string `json:"fingerprint"`
+	} `json:"detail"`
+	Raw []byte // verbatim
 }
 
 // KeyRow is a key's record.
@@ -148,14 +153,25 @@ func (c *checker) replay() {
 }
 
 // received: whoever received a key in full has it, unless writing it out
-// failed on the other side, or somebody deleted it.
+// failed on the other side, or somebody deleted it. It is the key that list and
+// log tell of, and nobody else's.
 func (c *checker) received() {
 	seen := map[string]bool{}
+	holders := map[string]string{} // key IDs by thumbprint
 	for _, r := range c.Received {
 		if seen[r.ID] {
 			c.report("key %s was received twice", r.ID)
 		}
-		seen[r.ID] = true
+		if other, twice := holders[r.Thumbprint]; twice && other != r.ID {
+			c.report("keys %s and %s are one", other, r.ID)
+		}
+		if listed, is := c.Public[r.ID]; is && listed != r.Thumbprint {
+			c.report("key %s was received, and another is listed under its ID", r.ID)
+		}
+		if c.created[r.ID].Detail.Fingerprint != r.Thumbprint {
+			c.report("key %s was received, and the log tells of another under its ID", r.ID)
+		}
+		seen[r.ID], holders[r.Thumbprint] = true, r.ID
 		end, over := c.ended[r.ID]
 		switch {
 		case !over && !slices.Contains(c.Listed[r.Org], r.ID):

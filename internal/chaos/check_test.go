@@ -13,10 +13,11 @@ import (
 func sound() Evidence {
 	e := Evidence{
 		Limit:     3,
-		Received:  []Received{{"acme", "kept"}, {"acme", "deleted"}, {"acme", "cut"}},
+		Received:  []Received{{"acme", "kept", "print of kept"}, {"acme", "deleted", "print of deleted"}, {"acme", "cut", "print of cut"}},
 		Deletions: map[string]bool{"request-1": true},
 		Deleted:   []string{"deleted"},
 		Listed:    map[string][]string{"acme": {"kept", "unconfirmed"}},
+		Public:    map[string]string{"kept": "print of kept", "unconfirmed": "print of unconfirmed"},
 		Device:    map[string]time.Time{},
 	}
 	released := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -43,6 +44,7 @@ func sound() Evidence {
 func (e *Evidence) append(l Leaf) {
 	l.Index, l.Org = int64(len(e.Log)), "acme"
 	l.ID = fmt.Sprint("event-", l.Index)
+	l.Detail.Fingerprint = "print of " + l.Object
 	l.Raw = []byte(l.ID)
 	e.Log = append(e.Log, l)
 	e.hash()
@@ -86,6 +88,9 @@ func TestEveryViolationIsFound(t *testing.T) {
 		{"a received key was deleted by nobody", func(e *Evidence) { e.Deletions = nil }, "deleted by a request that nobody made"},
 		{"a received key was never released", func(e *Evidence) { e.Keys[0].Released = time.Time{} }, "key kept was received, and never released"},
 		{"a key was handed out twice", func(e *Evidence) { e.Received = append(e.Received, e.Received[0]) }, "key kept was received twice"},
+		{"a client holds a key that is not the listed one", func(e *Evidence) { e.Public["kept"] = "print of another" }, "key kept was received, and another is listed under its ID"},
+		{"a client holds a key that is not the one in the log", func(e *Evidence) { e.Log[1].Detail.Fingerprint = "print of another" }, "key deleted was received, and the log tells of another under its ID"},
+		{"one key was handed to two clients", func(e *Evidence) { e.Received[2].Thumbprint = e.Received[0].Thumbprint }, "keys kept and cut are one"},
 		{"an answered deletion was lost", func(e *Evidence) { e.Deleted = append(e.Deleted, "kept") }, "the deletion of key kept was answered"},
 		{"an organization was above its limit for a moment", func(e *Evidence) { e.Limit = 2 }, "organization acme has 3 keys, and may have 2"},
 		{"a key was created twice", func(e *Evidence) { e.append(Leaf{Type: "orgkey.created", Object: "swept"}) }, "key swept was created twice"},

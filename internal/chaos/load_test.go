@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -159,8 +162,15 @@ func (l *load) generate(dice *rand.Rand, org string) {
 		l.wrong = append(l.wrong, fmt.Sprintf("key %s: %v", id, err))
 		return
 	}
-	l.received = append(l.received, Received{org, id})
+	l.received = append(l.received, Received{org, id, thumbprint(&private.PublicKey)})
 	l.usable[org] = append(l.usable[org], held{id, private})
+}
+
+// thumbprint is RFC 7638's.
+func thumbprint(k *rsa.PublicKey) string {
+	text := base64.RawURLEncoding.EncodeToString
+	sum := sha256.Sum256([]byte(fmt.Sprintf(`{"e":%q,"kty":"RSA","n":%q}`, text(big.NewInt(int64(k.E)).Bytes()), text(k.N.Bytes()))))
+	return text(sum[:])
 }
 
 // pick takes a key that the client believes to have, and forgets it if remove.
