@@ -21,16 +21,17 @@ import (
 	"github.com/rs/cors"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 // Keys is what the routes need of *orgkey.Service.
 type Keys interface {
-	Generate(ctx context.Context, call orgkey.Call, org string, deliver func(context.Context, orgkey.Generated) error) error
-	List(ctx context.Context, call orgkey.Call, org string) ([]orgkey.Key, error)
-	Delete(ctx context.Context, call orgkey.Call, org, id string) error
-	DeleteAll(ctx context.Context, call orgkey.Call, org string) (int, error)
-	Reject(ctx context.Context, call orgkey.Call, org string, action authz.Action, object, reason string) error
+	Generate(ctx context.Context, call gate.Call, org string, deliver func(context.Context, orgkey.Generated) error) error
+	List(ctx context.Context, call gate.Call, org string) ([]orgkey.Key, error)
+	Delete(ctx context.Context, call gate.Call, org, id string) error
+	DeleteAll(ctx context.Context, call gate.Call, org string) (int, error)
+	Reject(ctx context.Context, call gate.Call, org string, action authz.Action, object, reason string) error
 }
 
 var _ Keys = (*orgkey.Service)(nil)

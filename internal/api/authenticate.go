@@ -8,7 +8,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
-	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/gate"
 )
 
 // whileServing refuses work that comes after Drain, before anything is spent on it.
@@ -54,7 +54,7 @@ func (a *API) organization(action authz.Action) gin.HandlerFunc {
 		x := exchangeOf(c)
 		x.action = action
 		org := c.Param("idOrg")
-		if orgkey.CheckOrg(org) != nil {
+		if gate.CheckOrg(org) != nil {
 			a.reject(c, "malformed_organization", invalidOrg)
 			return
 		}
@@ -66,7 +66,7 @@ func (a *API) organization(action authz.Action) gin.HandlerFunc {
 // its say and the audit trail has the refusal.
 func (a *API) reject(c *gin.Context, reason string, p problem) {
 	x := exchangeOf(c)
-	if err := a.Keys.Reject(c.Request.Context(), x.call(), x.org, x.action, object(c), reason); err != nil && !errors.Is(err, orgkey.ErrBadOrg) {
+	if err := a.Keys.Reject(c.Request.Context(), x.call(), x.org, x.action, object(c), reason); err != nil && !errors.Is(err, gate.ErrBadOrg) {
 		a.fail(c, err)
 		return
 	}

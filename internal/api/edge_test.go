@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/gate"
 )
 
 func TestRequestIDs(t *testing.T) {
@@ -130,7 +130,7 @@ func FuzzOrganizationInPath(f *testing.F) {
 	f.Fuzz(func(t *testing.T, org string) {
 		u := url.URL{Scheme: "http", Host: "h", Path: "/organization/" + org + "/key", RawPath: "/organization/" + url.PathEscape(org) + "/key"}
 		status, asked := b.serveURL(t, &u)
-		fine := orgkey.CheckOrg(org) == nil
+		fine := gate.CheckOrg(org) == nil
 		switch {
 		case fine && (status != 200 || asked != "list "+org):
 			t.Errorf("%q: %d, asked %q", org, status, asked)

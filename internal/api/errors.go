@@ -11,6 +11,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -63,7 +64,7 @@ func problemFor(err error) problem {
 	ofNodes, aboutNodes := nodeProblem(err)
 	var (
 		token  *authn.TokenError
-		denied *orgkey.DeniedError
+		denied *gate.DeniedError
 		quota  *orgkey.QuotaError
 	)
 	switch {
@@ -75,13 +76,13 @@ func problemFor(err error) problem {
 		return issuerDown
 	case errors.As(err, &denied):
 		return deniedProblem(denied)
-	case errors.Is(err, orgkey.ErrAudit): // before the others: nothing is answered that was not recorded
+	case errors.Is(err, gate.ErrAudit): // before the others: nothing is answered that was not recorded
 		return auditDown
 	case aboutNodes:
 		return ofNodes
 	case errors.As(err, &quota):
 		return quotaProblem(quota.Limit)
-	case errors.Is(err, orgkey.ErrBadOrg):
+	case errors.Is(err, gate.ErrBadOrg):
 		return invalidOrg
 	case errors.Is(err, orgkey.ErrNotFound):
 		return keyNotFound
@@ -105,7 +106,7 @@ func quotaProblem(limit int) problem {
 
 // deniedProblem words the policy's "no". Reasons that a replaced policy may
 // invent say no more than that.
-func deniedProblem(d *orgkey.DeniedError) problem {
+func deniedProblem(d *gate.DeniedError) problem {
 	what, area := "keys for your own organization", "organization keys"
 	switch {
 	case strings.HasPrefix(string(d.Action), "node."):

@@ -21,6 +21,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -37,12 +38,12 @@ type useCases struct {
 	before   func(ctx context.Context) // runs before a key is delivered
 	private  []byte
 	asked    []string // "generate acme", "reject acme orgkey.generate not_acceptable", …
-	call     orgkey.Call
+	call     gate.Call
 	delivery error // what deliver returned
 	ended    chan struct{}
 }
 
-func (u *useCases) note(call orgkey.Call, words ...string) error {
+func (u *useCases) note(call gate.Call, words ...string) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.asked = append(u.asked, strings.Join(words, " "))
@@ -56,7 +57,7 @@ func (u *useCases) log() []string {
 	return append([]string(nil), u.asked...)
 }
 
-func (u *useCases) Generate(ctx context.Context, call orgkey.Call, org string, deliver func(context.Context, orgkey.Generated) error) error {
+func (u *useCases) Generate(ctx context.Context, call gate.Call, org string, deliver func(context.Context, orgkey.Generated) error) error {
 	if u.ended != nil {
 		defer close(u.ended)
 	}
@@ -73,21 +74,21 @@ func (u *useCases) Generate(ctx context.Context, call orgkey.Call, org string, d
 	return err
 }
 
-func (u *useCases) List(_ context.Context, call orgkey.Call, org string) ([]orgkey.Key, error) {
+func (u *useCases) List(_ context.Context, call gate.Call, org string) ([]orgkey.Key, error) {
 	err := u.note(call, "list", org)
 	return u.keys, err
 }
 
-func (u *useCases) Delete(_ context.Context, call orgkey.Call, org, id string) error {
+func (u *useCases) Delete(_ context.Context, call gate.Call, org, id string) error {
 	return u.note(call, "delete", org, id)
 }
 
-func (u *useCases) DeleteAll(_ context.Context, call orgkey.Call, org string) (int, error) {
+func (u *useCases) DeleteAll(_ context.Context, call gate.Call, org string) (int, error) {
 	err := u.note(call, "delete_all", org)
 	return u.deleted, err
 }
 
-func (u *useCases) Reject(_ context.Context, call orgkey.Call, org string, action authz.Action, _, reason string) error {
+func (u *useCases) Reject(_ context.Context, call gate.Call, org string, action authz.Action, _, reason string) error {
 	u.note(call, "reject", org, string(action), reason)
 	return u.rejects
 }

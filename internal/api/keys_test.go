@@ -19,6 +19,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -41,7 +42,7 @@ func errorOf(t *testing.T, a answer) errorBody {
 // TestErrorsToResponses is the table of the contract, message by message.
 func TestErrorsToResponses(t *testing.T) {
 	deny := func(action authz.Action, reason authz.Reason) error {
-		return &orgkey.DeniedError{Action: action, Reason: reason}
+		return &gate.DeniedError{Action: action, Reason: reason}
 	}
 	secret := errors.New("dial tcp 10.1.2.3:8200: connection refused")
 	const generate, list, deleteAll, deleteOne = "POST /organization/acme/key", "GET /organization/acme/key", "DELETE /organization/acme/key", "DELETE /organization/acme/key/" + keyID
@@ -63,12 +64,12 @@ func TestErrorsToResponses(t *testing.T) {
 		{generate, fmt.Errorf("storing: %w: %w", orgkey.ErrUnavailable, secret), 503, "The service cannot answer at the moment. Please try again later.", true},
 		{generate, context.DeadlineExceeded, 500, "Key generation failed", false},
 		{generate, orgkey.ErrOverloaded, 503, "Too many key generations under way. Please try again shortly.", true},
-		{generate, fmt.Errorf("%w: %w", orgkey.ErrAudit, secret), 503, "The audit trail cannot be written at the moment. Nothing was released; please try again later.", true},
-		{generate, errors.Join(orgkey.ErrAudit, &orgkey.QuotaError{Limit: 5}), 503, "The audit trail cannot be written at the moment. Nothing was released; please try again later.", true},
+		{generate, fmt.Errorf("%w: %w", gate.ErrAudit, secret), 503, "The audit trail cannot be written at the moment. Nothing was released; please try again later.", true},
+		{generate, errors.Join(gate.ErrAudit, &orgkey.QuotaError{Limit: 5}), 503, "The audit trail cannot be written at the moment. Nothing was released; please try again later.", true},
 		{list, deny(authz.ListKeys, authz.OtherOrganization), 403, "Access denied: you can only manage keys for your own organization", false},
 		{list, deny(authz.ListKeys, authz.InsufficientRole), 403, "Insufficient permissions: only OWNER and ADMINISTRATOR roles can manage organization keys", false},
 		{list, fmt.Errorf("%w: %w", orgkey.ErrUnavailable, secret), 503, "The service cannot answer at the moment. Please try again later.", true},
-		{list, orgkey.ErrAudit, 503, "The audit trail cannot be written at the moment. Nothing was released; please try again later.", true},
+		{list, gate.ErrAudit, 503, "The audit trail cannot be written at the moment. Nothing was released; please try again later.", true},
 		{list, fmt.Errorf("opening: %w", orgkey.ErrSealBroken), 500, "Internal error", false},
 		{list, secret, 500, "Internal error", false},
 		{deleteAll, deny(authz.DeleteAllKeys, authz.InsufficientRole), 403, "Insufficient permissions: only OWNER and ADMINISTRATOR roles can manage organization keys", false},
@@ -103,7 +104,7 @@ func TestDeniedWordsGoByTheAction(t *testing.T) {
 		authz.DeleteNode: "Insufficient permissions: only OWNER and ADMINISTRATOR roles can manage nodes",
 		authz.PutSecret:  "Insufficient permissions: only OWNER and ADMINISTRATOR roles can manage secrets",
 	} {
-		if p := problemFor(&orgkey.DeniedError{Action: action, Reason: authz.InsufficientRole}); p.status != 403 || p.message != message {
+		if p := problemFor(&gate.DeniedError{Action: action, Reason: authz.InsufficientRole}); p.status != 403 || p.message != message {
 			t.Errorf("%s: %d %s", action, p.status, p.message)
 		}
 	}
@@ -208,7 +209,7 @@ func TestUnsupportedAcceptGeneratesNothing(t *testing.T) {
 
 func TestStrangersHearNoBeforeAnythingElse(t *testing.T) {
 	b := newBench(t, nil)
-	b.keys.rejects = &orgkey.DeniedError{Action: authz.GenerateKey, Reason: authz.OtherOrganization}
+	b.keys.rejects = &gate.DeniedError{Action: authz.GenerateKey, Reason: authz.OtherOrganization}
 	if a := b.ask("POST", "/organization/globex/key", "Accept", "text/html"); a.StatusCode != 403 {
 		t.Errorf("an unsupported Accept: %d", a.StatusCode)
 	}
@@ -219,7 +220,7 @@ func TestStrangersHearNoBeforeAnythingElse(t *testing.T) {
 
 func TestRefusalAtTheEdgeWaitsForTheAuditTrail(t *testing.T) {
 	b := newBench(t, nil)
-	b.keys.rejects = orgkey.ErrAudit
+	b.keys.rejects = gate.ErrAudit
 	if a := b.ask("POST", "/organization/acme/key", "Accept", "text/html"); a.StatusCode != 503 {
 		t.Errorf("%d", a.StatusCode)
 	}

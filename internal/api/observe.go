@@ -12,7 +12,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
-	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/gate"
 )
 
 // exchange is what is known of one request beyond what Gin knows. Fields are
@@ -32,8 +32,8 @@ const exchangeKey = "orgkeys.exchange"
 
 func exchangeOf(c *gin.Context) *exchange { return c.MustGet(exchangeKey).(*exchange) }
 
-func (x *exchange) call() orgkey.Call {
-	return orgkey.Call{Caller: x.caller, Request: x.id, Address: x.address}
+func (x *exchange) call() gate.Call {
+	return gate.Call{Caller: x.caller, Request: x.id, Address: x.address}
 }
 
 var requestIDForm = regexp.MustCompile(`^[A-Za-z0-9-]{1,64}$`)

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/fstest"
@@ -200,5 +201,18 @@ func TestALostDenialIsCounted(t *testing.T) {
 	}
 	if n := w.lost.Load(); n != 1 {
 		t.Errorf("%d counted", n)
+	}
+}
+
+func TestOrganizationIDs(t *testing.T) {
+	for _, good := range []string{"a", "A-1_b", "0", strings.Repeat("x", 128)} {
+		if err := gate.CheckOrg(good); err != nil {
+			t.Errorf("%q: %v", good, err)
+		}
+	}
+	for _, bad := range []string{"", "-a", "_a", "a b", "a/b", "..", "a\n", "a\x00", "é", strings.Repeat("x", 129), "a%2fb", "ａ"} {
+		if err := gate.CheckOrg(bad); !errors.Is(err, gate.ErrBadOrg) {
+			t.Errorf("%q: %v", bad, err)
+		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"sync"
 
 	"github.com/google/uuid"
 
@@ -33,7 +34,7 @@ type Generated struct {
 //
 // A crash (CRASH below) loses no more than this says; the sweeper, and for
 // Transit the reaper, clear it without anybody's help.
-func (s *Service) Generate(ctx context.Context, call Call, org string, deliver func(context.Context, Generated) error) error {
+func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deliver func(context.Context, Generated) error) error {
 	pass, err := s.Decide(ctx, call, authz.GenerateKey, org, "")
 	if err != nil {
 		return err
@@ -53,7 +54,8 @@ func (s *Service) Generate(ctx context.Context, call Call, org string, deliver f
 		s.cancel(ctx, id)
 		return s.refused(ctx, pass, ErrOverloaded)
 	}
-	defer s.admission.Release(1)
+	leave := sync.OnceFunc(func() { s.admission.Release(1) })
+	defer leave()
 	der, public, err := s.makeKey(ctx, id)
 	defer clear(der)
 	// CRASH: as above; a key object of the session is gone with the process,
@@ -79,7 +81,7 @@ func (s *Service) Generate(ctx context.Context, call Call, org string, deliver f
 	// deletes the record at its expiry, with an event that says so.
 	if err := s.acknowledged(ctx, created.ID); err != nil {
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, "audit_not_acknowledged"))
-		return fmt.Errorf("%w: %w", ErrAudit, err)
+		return fmt.Errorf("%w: %w", gate.ErrAudit, err)
 	}
 	if err := s.Store.Release(ctx, id); err != nil {
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, "release_failed"))
@@ -87,6 +89,7 @@ func (s *Service) Generate(ctx context.Context, call Call, org string, deliver f
 	}
 	// CRASH: the key is released and listed as delivery "unconfirmed"; whether
 	// its holder got it whole, nobody knows, so nothing deletes it by itself.
+	leave() // back end and trail are done; a caller who reads slowly holds up nobody else
 	private := encodePEM(der)
 	defer clear(private)
 	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: fingerprint, PEM: private}); err != nil {

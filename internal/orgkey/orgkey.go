@@ -23,7 +23,6 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
-	"github.com/orgkeys/orgkeys/internal/gate"
 )
 
 // Bits is the modulus length of every key.
@@ -49,23 +48,6 @@ var (
 type QuotaError struct{ Limit int }
 
 func (e *QuotaError) Error() string { return fmt.Sprintf("quota of %d keys reached", e.Limit) }
-
-// What the edge needs of the gate, under the name of the use cases.
-type (
-	// Call is one authenticated request.
-	Call = gate.Call
-	// DeniedError is a "no" of the policy.
-	DeniedError = gate.DeniedError
-)
-
-// The gate's errors.
-var (
-	ErrBadOrg = gate.ErrBadOrg
-	ErrAudit  = gate.ErrAudit
-)
-
-// CheckOrg is gate.CheckOrg.
-func CheckOrg(id string) error { return gate.CheckOrg(id) }
 
 // Key is an organization key as its administrators see it.
 type Key struct {

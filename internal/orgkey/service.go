@@ -63,7 +63,7 @@ func New(c Config) (*Service, error) {
 
 // List returns org's released keys, newest first. It fails closed: one record
 // that does not open for its organization and ID fails the whole list.
-func (s *Service) List(ctx context.Context, call Call, org string) ([]Key, error) {
+func (s *Service) List(ctx context.Context, call gate.Call, org string) ([]Key, error) {
 	pass, err := s.Decide(ctx, call, authz.ListKeys, org, "")
 	if err != nil {
 		return nil, err
@@ -118,7 +118,7 @@ func ParsePublic(der []byte) (*rsa.PublicKey, error) {
 }
 
 // Delete ends org's key id for every request that begins after it returned.
-func (s *Service) Delete(ctx context.Context, call Call, org, id string) error {
+func (s *Service) Delete(ctx context.Context, call gate.Call, org, id string) error {
 	pass, err := s.Decide(ctx, call, authz.DeleteKey, org, id)
 	if err != nil {
 		return err
@@ -143,7 +143,7 @@ func (s *Service) changed(ctx context.Context, pass gate.Pass, err error) error 
 
 // DeleteAll ends all of org's keys, cancels what is being generated, and
 // returns how many released keys it ended.
-func (s *Service) DeleteAll(ctx context.Context, call Call, org string) (int, error) {
+func (s *Service) DeleteAll(ctx context.Context, call gate.Call, org string) (int, error) {
 	pass, err := s.Decide(ctx, call, authz.DeleteAllKeys, org, "")
 	if err != nil {
 		return 0, err
