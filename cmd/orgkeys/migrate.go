@@ -1,13 +1,36 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
+
+// migrateTimeout is for a migration that has to go through millions of rows, or
+// wait for the replica that does.
+const migrateTimeout = 10 * time.Minute
+
+// openDatabase opens the database and brings its schema up to date.
+func openDatabase(ctx context.Context, cfg config.Config) (*sqlstore.DB, error) {
+	opening, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	db, err := sqlstore.Open(opening, databaseLocation(cfg))
+	if err != nil {
+		return nil, err
+	}
+	migrating, cancel := context.WithTimeout(ctx, migrateTimeout)
+	defer cancel()
+	if err := db.Migrate(migrating); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return db, nil
+}
 
 func newMigrate() *cobra.Command {
 	return &cobra.Command{
@@ -30,11 +53,11 @@ replicas at once, and keep the previous version of orgkeys working.`,
 				}
 				defer dir.close()
 			}
-			db, err := sqlstore.Open(cmd.Context(), databaseLocation(cfg))
+			db, err := openDatabase(cmd.Context(), cfg)
 			if err != nil {
 				return err
 			}
-			if err := errors.Join(db.Migrate(cmd.Context()), db.Close()); err != nil {
+			if err := db.Close(); err != nil {
 				return err
 			}
 			_, err = fmt.Fprintln(cmd.OutOrStdout(), "the schema is up to date")

@@ -28,9 +28,9 @@ import (
 // How often what nobody asks for is done.
 const (
 	sweepInterval   = time.Second
-	keepInterval    = 5 * time.Second // between writing down last uses of keys and sights of nodes
-	summaryInterval = time.Minute     // between summaries of refused unknown callers
-	startTimeout    = 15 * time.Second
+	keepInterval    = 5 * time.Second  // between writing down last uses of keys and sights of nodes
+	summaryInterval = time.Minute      // between summaries of refused unknown callers
+	startTimeout    = 15 * time.Second // for reaching everything that is needed, without migrations
 )
 
 func newServe() *cobra.Command {
@@ -99,17 +99,13 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		return err
 	}
 	closeAll.add(dir.close)
-	starting, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-
-	db, err := sqlstore.Open(starting, databaseLocation(cfg))
+	db, err := openDatabase(ctx, cfg)
 	if err != nil {
 		return err
 	}
 	closeAll.add(db.Close)
-	if err := db.Migrate(starting); err != nil {
-		return err
-	}
+	starting, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
 	backend, err := openBackend(starting, cfg, dir, db, log)
 	if err != nil {
 		return err

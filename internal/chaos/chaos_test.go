@@ -89,7 +89,11 @@ func (m *monkey) must(t *testing.T, err error) {
 
 // run breaks things until ctx ends or so many processes were killed.
 func (m *monkey) run(ctx context.Context, t *testing.T, kills int) {
-	for m.counts["kill -9"] < kills {
+	for began, reported := time.Now(), time.Now(); m.counts["kill -9"] < kills; {
+		if time.Since(reported) > time.Minute {
+			reported = time.Now()
+			t.Logf("after %s: %v", time.Since(began).Round(time.Second), m.counts)
+		}
 		select {
 		case <-ctx.Done():
 			return
