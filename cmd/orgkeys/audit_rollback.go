@@ -167,7 +167,7 @@ func rollbackSinks(ctx context.Context, cfg config.Config, db *sqlstore.DB) ([]r
 		sinks = append(sinks, rollbackSink{name, sink.Last, func(ctx context.Context, r audit.Rollback) error {
 			// Progress goes first: if it stood higher than what Vault holds, a
 			// replica would take it for done.
-			if err := db.SetSinkNext(ctx, sink.Name(), 0); err != nil {
+			if err := db.Acknowledge(ctx, sink.Name(), 0, nil); err != nil {
 				return err
 			}
 			return sink.AcceptRollback(ctx, r)

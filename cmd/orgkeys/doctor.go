@@ -448,12 +448,13 @@ func lastCheckpoint(r io.Reader) (held audit.Checkpoint, err error) {
 // heldSink is a sink of which only the last checkpoint is known.
 type heldSink struct{ held audit.Checkpoint }
 
-func (heldSink) Name() string                                            { return config.SinkFile }
-func (heldSink) Shared() bool                                            { return false }
-func (s heldSink) Last(context.Context) (audit.Checkpoint, error)        { return s.held, nil }
-func (heldSink) Append(context.Context, []audit.Entry) ([][]byte, error) { return nil, errHeldOnly }
-func (heldSink) KeepSigned(context.Context, string) error                { return errHeldOnly }
-func (heldSink) Checkpoint(context.Context, audit.Checkpoint) error      { return errHeldOnly }
+func (heldSink) Name() string                                     { return config.SinkFile }
+func (heldSink) Shared() bool                                     { return false }
+func (s heldSink) Last(context.Context) (audit.Checkpoint, error) { return s.held, nil }
+func (heldSink) KeepSigned(context.Context, string) error         { return errHeldOnly }
+func (heldSink) Append(context.Context, []audit.Entry, audit.Checkpoint) ([][]byte, error) {
+	return nil, errHeldOnly
+}
 
 var errHeldOnly = errors.New("doctor changes nothing")
 

@@ -104,7 +104,7 @@ func (e evidence) record(t *testing.T, events ...audit.Event) {
 	for _, entry := range entries {
 		receipts = append(receipts, []byte(receipt(e.signer, entry.Leaf)))
 	}
-	if err := e.db.KeepReceipts(t.Context(), "vault", head.Size, receipts); err != nil {
+	if err := e.db.Acknowledge(t.Context(), "vault", head.Size+int64(len(receipts)), receipts); err != nil {
 		t.Fatal(err)
 	}
 	e.sign(t)

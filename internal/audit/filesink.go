@@ -61,7 +61,6 @@ type FileSink struct {
 	mu   sync.Mutex
 	file *os.File
 	end  int64      // bytes that are whole and synced
-	next []byte     // lines that wait for their checkpoint
 	last Checkpoint // that the file holds
 }
 
@@ -78,7 +77,6 @@ func (s *FileSink) Shared() bool { return false }
 func (s *FileSink) Last(context.Context) (Checkpoint, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.next = nil
 	if err := s.open(); err != nil {
 		return Checkpoint{}, err
 	}
@@ -87,24 +85,18 @@ func (s *FileSink) Last(context.Context) (Checkpoint, error) {
 	return s.last, err
 }
 
-// Append implements Sink.
-func (s *FileSink) Append(_ context.Context, entries []Entry) ([][]byte, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, e := range entries {
-		s.next = fmt.Appendf(s.next, `{"index":%d,"event":%s}`+"\n", e.Index, e.Leaf)
-	}
-	return nil, nil
-}
-
-// Checkpoint implements Sink: it writes and syncs the lines and the
-// checkpoint's at once.
-func (s *FileSink) Checkpoint(_ context.Context, c Checkpoint) error {
+// Append implements Sink: it writes and syncs the entries and the checkpoint's
+// line at once.
+func (s *FileSink) Append(_ context.Context, entries []Entry, c Checkpoint) ([][]byte, error) {
 	last, err := json.Marshal(line{Checkpoint: c.Text()})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return s.write(append(last, '\n'), c)
+	var b []byte
+	for _, e := range entries {
+		b = fmt.Appendf(b, `{"index":%d,"event":%s}`+"\n", e.Index, e.Leaf)
+	}
+	return nil, s.write(append(append(b, last...), '\n'), c)
 }
 
 // KeepSigned implements Sink. The file's last checkpoint is repeated behind the
@@ -152,12 +144,10 @@ func (s *FileSink) AcceptRollback(r Rollback) error {
 	return s.write(b, start)
 }
 
-// write writes the waiting lines and then b, which ends with checkpoint last.
+// write writes lines, of which the last has the checkpoint last.
 func (s *FileSink) write(b []byte, last Checkpoint) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b = append(s.next, b...)
-	s.next = nil
 	if s.file == nil {
 		return errors.New("the sink's file is not open")
 	}

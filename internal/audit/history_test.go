@@ -440,8 +440,7 @@ func (s *gatedSink) hang() (undo func()) {
 	return func() { s.mu.Lock(); defer s.mu.Unlock(); close(s.hung); s.hung = nil }
 }
 
-// Checkpoint stands for the write that makes a batch durable.
-func (s *gatedSink) Checkpoint(ctx context.Context, c audit.Checkpoint) error {
+func (s *gatedSink) Append(ctx context.Context, entries []audit.Entry, c audit.Checkpoint) ([][]byte, error) {
 	s.mu.Lock()
 	err, delay, hung := s.err, s.delay, s.hung
 	s.mu.Unlock()
@@ -449,10 +448,10 @@ func (s *gatedSink) Checkpoint(ctx context.Context, c audit.Checkpoint) error {
 		<-hung // as a write to a dead disk, it does not end with ctx
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	time.Sleep(delay)
-	return s.Sink.Checkpoint(ctx, c)
+	return s.Sink.Append(ctx, entries, c)
 }
 
 func run(t *testing.T, trail *audit.Log) (end func()) {

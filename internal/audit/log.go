@@ -24,7 +24,7 @@ import (
 
 // The log's rhythm.
 const (
-	linger        = 25 * time.Millisecond  // recorded events wait this long for company, unless somebody waits for one
+	linger        = 200 * time.Millisecond // recorded events wait this long for company, unless somebody waits for one
 	poll          = 250 * time.Millisecond // how often other replicas' progress is looked for
 	waiting       = 25 * time.Millisecond  // likewise, while somebody waits for it
 	sequenceBatch = 5000                   // events that one transaction gives indices to
@@ -61,11 +61,11 @@ type Store interface {
 	// loses that place, as one that was stopped does.
 	Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error)
 	// SinkNext returns the first index that a shared sink has not acknowledged,
-	// as SetSinkNext last set it.
+	// as Acknowledge last noted it.
 	SinkNext(ctx context.Context, sink string) (int64, error)
-	SetSinkNext(ctx context.Context, sink string, next int64) error
-	// KeepReceipts stores what a sink returned for the entries from index first on.
-	KeepReceipts(ctx context.Context, sink string, first int64, receipts [][]byte) error
+	// Acknowledge notes that a shared sink has acknowledged the entries before
+	// next, and keeps its receipts for the last of them, if it gives any.
+	Acknowledge(ctx context.Context, sink string, next int64, receipts [][]byte) error
 	// SignedAfter returns the signed checkpoints behind place seq, oldest first.
 	SignedAfter(ctx context.Context, seq int64) ([]Signed, error)
 	// Index returns an event's index, or false while it has none.
@@ -80,14 +80,37 @@ type Log struct {
 	urgent    chan struct{} // somebody waits: do not linger
 	deadline  time.Duration // for one call to a sink
 	signed    atomic.Int64  // the place of the newest signed checkpoint, for the sinks
+	size      atomic.Int64  // of the log, as far as this process has noticed
 
-	mu      sync.Mutex
-	changed chan struct{} // closed, and replaced, when the log or a sink has moved on
+	grown broadcast // the log has grown, or a signed checkpoint has come
+	acted broadcast // a sink has acknowledged something, or failed
+}
+
+// broadcast wakes everybody who waits for it.
+type broadcast struct {
+	mu   sync.Mutex
+	next chan struct{}
+}
+
+func newBroadcast() broadcast { return broadcast{next: make(chan struct{})} }
+
+// wait returns a channel that the next send closes.
+func (b *broadcast) wait() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.next
+}
+
+func (b *broadcast) send() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	close(b.next)
+	b.next = make(chan struct{})
 }
 
 // NewLog returns a log over store. Every sink is a required one.
 func NewLog(store Store, log *slog.Logger, sinks ...Sink) *Log {
-	l := &Log{store: store, log: log, deadline: sinkDeadline, urgent: make(chan struct{}, 1), changed: make(chan struct{})}
+	l := &Log{store: store, log: log, deadline: sinkDeadline, urgent: make(chan struct{}, 1), grown: newBroadcast(), acted: newBroadcast()}
 	for _, s := range sinks {
 		l.followers = append(l.followers, &follower{log: l, sink: s, call: make(chan struct{}, 1), err: errNotStarted})
 	}
@@ -107,28 +130,43 @@ func (l *Log) Record(ctx context.Context, events ...Event) error {
 // Acknowledged waits until the event has its index in the log and every sink
 // has acknowledged it, or ctx ends.
 func (l *Log) Acknowledged(ctx context.Context, eventID string) error {
-	index, known := int64(0), false
+	index, err := l.indexed(ctx, eventID)
+	if err != nil {
+		return err
+	}
+	l.noticed(index + 1)
 	for {
-		changed := l.watch()
-		if !known {
-			var err error
-			if index, known, err = l.store.Index(ctx, eventID); err != nil {
-				return fmt.Errorf("looking for event %s in the log: %w", eventID, err)
-			}
-			if known {
-				l.moved() // another replica may have done it, and the sinks not know yet
-				continue
-			}
-			l.hurry()
-		}
-		if known && l.sinksPast(index) {
+		acted := l.acted.wait()
+		if l.sinksPast(index) {
 			return nil
 		}
 		select {
-		case <-changed:
+		case <-acted:
 		case <-time.After(waiting):
+			l.grown.send() // another replica may feed a sink: have the followers look how far it is
 		case <-ctx.Done():
 			return fmt.Errorf("waiting for event %s: %w", eventID, errors.Join(ctx.Err(), l.sinkErrors(index)))
+		}
+	}
+}
+
+// indexed waits until the event has its index in the log.
+func (l *Log) indexed(ctx context.Context, eventID string) (int64, error) {
+	for {
+		grown := l.grown.wait()
+		index, known, err := l.store.Index(ctx, eventID)
+		if err != nil {
+			return 0, fmt.Errorf("looking for event %s in the log: %w", eventID, err)
+		}
+		if known {
+			return index, nil
+		}
+		l.hurry()
+		select {
+		case <-grown:
+		case <-time.After(waiting):
+		case <-ctx.Done():
+			return 0, fmt.Errorf("waiting for the place of event %s in the log: %w", eventID, ctx.Err())
 		}
 	}
 }
@@ -140,23 +178,20 @@ func (l *Log) hurry() {
 	}
 }
 
-func (l *Log) watch() <-chan struct{} {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.changed
-}
-
-func (l *Log) moved() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	close(l.changed)
-	l.changed = make(chan struct{})
+// noticed tells who waits that the log has size events, unless that is known.
+func (l *Log) noticed(size int64) {
+	for known := l.size.Load(); size > known; known = l.size.Load() {
+		if l.size.CompareAndSwap(known, size) {
+			l.grown.send()
+			return
+		}
+	}
 }
 
 // offer lets the sinks know of signed checkpoints up to place seq.
 func (l *Log) offer(seq int64) {
 	if seq > l.signed.Swap(seq) {
-		l.moved()
+		l.grown.send()
 	}
 }
 
@@ -176,14 +211,14 @@ func (l *Log) Flush(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	l.moved()
+	l.noticed(head.Size)
 	for {
-		changed := l.watch()
+		acted := l.acted.wait()
 		if l.sinksPast(head.Size-1) && l.sinksSigned() {
 			return nil
 		}
 		select {
-		case <-changed:
+		case <-acted:
 		case <-ctx.Done():
 			return fmt.Errorf("waiting for the sinks: %w", errors.Join(ctx.Err(), l.sinkErrors(head.Size-1)))
 		}
@@ -270,12 +305,12 @@ func (l *Log) Run(ctx context.Context) error {
 func (l *Log) sequence(ctx context.Context) {
 	for ctx.Err() == nil {
 		n, err := l.advance(ctx)
-		switch {
-		case err != nil && ctx.Err() == nil:
+		if err == nil && n > 0 {
+			err = l.notice(ctx)
+		}
+		if err != nil && ctx.Err() == nil {
 			l.log.Warn("giving events their place in the log", "error", err)
 			pause(ctx, poll)
-		case n > 0:
-			l.moved()
 		}
 		if n < sequenceBatch {
 			l.await(ctx)
@@ -292,6 +327,15 @@ func (l *Log) advance(ctx context.Context) (int, error) {
 		return n + forged.Count, nil
 	}
 	return n, err
+}
+
+// notice tells who waits how large the log is.
+func (l *Log) notice(ctx context.Context) error {
+	head, err := l.store.Head(ctx)
+	if err == nil {
+		l.noticed(head.Size)
+	}
+	return err
 }
 
 // await returns when there may be something to sequence.

@@ -19,13 +19,11 @@ type Sink interface {
 	// Last returns the newest checkpoint that the sink still holds; Size 0 if
 	// none. It is called before the first Append and after each failed one.
 	Last(ctx context.Context) (Checkpoint, error)
-	// Append hands entries over. They are consecutive, and may repeat what was
-	// appended. A sink that signs what it got returns a receipt for each; the
-	// log keeps them with the events. A sink that does not returns nil.
-	Append(ctx context.Context, entries []Entry) (receipts [][]byte, err error)
-	// Checkpoint makes durable what was appended, and then c, which covers it.
-	// Only then the entries count as acknowledged.
-	Checkpoint(ctx context.Context, c Checkpoint) error
+	// Append makes entries durable, and c, which covers them and what came
+	// before. The entries are consecutive, and may repeat what was appended. They
+	// count as acknowledged when it returns; a shared sink may hold c earlier than
+	// them. A shared sink that signs what it got returns a receipt for each entry.
+	Append(ctx context.Context, entries []Entry, c Checkpoint) (receipts [][]byte, err error)
 	// KeepSigned records a signed checkpoint, a C2SP signed note. It covers no
 	// more than what the sink has acknowledged, and may be given again.
 	KeepSigned(ctx context.Context, note string) error
@@ -70,7 +68,7 @@ func (f *follower) set(held Checkpoint, err error) {
 	f.mu.Lock()
 	f.held, f.err = held, err
 	f.mu.Unlock()
-	f.log.moved()
+	f.log.acted.send()
 }
 
 // caught notes that the sink holds the whole log.
@@ -105,7 +103,7 @@ func (f *follower) follow(ctx context.Context) error {
 		return err
 	}
 	for {
-		changed := f.log.watch()
+		grown := f.log.grown.wait()
 		after, err := f.step(ctx, held)
 		if err != nil {
 			return err
@@ -124,7 +122,7 @@ func (f *follower) follow(ctx context.Context) error {
 		}
 		f.caught()
 		select {
-		case <-changed:
+		case <-grown:
 		case <-time.After(poll):
 		case <-ctx.Done():
 			return ctx.Err()
@@ -132,37 +130,42 @@ func (f *follower) follow(ctx context.Context) error {
 	}
 }
 
-// resume asks the sink how far it is, and checks that the log goes on from there.
+// resume asks the sink how far it is, and checks that the log goes on from
+// there. Of a shared sink's entries, those that were never noted as acknowledged
+// are to be given again, lest their receipts be missing.
 func (f *follower) resume(ctx context.Context) (held Checkpoint, err error) {
 	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
-	err = f.bounded(ctx, func() (err error) { held, err = f.sink.Last(ctx); return err })
-	if err != nil {
+	var last Checkpoint // of the call alone, when it has been given up
+	if err := f.bounded(ctx, func() (err error) { last, err = f.sink.Last(ctx); return err }); err != nil {
 		return Checkpoint{}, fmt.Errorf("asking sink %s for its last checkpoint: %w", f.sink.Name(), err)
 	}
-	return held, f.extended(ctx, held)
+	held = last
+	if _, err := f.extended(ctx, held); err != nil || !f.sink.Shared() {
+		return held, err
+	}
+	next, err := f.log.store.SinkNext(ctx, f.sink.Name())
+	if err != nil || next >= held.Size {
+		return held, err
+	}
+	return f.log.store.At(ctx, next)
 }
 
-// extended reports *RollbackError unless the log extends held.
-func (f *follower) extended(ctx context.Context, held Checkpoint) error {
-	if held.Size == 0 {
-		return nil
-	}
-	head, err := f.log.store.Head(ctx)
-	if err != nil {
-		return err
+// extended returns the log's head, and reports *RollbackError unless the log
+// extends held.
+func (f *follower) extended(ctx context.Context, held Checkpoint) (head Checkpoint, err error) {
+	head, err = f.log.store.Head(ctx)
+	if err != nil || held.Size == 0 || head == held {
+		return head, err
 	}
 	if head.Size < held.Size {
-		return &RollbackError{f.sink.Name(), held, head}
+		return head, &RollbackError{f.sink.Name(), held, head}
 	}
 	then, err := f.log.store.At(ctx, held.Size)
-	if err != nil {
-		return err
+	if err == nil && then != held {
+		err = &RollbackError{f.sink.Name(), held, then}
 	}
-	if then != held {
-		return &RollbackError{f.sink.Name(), held, then}
-	}
-	return nil
+	return head, err
 }
 
 // step brings the sink on from held and returns how far it is then. What the
@@ -170,25 +173,32 @@ func (f *follower) extended(ctx context.Context, held Checkpoint) error {
 func (f *follower) step(ctx context.Context, held Checkpoint) (Checkpoint, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
-	if err := f.extended(ctx, held); err != nil {
+	head, err := f.extended(ctx, held)
+	if err != nil || head == held {
 		return held, err
 	}
 	if !f.sink.Shared() {
-		return f.appendFrom(ctx, held)
+		after, _, err := f.appendFrom(ctx, held)
+		return after, err
 	}
-	name, mine := f.sink.Name(), held
-	_, err := f.log.store.Exclusive(ctx, "sink "+name, func(ctx context.Context) error {
+	name, after := f.sink.Name(), held
+	_, err = f.log.store.Exclusive(ctx, "sink "+name, func(ctx context.Context) error {
 		done, err := f.log.store.SinkNext(ctx, name)
 		if err != nil || done > held.Size {
 			return err
 		}
-		if mine, err = f.appendFrom(ctx, held); err != nil || mine == held {
+		mine, receipts, err := f.appendFrom(ctx, held)
+		if err != nil || mine == held {
 			return err
 		}
-		return f.log.store.SetSinkNext(ctx, name, mine.Size)
+		after = mine
+		return f.log.store.Acknowledge(ctx, name, mine.Size, receipts)
 	})
-	if err != nil || mine != held {
-		return mine, err
+	if err != nil {
+		return held, err
+	}
+	if after != held {
+		return after, nil
 	}
 	done, err := f.log.store.SinkNext(ctx, name) // what another replica has done
 	if err != nil || done <= held.Size {
@@ -197,37 +207,24 @@ func (f *follower) step(ctx context.Context, held Checkpoint) (Checkpoint, error
 	return f.log.store.At(ctx, done)
 }
 
-func (f *follower) appendFrom(ctx context.Context, held Checkpoint) (Checkpoint, error) {
+// appendFrom appends what the log holds behind held, and returns how far the
+// sink is then, and its receipts.
+func (f *follower) appendFrom(ctx context.Context, held Checkpoint) (Checkpoint, [][]byte, error) {
 	entries, err := f.log.store.Entries(ctx, held.Size, sinkBatch)
 	if err != nil || len(entries) == 0 {
-		return held, err
+		return held, nil, err
 	}
 	after, err := f.log.store.At(ctx, held.Size+int64(len(entries)))
 	if err != nil {
-		return held, err
+		return held, nil, err
 	}
-	if err := f.bounded(ctx, func() error { return f.handOver(ctx, entries, after) }); err != nil {
-		return held, err
-	}
-	return after, nil
-}
-
-// handOver keeps receipts before the sink's checkpoint moves on, so that a
-// crash in between repeats the entries rather than loses their receipts.
-func (f *follower) handOver(ctx context.Context, entries []Entry, c Checkpoint) error {
-	receipts, err := f.sink.Append(ctx, entries)
+	// What the call works with is nobody else's when it has been given up.
+	var given [][]byte
+	err = f.bounded(ctx, func() (err error) { given, err = f.sink.Append(ctx, entries, after); return err })
 	if err != nil {
-		return fmt.Errorf("appending to sink %s: %w", f.sink.Name(), err)
+		return held, nil, fmt.Errorf("appending to sink %s: %w", f.sink.Name(), err)
 	}
-	if len(receipts) > 0 {
-		if err := f.log.store.KeepReceipts(ctx, f.sink.Name(), entries[0].Index, receipts); err != nil {
-			return err
-		}
-	}
-	if err := f.sink.Checkpoint(ctx, c); err != nil {
-		return fmt.Errorf("giving sink %s a checkpoint: %w", f.sink.Name(), err)
-	}
-	return nil
+	return after, given, nil
 }
 
 // keepSigned gives the sink the signed checkpoints that it has not recorded and
@@ -256,7 +253,7 @@ func (f *follower) keepSigned(ctx context.Context, next int64) error {
 			return fmt.Errorf("giving sink %s a signed checkpoint: %w", f.sink.Name(), err)
 		}
 		f.signed.Store(s.Seq)
-		f.log.moved()
+		f.log.acted.send()
 	}
 	return nil
 }

@@ -83,10 +83,7 @@ func (l log30) add(t *testing.T, n int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := sink.Append(t.Context(), entries); err != nil {
-		t.Fatal(err)
-	}
-	if err := sink.Checkpoint(t.Context(), head); err != nil {
+	if _, err := sink.Append(t.Context(), entries, head); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -422,7 +419,7 @@ func TestFileSinkNoticesThatItsFileWasReplacedWhileOpen(t *testing.T) {
 	if err := os.Rename(l.sink, l.sink+".rotated"); err != nil {
 		t.Fatal(err)
 	}
-	if err := sink.Checkpoint(t.Context(), audit.Checkpoint{Origin: "o", Size: 30}); err == nil {
+	if _, err := sink.Append(t.Context(), nil, audit.Checkpoint{Origin: "o", Size: 30}); err == nil {
 		t.Error("a checkpoint went into a file that is no longer there, and counted as kept")
 	}
 }

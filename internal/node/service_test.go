@@ -480,7 +480,7 @@ func TestMovedSecretDoesNotOpen(t *testing.T) {
 // stuck is a sink that never acknowledges.
 type stuck struct{ audit.Sink }
 
-func (stuck) Append(context.Context, []audit.Entry) ([][]byte, error) {
+func (stuck) Append(context.Context, []audit.Entry, audit.Checkpoint) ([][]byte, error) {
 	return nil, errors.New("stuck")
 }
 

@@ -58,18 +58,18 @@ type heldSink struct {
 	fail atomic.Bool
 }
 
-func (s *heldSink) Checkpoint(ctx context.Context, c audit.Checkpoint) error {
+func (s *heldSink) Append(ctx context.Context, entries []audit.Entry, c audit.Checkpoint) ([][]byte, error) {
 	if s.fail.Load() {
-		return errors.New("the sink refuses")
+		return nil, errors.New("the sink refuses")
 	}
 	for s.held.Load() {
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return nil, ctx.Err()
 		case <-time.After(time.Millisecond):
 		}
 	}
-	return s.FileSink.Checkpoint(ctx, c)
+	return s.FileSink.Append(ctx, entries, c)
 }
 
 // fixture is a service on real parts.

@@ -45,7 +45,7 @@ func TestEvidence(t *testing.T) {
 		must(t, err)
 		for _, e := range entries {
 			receipt := append([]byte("vault:v1:"), base64Of(ed25519.Sign(private, e.Leaf))...)
-			must(t, db.KeepReceipts(t.Context(), "vault", e.Index, [][]byte{receipt}))
+			must(t, db.Acknowledge(t.Context(), "vault", e.Index+1, [][]byte{receipt}))
 		}
 		keys, err := db.CheckpointKeys(t.Context())
 		if err != nil || len(keys) != 1 {

@@ -259,19 +259,6 @@ func (d *DB) Index(ctx context.Context, eventID string) (int64, bool, error) {
 	return idx.Int64, idx.Valid, unavailable(err)
 }
 
-// KeepReceipts implements audit.Store.
-func (d *DB) KeepReceipts(ctx context.Context, sink string, first int64, receipts [][]byte) error {
-	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		for i, receipt := range receipts {
-			if _, err := exec(ctx, tx, "INSERT INTO event_receipts (sink, idx, receipt) VALUES ($1, $2, $3) ON CONFLICT (sink, idx) DO UPDATE SET receipt = excluded.receipt",
-				sink, first+int64(i), receipt); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
 // Exclusive implements audit.Store. On PostgreSQL the lock belongs to a
 // transaction, so it goes with a process that dies, and with one that is
 // stopped; then do's context ends when that process goes on.
@@ -332,9 +319,16 @@ func (d *DB) SinkNext(ctx context.Context, sink string) (next int64, err error) 
 	return next, unavailable(err)
 }
 
-// SetSinkNext implements audit.Store.
-func (d *DB) SetSinkNext(ctx context.Context, sink string, next int64) error {
+// Acknowledge implements audit.Store.
+func (d *DB) Acknowledge(ctx context.Context, sink string, next int64, receipts [][]byte) error {
+	first := next - int64(len(receipts))
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		for i, receipt := range receipts {
+			if _, err := exec(ctx, tx, "INSERT INTO event_receipts (sink, idx, receipt) VALUES ($1, $2, $3) ON CONFLICT (sink, idx) DO UPDATE SET receipt = excluded.receipt",
+				sink, first+int64(i), receipt); err != nil {
+				return err
+			}
+		}
 		_, err := exec(ctx, tx, "INSERT INTO sink_progress (sink, next) VALUES ($1, $2) ON CONFLICT (sink) DO UPDATE SET next = $2", sink, next)
 		return err
 	})

@@ -188,9 +188,10 @@ func (w *writer) collect(first *change) []*change {
 	return batch
 }
 
-// commit runs a batch in one transaction. A change that fails is undone alone;
-// an error it returns is everybody's. A change that was begun is finished,
-// however long that takes; those behind it are then refused.
+// commit runs a batch in one transaction. A change that fails is undone alone,
+// for which one by itself needs no savepoint; an error that commit returns is
+// everybody's. A change that was begun is finished, however long that takes;
+// those behind it are then refused.
 func (w *writer) commit(batch []*change) error {
 	started := time.Now()
 	tx, err := w.begin()
@@ -207,7 +208,14 @@ func (w *writer) commit(batch []*change) error {
 		}
 		// SQLite would roll back the whole transaction if a caller that leaves
 		// interrupted one of its statements.
-		if err := apply(context.WithoutCancel(c.ctx), tx, c); err != nil {
+		ctx := context.WithoutCancel(c.ctx)
+		if len(batch) == 1 {
+			if c.err = c.do(ctx, tx); c.err != nil {
+				return ignoreDone(tx.Rollback())
+			}
+			break
+		}
+		if err := apply(ctx, tx, c); err != nil {
 			return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
 		}
 	}

@@ -78,12 +78,15 @@ func concurrently(b *testing.B, clients int, once func() error) {
 
 func BenchmarkReceipts(b *testing.B) {
 	c := open(b)
+	origin := freshLog(b)
 	for _, n := range []int{1, 10, 100} {
 		b.Run(fmt.Sprintf("batch=%d", n), func(b *testing.B) {
 			list := entries(b, 0, n)
 			sink := c.Sink()
+			size := int64(0)
 			for b.Loop() {
-				if _, err := sink.Append(b.Context(), list); err != nil {
+				size += int64(n)
+				if _, err := sink.Append(b.Context(), list, checkpointAt(origin, size)); err != nil {
 					b.Fatal(err)
 				}
 			}

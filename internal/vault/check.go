@@ -85,7 +85,10 @@ func together(ctx context.Context, checks ...func(context.Context) []Finding) []
 
 // trailLife is how long it is taken for granted that the audit trail is as it
 // was: what somebody changes in Vault stops the service no later than this.
-const trailLife = time.Second
+const (
+	trailLife = time.Second
+	trailAges = 800 * time.Millisecond // for who will need a look soon, and need not wait for it now
+)
 
 // trail is the last look at the audit trail, and the one under way.
 type trail struct {
@@ -100,31 +103,45 @@ type trail struct {
 // writing them to its audit devices. sys/health stays 200 when those are full.
 // The error wraps orgkey.ErrUnavailable.
 func (c *Client) Healthy(ctx context.Context) error {
-	// Who joins a look that another began leaves it when ctx ends.
-	look := c.trail.looking.DoChan("", func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.config.CallTimeout)
-		defer cancel()
-		return nil, c.look(ctx)
-	})
 	select {
-	case seen := <-look:
+	case seen := <-c.looking(ctx):
 		return seen.Err
 	case <-ctx.Done():
 		return fmt.Errorf("looking at Vault's audit trail: %w: %w", orgkey.ErrUnavailable, ctx.Err())
 	}
 }
 
+// looking begins a look, or joins the one under way, which outlives ctx.
+func (c *Client) looking(ctx context.Context) <-chan singleflight.Result {
+	return c.trail.looking.DoChan("", func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.config.CallTimeout)
+		defer cancel()
+		return nil, c.look(ctx)
+	})
+}
+
+// lastLook returns when the last look was, and what it found.
+func (c *Client) lastLook() (at time.Time, err error) {
+	c.trail.mu.Lock()
+	defer c.trail.mu.Unlock()
+	return c.trail.at, c.trail.err
+}
+
 // audited is Healthy, unless that was asked within trailLife. Before a private
 // key leaves Vault, and before events count as recorded, it says that the
 // audit devices show the events and hide the keys.
 func (c *Client) audited(ctx context.Context) error {
-	c.trail.mu.Lock()
-	at, err := c.trail.at, c.trail.err
-	c.trail.mu.Unlock()
-	if time.Since(at) < trailLife {
+	if at, err := c.lastLook(); time.Since(at) < trailLife {
 		return err
 	}
 	return c.Healthy(ctx)
+}
+
+// anticipate has a recent look ready for who needs one a little later.
+func (c *Client) anticipate(ctx context.Context) {
+	if at, _ := c.lastLook(); time.Since(at) > trailAges {
+		c.looking(ctx)
+	}
 }
 
 // look keeps what it saw, unless Vault did not answer: then the next one asks again.

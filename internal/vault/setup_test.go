@@ -314,8 +314,8 @@ func TestAuditTrailThatIsChangedStopsTheSink(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			c := open(t)
-			sink, list := c.Sink(), entries(t, 0, 1)
-			if err := second(sink.Append(t.Context(), list)); err != nil {
+			sink, list, point := c.Sink(), entries(t, 0, 1), checkpointAt(freshLog(t), 1)
+			if err := second(sink.Append(t.Context(), list, point)); err != nil {
 				t.Fatal(err)
 			}
 			if err := tt.do(); err != nil {
@@ -327,7 +327,7 @@ func TestAuditTrailThatIsChangedStopsTheSink(t *testing.T) {
 				}
 			}()
 			eventually(t, func() error {
-				if second(sink.Append(t.Context(), list)) == nil {
+				if second(sink.Append(t.Context(), list, point)) == nil {
 					return errors.New("the sink still acknowledges")
 				}
 				return nil

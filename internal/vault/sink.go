@@ -13,6 +13,7 @@ import (
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 	"golang.org/x/mod/sumdb/tlog"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 )
@@ -97,13 +98,23 @@ func missingMount(err error) bool {
 
 // Append implements audit.Sink. The events are in Vault's audit file, in
 // order, when it returns; every receipt was checked. It fails while the audit
-// devices are not as Check wants them.
-func (s *Sink) Append(ctx context.Context, entries []audit.Entry) ([][]byte, error) {
+// devices are not as Check wants them. The checkpoint never moves back by a late
+// writer: if another replica wrote since this one looked, the larger one stays.
+func (s *Sink) Append(ctx context.Context, entries []audit.Entry, c audit.Checkpoint) ([][]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.c.audited(ctx); err != nil {
 		return nil, err
 	}
+	var receipts [][]byte
+	var both errgroup.Group
+	both.Go(func() error { return s.advance(ctx, c) })
+	both.Go(func() (err error) { receipts, err = s.sign(ctx, entries); return err })
+	return receipts, both.Wait()
+}
+
+// sign has Vault sign entries, in as many calls as they need.
+func (s *Sink) sign(ctx context.Context, entries []audit.Entry) ([][]byte, error) {
 	receipts := make([][]byte, 0, len(entries))
 	for len(entries) > 0 {
 		n := batchLen(entries)
@@ -115,14 +126,6 @@ func (s *Sink) Append(ctx context.Context, entries []audit.Entry) ([][]byte, err
 		entries = entries[n:]
 	}
 	return receipts, nil
-}
-
-// Checkpoint implements audit.Sink. It never moves back by a late writer: if
-// another replica wrote since this one looked, the larger checkpoint stays.
-func (s *Sink) Checkpoint(ctx context.Context, c audit.Checkpoint) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.advance(ctx, c)
 }
 
 // AcceptRollback has the sink start over with a log that was set back on
