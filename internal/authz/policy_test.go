@@ -111,7 +111,7 @@ func oracle(r Request) Decision {
 	if r.Action == "" || r.Org == "" || c.Org == "" || c.Subject == "" {
 		return no(MalformedRequest)
 	}
-	if c.Kind != Person && c.Kind != Node || c.Kind == Node && len(c.Roles) > 0 {
+	if c.Kind != Person && c.Kind != Node || c.Kind == Node && len(c.Roles) > 0 || slices.Contains(c.Roles, "") {
 		return no(MalformedRequest)
 	}
 	if !slices.Contains(allActions(), r.Action) {

@@ -373,7 +373,9 @@ func BenchmarkKeysVault(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			inTurns(b, clients, "direct", func() error { return transitKey(context.Background(), direct) }, "orgkeys", generator(b, s))
+			key := generator(b, s)
+			inPhases(b, clients, "direct", func(int) error { return transitKey(context.Background(), direct) },
+				"orgkeys", func(int) error { return key() })
 		})
 	}
 }
