@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime/debug"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -206,6 +207,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	}
 	running.Go(public.Serve)
 	running.Go(admin.Serve)
+	debug.FreeOSMemory() // compiling the policy and running its tests took much that nothing needs again
 	log.Info("listening", "api", public.Addr().String(), "admin", admin.Addr().String(), "version", version(), "policy", policy.Revision())
 
 	select {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -415,6 +416,56 @@ func TestFlushLeavesNothingBehind(t *testing.T) {
 		t.Errorf("%d events without a place, %v", n, err)
 	}
 	wantSameEvents(t, l.db, l.sink)
+}
+
+// A shared sink may hold a checkpoint of entries whose receipts nobody has: the
+// process ended, or its answer was lost. They are given again, and no receipt is missing.
+func TestLostReceiptsAreGivenAgain(t *testing.T) {
+	l := openLog(t)
+	sink := &signingSink{FileSink: audit.NewFileSink(l.sink)}
+	trail := audit.NewLog(l.db, slog.New(slog.DiscardHandler), sink)
+	end := run(t, trail)
+	record(t, trail, 20)
+	flush(t, trail)
+	sink.deaf.Store(true)
+	record(t, trail, 20)
+	waitFor(t, "the sink holds what it gave no receipts for", func() bool {
+		held, err := sink.Last(t.Context())
+		return err == nil && held.Size == 40
+	})
+	end()
+	sink.deaf.Store(false)
+	again := audit.NewLog(l.db, slog.New(slog.DiscardHandler), &signingSink{FileSink: audit.NewFileSink(l.sink)})
+	defer run(t, again)()
+	flush(t, again)
+	receipts, err := l.db.Receipts(t.Context(), sink.Name(), 0, 100)
+	if err != nil || len(receipts) != 40 {
+		t.Errorf("%d receipts of 40, %v", len(receipts), err)
+	}
+}
+
+// signingSink is a shared sink that gives receipts, and may have its answers lost.
+type signingSink struct {
+	*audit.FileSink
+	deaf atomic.Bool
+}
+
+func (s *signingSink) Name() string { return "signing" }
+
+func (s *signingSink) Shared() bool { return true }
+
+func (s *signingSink) Append(ctx context.Context, entries []audit.Entry, c audit.Checkpoint) ([][]byte, error) {
+	if _, err := s.FileSink.Append(ctx, entries, c); err != nil {
+		return nil, err
+	}
+	if s.deaf.Load() {
+		return nil, errors.New("the answer was lost")
+	}
+	receipts := make([][]byte, len(entries))
+	for i, e := range entries {
+		receipts[i] = fmt.Appendf(nil, "receipt of %d", e.Index)
+	}
+	return receipts, nil
 }
 
 // gatedSink is a sink whose disk can be made to fail, hang or be slow.
