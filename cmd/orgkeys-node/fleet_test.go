@@ -2,10 +2,14 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"encoding/json"
 	"flag"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -25,7 +29,6 @@ var fleet = flag.Int("nodes", 200, "how many nodes boot at once")
 // each node ends with all its secrets and is listed, and the log has an event
 // of each registration.
 func TestAFleetBootsAtOnce(t *testing.T) {
-	filesFor(t, *fleet)
 	s := harness.Start(t)
 	// Nodes have disks of their own. Here they would all share the server's, and
 	// wait for each other's fsync.
@@ -48,27 +51,21 @@ func TestAFleetBootsAtOnce(t *testing.T) {
 		}).Want(t, 200, "Secret stored successfully")
 	}
 
-	took, start := make([]time.Duration, *fleet), make(chan struct{})
-	var all sync.WaitGroup
-	for i := range *fleet {
-		all.Go(func() {
-			<-start
-			begun := time.Now()
-			var out, errs bytes.Buffer
-			code := run(t.Context(), []string{"boot", "--server", s.API, "--org", org, "--ip", fleetAddress(i), "--region", "eu",
-				"--key-file", keyFile, "--dir", filepath.Join(dir, fleetAddress(i)), "--wait", "5m"}, &out, &errs)
-			if code != 0 {
-				t.Errorf("node %d: exit code %d: %s", i, code, errs.Bytes())
-			}
-			took[i] = time.Since(begun)
-		})
+	var parts []*part
+	for from := 0; from < *fleet; from += partSize {
+		parts = append(parts, startPart(t, part{Server: s.API, Org: org, KeyFile: keyFile, Dir: dir, From: from, To: min(from+partSize, *fleet)}))
 	}
 	atRest, served := resident(t, s.PID()), make(chan struct{})
 	most := make(chan int64)
 	go func() { most <- mostResident(t, s.PID(), served) }()
 	begun := time.Now()
-	close(start)
-	all.Wait()
+	for _, p := range parts {
+		p.start()
+	}
+	var took []time.Duration
+	for _, p := range parts {
+		took = append(took, p.wait(t)...)
+	}
 	elapsed := time.Since(begun)
 	close(served)
 	memory := <-most
@@ -97,16 +94,98 @@ func TestAFleetBootsAtOnce(t *testing.T) {
 		*fleet, elapsed.Round(time.Millisecond), float64(*fleet)/elapsed.Seconds(), took[len(took)/2].Round(time.Millisecond), took[len(took)-1].Round(time.Millisecond), atRest>>10, memory>>10)
 }
 
-// filesFor checks that so many nodes can have open what they need, all in this
-// process: a directory, a lock and a connection each, and a file for a moment.
-func filesFor(t *testing.T, nodes int) {
+// partSize is how many nodes one process plays: each has a directory, a lock and
+// a connection open, and a file for a moment, and a process may have 20,000.
+const partSize = 4000
+
+// part is some of the fleet, in a process of its own: this test program, which
+// finds the part in FleetPart and boots it when its standard input ends.
+type part struct {
+	Server, Org, KeyFile, Dir string
+	From, To                  int // nodes' numbers
+
+	cmd   *exec.Cmd
+	out   bytes.Buffer
+	begin io.Closer
+}
+
+const FleetPart = "ORGKEYS_TEST_FLEET_PART"
+
+// booted is how a node's boot ended.
+type booted struct {
+	Code int
+	Says string
+	Took time.Duration
+}
+
+func startPart(t *testing.T, p part) *part {
+	t.Helper()
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
 	}
-	if need := uint64(3*nodes + 1000); limit.Cur < need {
-		t.Fatalf("%d nodes need %d open files, and %d are allowed (ulimit -n)", nodes, need, limit.Cur)
+	if need := uint64(3*(p.To-p.From) + 1000); limit.Cur < need {
+		t.Fatalf("%d nodes need %d open files, and %d are allowed (ulimit -n)", p.To-p.From, need, limit.Cur)
 	}
+	text, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.cmd = exec.Command(os.Args[0])
+	p.cmd.Env = append(os.Environ(), FleetPart+"="+string(text))
+	p.cmd.Stdout, p.cmd.Stderr = &p.out, os.Stderr
+	if p.begin, err = p.cmd.StdinPipe(); err == nil {
+		err = p.cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &p
+}
+
+func (p *part) start() { p.begin.Close() }
+
+// wait returns how long each boot took, and fails the test for each that failed.
+func (p *part) wait(t *testing.T) (took []time.Duration) {
+	t.Helper()
+	if err := p.cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	var all []booted
+	if err := json.Unmarshal(p.out.Bytes(), &all); err != nil {
+		t.Fatal(err)
+	}
+	for i, b := range all {
+		if b.Code != 0 {
+			t.Errorf("node %d: exit code %d: %s", p.From+i, b.Code, b.Says)
+		}
+		took = append(took, b.Took)
+	}
+	return took
+}
+
+// BootPart is what a part's process does, with what FleetPart holds.
+func BootPart(text string) error {
+	var p part
+	if err := json.Unmarshal([]byte(text), &p); err != nil {
+		return err
+	}
+	if _, err := io.Copy(io.Discard, os.Stdin); err != nil {
+		return err
+	}
+	all := make([]booted, p.To-p.From)
+	var running sync.WaitGroup
+	for i := range all {
+		running.Go(func() {
+			address, begun := fleetAddress(p.From+i), time.Now()
+			var out, errs bytes.Buffer
+			code := run(context.Background(), []string{"boot", "--server", p.Server, "--org", p.Org, "--ip", address, "--region", "eu",
+				"--key-file", p.KeyFile, "--dir", filepath.Join(p.Dir, address), "--wait", "5m"}, &out, &errs)
+			all[i] = booted{code, errs.String(), time.Since(begun)}
+		})
+	}
+	running.Wait()
+	return json.NewEncoder(os.Stdout).Encode(all)
 }
 
 // mostResident is the most that a process has resident until done, in KiB.

@@ -29,6 +29,7 @@ import (
 	"testing"
 	"time"
 
+	program "github.com/orgkeys/orgkeys/cmd/orgkeys-node"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/envelope"
 	"github.com/orgkeys/orgkeys/internal/node"
@@ -40,6 +41,13 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if text := os.Getenv(program.FleetPart); text != "" {
+		if err := program.BootPart(text); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	dir, err := os.MkdirTemp("", "orgkeys-node-")
 	if err == nil {
 		defer os.RemoveAll(dir)
