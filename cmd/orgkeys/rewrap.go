@@ -22,10 +22,6 @@ import (
 // transaction, which a server's writers wait for.
 const rewrapBatch = 100
 
-// clockGrain is how much older than it is a version of the key may look, by
-// Vault's clock, of which both ends are given in whole seconds.
-const clockGrain = 2 * time.Second
-
 func newRewrap() *cobra.Command {
 	return &cobra.Command{
 		Use:   "rewrap",
@@ -76,7 +72,7 @@ func rewrap(ctx context.Context, cfg config.Config, progress io.Writer) (err err
 	}
 	defer client.Close()
 	r := rewrapper{db: db, sealer: client.Sealer(), progress: progress, failed: map[orgkey.Binding]bool{}}
-	err = r.run(ctx, max(cfg.ReservationTTL, 2*gate.RecordDeadline)+clockGrain)
+	err = r.run(ctx, max(cfg.ReservationTTL, 2*gate.RecordDeadline))
 	return errors.Join(err, r.broken(), r.record(ctx, err))
 }
 

@@ -134,7 +134,7 @@ func (l *Log) Acknowledged(ctx context.Context, eventID string) error {
 	if err != nil {
 		return err
 	}
-	l.noticed(index + 1)
+	l.grewTo(index + 1)
 	for {
 		acted := l.acted.wait()
 		if l.sinksPast(index) {
@@ -178,8 +178,8 @@ func (l *Log) hurry() {
 	}
 }
 
-// noticed tells who waits that the log has size events, unless that is known.
-func (l *Log) noticed(size int64) {
+// grewTo tells who waits that the log has size events, unless that is known.
+func (l *Log) grewTo(size int64) {
 	for known := l.size.Load(); size > known; known = l.size.Load() {
 		if l.size.CompareAndSwap(known, size) {
 			l.grown.send()
@@ -211,7 +211,7 @@ func (l *Log) Flush(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	l.noticed(head.Size)
+	l.grewTo(head.Size)
 	for {
 		acted := l.acted.wait()
 		if l.sinksPast(head.Size-1) && l.sinksSigned() {
@@ -306,7 +306,7 @@ func (l *Log) sequence(ctx context.Context) {
 	for ctx.Err() == nil {
 		n, err := l.advance(ctx)
 		if err == nil && n > 0 {
-			err = l.notice(ctx)
+			err = l.announce(ctx)
 		}
 		if err != nil && ctx.Err() == nil {
 			l.log.Warn("giving events their place in the log", "error", err)
@@ -329,11 +329,11 @@ func (l *Log) advance(ctx context.Context) (int, error) {
 	return n, err
 }
 
-// notice tells who waits how large the log is.
-func (l *Log) notice(ctx context.Context) error {
+// announce tells who waits how large the log is.
+func (l *Log) announce(ctx context.Context) error {
 	head, err := l.store.Head(ctx)
 	if err == nil {
-		l.noticed(head.Size)
+		l.grewTo(head.Size)
 	}
 	return err
 }

@@ -19,8 +19,8 @@ import (
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
-// clockGrain is how much older than the call a fresh key may look: Transit
-// gives fractions of a second, and the answer's date is in whole ones.
+// clockGrain is by how much a key's age may be mistaken that comes of Transit's
+// time and the answer's date: one or both are given in whole seconds.
 const clockGrain = 2 * time.Second
 
 // abandonedPoll is how often Transit is asked whether it has finished a key

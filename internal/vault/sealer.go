@@ -106,7 +106,7 @@ func (s *Sealer) Rewrap(ctx context.Context, items []orgkey.Sealed) ([][]byte, e
 // SealingKey is the state of the key in Transit that records are sealed under.
 type SealingKey struct {
 	Latest        int           // the version that Seal and Rewrap use
-	Age           time.Duration // of that version, by Vault's clock, in whole seconds
+	Age           time.Duration // of that version, by Vault's clock; it is no younger
 	MinDecryption int           // the oldest version that opens anything
 }
 
@@ -125,7 +125,7 @@ func (s *Sealer) Key(ctx context.Context) (SealingKey, error) {
 		return SealingKey{}, fmt.Errorf("reading the sealing key's versions: %w", err)
 	}
 	created := time.Unix(k.Created[strconv.Itoa(k.Latest)], 0)
-	return SealingKey{Latest: k.Latest, Age: answer.date.Sub(created), MinDecryption: k.MinDecryption}, nil
+	return SealingKey{Latest: k.Latest, Age: answer.date.Sub(created) - clockGrain, MinDecryption: k.MinDecryption}, nil
 }
 
 // Version is the version of the sealing key that a ciphertext was sealed

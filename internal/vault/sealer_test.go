@@ -56,7 +56,7 @@ func TestRewrapAfterRotation(t *testing.T) {
 		t.Fatal(err)
 	}
 	latest := key.Latest
-	if key.Age < -2*time.Second || key.Age > 20*time.Second || key.MinDecryption != 1 {
+	if key.Age < -4*time.Second || key.Age > 20*time.Second || key.MinDecryption != 1 {
 		t.Errorf("a moment after the rotation the key is %+v", key)
 	}
 	if _, err := s.Open(t.Context(), items); err != nil {
