@@ -105,6 +105,19 @@ func TestImageIsBuiltWithTheLanguageVersionOfGoMod(t *testing.T) {
 	}
 }
 
+func TestWhatIsTestedIsBuiltLikeWhatShips(t *testing.T) {
+	for file, command := range map[string]string{
+		"Dockerfile":    `-trimpath -tags nomsgpack .*\./cmd/orgkeys\n`,
+		"scripts/build": `-trimpath -tags nomsgpack .*\./cmd/orgkeys `,
+		"scripts/test":  `GOFLAGS=.*-trimpath -tags=nomsgpack"`,
+		"scripts/bench": `GOFLAGS="-trimpath -tags=nomsgpack"`,
+	} {
+		if !regexp.MustCompile(command).MatchString(read(t, file)) {
+			t.Errorf("%s has no %s", file, command)
+		}
+	}
+}
+
 func TestImageCopiesWhatIsThere(t *testing.T) {
 	ignore := strings.Fields(regexp.MustCompile(`(?m)^#.*$`).ReplaceAllString(read(t, ".dockerignore"), ""))
 	if ignore[0] != "*" {
