@@ -254,8 +254,8 @@ func TestPromise1_VaultKeepsNoKeyAndItsAuditFileNoSecret(t *testing.T) {
 				calls = append(calls, e.Request.Operation+" "+strings.ReplaceAll(e.Request.Path, key.ID, "KEY"))
 			}
 		}
-		want := []string{"update orgkeys/keys/KEY", "update orgkeys/keys/KEY/config", "read orgkeys/export/encryption-key/KEY/1",
-			"delete orgkeys/keys/KEY", "read orgkeys/keys/KEY", "update orgkeys-seal/encrypt/seal"}
+		want := []string{"update orgkeys/keys/KEY", "update orgkeys/keys/KEY/config", "update orgkeys-seal/encrypt/seal",
+			"read orgkeys/export/encryption-key/KEY/1", "delete orgkeys/keys/KEY", "read orgkeys/keys/KEY"}
 		if !slices.Equal(calls, want) {
 			t.Errorf("entries %q, want %q", calls, want)
 		}
@@ -325,8 +325,8 @@ func TestPromise4_NothingLeavesBeforeVaultHasAnswered(t *testing.T) {
 type killer struct {
 	mu     sync.Mutex
 	name   string // of the key
-	calls  int
-	killed string // the call after which it was
+	calls  []string
+	killed bool
 }
 
 // call describes a call of a generation; it is empty for others.
@@ -346,27 +346,33 @@ func (k *killer) call(r *http.Request) string {
 	return ""
 }
 
-func (k *killer) after(n int, s *harness.Server) func(*http.Response) error {
+// after returns a function that kills s after it has made a call for the nth
+// time, or never if there is no such call.
+func (k *killer) after(call string, n int, s *harness.Server) func(*http.Response) error {
 	return func(r *http.Response) error {
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		what := k.call(r.Request)
-		if what == "" || k.killed != "" {
+		if what == "" || k.killed {
 			return nil
 		}
-		if k.calls++; k.calls < n {
+		k.calls = append(k.calls, what)
+		if what != call {
+			return nil
+		}
+		if n--; n > 0 {
 			return nil
 		}
 		s.Kill()
-		k.killed = what
+		k.killed = true
 		return errors.New("killed")
 	}
 }
 
-func (k *killer) result() string {
+func (k *killer) result() (calls []string, killed bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.killed
+	return slices.Clone(k.calls), k.killed
 }
 
 // TestPromise4_KilledAfterEachCallToVault: whatever call the service dies
@@ -375,34 +381,39 @@ func TestPromise4_KilledAfterEachCallToVault(t *testing.T) {
 	const life = 8 * time.Second // of a reservation
 	v, proxy, settings := throughVault(t)
 	s := harness.Start(t, settings, harness.Set("ORGKEYS_RESERVATION_TTL", life.String()))
-	var killed []string
 	received := map[string]bool{}
-	for n := 1; ; n++ {
+	generate := func(call string, n int) (calls []string, killed bool) {
 		k := &killer{}
-		proxy.After(k.after(n, s))
+		proxy.After(k.after(call, n, s))
+		defer proxy.After(nil)
 		org := harness.Org()
 		resp, err := s.Try(t.Context(), harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")})
 		if err == nil && resp.Status == 200 {
 			received[resp.Header.Get("X-Key-Id")] = true
 		}
-		if deadline := time.Now().Add(2 * time.Second); err == nil {
-			for k.result() == "" && time.Now().Before(deadline) { // calls that follow the answer
-				time.Sleep(20 * time.Millisecond)
-			}
+		calls, killed = k.result()
+		for deadline := time.Now().Add(2 * time.Second); err == nil && !killed && time.Now().Before(deadline); calls, killed = k.result() {
+			time.Sleep(20 * time.Millisecond) // for calls that follow the answer
 		}
-		proxy.After(nil)
-		if k.result() == "" {
-			break
-		}
-		killed = append(killed, k.result())
-		s.Start(t)
+		return calls, killed
 	}
-	t.Logf("killed after %q", killed)
-	for _, call := range []string{"PUT orgkeys/keys/KEY", "PUT orgkeys/keys/KEY/config", "GET orgkeys/export/encryption-key/KEY/1", "DELETE orgkeys/keys/KEY",
-		"GET orgkeys/keys/KEY", "PUT orgkeys-seal/encrypt/seal", "PUT orgkeys-audit/sign/receipt"} {
-		if !slices.Contains(killed, call) {
-			t.Errorf("it was not killed after %s", call)
+	calls, _ := generate("none", 1)
+	slices.Sort(calls)
+	sign, checkpoint := "PUT orgkeys-audit/sign/receipt", "PUT orgkeys-state/data/checkpoint"
+	if want := []string{"DELETE orgkeys/keys/KEY", "GET orgkeys/export/encryption-key/KEY/1", "GET orgkeys/keys/KEY", sign, sign,
+		"PUT orgkeys-seal/encrypt/seal", checkpoint, checkpoint, "PUT orgkeys/keys/KEY", "PUT orgkeys/keys/KEY/config"}; !slices.Equal(calls, want) {
+		t.Fatalf("a generation calls Vault for %q, want %q", calls, want)
+	}
+	for i, call := range calls {
+		n := 1
+		if i > 0 && call == calls[i-1] {
+			n = 2
 		}
+		if _, killed := generate(call, n); !killed {
+			t.Errorf("it was not killed after %s", call)
+			continue
+		}
+		s.Start(t)
 	}
 	start := time.Now()
 	harness.Eventually(t, 2*life+harness.Patience, "nothing is left in Transit", func() bool { return len(inTransit(t, v)) == 0 })

@@ -2,6 +2,7 @@ package orgkey
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -56,32 +57,36 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 	}
 	leave := sync.OnceFunc(func() { s.admission.Release(1) })
 	defer leave()
-	der, public, err := s.makeKey(ctx, id)
-	defer clear(der)
+	key, err := s.Keystore.Create(ctx, id)
 	// CRASH: as above; a key object of the session is gone with the process,
 	// and a Transit key bears the reservation's name, by which the reaper finds it.
 	if err != nil {
 		s.cancel(ctx, id)
 		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
 	}
-	fingerprint := Thumbprint(public)
-	sealed, err := s.seal(ctx, org, id, public)
+	fingerprint := Thumbprint(key.Public())
+	sealed, err := s.seal(ctx, org, id, key.Public())
 	if err != nil {
+		err = fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, errors.Join(err, destroy(ctx, key)))
 		s.cancel(ctx, id)
-		return s.refused(ctx, pass, fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, err))
+		return s.refused(ctx, pass, err)
 	}
 	created := pass.Event(audit.KeyCreated)
 	created.Object = id
 	created.Detail = map[string]string{"fingerprint": fingerprint, "backend": s.Backend, "algorithm": "rsa-2048"}
 	if err := s.Store.StorePending(ctx, id, sealed, created); err != nil {
+		err = fmt.Errorf("storing key %s: %w", id, errors.Join(err, destroy(ctx, key)))
 		s.cancel(ctx, id)
-		return s.refused(ctx, pass, fmt.Errorf("storing key %s: %w", id, err))
+		return s.refused(ctx, pass, err)
 	}
 	// CRASH: record and event are committed, nothing is released; the sweeper
-	// deletes the record at its expiry, with an event that says so.
-	if err := s.acknowledged(ctx, created.ID); err != nil {
-		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, "audit_not_acknowledged"))
-		return fmt.Errorf("%w: %w", gate.ErrAudit, err)
+	// deletes the record at its expiry, with an event that says so. The reaper
+	// leaves a Transit key alone until then.
+	der, err := s.take(ctx, key, created.ID)
+	defer clear(der)
+	if err != nil {
+		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err)))
+		return inTime(ctx, fmt.Errorf("taking key %s: %w", id, err))
 	}
 	if err := s.Store.Release(ctx, id); err != nil {
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, "release_failed"))
@@ -116,22 +121,31 @@ func (s *Service) reserve(ctx context.Context, org, id string) error {
 	return s.Store.Reserve(ctx, org, id, s.Limit, s.ReservationLife)
 }
 
-// makeKey has the back end make, hand out and forget one key. Its copy is
-// confirmed destroyed before the private half is returned.
-func (s *Service) makeKey(ctx context.Context, id string) (der []byte, public *rsa.PublicKey, err error) {
-	key, err := s.Keystore.Create(ctx, id)
-	if err != nil {
-		return nil, nil, err
+// take has the back end hand out the private half and destroy its copy, which
+// is confirmed, while the trail acknowledges the event: the release needs both,
+// and neither needs the other. If the key cannot be had, nobody waits for the trail.
+func (s *Service) take(ctx context.Context, key BackendKey, eventID string) ([]byte, error) {
+	waiting, stop := context.WithCancel(ctx)
+	defer stop()
+	acknowledged := make(chan error, 1)
+	go func() { acknowledged <- s.acknowledged(waiting, eventID) }()
+	der, err := key.Export(ctx)
+	if err = errors.Join(err, destroy(ctx, key)); err != nil {
+		stop()
+		err = fmt.Errorf("%w: %w", ErrBackend, err)
 	}
-	der, err = key.Export(ctx)
-	// The back end's copy has to go even when the caller already has.
-	destroying, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
-	defer cancel()
-	if err := errors.Join(err, key.Destroy(destroying)); err != nil {
+	if err = cmp.Or(err, <-acknowledged); err != nil {
 		clear(der)
-		return nil, nil, err
+		return nil, err
 	}
-	return der, key.Public(), nil
+	return der, nil
+}
+
+// destroy ends the back end's copy, also when the caller has gone.
+func destroy(ctx context.Context, key BackendKey) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	return key.Destroy(ctx)
 }
 
 func (s *Service) seal(ctx context.Context, org, id string, public *rsa.PublicKey) ([]byte, error) {
@@ -145,7 +159,10 @@ func (s *Service) seal(ctx context.Context, org, id string, public *rsa.PublicKe
 func (s *Service) acknowledged(ctx context.Context, eventID string) error {
 	ctx, cancel := context.WithTimeout(ctx, s.AuditDeadline)
 	defer cancel()
-	return s.Trail.Acknowledged(ctx, eventID)
+	if err := s.Trail.Acknowledged(ctx, eventID); err != nil {
+		return fmt.Errorf("%w: %w", gate.ErrAudit, err)
+	}
+	return nil
 }
 
 // cancel gives a reserved place back, also when the caller has gone. If that
@@ -217,15 +234,28 @@ func (s *Service) delivered(ctx context.Context, pass gate.Pass, id string) {
 }
 
 // refused records that no key came of a request, also when the caller has
-// gone, and returns why. A generation that ran out of time is one too many for
-// the back end.
+// gone, and returns why.
 func (s *Service) refused(ctx context.Context, pass gate.Pass, why error) error {
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		why = fmt.Errorf("%w: %w", ErrOverloaded, why)
-	}
+	why = inTime(ctx, why)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	return s.Failed(ctx, pass, audit.KeyRefused, refusal(why), why)
+}
+
+// inTime is why a generation failed: one that ran out of time is one too many
+// for the back end.
+func inTime(ctx context.Context, why error) error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return fmt.Errorf("%w: %w", ErrOverloaded, why)
+	}
+	return why
+}
+
+func withdrawal(err error) string {
+	if errors.Is(err, gate.ErrAudit) {
+		return "audit_not_acknowledged"
+	}
+	return "generation_failed"
 }
 
 func refusal(err error) string {

@@ -260,6 +260,115 @@ func TestPromise1_TheExportedKeyIsCleared(t *testing.T) {
 			t.Errorf("%s: the exported key's %d bytes are still in memory", name, len(exported))
 		}
 	}
+	exported = nil
+	f = newFixture(t, func(c *orgkey.Config) {
+		c.Keystore, c.AuditDeadline = keeping{token, &exported}, time.Nanosecond
+	})
+	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); err == nil {
+		t.Fatal("released without an acknowledgement")
+	}
+	if len(exported) == 0 || bytes.ContainsFunc(exported, func(r rune) bool { return r != 0 }) {
+		t.Errorf("not acknowledged: the exported key's %d bytes are still in memory", len(exported))
+	}
+}
+
+// holding lets nobody have what it makes, or forget it, before a test says so.
+type holding struct {
+	orgkey.Keystore
+	exporting, destroying func() error
+}
+
+func (h holding) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
+	key, err := h.Keystore.Create(ctx, name)
+	return heldKey{key, h}, err
+}
+
+type heldKey struct {
+	orgkey.BackendKey
+	holding
+}
+
+func (k heldKey) Export(ctx context.Context) ([]byte, error) {
+	if err := k.exporting(); err != nil {
+		return nil, err
+	}
+	return k.BackendKey.Export(ctx)
+}
+
+func (k heldKey) Destroy(ctx context.Context) error {
+	return errors.Join(k.BackendKey.Destroy(ctx), k.destroying())
+}
+
+func allowed() error { return nil }
+
+// The back end forgets the key while the trail hears of it. The release waits
+// for both, whichever takes longer.
+func TestPromise1_NothingIsReleasedBeforeTheBackEndHasForgotten(t *testing.T) {
+	forget := make(chan error)
+	f := newFixture(t, func(c *orgkey.Config) {
+		c.Keystore = holding{token, allowed, func() error { return <-forget }}
+	})
+	for _, tt := range []struct {
+		name   string
+		forgot error
+		events string
+	}{
+		{"it has", nil, "orgkey.created orgkey.delivered"},
+		{"nobody knows", errors.New("no answer"), "orgkey.created orgkey.withdrawn:generation_failed"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			org := strings.ReplaceAll(tt.name, " ", "-")
+			released, ended := make(chan struct{}), make(chan error, 1)
+			go func() {
+				ended <- f.Generate(t.Context(), owner(org), org, func(context.Context, orgkey.Generated) error { close(released); return nil })
+			}()
+			waitFor(t, func() bool {
+				return f.count(t, "SELECT count(*) FROM events WHERE type = 'orgkey.created' AND idx IS NOT NULL AND org_id = '"+org+"'") == 1
+			})
+			select {
+			case <-released:
+				t.Error("released while the back end still had the key")
+			case err := <-ended:
+				t.Errorf("ended with %v while the back end still had the key", err)
+			case <-time.After(300 * time.Millisecond):
+			}
+			forget <- tt.forgot
+			if err := <-ended; !errors.Is(err, tt.forgot) || err != nil && !errors.Is(err, orgkey.ErrBackend) {
+				t.Errorf("the caller hears %v", err)
+			}
+			if got := f.history(t, "type LIKE 'orgkey.%' AND object <> '' AND org_id = $1", org); got != tt.events {
+				t.Errorf("events: %s", got)
+			}
+			if got, want := len(f.listed(t, org)), f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL AND org_id = '"+org+"'"); got != want || (got == 1) != (tt.forgot == nil) {
+				t.Errorf("%d keys listed, %d places taken", got, want)
+			}
+		})
+	}
+}
+
+// A caller whose key cannot be had hears so at once, however long the trail takes.
+func TestAKeyThatCannotBeHadWaitsForNoSink(t *testing.T) {
+	lost := errors.New("not exportable")
+	var f fixture
+	f = newFixture(t, func(c *orgkey.Config) {
+		c.AuditDeadline = time.Minute
+		c.Keystore = holding{token, func() error {
+			waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'pending'") == 1 })
+			return lost
+		}, allowed}
+	})
+	f.sink.held.Store(true)
+	started := time.Now()
+	err := f.Generate(t.Context(), owner("acme"), "acme", accept)
+	if took := time.Since(started); took > 15*time.Second { // half the reservation's life is 30
+		t.Errorf("the caller waited %s", took)
+	}
+	if !errors.Is(err, lost) || !errors.Is(err, orgkey.ErrBackend) || errors.Is(err, gate.ErrAudit) {
+		t.Errorf("the caller hears %v", err)
+	}
+	if got := f.history(t, "type LIKE 'orgkey.%'"); got != "orgkey.created orgkey.withdrawn:generation_failed" {
+		t.Errorf("events: %s", got)
+	}
 }
 
 // always grants every lock at once.

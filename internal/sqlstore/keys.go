@@ -288,7 +288,8 @@ func (d *DB) HasSealed(ctx context.Context) (bool, error) {
 	return len(found) > 0, err
 }
 
-// Reserved returns which of ids have a reservation that has not expired.
+// Reserved returns which of ids hold a place in a quota for a generation under
+// way: reserved or pending, and not expired.
 func (d *DB) Reserved(ctx context.Context, ids []string) (map[string]bool, error) {
 	live := map[string]bool{}
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
@@ -297,7 +298,7 @@ func (d *DB) Reserved(ctx context.Context, ids []string) (map[string]bool, error
 			return err
 		}
 		for _, id := range ids {
-			found, err := query(ctx, tx, scanInt, "SELECT count(*) FROM org_keys WHERE id = $1 AND state = 'reserved' AND expires_at > $2", id, now)
+			found, err := query(ctx, tx, scanInt, "SELECT count(*) FROM org_keys WHERE id = $1 AND state IN ('reserved', 'pending') AND expires_at > $2", id, now)
 			if err != nil {
 				return err
 			}

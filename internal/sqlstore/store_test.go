@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -291,6 +292,36 @@ func TestAKeyIsReleasedOnce(t *testing.T) {
 		if err := db.Release(t.Context(), uuid.NewString()); !errors.Is(err, orgkey.ErrGone) {
 			t.Errorf("released a key that never was: %v", err)
 		}
+	})
+}
+
+// What the reaper asks: a back end's key is somebody's until its generation has
+// released it, or its time is up.
+func TestOnlyGenerationsUnderWayAreReserved(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		pending := func(life time.Duration) string {
+			id := uuid.NewString()
+			if err := errors.Join(
+				db.Reserve(t.Context(), "acme", id, 9, life),
+				db.StorePending(t.Context(), id, []byte("x"), event(audit.KeyCreated, "acme", id)),
+			); err != nil {
+				t.Fatal(err)
+			}
+			return id
+		}
+		reserved, underWay, done, late := reserve(t, db, "acme", 9), pending(time.Minute), pending(time.Minute), pending(50*time.Millisecond)
+		if err := db.Release(t.Context(), done); err != nil {
+			t.Fatal(err)
+		}
+		all := []string{reserved, underWay, done, late, uuid.NewString()}
+		want := map[string]bool{reserved: true, underWay: true}
+		eventually(t, func() (int, error) {
+			got, err := db.Reserved(t.Context(), all)
+			if err == nil && !maps.Equal(got, want) {
+				err = fmt.Errorf("reserved are %v, want %v", got, want)
+			}
+			return len(got), err
+		})
 	})
 }
 
