@@ -45,9 +45,20 @@ func ParseCheckpoint(text string) (Checkpoint, error) {
 // returns the hashes to store, the first at tlog.StoredHashIndex(0, size) and
 // the rest behind it, and the new root.
 func Grow(size int64, leaves [][]byte, r tlog.HashReader) ([]tlog.Hash, tlog.Hash, error) {
+	// What comes builds on the roots of the complete subtrees, which are what the
+	// tree's own root is made of.
+	edge := map[int64]tlog.Hash{}
+	if _, err := tlog.TreeHash(size, tlog.HashReaderFunc(func(indexes []int64) ([]tlog.Hash, error) {
+		hashes, err := r.ReadHashes(indexes)
+		for i, h := range hashes {
+			edge[indexes[i]] = h
+		}
+		return hashes, err
+	})); err != nil {
+		return nil, tlog.Hash{}, fmt.Errorf("reading the tree's edge: %w", err)
+	}
 	start := tlog.StoredHashIndex(0, size)
 	var added []tlog.Hash
-	known := map[int64]tlog.Hash{}
 	reader := tlog.HashReaderFunc(func(indexes []int64) ([]tlog.Hash, error) {
 		out := make([]tlog.Hash, len(indexes))
 		for i, x := range indexes {
@@ -55,14 +66,9 @@ func Grow(size int64, leaves [][]byte, r tlog.HashReader) ([]tlog.Hash, tlog.Has
 				out[i] = added[x-start]
 				continue
 			}
-			h, ok := known[x]
+			h, ok := edge[x]
 			if !ok {
-				read, err := r.ReadHashes([]int64{x})
-				if err != nil {
-					return nil, err
-				}
-				h = read[0]
-				known[x] = h
+				return nil, fmt.Errorf("hash %d is not on the tree's edge", x)
 			}
 			out[i] = h
 		}

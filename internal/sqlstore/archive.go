@@ -9,8 +9,6 @@ import (
 	"math"
 	"time"
 
-	"golang.org/x/mod/sumdb/tlog"
-
 	"github.com/orgkeys/orgkeys/internal/audit"
 )
 
@@ -57,17 +55,7 @@ func (a archive) Rows(ctx context.Context) iter.Seq2[audit.Row, error] {
 
 // Hashes implements audit.Archive.
 func (a archive) Hashes(ctx context.Context) iter.Seq2[audit.StoredHash, error] {
-	return paged(ctx, a.q, func(scan func(...any) error) (h audit.StoredHash, err error) {
-		var b []byte
-		if err := scan(&h.Index, &b); err != nil {
-			return h, err
-		}
-		if len(b) != tlog.HashSize {
-			return h, fmt.Errorf("the tree's hash %d has %d bytes", h.Index, len(b))
-		}
-		h.Hash = tlog.Hash(b)
-		return h, nil
-	}, func(h audit.StoredHash) int64 { return h.Index }, "SELECT idx, hash FROM log_hashes WHERE idx > $1 ORDER BY idx LIMIT $2")
+	return paged(ctx, a.q, scanHash, func(h audit.StoredHash) int64 { return h.Index }, "SELECT idx, hash FROM log_hashes WHERE idx > $1 ORDER BY idx LIMIT $2")
 }
 
 // Unsequenced implements audit.Archive.

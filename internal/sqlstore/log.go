@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -186,23 +187,47 @@ type rowQuerier interface {
 	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 }
 
-// hashReader reads the tree's stored hashes, one at a time: a batch needs no
-// more than the few along its edge.
-func hashReader(ctx context.Context, q rowQuerier) tlog.HashReader {
+// hashReader reads the tree's stored hashes, all that are asked for at once:
+// few, along the tree's edge or a proof's path.
+func hashReader(ctx context.Context, q querier) tlog.HashReader {
 	return tlog.HashReaderFunc(func(indexes []int64) ([]tlog.Hash, error) {
+		if len(indexes) == 0 {
+			return nil, nil
+		}
+		places, args := make([]string, len(indexes)), make([]any, len(indexes))
+		for i, x := range indexes {
+			places[i], args[i] = "$"+strconv.Itoa(i+1), x
+		}
+		read, err := query(ctx, q, scanHash, "SELECT idx, hash FROM log_hashes WHERE idx IN ("+strings.Join(places, ", ")+")", args...)
+		if err != nil {
+			return nil, fmt.Errorf("reading the tree's hashes: %w", err)
+		}
+		found := make(map[int64]tlog.Hash, len(read))
+		for _, h := range read {
+			found[h.Index] = h.Hash
+		}
 		out := make([]tlog.Hash, len(indexes))
 		for i, x := range indexes {
-			var h []byte
-			if err := q.QueryRowContext(ctx, "SELECT hash FROM log_hashes WHERE idx = $1", x).Scan(&h); err != nil {
-				return nil, fmt.Errorf("reading the tree's hash %d: %w", x, unavailable(err))
+			h, ok := found[x]
+			if !ok {
+				return nil, fmt.Errorf("the tree's hash %d is missing", x)
 			}
-			if len(h) != tlog.HashSize {
-				return nil, fmt.Errorf("the tree's hash %d has %d bytes", x, len(h))
-			}
-			out[i] = tlog.Hash(h)
+			out[i] = h
 		}
 		return out, nil
 	})
+}
+
+func scanHash(scan func(...any) error) (h audit.StoredHash, err error) {
+	var b []byte
+	if err := scan(&h.Index, &b); err != nil {
+		return h, err
+	}
+	if len(b) != tlog.HashSize {
+		return h, fmt.Errorf("the tree's hash %d has %d bytes", h.Index, len(b))
+	}
+	h.Hash = tlog.Hash(b)
+	return h, nil
 }
 
 func readHead(ctx context.Context, q rowQuerier) (audit.Checkpoint, error) {

@@ -8,7 +8,8 @@ import (
 
 // pool is the connections that many use at once. SQLite's keeps its statements
 // prepared, because parsing was half of what a small query costs; pgx does so
-// by itself. Statements are constants of this package, so there are few.
+// by itself. Statements are constants of this package, but for how many hashes
+// they ask for, so there are few.
 type pool struct {
 	*sql.DB
 	mu       sync.RWMutex
