@@ -48,6 +48,11 @@ func (e *statusError) Unwrap() error {
 	return nil
 }
 
+func badRequest(err error) bool {
+	e, ok := errors.AsType[*statusError](err)
+	return ok && e.status == http.StatusBadRequest
+}
+
 // unavailable says that Vault could not be asked; the reason stays findable.
 func unavailable(r request, err error) error {
 	return fmt.Errorf("asking Vault for %s %s: %w: %w", r.method, r.path, orgkey.ErrUnavailable, err)

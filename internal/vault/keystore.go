@@ -251,8 +251,7 @@ func (k *key) Destroy(ctx context.Context) error {
 func (c *Client) remove(ctx context.Context, name string) error {
 	path := keysMount + "/keys/" + name
 	_, deleteErr := c.do(ctx, request{method: http.MethodDelete, path: path})
-	var status *statusError
-	if deleteErr != nil && !(errors.As(deleteErr, &status) && status.status == http.StatusBadRequest) {
+	if deleteErr != nil && !badRequest(deleteErr) {
 		return deleteErr
 	}
 	_, err := c.do(ctx, request{method: http.MethodGet, path: path})

@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -23,17 +24,19 @@ const sealBatch = 1000
 // takes no request of more than 32 MiB.
 const sealBytes = 4 << 20
 
-var ciphertextForm = regexp.MustCompile(`^vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]+={0,2})$`)
+var ciphertextHead = regexp.MustCompile(`^vault:v([1-9][0-9]{0,8}):`)
 
 // parseCiphertext returns the key version of a Transit ciphertext, or an error
 // that wraps orgkey.ErrSealBroken. Transit itself decodes more than one text
 // to the same bytes; here only the canonical one passes.
 func parseCiphertext(ciphertext []byte) (version int, err error) {
-	m := ciphertextForm.FindSubmatch(ciphertext)
+	m := ciphertextHead.FindSubmatch(ciphertext)
 	if m == nil {
 		return 0, fmt.Errorf("%w: it is not a Transit ciphertext", orgkey.ErrSealBroken)
 	}
-	if _, err := base64.StdEncoding.Strict().DecodeString(string(m[2])); err != nil {
+	sealed := ciphertext[len(m[0]):]
+	// The decoder itself skips line breaks.
+	if _, err := base64.StdEncoding.Strict().AppendDecode(nil, sealed); err != nil || len(sealed) == 0 || bytes.ContainsAny(sealed, "\r\n") {
 		return 0, fmt.Errorf("%w: it is not base64", orgkey.ErrSealBroken)
 	}
 	return strconv.Atoi(string(m[1]))
@@ -177,8 +180,7 @@ func (s *Sealer) batch(ctx context.Context, operation string, items []orgkey.Sea
 	}
 	answer, err := s.c.do(ctx, request{method: http.MethodPut, path: sealMount + "/" + operation + "/seal", body: body})
 	defer clear(answer.body)
-	var status *statusError
-	if err != nil && !(errors.As(err, &status) && status.status == http.StatusBadRequest) {
+	if err != nil && !badRequest(err) {
 		return nil, err
 	}
 	output, decodeErr := data[struct {

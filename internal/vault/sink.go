@@ -241,8 +241,7 @@ func (s *Sink) advance(ctx context.Context, c audit.Checkpoint) error {
 	}
 	for {
 		err := s.put(ctx, c)
-		var status *statusError
-		if err == nil || !(errors.As(err, &status) && status.status == http.StatusBadRequest) {
+		if err == nil || !badRequest(err) {
 			return err
 		}
 		before := s.version
