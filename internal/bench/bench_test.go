@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -165,8 +166,9 @@ func percentiles(b *testing.B, took []time.Duration) {
 	b.ReportMetric(float64(took[len(took)*99/100].Nanoseconds())/1000, "p99-µs")
 }
 
-// BenchmarkDecision: one decision of the shipped policy.
+// BenchmarkDecision: one decision of the shipped policy, in a heap like the server's.
 func BenchmarkDecision(b *testing.B) {
+	defer runtime.KeepAlive(make([]byte, 16<<20)) // heapFloor of cmd/orgkeys
 	p, err := authz.Load(b.Context(), policies.Files)
 	if err != nil {
 		b.Fatal(err)
@@ -369,15 +371,31 @@ func BenchmarkKeysVault(b *testing.B) {
 	for _, clients := range []int{1, 2, 8} {
 		b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
 			v, s := withVault(b, harness.Set("ORGKEYS_MAX", fmt.Sprint(mostKeys)))
-			direct, err := v.Client(v.RootToken)
-			if err != nil {
-				b.Fatal(err)
-			}
+			direct := directClient(b, v)
 			key := generator(b, s)
 			inPhases(b, clients, "direct", func(int) error { return transitKey(context.Background(), direct) },
 				"orgkeys", func(int) error { return key() })
 		})
 	}
+}
+
+// directClient is a client with the settings that the program's own has.
+func directClient(b *testing.B, v *vaulttest.Server) *api.Client {
+	client, err := v.Client(v.RootToken)
+	if err != nil {
+		b.Fatal(err)
+	}
+	settings := client.CloneConfig()
+	transport := settings.HttpClient.Transport.(*http.Transport)
+	transport.Protocols = new(http.Protocols)
+	transport.Protocols.SetHTTP1(true)
+	transport.ForceAttemptHTTP2, transport.TLSNextProto, transport.TLSClientConfig.NextProtos = false, nil, nil
+	transport.MaxIdleConnsPerHost = 64
+	if client, err = api.NewClient(settings); err != nil {
+		b.Fatal(err)
+	}
+	client.SetToken(v.RootToken)
+	return client
 }
 
 // transitKey is what a key costs on Transit alone.
