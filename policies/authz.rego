@@ -33,10 +33,21 @@ for_nodes := {"node.register", "node.unregister", "secret.fetch"}
 default decision := {"allow": false, "reason": "malformed_request", "scope": ""}
 
 # A caller hears about roles only in its own organization, so that another one's
-# rules and objects stay unknown.
-decision := {"allow": true, "reason": "allowed", "scope": scope} if {
+# rules and objects stay unknown. The widest scope that any role grants comes first;
+# nodes have none.
+decision := {"allow": true, "reason": "allowed", "scope": "organization"} if {
 	well_formed
 	input.caller.org == input.org
+	grants[input.action][input.caller.roles[_]] == "organization"
+} else := {"allow": true, "reason": "allowed", "scope": "own"} if {
+	well_formed
+	input.caller.org == input.org
+	grants[input.action][input.caller.roles[_]] == "own"
+} else := {"allow": true, "reason": "allowed", "scope": "organization"} if {
+	well_formed
+	input.caller.org == input.org
+	input.caller.kind == "node"
+	for_nodes[input.action]
 } else := {"allow": false, "reason": "insufficient_role", "scope": ""} if {
 	well_formed
 	known_action
@@ -46,18 +57,6 @@ decision := {"allow": true, "reason": "allowed", "scope": scope} if {
 	known_action
 } else := {"allow": false, "reason": "unknown_action", "scope": ""} if {
 	well_formed
-}
-
-# The widest scope that any role grants; undefined is nothing.
-scope := "organization" if {
-	input.caller.kind == "node"
-	for_nodes[input.action]
-} else := "organization" if {
-	input.caller.kind == "user"
-	grants[input.action][input.caller.roles[_]] == "organization"
-} else := "own" if {
-	input.caller.kind == "user"
-	grants[input.action][input.caller.roles[_]] == "own"
 }
 
 known_action if grants[input.action]

@@ -73,7 +73,7 @@ func field[V ast.Value](object ast.Object, name *ast.Term) (V, bool) {
 
 func (d Decision) check() error {
 	switch {
-	case !reasonCode.MatchString(string(d.Reason)):
+	case d.Reason != Allowed && !reasonCode.MatchString(string(d.Reason)):
 		return errors.New("the reason is not a code of lower-case letters, digits and underscores")
 	case d.Allow != (d.Reason == Allowed):
 		return fmt.Errorf("allow is %t and the reason is %q", d.Allow, d.Reason)
