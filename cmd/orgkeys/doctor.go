@@ -142,7 +142,8 @@ func examine(ctx context.Context, cmd *cobra.Command) []diagnosis {
 	if db != nil {
 		defer db.Close() // it was only read
 	}
-	sinks := d.backend(ctx)
+	sinks, closeBackend := d.backend(ctx)
+	defer closeBackend()
 	if db == nil {
 		return d.found
 	}
@@ -281,9 +282,10 @@ func (d *doctor) database(ctx context.Context) *sqlstore.DB {
 	return db
 }
 
-// backend looks at what makes and seals keys, and returns the audit sinks.
-func (d *doctor) backend(ctx context.Context) []audit.Sink {
-	var sinks []audit.Sink
+// backend looks at what makes and seals keys, and returns the audit sinks, and
+// what ends their use.
+func (d *doctor) backend(ctx context.Context) (sinks []audit.Sink, end func()) {
+	end = func() {}
 	for _, name := range d.cfg.AuditSinks {
 		if name == config.SinkFile {
 			sinks = append(sinks, audit.NewFileSink(d.cfg.AuditFile))
@@ -291,13 +293,19 @@ func (d *doctor) backend(ctx context.Context) []audit.Sink {
 	}
 	if d.cfg.Keystore != config.KeystoreVault {
 		d.hsm(ctx)
-		return sinks
+		return sinks, end
+	}
+	if d.cfg.VaultAuth == config.VaultAppRole && d.cfg.VaultSecretIDPath != "" {
+		d.warn("Vault", "ask /readyz on the running server's admin listener, or give doctor a secret ID of its own",
+			"not looked at: a wrapped secret ID is good for one login, which is the server's")
+		return sinks, end
 	}
 	client, err := vault.Open(ctx, vault.Config{Login: vaultLogin(d.cfg), ReapGrace: d.cfg.ReservationTTL, Log: d.log})
 	if err != nil {
 		d.fail("Vault", "check VAULT_ADDR and VAULT_CACERT, that Vault runs and is unsealed, and the login's files", "%v", err)
-		return sinks
+		return sinks, end
 	}
+	end = client.Close // it gives the token back
 	findings := client.Check(ctx)
 	for _, f := range findings {
 		if f.Fatal {
@@ -307,14 +315,14 @@ func (d *doctor) backend(ctx context.Context) []audit.Sink {
 		}
 	}
 	if len(findings) > 0 {
-		return sinks
+		return sinks, end
 	}
 	d.ok("Vault", "unsealed, audited, and set up as it must be")
 	d.vaultClock(ctx)
 	if slices.Contains(d.cfg.AuditSinks, config.SinkVault) {
 		sinks = append(sinks, client.Sink())
 	}
-	return sinks
+	return sinks, end
 }
 
 // hsm opens the token as the server does, and makes nothing.

@@ -876,3 +876,41 @@ func TestKeysLeftInTransitAreToldOfAndReaped(t *testing.T) {
 	}
 	harness.Eventually(t, harness.Patience, "the key is gone", func() bool { return len(inTransit(t, v)) == 0 })
 }
+
+// TestDoctorLeavesVaultAsItWas: it gives its token back, and does not use up
+// the one login that a wrapped secret ID is good for.
+func TestDoctorLeavesVaultAsItWas(t *testing.T) {
+	v, _, settings := throughVault(t)
+	tokens := func() int {
+		list, err := root(t, v).ListWithContext(t.Context(), "auth/token/accessors")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list.Data["keys"].([]any))
+	}
+	s := harness.Start(t, settings)
+	before := tokens()
+	if failing, said := diagnose(t, s); len(failing) > 0 || !slices.ContainsFunc(said, func(d diagnosis) bool { return d.What == "Vault" && d.State == "ok" }) {
+		t.Errorf("doctor says %v", said)
+	}
+	if after := tokens(); after != before {
+		t.Errorf("Vault had %d tokens and has %d", before, after)
+	}
+	s.Stop(t)
+
+	dir := t.TempDir()
+	if _, err := v.Setup(t.Context(), "--credentials", dir, "--wrap", "5m"); err != nil {
+		t.Fatal(err)
+	}
+	for name, value := range map[string]string{
+		"ORGKEYS_VAULT_ROLE_ID_FILE": dir + "/role_id", "ORGKEYS_VAULT_SECRET_ID_FILE": dir + "/secret_id",
+		"ORGKEYS_VAULT_SECRET_ID_PATH": "auth/approle/role/orgkeys/secret-id",
+	} {
+		s.Configured(name, value)
+	}
+	if failing, said := diagnose(t, s); len(failing) > 0 || !slices.ContainsFunc(said, func(d diagnosis) bool { return d.What == "Vault" && d.State == "warn" }) {
+		t.Errorf("doctor says %v", said)
+	}
+	s.Start(t)
+	s.Generate(t, harness.Org())
+}
