@@ -1,6 +1,6 @@
 # What deleting left-behind keys needs. Loaded as "orgkeys-reaper" by
 # vault/setup. The reaper runs inside the service, which alone knows what
-# reservations are live, so the service's role has both policies; this one is
+# generations are under way, so the service's role has both policies; this one is
 # apart because listing the keys is needed for nothing else.
 
 path "orgkeys/keys" {

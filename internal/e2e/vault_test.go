@@ -254,8 +254,11 @@ func TestPromise1_VaultKeepsNoKeyAndItsAuditFileNoSecret(t *testing.T) {
 				calls = append(calls, e.Request.Operation+" "+strings.ReplaceAll(e.Request.Path, key.ID, "KEY"))
 			}
 		}
-		want := []string{"update orgkeys/keys/KEY", "update orgkeys/keys/KEY/config", "update orgkeys-seal/encrypt/seal",
-			"read orgkeys/export/encryption-key/KEY/1", "delete orgkeys/keys/KEY", "read orgkeys/keys/KEY"}
+		if len(calls) > 3 {
+			slices.Sort(calls[3:]) // deleting and sealing at once
+		}
+		want := []string{"update orgkeys/keys/KEY", "update orgkeys/keys/KEY/config", "read orgkeys/export/encryption-key/KEY/1",
+			"delete orgkeys/keys/KEY", "read orgkeys/keys/KEY", "update orgkeys-seal/encrypt/seal"}
 		if !slices.Equal(calls, want) {
 			t.Errorf("entries %q, want %q", calls, want)
 		}

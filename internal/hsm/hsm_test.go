@@ -3,6 +3,7 @@
 package hsm
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -87,21 +88,31 @@ func privateKeys(t testing.TB, token *Token) int {
 	return objects(t, token, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
 }
 
-// generateOne does with a key what the service does.
-func generateOne(ctx context.Context, ks orgkey.Keystore) error {
-	key, err := ks.Create(ctx, uuid.NewString())
+// generateOne does with a key what the service does: it seals while the key is
+// being destroyed.
+func generateOne(ctx context.Context, token interface {
+	orgkey.Keystore
+	orgkey.Sealer
+}) error {
+	key, err := token.Create(ctx, uuid.NewString())
 	if err != nil {
 		return err
 	}
+	return finishOne(ctx, token, key)
+}
+
+func finishOne(ctx context.Context, sealer orgkey.Sealer, key orgkey.BackendKey) error {
 	der, err := key.Export(ctx)
+	destroyed := make(chan error, 1)
+	go func() { destroyed <- key.Destroy(ctx) }()
 	if err == nil {
 		err = checkPair(der, key.Public())
 		clear(der)
 	}
-	if destroyed := key.Destroy(ctx); destroyed != nil {
-		return destroyed
+	if err == nil {
+		_, err = sealer.Seal(ctx, orgkey.Binding{Org: "acme", ID: "one"}, []byte("value"))
 	}
-	return err
+	return cmp.Or(<-destroyed, err)
 }
 
 func TestContract(t *testing.T) {

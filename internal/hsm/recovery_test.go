@@ -114,6 +114,35 @@ func closeBetweenCalls(token *Token) error {
 }
 
 // One renewal serves all who notice, and nobody's request fails.
+// A generation that holds a key when the library loses its sessions gives it
+// up at once: what the loss ended waits for it, and everybody for that.
+func TestALossDuringAGenerationHoldsUpNobody(t *testing.T) {
+	token := open(t, softHSM(t))
+	key, err := token.Create(t.Context(), uuid.NewString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := closeBetweenCalls(token); err != nil {
+		t.Fatal(err)
+	}
+	started := time.Now()
+	other := make(chan error, 1)
+	go func() {
+		_, err := token.Seal(t.Context(), orgkey.Binding{Org: "acme", ID: "other"}, []byte("value"))
+		other <- err
+	}()
+	_ = finishOne(t.Context(), token, key) // its key went with the session
+	if err := <-other; err != nil {
+		t.Errorf("another caller: %v", err)
+	}
+	if err := generateOne(t.Context(), token); err != nil {
+		t.Errorf("the next generation: %v", err)
+	}
+	if took := time.Since(started); took > 4*time.Second {
+		t.Errorf("it took %s", took)
+	}
+}
+
 func TestRecoversUnderLoad(t *testing.T) {
 	token := open(t, softHSM(t))
 	ctx, stop := context.WithCancel(t.Context())

@@ -2,7 +2,6 @@ package orgkey
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -64,10 +63,29 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 		s.cancel(ctx, id)
 		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
 	}
+	der, err := key.Export(ctx)
+	defer clear(der)
+	// The back end's copy goes while the record is made and the trail hears of it.
+	// The release needs both; if the first fails, nobody waits for the trail.
+	waiting, stop := context.WithCancel(ctx)
+	destroyed := sync.OnceValue(func() error {
+		err := destroy(ctx, key)
+		if err != nil {
+			stop()
+		}
+		return err
+	})
+	go destroyed()
+	defer func() { _ = destroyed(); stop() }()
+	if err != nil {
+		err = fmt.Errorf("exporting key %s: %w: %w", id, ErrBackend, errors.Join(err, destroyed()))
+		s.cancel(ctx, id)
+		return s.refused(ctx, pass, err)
+	}
 	fingerprint := Thumbprint(key.Public())
 	sealed, err := s.seal(ctx, org, id, key.Public())
 	if err != nil {
-		err = fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, errors.Join(err, destroy(ctx, key)))
+		err = fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, errors.Join(err, destroyed()))
 		s.cancel(ctx, id)
 		return s.refused(ctx, pass, err)
 	}
@@ -75,22 +93,25 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 	created.Object = id
 	created.Detail = map[string]string{"fingerprint": fingerprint, "backend": s.Backend, "algorithm": "rsa-2048"}
 	if err := s.Store.StorePending(ctx, id, sealed, created); err != nil {
-		err = fmt.Errorf("storing key %s: %w", id, errors.Join(err, destroy(ctx, key)))
+		err = fmt.Errorf("storing key %s: %w", id, errors.Join(err, destroyed()))
 		s.cancel(ctx, id)
 		return s.refused(ctx, pass, err)
 	}
 	// CRASH: record and event are committed, nothing is released; the sweeper
 	// deletes the record at its expiry, with an event that says so. The reaper
 	// leaves a Transit key alone until then.
-	der, err := s.take(ctx, key, created.ID)
-	defer clear(der)
+	err = s.acknowledged(waiting, created.ID)
+	if lost := destroyed(); lost != nil {
+		err = fmt.Errorf("destroying the back end's copy of key %s: %w: %w", id, ErrBackend, lost)
+	}
 	if err != nil {
+		err = inTime(ctx, err)
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err)))
-		return inTime(ctx, fmt.Errorf("taking key %s: %w", id, err))
+		return err
 	}
 	if err := s.Store.Release(ctx, id); err != nil {
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, "release_failed"))
-		return fmt.Errorf("releasing key %s: %w", id, err)
+		return inTime(ctx, fmt.Errorf("releasing key %s: %w", id, err))
 	}
 	// CRASH: the key is released and listed as delivery "unconfirmed"; whether
 	// its holder got it whole, nobody knows, so nothing deletes it by itself.
@@ -119,26 +140,6 @@ func (s *Service) reserve(ctx context.Context, org, id string) error {
 		return ctx.Err()
 	}
 	return s.Store.Reserve(ctx, org, id, s.Limit, s.ReservationLife)
-}
-
-// take has the back end hand out the private half and destroy its copy, which
-// is confirmed, while the trail acknowledges the event: the release needs both,
-// and neither needs the other. If the key cannot be had, nobody waits for the trail.
-func (s *Service) take(ctx context.Context, key BackendKey, eventID string) ([]byte, error) {
-	waiting, stop := context.WithCancel(ctx)
-	defer stop()
-	acknowledged := make(chan error, 1)
-	go func() { acknowledged <- s.acknowledged(waiting, eventID) }()
-	der, err := key.Export(ctx)
-	if err = errors.Join(err, destroy(ctx, key)); err != nil {
-		stop()
-		err = fmt.Errorf("%w: %w", ErrBackend, err)
-	}
-	if err = cmp.Or(err, <-acknowledged); err != nil {
-		clear(der)
-		return nil, err
-	}
-	return der, nil
 }
 
 // destroy ends the back end's copy, also when the caller has gone.
@@ -252,10 +253,14 @@ func inTime(ctx context.Context, why error) error {
 }
 
 func withdrawal(err error) string {
-	if errors.Is(err, gate.ErrAudit) {
+	switch {
+	case errors.Is(err, gate.ErrAudit):
 		return "audit_not_acknowledged"
+	case errors.Is(err, ErrOverloaded):
+		return "overloaded"
+	default:
+		return "generation_failed"
 	}
-	return "generation_failed"
 }
 
 func refusal(err error) string {

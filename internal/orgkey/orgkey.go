@@ -9,8 +9,9 @@
 // reserved is a place in the quota with an expiry. pending is a record with
 // its event committed, unusable and unlisted. released comes by one
 // conditional update after every required audit sink has acknowledged that
-// event, before the first byte of the private key goes out. Service.Generate
-// reads in that order; the rest of the package is what it needs.
+// event and the back end's copy is destroyed, before the first byte of the
+// private key goes out. Service.Generate reads in that order; the rest of the
+// package is what it needs.
 //
 // The package declares the interfaces it needs of back ends and imports none.
 package orgkey
@@ -34,7 +35,7 @@ var (
 	ErrNotFound = errors.New("organization key not found")
 	// ErrOverloaded: as many generations are under way as the back end can do.
 	ErrOverloaded = errors.New("too many key generations under way")
-	// ErrBackend: the back end did not make or seal a key, for whatever reason.
+	// ErrBackend: the back end did not make, hand out, seal or destroy a key, for whatever reason.
 	ErrBackend = errors.New("the back end did not do its part")
 	// ErrGone: the reservation or pending record is not there any more: it expired or was cancelled.
 	ErrGone = errors.New("the key's place in the quota is gone")

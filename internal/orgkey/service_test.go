@@ -272,10 +272,10 @@ func TestPromise1_TheExportedKeyIsCleared(t *testing.T) {
 	}
 }
 
-// holding lets nobody have what it makes, or forget it, before a test says so.
+// holding confirms that a key is gone when a test says so.
 type holding struct {
 	orgkey.Keystore
-	exporting, destroying func() error
+	destroying func() error
 }
 
 func (h holding) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
@@ -288,25 +288,16 @@ type heldKey struct {
 	holding
 }
 
-func (k heldKey) Export(ctx context.Context) ([]byte, error) {
-	if err := k.exporting(); err != nil {
-		return nil, err
-	}
-	return k.BackendKey.Export(ctx)
-}
-
 func (k heldKey) Destroy(ctx context.Context) error {
 	return errors.Join(k.BackendKey.Destroy(ctx), k.destroying())
 }
-
-func allowed() error { return nil }
 
 // The back end forgets the key while the trail hears of it. The release waits
 // for both, whichever takes longer.
 func TestPromise1_NothingIsReleasedBeforeTheBackEndHasForgotten(t *testing.T) {
 	forget := make(chan error)
 	f := newFixture(t, func(c *orgkey.Config) {
-		c.Keystore = holding{token, allowed, func() error { return <-forget }}
+		c.Keystore = holding{token, func() error { return <-forget }}
 	})
 	for _, tt := range []struct {
 		name   string
@@ -346,16 +337,17 @@ func TestPromise1_NothingIsReleasedBeforeTheBackEndHasForgotten(t *testing.T) {
 	}
 }
 
-// A caller whose key cannot be had hears so at once, however long the trail takes.
-func TestAKeyThatCannotBeHadWaitsForNoSink(t *testing.T) {
-	lost := errors.New("not exportable")
+// A caller whose key is not released anyhow hears so at once, however long the
+// trail takes.
+func TestAKeyThatIsNotForgottenWaitsForNoSink(t *testing.T) {
+	lost := errors.New("no answer")
 	var f fixture
 	f = newFixture(t, func(c *orgkey.Config) {
 		c.AuditDeadline = time.Minute
 		c.Keystore = holding{token, func() error {
 			waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'pending'") == 1 })
 			return lost
-		}, allowed}
+		}}
 	})
 	f.sink.held.Store(true)
 	started := time.Now()

@@ -9,15 +9,16 @@ import (
 	"time"
 )
 
-// Live answers which of names have a reservation that is still live.
+// Live answers which of names a generation under way may still need: reserved
+// or pending, and not expired.
 type Live func(ctx context.Context, names []string) (map[string]bool, error)
 
 // Reap deletes the keys that a crash left in Transit, and returns how many: a
-// key is deleted if it has no live reservation and is older than the grace.
+// key is deleted if no generation needs it and it is older than the grace.
 //
 // Several replicas may reap at once. A name is written into its reservation
 // before its key is created and is never used again, so a key that was listed
-// and whose reservation is not live any more has no owner; and deleting what
+// and that no generation needs any more has no owner; and deleting what
 // another replica has just deleted is no error.
 func (c *Client) Reap(ctx context.Context, live Live) (int, error) {
 	names, err := c.keyNames(ctx)
