@@ -98,20 +98,18 @@ func generateOne(ctx context.Context, token interface {
 	if err != nil {
 		return err
 	}
-	return finishOne(ctx, token, key)
-}
-
-func finishOne(ctx context.Context, sealer orgkey.Sealer, key orgkey.BackendKey) error {
 	der, err := key.Export(ctx)
-	destroyed := make(chan error, 1)
-	go func() { destroyed <- key.Destroy(ctx) }()
 	if err == nil {
 		err = checkPair(der, key.Public())
 		clear(der)
 	}
-	if err == nil {
-		_, err = sealer.Seal(ctx, orgkey.Binding{Org: "acme", ID: "one"}, []byte("value"))
-	}
+	return cmp.Or(err, sealAndDestroy(ctx, token, key))
+}
+
+func sealAndDestroy(ctx context.Context, sealer orgkey.Sealer, key orgkey.BackendKey) error {
+	destroyed := make(chan error, 1)
+	go func() { destroyed <- key.Destroy(ctx) }()
+	_, err := sealer.Seal(ctx, orgkey.Binding{Org: "acme", ID: "one"}, []byte("value"))
 	return cmp.Or(<-destroyed, err)
 }
 

@@ -122,6 +122,11 @@ func TestALossDuringAGenerationHoldsUpNobody(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	der, err := key.Export(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	clear(der)
 	if err := closeBetweenCalls(token); err != nil {
 		t.Fatal(err)
 	}
@@ -131,9 +136,8 @@ func TestALossDuringAGenerationHoldsUpNobody(t *testing.T) {
 		_, err := token.Seal(t.Context(), orgkey.Binding{Org: "acme", ID: "other"}, []byte("value"))
 		other <- err
 	}()
-	_ = finishOne(t.Context(), token, key) // its key went with the session
-	if err := <-other; err != nil {
-		t.Errorf("another caller: %v", err)
+	if err := errors.Join(sealAndDestroy(t.Context(), token, key), <-other); err != nil {
+		t.Errorf("who was under way: %v", err)
 	}
 	if err := generateOne(t.Context(), token); err != nil {
 		t.Errorf("the next generation: %v", err)

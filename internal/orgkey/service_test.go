@@ -337,6 +337,34 @@ func TestPromise1_NothingIsReleasedBeforeTheBackEndHasForgotten(t *testing.T) {
 	}
 }
 
+// patient seals when the back end has been told to destroy its copy.
+type patient struct {
+	orgkey.Sealer
+	told <-chan struct{}
+}
+
+func (p patient) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) ([]byte, error) {
+	select {
+	case <-p.told:
+		return p.Sealer.Seal(ctx, b, plaintext)
+	case <-time.After(5 * time.Second):
+		return nil, errors.New("the back end's copy is still there")
+	}
+}
+
+// A PKCS#11 library that has lost its sessions seals nothing before those that
+// hold a key have given it up: whoever seals must hold none.
+func TestNobodySealsWithAKeyInHand(t *testing.T) {
+	told := make(chan struct{}, 1)
+	f := newFixture(t, func(c *orgkey.Config) {
+		c.Keystore = holding{token, func() error { told <- struct{}{}; return nil }}
+		c.Sealer = patient{c.Sealer, told}
+	})
+	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); err != nil {
+		t.Error(err)
+	}
+}
+
 // A caller whose key is not released anyhow hears so at once, however long the
 // trail takes.
 func TestAKeyThatIsNotForgottenWaitsForNoSink(t *testing.T) {
