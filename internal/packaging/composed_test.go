@@ -4,10 +4,13 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -29,18 +32,24 @@ func eventually(t *testing.T, what string, ok func() error) {
 	t.Fatalf("%s: %v", what, err)
 }
 
+// freePort returns a port that is free, and so are those that scripts/run takes
+// beside it: the next one, and a thousand above both. It is none that the
+// kernel gives to whoever asks for any, as tests that run meanwhile do.
 func freePort(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		port := 10000 + rand.N(20000)
+		if free(port) && free(port+1) && free(port+1000) && free(port+1001) {
+			return strconv.Itoa(port)
+		}
 	}
-	defer l.Close()
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return port
+	t.Fatal("no ports are free")
+	return ""
+}
+
+func free(port int) bool {
+	l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+	return err == nil && l.Close() == nil
 }
 
 // background runs a server until the test ends, or until the function that it
