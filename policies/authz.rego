@@ -34,7 +34,7 @@ default decision := {"allow": false, "reason": "malformed_request", "scope": ""}
 
 # A caller hears about roles only in its own organization, so that another one's
 # rules and objects stay unknown. The widest scope that any role grants comes first;
-# nodes have none.
+# a node has no roles, and may do what is for nodes.
 decision := {"allow": true, "reason": "allowed", "scope": "organization"} if {
 	well_formed
 	input.caller.org == input.org

@@ -105,13 +105,13 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 		err = fmt.Errorf("destroying the back end's copy of key %s: %w: %w", id, ErrBackend, lost)
 	}
 	if err != nil {
-		err = inTime(ctx, err)
+		err = orOverloaded(ctx, err)
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err)))
 		return err
 	}
 	if err := s.Store.Release(ctx, id); err != nil {
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, "release_failed"))
-		return inTime(ctx, fmt.Errorf("releasing key %s: %w", id, err))
+		return orOverloaded(ctx, fmt.Errorf("releasing key %s: %w", id, err))
 	}
 	// CRASH: the key is released and listed as delivery "unconfirmed"; whether
 	// its holder got it whole, nobody knows, so nothing deletes it by itself.
@@ -237,21 +237,22 @@ func (s *Service) delivered(ctx context.Context, pass gate.Pass, id string) {
 // refused records that no key came of a request, also when the caller has
 // gone, and returns why.
 func (s *Service) refused(ctx context.Context, pass gate.Pass, why error) error {
-	why = inTime(ctx, why)
+	why = orOverloaded(ctx, why)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	return s.Failed(ctx, pass, audit.KeyRefused, refusal(why), why)
 }
 
-// inTime is why a generation failed: one that ran out of time is one too many
-// for the back end.
-func inTime(ctx context.Context, why error) error {
+// orOverloaded is why a generation failed. One that ran out of time is one too
+// many for the back end.
+func orOverloaded(ctx context.Context, why error) error {
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("%w: %w", ErrOverloaded, why)
 	}
 	return why
 }
 
+// withdrawal is the reason in the event of a key that ends before its release.
 func withdrawal(err error) string {
 	switch {
 	case errors.Is(err, gate.ErrAudit):
@@ -263,6 +264,7 @@ func withdrawal(err error) string {
 	}
 }
 
+// refusal is the reason in the event of a request that no key came of.
 func refusal(err error) string {
 	var quota *QuotaError
 	switch {

@@ -194,11 +194,12 @@ func hashReader(ctx context.Context, q querier) tlog.HashReader {
 		if len(indexes) == 0 {
 			return nil, nil
 		}
-		places, args := make([]string, len(indexes)), make([]any, len(indexes))
+		var c conditions
+		places := make([]string, len(indexes))
 		for i, x := range indexes {
-			places[i], args[i] = "$"+strconv.Itoa(i+1), x
+			places[i] = c.arg(x)
 		}
-		read, err := query(ctx, q, scanHash, "SELECT idx, hash FROM log_hashes WHERE idx IN ("+strings.Join(places, ", ")+")", args...)
+		read, err := query(ctx, q, scanHash, "SELECT idx, hash FROM log_hashes WHERE idx IN ("+strings.Join(places, ", ")+")", c.args...)
 		if err != nil {
 			return nil, fmt.Errorf("reading the tree's hashes: %w", err)
 		}
