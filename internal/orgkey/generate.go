@@ -106,12 +106,13 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 	}
 	if err != nil {
 		err = orOverloaded(ctx, err)
-		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err)))
+		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err, "generation_failed")))
 		return err
 	}
 	if err := s.Store.Release(ctx, id); err != nil {
-		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, "release_failed"))
-		return orOverloaded(ctx, fmt.Errorf("releasing key %s: %w", id, err))
+		err = orOverloaded(ctx, fmt.Errorf("releasing key %s: %w", id, err))
+		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err, "release_failed")))
+		return err
 	}
 	// CRASH: the key is released and listed as delivery "unconfirmed"; whether
 	// its holder got it whole, nobody knows, so nothing deletes it by itself.
@@ -253,14 +254,14 @@ func orOverloaded(ctx context.Context, why error) error {
 }
 
 // withdrawal is the reason in the event of a key that ends before its release.
-func withdrawal(err error) string {
+func withdrawal(err error, otherwise string) string {
 	switch {
 	case errors.Is(err, gate.ErrAudit):
 		return "audit_not_acknowledged"
 	case errors.Is(err, ErrOverloaded):
 		return "overloaded"
 	default:
-		return "generation_failed"
+		return otherwise
 	}
 }
 

@@ -365,6 +365,38 @@ func TestNobodySealsWithAKeyInHand(t *testing.T) {
 	}
 }
 
+// late makes keys when the caller's time is over.
+type late struct{ orgkey.Keystore }
+
+func (late) Create(ctx context.Context, _ string) (orgkey.BackendKey, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// A generation that runs out of its time is one too many for the back end,
+// wherever it was by then: the caller and the trail hear the same.
+func TestAGenerationThatRunsOutOfTimeIsOneTooMany(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		slow   orgkey.Keystore
+		events string
+	}{
+		{"making the key", late{token}, "orgkey.refused:overloaded"},
+		{"destroying the copy", holding{token, func() error { time.Sleep(6 * time.Second); return nil }}, "orgkey.created orgkey.withdrawn:overloaded"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t, func(c *orgkey.Config) { c.Keystore, c.ReservationLife = tt.slow, 10*time.Second })
+			if err := f.Generate(t.Context(), owner("acme"), "acme", accept); !errors.Is(err, orgkey.ErrOverloaded) {
+				t.Errorf("the caller hears %v", err)
+			}
+			if got := f.history(t, "type LIKE 'orgkey.%'"); got != tt.events {
+				t.Errorf("events: %s", got)
+			}
+		})
+	}
+}
+
 // A caller whose key is not released anyhow hears so at once, however long the
 // trail takes.
 func TestAKeyThatIsNotForgottenWaitsForNoSink(t *testing.T) {
