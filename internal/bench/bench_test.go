@@ -379,9 +379,10 @@ func BenchmarkKeysVault(b *testing.B) {
 	}
 }
 
-// directClient is a client with the settings that the program's own has.
+// directClient is a client with the settings and the login that the program's
+// own has.
 func directClient(b *testing.B, v *vaulttest.Server) *api.Client {
-	client, err := v.Client(v.RootToken)
+	client, err := v.Client("")
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -394,8 +395,27 @@ func directClient(b *testing.B, v *vaulttest.Server) *api.Client {
 	if client, err = api.NewClient(settings); err != nil {
 		b.Fatal(err)
 	}
-	client.SetToken(v.RootToken)
+	login, err := client.Logical().WriteWithContext(b.Context(), "auth/approle/login", credentials(b, v))
+	if err != nil {
+		b.Fatal(err)
+	}
+	client.SetToken(login.Auth.ClientToken)
+	renewal, err := client.NewLifetimeWatcher(&api.LifetimeWatcherInput{Secret: login})
+	if err != nil {
+		b.Fatal(err)
+	}
+	go renewal.Start()
+	b.Cleanup(renewal.Stop)
 	return client
+}
+
+// credentials are those of the program's login.
+func credentials(b *testing.B, v *vaulttest.Server) map[string]any {
+	role, err := v.AppRole(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	return map[string]any{"role_id": readLine(b, role.RoleIDFile), "secret_id": readLine(b, role.SecretIDFile)}
 }
 
 // transitKey is what a key costs on Transit alone.
@@ -429,19 +449,15 @@ func BenchmarkRegister(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer v.Stop()
-	login, err := v.AppRole(b.Context())
-	if err != nil {
-		b.Fatal(err)
-	}
 	vaultClient, err := v.Client("")
 	if err != nil {
 		b.Fatal(err)
 	}
-	credentials := map[string]any{"role_id": readLine(b, login.RoleIDFile), "secret_id": readLine(b, login.SecretIDFile)}
+	login := credentials(b, v)
 
 	n := startNodes(b, b.N)
 	inPhases(b, 16, "logins", func(int) error {
-		_, err := vaultClient.Logical().WriteWithContext(context.Background(), "auth/approle/login", credentials)
+		_, err := vaultClient.Logical().WriteWithContext(context.Background(), "auth/approle/login", login)
 		return err
 	}, "registrations", n.register)
 }

@@ -29,14 +29,8 @@ func TestPromise1_WhatTheTokenSees(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		n := 0
-		for _, call := range regexp.MustCompile(`(?m)^\d+: `).Split(string(b), -1) {
-			// The binding asks for the length first, with NULL for the buffer.
-			if strings.HasPrefix(call, name+"\n") && !strings.Contains(call, "pWrappedKey[*pulWrappedKeyLen] NULL") {
-				n++
-			}
-		}
-		return n
+		// What the spy says of concurrent calls is mixed up, but for their first lines.
+		return len(regexp.MustCompile(`(?m)^\d+: `+name+`$`).FindAll(b, -1))
 	}
 	org := harness.Org()
 	s.Generate(t, org)
@@ -51,8 +45,9 @@ func TestPromise1_WhatTheTokenSees(t *testing.T) {
 	if got := calls("C_GenerateKeyPair") - generated; got != more {
 		t.Errorf("%d C_GenerateKeyPair for %d keys", got, more)
 	}
-	if got := calls("C_WrapKey") - wrapped; got != more {
-		t.Errorf("%d C_WrapKey for %d keys", got, more)
+	// The binding asks for the length first.
+	if got := calls("C_WrapKey") - wrapped; got != 2*more {
+		t.Errorf("%d C_WrapKey for %d keys, want two each", got, more)
 	}
 	if got := calls("C_DestroyObject") - destroyed; got < 2*more {
 		t.Errorf("%d C_DestroyObject for %d key pairs", got, more)

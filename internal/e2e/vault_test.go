@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -740,6 +741,47 @@ func TestRewrapAfterRotation(t *testing.T) {
 			t.Errorf("records by version: %v", got)
 		}
 	})
+	t.Run("killed runs are completed by another", func(t *testing.T) {
+		version = rotate(t, v)
+		for _, at := range []struct {
+			call     int64
+			answered bool
+		}{{1, false}, {1, true}, {2, false}, {1, true}, {2, false}} { // what is stored is not asked for again
+			ctx, kill := context.WithTimeout(t.Context(), harness.Patience)
+			ended := make(chan struct{})
+			var asked atomic.Int64
+			last := func(path string) bool {
+				if !strings.HasSuffix(path, "/rewrap/seal") || asked.Add(1) < at.call {
+					return false
+				}
+				kill()
+				<-ended
+				return true
+			}
+			if at.answered {
+				proxy.After(func(r *http.Response) error { last(r.Request.URL.Path); return nil })
+			} else {
+				proxy.Before(func(_ http.ResponseWriter, r *http.Request) bool { return !last(r.URL.Path) })
+			}
+			killed := s.RunUntil(t, ctx, "rewrap")
+			close(ended)
+			proxy.Before(nil)
+			proxy.After(nil)
+			if !killed {
+				t.Errorf("call %d, answered %t: the run was not killed", at.call, at.answered)
+			}
+			if n := len(s.List(t, org)); n != 3 {
+				t.Errorf("%d keys listed", n)
+			}
+		}
+		if progress, code := rewrap(t); code != 0 || !strings.Contains(progress, "public keys: 3, of which 0 were") || !strings.Contains(progress, "boot secrets: 2, of which 0 were") ||
+			!strings.Contains(progress, "keys that authenticate events: 1, of which 1 were") {
+			t.Errorf("exit code %d\n%s", code, progress)
+		}
+		if got := sealedVersions(t, s); got[fmt.Sprintf("v%d", version)] != 5 || len(got) != 1 {
+			t.Errorf("records by version: %v", got)
+		}
+	})
 	t.Run("a broken record is named and does not stop the others", func(t *testing.T) {
 		version = rotate(t, v)
 		sealed := harness.Strings(t, db, `SELECT sealed FROM org_keys WHERE id = '`+keys[1].ID+`'`)[0]
@@ -755,12 +797,12 @@ func TestRewrapAfterRotation(t *testing.T) {
 			t.Errorf("records by version: %v", got)
 		}
 	})
-	t.Run("every run is an event, the interrupted one too", func(t *testing.T) {
-		harness.Eventually(t, harness.Patience, "five events are in the log", func() bool { return len(events()) == 5 })
+	t.Run("every run that was not killed is an event, the interrupted one too", func(t *testing.T) {
+		harness.Eventually(t, harness.Patience, "six events are in the log", func() bool { return len(events()) == 6 })
 		if interrupted := events()[2]; interrupted.Reason != "interrupted" || interrupted.Detail["count"] != "3" {
 			t.Errorf("event %+v", interrupted)
 		}
-		first, last := events()[0], events()[4]
+		first, last := events()[0], events()[5]
 		if first.Outcome != "success" || first.Detail["count"] != "5" || last.Outcome != "failure" || last.Detail["count"] != "5" {
 			t.Errorf("events %+v and %+v", first, last)
 		}

@@ -3,8 +3,8 @@
 package hsm
 
 import (
-	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -88,8 +88,7 @@ func privateKeys(t testing.TB, token *Token) int {
 	return objects(t, token, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
 }
 
-// generateOne does with a key what the service does: it seals while the key is
-// being destroyed.
+// generateOne does with a key what the service does.
 func generateOne(ctx context.Context, token interface {
 	orgkey.Keystore
 	orgkey.Sealer
@@ -98,19 +97,25 @@ func generateOne(ctx context.Context, token interface {
 	if err != nil {
 		return err
 	}
+	return errors.Join(besideSealing(ctx, token, func() error { return take(ctx, key) }))
+}
+
+// take has a key given out and destroyed.
+func take(ctx context.Context, key orgkey.BackendKey) error {
 	der, err := key.Export(ctx)
 	if err == nil {
 		err = checkPair(der, key.Public())
 		clear(der)
 	}
-	return cmp.Or(err, sealAndDestroy(ctx, token, key))
+	return errors.Join(err, key.Destroy(ctx))
 }
 
-func sealAndDestroy(ctx context.Context, sealer orgkey.Sealer, key orgkey.BackendKey) error {
-	destroyed := make(chan error, 1)
-	go func() { destroyed <- key.Destroy(ctx) }()
-	_, err := sealer.Seal(ctx, orgkey.Binding{Org: "acme", ID: "one"}, []byte("value"))
-	return cmp.Or(<-destroyed, err)
+// besideSealing does something while something is sealed.
+func besideSealing(ctx context.Context, sealer orgkey.Sealer, do func() error) (done, sealed error) {
+	ended := make(chan error, 1)
+	go func() { ended <- do() }()
+	_, sealed = sealer.Seal(ctx, orgkey.Binding{Org: "acme", ID: "one"}, []byte("value"))
+	return <-ended, sealed
 }
 
 func TestContract(t *testing.T) {

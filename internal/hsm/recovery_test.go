@@ -113,40 +113,56 @@ func closeBetweenCalls(token *Token) error {
 	return token.lib.CloseAllSessions(l.slot)
 }
 
-// One renewal serves all who notice, and nobody's request fails.
 // A generation that holds a key when the library loses its sessions gives it
 // up at once: what the loss ended waits for it, and everybody for that.
 func TestALossDuringAGenerationHoldsUpNobody(t *testing.T) {
-	token := open(t, softHSM(t))
-	key, err := token.Create(t.Context(), uuid.NewString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := key.Export(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	clear(der)
-	if err := closeBetweenCalls(token); err != nil {
-		t.Fatal(err)
-	}
-	started := time.Now()
-	other := make(chan error, 1)
-	go func() {
-		_, err := token.Seal(t.Context(), orgkey.Binding{Org: "acme", ID: "other"}, []byte("value"))
-		other <- err
-	}()
-	if err := errors.Join(sealAndDestroy(t.Context(), token, key), <-other); err != nil {
-		t.Errorf("who was under way: %v", err)
-	}
-	if err := generateOne(t.Context(), token); err != nil {
-		t.Errorf("the next generation: %v", err)
-	}
-	if took := time.Since(started); took > 4*time.Second {
-		t.Errorf("it took %s", took)
+	for name, exported := range map[string]bool{"exported": true, "not exported yet": false} {
+		t.Run(name, func(t *testing.T) {
+			token := open(t, softHSM(t))
+			key, err := token.Create(t.Context(), uuid.NewString())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if exported {
+				der, err := key.Export(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				clear(der)
+			}
+			if err := closeBetweenCalls(token); err != nil {
+				t.Fatal(err)
+			}
+			started := time.Now()
+			other := make(chan error, 1)
+			go func() {
+				_, err := token.Seal(t.Context(), orgkey.Binding{Org: "acme", ID: "other"}, []byte("value"))
+				other <- err
+			}()
+			rest := func() error { return key.Destroy(t.Context()) }
+			if !exported {
+				rest = func() error {
+					if err := take(t.Context(), key); err == nil {
+						return errors.New("a key was given out whose session had been lost")
+					}
+					return nil
+				}
+			}
+			done, sealed := besideSealing(t.Context(), token, rest)
+			if err := errors.Join(done, sealed, <-other); err != nil {
+				t.Errorf("who was under way: %v", err)
+			}
+			if err := generateOne(t.Context(), token); err != nil {
+				t.Errorf("the next generation: %v", err)
+			}
+			if took := time.Since(started); took > 4*time.Second {
+				t.Errorf("it took %s", took)
+			}
+		})
 	}
 }
 
+// One renewal serves all who notice, and nobody's request fails.
 func TestRecoversUnderLoad(t *testing.T) {
 	token := open(t, softHSM(t))
 	ctx, stop := context.WithCancel(t.Context())

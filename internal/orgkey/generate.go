@@ -14,6 +14,7 @@ import (
 	"sync"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
@@ -63,51 +64,27 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 		s.cancel(ctx, id)
 		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
 	}
-	der, err := key.Export(ctx)
-	defer clear(der)
-	// The back end's copy goes while the record is made and the trail hears of it.
-	// The release needs both; if the first fails, nobody waits for the trail.
-	waiting, stop := context.WithCancel(ctx)
-	destroyed := sync.OnceValue(func() error {
-		err := destroy(ctx, key)
-		if err != nil {
-			stop()
-		}
-		return err
-	})
-	go destroyed()
-	defer func() { _ = destroyed(); stop() }()
-	if err != nil {
-		err = fmt.Errorf("exporting key %s: %w: %w", id, ErrBackend, errors.Join(err, destroyed()))
-		s.cancel(ctx, id)
-		return s.refused(ctx, pass, err)
-	}
-	fingerprint := Thumbprint(key.Public())
-	sealed, err := s.seal(ctx, org, id, key.Public())
-	if err != nil {
-		err = fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, errors.Join(err, destroyed()))
-		s.cancel(ctx, id)
-		return s.refused(ctx, pass, err)
-	}
-	created := pass.Event(audit.KeyCreated)
-	created.Object = id
-	created.Detail = map[string]string{"fingerprint": fingerprint, "backend": s.Backend, "algorithm": "rsa-2048"}
-	if err := s.Store.StorePending(ctx, id, sealed, created); err != nil {
-		err = fmt.Errorf("storing key %s: %w", id, errors.Join(err, destroyed()))
-		s.cancel(ctx, id)
-		return s.refused(ctx, pass, err)
-	}
-	// CRASH: record and event are committed, nothing is released; the sweeper
-	// deletes the record at its expiry, with an event that says so. The reaper
-	// leaves a Transit key alone until then.
-	err = s.acknowledged(waiting, created.ID)
-	if lost := destroyed(); lost != nil {
-		err = fmt.Errorf("destroying the back end's copy of key %s: %w: %w", id, ErrBackend, lost)
-	}
-	if err != nil {
+	// The private half leaves the back end while the record is made and the
+	// trail hears of it. The release needs both, and if one fails, nobody waits
+	// long for the other.
+	var der []byte
+	defer func() { clear(der) }()
+	pending := false
+	both, working := errgroup.WithContext(ctx)
+	both.Go(func() (err error) { der, err = take(working, key, id); return err })
+	both.Go(func() (err error) { pending, err = s.enter(ctx, working, pass, id, key.Public()); return err })
+	err = both.Wait()
+	// CRASH: if record and event are committed by now, the sweeper deletes the
+	// record at its expiry, with an event that says so. The reaper leaves a
+	// Transit key alone until then.
+	switch {
+	case err != nil && pending:
 		err = orOverloaded(ctx, err)
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err, "generation_failed")))
 		return err
+	case err != nil:
+		s.cancel(ctx, id)
+		return s.refused(ctx, pass, err)
 	}
 	if err := s.Store.Release(ctx, id); err != nil {
 		err = orOverloaded(ctx, fmt.Errorf("releasing key %s: %w", id, err))
@@ -119,7 +96,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 	leave() // back end and trail are done; a caller who reads slowly holds up nobody else
 	private := encodePEM(der)
 	defer clear(private)
-	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: fingerprint, PEM: private}); err != nil {
+	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: Thumbprint(key.Public()), PEM: private}); err != nil {
 		s.withdraw(ctx, pass, id, "write_failed")
 		return fmt.Errorf("writing key %s out: %w", id, err)
 	}
@@ -143,28 +120,41 @@ func (s *Service) reserve(ctx context.Context, org, id string) error {
 	return s.Store.Reserve(ctx, org, id, s.Limit, s.ReservationLife)
 }
 
-// destroy ends the back end's copy, also when the caller has gone.
-func destroy(ctx context.Context, key BackendKey) error {
+// take has the back end give the private half out, and forget it whatever
+// becomes of that. The caller clears what it returns.
+func take(ctx context.Context, key BackendKey, id string) ([]byte, error) {
+	der, exported := key.Export(ctx)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
-	return key.Destroy(ctx)
+	if err := errors.Join(exported, key.Destroy(ctx)); err != nil {
+		return der, fmt.Errorf("taking key %s out of the back end: %w: %w", id, ErrBackend, err)
+	}
+	return der, nil
 }
 
-func (s *Service) seal(ctx context.Context, org, id string, public *rsa.PublicKey) ([]byte, error) {
+// enter makes the record of a key, pending from then on, and waits until the
+// trail has it. What may be given up halfway goes by working.
+func (s *Service) enter(ctx, working context.Context, pass gate.Pass, id string, public *rsa.PublicKey) (pending bool, err error) {
 	der, err := x509.MarshalPKIXPublicKey(public)
 	if err != nil {
-		return nil, err
+		return false, fmt.Errorf("encoding key %s: %w", id, err)
 	}
-	return s.Sealer.Seal(ctx, Binding{Purpose: PublicKey, Org: org, ID: id}, der)
-}
-
-func (s *Service) acknowledged(ctx context.Context, eventID string) error {
-	ctx, cancel := context.WithTimeout(ctx, s.AuditDeadline)
+	sealed, err := s.Sealer.Seal(working, Binding{Purpose: PublicKey, Org: pass.Org, ID: id}, der)
+	if err != nil {
+		return false, fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, err)
+	}
+	created := pass.Event(audit.KeyCreated)
+	created.Object = id
+	created.Detail = map[string]string{"fingerprint": Thumbprint(public), "backend": s.Backend, "algorithm": "rsa-2048"}
+	if err := s.Store.StorePending(ctx, id, sealed, created); err != nil {
+		return false, fmt.Errorf("storing key %s: %w", id, err)
+	}
+	working, cancel := context.WithTimeout(working, s.AuditDeadline)
 	defer cancel()
-	if err := s.Trail.Acknowledged(ctx, eventID); err != nil {
-		return fmt.Errorf("%w: %w", gate.ErrAudit, err)
+	if err := s.Trail.Acknowledged(working, created.ID); err != nil {
+		return true, fmt.Errorf("%w: %w", gate.ErrAudit, err)
 	}
-	return nil
+	return true, nil
 }
 
 // cancel gives a reserved place back, also when the caller has gone. If that

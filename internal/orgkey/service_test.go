@@ -353,8 +353,8 @@ func (p patient) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) (
 }
 
 // A PKCS#11 library that has lost its sessions seals nothing before those that
-// hold a key have given it up: whoever seals must hold none.
-func TestNobodySealsWithAKeyInHand(t *testing.T) {
+// hold a key have given it up: destroying must not wait for sealing.
+func TestAKeyIsDestroyedHoweverLongSealingTakes(t *testing.T) {
 	told := make(chan struct{}, 1)
 	f := newFixture(t, func(c *orgkey.Config) {
 		c.Keystore = holding{token, func() error { told <- struct{}{}; return nil }}
@@ -362,6 +362,79 @@ func TestNobodySealsWithAKeyInHand(t *testing.T) {
 	})
 	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); err != nil {
 		t.Error(err)
+	}
+}
+
+// guarded makes keys that are not given out, which export says.
+type guarded struct {
+	orgkey.Keystore
+	export    func() error
+	destroyed *atomic.Bool
+}
+
+func (g guarded) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
+	key, err := g.Keystore.Create(ctx, name)
+	return guardedKey{key, g}, err
+}
+
+type guardedKey struct {
+	orgkey.BackendKey
+	guarded
+}
+
+func (k guardedKey) Export(context.Context) ([]byte, error) { return nil, k.export() }
+
+func (k guardedKey) Destroy(ctx context.Context) error {
+	k.destroyed.Store(true)
+	return k.BackendKey.Destroy(ctx)
+}
+
+// stuck seals nothing for as long as its caller waits.
+type stuck struct{ orgkey.Sealer }
+
+func (stuck) Seal(ctx context.Context, _ orgkey.Binding, _ []byte) ([]byte, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// A key that the back end does not give out leaves nothing, wherever its record
+// is by then, and its caller waits for nothing else.
+func TestAKeyThatIsNotExportedLeavesNothing(t *testing.T) {
+	failed := errors.New("not today")
+	for _, tt := range []struct {
+		name   string
+		change func(*orgkey.Config)
+		before func(fixture)
+		events string
+	}{
+		{"being sealed", func(c *orgkey.Config) { c.Sealer = stuck{c.Sealer} }, func(fixture) {}, "orgkey.refused:generation_failed"},
+		{"pending", func(c *orgkey.Config) { c.AuditDeadline = time.Minute }, func(f fixture) {
+			waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'pending'") == 1 })
+		}, "orgkey.created orgkey.withdrawn:generation_failed"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var f fixture
+			var destroyed atomic.Bool
+			f = newFixture(t, func(c *orgkey.Config) {
+				tt.change(c)
+				c.Keystore = guarded{token, func() error { tt.before(f); return failed }, &destroyed}
+			})
+			f.sink.held.Store(true)
+			started := time.Now()
+			err := f.Generate(t.Context(), owner("acme"), "acme", accept)
+			if took := time.Since(started); took > 15*time.Second { // half the reservation's life is 30
+				t.Errorf("the caller waited %s", took)
+			}
+			if !errors.Is(err, failed) || !errors.Is(err, orgkey.ErrBackend) || errors.Is(err, gate.ErrAudit) {
+				t.Errorf("the caller hears %v", err)
+			}
+			if got := f.history(t, "type LIKE 'orgkey.%'"); got != tt.events {
+				t.Errorf("events: %s", got)
+			}
+			if n := f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 0 || !destroyed.Load() {
+				t.Errorf("%d places are still taken; destroyed: %t", n, destroyed.Load())
+			}
+		})
 	}
 }
 

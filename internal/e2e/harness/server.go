@@ -352,6 +352,19 @@ func (s *Server) run(t testing.TB, extra []string, args ...string) (stdout, stde
 	return o.String(), e.String(), cmd.ProcessState.ExitCode()
 }
 
+// RunUntil is Run of a command that is killed, as by a crash, when ctx ends.
+// It reports whether that came before its own end.
+func (s *Server) RunUntil(t testing.TB, ctx context.Context, args ...string) (killed bool) {
+	t.Helper()
+	cmd := exec.CommandContext(ctx, s.binary, args...)
+	cmd.Env = s.environment()
+	err := cmd.Run()
+	if err != nil && cmd.ProcessState == nil {
+		t.Fatalf("orgkeys %s: %v", strings.Join(args, " "), err)
+	}
+	return cmd.ProcessState.ExitCode() == -1
+}
+
 // Eventually waits until ok reports true, and fails the test if it never does.
 func Eventually(t testing.TB, within time.Duration, what string, ok func() bool) {
 	t.Helper()
