@@ -71,7 +71,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 	defer func() { clear(der) }()
 	pending := false
 	both, working := errgroup.WithContext(ctx)
-	both.Go(func() (err error) { der, err = take(working, key, id); return err })
+	both.Go(func() (err error) { der, err = s.take(working, key, id); return err })
 	both.Go(func() (err error) { pending, err = s.enter(ctx, working, pass, id, key.Public()); return err })
 	err = both.Wait()
 	// CRASH: if record and event are committed by now, the sweeper deletes the
@@ -122,11 +122,16 @@ func (s *Service) reserve(ctx context.Context, org, id string) error {
 
 // take has the back end give the private half out, and forget it whatever
 // becomes of that. The caller clears what it returns.
-func take(ctx context.Context, key BackendKey, id string) ([]byte, error) {
-	der, exported := key.Export(ctx)
+func (s *Service) take(ctx context.Context, key BackendKey, id string) ([]byte, error) {
+	der, err := key.Export(ctx)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
-	if err := errors.Join(exported, key.Destroy(ctx)); err != nil {
+	if kept := key.Destroy(ctx); kept != nil {
+		// Said here, too, since the caller may hear of something that failed before.
+		s.Log.Warn("the back end may still have its copy of a key that was not released", "key", id, "error", kept)
+		err = errors.Join(err, kept)
+	}
+	if err != nil {
 		return der, fmt.Errorf("taking key %s out of the back end: %w: %w", id, ErrBackend, err)
 	}
 	return der, nil

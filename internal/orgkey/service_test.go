@@ -438,6 +438,22 @@ func TestAKeyThatIsNotExportedLeavesNothing(t *testing.T) {
 	}
 }
 
+// A copy that may still be there is in the process's log, whatever else failed.
+func TestACopyThatMayStillBeThereIsLogged(t *testing.T) {
+	var log bytes.Buffer
+	f := newFixture(t, func(c *orgkey.Config) {
+		c.Keystore = holding{token, func() error { return errors.New("no answer") }}
+		c.Sealer = refusing{c.Sealer}
+		c.Log = slog.New(slog.NewTextHandler(&log, nil))
+	})
+	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); !errors.Is(err, orgkey.ErrBackend) {
+		t.Errorf("the caller hears %v", err)
+	}
+	if !strings.Contains(log.String(), "may still have its copy") || !strings.Contains(log.String(), "no answer") {
+		t.Errorf("the log: %s", &log)
+	}
+}
+
 // late makes keys when the caller's time is over.
 type late struct{ orgkey.Keystore }
 
