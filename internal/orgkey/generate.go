@@ -72,7 +72,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 	pending := false
 	both, working := errgroup.WithContext(ctx)
 	both.Go(func() (err error) { der, err = s.take(working, key, id); return err })
-	both.Go(func() (err error) { pending, err = s.enter(ctx, working, pass, id, key.Public()); return err })
+	both.Go(func() (err error) { pending, err = s.enter(working, pass, id, key.Public()); return err })
 	err = both.Wait()
 	// CRASH: if record and event are committed by now, the sweeper deletes the
 	// record at its expiry, with an event that says so. The reaper leaves a
@@ -138,25 +138,28 @@ func (s *Service) take(ctx context.Context, key BackendKey, id string) ([]byte, 
 }
 
 // enter makes the record of a key, pending from then on, and waits until the
-// trail has it. What may be given up halfway goes by working.
-func (s *Service) enter(ctx, working context.Context, pass gate.Pass, id string, public *rsa.PublicKey) (pending bool, err error) {
+// trail has it.
+func (s *Service) enter(ctx context.Context, pass gate.Pass, id string, public *rsa.PublicKey) (pending bool, err error) {
 	der, err := x509.MarshalPKIXPublicKey(public)
 	if err != nil {
 		return false, fmt.Errorf("encoding key %s: %w", id, err)
 	}
-	sealed, err := s.Sealer.Seal(working, Binding{Purpose: PublicKey, Org: pass.Org, ID: id}, der)
+	sealed, err := s.Sealer.Seal(ctx, Binding{Purpose: PublicKey, Org: pass.Org, ID: id}, der)
 	if err != nil {
 		return false, fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, err)
 	}
 	created := pass.Event(audit.KeyCreated)
 	created.Object = id
 	created.Detail = map[string]string{"fingerprint": Thumbprint(public), "backend": s.Backend, "algorithm": "rsa-2048"}
-	if err := s.Store.StorePending(ctx, id, sealed, created); err != nil {
+	// Not given up halfway: nobody would know whether the record is there.
+	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	if err := s.Store.StorePending(storing, id, sealed, created); err != nil {
 		return false, fmt.Errorf("storing key %s: %w", id, err)
 	}
-	working, cancel := context.WithTimeout(working, s.AuditDeadline)
+	waiting, cancel := context.WithTimeout(ctx, s.AuditDeadline)
 	defer cancel()
-	if err := s.Trail.Acknowledged(working, created.ID); err != nil {
+	if err := s.Trail.Acknowledged(waiting, created.ID); err != nil {
 		return true, fmt.Errorf("%w: %w", gate.ErrAudit, err)
 	}
 	return true, nil

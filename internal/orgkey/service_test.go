@@ -2,6 +2,7 @@ package orgkey_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"database/sql"
@@ -385,7 +386,7 @@ type guardedKey struct {
 func (k guardedKey) Export(context.Context) ([]byte, error) { return nil, k.export() }
 
 func (k guardedKey) Destroy(ctx context.Context) error {
-	k.destroyed.Store(true)
+	k.destroyed.Store(ctx.Err() == nil)
 	return k.BackendKey.Destroy(ctx)
 }
 
@@ -433,6 +434,78 @@ func TestAKeyThatIsNotExportedLeavesNothing(t *testing.T) {
 			}
 			if n := f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 0 || !destroyed.Load() {
 				t.Errorf("%d places are still taken; destroyed: %t", n, destroyed.Load())
+			}
+		})
+	}
+}
+
+func TestAKeyIsDestroyedAlsoWhenItsCallerHasGone(t *testing.T) {
+	ctx, leave := context.WithCancel(t.Context())
+	var destroyed atomic.Bool
+	f := newFixture(t, func(c *orgkey.Config) {
+		c.Keystore = guarded{token, func() error { leave(); return context.Canceled }, &destroyed}
+	})
+	if err := f.Generate(ctx, owner("acme"), "acme", accept); !errors.Is(err, context.Canceled) {
+		t.Errorf("the caller hears %v", err)
+	}
+	if !destroyed.Load() {
+		t.Error("the back end was told to destroy the key, and not given the time")
+	}
+}
+
+// overtaken stores a record, and answers after something else has happened.
+type overtaken struct {
+	orgkey.Store
+	stored, happened chan struct{}
+}
+
+func (o overtaken) StorePending(ctx context.Context, id string, sealed []byte, created audit.Event) error {
+	err := o.Store.StorePending(context.WithoutCancel(ctx), id, sealed, created)
+	close(o.stored)
+	<-o.happened
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(300 * time.Millisecond):
+		return err
+	}
+}
+
+// A record that is being stored when the export fails or the caller leaves is
+// known to be there, and withdrawn: it takes up no place until it expires.
+func TestARecordThatIsOvertakenIsWithdrawn(t *testing.T) {
+	failed := errors.New("not today")
+	for _, tt := range []struct {
+		name   string
+		failed error // of the export, or else the caller leaves
+		reason string
+	}{
+		{"by a failure", failed, "generation_failed"},
+		{"by the caller's leaving", nil, "caller_gone"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			stored, happened := make(chan struct{}), make(chan struct{})
+			ctx, leave := context.WithCancel(t.Context())
+			defer leave()
+			f := newFixture(t, func(c *orgkey.Config) {
+				c.Store = overtaken{c.Store, stored, happened}
+				c.Keystore = guarded{token, func() error {
+					<-stored
+					defer close(happened)
+					if tt.failed == nil {
+						leave()
+					}
+					return tt.failed
+				}, new(atomic.Bool)}
+			})
+			if err := f.Generate(ctx, owner("acme"), "acme", accept); err == nil || !errors.Is(err, cmp.Or(tt.failed, context.Canceled)) {
+				t.Errorf("the caller hears %v", err)
+			}
+			if n := f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 0 {
+				t.Errorf("%d places are still taken", n)
+			}
+			if got := f.history(t, "type LIKE 'orgkey.%'"); got != "orgkey.created orgkey.withdrawn:"+tt.reason {
+				t.Errorf("events: %s", got)
 			}
 		})
 	}
