@@ -255,11 +255,12 @@ func TestPromise1_VaultKeepsNoKeyAndItsAuditFileNoSecret(t *testing.T) {
 				calls = append(calls, e.Request.Operation+" "+strings.ReplaceAll(e.Request.Path, key.ID, "KEY"))
 			}
 		}
-		if len(calls) > 3 {
-			slices.Sort(calls[3:]) // deleting and sealing at once
+		const seal = "update orgkeys-seal/encrypt/seal"
+		if at := slices.Index(calls, seal); at >= 2 { // sealing goes beside what comes after the configuration
+			calls = append(slices.Delete(calls, at, at+1), seal)
 		}
 		want := []string{"update orgkeys/keys/KEY", "update orgkeys/keys/KEY/config", "read orgkeys/export/encryption-key/KEY/1",
-			"delete orgkeys/keys/KEY", "read orgkeys/keys/KEY", "update orgkeys-seal/encrypt/seal"}
+			"delete orgkeys/keys/KEY", "read orgkeys/keys/KEY", seal}
 		if !slices.Equal(calls, want) {
 			t.Errorf("entries %q, want %q", calls, want)
 		}

@@ -11,6 +11,8 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"runtime"
+	"runtime/debug"
 	"sync"
 
 	"github.com/google/uuid"
@@ -65,15 +67,13 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
 	}
 	// The private half leaves the back end while the record is made and the
-	// trail hears of it. The release needs both, and if one fails, nobody waits
-	// long for the other.
+	// trail hears of it. The release needs both.
 	var der []byte
 	defer func() { clear(der) }()
 	pending := false
-	both, working := errgroup.WithContext(ctx)
-	both.Go(func() (err error) { der, err = s.take(working, key, id); return err })
-	both.Go(func() (err error) { pending, err = s.enter(working, pass, id, key.Public()); return err })
-	err = both.Wait()
+	err = s.sideBySide(ctx,
+		func(ctx context.Context) (err error) { der, err = s.take(ctx, key, id); return err },
+		func(ctx context.Context) (err error) { pending, err = s.enter(ctx, pass, id, key.Public()); return err })
 	// CRASH: if record and event are committed by now, the sweeper deletes the
 	// record at its expiry, with an event that says so. The reaper leaves a
 	// Transit key alone until then.
@@ -120,21 +120,59 @@ func (s *Service) reserve(ctx context.Context, org, id string) error {
 	return s.Store.Reserve(ctx, org, id, s.Limit, s.ReservationLife)
 }
 
+// errBug is a panic, which the log tells of.
+var errBug = errors.New("a bug in the program")
+
+// sideBySide runs both halves at once and returns the error of the one that
+// failed first, which also ends the other's context. A panic is an error: from
+// another goroutine than the request's it would end the process.
+func (s *Service) sideBySide(ctx context.Context, halves ...func(context.Context) error) error {
+	both, failed := errgroup.WithContext(ctx)
+	// Not failed itself: its cause is the other half's error, in which a back end
+	// would see a failure of its own.
+	working, stop := context.WithCancel(ctx)
+	defer stop()
+	defer context.AfterFunc(failed, stop)()
+	for _, half := range halves {
+		both.Go(func() (err error) {
+			defer func() {
+				if v := recover(); v != nil {
+					s.logPanic(v)
+					err = errBug
+				}
+			}()
+			return half(working)
+		})
+	}
+	return both.Wait()
+}
+
+// logPanic logs a panic's value only if the runtime made it, since others may
+// hold anything.
+func (s *Service) logPanic(v any) {
+	attrs := []any{"stack", string(debug.Stack())}
+	if bug, ok := v.(runtime.Error); ok {
+		attrs = append(attrs, "panic", bug.Error())
+	}
+	s.Log.Error("panic", attrs...)
+}
+
 // take has the back end give the private half out, and forget it whatever
 // becomes of that. The caller clears what it returns.
-func (s *Service) take(ctx context.Context, key BackendKey, id string) ([]byte, error) {
-	der, err := key.Export(ctx)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
-	defer cancel()
-	if kept := key.Destroy(ctx); kept != nil {
-		// Said here, too, since the caller may hear of something that failed before.
-		s.Log.Warn("the back end may still have its copy of a key that was not released", "key", id, "error", kept)
-		err = errors.Join(err, kept)
-	}
-	if err != nil {
-		return der, fmt.Errorf("taking key %s out of the back end: %w: %w", id, ErrBackend, err)
-	}
-	return der, nil
+func (s *Service) take(ctx context.Context, key BackendKey, id string) (der []byte, err error) {
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+		defer cancel()
+		if kept := key.Destroy(ctx); kept != nil {
+			// Said here, too, since the caller may hear of something that failed before.
+			s.Log.Warn("the back end may still have its copy of a key that was not released", "key", id, "error", kept)
+			err = errors.Join(err, kept)
+		}
+		if err != nil {
+			err = fmt.Errorf("taking key %s out of the back end: %w: %w", id, ErrBackend, err)
+		}
+	}()
+	return key.Export(ctx)
 }
 
 // enter makes the record of a key, pending from then on, and waits until the

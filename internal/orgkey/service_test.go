@@ -511,6 +511,73 @@ func TestARecordThatIsOvertakenIsWithdrawn(t *testing.T) {
 	}
 }
 
+// buggy panics where it should seal.
+type buggy struct{ orgkey.Sealer }
+
+func (buggy) Seal(context.Context, orgkey.Binding, []byte) ([]byte, error) { panic("secret") }
+
+// A bug in one generation ends that generation, and nothing else.
+func TestAPanicEndsOneGenerationAlone(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		fail func(*orgkey.Config, *atomic.Bool)
+	}{
+		{"sealing", func(c *orgkey.Config, destroyed *atomic.Bool) {
+			c.Sealer = buggy{c.Sealer}
+			c.Keystore = guarded{token, func() error { return errors.New("not today") }, destroyed}
+		}},
+		{"exporting", func(c *orgkey.Config, destroyed *atomic.Bool) {
+			c.Keystore = guarded{token, func() error { panic("secret") }, destroyed}
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var log bytes.Buffer
+			var destroyed atomic.Bool
+			f := newFixture(t, func(c *orgkey.Config) {
+				tt.fail(c, &destroyed)
+				c.Log = slog.New(slog.NewTextHandler(&log, nil))
+			})
+			if err := f.Generate(t.Context(), owner("acme"), "acme", accept); err == nil {
+				t.Error("the caller hears of success")
+			}
+			if n := f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 0 || !destroyed.Load() {
+				t.Errorf("%d places are still taken; destroyed: %t", n, destroyed.Load())
+			}
+			if !strings.Contains(log.String(), "msg=panic") || !strings.Contains(log.String(), "stack=") || strings.Contains(log.String(), "secret") {
+				t.Errorf("the log: %s", &log)
+			}
+		})
+	}
+}
+
+// asking seals nothing, and keeps why its context ended.
+type asking struct {
+	orgkey.Sealer
+	cause *error
+}
+
+func (a asking) Seal(ctx context.Context, _ orgkey.Binding, _ []byte) ([]byte, error) {
+	<-ctx.Done()
+	*a.cause = context.Cause(ctx)
+	return nil, ctx.Err()
+}
+
+// A PKCS#11 token that was told why a caller left would take a lost session of
+// that caller's for a loss of its own, and start over.
+func TestNeitherHalfHearsWhyTheOtherFailed(t *testing.T) {
+	var cause error
+	f := newFixture(t, func(c *orgkey.Config) {
+		c.Sealer = asking{c.Sealer, &cause}
+		c.Keystore = guarded{token, func() error { return errors.New("not today") }, new(atomic.Bool)}
+	})
+	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); !errors.Is(err, orgkey.ErrBackend) {
+		t.Errorf("the caller hears %v", err)
+	}
+	if cause != context.Canceled {
+		t.Errorf("the sealer hears %v", cause)
+	}
+}
+
 // A copy that may still be there is in the process's log, whatever else failed.
 func TestACopyThatMayStillBeThereIsLogged(t *testing.T) {
 	var log bytes.Buffer
