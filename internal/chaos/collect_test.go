@@ -44,7 +44,7 @@ func collect(t *testing.T, c *cluster.Cluster, l *load) Evidence {
 		t.Fatal(err)
 	}
 	e.Keys = readKeys(t, db)
-	e.Transit, e.Locks = transit(t, c), locks(t, c)
+	e.Transit, e.Locks = transit(t, c), locks(t, c, db)
 	// 3: consistent, and no sink's copy outside the data directory was given.
 	if stdout, stderr, code := c.Replicas[0].Run(t, "audit", "verify"); code != 0 && code != 3 {
 		e.Verified = stdout + stderr
@@ -224,7 +224,7 @@ func transit(t *testing.T, c *cluster.Cluster) []string {
 }
 
 // locks lists quota locks in Redis, and advisory locks in PostgreSQL that stay.
-func locks(t *testing.T, c *cluster.Cluster) []string {
+func locks(t *testing.T, c *cluster.Cluster, db *sql.DB) []string {
 	t.Helper()
 	client := redis.NewClient(&redis.Options{Addr: c.Redis.Addr()})
 	defer client.Close()
@@ -233,7 +233,6 @@ func locks(t *testing.T, c *cluster.Cluster) []string {
 		t.Fatal(err)
 	}
 	names = slices.DeleteFunc(names, func(name string) bool { return strings.HasPrefix(name, "orgkeys:quota:{.probe}:") }) // readiness takes them all the time
-	db := database(t, c)
 	// A lock of a session, which has no transaction, is as old as its silence.
 	rows(t, db, `SELECT a.pid, coalesce(a.xact_start, a.state_change) AS since FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
 		WHERE l.locktype = 'advisory' AND coalesce(a.xact_start, a.state_change) < now() - interval '15 s'`,
@@ -264,7 +263,7 @@ func awaitLives(t *testing.T, c *cluster.Cluster) {
 		harness.Eventually(t, 2*time.Minute, r.Address()+" is ready", r.Ready)
 	}
 	// Each is waited for as long as it may live, which counts from now.
-	harness.Eventually(t, lockLife+slack, "no lock is left", func() bool { return len(locks(t, c)) == 0 })
+	harness.Eventually(t, lockLife+slack, "no lock is left", func() bool { return len(locks(t, c, db)) == 0 })
 	harness.Eventually(t, reservationLife+slack, "no reservation is left", func() bool {
 		return number(t, db, "SELECT count(*) FROM org_keys WHERE state IN ('reserved', 'pending')") == 0
 	})
