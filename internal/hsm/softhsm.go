@@ -3,6 +3,7 @@
 package hsm
 
 import (
+	"bytes"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
@@ -20,7 +21,8 @@ const (
 	softHSMConf   = "softhsm2.conf"
 	softHSMTokens = "tokens"
 	softHSMPIN    = "pin"
-	staging       = ".new" // ends the name of what is not complete
+	softHSMRecord = "token.object" // what SoftHSM keeps of a token itself: label, flags, and the key to its objects under each PIN
+	staging       = ".new"         // ends the name of what is not complete
 )
 
 // softHSMModules are the places where systems install SoftHSM: Debian and Arch,
@@ -54,6 +56,7 @@ func FindSoftHSM() (string, error) {
 //
 //	pin            random, 0600
 //	tokens/        SoftHSM's object store
+//	token.object   a copy of the file in tokens/ without which no PIN opens the token
 //	softhsm2.conf  names tokens/; written anew when it is not as it must be
 //
 // The token is complete before it is given the name tokens, on disk too, and
@@ -87,6 +90,9 @@ func InitSoftHSM(dir string) (cfg Config, created bool, err error) {
 			return Config{}, false, fmt.Errorf("there is a token, but no PIN for it; restore it from the backup: %w", err)
 		}
 	}
+	if err := keepRecord(tokens, filepath.Join(dir, softHSMRecord)); err != nil {
+		return Config{}, false, fmt.Errorf("keeping the token's record: %w", err)
+	}
 	if err := useSoftHSM(filepath.Join(dir, softHSMConf), tokens); err != nil {
 		return Config{}, false, err
 	}
@@ -103,6 +109,41 @@ func useSoftHSM(conf, tokens string) error {
 	}
 	// Reaches the library's getenv: cgo's runtime passes it on.
 	return os.Setenv("SOFTHSM2_CONF", conf)
+}
+
+// keepRecord keeps a copy of the token's record, and puts it back where the
+// record is not whole. At each login SoftHSM empties that file and then writes
+// it anew, with another generation, its first 8 bytes: who is killed in between
+// leaves a token that nothing opens.
+func keepRecord(tokens, kept string) error {
+	store, err := os.OpenRoot(tokens)
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	records, err := fs.Glob(store.FS(), "*/"+softHSMRecord)
+	if err != nil || len(records) != 1 { // not a token of createSoftHSM's
+		return err
+	}
+	record, err := store.ReadFile(records[0])
+	if err != nil {
+		return err
+	}
+	copied, err := os.ReadFile(kept)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	const generation = 8
+	whole := len(record) >= max(len(copied), generation+1) && bytes.Contains(record, []byte(softHSMLabel))
+	switch {
+	case !whole && copied == nil:
+		return nil // opening the token tells
+	case !whole:
+		return writeFile(filepath.Join(tokens, records[0]), copied)
+	case copied == nil || !bytes.Equal(record[generation:], copied[generation:]):
+		return writeFile(kept, record)
+	}
+	return nil
 }
 
 // createSoftHSM makes the PIN and then a token that is complete.

@@ -152,12 +152,34 @@ func TestInitSoftHSMAfterACrash(t *testing.T) {
 			}
 			write(t, filepath.Join(dir, "softhsm2.conf"), "directories.tokendir = /nowhere\n")
 		},
+		"a login that has emptied the token's record": func(t *testing.T, dir string) { cutRecord(t, dir, func([]byte) []byte { return nil }) },
+		"half of the token's record":                  func(t *testing.T, dir string) { cutRecord(t, dir, func(r []byte) []byte { return r[:len(r)/2] }) },
+		"zeros for the token's record": func(t *testing.T, dir string) {
+			cutRecord(t, dir, func(r []byte) []byte { return make([]byte, len(r)) })
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			leave(t, dir)
 			checkUsable(t, dir)
 		})
+	}
+}
+
+// cutRecord makes a token, uses it, and leaves of its record what cut returns.
+func cutRecord(t *testing.T, dir string, cut func([]byte) []byte) {
+	t.Helper()
+	checkUsable(t, dir)
+	records, err := filepath.Glob(filepath.Join(dir, "tokens", "*", "token.object"))
+	if err != nil || len(records) != 1 {
+		t.Fatalf("the token has %d records, %v", len(records), err)
+	}
+	record, err := os.ReadFile(records[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(records[0], cut(record), 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
 
