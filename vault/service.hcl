@@ -76,6 +76,14 @@ path "sys/mounts/orgkeys-state/tune" {
   capabilities = ["read"]
 }
 
+path "sys/policies/acl/orgkeys-service" {
+  capabilities = ["read"]
+}
+
+path "sys/policies/acl/orgkeys-reaper" {
+  capabilities = ["read"]
+}
+
 path "sys/capabilities-self" {
   capabilities = ["update"]
 }

@@ -98,6 +98,10 @@ path "sys/auth/approle" {
   capabilities = ["read", "create", "update", "sudo"]
 }
 
+path "sys/auth/approle/tune" {
+  capabilities = ["read", "create", "update", "sudo"]
+}
+
 path "auth/approle/role/orgkeys" {
   capabilities = ["read", "create", "update"]
 }

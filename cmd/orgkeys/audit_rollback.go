@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"slices"
 	"strings"
@@ -15,7 +14,6 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
-	"github.com/orgkeys/orgkeys/internal/vault"
 )
 
 func newAcceptRollback() *cobra.Command {
@@ -37,6 +35,9 @@ that this, too, is to be accepted; the log and the sinks then keep which event.
 Of Vault only the checkpoint can be compared here, not the events: afterwards
 verify an export with --vault-audit.
 
+It is also the way on when somebody deleted the checkpoint in Vault or wrote
+something else in its place.
+
 It asks every sink in ORGKEYS_AUDIT_SINKS. With replicas, stop all of them first,
 and run it with the data directory of each that has a file sink.`,
 		Args: cobra.NoArgs,
@@ -56,10 +57,14 @@ and run it with the data directory of each that has a file sink.`,
 			if err != nil {
 				return errors.Join(err, dir.close())
 			}
-			if err = openToRecord(cmd.Context(), cfg, dir, db); err == nil {
-				err = acceptRollback(cmd.Context(), cmd.OutOrStdout(), cfg, db, reason, rewritten)
+			b, err := openBackend(cmd.Context(), cfg, dir, db, newLogger(cfg))
+			if err != nil {
+				return errors.Join(err, db.Close(), dir.close())
 			}
-			return errors.Join(err, db.Close(), dir.close())
+			if err = openEventKey(cmd.Context(), b.sealer, db); err == nil {
+				err = acceptRollback(cmd.Context(), cmd.OutOrStdout(), cfg, db, b.sinks(cfg), reason, rewritten)
+			}
+			return errors.Join(err, b.close(), db.Close(), dir.close())
 		},
 	}
 	cmd.Flags().StringVar(&reason, "reason", "", "why the log was set back")
@@ -67,21 +72,9 @@ and run it with the data directory of each that has a file sink.`,
 	return cmd
 }
 
-// rollbackSink is a sink that can be told that the log was set back.
-type rollbackSink struct {
-	name   string
-	last   func(context.Context) (audit.Checkpoint, error)
-	accept func(context.Context, audit.Rollback) error
-}
-
 // acceptRollback writes the event before a sink's note: after a crash in
 // between, the server still refuses, and the command can be run again.
-func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, reason string, rewritten bool) error {
-	sinks, closeSinks, err := rollbackSinks(ctx, cfg, db)
-	if err != nil {
-		return err
-	}
-	defer closeSinks()
+func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, sinks []audit.Sink, reason string, rewritten bool) error {
 	head, err := db.Head(ctx)
 	if err != nil {
 		return err
@@ -95,7 +88,7 @@ func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *s
 	for _, s := range sinks {
 		done, err := acceptIn(ctx, out, db, s, head, r)
 		if err != nil {
-			return fmt.Errorf("sink %s: %w", s.name, err)
+			return fmt.Errorf("sink %s: %w", s.Name(), err)
 		}
 		accepted = accepted || done
 	}
@@ -111,7 +104,7 @@ func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *s
 
 // keptOf returns how many of the log's events are as the sinks and the signed
 // checkpoints have them: all, unless it was rewritten.
-func keptOf(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, sinks []rollbackSink, head audit.Checkpoint, rewritten bool) (int64, error) {
+func keptOf(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, sinks []audit.Sink, head audit.Checkpoint, rewritten bool) (int64, error) {
 	held, err := heldOf(ctx, cfg, db, sinks)
 	if err != nil {
 		return 0, err
@@ -131,7 +124,7 @@ func keptOf(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.
 
 // heldOf is all that can be compared with the log: the events in the sink's
 // file, and every checkpoint.
-func heldOf(ctx context.Context, cfg config.Config, db *sqlstore.DB, sinks []rollbackSink) (*audit.Copy, error) {
+func heldOf(ctx context.Context, cfg config.Config, db *sqlstore.DB, sinks []audit.Sink) (*audit.Copy, error) {
 	held := &audit.Copy{}
 	if slices.Contains(cfg.AuditSinks, config.SinkFile) {
 		var err error
@@ -140,40 +133,16 @@ func heldOf(ctx context.Context, cfg config.Config, db *sqlstore.DB, sinks []rol
 		}
 	}
 	for _, s := range sinks {
-		last, err := s.last(ctx)
+		last, err := s.Last(ctx)
+		if errors.Is(err, audit.ErrCheckpointLost) {
+			continue
+		}
 		if err != nil {
-			return nil, fmt.Errorf("sink %s: %w", s.name, err)
+			return nil, fmt.Errorf("sink %s: %w", s.Name(), err)
 		}
 		held.AddCheckpoint(last)
 	}
 	return held, eachSigned(ctx, db, func(s audit.Signed) error { held.AddCheckpoint(s.Checkpoint); return nil })
-}
-
-func rollbackSinks(ctx context.Context, cfg config.Config, db *sqlstore.DB) ([]rollbackSink, func(), error) {
-	var sinks []rollbackSink
-	closeSinks := func() {}
-	for _, name := range cfg.AuditSinks {
-		if name == config.SinkFile {
-			file := audit.NewFileSink(cfg.AuditFile)
-			sinks = append(sinks, rollbackSink{name, file.Last, func(_ context.Context, r audit.Rollback) error { return file.AcceptRollback(r) }})
-			continue
-		}
-		client, err := vault.Open(ctx, vault.Config{Login: vaultLogin(cfg), ReapGrace: cfg.ReservationTTL, Log: slog.New(slog.DiscardHandler)})
-		if err != nil {
-			return nil, closeSinks, err
-		}
-		closeSinks = client.Close
-		sink := client.Sink()
-		sinks = append(sinks, rollbackSink{name, sink.Last, func(ctx context.Context, r audit.Rollback) error {
-			// Progress goes first: if it stood higher than what Vault holds, a
-			// replica would take it for done.
-			if err := db.Acknowledge(ctx, sink.Name(), 0, nil); err != nil {
-				return err
-			}
-			return sink.AcceptRollback(ctx, r)
-		}})
-	}
-	return sinks, closeSinks, nil
 }
 
 // extended reports whether the log, which is at head, extends held.
@@ -188,22 +157,37 @@ func extended(ctx context.Context, db *sqlstore.DB, head, held audit.Checkpoint)
 	return then == held, err
 }
 
-func acceptIn(ctx context.Context, out io.Writer, db *sqlstore.DB, s rollbackSink, head audit.Checkpoint, r audit.Rollback) (bool, error) {
-	held, err := s.last(ctx)
-	if err != nil {
+func acceptIn(ctx context.Context, out io.Writer, db *sqlstore.DB, s audit.Sink, head audit.Checkpoint, r audit.Rollback) (bool, error) {
+	held, err := s.Last(ctx)
+	had := fmt.Sprintf("had acknowledged %d", held.Size)
+	switch {
+	case errors.Is(err, audit.ErrCheckpointLost):
+		had = "cannot say what it had acknowledged: " + err.Error()
+		if held, err = db.At(ctx, 0); err != nil {
+			return false, err
+		}
+	case err != nil:
 		return false, err
-	}
-	if ok, err := extended(ctx, db, head, held); ok || err != nil {
-		return false, err
+	default:
+		if ok, err := extended(ctx, db, head, held); ok || err != nil {
+			return false, err
+		}
 	}
 	r.From = held.Text()
 	if err := recordRollback(ctx, db, r); err != nil {
 		return false, err
 	}
-	if err := s.accept(ctx, r); err != nil {
+	if s.Shared() {
+		// Progress goes first: if it stood higher than what the sink holds, a
+		// replica would take it for done.
+		if err := db.Acknowledge(ctx, s.Name(), 0, nil); err != nil {
+			return false, err
+		}
+	}
+	if err := s.AcceptRollback(ctx, r); err != nil {
 		return false, err
 	}
-	_, err = fmt.Fprintf(out, "accepted: the log goes on from %d events; sink %s had acknowledged %d\n", head.Size, s.name, held.Size)
+	_, err = fmt.Fprintf(out, "accepted: the log goes on from %d events; sink %s %s\n", head.Size, s.Name(), had)
 	return true, err
 }
 

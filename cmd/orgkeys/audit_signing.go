@@ -123,7 +123,7 @@ func prepare(ctx context.Context, db *sqlstore.DB, b backend, p policy) error {
 	if b.sink == nil {
 		return nil
 	}
-	keys, err := b.receipts(ctx)
+	keys, err := receiptKeys(ctx, db, b.sink.Name(), b.receipts)
 	if err != nil {
 		return err
 	}

@@ -142,7 +142,7 @@ func examine(ctx context.Context, cmd *cobra.Command) []diagnosis {
 	if db != nil {
 		defer db.Close() // it was only read
 	}
-	sinks, closeBackend := d.backend(ctx)
+	sinks, closeBackend := d.backend(ctx, db)
 	defer closeBackend()
 	if db == nil {
 		return d.found
@@ -284,7 +284,7 @@ func (d *doctor) database(ctx context.Context) *sqlstore.DB {
 
 // backend looks at what makes and seals keys, and returns the audit sinks, and
 // what ends their use.
-func (d *doctor) backend(ctx context.Context) (sinks []audit.Sink, end func()) {
+func (d *doctor) backend(ctx context.Context, db *sqlstore.DB) (sinks []audit.Sink, end func()) {
 	end = func() {}
 	for _, name := range d.cfg.AuditSinks {
 		if name == config.SinkFile {
@@ -318,6 +318,11 @@ func (d *doctor) backend(ctx context.Context) (sinks []audit.Sink, end func()) {
 		return sinks, end
 	}
 	d.ok("Vault", "unsealed, audited, and set up as it must be")
+	if db != nil {
+		if _, err := receiptKeys(ctx, db, client.Sink().Name(), client.ReceiptKeys); err != nil {
+			d.fail("Vault", "see docs/operations.md, Backup and restore", "%v", err)
+		}
+	}
 	d.vaultClock(ctx)
 	if slices.Contains(d.cfg.AuditSinks, config.SinkVault) {
 		sinks = append(sinks, client.Sink())
@@ -456,10 +461,11 @@ func lastCheckpoint(r io.Reader) (held audit.Checkpoint, err error) {
 // heldSink is a sink of which only the last checkpoint is known.
 type heldSink struct{ held audit.Checkpoint }
 
-func (heldSink) Name() string                                     { return config.SinkFile }
-func (heldSink) Shared() bool                                     { return false }
-func (s heldSink) Last(context.Context) (audit.Checkpoint, error) { return s.held, nil }
-func (heldSink) KeepSigned(context.Context, string) error         { return errHeldOnly }
+func (heldSink) Name() string                                         { return config.SinkFile }
+func (heldSink) Shared() bool                                         { return false }
+func (s heldSink) Last(context.Context) (audit.Checkpoint, error)     { return s.held, nil }
+func (heldSink) KeepSigned(context.Context, string) error             { return errHeldOnly }
+func (heldSink) AcceptRollback(context.Context, audit.Rollback) error { return errHeldOnly }
 func (heldSink) Append(context.Context, []audit.Entry, audit.Checkpoint) ([][]byte, error) {
 	return nil, errHeldOnly
 }
@@ -468,7 +474,7 @@ var errHeldOnly = errors.New("doctor changes nothing")
 
 func (d *doctor) sink(name string, err error) {
 	switch {
-	case errors.As(err, new(*audit.RollbackError)):
+	case setBack(err):
 		d.fail(name, "find out why; if it was on purpose, as a restored backup is, run: orgkeys audit accept-rollback --reason …", "%v", err)
 	case err != nil:
 		d.fail(name, "no key is released until it answers", "%v", err)

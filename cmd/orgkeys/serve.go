@@ -257,14 +257,18 @@ func (c closers) close() error {
 // answers, and the same check comes first then.
 func checkSinks(ctx context.Context, trail *audit.Log, log *slog.Logger) error {
 	err := trail.CheckExtends(ctx)
-	var rollback *audit.RollbackError
-	if errors.As(err, &rollback) {
+	if setBack(err) {
 		return fmt.Errorf("%w; find out why, and if it was on purpose (a restored backup) run: orgkeys audit accept-rollback --reason …", err)
 	}
 	if err != nil {
 		log.Warn("an audit sink cannot be asked yet", "error", err)
 	}
 	return nil
+}
+
+// setBack reports whether only an operator's word lets the log go on.
+func setBack(err error) bool {
+	return errors.As(err, new(*audit.RollbackError)) || errors.Is(err, audit.ErrCheckpointLost)
 }
 
 func sinkTrouble(trail *audit.Log) error {

@@ -119,8 +119,8 @@ func (s *FileSink) KeepSigned(_ context.Context, note string) error {
 	return s.write(b, last)
 }
 
-// AcceptRollback notes that the log was set back, and starts over.
-func (s *FileSink) AcceptRollback(r Rollback) error {
+// AcceptRollback implements Sink: the file notes it, and starts over.
+func (s *FileSink) AcceptRollback(_ context.Context, r Rollback) error {
 	to, err := ParseCheckpoint(r.To)
 	if err != nil {
 		return err

@@ -31,7 +31,7 @@ func setBack(t *testing.T, kept int64, statements ...string) log30 {
 	if err := l.db.Record(t.Context(), r.Event()); err != nil {
 		t.Fatal(err)
 	}
-	if err := audit.NewFileSink(l.sink).AcceptRollback(r); err != nil {
+	if err := audit.NewFileSink(l.sink).AcceptRollback(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
 	l.add(t, 5)

@@ -9,6 +9,10 @@ import (
 	"time"
 )
 
+// ErrCheckpointLost: what a sink held of the log was deleted, or written over
+// with something else. It starts over when an operator accepts that.
+var ErrCheckpointLost = errors.New("the sink's checkpoint is lost")
+
 // Sink keeps a copy of the log where whoever controls the database cannot
 // change it. Its implementations are FileSink and vault.Sink.
 type Sink interface {
@@ -17,7 +21,7 @@ type Sink interface {
 	// one of them at a time is enough.
 	Shared() bool
 	// Last returns the newest checkpoint that the sink still holds; Size 0 if
-	// none. It is called before the first Append and after each failed one.
+	// none, and ErrCheckpointLost if there was one. It is called before the first Append and after each failed one.
 	Last(ctx context.Context) (Checkpoint, error)
 	// Append makes entries durable, and c, which covers them and what came
 	// before. The entries are consecutive, and may repeat what was appended. They
@@ -27,6 +31,10 @@ type Sink interface {
 	// KeepSigned records a signed checkpoint, a C2SP signed note. It covers no
 	// more than what the sink has acknowledged, and may be given again.
 	KeepSigned(ctx context.Context, note string) error
+	// AcceptRollback has the sink start over with a log that was set back on
+	// purpose, or of which it lost its checkpoint. The event that says so is the
+	// log's own and follows as all do.
+	AcceptRollback(ctx context.Context, r Rollback) error
 }
 
 // RollbackError says that the log does not extend what a sink holds of it:

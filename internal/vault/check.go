@@ -18,7 +18,9 @@ import (
 	"github.com/go-json-experiment/json"
 	"golang.org/x/sync/singleflight"
 
+	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	setup "github.com/orgkeys/orgkeys/vault"
 )
 
 // Finding is something about Vault that an operator should know at start.
@@ -40,7 +42,7 @@ func fatal(remedy, problem string, args ...any) Finding {
 // nothing of its set-up.
 func failed(cause error, remedy, problem string, args ...any) Finding {
 	if errors.Is(cause, orgkey.ErrUnavailable) {
-		remedy = "Vault is slow or unavailable: see its load and its own log"
+		remedy = slowVault
 	}
 	f := fatal(remedy, "%s: %v", fmt.Sprintf(problem, args...), cause)
 	f.cause = cause
@@ -49,7 +51,10 @@ func failed(cause error, remedy, problem string, args ...any) Finding {
 
 const (
 	runSetup    = "run vault/setup against this Vault"
-	mendLogin   = "check the role ID and secret ID files, or the token file; vault/setup --credentials makes new ones; after a 500, see that every audit device can be written"
+	mendLogin   = "check the role ID and secret ID files, or the token file; vault/setup --credentials makes new ones"
+	lockedOut   = "see that the login is enabled where it is expected, and that the role ID is not locked out after refused logins: \"vault read sys/locked-users\" shows it, \"vault write -f sys/locked-users/ACCESSOR/unlock/ROLE_ID\" ends it, and vault/setup turns that lockout off"
+	slowVault   = "Vault is slow or unavailable: see its load and its own log"
+	restore     = runSetup + ", unless orgkeys has used this Vault before: then restore Vault from its backup, for nothing else has the keys"
 	twoPolicies = "give the token the policies orgkeys-service and orgkeys-reaper of vault/setup and no other"
 )
 
@@ -63,12 +68,17 @@ func (c *Client) Check(ctx context.Context) []Finding {
 		return found
 	}
 	if _, err := c.session(ctx); err != nil {
-		return []Finding{fatal(mendLogin, "the login failed: %v", err)}
+		return []Finding{fatal(loginRemedy(err), "the login failed: %v", err)}
 	}
-	if _, err := c.policies(ctx); err != nil {
+	switch _, err := c.token(ctx); {
+	case errors.Is(err, ErrLogin):
+		return []Finding{fatal(mendLogin, "%v", err)}
+	case errors.Is(err, ErrDenied):
+		return []Finding{fatal(twoPolicies, "the token may not even look at itself: %v", err)}
+	case err != nil:
 		return []Finding{fatal("see that every audit device can be written, and what Vault's own log says", "Vault does not answer an audited call: %v", err)}
 	}
-	return together(ctx, c.checkTrail, c.checkKeys, c.checkPolicies, c.checkCapabilities, c.checkLeftBehind)
+	return together(ctx, c.checkTrail, c.checkKeys, c.checkToken, c.checkPolicyTexts, c.checkCapabilities, c.checkLeftBehind)
 }
 
 // together runs checks at the same time, so that a slow Vault delays the start
@@ -169,7 +179,7 @@ func (c *Client) look(ctx context.Context) (err error) {
 func (c *Client) checkSeal(ctx context.Context) []Finding {
 	answer, err := c.send(ctx, &session{api: c.base}, request{method: http.MethodGet, path: "sys/seal-status"})
 	if err != nil {
-		return []Finding{fatal("check VAULT_ADDR and VAULT_CACERT, and that Vault runs", "Vault cannot be asked: %v", err)}
+		return []Finding{fatal("check VAULT_ADDR, or VAULT_AGENT_ADDR where that is set, and VAULT_CACERT, and that Vault runs", "Vault cannot be asked at %s: %v", c.base.Address(), err)}
 	}
 	var status struct {
 		Initialized bool `json:"initialized"`
@@ -204,7 +214,7 @@ func (c *Client) checkAudit(ctx context.Context) []Finding {
 	}
 	devices, err := data[map[string]device](answer.body)
 	if err != nil {
-		return []Finding{fatal(runSetup, "cannot tell whether Vault has an audit device: %v", err)}
+		return []Finding{failed(err, runSetup, "cannot tell whether Vault has an audit device")}
 	}
 	const enable = "vault audit enable file file_path=/var/log/vault/audit.log"
 	if len(devices) == 0 {
@@ -257,7 +267,8 @@ func (c *Client) checkKeys(ctx context.Context) []Finding {
 }
 
 func (c *Client) checkCheckpoint(ctx context.Context) []Finding {
-	if _, err := c.Sink().Last(ctx); err != nil {
+	// A lost one is for who compares the log with it.
+	if _, err := c.Sink().Last(ctx); err != nil && !errors.Is(err, audit.ErrCheckpointLost) {
 		return []Finding{failed(err, runSetup, "the checkpoint cannot be read")}
 	}
 	return nil
@@ -269,15 +280,18 @@ func (c *Client) checkKey(path string, want standingKey) func(context.Context) [
 		answer, err := c.do(ctx, request{method: http.MethodGet, path: path})
 		switch {
 		case missingMount(err):
-			return []Finding{fatal(runSetup, "there is no mount for %s", path)}
+			return []Finding{fatal(restore, "there is no mount for %s", path)}
 		case errors.Is(err, errNotFound):
-			return []Finding{fatal(runSetup+", unless records were sealed under a key that was lost: then restore Vault from its backup", "there is no key %s", path)}
+			return []Finding{fatal(restore, "there is no key %s", path)}
 		case err != nil:
 			return []Finding{failed(err, runSetup, "%s cannot be read", path)}
 		}
 		got, err := data[standingKey](answer.body)
-		if err != nil || got != want {
-			return []Finding{fatal("find out who made or changed it; vault/setup makes a sound one on a fresh mount", "%s is %+v, not %+v (%v)", path, got, want, err)}
+		if err != nil {
+			return []Finding{failed(err, runSetup, "%s cannot be read", path)}
+		}
+		if got != want {
+			return []Finding{fatal("find out who made or changed it; vault/setup makes a sound one on a fresh mount", "%s is %+v, not %+v", path, got, want)}
 		}
 		return nil
 	}
@@ -299,8 +313,11 @@ func (c *Client) checkClear(ctx context.Context, m inClear) []Finding {
 		Requests []string `json:"audit_non_hmac_request_keys"`
 		Answers  []string `json:"audit_non_hmac_response_keys"`
 	}](answer.body)
-	if missing := without(m.fields, tune.Requests); err != nil || len(missing) > 0 {
-		return []Finding{fatal(runSetup, "mount %s does not have %q audited in clear", m.mount, strings.Join(m.fields, ", "))}
+	if err != nil {
+		return []Finding{failed(err, runSetup, "the settings of mount %s cannot be read", m.mount)}
+	}
+	if missing := without(m.fields, tune.Requests); len(missing) > 0 {
+		return []Finding{fatal(runSetup, "mount %s does not have %q audited in clear", m.mount, strings.Join(missing, ", "))}
 	}
 	if extra := append(without(tune.Requests, m.fields), tune.Answers...); len(extra) > 0 {
 		return []Finding{fatal(runSetup+", and destroy the audit devices' logs of the time", "mount %s has %q audited in clear, which may be secret", m.mount, strings.Join(extra, ", "))}
@@ -329,6 +346,8 @@ var granted = map[string][]string{
 	"sys/mounts/orgkeys-seal/tune":                      {"read"},
 	"sys/mounts/orgkeys-audit/tune":                     {"read"},
 	"sys/mounts/orgkeys-state/tune":                     {"read"},
+	"sys/policies/acl/orgkeys-service":                  {"read"},
+	"sys/policies/acl/orgkeys-reaper":                   {"read"},
 	"sys/capabilities-self":                             {"update"},
 	"auth/token/lookup-self":                            {"read"},
 	"auth/token/renew-self":                             {"update"},
@@ -353,36 +372,82 @@ var denied = []string{
 	"orgkeys-state/destroy/checkpoint", "orgkeys-state/config", "orgkeys-state/data/other",
 	"sys/audit/file", "sys/audit-hash/file", "sys/config/auditing/request-headers/x-correlation-id", "sys/config/auditing/request-headers",
 	"sys/mounts", "sys/mounts/orgkeys", "sys/mounts/orgkeys-seal", "sys/mounts/orgkeys-audit", "sys/remount", "sys/raw/core", "sys/seal", "sys/rotate",
-	"sys/policies/acl/orgkeys-service", "sys/policies/acl/orgkeys-reaper", "sys/policy/orgkeys-service", "sys/auth", "sys/auth/approle", "sys/config/state/sanitized",
+	"sys/policies/acl", "sys/policies/acl/orgkeys-setup", "sys/policy/orgkeys-service", "sys/auth", "sys/auth/approle", "sys/config/state/sanitized",
 	"auth/approle/role/orgkeys", "auth/approle/role/orgkeys/role-id", "auth/approle/role/orgkeys/secret-id", "auth/approle/role/orgkeys/policies",
 	"auth/token/create", "auth/token/create-orphan", "auth/token/accessors", "identity/entity", "cubbyhole/orgkeys", "secret/data/orgkeys", "transit/keys/orgkeys",
 }
 
-// policies are the names of the token's policies, in order, those of its
-// identity too.
-func (c *Client) policies(ctx context.Context) ([]string, error) {
-	answer, err := c.do(ctx, request{method: http.MethodGet, path: "auth/token/lookup-self"})
-	if err != nil {
-		return nil, err
-	}
-	token, err := data[struct {
-		Policies []string `json:"policies"`
-		Identity []string `json:"identity_policies"`
-	}](answer.body)
-	return slices.Compact(slices.Sorted(slices.Values(append(token.Policies, token.Identity...)))), err
+// token is what Vault says of the service's own token.
+type token struct {
+	Policies []string `json:"policies"`
+	Identity []string `json:"identity_policies"`
+	NumUses  int      `json:"num_uses"` // 0: no limit
 }
 
-// checkPolicies finds a policy too many by its name: no list of paths shows
-// all that it could allow.
-func (c *Client) checkPolicies(ctx context.Context) []Finding {
-	have, err := c.policies(ctx)
+func (c *Client) token(ctx context.Context) (token, error) {
+	answer, err := c.do(ctx, request{method: http.MethodGet, path: "auth/token/lookup-self"})
+	if err != nil {
+		return token{}, err
+	}
+	return data[token](answer.body)
+}
+
+// policies are the names of the policies that the service's token has, in order.
+func policies() []string { return []string{"orgkeys-reaper", "orgkeys-service"} }
+
+// checkToken finds a policy too many by its name, and a policy that is not the
+// one of vault/setup by its text: no list of paths shows all that it could allow.
+func (c *Client) checkToken(ctx context.Context) []Finding {
+	have, err := c.token(ctx)
 	if err != nil {
 		return []Finding{failed(err, runSetup, "the token's policies cannot be listed")}
 	}
-	if want := []string{"orgkeys-reaper", "orgkeys-service"}; !slices.Equal(have, want) {
-		return []Finding{fatal(twoPolicies, "the token has the policies %s, not %s", strings.Join(have, ", "), strings.Join(want, ", "))}
+	var found []Finding
+	if have.NumUses > 0 {
+		found = append(found, fatal("make tokens without a limit, as vault/setup has the role do", "the token can be used %d times more, and then no more", have.NumUses))
 	}
-	return nil
+	names := slices.Compact(slices.Sorted(slices.Values(append(have.Policies, have.Identity...))))
+	if !slices.Equal(names, policies()) {
+		found = append(found, fatal(twoPolicies, "the token has the policies %s, not %s", strings.Join(names, ", "), strings.Join(policies(), ", ")))
+	}
+	return found
+}
+
+func (c *Client) checkPolicyTexts(ctx context.Context) []Finding {
+	var found []Finding
+	for _, name := range policies() {
+		want, err := setup.Policies.ReadFile(strings.TrimPrefix(name, "orgkeys-") + ".hcl")
+		if err != nil {
+			return []Finding{fatal("this build is broken: use another", "%v", err)}
+		}
+		answer, err := c.do(ctx, request{method: http.MethodGet, path: "sys/policies/acl/" + name})
+		if err != nil {
+			found = append(found, failed(err, runSetup, "the policy %s cannot be read", name))
+			continue
+		}
+		have, err := data[struct {
+			Policy string `json:"policy"`
+		}](answer.body)
+		if err != nil {
+			found = append(found, failed(err, runSetup, "the policy %s cannot be read", name))
+			continue
+		}
+		if !slices.Equal(rules(have.Policy), rules(string(want))) {
+			found = append(found, fatal(runSetup+"; with several versions of orgkeys on it, the newest", "the policy %s is not the one that this version comes with", name))
+		}
+	}
+	return found
+}
+
+// rules are a policy's words without its comments.
+func rules(hcl string) []string {
+	var words []string
+	for line := range strings.Lines(hcl) {
+		if !strings.HasPrefix(strings.TrimSpace(line), "#") {
+			words = append(words, strings.Fields(line)...)
+		}
+	}
+	return words
 }
 
 // checkCapabilities compares what the token may do with what it needs, both ways.

@@ -23,11 +23,11 @@ func TestCheckFindsWhatIsMissingOrLoose(t *testing.T) {
 	tests := []struct {
 		name, asked, answered, problem, remedy string
 	}{
-		{"no sealing key", "orgkeys-seal/keys/seal", "orgkeys-seal/keys/none", "there is no key orgkeys-seal/keys/seal", "vault/setup"},
-		{"no sealing mount", "orgkeys-seal/keys/seal", "nowhere/keys/seal", "there is no mount for orgkeys-seal/keys/seal", "vault/setup"},
+		{"no sealing key", "orgkeys-seal/keys/seal", "orgkeys-seal/keys/none", "there is no key orgkeys-seal/keys/seal", "restore Vault from its backup"},
+		{"no sealing mount", "orgkeys-seal/keys/seal", "nowhere/keys/seal", "there is no mount for orgkeys-seal/keys/seal", "restore Vault from its backup"},
 		{"a sealing key that can be exported", "orgkeys-seal/keys/seal", "orgkeys-seal/keys/loose", "Exportable:true", "find out who"},
 		{"a sealing key that ignores whose the value is", "orgkeys-seal/keys/seal", "orgkeys-seal/keys/underived", "Derived:false", "find out who"},
-		{"no receipt key", "orgkeys-audit/keys/receipt", "orgkeys-audit/keys/none", "there is no key orgkeys-audit/keys/receipt", "vault/setup"},
+		{"no receipt key", "orgkeys-audit/keys/receipt", "orgkeys-audit/keys/none", "there is no key orgkeys-audit/keys/receipt", "restore Vault from its backup"},
 		{"no key mount", "orgkeys/keys", "nowhere/keys", "the keys in Transit cannot be listed", "vault/setup"},
 		{"no state mount", "orgkeys-state/data/checkpoint", "nowhere/data/checkpoint", "the checkpoint cannot be read", "vault/setup"},
 		{"events not in clear", "sys/mounts/orgkeys-audit/tune", "sys/mounts/orgkeys/tune", `does not have "event" audited in clear`, "vault/setup"},

@@ -118,7 +118,7 @@ func Open(ctx context.Context, config Config) (*Client, error) {
 	}
 	if _, err := c.replace(ctx, nil); errors.Is(err, ErrLogin) {
 		stop()
-		return nil, fmt.Errorf("%w: %s", err, mendLogin)
+		return nil, fmt.Errorf("%w: %s", err, loginRemedy(err))
 	}
 	go c.stayLoggedIn(background)
 	return c, nil
@@ -173,6 +173,7 @@ func newAPI(config Config) (*api.Client, error) {
 	}
 	client.ClearToken() // VAULT_TOKEN would stay beside the configured login
 	client.SetCloneHeaders(true)
+	client.SetWrappingLookupFunc(unwrapped)
 	return client, nil
 }
 
@@ -184,9 +185,18 @@ func checkProtected(address string, transport *http.Transport) error {
 	if err != nil {
 		return fmt.Errorf("reading Vault's address: %w", err)
 	}
-	loopback := u.Hostname() == "localhost" || net.ParseIP(u.Hostname()).IsLoopback()
-	if u.Scheme == "http" && !loopback {
+	if u.Scheme != "http" {
+		return nil
+	}
+	if u.Hostname() != "localhost" && !net.ParseIP(u.Hostname()).IsLoopback() {
 		return fmt.Errorf("%w: Vault's address %s is not https", ErrInsecure, u.Redacted())
+	}
+	proxy, err := transport.Proxy(&http.Request{URL: u})
+	if err != nil {
+		return fmt.Errorf("reading the proxy's address: %w", err)
+	}
+	if proxy != nil {
+		return fmt.Errorf("%w: Vault's address %s is not https, and would be asked through the proxy %s: unset VAULT_PROXY_ADDR and VAULT_HTTP_PROXY", ErrInsecure, u.Redacted(), proxy.Redacted())
 	}
 	return nil
 }

@@ -283,13 +283,14 @@ func (c *Client) abandon(ctx context.Context, name string) {
 	})
 }
 
-// data reads the field "data" of an answer.
+// data reads the field "data" of an answer. What is not of Vault's form does not
+// come from Vault, but from something in between, and is as good as no answer.
 func data[T any](body []byte) (T, error) {
 	var answer struct {
 		Data T `json:"data"`
 	}
 	if err := json.Unmarshal(body, &answer); err != nil {
-		return answer.Data, fmt.Errorf("reading Vault's answer: %w", err)
+		return answer.Data, fmt.Errorf("reading Vault's answer: %w: %w", orgkey.ErrUnavailable, err)
 	}
 	return answer.Data, nil
 }

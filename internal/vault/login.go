@@ -1,11 +1,11 @@
 package vault
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -27,6 +27,13 @@ const (
 	loginPause    = 500 * time.Millisecond // at least, between two failed logins
 	maxLoginPause = 5 * time.Second
 	tokenFilePoll = 2 * time.Second
+
+	// Before credentials that Vault refused are tried again, then four times as
+	// long each time. Five refusals lock a role ID out, unless there are fifteen
+	// minutes between two of them.
+	refusedPause    = time.Minute
+	maxRefusedPause = 16 * time.Minute
+
 	maxCredential = 4 << 10
 )
 
@@ -52,8 +59,12 @@ func newSession(base *api.Client, token string) (*session, error) {
 		return nil, fmt.Errorf("copying the Vault client: %w", err)
 	}
 	client.SetToken(token)
+	client.SetWrappingLookupFunc(unwrapped)
 	return &session{api: client, token: token, ended: make(chan struct{})}, nil
 }
+
+// unwrapped has Vault answer plainly, whatever VAULT_WRAP_TTL says.
+func unwrapped(string, string) string { return "" }
 
 // AppRole logs in with a role ID and a secret ID. Both files are read again at each login.
 type AppRole struct {
@@ -69,6 +80,31 @@ type AppRole struct {
 	mu          sync.Mutex
 	unwrappedBy string // the wrapping token that gave secretID
 	secretID    string
+	refused     refusal
+}
+
+// refusal is the last login that Vault refused.
+type refusal struct {
+	credentials string
+	pause       time.Duration
+	until       time.Time
+	err         error
+}
+
+// again reports the refusal while the same credentials are not to be tried again.
+func (r *refusal) again(credentials string) error {
+	if r.credentials != credentials || !time.Now().Before(r.until) {
+		return nil
+	}
+	return fmt.Errorf("%w (tried again when the files change, or after %s)", r.err, r.until.UTC().Format(time.RFC3339))
+}
+
+func (r *refusal) note(credentials string, err error) {
+	pause := refusedPause
+	if r.credentials == credentials {
+		pause = min(4*r.pause, maxRefusedPause)
+	}
+	*r = refusal{credentials, pause, time.Now().Add(pause), err}
 }
 
 func (a *AppRole) check() error {
@@ -90,6 +126,23 @@ func (a *AppRole) get(ctx context.Context, base *api.Client, _ *session) (*sessi
 	if err != nil {
 		return nil, fmt.Errorf("reading the secret ID: %w", err)
 	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	credentials := roleID + "\n" + secretID
+	if err := a.refused.again(credentials); err != nil {
+		return nil, err
+	}
+	s, err := a.logIn(ctx, base, roleID, secretID)
+	switch {
+	case errors.Is(err, ErrLogin):
+		a.refused.note(credentials, err)
+	case err == nil:
+		a.refused = refusal{}
+	}
+	return s, err
+}
+
+func (a *AppRole) logIn(ctx context.Context, base *api.Client, roleID, secretID string) (_ *session, err error) {
 	if a.WrappedAt != "" {
 		if secretID, err = a.unwrap(ctx, base, secretID); err != nil {
 			return nil, err
@@ -116,8 +169,6 @@ func (a *AppRole) get(ctx context.Context, base *api.Client, _ *session) (*sessi
 }
 
 func (a *AppRole) unwrap(ctx context.Context, base *api.Client, wrapping string) (string, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	if a.unwrappedBy == wrapping {
 		return a.secretID, nil
 	}
@@ -164,7 +215,7 @@ func (f *TokenFile) get(_ context.Context, base *api.Client, stale *session) (*s
 		return nil, fmt.Errorf("reading the token: %w", err)
 	}
 	if stale != nil && stale.token == token {
-		return nil, fmt.Errorf("%w: Vault does not accept the token in %s any more, and it was not replaced: is Vault Agent running?", ErrLogin, f.Path)
+		return nil, fmt.Errorf("%w: Vault does not accept the token in %s any more, and it was not replaced: has it ended, may it be used from this address, is Vault Agent running?", ErrLogin, f.Path)
 	}
 	s, err := newSession(base, token)
 	if err != nil {
@@ -191,12 +242,17 @@ func readFile(path string, forbidden os.FileMode) (string, error) {
 	if !info.Mode().IsRegular() || info.Size() > maxCredential {
 		return "", fmt.Errorf("%w: %s is not a file of at most %d bytes", ErrLogin, path, maxCredential)
 	}
-	b := make([]byte, maxCredential)
-	n, err := f.Read(b)
-	if n == 0 || len(bytes.TrimSpace(b[:n])) == 0 {
-		return "", fmt.Errorf("%w: %s is empty: %w", ErrLogin, path, err)
+	b, err := io.ReadAll(io.LimitReader(f, maxCredential))
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", ErrLogin, err)
 	}
-	return string(bytes.TrimSpace(b[:n])), nil
+	switch words := strings.Fields(string(b)); len(words) {
+	case 0:
+		return "", fmt.Errorf("%w: %s is empty", ErrLogin, path)
+	case 1:
+		return words[0], nil
+	}
+	return "", fmt.Errorf("%w: %s holds more than one word", ErrLogin, path)
 }
 
 // loginError tells a refusal from a Vault that cannot be asked.
@@ -211,6 +267,18 @@ func loginError(path string, err error) error {
 		return status
 	}
 	return fmt.Errorf("%w: %w", ErrLogin, status)
+}
+
+// loginRemedy says what to do after a login that failed.
+func loginRemedy(err error) string {
+	status, answered := errors.AsType[*statusError](err)
+	switch {
+	case answered && status.status == http.StatusForbidden:
+		return lockedOut
+	case errors.Is(err, ErrLogin):
+		return mendLogin
+	}
+	return slowVault + "; after a 500, see that every audit device can be written"
 }
 
 // failure is the last login that failed.
@@ -300,6 +368,7 @@ func (c *Client) watch(ctx context.Context, s *session) {
 		return
 	}
 	renewing.SetToken(s.token)
+	renewing.SetWrappingLookupFunc(unwrapped)
 	renewing.SetClientTimeout(c.config.CallTimeout)
 	watcher, err := renewing.NewLifetimeWatcher(&api.LifetimeWatcherInput{Secret: s.secret})
 	if err != nil {

@@ -58,18 +58,140 @@ func TestCredentialsThatOthersCanReadAreRefused(t *testing.T) {
 	secret := write(t, filepath.Join(dir, "secret"), "s", 0o600)
 	refusedOpen(t, &vault.AppRole{RoleIDFile: write(t, role, "r", 0o666), SecretIDFile: secret}, "chmod")
 	refusedOpen(t, &vault.TokenFile{Path: filepath.Join(dir, "none")}, "no such file")
-	refusedOpen(t, &vault.TokenFile{Path: write(t, filepath.Join(dir, "empty"), " \n", 0o600)}, "empty")
+	refusedOpen(t, &vault.TokenFile{Path: write(t, filepath.Join(dir, "empty"), " \n", 0o600)}, filepath.Join(dir, "empty")+" is empty")
+	refusedOpen(t, &vault.TokenFile{Path: write(t, filepath.Join(dir, "two"), "hvs.one\nhvs.two\n", 0o600)}, "more than one word")
 	refusedOpen(t, &vault.TokenFile{Path: dir}, "")
 	refusedOpen(t, nil, "no way to log in")
 }
 
-func TestWrongSecretIDIsRefusedAtOnce(t *testing.T) {
+const wrongID = "00000000-0000-4000-8000-000000000000"
+
+// wrongSecret is the service's login with a secret ID that Vault does not know.
+func wrongSecret(t *testing.T) *vault.AppRole {
+	t.Helper()
 	good, err := server.AppRole(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	file := write(t, filepath.Join(t.TempDir(), "secret"), "00000000-0000-4000-8000-000000000000", 0o600)
-	refusedOpen(t, &vault.AppRole{RoleIDFile: good.RoleIDFile, SecretIDFile: file}, "400")
+	return &vault.AppRole{RoleIDFile: good.RoleIDFile, SecretIDFile: write(t, filepath.Join(t.TempDir(), "secret"), wrongID, 0o600)}
+}
+
+func TestWrongSecretIDIsRefusedAtOnce(t *testing.T) {
+	refusedOpen(t, wrongSecret(t), "400")
+}
+
+// goodSecret puts the right secret ID into the file of a wrong one.
+func goodSecret(t *testing.T, login *vault.AppRole) {
+	t.Helper()
+	good, err := server.AppRole(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := os.ReadFile(good.SecretIDFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, login.SecretIDFile, string(id), 0o600)
+}
+
+// Whoever knows the role ID can have logins refused, and so can a service with a
+// wrong file: after vault/setup that keeps nobody out.
+func TestRefusedLoginsLockNobodyOut(t *testing.T) {
+	for range 8 {
+		refusedOpen(t, wrongSecret(t), "400")
+	}
+	login := wrongSecret(t)
+	goodSecret(t, login)
+	if p := problems(open(t, func(c *vault.Config) { c.Login = login })); p != "" {
+		t.Error(p)
+	}
+}
+
+// Where somebody else set Vault's lockout up again, its 403 is explained.
+func TestALockedOutRoleIsExplained(t *testing.T) {
+	tune := func(disable bool) {
+		t.Helper()
+		if err := second(root(t).Logical().WriteWithContext(context.WithoutCancel(t.Context()), "sys/auth/approle/tune",
+			map[string]any{"user_lockout_config": map[string]any{"lockout_disable": disable}})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tune(false)
+	defer tune(true)
+	for range 5 {
+		refusedOpen(t, wrongSecret(t), "400")
+	}
+	good, err := server.AppRole(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	refusedOpen(t, good, "sys/locked-users")
+	if output, err := server.Setup(t.Context()); err != nil || !strings.Contains(output, "lock nobody out") {
+		t.Errorf("the set-up said %q, %v", output, err)
+	}
+	if p := problems(open(t)); p != "" {
+		t.Errorf("after the set-up: %s", p)
+	}
+}
+
+// A service whose secret ID was taken back while it serves does not hammer at
+// Vault with it, and takes a new one at once.
+func TestRefusedCredentialsAreNotTriedAgain(t *testing.T) {
+	login := wrongSecret(t)
+	goodSecret(t, login)
+	c := open(t, func(c *vault.Config) { c.Login = login })
+	write(t, login.SecretIDFile, wrongID, 0o600)
+	logins := 0
+	for _, e := range audited(t, func() {
+		revoke(t, c.Token())
+		for range 8 {
+			if err := c.Healthy(t.Context()); !errors.Is(err, vault.ErrLogin) {
+				t.Errorf("got %v, want ErrLogin", err)
+			}
+			time.Sleep(vault.LoginPause)
+		}
+		if err := c.Healthy(t.Context()); err == nil || !strings.Contains(err.Error(), "tried again when the files change") {
+			t.Errorf("it does not say when it tries again: %v", err)
+		}
+	}) {
+		if e.Type == "request" && e.Request.Path == "auth/approle/login" {
+			logins++
+		}
+	}
+	if logins != 1 {
+		t.Errorf("it tried %d times with the same files", logins)
+	}
+	goodSecret(t, login)
+	eventually(t, func() error { return c.Healthy(context.WithoutCancel(t.Context())) })
+}
+
+// The variables of an operator's shell do not change what the service gets.
+func TestVaultWrapTTLWrapsNothing(t *testing.T) {
+	t.Setenv("VAULT_WRAP_TTL", "5m")
+	c := open(t)
+	revoke(t, c.Token())
+	if p := problems(c); p != "" {
+		t.Error(p)
+	}
+}
+
+func TestALimitedTokenIsRefused(t *testing.T) {
+	s, err := root(t).Auth().Token().CreateWithContext(t.Context(), &api.TokenCreateRequest{
+		Policies: []string{"orgkeys-service", "orgkeys-reaper"}, NoDefaultPolicy: true, NumUses: 1000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := open(t, func(c *vault.Config) { c.Login = tokenFile(t, s.Auth.ClientToken) })
+	if p := problems(c); !strings.Contains(p, "times more, and then no more") {
+		t.Errorf("found: %q", p)
+	}
+}
+
+func TestAnUnknownTokenIsSaidToBeOne(t *testing.T) {
+	c := open(t, func(c *vault.Config) { c.Login = tokenFile(t, "hvs.unknown") })
+	if p := problems(c); !strings.Contains(p, "does not accept the token in") || !strings.Contains(p, "check the role ID and secret ID files, or the token file") {
+		t.Errorf("found: %q", p)
+	}
 }
 
 func TestUnprotectedConnectionsAreRefused(t *testing.T) {
@@ -77,6 +199,12 @@ func TestUnprotectedConnectionsAreRefused(t *testing.T) {
 	if _, err := vault.Open(t.Context(), vault.Config{Address: "http://vault.example:8200", Login: login}); !errors.Is(err, vault.ErrInsecure) {
 		t.Errorf("plain HTTP: got %v", err)
 	}
+	t.Run("through a proxy", func(t *testing.T) {
+		t.Setenv("VAULT_PROXY_ADDR", "http://proxy.example:3128")
+		if _, err := vault.Open(t.Context(), vault.Config{Address: "http://127.0.0.1:8200", Login: login}); !errors.Is(err, vault.ErrInsecure) || !strings.Contains(err.Error(), "VAULT_PROXY_ADDR") {
+			t.Errorf("got %v", err)
+		}
+	})
 	t.Setenv("VAULT_SKIP_VERIFY", "true")
 	if _, err := vault.Open(t.Context(), vault.Config{Address: server.Address, Login: login}); !errors.Is(err, vault.ErrInsecure) {
 		t.Errorf("VAULT_SKIP_VERIFY: got %v", err)

@@ -1,7 +1,9 @@
 package vault_test
 
 import (
+	"context"
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -10,6 +12,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/orgkeys/orgkeys/internal/vault"
+	setup "github.com/orgkeys/orgkeys/vault"
 )
 
 // try sends one request of each kind to path, and returns those that were not
@@ -140,6 +143,44 @@ func TestCheckFindsAPolicyThatDoesNotFit(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A policy of the right name that allows more than any list of paths shows, or
+// does not hold a path to its parameters, is found by its text.
+func TestCheckFindsAPolicyOfAnotherText(t *testing.T) {
+	sound, err := setup.Policies.ReadFile("service.hcl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if _, err := server.Setup(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	}()
+	parameters := regexp.MustCompile(`(?s)  allowed_parameters = \{.*?\n  \}\n`)
+	for name, text := range map[string]string{
+		"a path besides":             string(sound) + `path "kv/*" { capabilities = ["read"] }`,
+		"any parameter":              parameters.ReplaceAllString(string(sound), ""),
+		"a rule in a comment's line": string(sound) + "# why\npath \"kv/*\" { capabilities = [\"read\"] }\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := root(t).Sys().PutPolicyWithContext(t.Context(), "orgkeys-service", text); err != nil {
+				t.Fatal(err)
+			}
+			if p := problems(open(t)); p != "the policy orgkeys-service is not the one that this version comes with: run vault/setup against this Vault; with several versions of orgkeys on it, the newest" {
+				t.Errorf("found: %q", p)
+			}
+		})
+	}
+	t.Run("other comments and spaces", func(t *testing.T) {
+		text := "# An older version's words.\n" + strings.ReplaceAll(string(sound), "  ", "\t")
+		if err := root(t).Sys().PutPolicyWithContext(t.Context(), "orgkeys-service", text); err != nil {
+			t.Fatal(err)
+		}
+		if p := problems(open(t)); p != "" {
+			t.Errorf("found: %q", p)
+		}
+	})
 }
 
 // tokenWith makes a token with the policy given, beside the service's own or alone.

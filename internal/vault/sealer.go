@@ -60,7 +60,7 @@ func (s *Sealer) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) (
 	answer, err := s.c.do(correlated(ctx, b.ID), request{method: http.MethodPut, path: sealMount + "/encrypt/seal", body: whole})
 	if err != nil {
 		// Not cleared: the transport may still be sending it.
-		return nil, fmt.Errorf("sealing: %w", err)
+		return nil, fmt.Errorf("sealing: %w", notSealing(err))
 	}
 	clear(whole)
 	sealed, err := data[struct {
@@ -181,7 +181,7 @@ func (s *Sealer) batch(ctx context.Context, operation string, items []orgkey.Sea
 	answer, err := s.c.do(ctx, request{method: http.MethodPut, path: sealMount + "/" + operation + "/seal", body: body})
 	defer clear(answer.body)
 	if err != nil && !badRequest(err) {
-		return nil, err
+		return nil, notSealing(err)
 	}
 	output, decodeErr := data[struct {
 		Results []sealResult `json:"batch_results"`
@@ -197,6 +197,15 @@ func (s *Sealer) batch(ctx context.Context, operation string, items []orgkey.Sea
 		}
 	}
 	return results, err
+}
+
+// notSealing is a call to the sealing key that failed: it cannot be had while
+// the key, its mount or the policy is missing either.
+func notSealing(err error) error {
+	if errors.Is(err, orgkey.ErrUnavailable) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", orgkey.ErrUnavailable, err)
 }
 
 func clearAll(results []sealResult) {

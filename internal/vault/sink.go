@@ -63,29 +63,30 @@ func (s *Sink) last(ctx context.Context) (audit.Checkpoint, error) {
 	}
 	entry, decodeErr := data[struct {
 		Data struct {
-			Checkpoint string `json:"checkpoint"`
+			Checkpoint any `json:"checkpoint"`
 		} `json:"data"`
 		Metadata struct {
 			Version int `json:"version"`
 		} `json:"metadata"`
 	}](answer.body)
-	version := entry.Metadata.Version
 	switch {
-	case err != nil && version != 0:
-		return audit.Checkpoint{}, fmt.Errorf("reading the checkpoint in Vault: version %d of %s was deleted", version, checkpoint)
-	case err != nil && missingMount(err):
+	case missingMount(err):
 		return audit.Checkpoint{}, fmt.Errorf("reading the checkpoint in Vault: run vault/setup: %w", err)
-	case err != nil:
-		s.version, s.seen = 0, true
-		return audit.Checkpoint{}, nil
 	case decodeErr != nil:
 		return audit.Checkpoint{}, decodeErr
 	}
-	held, err := audit.ParseCheckpoint(entry.Data.Checkpoint)
-	if err != nil {
-		return audit.Checkpoint{}, fmt.Errorf("reading the checkpoint in Vault: %w", err)
+	s.version, s.seen = entry.Metadata.Version, true
+	switch {
+	case err != nil && s.version == 0:
+		return audit.Checkpoint{}, nil
+	case err != nil:
+		return audit.Checkpoint{}, fmt.Errorf("%w: somebody deleted version %d of %s in Vault", audit.ErrCheckpointLost, s.version, checkpoint)
 	}
-	s.version, s.seen = version, true
+	text, _ := entry.Data.Checkpoint.(string)
+	held, err := audit.ParseCheckpoint(text)
+	if err != nil {
+		return audit.Checkpoint{}, fmt.Errorf("%w: somebody wrote version %d of %s in Vault: %w", audit.ErrCheckpointLost, s.version, checkpoint, err)
+	}
 	return held, nil
 }
 
@@ -98,8 +99,9 @@ func missingMount(err error) bool {
 
 // Append implements audit.Sink. The events are in Vault's audit file, in
 // order, when it returns; every receipt was checked. It fails while the audit
-// devices are not as Check wants them. The checkpoint never moves back by a late
-// writer: if another replica wrote since this one looked, the larger one stays.
+// devices are not as Check wants them, and while Vault holds a larger checkpoint
+// than c: that is another replica's, or no checkpoint of this log, which who
+// calls Last can tell.
 func (s *Sink) Append(ctx context.Context, entries []audit.Entry, c audit.Checkpoint) ([][]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -128,8 +130,7 @@ func (s *Sink) sign(ctx context.Context, entries []audit.Entry) ([][]byte, error
 	return receipts, nil
 }
 
-// AcceptRollback has the sink start over with a log that was set back on
-// purpose. The event that says so is the log's own and follows as all do.
+// AcceptRollback implements audit.Sink.
 func (s *Sink) AcceptRollback(ctx context.Context, r audit.Rollback) error {
 	to, err := audit.ParseCheckpoint(r.To)
 	if err != nil {
@@ -141,7 +142,7 @@ func (s *Sink) AcceptRollback(ctx context.Context, r audit.Rollback) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, err := s.last(ctx); err != nil {
+	if _, err := s.last(ctx); err != nil && !errors.Is(err, audit.ErrCheckpointLost) {
 		return err
 	}
 	return s.put(ctx, audit.Checkpoint{Origin: to.Origin, Root: empty})
@@ -226,44 +227,40 @@ func (s *Sink) verify(ctx context.Context, leaf, receipt []byte) error {
 	return s.keys.Verify(leaf, receipt)
 }
 
-// advance writes the checkpoint over the version that was last seen. If
-// somebody else wrote in between, theirs stays when it covers c.
+// advance writes the checkpoint over the version that was last seen, unless
+// somebody else has written meanwhile what c does not follow.
 func (s *Sink) advance(ctx context.Context, c audit.Checkpoint) error {
-	if !s.seen {
-		held, err := s.last(ctx)
-		if err != nil {
-			return err
-		}
-		if held.Size >= c.Size {
-			s.seen = false
-			return covered(held, c)
-		}
-	}
+	var refusal error
+	refused := -1 // the version over which Vault refused to write
 	for {
+		if !s.seen {
+			held, err := s.last(ctx)
+			if err != nil || held == c {
+				return err
+			}
+			if s.version == refused {
+				return refusal // not somebody else's write: Vault refuses for another reason
+			}
+			if err := follows(c, held); err != nil {
+				s.seen = false
+				return err
+			}
+		}
 		err := s.put(ctx, c)
 		if err == nil || !badRequest(err) {
 			return err
 		}
-		before := s.version
-		s.seen = false
-		held, lastErr := s.last(ctx)
-		if lastErr != nil {
-			return lastErr
-		}
-		if held.Size >= c.Size {
-			s.seen = false
-			return covered(held, c)
-		}
-		if s.version == before {
-			return err // not somebody else's write: Vault refuses for another reason
-		}
+		refused, refusal, s.seen = s.version, err, false
 	}
 }
 
-// covered reports an error if held, which is not smaller, is of another log than c.
-func covered(held, c audit.Checkpoint) error {
-	if held.Origin != c.Origin || held.Size == c.Size && held.Root != c.Root {
+// follows reports an error unless c can come after held.
+func follows(c, held audit.Checkpoint) error {
+	switch {
+	case held.Size > 0 && held.Origin != c.Origin || held.Size == c.Size && held.Root != c.Root:
 		return fmt.Errorf("the checkpoint in Vault, at size %d, is of another log", held.Size)
+	case held.Size > c.Size:
+		return fmt.Errorf("the checkpoint in Vault, at size %d, is ahead of size %d", held.Size, c.Size)
 	}
 	return nil
 }

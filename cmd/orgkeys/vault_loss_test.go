@@ -1,0 +1,176 @@
+package main
+
+import (
+	"io"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/vault/api"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
+)
+
+// administrator is a client of somebody who may do anything in Vault.
+func administrator(t *testing.T, v *vaulttest.Server) *api.Client {
+	t.Helper()
+	client, err := v.Client(v.RootToken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+func vaultWrite(t *testing.T, v *vaulttest.Server, path string, fields map[string]any) {
+	t.Helper()
+	if _, err := administrator(t, v).Logical().WriteWithContext(t.Context(), path, fields); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// refusedStart fails the test unless the server and doctor refuse with these words.
+func refusedStart(t *testing.T, s *harness.Server, words ...string) {
+	t.Helper()
+	for _, command := range []string{"serve", "doctor"} {
+		out, errs, code := s.Run(t, command)
+		for _, w := range words {
+			if code == 0 || !strings.Contains(out+errs, w) {
+				t.Errorf("%s: exit code %d, want %q in\n%s%s", command, code, w, out, errs)
+			}
+		}
+	}
+}
+
+// readiness is what the admin listener says of what is needed.
+func readiness(t *testing.T, s *harness.Server) string {
+	t.Helper()
+	resp, err := http.Get(s.Admin + "/readyz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// verifies makes an export and checks it by Vault's audit file.
+func verifies(t *testing.T, v *vaulttest.Server, s *harness.Server) (said string) {
+	t.Helper()
+	key := strings.TrimSpace(ok(t, s, "audit", "key"))
+	archive := filepath.Join(t.TempDir(), "export.tar.gz")
+	ok(t, s, "audit", "export", archive)
+	args := []string{"audit", "verify", archive, "--vault-audit", v.AuditFile}
+	for k := range strings.Lines(key) {
+		args = append(args, "--key", strings.TrimSpace(k))
+	}
+	return ok(t, s, args...)
+}
+
+// Promise 5: a receipt key that was made anew vouches for nothing from before.
+func TestALostReceiptKeyIsNoticed(t *testing.T) {
+	t.Parallel()
+	v, s := withVault(t)
+	s.Start(t)
+	org := harness.Org()
+	s.Generate(t, org)
+	s.Stop(t)
+	if err := administrator(t, v).Sys().UnmountWithContext(t.Context(), "orgkeys-audit"); err != nil {
+		t.Fatal(err)
+	}
+	refusedStart(t, s, "no mount for orgkeys-audit/keys/receipt", "restore Vault from its backup")
+	if _, err := v.Setup(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	refusedStart(t, s, "is another key than it was", "docs/operations.md")
+
+	// What docs/operations.md says to do without a backup.
+	vaultWrite(t, v, "orgkeys-audit/keys/receipt/rotate", nil)
+	vaultWrite(t, v, "orgkeys-audit/keys/receipt/config", map[string]any{"min_decryption_version": 2})
+	s.Start(t)
+	s.Generate(t, org)
+	s.Stop(t)
+	if said := verifies(t, v, s); !strings.Contains(said, "truncation excluded") {
+		t.Errorf("said %s", said)
+	}
+}
+
+// Promise 5: a checkpoint that was deleted is neither a fresh Vault nor a reason
+// to have an administrator mend Vault by hand.
+func TestALostCheckpointIsAcceptedOnPurposeOnly(t *testing.T) {
+	t.Parallel()
+	v, s := withVault(t)
+	s.Start(t)
+	org := harness.Org()
+	s.Generate(t, org)
+	s.Stop(t)
+	if _, err := administrator(t, v).Logical().DeleteWithContext(t.Context(), "orgkeys-state/data/checkpoint"); err != nil {
+		t.Fatal(err)
+	}
+	refusedStart(t, s, "somebody deleted version", "accept-rollback")
+	if out := ok(t, s, "audit", "accept-rollback", "--reason", "the clean-up of Sunday deleted it"); !strings.Contains(out, "sink vault cannot say what it had acknowledged") {
+		t.Errorf("said %q", out)
+	}
+	s.Start(t)
+	s.Generate(t, org)
+	s.Stop(t)
+	if said := verifies(t, v, s); !strings.Contains(said, `a rollback was accepted: "the clean-up of Sunday deleted it"`) {
+		t.Errorf("said %s", said)
+	}
+}
+
+// Promise 5: whoever can write to Vault cannot keep the checkpoint from following
+// the log unseen.
+func TestACheckpointAheadOfTheLogStopsTheRelease(t *testing.T) {
+	t.Parallel()
+	v, s := withVault(t)
+	s.Start(t)
+	org := harness.Org()
+	s.Generate(t, org)
+	at, err := administrator(t, v).KVv2("orgkeys-state").Get(t.Context(), "checkpoint")
+	if err != nil {
+		t.Fatal(err)
+	}
+	held, err := audit.ParseCheckpoint(at.Data["checkpoint"].(string))
+	if err != nil {
+		t.Fatal(err)
+	}
+	held.Size += 40
+	vaultWrite(t, v, "orgkeys-state/data/checkpoint", map[string]any{
+		"options": map[string]any{"cas": at.VersionMetadata.Version}, "data": map[string]any{"checkpoint": held.Text()}})
+	resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER"), Header: http.Header{"Accept": {"application/x-pem-file"}}})
+	if resp.Status != http.StatusServiceUnavailable {
+		t.Errorf("a key was released: %d", resp.Status)
+	}
+	harness.Eventually(t, harness.Patience, "readiness shows it", func() bool { return strings.Contains(readiness(t, s), "sink vault has acknowledged") })
+	s.Stop(t)
+	refusedStart(t, s, "sink vault has acknowledged", "accept-rollback")
+	ok(t, s, "audit", "accept-rollback", "--reason", "an administrator tried something out")
+	s.Start(t)
+	s.Generate(t, org)
+	s.Stop(t)
+	if said := verifies(t, v, s); !strings.Contains(said, "truncation excluded") {
+		t.Errorf("said %s", said)
+	}
+}
+
+// A wrapped secret ID is good for one login, which is all that a command needs.
+func TestAWrappedSecretIDIsEnoughForACommand(t *testing.T) {
+	t.Parallel()
+	v, s := withVault(t)
+	s.Start(t)
+	s.Generate(t, harness.Org())
+	s.Stop(t)
+	dir := t.TempDir()
+	s.Configured("ORGKEYS_VAULT_SECRET_ID_FILE", filepath.Join(dir, "secret_id"))
+	s.Configured("ORGKEYS_VAULT_SECRET_ID_PATH", "auth/approle/role/orgkeys/secret-id")
+	if _, err := v.Setup(t.Context(), "--credentials", dir, "--wrap", "5m"); err != nil {
+		t.Fatal(err)
+	}
+	ok(t, s, "audit", "accept-rollback", "--reason", "none")
+}
