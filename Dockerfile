@@ -7,6 +7,7 @@ COPY go.mod go.sum ./
 COPY cmd cmd
 COPY internal internal
 COPY policies policies
+COPY vault vault
 # --build-arg VERSION=v1.2.3; .git, from which go build would know it, is not in here.
 ARG VERSION
 RUN CGO_ENABLED=1 go build -trimpath -tags nomsgpack -ldflags="-s -w -X main.release=$VERSION" -o /out/ ./cmd/orgkeys

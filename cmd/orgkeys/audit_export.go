@@ -115,6 +115,9 @@ func exportVouched(out io.Writer, r audit.ExportReport) error {
 		for _, l := range v.Lost {
 			fmt.Fprintf(out, "%d events in Vault's audit file, from %s to %s, were lost by the rollback that event %d accepted\n", l.Events, l.First, l.Last, l.Index)
 		}
+		if n := len(v.Torn); n > 0 {
+			return notExcluded("Vault's audit file holds each of the %d events, but %d of its lines are not whole, the first at %s: what Vault wrote there is not known", size, n, v.Torn[0])
+		}
 		_, err := fmt.Fprintf(out, "truncation excluded: Vault's audit file holds each of the %d events, and %d newer ones that no checkpoint had been signed over yet\n", size, v.Newer)
 		return err
 	}

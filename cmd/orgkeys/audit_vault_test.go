@@ -76,6 +76,15 @@ func TestAnExportAgreesWithVaultsAuditFile(t *testing.T) {
 			t.Errorf("code %d: %s", code, errs)
 		}
 	})
+	t.Run("a line that a crash of Vault tore", func(t *testing.T) {
+		torn := filepath.Join(t.TempDir(), "audit.log")
+		if err := os.WriteFile(torn, append([]byte("{\"time\":\n"), file...), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out, errs, code := s.Run(t, "audit", "verify", archive, "--key", key, "--vault-audit", torn); code != 3 || !strings.Contains(errs, "1 of its lines are not whole, the first at "+torn+":1") {
+			t.Errorf("code %d: %s%s", code, out, errs)
+		}
+	})
 	t.Run("a file that is not Vault's", func(t *testing.T) {
 		if _, errs, code := s.Run(t, "audit", "verify", archive, "--key", key, "--vault-audit", archive); code != 1 {
 			t.Errorf("code %d: %s", code, errs)

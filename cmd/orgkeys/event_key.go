@@ -31,6 +31,9 @@ func openEventKey(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB) er
 		return fmt.Errorf("looking for the key that authenticates events: %w", err)
 	}
 	opened, err := sealer.Open(ctx, []orgkey.Sealed{{Binding: binding, Ciphertext: sealed}})
+	if errors.Is(err, orgkey.ErrSealBroken) {
+		err = fmt.Errorf("%w; the sealing key is not the one that this database was sealed under: restore it, or if min_decryption_version of orgkeys-seal/keys/seal was raised in Vault, lower it and run orgkeys rewrap first", err)
+	}
 	if err != nil {
 		return fmt.Errorf("opening the key that authenticates events: %w", err)
 	}

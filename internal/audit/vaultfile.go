@@ -14,6 +14,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 // VaultFile is what the audit files of Vault say of the log: the events and
@@ -28,6 +29,7 @@ type VaultFile struct {
 	events  int64
 	matched []vaultMark // where the log's events stand, by index
 	bad     []vaultProblem
+	torn    []string // lines that are not whole
 }
 
 // vaultMark is a place among the entries of all files. Their time orders them:
@@ -59,6 +61,7 @@ type VaultReport struct {
 	Events int64 // that the file holds
 	Newer  int64 // of them that came after the export, and are not signed for yet
 	Lost   []VaultLoss
+	Torn   []string // where lines stand that are not whole, as a crash of Vault leaves them: what was in them is not known
 }
 
 // VaultLoss is what an accepted rollback has lost.
@@ -89,7 +92,8 @@ const (
 )
 
 // Read adds an audit file of Vault, in any order. A last line that is not
-// whole, as in the copy of a file that Vault is writing, is passed over.
+// whole, as in the copy of a file that Vault is writing, is passed over; others
+// are reported.
 func (f *VaultFile) Read(name string, r io.Reader) error {
 	if f.at == nil {
 		f.at, f.points = map[tlog.Hash]vaultMark{}, map[int64][]vaultPoint{}
@@ -98,17 +102,27 @@ func (f *VaultFile) Read(name string, r io.Reader) error {
 	in := bufio.NewReaderSize(r, maxVaultLine)
 	for line := int64(1); ; line++ {
 		raw, err := in.ReadSlice('\n')
-		torn := errors.Is(err, io.EOF)
-		if err != nil && !torn {
+		last := errors.Is(err, io.EOF)
+		if err != nil && !last {
 			return fmt.Errorf("%s: line %d: %w", name, line, err)
 		}
-		if err := f.entry(raw, line); err != nil && !torn {
-			return fmt.Errorf("%s: line %d cannot be read: %w", name, line, err)
+		switch {
+		case wholeEntry(raw):
+			if err := f.entry(raw, line); err != nil {
+				return fmt.Errorf("%s: line %d cannot be read: %w", name, line, err)
+			}
+		case !last:
+			f.torn = append(f.torn, fmt.Sprintf("%s:%d", name, line))
 		}
-		if torn {
+		if last {
 			return nil
 		}
 	}
+}
+
+// wholeEntry reports whether a line is one entry, of orgkeys or of anybody else.
+func wholeEntry(raw []byte) bool {
+	return jsontext.Value(raw).IsValid(jsontext.AllowInvalidUTF8(true), jsontext.AllowDuplicateNames(true))
 }
 
 func (f *VaultFile) entry(raw []byte, line int64) error {
@@ -226,7 +240,7 @@ func (f *VaultFile) losses(accepted []acceptedRollback) []*loss {
 // the export, and nothing more as long as no checkpoint was signed over it. All
 // else is missing in the log.
 func (f *VaultFile) finish(origin string, accepted []acceptedRollback) (VaultReport, error) {
-	r := VaultReport{Events: f.events}
+	r := VaultReport{Events: f.events, Torn: f.torn}
 	losses := f.losses(accepted)
 	var newest vaultMark
 	for _, m := range f.matched {
@@ -241,7 +255,7 @@ func (f *VaultFile) finish(origin string, accepted []acceptedRollback) (VaultRep
 		case newest.before(m):
 			r.Newer++
 		default:
-			f.found(m, -1, "Vault's audit file holds an event (%s) that the log does not: it was dropped, or the log was set back", f.place(m))
+			f.found(m, -1, "Vault's audit file holds an event (%s) that the log does not: it was dropped, or the log was set back, or it is of another log that used this Vault before", f.place(m))
 		}
 	}
 	f.findNewer(origin)

@@ -67,6 +67,8 @@ func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
 		{"newer events that a checkpoint was signed over", whole + vaultLine(t, 9, "response", "", string(foreign.Leaf), newer), 40, 0},
 		{"a newer checkpoint that is not in the log yet", whole + vaultLine(t, 9, "response", "", string(foreign.Leaf), unsigned), -2, 1},
 		{"a last line that is being written", whole + strings.TrimSuffix(whole, "\"}\n"), -2, 0},
+		{"half a line of somebody else's", "{\"type\":\"resp\n" + whole, -2, 0},
+		{"half a line with the next one behind it", whole[:len(whole)/2] + whole + whole, -2, 0},
 		{"a line without its end", strings.TrimSuffix(whole, "\n"), -2, 0},
 		{"an event missing", vaultLine(t, 5, "response", "", append(events[:12:12], events[13:]...)...), 12, 0},
 		{"an event that the log dropped", vaultLine(t, 0, "response", "", string(foreign.Leaf)) + whole, -1, 0},

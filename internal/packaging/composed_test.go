@@ -158,7 +158,13 @@ func TestComposeVault(t *testing.T) {
 	env := append(os.Environ(), "PATH="+work+":"+os.Getenv("PATH"), "HOME="+work,
 		"VAULT_ADDR=https://127.0.0.1:"+port, "VAULT_CACERT="+d.Secrets["ca_cert"].File)
 
-	for _, state := range []string{"new", "restarted"} {
+	keys := filepath.Join(d.dir, "vault-keys/init.json")
+	for _, state := range []string{"new", "restarted", "interrupted"} {
+		if state == "interrupted" { // between getting the keys and naming their file
+			if err := os.Rename(keys, keys+".new"); err != nil {
+				t.Fatal(err)
+			}
+		}
 		stop := background(t, exec.Command(binary, "server", "-config="+filepath.Join(work, "server.hcl")))
 		eventually(t, state+" Vault", func() error {
 			if code := exitCode(t.Context(), env, "vault", "status"); code != 2 {

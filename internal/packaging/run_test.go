@@ -159,7 +159,8 @@ func TestTheCommandsInTheDocumentsWork(t *testing.T) {
 }
 
 // TestRunReplicasShareTheirOrganizations starts two processes on PostgreSQL,
-// Redis and Vault, and kills the script the second time.
+// Redis and Vault, and kills the script the second time, when the data directory
+// was moved and the first run had not yet named the file with Vault's keys.
 func TestRunReplicasShareTheirOrganizations(t *testing.T) {
 	port, dir := freePort(t), filepath.Join(t.TempDir(), "data")
 	n, err := strconv.Atoi(port)
@@ -177,8 +178,20 @@ func TestRunReplicasShareTheirOrganizations(t *testing.T) {
 	first.stop(t)
 	nothingRunsBelow(t, dir)
 
-	second := run(t, environ, "--replicas", "2")
+	before := dir
+	dir = filepath.Join(t.TempDir(), "moved")
+	if err := os.Rename(before, dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(dir, "vault/init.json"), filepath.Join(dir, "vault/init.json.new")); err != nil {
+		t.Fatal(err)
+	}
+	second := run(t, append(os.Environ(), "ORGKEYS_LISTEN=127.0.0.1:"+port, "ORGKEYS_DATA_DIR="+dir), "--replicas", "2")
 	second.command(t)
+	// What Vault writes before it can be told is there all the same.
+	if b, err := os.ReadFile(filepath.Join(before, "vault/audit.log")); err == nil && bytes.Contains(b, []byte("orgkeys-audit/sign/receipt")) {
+		t.Error("Vault's audit device still writes events to where the data directory was")
+	}
 	if got := countKeys(t, "http://127.0.0.1:"+port, token); got != 1 {
 		t.Errorf("started again, the organization has %d keys, not the 1 that was made", got)
 	}

@@ -2,6 +2,7 @@ package vault
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -170,7 +171,7 @@ func (s *Sealer) batch(ctx context.Context, operation string, items []orgkey.Sea
 	input := make([]sealItem, len(items))
 	for i, item := range items {
 		if _, err := parseCiphertext(item.Ciphertext); err != nil {
-			return nil, fmt.Errorf("%s of %s: %w", item.Binding.ID, item.Binding.Org, err)
+			return nil, fmt.Errorf("%s of %s: %w", named(item.Binding), item.Binding.Org, err)
 		}
 		input[i] = sealItem{string(item.Ciphertext), item.Binding.Context()}
 	}
@@ -193,11 +194,14 @@ func (s *Sealer) batch(ctx context.Context, operation string, items []orgkey.Sea
 	for i, r := range results {
 		if r.Error != "" {
 			clearAll(results)
-			return nil, fmt.Errorf("%w: %s of %s: %s", orgkey.ErrSealBroken, items[i].Binding.ID, items[i].Binding.Org, r.Error)
+			return nil, fmt.Errorf("%w: %s of %s: %s", orgkey.ErrSealBroken, named(items[i].Binding), items[i].Binding.Org, r.Error)
 		}
 	}
 	return results, err
 }
+
+// named is what an operator knows the sealed value by.
+func named(b orgkey.Binding) string { return cmp.Or(b.ID, b.Purpose) }
 
 // notSealing is a call to the sealing key that failed: it cannot be had while
 // the key, its mount or the policy is missing either.

@@ -17,6 +17,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/vault"
+	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
 )
 
 // auditEntry is what the tests read of a line of Vault's audit file.
@@ -211,6 +212,78 @@ func TestSetupReplacesStaleCredentials(t *testing.T) {
 	}
 	if p := problems(open(t, stale)); p != "" {
 		t.Errorf("with what the set-up wrote: %s", p)
+	}
+}
+
+// A file that holds the other kind than was asked for is replaced, and what was
+// asked for stays.
+func TestSetupWritesTheKindOfCredentialAskedFor(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "secret_id")
+	for _, step := range []struct {
+		args  []string
+		wrote bool
+	}{
+		{nil, true}, {nil, false}, {[]string{"--wrap", "5m"}, true}, {[]string{"--wrap", "5m"}, false}, {nil, true},
+	} {
+		output, err := server.Setup(t.Context(), append([]string{"--credentials", dir}, step.args...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(output, "wrote "+file) != step.wrote || strings.HasPrefix(string(b), "hvs.") != (step.args != nil) {
+			t.Errorf("%v: said %q, and the file begins with %.4s", step.args, output, b)
+		}
+	}
+}
+
+// What is in the way at a path is named.
+func TestSetupNamesWhatIsInTheWay(t *testing.T) {
+	v, err := vaulttest.Start(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := v.Stop(); err != nil {
+			t.Error(err)
+		}
+	}()
+	client, err := v.Client(v.RootToken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := func(want string) {
+		t.Helper()
+		if output, err := v.Setup(t.Context()); err == nil || !strings.Contains(output, want) {
+			t.Errorf("the set-up said %q, %v; want %q", output, err, want)
+		}
+	}
+	sys := client.Sys()
+	if err := sys.MountWithContext(t.Context(), "orgkeys/sub", &api.MountInput{Type: "transit"}); err != nil {
+		t.Fatal(err)
+	}
+	refused("orgkeys/ cannot be mounted")
+	if err := sys.UnmountWithContext(t.Context(), "orgkeys/sub"); err != nil {
+		t.Fatal(err)
+	}
+	if err := sys.EnableAuthWithOptionsWithContext(t.Context(), "approle", &api.EnableAuthOptions{Type: "userpass"}); err != nil {
+		t.Fatal(err)
+	}
+	refused("auth/approle is a login of another type")
+	if err := sys.DisableAuthWithContext(t.Context(), "approle"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.Setup(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := sys.SealWithContext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if output, err := v.RunSetup(t.Context(), v.RootToken); err == nil || !strings.Contains(output, "is sealed or cannot be reached") {
+		t.Errorf("of a sealed Vault it said %q, %v", output, err)
 	}
 }
 

@@ -76,7 +76,12 @@ start_vault() {
 	until_up Vault "$dir/server.log" curl --silent --noproxy '*' --cacert "$VAULT_CACERT" "$VAULT_ADDR/v1/sys/seal-status"
 
 	if [[ ! -s $dir/init.json ]]; then
-		"$VAULT_CLI" operator init -format=json -key-shares=1 -key-threshold=1 >"$dir/init.json.new"
+		# A run that was interrupted here may have the keys already.
+		jq --exit-status .root_token "$dir/init.json.new" >/dev/null 2>&1 ||
+			"$VAULT_CLI" operator init -format=json -key-shares=1 -key-threshold=1 >"$dir/init.json.new" || {
+			echo "If this Vault was initialised by a run that was interrupted, its keys are lost: remove $dir and start again" >&2
+			exit 1
+		}
 		mv "$dir/init.json.new" "$dir/init.json"
 	fi
 	# The generic command takes the key from standard input, not from an argument.
@@ -85,7 +90,9 @@ start_vault() {
 
 	local token
 	token=$(jq -r .root_token "$dir/init.json")
-	if ! VAULT_TOKEN=$token "$VAULT_CLI" audit list >/dev/null 2>&1; then
+	# Also when the data directory was moved: Vault keeps the path.
+	if [[ $(VAULT_TOKEN=$token "$VAULT_CLI" read -format=json sys/audit | jq -r '.data["file/"].options.file_path') != "$dir/audit.log" ]]; then
+		VAULT_TOKEN=$token "$VAULT_CLI" audit disable file >/dev/null
 		VAULT_TOKEN=$token "$VAULT_CLI" audit enable file file_path="$dir/audit.log" >/dev/null
 	fi
 	VAULT_TOKEN=$token vault/setup --credentials "$dir/approle" >&2
