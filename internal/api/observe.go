@@ -4,8 +4,6 @@ import (
 	"log/slog"
 	"net/http"
 	"regexp"
-	"runtime"
-	"runtime/debug"
 	"time"
 
 	"github.com/gin-gonic/gin"
@@ -13,6 +11,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/panics"
 )
 
 // exchange is what is known of one request beyond what Gin knows. Fields are
@@ -117,8 +116,7 @@ func knownMethod(m string) string {
 	}
 }
 
-// recoverPanic answers 500 for a bug and keeps the process alive. The panic's
-// value is logged only if the runtime made it, since others may hold anything.
+// recoverPanic answers 500 for a bug and keeps the process alive.
 func (a *API) recoverPanic(c *gin.Context) {
 	defer func() {
 		v := recover()
@@ -128,12 +126,7 @@ func (a *API) recoverPanic(c *gin.Context) {
 		if v == http.ErrAbortHandler {
 			panic(v)
 		}
-		x := exchangeOf(c)
-		attrs := []any{"request", x.id, "route", route(c), "stack", string(debug.Stack())}
-		if bug, ok := v.(runtime.Error); ok {
-			attrs = append(attrs, "panic", bug.Error())
-		}
-		a.Log.Error("panic", attrs...)
+		panics.Log(a.Log, v, "request", exchangeOf(c).id, "route", route(c))
 		a.refuse(c, internal)
 	}()
 	c.Next()

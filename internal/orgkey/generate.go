@@ -11,8 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	"runtime"
-	"runtime/debug"
 	"sync"
 
 	"github.com/google/uuid"
@@ -21,6 +19,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/panics"
 )
 
 // Generated is a key at the moment of its release, as deliver receives it.
@@ -137,7 +136,7 @@ func (s *Service) sideBySide(ctx context.Context, halves ...func(context.Context
 		both.Go(func() (err error) {
 			defer func() {
 				if v := recover(); v != nil {
-					s.logPanic(v)
+					panics.Log(s.Log, v)
 					err = errBug
 				}
 			}()
@@ -145,16 +144,6 @@ func (s *Service) sideBySide(ctx context.Context, halves ...func(context.Context
 		})
 	}
 	return both.Wait()
-}
-
-// logPanic logs a panic's value only if the runtime made it, since others may
-// hold anything.
-func (s *Service) logPanic(v any) {
-	attrs := []any{"stack", string(debug.Stack())}
-	if bug, ok := v.(runtime.Error); ok {
-		attrs = append(attrs, "panic", bug.Error())
-	}
-	s.Log.Error("panic", attrs...)
 }
 
 // take has the back end give the private half out, and forget it whatever

@@ -1,0 +1,19 @@
+// Package panics logs what a recovered panic may tell.
+package panics
+
+import (
+	"log/slog"
+	"runtime"
+	"runtime/debug"
+)
+
+// Log logs a recovered panic, with its stack, as an error. Its value is shown
+// only if the runtime made it: others may hold anything, a key too. It is called
+// from the deferred function that recovered.
+func Log(log *slog.Logger, recovered any, attrs ...any) {
+	attrs = append(attrs, "stack", string(debug.Stack()))
+	if bug, ok := recovered.(runtime.Error); ok {
+		attrs = append(attrs, "panic", bug.Error())
+	}
+	log.Error("panic", attrs...)
+}
