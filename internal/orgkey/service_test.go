@@ -225,31 +225,67 @@ func TestPromise1_ThePrivateKeyIsClearedAfterItWasHandedOut(t *testing.T) {
 	}
 }
 
-// keeping keeps what it exports.
-type keeping struct {
+// tapped is the token, with something else done where its keys are exported or
+// destroyed.
+type tapped struct {
 	orgkey.Keystore
-	exported *[]byte
+	export  func(context.Context, orgkey.BackendKey) ([]byte, error)
+	destroy func(context.Context, orgkey.BackendKey) error
 }
 
-func (k keeping) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
+func (k tapped) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
 	key, err := k.Keystore.Create(ctx, name)
-	return keptKey{key, k.exported}, err
+	return tappedKey{key, k}, err
 }
 
-type keptKey struct {
+type tappedKey struct {
 	orgkey.BackendKey
-	exported *[]byte
+	by tapped
 }
 
-func (k keptKey) Export(ctx context.Context) ([]byte, error) {
-	der, err := k.BackendKey.Export(ctx)
-	*k.exported = der
-	return der, err
+func (k tappedKey) Export(ctx context.Context) ([]byte, error) {
+	if k.by.export == nil {
+		return k.BackendKey.Export(ctx)
+	}
+	return k.by.export(ctx, k.BackendKey)
+}
+
+func (k tappedKey) Destroy(ctx context.Context) error {
+	if k.by.destroy == nil {
+		return k.BackendKey.Destroy(ctx)
+	}
+	return k.by.destroy(ctx, k.BackendKey)
+}
+
+// keeping keeps what it exports.
+func keeping(exported *[]byte) orgkey.Keystore {
+	return tapped{Keystore: token, export: func(ctx context.Context, k orgkey.BackendKey) (der []byte, err error) {
+		*exported, err = k.Export(ctx)
+		return *exported, err
+	}}
+}
+
+// holding confirms that a key is gone when a test says so.
+func holding(destroying func() error) orgkey.Keystore {
+	return tapped{Keystore: token, destroy: func(ctx context.Context, k orgkey.BackendKey) error {
+		return errors.Join(k.Destroy(ctx), destroying())
+	}}
+}
+
+// guarded does not give keys out, for the reason that refuse gives, and notes
+// whether they were destroyed in time.
+func guarded(refuse func() error, destroyed *atomic.Bool) orgkey.Keystore {
+	return tapped{token,
+		func(context.Context, orgkey.BackendKey) ([]byte, error) { return nil, refuse() },
+		func(ctx context.Context, k orgkey.BackendKey) error {
+			destroyed.Store(ctx.Err() == nil)
+			return k.Destroy(ctx)
+		}}
 }
 
 func TestPromise1_TheExportedKeyIsCleared(t *testing.T) {
 	var exported []byte
-	f := newFixture(t, func(c *orgkey.Config) { c.Keystore = keeping{token, &exported} })
+	f := newFixture(t, func(c *orgkey.Config) { c.Keystore = keeping(&exported) })
 	for name, deliver := range map[string]func(context.Context, orgkey.Generated) error{
 		"handed out":     func(context.Context, orgkey.Generated) error { return nil },
 		"not handed out": func(context.Context, orgkey.Generated) error { return errors.New("the connection is gone") },
@@ -263,7 +299,7 @@ func TestPromise1_TheExportedKeyIsCleared(t *testing.T) {
 	}
 	exported = nil
 	f = newFixture(t, func(c *orgkey.Config) {
-		c.Keystore, c.AuditDeadline = keeping{token, &exported}, time.Nanosecond
+		c.Keystore, c.AuditDeadline = keeping(&exported), time.Nanosecond
 	})
 	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); err == nil {
 		t.Fatal("released without an acknowledgement")
@@ -273,32 +309,12 @@ func TestPromise1_TheExportedKeyIsCleared(t *testing.T) {
 	}
 }
 
-// holding confirms that a key is gone when a test says so.
-type holding struct {
-	orgkey.Keystore
-	destroying func() error
-}
-
-func (h holding) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
-	key, err := h.Keystore.Create(ctx, name)
-	return heldKey{key, h}, err
-}
-
-type heldKey struct {
-	orgkey.BackendKey
-	holding
-}
-
-func (k heldKey) Destroy(ctx context.Context) error {
-	return errors.Join(k.BackendKey.Destroy(ctx), k.destroying())
-}
-
 // The back end forgets the key while the trail hears of it. The release waits
 // for both, whichever takes longer.
 func TestPromise1_NothingIsReleasedBeforeTheBackEndHasForgotten(t *testing.T) {
 	forget := make(chan error)
 	f := newFixture(t, func(c *orgkey.Config) {
-		c.Keystore = holding{token, func() error { return <-forget }}
+		c.Keystore = holding(func() error { return <-forget })
 	})
 	for _, tt := range []struct {
 		name   string
@@ -358,7 +374,7 @@ func (p patient) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) (
 func TestAKeyIsDestroyedHoweverLongSealingTakes(t *testing.T) {
 	told := make(chan struct{}, 1)
 	f := newFixture(t, func(c *orgkey.Config) {
-		c.Keystore = holding{token, func() error { told <- struct{}{}; return nil }}
+		c.Keystore = holding(func() error { told <- struct{}{}; return nil })
 		c.Sealer = patient{c.Sealer, told}
 	})
 	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); err != nil {
@@ -366,35 +382,15 @@ func TestAKeyIsDestroyedHoweverLongSealingTakes(t *testing.T) {
 	}
 }
 
-// guarded makes keys that are not given out, which export says.
-type guarded struct {
-	orgkey.Keystore
-	export    func() error
-	destroyed *atomic.Bool
+// stuck seals nothing for as long as its caller waits, and keeps why that ended.
+type stuck struct {
+	orgkey.Sealer
+	cause *error
 }
 
-func (g guarded) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
-	key, err := g.Keystore.Create(ctx, name)
-	return guardedKey{key, g}, err
-}
-
-type guardedKey struct {
-	orgkey.BackendKey
-	guarded
-}
-
-func (k guardedKey) Export(context.Context) ([]byte, error) { return nil, k.export() }
-
-func (k guardedKey) Destroy(ctx context.Context) error {
-	k.destroyed.Store(ctx.Err() == nil)
-	return k.BackendKey.Destroy(ctx)
-}
-
-// stuck seals nothing for as long as its caller waits.
-type stuck struct{ orgkey.Sealer }
-
-func (stuck) Seal(ctx context.Context, _ orgkey.Binding, _ []byte) ([]byte, error) {
+func (s stuck) Seal(ctx context.Context, _ orgkey.Binding, _ []byte) ([]byte, error) {
 	<-ctx.Done()
+	*s.cause = context.Cause(ctx)
 	return nil, ctx.Err()
 }
 
@@ -408,7 +404,7 @@ func TestAKeyThatIsNotExportedLeavesNothing(t *testing.T) {
 		before func(fixture)
 		events string
 	}{
-		{"being sealed", func(c *orgkey.Config) { c.Sealer = stuck{c.Sealer} }, func(fixture) {}, "orgkey.refused:generation_failed"},
+		{"being sealed", func(c *orgkey.Config) { c.Sealer = stuck{c.Sealer, new(error)} }, func(fixture) {}, "orgkey.refused:generation_failed"},
 		{"pending", func(c *orgkey.Config) { c.AuditDeadline = time.Minute }, func(f fixture) {
 			waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'pending'") == 1 })
 		}, "orgkey.created orgkey.withdrawn:generation_failed"},
@@ -418,7 +414,7 @@ func TestAKeyThatIsNotExportedLeavesNothing(t *testing.T) {
 			var destroyed atomic.Bool
 			f = newFixture(t, func(c *orgkey.Config) {
 				tt.change(c)
-				c.Keystore = guarded{token, func() error { tt.before(f); return failed }, &destroyed}
+				c.Keystore = guarded(func() error { tt.before(f); return failed }, &destroyed)
 			})
 			f.sink.held.Store(true)
 			started := time.Now()
@@ -443,7 +439,7 @@ func TestAKeyIsDestroyedAlsoWhenItsCallerHasGone(t *testing.T) {
 	ctx, leave := context.WithCancel(t.Context())
 	var destroyed atomic.Bool
 	f := newFixture(t, func(c *orgkey.Config) {
-		c.Keystore = guarded{token, func() error { leave(); return context.Canceled }, &destroyed}
+		c.Keystore = guarded(func() error { leave(); return context.Canceled }, &destroyed)
 	})
 	if err := f.Generate(ctx, owner("acme"), "acme", accept); !errors.Is(err, context.Canceled) {
 		t.Errorf("the caller hears %v", err)
@@ -489,14 +485,14 @@ func TestARecordThatIsOvertakenIsWithdrawn(t *testing.T) {
 			defer leave()
 			f := newFixture(t, func(c *orgkey.Config) {
 				c.Store = overtaken{c.Store, stored, happened}
-				c.Keystore = guarded{token, func() error {
+				c.Keystore = guarded(func() error {
 					<-stored
 					defer close(happened)
 					if tt.failed == nil {
 						leave()
 					}
 					return tt.failed
-				}, new(atomic.Bool)}
+				}, new(atomic.Bool))
 			})
 			if err := f.Generate(ctx, owner("acme"), "acme", accept); err == nil || !errors.Is(err, cmp.Or(tt.failed, context.Canceled)) {
 				t.Errorf("the caller hears %v", err)
@@ -524,10 +520,10 @@ func TestAPanicEndsOneGenerationAlone(t *testing.T) {
 	}{
 		{"sealing", func(c *orgkey.Config, destroyed *atomic.Bool) {
 			c.Sealer = buggy{c.Sealer}
-			c.Keystore = guarded{token, func() error { return errors.New("not today") }, destroyed}
+			c.Keystore = guarded(func() error { return errors.New("not today") }, destroyed)
 		}},
 		{"exporting", func(c *orgkey.Config, destroyed *atomic.Bool) {
-			c.Keystore = guarded{token, func() error { panic("secret") }, destroyed}
+			c.Keystore = guarded(func() error { panic("secret") }, destroyed)
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -550,25 +546,13 @@ func TestAPanicEndsOneGenerationAlone(t *testing.T) {
 	}
 }
 
-// asking seals nothing, and keeps why its context ended.
-type asking struct {
-	orgkey.Sealer
-	cause *error
-}
-
-func (a asking) Seal(ctx context.Context, _ orgkey.Binding, _ []byte) ([]byte, error) {
-	<-ctx.Done()
-	*a.cause = context.Cause(ctx)
-	return nil, ctx.Err()
-}
-
 // A PKCS#11 token that was told why a caller left would take a lost session of
 // that caller's for a loss of its own, and start over.
 func TestNeitherHalfHearsWhyTheOtherFailed(t *testing.T) {
 	var cause error
 	f := newFixture(t, func(c *orgkey.Config) {
-		c.Sealer = asking{c.Sealer, &cause}
-		c.Keystore = guarded{token, func() error { return errors.New("not today") }, new(atomic.Bool)}
+		c.Sealer = stuck{c.Sealer, &cause}
+		c.Keystore = guarded(func() error { return errors.New("not today") }, new(atomic.Bool))
 	})
 	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); !errors.Is(err, orgkey.ErrBackend) {
 		t.Errorf("the caller hears %v", err)
@@ -582,7 +566,7 @@ func TestNeitherHalfHearsWhyTheOtherFailed(t *testing.T) {
 func TestACopyThatMayStillBeThereIsLogged(t *testing.T) {
 	var log bytes.Buffer
 	f := newFixture(t, func(c *orgkey.Config) {
-		c.Keystore = holding{token, func() error { return errors.New("no answer") }}
+		c.Keystore = holding(func() error { return errors.New("no answer") })
 		c.Sealer = refusing{c.Sealer}
 		c.Log = slog.New(slog.NewTextHandler(&log, nil))
 	})
@@ -611,7 +595,7 @@ func TestAGenerationThatRunsOutOfTimeIsOneTooMany(t *testing.T) {
 		events string
 	}{
 		{"making the key", late{token}, "orgkey.refused:overloaded"},
-		{"destroying the copy", holding{token, func() error { time.Sleep(6 * time.Second); return nil }}, "orgkey.created orgkey.withdrawn:overloaded"},
+		{"destroying the copy", holding(func() error { time.Sleep(6 * time.Second); return nil }), "orgkey.created orgkey.withdrawn:overloaded"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -633,10 +617,10 @@ func TestAKeyThatIsNotForgottenWaitsForNoSink(t *testing.T) {
 	var f fixture
 	f = newFixture(t, func(c *orgkey.Config) {
 		c.AuditDeadline = time.Minute
-		c.Keystore = holding{token, func() error {
+		c.Keystore = holding(func() error {
 			waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'pending'") == 1 })
 			return lost
-		}}
+		})
 	})
 	f.sink.held.Store(true)
 	started := time.Now()
