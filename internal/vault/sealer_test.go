@@ -141,6 +141,43 @@ func TestMissingSealingKeyIsNoBrokenSeal(t *testing.T) {
 	promptly(t, 3*time.Second, func() error { _, err := c.Sealer().Open(t.Context(), items); return err })
 }
 
+// A sealing key that is not there, not allowed, or hidden behind somebody else's
+// answer cannot be had for now: it is neither a broken seal nor a bug.
+func TestASealThatCannotBeReachedIsUnavailable(t *testing.T) {
+	for name, interfere := range map[string]func(http.ResponseWriter, *http.Request) bool{
+		"no mount": func(_ http.ResponseWriter, r *http.Request) bool {
+			r.URL.Path = strings.Replace(r.URL.Path, "orgkeys-seal/", "nowhere/", 1)
+			return true
+		},
+		"not allowed": func(_ http.ResponseWriter, r *http.Request) bool {
+			r.URL.Path = strings.Replace(r.URL.Path, "crypt/seal", "crypt/other", 1)
+			return true
+		},
+		"not Vault's answer": func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.Contains(r.URL.Path, "crypt/seal") {
+				return true
+			}
+			fmt.Fprint(w, "<html>maintenance</html>")
+			return false
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			proxy, c := through(t)
+			s := c.Sealer()
+			items := sealed(t, s, 1)
+			proxy.Before(interfere)
+			for what, err := range map[string]error{
+				"sealing": second(s.Seal(t.Context(), items[0].Binding, []byte("value"))),
+				"opening": second(s.Open(t.Context(), items)),
+			} {
+				if !errors.Is(err, orgkey.ErrUnavailable) || errors.Is(err, orgkey.ErrSealBroken) {
+					t.Errorf("%s: %v", what, err)
+				}
+			}
+		})
+	}
+}
+
 func TestSealingNeverMakesAKey(t *testing.T) {
 	// With a token that may, and a key that is not there: the mount refuses.
 	_, err := root(t).Logical().WriteWithContext(context.Background(), "orgkeys-seal/encrypt/none", map[string]any{"plaintext": "AA=="})
