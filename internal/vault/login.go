@@ -343,12 +343,15 @@ func (c *Client) stayLoggedIn(ctx context.Context) {
 }
 
 func (c *Client) replacePatiently(ctx context.Context, stale *session) {
-	wait := loginPause
+	wait, said := loginPause, ""
 	for ctx.Err() == nil && c.current.Load() == stale {
-		if _, err := c.replace(ctx, stale); err == nil {
+		_, err := c.replace(ctx, stale)
+		if err == nil {
 			return
-		} else if ctx.Err() == nil {
+		}
+		if text := err.Error(); ctx.Err() == nil && text != said {
 			c.log.Warn("logging in to Vault", "error", err)
+			said = text
 		}
 		pause(ctx, wait+rand.N(wait/2))
 		wait = min(2*wait, maxLoginPause)
