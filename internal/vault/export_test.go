@@ -23,3 +23,5 @@ func FreshKey(body []byte, date time.Time, callTimeout time.Duration) (*rsa.Publ
 var PrivateKey = privateKey
 
 const LoginPause = loginPause
+
+var RefusedPause = refusedPause

@@ -27,13 +27,6 @@ const (
 	loginPause    = 500 * time.Millisecond // at least, between two failed logins
 	maxLoginPause = 5 * time.Second
 	tokenFilePoll = 2 * time.Second
-
-	// Before credentials that Vault refused are tried again, then four times as
-	// long each time. Five refusals lock a role ID out, unless there are fifteen
-	// minutes between two of them.
-	refusedPause    = time.Minute
-	maxRefusedPause = 16 * time.Minute
-
 	maxCredential = 4 << 10
 )
 
@@ -86,9 +79,17 @@ type AppRole struct {
 // refusal is the last login that Vault refused.
 type refusal struct {
 	credentials string
-	pause       time.Duration
+	times       int
 	until       time.Time
 	err         error
+}
+
+// refusedPause is how long credentials that Vault refused that many times are
+// not tried again. Where Vault locks a role ID out, five refusals do, unless
+// there are fifteen minutes between two of them.
+func refusedPause(times int) time.Duration {
+	pauses := []time.Duration{5 * time.Second, time.Minute, 4 * time.Minute, 16 * time.Minute}
+	return pauses[min(times, len(pauses))-1]
 }
 
 // again reports the refusal while the same credentials are not to be tried again.
@@ -100,11 +101,11 @@ func (r *refusal) again(credentials string) error {
 }
 
 func (r *refusal) note(credentials string, err error) {
-	pause := refusedPause
+	times := 1
 	if r.credentials == credentials {
-		pause = min(4*r.pause, maxRefusedPause)
+		times += r.times
 	}
-	*r = refusal{credentials, pause, time.Now().Add(pause), err}
+	*r = refusal{credentials, times, time.Now().Add(refusedPause(times)), err}
 }
 
 func (a *AppRole) check() error {

@@ -144,7 +144,7 @@ func TestRefusedCredentialsAreNotTriedAgain(t *testing.T) {
 	logins := 0
 	for _, e := range audited(t, func() {
 		revoke(t, c.Token())
-		for range 8 {
+		for range 16 {
 			if err := c.Healthy(t.Context()); !errors.Is(err, vault.ErrLogin) {
 				t.Errorf("got %v, want ErrLogin", err)
 			}
@@ -158,11 +158,29 @@ func TestRefusedCredentialsAreNotTriedAgain(t *testing.T) {
 			logins++
 		}
 	}
-	if logins != 1 {
+	if logins != 2 { // after five seconds once more, then a minute later
 		t.Errorf("it tried %d times with the same files", logins)
 	}
 	goodSecret(t, login)
 	eventually(t, func() error { return c.Healthy(context.WithoutCancel(t.Context())) })
+}
+
+// The service's own attempts must not be what locks its role out: with five
+// refusals in fifteen minutes Vault does.
+func TestRefusedPausesDoNotAddUpToALockout(t *testing.T) {
+	at := []time.Duration{0}
+	for times := 1; times <= 20; times++ {
+		at = append(at, at[times-1]+vault.RefusedPause(times))
+	}
+	count := 0
+	for i, a := range at {
+		if i > 0 && a-at[i-1] > 15*time.Minute {
+			count = 0
+		}
+		if count++; count >= 5 {
+			t.Fatalf("attempt %d, after %s, locks the role out", i+1, a)
+		}
+	}
 }
 
 // The variables of an operator's shell do not change what the service gets.

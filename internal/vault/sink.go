@@ -37,7 +37,7 @@ type Sink struct {
 	mu      sync.Mutex
 	keys    audit.ReceiptKeys
 	version int  // of the checkpoint entry, as this sink last saw it
-	seen    bool // whether version means anything
+	seen    bool // whether that entry may be written over
 }
 
 // Sink returns the sink.
@@ -75,9 +75,10 @@ func (s *Sink) last(ctx context.Context) (audit.Checkpoint, error) {
 	case decodeErr != nil:
 		return audit.Checkpoint{}, decodeErr
 	}
-	s.version, s.seen = entry.Metadata.Version, true
+	s.version, s.seen = entry.Metadata.Version, false
 	switch {
 	case err != nil && s.version == 0:
+		s.seen = true
 		return audit.Checkpoint{}, nil
 	case err != nil:
 		return audit.Checkpoint{}, fmt.Errorf("%w: somebody deleted version %d of %s in Vault", audit.ErrCheckpointLost, s.version, checkpoint)
@@ -87,6 +88,7 @@ func (s *Sink) last(ctx context.Context) (audit.Checkpoint, error) {
 	if err != nil {
 		return audit.Checkpoint{}, fmt.Errorf("%w: somebody wrote version %d of %s in Vault: %w", audit.ErrCheckpointLost, s.version, checkpoint, err)
 	}
+	s.seen = true
 	return held, nil
 }
 

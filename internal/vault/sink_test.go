@@ -332,8 +332,12 @@ func TestALostCheckpointIsNoFreshVault(t *testing.T) {
 					t.Errorf("got %v, want ErrCheckpointLost", err)
 				}
 			}
-			if err := second(open(t).Sink().Append(t.Context(), entries(t, 1, 1), checkpointAt(origin, 2))); !errors.Is(err, audit.ErrCheckpointLost) {
-				t.Errorf("a sink that had not looked yet went on: %v", err)
+			for _, s := range []*vault.Sink{sink, open(t).Sink()} {
+				for range 2 { // also when it tries again
+					if err := second(s.Append(t.Context(), entries(t, 1, 1), checkpointAt(origin, 2))); !errors.Is(err, audit.ErrCheckpointLost) {
+						t.Errorf("a sink went on: %v", err)
+					}
+				}
 			}
 			if p := problems(c); p != "" {
 				t.Errorf("what only an accepted rollback mends keeps it from being accepted: %s", p)
