@@ -159,6 +159,51 @@ func TestACheckpointAheadOfTheLogStopsTheRelease(t *testing.T) {
 	}
 }
 
+// Promise 5: where a rewritten log was accepted, Vault signs what it holds now.
+func TestARewrittenLogIsGivenToVaultAnew(t *testing.T) {
+	t.Parallel()
+	v, s := withVault(t)
+	s.Start(t)
+	org := harness.Org()
+	s.Generate(t, org)
+	for range 6 {
+		s.List(t, org)
+	}
+	s.Stop(t)
+	db := harness.OpenDatabase(t, s.Dir)
+	harness.Unprotect(t, db)
+	rewriteEvent3(t, db)
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	refusedStart(t, s, "sink vault has acknowledged")
+	ok(t, s, "audit", "accept-rollback", "--reason", "known to us", "--rewritten")
+	s.Start(t)
+	s.Generate(t, org)
+	s.Stop(t)
+	if said := verifies(t, v, s); !strings.Contains(said, "known to us") {
+		t.Errorf("said %s", said)
+	}
+}
+
+// A version of the sealing key that was withdrawn too early is said to be one.
+func TestASealingKeyWithdrawnTooEarlyIsNamed(t *testing.T) {
+	t.Parallel()
+	v, s := withVault(t)
+	s.Start(t)
+	s.Generate(t, harness.Org())
+	s.Stop(t)
+	vaultWrite(t, v, "orgkeys-seal/keys/seal/rotate", nil)
+	vaultWrite(t, v, "orgkeys-seal/keys/seal/config", map[string]any{"min_decryption_version": 2})
+	if _, errs, code := s.Run(t, "serve"); code == 0 || !strings.Contains(errs, "lower it and run orgkeys rewrap") {
+		t.Errorf("exit code %d: %s", code, errs)
+	}
+	vaultWrite(t, v, "orgkeys-seal/keys/seal/config", map[string]any{"min_decryption_version": 1})
+	s.Start(t)
+	s.Generate(t, harness.Org())
+	s.Stop(t)
+}
+
 // A wrapped secret ID is good for one login, which is all that a command needs.
 func TestAWrappedSecretIDIsEnoughForACommand(t *testing.T) {
 	t.Parallel()
