@@ -187,6 +187,8 @@ func vouched(out io.Writer, r audit.Report) error {
 	switch {
 	case r.Covered == 0:
 		return notExcluded("the copy or checkpoint from outside holds no event of this log")
+	case r.Before:
+		return notExcluded("the copy is from before the rollback that was accepted last, and vouches for %d of %d events; a copy from after it vouches for more", r.Covered, r.Log.Size)
 	case newer == 0:
 		_, err := fmt.Fprintf(out, "truncation excluded: the copy vouches for %d of %d events\n", r.Covered, r.Log.Size)
 		return err

@@ -39,7 +39,8 @@ It is also the way on when somebody deleted the checkpoint in Vault or wrote
 something else in its place.
 
 It asks every sink in ORGKEYS_AUDIT_SINKS. With replicas, stop all of them first,
-and run it with the data directory of each that has a file sink.`,
+and run it with the data directory of each that has a file sink, with the same
+--reason. After an interruption, run it again, with the same --reason too.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if strings.TrimSpace(reason) == "" {
@@ -72,27 +73,37 @@ and run it with the data directory of each that has a file sink.`,
 	return cmd
 }
 
+// acceptance is a rollback, from what the first sink held that the log does not
+// extend, and whether the log has its event.
+type acceptance struct {
+	audit.Rollback
+	recorded bool
+}
+
 // acceptRollback writes the event before a sink's note: after a crash in
 // between, the server still refuses, and the command can be run again.
 func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, sinks []audit.Sink, reason string, rewritten bool) error {
+	// What was recorded and has no place yet takes it before the rollback's event does.
+	if err := sequence(ctx, db); err != nil {
+		return err
+	}
 	head, err := db.Head(ctx)
 	if err != nil {
 		return err
 	}
-	kept, err := keptOf(ctx, out, cfg, db, sinks, head, rewritten)
+	a, err := newAcceptance(ctx, out, cfg, db, sinks, head, reason, rewritten)
 	if err != nil {
 		return err
 	}
-	r := audit.Rollback{To: head.Text(), Kept: kept, Reason: reason}
 	accepted := false
 	for _, s := range sinks {
-		done, err := acceptIn(ctx, out, db, s, head, r)
+		done, err := acceptIn(ctx, out, db, s, head, a)
 		if err != nil {
 			return fmt.Errorf("sink %s: %w", s.Name(), err)
 		}
 		accepted = accepted || done
 	}
-	done, err := acceptSigned(ctx, out, db, head, r)
+	done, err := acceptSigned(ctx, out, db, head, a)
 	if err != nil {
 		return err
 	}
@@ -102,24 +113,66 @@ func acceptRollback(ctx context.Context, out io.Writer, cfg config.Config, db *s
 	return err
 }
 
-// keptOf returns how many of the log's events are as the sinks and the signed
-// checkpoints have them: all, unless it was rewritten.
-func keptOf(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, sinks []audit.Sink, head audit.Checkpoint, rewritten bool) (int64, error) {
+// newAcceptance says how many of the log's events are as the sinks and the
+// signed checkpoints have them: all, unless it was rewritten. What was accepted
+// before for the same reason, in another sink or by a run that was interrupted,
+// is accepted again as it was.
+func newAcceptance(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, sinks []audit.Sink, head audit.Checkpoint, reason string, rewritten bool) (*acceptance, error) {
+	a := &acceptance{Rollback: audit.Rollback{To: head.Text(), Kept: head.Size, Reason: reason}}
 	held, err := heldOf(ctx, cfg, db, sinks)
 	if err != nil {
-		return 0, err
+		return a, err
 	}
 	problem, err := held.Differs(ctx, head, db.Entries)
-	switch {
-	case err != nil:
-		return 0, err
-	case problem == nil:
-		return head.Size, nil
-	case !rewritten:
-		return 0, fmt.Errorf("the log was not only set back, it was rewritten: %w; keep the database and the sinks as evidence, and find out who did it; only --rewritten accepts it", problem)
+	if err != nil || problem == nil {
+		return a, err
 	}
-	_, err = fmt.Fprintf(out, "rewritten: %v\n", problem)
-	return problem.Index, err
+	earlier, err := acceptedBefore(ctx, db, problem.Index)
+	if err != nil {
+		return a, err
+	}
+	for _, e := range earlier {
+		if e.Reason == reason {
+			return &acceptance{e.Rollback, true}, nil
+		}
+	}
+	switch {
+	case rewritten:
+		a.Kept = problem.Index
+		_, err = fmt.Fprintf(out, "rewritten: %v\n", problem)
+		return a, err
+	case len(earlier) > 0:
+		return a, fmt.Errorf("a sink holds another log than this from event %d on: what this one lost by the rollback that event %d accepted, if you know of that one: then give the same --reason, %q; %w", problem.Index, earlier[0].index, earlier[0].Reason, problem)
+	}
+	return a, fmt.Errorf("the log was not only set back, it was rewritten: %w; keep the database and the sinks as evidence, and find out who did it; only --rewritten accepts it", problem)
+}
+
+// earlierRollback is one that the log has the event of.
+type earlierRollback struct {
+	audit.Rollback
+	index int64
+}
+
+// acceptedBefore returns the accepted rollbacks that account for a sink's other
+// event at an index.
+func acceptedBefore(ctx context.Context, db *sqlstore.DB, differs int64) ([]earlierRollback, error) {
+	var all []earlierRollback
+	for row, err := range db.Rows(ctx) {
+		if err != nil {
+			return nil, err
+		}
+		if row.Type != audit.RollbackAccepted {
+			continue
+		}
+		e, err := audit.Decode(row.Leaf)
+		if err != nil {
+			return nil, err
+		}
+		if r := audit.RollbackOf(e); r.Accounts(row.Index, differs) {
+			all = append(all, earlierRollback{r, row.Index})
+		}
+	}
+	return all, nil
 }
 
 // heldOf is all that can be compared with the log: the events in the sink's
@@ -157,7 +210,7 @@ func extended(ctx context.Context, db *sqlstore.DB, head, held audit.Checkpoint)
 	return then == held, err
 }
 
-func acceptIn(ctx context.Context, out io.Writer, db *sqlstore.DB, s audit.Sink, head audit.Checkpoint, r audit.Rollback) (bool, error) {
+func acceptIn(ctx context.Context, out io.Writer, db *sqlstore.DB, s audit.Sink, head audit.Checkpoint, a *acceptance) (bool, error) {
 	held, err := s.Last(ctx)
 	had := fmt.Sprintf("had acknowledged %d", held.Size)
 	switch {
@@ -173,8 +226,7 @@ func acceptIn(ctx context.Context, out io.Writer, db *sqlstore.DB, s audit.Sink,
 			return false, err
 		}
 	}
-	r.From = held.Text()
-	if err := recordRollback(ctx, db, r); err != nil {
+	if err := a.record(ctx, db, held); err != nil {
 		return false, err
 	}
 	if s.Shared() {
@@ -184,19 +236,30 @@ func acceptIn(ctx context.Context, out io.Writer, db *sqlstore.DB, s audit.Sink,
 			return false, err
 		}
 	}
-	if err := s.AcceptRollback(ctx, r); err != nil {
+	if err := s.AcceptRollback(ctx, a.Rollback); err != nil {
 		return false, err
 	}
 	_, err = fmt.Fprintf(out, "accepted: the log goes on from %d events; sink %s %s\n", head.Size, s.Name(), had)
 	return true, err
 }
 
-// recordRollback gives the event its place in the log at once, for the sink's
-// note refers to it and the server may be started much later.
-func recordRollback(ctx context.Context, db *sqlstore.DB, r audit.Rollback) error {
-	if err := db.Record(ctx, r.Event()); err != nil {
+// record has the log say that the rollback from what was held is accepted. The
+// event gets its place in the log at once, for the sink's note refers to it and
+// the server may be started much later.
+func (a *acceptance) record(ctx context.Context, db *sqlstore.DB, held audit.Checkpoint) error {
+	if a.recorded {
+		return nil
+	}
+	a.From = held.Text()
+	if err := db.Record(ctx, a.Event()); err != nil {
 		return err
 	}
+	a.recorded = true
+	return sequence(ctx, db)
+}
+
+// sequence gives all that is recorded its place in the log.
+func sequence(ctx context.Context, db *sqlstore.DB) error {
 	for {
 		if n, err := db.Sequence(ctx, 1000); n == 0 || err != nil {
 			return err
@@ -205,7 +268,7 @@ func recordRollback(ctx context.Context, db *sqlstore.DB, r audit.Rollback) erro
 }
 
 // acceptSigned sets the signed checkpoints aside that the log does not extend.
-func acceptSigned(ctx context.Context, out io.Writer, db *sqlstore.DB, head audit.Checkpoint, r audit.Rollback) (bool, error) {
+func acceptSigned(ctx context.Context, out io.Writer, db *sqlstore.DB, head audit.Checkpoint, a *acceptance) (bool, error) {
 	last, err := db.LastSigned(ctx)
 	if err != nil {
 		return false, err
@@ -224,8 +287,7 @@ func acceptSigned(ctx context.Context, out io.Writer, db *sqlstore.DB, head audi
 	if err != nil {
 		return false, err
 	}
-	r.From = last.Text()
-	if err := recordRollback(ctx, db, r); err != nil {
+	if err := a.record(ctx, db, last.Checkpoint); err != nil {
 		return false, err
 	}
 	if err := db.Supersede(ctx, first); err != nil {

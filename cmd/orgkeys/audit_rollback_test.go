@@ -134,13 +134,7 @@ func restored(t *testing.T, change func(t *testing.T, db *sql.DB)) *harness.Serv
 	s.List(t, harness.Org())
 	s.Generate(t, harness.Org())
 	s.Stop(t)
-	if err := os.RemoveAll(s.Dir); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.CopyFS(s.Dir, os.DirFS(yesterday)); err != nil {
-		t.Fatal(err)
-	}
-	harness.Tighten(t, s.Dir)
+	putBack(t, s, yesterday)
 	if change != nil {
 		db := harness.OpenDatabase(t, s.Dir)
 		harness.Unprotect(t, db)
@@ -219,5 +213,103 @@ func TestARewrittenLogIsNotAcceptedAsABackup(t *testing.T) {
 	}
 	if list := ok(t, s, "audit", "list"); !strings.Contains(list, `"kept":"3"`) {
 		t.Errorf("no event says what was kept: %s", list)
+	}
+}
+
+// putBack has the server's data directory be what it was when it was copied.
+func putBack(t *testing.T, s *harness.Server, from string) {
+	t.Helper()
+	if err := os.RemoveAll(s.Dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(s.Dir, os.DirFS(from)); err != nil {
+		t.Fatal(err)
+	}
+	harness.Tighten(t, s.Dir)
+}
+
+// Each further file sink, and a run that was interrupted, is accepted by the
+// same command again, and not called rewritten.
+func TestAnAcceptedRollbackIsAcceptedInTheNextSinkToo(t *testing.T) {
+	t.Parallel()
+	s := restored(t, nil)
+	first := s.Setting("ORGKEYS_AUDIT_FILE")
+	second := filepath.Join(t.TempDir(), "second.jsonl")
+	b, err := os.ReadFile(first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(second, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ok(t, s, "audit", "accept-rollback", "--reason", "restored the backup of Sunday")
+	s.Configured("ORGKEYS_AUDIT_FILE", second)
+	if _, errs, code := s.Run(t, "audit", "accept-rollback", "--reason", "another"); code != 1 || !strings.Contains(errs, `give the same --reason, "restored the backup of Sunday"`) {
+		t.Errorf("with another reason: exit code %d: %s", code, errs)
+	}
+	ok(t, s, "audit", "accept-rollback", "--reason", "restored the backup of Sunday")
+	s.Start(t)
+	s.Generate(t, harness.Org())
+	s.Stop(t)
+	if out := ok(t, s, "audit", "verify"); !strings.Contains(out, "truncation excluded") || strings.Contains(out, "rewritten") {
+		t.Errorf("said %s", out)
+	}
+	if list := ok(t, s, "audit", "list"); strings.Count(list, "log.rollback_accepted") != 1 {
+		t.Errorf("one rollback left these events: %s", list)
+	}
+	// A copy from before vouches for what was kept.
+	old := filepath.Join(t.TempDir(), "old")
+	if err := os.WriteFile(old, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, errs, code := s.Run(t, "audit", "verify", "--sink", old)
+	if code != 3 || !strings.Contains(out, `a rollback was accepted: "restored the backup of Sunday"`) || !strings.Contains(errs, "vouches for 8 of 11 events") {
+		t.Errorf("a copy from before: exit code %d\n%s%s", code, out, errs)
+	}
+}
+
+// A log that was rewritten behind the rollback is not excused by it.
+func TestARollbackExcusesNothingBehindIt(t *testing.T) {
+	t.Parallel()
+	s := restored(t, nil)
+	ok(t, s, "audit", "accept-rollback", "--reason", "restored the backup")
+	s.Start(t)
+	org := harness.Org()
+	s.List(t, org)
+	s.Stop(t)
+	forged := harness.Copy(t, s.Dir)
+	s.Start(t)
+	s.List(t, org)
+	s.Stop(t)
+	putBack(t, s, forged)
+	s.Configured("ORGKEYS_AUDIT_SINKS", "file")
+	db := harness.OpenDatabase(t, s.Dir)
+	harness.Unprotect(t, db)
+	rewriteEvent3(t, db)
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, errs, code := s.Run(t, "audit", "accept-rollback", "--reason", "restored the backup"); code != 1 || !strings.Contains(errs, "event 3: it is not the one") {
+		t.Errorf("exit code %d: %s", code, errs)
+	}
+}
+
+// The same backup may be put back again.
+func TestABackupThatIsRestoredTwiceVerifies(t *testing.T) {
+	t.Parallel()
+	s, _ := used(t)
+	backup := harness.Copy(t, s.Dir)
+	s.Start(t)
+	s.Generate(t, harness.Org())
+	s.Stop(t)
+	for _, reason := range []string{"once", "twice", "thrice"} {
+		putBack(t, s, backup)
+		ok(t, s, "audit", "accept-rollback", "--reason", reason)
+		s.Start(t)
+		s.Generate(t, harness.Org())
+		s.Stop(t)
+		if out := ok(t, s, "audit", "verify"); !strings.Contains(out, "truncation excluded") || !strings.Contains(out, reason) {
+			t.Errorf("%s: said %s", reason, out)
+		}
 	}
 }

@@ -101,7 +101,10 @@ func makeLocalKey(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB, bi
 // not extend its newest one.
 func openCheckpoints(ctx context.Context, cfg config.Config, db *sqlstore.DB, trail *audit.Log, b backend, p policy, log *slog.Logger) (*audit.Checkpointer, error) {
 	c := audit.NewCheckpointer(trail, db, b.signer, cfg.CheckpointInterval, log)
-	c.Prepare = func(ctx context.Context) error { return prepare(ctx, db, b, p) }
+	c.Prepare = func(ctx context.Context) error {
+		current := p.current()
+		return db.KeepPolicy(ctx, current.Revision(), current.Files())
+	}
 	if err := db.KeepPolicy(ctx, p.Revision(), p.current().Files()); err != nil {
 		return nil, err
 	}
@@ -111,23 +114,6 @@ func openCheckpoints(ctx context.Context, cfg config.Config, db *sqlstore.DB, tr
 		return nil, fmt.Errorf("%w; find out why, and if it was on purpose (a restored backup) run: orgkeys audit accept-rollback --reason …", err)
 	}
 	return c, err
-}
-
-// prepare stores what the events refer to: the policy's text, and the keys that
-// their receipts are signed with.
-func prepare(ctx context.Context, db *sqlstore.DB, b backend, p policy) error {
-	current := p.current()
-	if err := db.KeepPolicy(ctx, current.Revision(), current.Files()); err != nil {
-		return err
-	}
-	if b.sink == nil {
-		return nil
-	}
-	keys, err := receiptKeys(ctx, db, b.sink.Name(), b.receipts)
-	if err != nil {
-		return err
-	}
-	return db.KeepReceiptKeys(ctx, b.sink.Name(), keys)
 }
 
 func keepPolicy(ctx context.Context, db *sqlstore.DB, p policy, log *slog.Logger) {

@@ -25,6 +25,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/redislock"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/vault"
@@ -292,7 +293,7 @@ func (d *doctor) backend(ctx context.Context, db *sqlstore.DB) (sinks []audit.Si
 		}
 	}
 	if d.cfg.Keystore != config.KeystoreVault {
-		d.hsm(ctx)
+		d.hsm(ctx, db)
 		return sinks, end
 	}
 	if d.cfg.VaultAuth == config.VaultAppRole && d.cfg.VaultSecretIDPath != "" {
@@ -306,23 +307,21 @@ func (d *doctor) backend(ctx context.Context, db *sqlstore.DB) (sinks []audit.Si
 		return sinks, end
 	}
 	end = client.Close // it gives the token back
-	findings := client.Check(ctx)
-	for _, f := range findings {
+	sound := true
+	for _, f := range client.Check(ctx) {
 		if f.Fatal {
+			sound = false
 			d.fail("Vault", f.Remedy, "%s", f.Problem)
 		} else {
 			d.warn("Vault", f.Remedy, "%s", f.Problem)
 		}
 	}
-	if len(findings) > 0 {
+	if !sound {
 		return sinks, end
 	}
 	d.ok("Vault", "unsealed, audited, and set up as it must be")
-	if db != nil {
-		if _, err := receiptKeys(ctx, db, client.Sink().Name(), client.ReceiptKeys); err != nil {
-			d.fail("Vault", "see docs/operations.md, Backup and restore", "%v", err)
-		}
-	}
+	d.receiptKey(ctx, db, client)
+	d.sealingKey(ctx, db, client.Sealer())
 	d.vaultClock(ctx)
 	if slices.Contains(d.cfg.AuditSinks, config.SinkVault) {
 		sinks = append(sinks, client.Sink())
@@ -330,8 +329,39 @@ func (d *doctor) backend(ctx context.Context, db *sqlstore.DB) (sinks []audit.Si
 	return sinks, end
 }
 
+// restoreRemedy is for a key that is not the one it was.
+const restoreRemedy = "see docs/operations.md, Backup and restore"
+
+// receiptKey sees that Vault signs receipts with the key that it did.
+func (d *doctor) receiptKey(ctx context.Context, db *sqlstore.DB, client *vault.Client) {
+	if db == nil {
+		return
+	}
+	keys, err := client.ReceiptKeys(ctx)
+	if err == nil {
+		err = sameReceiptKeys(ctx, db, client.Sink().Name(), keys)
+	}
+	if err != nil {
+		d.fail("receipt key", restoreRemedy, "%v", err)
+	}
+}
+
+// sealingKey sees that what the database's records are sealed under opens one.
+func (d *doctor) sealingKey(ctx context.Context, db *sqlstore.DB, sealer orgkey.Sealer) {
+	if db == nil {
+		return
+	}
+	key, err := readEventKey(ctx, sealer, db)
+	if err != nil {
+		d.fail("sealing key", restoreRemedy, "%v", err)
+	} else if key != nil {
+		clear(key)
+		d.ok("sealing key", "opens what the database holds")
+	}
+}
+
 // hsm opens the token as the server does, and makes nothing.
-func (d *doctor) hsm(ctx context.Context) {
+func (d *doctor) hsm(ctx context.Context, db *sqlstore.DB) {
 	hc := hsm.Config{Module: d.cfg.PKCS11Module, TokenLabel: d.cfg.TokenLabel, PINFile: d.cfg.PINFile, Log: d.log}
 	var err error
 	switch {
@@ -354,11 +384,15 @@ func (d *doctor) hsm(ctx context.Context) {
 		d.fail("HSM", "see that the token is there, that its PIN is right, and that it is the one that the records were sealed by", "%v", err)
 		return
 	}
-	if err := errors.Join(token.Healthy(ctx), token.Close()); err != nil {
-		d.fail("HSM", "see the token's own log", "%v", err)
+	if err := token.Healthy(ctx); err != nil {
+		d.fail("HSM", "see the token's own log", "%v", errors.Join(err, token.Close()))
 		return
 	}
 	d.ok("HSM", "the token is there, logged in to, and has its sealing key")
+	d.sealingKey(ctx, db, token)
+	if err := token.Close(); err != nil {
+		d.fail("HSM", "see the token's own log", "%v", err)
+	}
 }
 
 // vaultClock compares Vault's clock, of which HTTP gives whole seconds, with

@@ -16,36 +16,58 @@ import (
 // openEventKey opens the sealed key that authenticates events, or makes it, and
 // gives it to db. Before, db records nothing.
 func openEventKey(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB) error {
-	head, err := db.Head(ctx)
-	if err != nil {
-		return err
-	}
-	binding := orgkey.Binding{Purpose: orgkey.EventKey, Org: head.Origin}
-	sealed, err := db.SealedEventKey(ctx, head.Origin)
-	if err == nil && sealed == nil {
-		if err = makeEventKey(ctx, sealer, db, binding); err == nil {
-			sealed, err = db.SealedEventKey(ctx, head.Origin) // another replica's, if that was first
+	key, err := readEventKey(ctx, sealer, db)
+	if err == nil && key == nil {
+		if err = makeEventKey(ctx, sealer, db); err == nil {
+			key, err = readEventKey(ctx, sealer, db) // another replica's, if that was first
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("looking for the key that authenticates events: %w", err)
+		return err
 	}
-	opened, err := sealer.Open(ctx, []orgkey.Sealed{{Binding: binding, Ciphertext: sealed}})
-	if errors.Is(err, orgkey.ErrSealBroken) {
-		err = fmt.Errorf("%w; the sealing key is not the one that this database was sealed under: restore it, or if min_decryption_version of orgkeys-seal/keys/seal was raised in Vault, lower it and run orgkeys rewrap first", err)
-	}
-	if err != nil {
-		return fmt.Errorf("opening the key that authenticates events: %w", err)
-	}
-	defer clear(opened[0])
-	if len(opened[0]) != len(audit.EventKey{}) {
-		return fmt.Errorf("opening the key that authenticates events: it has %d bytes", len(opened[0]))
-	}
-	db.UseEventKey(audit.EventKey(opened[0]))
+	defer clear(key)
+	db.UseEventKey(audit.EventKey(key))
 	return nil
 }
 
-func makeEventKey(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB, binding orgkey.Binding) error {
+// eventKeyBinding is whose the key is: the log's.
+func eventKeyBinding(ctx context.Context, db *sqlstore.DB) (orgkey.Binding, error) {
+	head, err := db.Head(ctx)
+	return orgkey.Binding{Purpose: orgkey.EventKey, Org: head.Origin}, err
+}
+
+// readEventKey opens the sealed key; nil if there is none yet.
+func readEventKey(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB) ([]byte, error) {
+	binding, err := eventKeyBinding(ctx, db)
+	if err != nil {
+		return nil, err
+	}
+	sealed, err := db.SealedEventKey(ctx, binding.Org)
+	if err != nil {
+		return nil, fmt.Errorf("looking for the key that authenticates events: %w", err)
+	}
+	if sealed == nil {
+		return nil, nil
+	}
+	opened, err := sealer.Open(ctx, []orgkey.Sealed{{Binding: binding, Ciphertext: sealed}})
+	if errors.Is(err, orgkey.ErrSealBroken) {
+		err = fmt.Errorf("%w; the sealing key is not the one that this database was sealed under, or an older state of it: restore the HSM's or Vault's newest backup, or if min_decryption_version of orgkeys-seal/keys/seal was raised in Vault, lower it and run orgkeys rewrap first", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("opening the key that authenticates events: %w", err)
+	}
+	if len(opened[0]) != len(audit.EventKey{}) {
+		clear(opened[0])
+		return nil, fmt.Errorf("opening the key that authenticates events: it has %d bytes", len(opened[0]))
+	}
+	return opened[0], nil
+}
+
+func makeEventKey(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB) error {
+	binding, err := eventKeyBinding(ctx, db)
+	if err != nil {
+		return err
+	}
 	key := audit.NewEventKey()
 	defer clear(key[:])
 	sealed, err := sealer.Seal(ctx, binding, key[:])

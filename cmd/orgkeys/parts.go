@@ -31,7 +31,6 @@ type backend struct {
 	sealer   orgkey.Sealer
 	sink     audit.Sink // nil: the back end keeps no audit trail
 	signer   audit.Signer
-	receipts func(context.Context) (audit.ReceiptKeys, error) // what sink signs with
 	healthy  func(context.Context) error
 	reap     func(context.Context) error // clears what crashes left in the back end, until ctx ends
 	close    func() error
@@ -88,10 +87,9 @@ func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.
 	}
 	return backend{
 		name: config.KeystorePKCS11, keystore: token, sealer: token, healthy: token.Healthy,
-		signer:   &hsmSigner{token: token, sealer: token, db: db},
-		receipts: func(context.Context) (audit.ReceiptKeys, error) { return nil, nil },
-		reap:     func(context.Context) error { return nil }, // session objects go with their process
-		close:    token.Close,
+		signer: &hsmSigner{token: token, sealer: token, db: db},
+		reap:   func(context.Context) error { return nil }, // session objects go with their process
+		close:  token.Close,
 	}, nil
 }
 
@@ -122,35 +120,40 @@ func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slo
 		return backend{}, err
 	}
 	sink := client.Sink()
-	if _, err := receiptKeys(ctx, db, sink.Name(), client.ReceiptKeys); err != nil {
+	sink.Keys = func(ctx context.Context, keys audit.ReceiptKeys) error {
+		if err := sameReceiptKeys(ctx, db, sink.Name(), keys); err != nil {
+			return err
+		}
+		return db.KeepReceiptKeys(ctx, sink.Name(), keys)
+	}
+	keys, err := client.ReceiptKeys(ctx)
+	if err == nil {
+		err = sink.Keys(ctx, keys)
+	}
+	if err != nil {
 		client.Close()
 		return backend{}, err
 	}
 	return backend{
 		name: config.KeystoreVault, keystore: client.Keystore(), sealer: client.Sealer(), sink: sink, signer: sink,
-		receipts: client.ReceiptKeys,
-		healthy:  client.Healthy, close: func() error { client.Close(); return nil },
+		healthy: client.Healthy, close: func() error { client.Close(); return nil },
 		reap: func(ctx context.Context) error { return reapVault(ctx, client, db, reapInterval(cfg), log) },
 	}, nil
 }
 
-// receiptKeys reads the keys that a sink signs receipts with, and refuses one in
-// another's place: it would vouch for nothing that was signed before.
-func receiptKeys(ctx context.Context, db *sqlstore.DB, sink string, read func(context.Context) (audit.ReceiptKeys, error)) (audit.ReceiptKeys, error) {
-	keys, err := read(ctx)
-	if err != nil {
-		return nil, err
-	}
+// sameReceiptKeys refuses keys of which one is in the place of another that the
+// sink signed receipts with: it would vouch for nothing from before.
+func sameReceiptKeys(ctx context.Context, db *sqlstore.DB, sink string, keys audit.ReceiptKeys) error {
 	known, err := db.ReceiptKeys(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for _, k := range known {
 		if now, there := keys[k.Version]; k.Sink == sink && there && !bytes.Equal(now, k.Public) {
-			return nil, fmt.Errorf("version %d of the key that sink %s signs receipts with is another key than it was: somebody made it anew. Restore Vault from its backup; docs/operations.md, Backup and restore, has the way on without one", k.Version, sink)
+			return fmt.Errorf("version %d of the key that sink %s signs receipts with is another key than it was: somebody made it anew. Restore Vault from its backup; docs/operations.md, Backup and restore, has the way on without one", k.Version, sink)
 		}
 	}
-	return keys, nil
+	return nil
 }
 
 // reapInterval is short enough that what a crash left in Transit is gone soon

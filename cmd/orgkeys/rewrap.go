@@ -146,12 +146,12 @@ func (r *rewrapper) all(ctx context.Context, purpose, what string) error {
 	}
 }
 
-// outdated are the records of an older version, and those of none: Rewrap says
-// what is wrong with them.
+// outdated are the records of another version, and those of none: Rewrap says
+// what is wrong with those that it cannot bring up to date.
 func (r *rewrapper) outdated(page []orgkey.Sealed) []orgkey.Sealed {
 	var old []orgkey.Sealed
 	for _, s := range page {
-		if version, err := r.sealer.Version(s.Ciphertext); err != nil || version < r.key.Latest {
+		if version, err := r.sealer.Version(s.Ciphertext); err != nil || version != r.key.Latest {
 			old = append(old, s)
 		}
 	}
@@ -178,7 +178,11 @@ func (r *rewrapper) batch(ctx context.Context, old []orgkey.Sealed) error {
 
 func (r *rewrapper) apart(ctx context.Context, old []orgkey.Sealed, broken error) error {
 	if len(old) == 1 {
-		if version, err := r.sealer.Version(old[0].Ciphertext); err == nil && version < r.key.MinDecryption {
+		version, err := r.sealer.Version(old[0].Ciphertext)
+		switch {
+		case err == nil && version > r.key.Latest:
+			return fmt.Errorf("there are records of version %d, and the newest of the key orgkeys-seal/keys/seal is %d: Vault was put back to before that version was made; restore a newer backup of Vault, or those records are lost", version, r.key.Latest)
+		case err == nil && version < r.key.MinDecryption:
 			return fmt.Errorf("there are records of version %d, and versions below %d open nothing now: lower min_decryption_version of the key orgkeys-seal/keys/seal and run this again", version, r.key.MinDecryption)
 		}
 		if b := old[0].Binding; !r.failed[b] {

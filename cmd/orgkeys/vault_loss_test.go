@@ -3,10 +3,12 @@ package main
 import (
 	"io"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/google/uuid"
 	"github.com/hashicorp/vault/api"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -195,13 +197,108 @@ func TestASealingKeyWithdrawnTooEarlyIsNamed(t *testing.T) {
 	s.Stop(t)
 	vaultWrite(t, v, "orgkeys-seal/keys/seal/rotate", nil)
 	vaultWrite(t, v, "orgkeys-seal/keys/seal/config", map[string]any{"min_decryption_version": 2})
-	if _, errs, code := s.Run(t, "serve"); code == 0 || !strings.Contains(errs, "lower it and run orgkeys rewrap") {
-		t.Errorf("exit code %d: %s", code, errs)
-	}
+	refusedStart(t, s, "lower it and run orgkeys rewrap")
 	vaultWrite(t, v, "orgkeys-seal/keys/seal/config", map[string]any{"min_decryption_version": 1})
 	s.Start(t)
 	s.Generate(t, harness.Org())
 	s.Stop(t)
+}
+
+// After a rotation and a rewrap, a backup of Vault from before is worth nothing,
+// which every command says.
+func TestAVaultFromBeforeTheRotationIsNamed(t *testing.T) {
+	t.Parallel()
+	v, s := withVault(t)
+	s.Configured("ORGKEYS_RESERVATION_TTL", "10s")
+	s.Start(t)
+	s.Generate(t, harness.Org())
+	s.Stop(t)
+	if err := v.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	storage, backup := filepath.Join(v.Dir, "storage"), t.TempDir()
+	if err := os.CopyFS(backup, os.DirFS(storage)); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	vaultWrite(t, v, "orgkeys-seal/keys/seal/rotate", nil)
+	ok(t, s, "rewrap")
+	if err := v.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(storage); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(storage, os.DirFS(backup)); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	refusedStart(t, s, "or an older state of it: restore", "newest backup")
+	if _, errs, code := s.Run(t, "rewrap"); code == 0 || !strings.Contains(errs, "there are records of version 2, and the newest of the key orgkeys-seal/keys/seal is 1") {
+		t.Errorf("rewrap: exit code %d: %s", code, errs)
+	}
+}
+
+// Promise 5: receipts verify at once, also by a key that was rotated a moment ago.
+func TestReceiptsVerifyAtOnce(t *testing.T) {
+	t.Parallel()
+	v, s := withVault(t)
+	s.Configured("ORGKEYS_AUDIT_SINKS", "vault,file")
+	s.Configured("ORGKEYS_AUDIT_FILE", filepath.Join(t.TempDir(), "sink.jsonl"))
+	s.Start(t)
+	org := harness.Org()
+	for range 2 {
+		s.Generate(t, org)
+		if out := ok(t, s, "audit", "verify"); !strings.Contains(out, "have a receipt that verifies") {
+			t.Errorf("said %s", out)
+		}
+		vaultWrite(t, v, "orgkeys-audit/keys/receipt/rotate", nil)
+	}
+}
+
+// Promise 5: a version that was made anew, after Vault was put back, releases nothing.
+func TestAReceiptKeyMadeAnewWhileServingReleasesNothing(t *testing.T) {
+	t.Parallel()
+	v, s := withVault(t)
+	s.Start(t)
+	org := harness.Org()
+	s.Generate(t, org)
+	// As if version 2 had been another one before Vault was put back.
+	db := s.Database(t)
+	harness.Exec(t, db, `INSERT INTO receipt_keys (sink, version, public) VALUES ('vault', 2, randomblob(32))`)
+	vaultWrite(t, v, "orgkeys-audit/keys/receipt/rotate", nil)
+	resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER"), Header: http.Header{"Accept": {"application/x-pem-file"}}})
+	if resp.Status != http.StatusServiceUnavailable {
+		t.Errorf("a key was released: %d", resp.Status)
+	}
+	if said := readiness(t, s); !strings.Contains(said, "is another key than it was") {
+		t.Errorf("readiness says %s", said)
+	}
+}
+
+// A mere warning of Vault does not keep doctor from looking at the rest.
+func TestDoctorLooksOnBehindAWarning(t *testing.T) {
+	t.Parallel()
+	v, s := withVault(t)
+	s.Configured("ORGKEYS_RESERVATION_TTL", "10s")
+	s.Start(t)
+	s.Generate(t, harness.Org())
+	s.Stop(t)
+	vaultWrite(t, v, "orgkeys/keys/"+uuid.NewString(), map[string]any{"type": "rsa-2048"})
+	if _, err := administrator(t, v).Logical().DeleteWithContext(t.Context(), "orgkeys-state/data/checkpoint"); err != nil {
+		t.Fatal(err)
+	}
+	harness.Eventually(t, harness.Patience, "the key is old", func() bool {
+		out, _, _ := s.Run(t, "doctor")
+		return strings.Contains(out, "Transit holds 1 keys")
+	})
+	if out, _, code := s.Run(t, "doctor"); code != 1 || !strings.Contains(out, "somebody deleted version") {
+		t.Errorf("exit code %d: %s", code, out)
+	}
 }
 
 // A wrapped secret ID is good for one login, which is all that a command needs.

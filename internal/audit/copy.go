@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"slices"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -112,17 +113,23 @@ func (c *Copy) addRollback(r Rollback) error {
 			return err
 		}
 	}
-	c.Rollbacks = append(c.Rollbacks, r)
-	c.leaves = c.leaves[:min(int64(len(c.leaves)), max(0, r.Kept-c.first))]
+	// The event of an earlier one is among what the log has lost this time.
+	c.Rollbacks = append(slices.DeleteFunc(c.Rollbacks, func(earlier Rollback) bool { return earlier.place() >= r.Kept }), r)
 	if c.first > 0 {
 		c.leaves = nil // a copy that begins later: the events before that come now
 	}
-	maps.DeleteFunc(c.points, func(size int64, _ []Checkpoint) bool { return size > r.Kept })
-	c.last = 0
-	for size := range c.points {
-		c.last = max(c.last, size)
-	}
+	c.keep(r.Kept)
 	return nil
+}
+
+// keep forgets all but the log's first events.
+func (c *Copy) keep(size int64) {
+	c.leaves = c.leaves[:min(int64(len(c.leaves)), max(0, size-c.first))]
+	maps.DeleteFunc(c.points, func(at int64, _ []Checkpoint) bool { return at > size })
+	c.last = 0
+	for at := range c.points {
+		c.last = max(c.last, at)
+	}
 }
 
 // Differs compares the log, which is at head, with what the copy holds of it. It

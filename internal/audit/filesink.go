@@ -29,11 +29,21 @@ type line struct {
 // is given the whole log anew behind it; what stands before is history that the
 // log may have lost.
 type Rollback struct {
-	From   string `json:"from"` // the checkpoint that the sink held
+	From   string `json:"from"` // the checkpoint that a sink held
 	To     string `json:"to"`   // the log's checkpoint when it was accepted
 	Kept   int64  `json:"kept"` // how many first events of To the sink holds as they are: fewer than To has if they were rewritten, too
 	Reason string `json:"reason"`
 }
+
+// place is the index of the rollback's event: it comes right behind To.
+func (r Rollback) place() int64 {
+	to, _ := ParseCheckpoint(r.To) // was read before, or counts as size 0
+	return to.Size
+}
+
+// Accounts reports whether r, whose event has an index, is why a copy of the log
+// holds another event at an index than the log does: it was made before.
+func (r Rollback) Accounts(index, differs int64) bool { return r.Kept <= differs && differs <= index }
 
 // Event is the event that the log has of an accepted rollback.
 func (r Rollback) Event() Event {
@@ -44,9 +54,9 @@ func (r Rollback) Event() Event {
 	return e
 }
 
-// rollbackOf is the rollback that an event tells of. Where the event does not
+// RollbackOf is the rollback that an event tells of. Where the event does not
 // say what was kept, nothing was.
-func rollbackOf(e Event) Rollback {
+func RollbackOf(e Event) Rollback {
 	kept, _ := strconv.ParseInt(e.Detail["kept"], 10, 64)
 	return Rollback{From: e.Detail["from"], To: e.Detail["to"], Kept: kept, Reason: e.Detail["reason"]}
 }

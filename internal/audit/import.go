@@ -466,7 +466,7 @@ func (x *importer) take(b *batch) error {
 			}
 		}
 		if p.event.Type == RollbackAccepted {
-			r := rollbackOf(p.event)
+			r := RollbackOf(p.event)
 			x.report.Rollbacks = append(x.report.Rollbacks, r)
 			x.accepted = append(x.accepted, acceptedRollback{r, index})
 		}

@@ -186,7 +186,7 @@ type Checkpointer struct {
 	log      *slog.Logger
 
 	// Prepare makes durable what the log refers to, before a checkpoint is
-	// signed: texts of policies, keys of receipts. It may be nil.
+	// signed: texts of policies. It may be nil.
 	Prepare func(context.Context) error
 
 	asked atomic.Bool // whether the log was found to extend what the sinks hold

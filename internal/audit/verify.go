@@ -74,6 +74,7 @@ type Report struct {
 	Receipts        int64     // each signed by a stored receipt key
 	Erased          int64     // events whose personal part was erased
 	Rollbacks       []Rollback
+	Before          bool // the copy is from before the last of them, which has lost the rest of it
 }
 
 // Verify checks that every event is the one that the tree was built from, that
@@ -101,10 +102,14 @@ func Verify(ctx context.Context, a Archive, copy *Copy, progress Progress) (Repo
 	if err := v.openReceipts(ctx, a); err != nil {
 		return Report{}, err
 	}
-	if err := v.walk(ctx, a); err != nil {
-		return Report{}, err
+	err = v.walk(ctx, a)
+	if err == nil {
+		err = v.finish()
 	}
-	if err := v.finish(); err != nil {
+	if parted := v.unaccounted(); parted != nil {
+		return Report{}, parted
+	}
+	if err != nil {
 		return Report{}, err
 	}
 	if err := errors.Join(v.checkPolicies(ctx, a), v.checkErasures(ctx, a)); err != nil {
@@ -125,7 +130,8 @@ type verification struct {
 	frontier
 	copy     *Copy
 	progress func(done, all int64)
-	accepted []Rollback // by RollbackAccepted events
+	accepted []acceptedRollback
+	parted   *Problem // the first event that the copy has another one of
 
 	policies map[string]int64 // by revision, the first event that it decided
 	erased   map[string]int64 // by person, the newest PersonErased event
@@ -184,14 +190,15 @@ func (v *verification) checkRow(row Row) error {
 		return &Problem{row.Index, "its columns are not those of its leaf: it was altered"}
 	}
 	if held, ok := v.copy.leaf(row.Index); ok && held != tlog.RecordHash(row.Leaf) {
-		return &Problem{row.Index, "it is not the one that the sink's copy holds: the log was rewritten"}
+		v.parted = &Problem{row.Index, "it is not the one that the sink's copy holds: the log was rewritten"}
+		v.copy.keep(row.Index)
 	}
 	if row.Index == v.copy.end() {
 		v.Uncovered = e.Time
 	}
 	switch e.Type {
 	case RollbackAccepted:
-		v.accepted = append(v.accepted, rollbackOf(e))
+		v.accepted = append(v.accepted, acceptedRollback{RollbackOf(e), row.Index})
 	case PersonErased:
 		v.erased[e.Object] = row.Index
 	}
@@ -269,9 +276,30 @@ func (v *verification) finish() error {
 	}
 	v.Covered = max(v.Covered, min(v.copy.end(), v.size))
 	for _, r := range v.Rollbacks {
-		if !slices.Contains(v.accepted, r) {
+		if !slices.ContainsFunc(v.accepted, func(a acceptedRollback) bool { return a.Rollback == r }) {
 			return &Problem{-1, "the sink's copy notes a rollback that no event of the log accounts for"}
 		}
 	}
 	return nil
+}
+
+// unaccounted returns the problem that the log is not the copy's, unless the
+// copy is from before an accepted rollback, and vouches for what that kept. The
+// event of one counts only within what was signed: anybody who writes to the
+// database could insert one.
+func (v *verification) unaccounted() error {
+	if v.parted == nil {
+		return nil
+	}
+	for _, r := range v.accepted {
+		if !r.Accounts(r.index, v.parted.Index) {
+			continue
+		}
+		if r.index < v.Signed {
+			v.Rollbacks, v.Before = append(v.Rollbacks, r.Rollback), true
+			return nil
+		}
+		v.parted.What += fmt.Sprintf(", or the copy is from before the rollback that event %d accepted, over which no checkpoint was signed yet", r.index)
+	}
+	return v.parted
 }

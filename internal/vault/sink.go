@@ -33,6 +33,9 @@ const (
 // Vault signs only after the whole request was written to the device.
 type Sink struct {
 	c *Client
+	// Keys, if set, is told the receipt key's public halves before the first
+	// receipt by one of them counts, and may refuse them.
+	Keys func(context.Context, audit.ReceiptKeys) error
 
 	mu      sync.Mutex
 	keys    audit.ReceiptKeys
@@ -222,9 +225,14 @@ func (s *Sink) verify(ctx context.Context, leaf, receipt []byte) error {
 		return err
 	}
 	if s.keys[version] == nil {
-		if s.keys, err = s.c.ReceiptKeys(ctx); err != nil {
+		keys, err := s.c.ReceiptKeys(ctx)
+		if err == nil && s.Keys != nil {
+			err = s.Keys(ctx, keys)
+		}
+		if err != nil {
 			return err
 		}
+		s.keys = keys
 	}
 	return s.keys.Verify(leaf, receipt)
 }
