@@ -100,19 +100,28 @@ func (f *VaultFile) Read(name string, r io.Reader) error {
 	}
 	f.names = append(f.names, name)
 	in := bufio.NewReaderSize(r, maxVaultLine)
+	whole, size := 0, 0
 	for line := int64(1); ; line++ {
 		raw, err := in.ReadSlice('\n')
 		last := errors.Is(err, io.EOF)
+		if errors.Is(err, bufio.ErrBufferFull) {
+			return fmt.Errorf("%s: line %d is longer than any of Vault's audit file: is it compressed?", name, line)
+		}
 		if err != nil && !last {
 			return fmt.Errorf("%s: line %d: %w", name, line, err)
 		}
+		size += len(raw)
 		switch {
 		case wholeEntry(raw):
+			whole++
 			if err := f.entry(raw, line); err != nil {
 				return fmt.Errorf("%s: line %d cannot be read: %w", name, line, err)
 			}
 		case !last:
 			f.torn = append(f.torn, fmt.Sprintf("%s:%d", name, line))
+		}
+		if last && whole == 0 && size > 0 {
+			return fmt.Errorf("%s holds no entry of Vault's audit file, one JSON object a line: decompress it, and let an audit device of Vault write format=json", name)
 		}
 		if last {
 			return nil

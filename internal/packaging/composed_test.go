@@ -158,15 +158,34 @@ func TestComposeVault(t *testing.T) {
 	env := append(os.Environ(), "PATH="+work+":"+os.Getenv("PATH"), "HOME="+work,
 		"VAULT_ADDR=https://127.0.0.1:"+port, "VAULT_CACERT="+d.Secrets["ca_cert"].File)
 
-	keys := filepath.Join(d.dir, "vault-keys/init.json")
-	for _, state := range []string{"new", "restarted", "interrupted"} {
-		if state == "interrupted" { // between getting the keys and naming their file
-			if err := os.Rename(keys, keys+".new"); err != nil {
+	keys, storage := filepath.Join(d.dir, "vault-keys/init.json"), filepath.Join(d.dir, "vault")
+	move := func(from, to string) func() {
+		return func() {
+			if err := os.Rename(from, to); err != nil {
 				t.Fatal(err)
 			}
 		}
+	}
+	for _, state := range []struct {
+		name    string
+		become  func()
+		refused string
+	}{
+		{"new", func() {}, ""},
+		{"restarted", func() {}, ""},
+		{"interrupted before it named the keys", move(keys, keys+".new"), ""},
+		{"without the keys", move(keys, keys+".away"), "Put init.json"},
+		{"empty beside keys", func() { move(keys+".away", keys)(); move(storage, storage+".away")() }, "This Vault is empty"},
+		{"put back", func() {
+			if err := os.RemoveAll(storage); err != nil {
+				t.Fatal(err)
+			}
+			move(storage+".away", storage)()
+		}, ""},
+	} {
+		state.become()
 		stop := background(t, exec.Command(binary, "server", "-config="+filepath.Join(work, "server.hcl")))
-		eventually(t, state+" Vault", func() error {
+		eventually(t, "a Vault that is "+state.name, func() error {
 			if code := exitCode(t.Context(), env, "vault", "status"); code != 2 {
 				return errors.New("it does not say that it is sealed")
 			}
@@ -174,11 +193,14 @@ func TestComposeVault(t *testing.T) {
 		})
 		cmd := exec.CommandContext(t.Context(), filepath.Join(work, "vault-setup"))
 		cmd.Env = env
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("setting up a %s Vault: %v\n%s", state, err, out)
-		}
-		if code := exitCode(t.Context(), env, "vault", "status"); code != 0 {
-			t.Errorf("after the set-up step a %s Vault is still sealed", state)
+		out, err := cmd.CombinedOutput()
+		switch {
+		case state.refused != "" && (err == nil || !strings.Contains(string(out), state.refused)):
+			t.Errorf("a Vault that is %s: %v\n%s", state.name, err, out)
+		case state.refused == "" && err != nil:
+			t.Fatalf("setting up a Vault that is %s: %v\n%s", state.name, err, out)
+		case state.refused == "" && exitCode(t.Context(), env, "vault", "status") != 0:
+			t.Errorf("after the set-up step a Vault that is %s is still sealed", state.name)
 		}
 		stop()
 	}

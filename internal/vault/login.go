@@ -176,7 +176,7 @@ func (a *AppRole) unwrap(ctx context.Context, base *api.Client, wrapping string)
 	const lookup = "sys/wrapping/lookup"
 	info, err := base.Logical().WriteWithContext(ctx, lookup, map[string]any{"token": wrapping})
 	if err != nil {
-		return "", fmt.Errorf("looking at the wrapped secret ID, which may have been used or have expired: "+
+		return "", fmt.Errorf("looking at the wrapped secret ID, which may have expired, or have been used, as by an orgkeys command that was given the server's file: "+
 			"deliver a fresh one, and if nobody known used it, revoke the old one: %w", loginError(lookup, err))
 	}
 	if path, _ := info.Data["creation_path"].(string); path != a.WrappedAt {

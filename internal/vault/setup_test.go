@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/go-json-experiment/json"
@@ -236,6 +237,32 @@ func TestSetupWritesTheKindOfCredentialAskedFor(t *testing.T) {
 		}
 		if strings.Contains(output, "wrote "+file) != step.wrote || strings.HasPrefix(string(b), "hvs.") != (step.args != nil) {
 			t.Errorf("%v: said %q, and the file begins with %.4s", step.args, output, b)
+		}
+	}
+}
+
+// The service's user owns its directory, and root runs the set-up.
+func TestSetupGivesCredentialsToWhoseDirectoryItIs(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Log("files of another user's are checked where root runs the tests; here they are the caller's own")
+	}
+	dir, owner := t.TempDir(), os.Getuid()
+	if os.Getuid() == 0 {
+		owner = 12345
+		if err := os.Chown(dir, owner, owner); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := server.Setup(t.Context(), "--credentials", dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"role_id", "secret_id"} {
+		info, err := os.Stat(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if stat := info.Sys().(*syscall.Stat_t); int(stat.Uid) != owner || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: owner %d, mode %04o", name, stat.Uid, info.Mode().Perm())
 		}
 	}
 }
