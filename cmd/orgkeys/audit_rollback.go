@@ -198,6 +198,19 @@ func heldOf(ctx context.Context, cfg config.Config, db *sqlstore.DB, sinks []aud
 	return held, eachSigned(ctx, db, func(s audit.Signed) error { held.AddCheckpoint(s.Checkpoint); return nil })
 }
 
+// lastOf is what a sink holds, or ErrCheckpointLost.
+func lastOf(ctx context.Context, db *sqlstore.DB, s audit.Sink) (audit.Checkpoint, error) {
+	held, err := s.Last(ctx)
+	if err != nil {
+		return held, err
+	}
+	next, err := db.SinkNext(ctx, s.Name())
+	if err != nil {
+		return held, err
+	}
+	return held, audit.CheckHeld(s, held, next)
+}
+
 // extended reports whether the log, which is at head, extends held.
 func extended(ctx context.Context, db *sqlstore.DB, head, held audit.Checkpoint) (bool, error) {
 	if held.Size == 0 {
@@ -211,7 +224,7 @@ func extended(ctx context.Context, db *sqlstore.DB, head, held audit.Checkpoint)
 }
 
 func acceptIn(ctx context.Context, out io.Writer, db *sqlstore.DB, s audit.Sink, head audit.Checkpoint, a *acceptance) (bool, error) {
-	held, err := s.Last(ctx)
+	held, err := lastOf(ctx, db, s)
 	had := fmt.Sprintf("had acknowledged %d", held.Size)
 	switch {
 	case errors.Is(err, audit.ErrCheckpointLost):

@@ -370,7 +370,7 @@ func (d *doctor) hsm(ctx context.Context, db *sqlstore.DB) {
 			d.warn("HSM", "orgkeys serve makes it", "there is no SoftHSM token in %s yet", d.cfg.DataDir)
 			return
 		}
-		hc, _, err = hsm.InitSoftHSM(d.cfg.DataDir) // finds what is there
+		hc, err = hsm.LocateSoftHSM(d.cfg.DataDir)
 		hc.Log = d.log
 	case hc.Module == "":
 		hc.Module, err = hsm.FindSoftHSM()

@@ -82,6 +82,11 @@ func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.
 	if errors.Is(err, hsm.ErrNoSealingKey) {
 		err = fmt.Errorf("%w, and the database holds records sealed by another: this is not the token that they belong to", err)
 	}
+	if err == nil && cfg.PINFile == "" {
+		if err = hsm.KeepSoftHSM(dir.path); err != nil {
+			err = errors.Join(fmt.Errorf("keeping a copy of the token's record: %w", err), token.Close())
+		}
+	}
 	if err != nil {
 		return backend{}, err
 	}

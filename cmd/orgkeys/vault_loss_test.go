@@ -107,22 +107,27 @@ func TestALostReceiptKeyIsNoticed(t *testing.T) {
 func TestALostCheckpointIsAcceptedOnPurposeOnly(t *testing.T) {
 	t.Parallel()
 	v, s := withVault(t)
-	s.Start(t)
 	org := harness.Org()
-	s.Generate(t, org)
-	s.Stop(t)
-	if _, err := administrator(t, v).Logical().DeleteWithContext(t.Context(), "orgkeys-state/data/checkpoint"); err != nil {
-		t.Fatal(err)
-	}
-	refusedStart(t, s, "somebody deleted version", "accept-rollback")
-	if out := ok(t, s, "audit", "accept-rollback", "--reason", "the clean-up of Sunday deleted it"); !strings.Contains(out, "sink vault cannot say what it had acknowledged") {
-		t.Errorf("said %q", out)
-	}
-	s.Start(t)
-	s.Generate(t, org)
-	s.Stop(t)
-	if said := verifies(t, v, s); !strings.Contains(said, `a rollback was accepted: "the clean-up of Sunday deleted it"`) {
-		t.Errorf("said %s", said)
+	for _, lost := range []struct{ path, words string }{
+		{"orgkeys-state/data/checkpoint", "somebody deleted version"},
+		{"orgkeys-state/metadata/checkpoint", "sink vault holds none, and has acknowledged"},
+	} {
+		s.Start(t)
+		s.Generate(t, org)
+		s.Stop(t)
+		if _, err := administrator(t, v).Logical().DeleteWithContext(t.Context(), lost.path); err != nil {
+			t.Fatal(err)
+		}
+		refusedStart(t, s, lost.words, "accept-rollback")
+		if out := ok(t, s, "audit", "accept-rollback", "--reason", "the clean-up of Sunday deleted it"); !strings.Contains(out, "sink vault cannot say what it had acknowledged") {
+			t.Errorf("said %q", out)
+		}
+		s.Start(t)
+		s.Generate(t, org)
+		s.Stop(t)
+		if said := verifies(t, v, s); !strings.Contains(said, `a rollback was accepted: "the clean-up of Sunday deleted it"`) {
+			t.Errorf("said %s", said)
+		}
 	}
 }
 

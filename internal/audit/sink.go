@@ -37,6 +37,15 @@ type Sink interface {
 	AcceptRollback(ctx context.Context, r Rollback) error
 }
 
+// CheckHeld reports ErrCheckpointLost for a shared sink that holds no checkpoint,
+// and has acknowledged the entries before next.
+func CheckHeld(s Sink, held Checkpoint, next int64) error {
+	if s.Shared() && held.Size == 0 && next > 0 {
+		return fmt.Errorf("%w: sink %s holds none, and has acknowledged %d events", ErrCheckpointLost, s.Name(), next)
+	}
+	return nil
+}
+
 // RollbackError says that the log does not extend what a sink holds of it:
 // events were lost or rewritten, as by restoring an old backup.
 type RollbackError struct {
@@ -153,6 +162,9 @@ func (f *follower) resume(ctx context.Context) (held Checkpoint, err error) {
 		return held, err
 	}
 	next, err := f.log.store.SinkNext(ctx, f.sink.Name())
+	if err == nil {
+		err = CheckHeld(f.sink, held, next)
+	}
 	if err != nil || next >= held.Size {
 		return held, err
 	}

@@ -117,16 +117,40 @@ func (f *VaultFile) Read(name string, r io.Reader) error {
 			if err := f.entry(raw, line); err != nil {
 				return fmt.Errorf("%s: line %d cannot be read: %w", name, line, err)
 			}
+		case len(bytes.TrimSpace(raw)) == 0:
 		case !last:
+			if at := glued(raw); at > 0 {
+				whole++
+				if err := f.entry(raw[at:], line); err != nil {
+					return fmt.Errorf("%s: line %d cannot be read: %w", name, line, err)
+				}
+			}
 			f.torn = append(f.torn, fmt.Sprintf("%s:%d", name, line))
 		}
 		if last && whole == 0 && size > 0 {
-			return fmt.Errorf("%s holds no entry of Vault's audit file, one JSON object a line: decompress it, and let an audit device of Vault write format=json", name)
+			return fmt.Errorf("%s holds no entry of Vault's audit file, one JSON object a line: decompress it, and let an audit device of Vault write format=json without a prefix", name)
 		}
 		if last {
 			return nil
 		}
 	}
+}
+
+// glued returns where an entry begins that Vault wrote behind one that its crash
+// had torn, or 0.
+func glued(raw []byte) int {
+	const objects = 1000 // in the torn entry, at most: each is read to its end
+	at := 0
+	for range objects {
+		next := bytes.Index(raw[at+1:], []byte(`{"`))
+		if next < 0 {
+			return 0
+		}
+		if at += 1 + next; wholeEntry(raw[at:]) {
+			return at
+		}
+	}
+	return 0
 }
 
 // wholeEntry reports whether a line is one entry, of orgkeys or of anybody else.

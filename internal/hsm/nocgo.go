@@ -43,3 +43,9 @@ func (*Token) Capacity() int { return 0 }
 
 // Close does nothing.
 func (*Token) Close() error { return nil }
+
+// LocateSoftHSM reports ErrNoCgo.
+func LocateSoftHSM(string) (Config, error) { return Config{}, ErrNoCgo }
+
+// KeepSoftHSM reports ErrNoCgo.
+func KeepSoftHSM(string) error { return ErrNoCgo }

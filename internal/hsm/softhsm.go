@@ -75,28 +75,43 @@ func InitSoftHSM(dir string) (cfg Config, created bool, err error) {
 	if strings.ContainsAny(dir, "#=\r\n") {
 		return Config{}, false, fmt.Errorf("SoftHSM cannot keep a token under %q: the path has one of #, = or a line's end", dir)
 	}
-	cfg = Config{Module: module, TokenLabel: softHSMLabel, PINFile: filepath.Join(dir, softHSMPIN)}
 	tokens := filepath.Join(dir, softHSMTokens)
 	switch _, err := os.Stat(tokens); {
 	case errors.Is(err, fs.ErrNotExist):
-		if err := createSoftHSM(dir, cfg); err != nil {
+		if err := createSoftHSM(dir, ownToken(module, dir)); err != nil {
 			return Config{}, false, fmt.Errorf("making the SoftHSM token: %w", err)
 		}
 		created = true
 	case err != nil:
 		return Config{}, false, fmt.Errorf("locating the token: %w", err)
 	default:
-		if _, err := os.Stat(cfg.PINFile); err != nil {
-			return Config{}, false, fmt.Errorf("there is a token, but no PIN for it; restore it from the backup: %w", err)
+		if err := restoreRecord(tokens, filepath.Join(dir, softHSMRecord)); err != nil {
+			return Config{}, false, fmt.Errorf("restoring the token's record: %w", err)
 		}
 	}
-	if err := keepRecord(tokens, filepath.Join(dir, softHSMRecord)); err != nil {
-		return Config{}, false, fmt.Errorf("keeping the token's record: %w", err)
+	cfg, err = LocateSoftHSM(dir)
+	return cfg, created, err
+}
+
+func ownToken(module, dir string) Config {
+	return Config{Module: module, TokenLabel: softHSMLabel, PINFile: filepath.Join(dir, softHSMPIN)}
+}
+
+// LocateSoftHSM is InitSoftHSM without making or restoring anything, for who
+// looks at a token that may be in use.
+func LocateSoftHSM(dir string) (Config, error) {
+	module, err := FindSoftHSM()
+	if err != nil {
+		return Config{}, err
 	}
-	if err := useSoftHSM(filepath.Join(dir, softHSMConf), tokens); err != nil {
-		return Config{}, false, err
+	if dir, err = filepath.Abs(dir); err != nil {
+		return Config{}, fmt.Errorf("locating the token: %w", err)
 	}
-	return cfg, created, nil
+	cfg := ownToken(module, dir)
+	if _, err := os.Stat(cfg.PINFile); err != nil {
+		return Config{}, fmt.Errorf("there is a token, but no PIN for it; restore it from the backup: %w", err)
+	}
+	return cfg, useSoftHSM(filepath.Join(dir, softHSMConf), filepath.Join(dir, softHSMTokens))
 }
 
 // useSoftHSM writes conf for an object store and makes SoftHSM read it at the next C_Initialize.
@@ -111,39 +126,60 @@ func useSoftHSM(conf, tokens string) error {
 	return os.Setenv("SOFTHSM2_CONF", conf)
 }
 
-// keepRecord keeps a copy of the token's record, and puts it back where the
-// record is not whole. At each login SoftHSM empties that file and then writes
-// it anew, with another generation, its first 8 bytes: who is killed in between
-// leaves a token that nothing opens.
-func keepRecord(tokens, kept string) error {
-	store, err := os.OpenRoot(tokens)
-	if err != nil {
+// SoftHSM empties a token's record at each login and then writes it anew, with
+// another generation, its first 8 bytes. Who is killed in between leaves a token
+// that nothing opens, so a copy is kept.
+const generation = 8
+
+// KeepSoftHSM keeps a copy of the record of the token under dir. It is called
+// when the token has been opened, which shows that the record is good.
+func KeepSoftHSM(dir string) error {
+	_, record, err := readRecord(filepath.Join(dir, softHSMTokens))
+	if err != nil || !isRecord(record) { // another process may be at it
 		return err
 	}
-	defer store.Close()
-	records, err := fs.Glob(store.FS(), "*/"+softHSMRecord)
-	if err != nil || len(records) != 1 { // not a token of createSoftHSM's
-		return err
+	kept := filepath.Join(dir, softHSMRecord)
+	if copied, err := os.ReadFile(kept); err == nil && isRecord(copied) && bytes.Equal(record[generation:], copied[generation:]) {
+		return nil
 	}
-	record, err := store.ReadFile(records[0])
-	if err != nil {
+	return writeFile(kept, record)
+}
+
+// restoreRecord puts the copy back where the record is not whole: what was cut
+// short is the beginning of what it was.
+func restoreRecord(tokens, kept string) error {
+	path, record, err := readRecord(tokens)
+	if err != nil || path == "" {
 		return err
 	}
 	copied, err := os.ReadFile(kept)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if !isRecord(copied) || isRecord(record) && (len(record) >= len(copied) || !bytes.HasPrefix(copied[generation:], record[generation:])) {
+		if isRecord(record) || errors.Is(err, fs.ErrNotExist) {
+			return nil // whole, or opening the token tells
+		}
 		return err
 	}
-	const generation = 8
-	whole := len(record) >= max(len(copied), generation+1) && bytes.Contains(record, []byte(softHSMLabel))
-	switch {
-	case !whole && copied == nil:
-		return nil // opening the token tells
-	case !whole:
-		return writeFile(filepath.Join(tokens, records[0]), copied)
-	case copied == nil || !bytes.Equal(record[generation:], copied[generation:]):
-		return writeFile(kept, record)
+	return writeFile(path, copied)
+}
+
+func isRecord(b []byte) bool {
+	return len(b) > generation && bytes.Contains(b[generation:], []byte(softHSMLabel))
+}
+
+// readRecord returns the record's place and text; none if the object store does
+// not hold one token alone, as createSoftHSM makes it.
+func readRecord(tokens string) (path string, record []byte, err error) {
+	store, err := os.OpenRoot(tokens)
+	if err != nil {
+		return "", nil, err
 	}
-	return nil
+	defer store.Close()
+	names, err := fs.Glob(store.FS(), "*/"+softHSMRecord)
+	if err != nil || len(names) != 1 {
+		return "", nil, err
+	}
+	record, err = store.ReadFile(names[0])
+	return filepath.Join(tokens, names[0]), record, err
 }
 
 // createSoftHSM makes the PIN and then a token that is complete.

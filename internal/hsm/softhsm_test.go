@@ -3,6 +3,8 @@
 package hsm
 
 import (
+	"bytes"
+	"errors"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -32,6 +34,9 @@ func checkUsable(t *testing.T, dir string) {
 			t.Errorf("Close: %v", err)
 		}
 	}()
+	if err := KeepSoftHSM(dir); err != nil {
+		t.Error(err)
+	}
 	item := orgkey.Sealed{Binding: orgkey.Binding{Org: "acme", ID: "one"}}
 	if item.Ciphertext, err = token.Seal(bounded(t), item.Binding, []byte("value")); err != nil {
 		t.Errorf("Seal: %v", err)
@@ -166,19 +171,93 @@ func TestInitSoftHSMAfterACrash(t *testing.T) {
 	}
 }
 
-// cutRecord makes a token, uses it, and leaves of its record what cut returns.
-func cutRecord(t *testing.T, dir string, cut func([]byte) []byte) {
+// What is kept beside a good token is not put in its place.
+func TestABadCopyOfTheRecordHarmsNothing(t *testing.T) {
+	for name, text := range map[string]string{"larger": strings.Repeat("x", 4096), "empty": "", "zeros": strings.Repeat("\x00", 320), "shorter": "orgkeys"} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			checkUsable(t, dir)
+			kept := filepath.Join(dir, "token.object")
+			if err := os.WriteFile(kept, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			checkUsable(t, dir)
+			if err := os.Truncate(records(t, dir)[0], 0); err != nil {
+				t.Fatal(err)
+			}
+			checkUsable(t, dir) // the copy was mended by the start before
+		})
+	}
+	t.Run("unreadable", func(t *testing.T) {
+		dir := t.TempDir()
+		checkUsable(t, dir)
+		kept := filepath.Join(dir, "token.object")
+		if err := errors.Join(os.Remove(kept), os.Mkdir(kept, 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := InitSoftHSM(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("the record is bad, and whole to look at", func(t *testing.T) {
+		dir := t.TempDir()
+		checkUsable(t, dir)
+		path, kept := records(t, dir)[0], filepath.Join(dir, "token.object")
+		good, err := os.ReadFile(kept)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bad := bytes.Clone(good)
+		bad[280] ^= 1
+		if err := os.WriteFile(path, bad, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		cfg, _, err := InitSoftHSM(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if token, err := Open(t.Context(), cfg); err == nil {
+			t.Error("it opens", token.Close())
+		}
+		if b, err := os.ReadFile(kept); err != nil || !bytes.Equal(b, good) {
+			t.Errorf("the good copy is gone: %v", err)
+		}
+	})
+	t.Run("another token's, which is larger", func(t *testing.T) {
+		dir := t.TempDir()
+		checkUsable(t, dir)
+		record, err := os.ReadFile(records(t, dir)[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		other := append(bytes.Clone(record), "more"...)
+		other[len(record)-1] ^= 1
+		if err := os.WriteFile(filepath.Join(dir, "token.object"), other, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		checkUsable(t, dir)
+	})
+}
+
+func records(t *testing.T, dir string) []string {
 	t.Helper()
-	checkUsable(t, dir)
 	records, err := filepath.Glob(filepath.Join(dir, "tokens", "*", "token.object"))
 	if err != nil || len(records) != 1 {
 		t.Fatalf("the token has %d records, %v", len(records), err)
 	}
-	record, err := os.ReadFile(records[0])
+	return records
+}
+
+// cutRecord makes a token, uses it, and leaves of its record what cut returns.
+func cutRecord(t *testing.T, dir string, cut func([]byte) []byte) {
+	t.Helper()
+	checkUsable(t, dir)
+	path := records(t, dir)[0]
+	record, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(records[0], cut(record), 0o600); err != nil {
+	if err := os.WriteFile(path, cut(record), 0o600); err != nil {
 		t.Fatal(err)
 	}
 }

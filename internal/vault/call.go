@@ -30,6 +30,11 @@ type statusError struct {
 	request  request
 	status   int
 	messages []string
+	foreign  bool // not of Vault's form: it comes from something in between
+}
+
+func newStatusError(r request, refused *api.ResponseError) *statusError {
+	return &statusError{r, refused.StatusCode, refused.Errors, refused.RawError}
 }
 
 func (e *statusError) Error() string {
@@ -38,6 +43,8 @@ func (e *statusError) Error() string {
 
 func (e *statusError) Unwrap() error {
 	switch {
+	case e.foreign:
+		return orgkey.ErrUnavailable
 	case e.status == http.StatusForbidden:
 		return ErrDenied
 	case e.status == http.StatusNotFound:
@@ -50,7 +57,7 @@ func (e *statusError) Unwrap() error {
 
 func badRequest(err error) bool {
 	e, ok := errors.AsType[*statusError](err)
-	return ok && e.status == http.StatusBadRequest
+	return ok && e.status == http.StatusBadRequest && !e.foreign
 }
 
 // unavailable says that Vault could not be asked; the reason stays findable.
@@ -140,7 +147,7 @@ func (c *Client) send(ctx context.Context, s *session, r request) (response, err
 	date, _ := http.ParseTime(raw.Header.Get("Date"))
 	answer := response{body, date}
 	if refused != nil {
-		return answer, &statusError{request{method: r.method, path: r.path}, refused.StatusCode, refused.Errors}
+		return answer, newStatusError(request{method: r.method, path: r.path}, refused)
 	}
 	if readErr != nil {
 		clear(body)

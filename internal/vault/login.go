@@ -97,15 +97,19 @@ func (r *refusal) again(credentials string) error {
 	if r.credentials != credentials || !time.Now().Before(r.until) {
 		return nil
 	}
-	return fmt.Errorf("%w (tried again when the files change, or after %s)", r.err, r.until.UTC().Format(time.RFC3339))
+	return r.err
 }
 
-func (r *refusal) note(credentials string, err error) {
+// note keeps the refusal, and says in it how long it stands.
+func (r *refusal) note(credentials string, err error) error {
 	times := 1
 	if r.credentials == credentials {
 		times += r.times
 	}
-	*r = refusal{credentials, times, time.Now().Add(refusedPause(times)), err}
+	until := time.Now().Add(refusedPause(times))
+	err = fmt.Errorf("%w (a running server tries again when the files change, or after %s)", err, until.UTC().Format(time.RFC3339))
+	*r = refusal{credentials, times, until, err}
+	return err
 }
 
 func (a *AppRole) check() error {
@@ -136,7 +140,7 @@ func (a *AppRole) get(ctx context.Context, base *api.Client, _ *session) (*sessi
 	s, err := a.logIn(ctx, base, roleID, secretID)
 	switch {
 	case errors.Is(err, ErrLogin):
-		a.refused.note(credentials, err)
+		err = a.refused.note(credentials, err)
 	case err == nil:
 		a.refused = refusal{}
 	}
@@ -263,7 +267,7 @@ func loginError(path string, err error) error {
 	if !errors.As(err, &refused) {
 		return unavailable(r, err)
 	}
-	status := &statusError{r, refused.StatusCode, refused.Errors}
+	status := newStatusError(r, refused)
 	if errors.Is(status, orgkey.ErrUnavailable) {
 		return status
 	}

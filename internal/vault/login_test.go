@@ -1,8 +1,12 @@
 package vault_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +17,7 @@ import (
 
 	"github.com/hashicorp/vault/api"
 
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/vault"
 )
 
@@ -134,12 +139,57 @@ func TestALockedOutRoleIsExplained(t *testing.T) {
 	}
 }
 
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// What something between the service and Vault answers is no refusal of Vault's.
+func TestAProxysRefusalIsNotVaults(t *testing.T) {
+	proxy, c := through(t)
+	var down atomic.Bool
+	proxy.Before(func(w http.ResponseWriter, _ *http.Request) bool {
+		if down.Load() {
+			w.WriteHeader(http.StatusForbidden)
+			fmt.Fprint(w, "<html>maintenance</html>")
+		}
+		return !down.Load()
+	})
+	down.Store(true)
+	revoke(t, c.Token())
+	for range 3 {
+		if err := c.Healthy(t.Context()); !errors.Is(err, orgkey.ErrUnavailable) || errors.Is(err, vault.ErrLogin) {
+			t.Errorf("got %v", err)
+		}
+		time.Sleep(vault.LoginPause)
+	}
+	down.Store(false)
+	back := time.Now()
+	eventually(t, func() error { return c.Healthy(t.Context()) })
+	if took := time.Since(back); took > 3*time.Second {
+		t.Errorf("it was in again after %s", took)
+	}
+}
+
 // A service whose secret ID was taken back while it serves does not hammer at
 // Vault with it, and takes a new one at once.
 func TestRefusedCredentialsAreNotTriedAgain(t *testing.T) {
 	login := wrongSecret(t)
 	goodSecret(t, login)
-	c := open(t, func(c *vault.Config) { c.Login = login })
+	var log lockedBuffer
+	c := open(t, func(c *vault.Config) { c.Login, c.Log = login, slog.New(slog.NewTextHandler(&log, nil)) })
 	write(t, login.SecretIDFile, wrongID, 0o600)
 	logins := 0
 	for _, e := range audited(t, func() {
@@ -150,7 +200,7 @@ func TestRefusedCredentialsAreNotTriedAgain(t *testing.T) {
 			}
 			time.Sleep(vault.LoginPause)
 		}
-		if err := c.Healthy(t.Context()); err == nil || !strings.Contains(err.Error(), "tried again when the files change") {
+		if err := c.Healthy(t.Context()); err == nil || !strings.Contains(err.Error(), "tries again when the files change") {
 			t.Errorf("it does not say when it tries again: %v", err)
 		}
 	}) {
@@ -160,6 +210,9 @@ func TestRefusedCredentialsAreNotTriedAgain(t *testing.T) {
 	}
 	if logins != 2 { // after five seconds once more, then a minute later
 		t.Errorf("it tried %d times with the same files", logins)
+	}
+	if n := strings.Count(log.String(), "logging in to Vault"); n > 2 {
+		t.Errorf("two refusals are logged %d times:\n%s", n, log.String())
 	}
 	goodSecret(t, login)
 	eventually(t, func() error { return c.Healthy(context.WithoutCancel(t.Context())) })

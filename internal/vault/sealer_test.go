@@ -153,6 +153,14 @@ func TestASealThatCannotBeReachedIsUnavailable(t *testing.T) {
 			r.URL.Path = strings.Replace(r.URL.Path, "crypt/seal", "crypt/other", 1)
 			return true
 		},
+		"not Vault's refusal": func(w http.ResponseWriter, r *http.Request) bool {
+			if strings.Contains(r.URL.Path, "crypt/seal") {
+				w.WriteHeader(http.StatusBadRequest)
+				fmt.Fprint(w, "<html>bad request</html>")
+				return false
+			}
+			return true
+		},
 		"not Vault's answer": func(w http.ResponseWriter, r *http.Request) bool {
 			if !strings.Contains(r.URL.Path, "crypt/seal") {
 				return true

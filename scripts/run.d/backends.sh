@@ -85,7 +85,10 @@ start_vault() {
 		mv "$dir/init.json.new" "$dir/init.json"
 	fi
 	# The generic command takes the key from standard input, not from an argument.
-	jq '{key: .unseal_keys_b64[0]}' "$dir/init.json" | "$VAULT_CLI" write sys/unseal - >/dev/null
+	jq '{key: .unseal_keys_b64[0]}' "$dir/init.json" | "$VAULT_CLI" write sys/unseal - >/dev/null || {
+		echo "Vault cannot be unsealed; its log is $dir/server.log. If the data directory was moved, Vault must be able to write its audit file where that was once more" >&2
+		exit 1
+	}
 	until_up Vault "$dir/server.log" curl --silent --fail --noproxy '*' --cacert "$VAULT_CACERT" "$VAULT_ADDR/v1/sys/health"
 
 	local token
