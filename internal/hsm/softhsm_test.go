@@ -223,6 +223,28 @@ func TestABadCopyOfTheRecordHarmsNothing(t *testing.T) {
 			t.Errorf("the good copy is gone: %v", err)
 		}
 	})
+	t.Run("made while another process is at the record", func(t *testing.T) {
+		dir := t.TempDir()
+		checkUsable(t, dir)
+		if err := errors.Join(os.Truncate(records(t, dir)[0], 0), KeepSoftHSM(dir)); err != nil {
+			t.Fatal(err)
+		}
+		checkUsable(t, dir)
+	})
+	t.Run("as bad as the record", func(t *testing.T) {
+		dir := t.TempDir()
+		checkUsable(t, dir)
+		path := records(t, dir)[0]
+		if err := errors.Join(os.Truncate(path, 0), os.WriteFile(filepath.Join(dir, "token.object"), []byte("not one"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := InitSoftHSM(dir); err != nil {
+			t.Error(err)
+		}
+		if info, err := os.Stat(path); err != nil || info.Size() != 0 {
+			t.Errorf("what is left of the record was replaced: %v", err)
+		}
+	})
 	t.Run("another token's, which is larger", func(t *testing.T) {
 		dir := t.TempDir()
 		checkUsable(t, dir)
