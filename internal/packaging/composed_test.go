@@ -4,9 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/orgkeys/orgkeys/internal/freeport"
 	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
 )
 
@@ -33,23 +31,14 @@ func eventually(t *testing.T, what string, ok func() error) {
 }
 
 // freePort returns a port that is free, and so are those that scripts/run takes
-// beside it: the next one, and a thousand above both. It is none that the
-// kernel gives to whoever asks for any, as tests that run meanwhile do.
+// beside it: the next one, and a thousand above both.
 func freePort(t *testing.T) string {
 	t.Helper()
-	for range 100 {
-		port := 10000 + rand.N(20000)
-		if free(port) && free(port+1) && free(port+1000) && free(port+1001) {
-			return strconv.Itoa(port)
-		}
+	port, err := freeport.Find(1, 1000, 1001)
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("no ports are free")
-	return ""
-}
-
-func free(port int) bool {
-	l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-	return err == nil && l.Close() == nil
+	return strconv.Itoa(port)
 }
 
 // background runs a server until the test ends, or until the function that it

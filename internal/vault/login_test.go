@@ -316,7 +316,7 @@ func TestWrappedSecretID(t *testing.T) {
 			t.Errorf("after its token was revoked: %v", err)
 		}
 	})
-	t.Run("used before", func(t *testing.T) { refusedOpen(t, login(good), "may have been used") })
+	t.Run("used before", func(t *testing.T) { refusedOpen(t, login(good), "or have been used") })
 }
 
 func revoke(t *testing.T, token string) {

@@ -11,13 +11,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/freeport"
 	"github.com/orgkeys/orgkeys/internal/redislock/redistest"
 	"github.com/orgkeys/orgkeys/internal/sqlstore/pgtest"
 	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
@@ -109,15 +109,14 @@ func atEnd(t testing.TB, stop func() error) {
 	}
 }
 
-// freeAddress is a loopback address that nobody listens on at the moment.
+// freeAddress is a loopback address that nobody listens on.
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := freeport.Find()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return fmt.Sprintf("127.0.0.1:%d", port)
 }
 
 // Owner is a token of an organization's owner.

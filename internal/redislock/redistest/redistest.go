@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"strconv"
@@ -14,6 +13,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"github.com/orgkeys/orgkeys/internal/freeport"
 )
 
 // Server is a running Redis with an append-only file.
@@ -33,14 +34,11 @@ func Start(args ...string) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := freeport.Find()
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{dir: dir, port: l.Addr().(*net.TCPAddr).Port, args: args}
-	if err := l.Close(); err != nil {
-		return nil, err
-	}
+	s := &Server{dir: dir, port: port, args: args}
 	return s, s.Restart()
 }
 

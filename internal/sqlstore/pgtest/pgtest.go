@@ -7,7 +7,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"os/user"
@@ -19,6 +18,8 @@ import (
 	"time"
 
 	_ "github.com/jackc/pgx/v5/stdlib" // registers the driver "pgx"
+
+	"github.com/orgkeys/orgkeys/internal/freeport"
 )
 
 // Server is a running PostgreSQL.
@@ -42,7 +43,10 @@ func Start(settings ...string) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{dir: dir, bin: bin}
-	if err := errors.Join(s.unprivileged(), s.choosePort()); err != nil {
+	if s.port, err = freeport.Find(); err == nil {
+		err = s.unprivileged()
+	}
+	if err != nil {
 		return nil, err
 	}
 	if out, err := s.command("initdb", "-D", s.data(), "-U", "orgkeys", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C.UTF-8").CombinedOutput(); err != nil {
@@ -81,15 +85,6 @@ func (s *Server) unprivileged() error {
 	gid, gidErr := strconv.Atoi(u.Gid)
 	s.as = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
 	return errors.Join(uidErr, gidErr, os.Chown(s.dir, uid, gid))
-}
-
-func (s *Server) choosePort() error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	s.port = l.Addr().(*net.TCPAddr).Port
-	return l.Close()
 }
 
 func (s *Server) data() string { return filepath.Join(s.dir, "data") }

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -22,6 +21,7 @@ import (
 	"github.com/go-json-experiment/json"
 	"github.com/hashicorp/vault/api"
 
+	"github.com/orgkeys/orgkeys/internal/freeport"
 	"github.com/orgkeys/orgkeys/internal/vault"
 )
 
@@ -116,12 +116,11 @@ func Start(ctx context.Context, dir string) (*Server, error) {
 }
 
 func (s *Server) configure() error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := freeport.Find(1) // Vault listens for its cluster beside it
 	if err != nil {
 		return err
 	}
-	address := l.Addr().String()
-	l.Close()
+	address := fmt.Sprintf("127.0.0.1:%d", port)
 	s.Address = "https://" + address
 	config := fmt.Sprintf(`storage "file" {
   path = %q
