@@ -7,11 +7,13 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/vault"
 )
 
@@ -236,5 +238,31 @@ func TestManyAtOnce(t *testing.T) {
 	wg.Wait()
 	if left := keysInVault(t); len(left) > 0 {
 		t.Errorf("Transit still holds %v", left)
+	}
+}
+
+// A key is gone when Vault says so, not when something in between knows no such page.
+func TestAProxysNotFoundIsNoAbsence(t *testing.T) {
+	proxy, c := through(t)
+	var confirming atomic.Bool
+	proxy.Before(func(w http.ResponseWriter, r *http.Request) bool {
+		if !confirming.Load() || r.Method != http.MethodGet || !strings.HasPrefix(r.URL.Path, "/v1/orgkeys/keys/") {
+			return true
+		}
+		w.WriteHeader(http.StatusNotFound)
+		fmt.Fprint(w, "<html>no such page</html>")
+		return false
+	})
+	k, err := c.Keystore().Create(t.Context(), uuid.NewString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	confirming.Store(true)
+	if err := k.Destroy(t.Context()); !errors.Is(err, orgkey.ErrUnavailable) {
+		t.Errorf("got %v, want ErrUnavailable", err)
+	}
+	confirming.Store(false)
+	if err := k.Destroy(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
