@@ -1,8 +1,6 @@
 package main
 
 import (
-	"io"
-	"net/http"
 	"os"
 	"os/exec"
 	"regexp"
@@ -93,14 +91,5 @@ func metricsOf(t *testing.T) string {
 	org := harness.Org()
 	s.Generate(t, org)
 	s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: "nobody"})
-	resp, err := http.Get(s.Admin + "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
+	return s.AskAdmin(t, "/metrics")
 }

@@ -1,7 +1,7 @@
 package main
 
 import (
-	"io"
+	"errors"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -33,6 +33,23 @@ func vaultWrite(t *testing.T, v *vaulttest.Server, path string, fields map[strin
 	}
 }
 
+// generateOnce starts the server, has it make a key, and stops it.
+func generateOnce(t *testing.T, s *harness.Server, org string) {
+	t.Helper()
+	s.Start(t)
+	s.Generate(t, org)
+	s.Stop(t)
+}
+
+// refusedRelease fails the test unless a request for a key is answered with 503.
+func refusedRelease(t *testing.T, s *harness.Server, org string) {
+	t.Helper()
+	resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER"), Header: http.Header{"Accept": {"application/x-pem-file"}}})
+	if resp.Status != http.StatusServiceUnavailable {
+		t.Errorf("a key was released: %d", resp.Status)
+	}
+}
+
 // refusedStart fails the test unless the server and doctor refuse with these words.
 func refusedStart(t *testing.T, s *harness.Server, words ...string) {
 	t.Helper()
@@ -44,21 +61,6 @@ func refusedStart(t *testing.T, s *harness.Server, words ...string) {
 			}
 		}
 	}
-}
-
-// readiness is what the admin listener says of what is needed.
-func readiness(t *testing.T, s *harness.Server) string {
-	t.Helper()
-	resp, err := http.Get(s.Admin + "/readyz")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(text)
 }
 
 // verifies makes an export and checks it by Vault's audit file.
@@ -78,10 +80,8 @@ func verifies(t *testing.T, v *vaulttest.Server, s *harness.Server) (said string
 func TestALostReceiptKeyIsNoticed(t *testing.T) {
 	t.Parallel()
 	v, s := withVault(t)
-	s.Start(t)
 	org := harness.Org()
-	s.Generate(t, org)
-	s.Stop(t)
+	generateOnce(t, s, org)
 	if err := administrator(t, v).Sys().UnmountWithContext(t.Context(), "orgkeys-audit"); err != nil {
 		t.Fatal(err)
 	}
@@ -94,9 +94,7 @@ func TestALostReceiptKeyIsNoticed(t *testing.T) {
 	// What docs/operations.md says to do without a backup.
 	vaultWrite(t, v, "orgkeys-audit/keys/receipt/rotate", nil)
 	vaultWrite(t, v, "orgkeys-audit/keys/receipt/config", map[string]any{"min_decryption_version": 2})
-	s.Start(t)
-	s.Generate(t, org)
-	s.Stop(t)
+	generateOnce(t, s, org)
 	if said := verifies(t, v, s); !strings.Contains(said, "truncation excluded") {
 		t.Errorf("said %s", said)
 	}
@@ -112,9 +110,7 @@ func TestALostCheckpointIsAcceptedOnPurposeOnly(t *testing.T) {
 		{"orgkeys-state/data/checkpoint", "somebody deleted version"},
 		{"orgkeys-state/metadata/checkpoint", "sink vault holds none, and has acknowledged"},
 	} {
-		s.Start(t)
-		s.Generate(t, org)
-		s.Stop(t)
+		generateOnce(t, s, org)
 		if _, err := administrator(t, v).Logical().DeleteWithContext(t.Context(), lost.path); err != nil {
 			t.Fatal(err)
 		}
@@ -122,9 +118,7 @@ func TestALostCheckpointIsAcceptedOnPurposeOnly(t *testing.T) {
 		if out := ok(t, s, "audit", "accept-rollback", "--reason", "the clean-up of Sunday deleted it"); !strings.Contains(out, "sink vault cannot say what it had acknowledged") {
 			t.Errorf("said %q", out)
 		}
-		s.Start(t)
-		s.Generate(t, org)
-		s.Stop(t)
+		generateOnce(t, s, org)
 		if said := verifies(t, v, s); !strings.Contains(said, `a rollback was accepted: "the clean-up of Sunday deleted it"`) {
 			t.Errorf("said %s", said)
 		}
@@ -150,17 +144,12 @@ func TestACheckpointAheadOfTheLogStopsTheRelease(t *testing.T) {
 	held.Size += 40
 	vaultWrite(t, v, "orgkeys-state/data/checkpoint", map[string]any{
 		"options": map[string]any{"cas": at.VersionMetadata.Version}, "data": map[string]any{"checkpoint": held.Text()}})
-	resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER"), Header: http.Header{"Accept": {"application/x-pem-file"}}})
-	if resp.Status != http.StatusServiceUnavailable {
-		t.Errorf("a key was released: %d", resp.Status)
-	}
-	harness.Eventually(t, harness.Patience, "readiness shows it", func() bool { return strings.Contains(readiness(t, s), "sink vault has acknowledged") })
+	refusedRelease(t, s, org)
+	harness.Eventually(t, harness.Patience, "readiness shows it", func() bool { return strings.Contains(s.AskAdmin(t, "/readyz"), "sink vault has acknowledged") })
 	s.Stop(t)
 	refusedStart(t, s, "sink vault has acknowledged", "accept-rollback")
 	ok(t, s, "audit", "accept-rollback", "--reason", "an administrator tried something out")
-	s.Start(t)
-	s.Generate(t, org)
-	s.Stop(t)
+	generateOnce(t, s, org)
 	if said := verifies(t, v, s); !strings.Contains(said, "truncation excluded") {
 		t.Errorf("said %s", said)
 	}
@@ -185,9 +174,7 @@ func TestARewrittenLogIsGivenToVaultAnew(t *testing.T) {
 	}
 	refusedStart(t, s, "sink vault has acknowledged")
 	ok(t, s, "audit", "accept-rollback", "--reason", "known to us", "--rewritten")
-	s.Start(t)
-	s.Generate(t, org)
-	s.Stop(t)
+	generateOnce(t, s, org)
 	if said := verifies(t, v, s); !strings.Contains(said, "known to us") {
 		t.Errorf("said %s", said)
 	}
@@ -197,16 +184,12 @@ func TestARewrittenLogIsGivenToVaultAnew(t *testing.T) {
 func TestASealingKeyWithdrawnTooEarlyIsNamed(t *testing.T) {
 	t.Parallel()
 	v, s := withVault(t)
-	s.Start(t)
-	s.Generate(t, harness.Org())
-	s.Stop(t)
+	generateOnce(t, s, harness.Org())
 	vaultWrite(t, v, "orgkeys-seal/keys/seal/rotate", nil)
 	vaultWrite(t, v, "orgkeys-seal/keys/seal/config", map[string]any{"min_decryption_version": 2})
 	refusedStart(t, s, "lower it and run orgkeys rewrap")
 	vaultWrite(t, v, "orgkeys-seal/keys/seal/config", map[string]any{"min_decryption_version": 1})
-	s.Start(t)
-	s.Generate(t, harness.Org())
-	s.Stop(t)
+	generateOnce(t, s, harness.Org())
 }
 
 // After a rotation and a rewrap, a backup of Vault from before is worth nothing,
@@ -215,9 +198,7 @@ func TestAVaultFromBeforeTheRotationIsNamed(t *testing.T) {
 	t.Parallel()
 	v, s := withVault(t)
 	s.Configured("ORGKEYS_RESERVATION_TTL", "10s")
-	s.Start(t)
-	s.Generate(t, harness.Org())
-	s.Stop(t)
+	generateOnce(t, s, harness.Org())
 	if err := v.Stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -233,10 +214,7 @@ func TestAVaultFromBeforeTheRotationIsNamed(t *testing.T) {
 	if err := v.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.RemoveAll(storage); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.CopyFS(storage, os.DirFS(backup)); err != nil {
+	if err := errors.Join(os.RemoveAll(storage), os.CopyFS(storage, os.DirFS(backup))); err != nil {
 		t.Fatal(err)
 	}
 	if err := v.Restart(t.Context()); err != nil {
@@ -276,11 +254,8 @@ func TestAReceiptKeyMadeAnewWhileServingReleasesNothing(t *testing.T) {
 	db := s.Database(t)
 	harness.Exec(t, db, `INSERT INTO receipt_keys (sink, version, public) VALUES ('vault', 2, randomblob(32))`)
 	vaultWrite(t, v, "orgkeys-audit/keys/receipt/rotate", nil)
-	resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER"), Header: http.Header{"Accept": {"application/x-pem-file"}}})
-	if resp.Status != http.StatusServiceUnavailable {
-		t.Errorf("a key was released: %d", resp.Status)
-	}
-	if said := readiness(t, s); !strings.Contains(said, "is another key than it was") {
+	refusedRelease(t, s, org)
+	if said := s.AskAdmin(t, "/readyz"); !strings.Contains(said, "is another key than it was") {
 		t.Errorf("readiness says %s", said)
 	}
 }
@@ -290,9 +265,7 @@ func TestDoctorLooksOnBehindAWarning(t *testing.T) {
 	t.Parallel()
 	v, s := withVault(t)
 	s.Configured("ORGKEYS_RESERVATION_TTL", "10s")
-	s.Start(t)
-	s.Generate(t, harness.Org())
-	s.Stop(t)
+	generateOnce(t, s, harness.Org())
 	vaultWrite(t, v, "orgkeys/keys/"+uuid.NewString(), map[string]any{"type": "rsa-2048"})
 	if _, err := administrator(t, v).Logical().DeleteWithContext(t.Context(), "orgkeys-state/data/checkpoint"); err != nil {
 		t.Fatal(err)
@@ -310,9 +283,7 @@ func TestDoctorLooksOnBehindAWarning(t *testing.T) {
 func TestAWrappedSecretIDIsEnoughForACommand(t *testing.T) {
 	t.Parallel()
 	v, s := withVault(t)
-	s.Start(t)
-	s.Generate(t, harness.Org())
-	s.Stop(t)
+	generateOnce(t, s, harness.Org())
 	dir := t.TempDir()
 	s.Configured("ORGKEYS_VAULT_SECRET_ID_FILE", filepath.Join(dir, "secret_id"))
 	s.Configured("ORGKEYS_VAULT_SECRET_ID_PATH", "auth/approle/role/orgkeys/secret-id")

@@ -84,6 +84,45 @@ func TestAnAcceptedRollbackHidesNoRewriting(t *testing.T) {
 	})
 }
 
+// Promise 5: a copy from before a rollback is excused for what that lost, if the
+// service has signed over it, and for nothing else.
+func TestACopyFromBeforeARollback(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		sql     []string
+		signed  bool
+		problem int64 // -1: none
+	}{
+		{"signed over", nil, true, -1},
+		{"not signed over yet, as a forger's", nil, false, 20},
+		{"rewritten before it", []string{alteredAt7}, true, 7},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l := setBack(t, 20, c.sql...)
+			text, _, _ := strings.Cut(read(t, l.sink), `{"rollback"`)
+			before, err := audit.ReadCopy(strings.NewReader(text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.signed {
+				head, err := l.db.Head(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				before.AddSigned(head)
+			}
+			if c.problem >= 0 {
+				wantProblem(t, l.db, before, c.problem)
+				return
+			}
+			report, err := audit.Verify(t.Context(), l.db, before, nil)
+			if err != nil || !report.Before || report.Covered != 20 || len(report.Rollbacks) != 1 {
+				t.Errorf("%+v, %v", report, err)
+			}
+		})
+	}
+}
+
 func TestDiffersNamesTheFirstEventThatIsAnotherOne(t *testing.T) {
 	for _, c := range []struct {
 		name  string

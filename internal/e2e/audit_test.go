@@ -464,10 +464,10 @@ func TestPromise5_AForgedRowIsNotSequenced(t *testing.T) {
 	harness.Exec(t, s.Database(t), `INSERT INTO events (id, occurred_at, type, org_id, actor_kind, actor, object, leaf) VALUES (?, 1767225600000000, 'secret.fetched', 'acme', 'user', 'admin', '', ?)`,
 		id, []byte(`{"v":1,"id":"`+id+`","time":"2026-01-01T00:00:00.000000Z","type":"secret.fetched","outcome":"success","org":"acme","actorKind":"user","actor":"admin"}`))
 	harness.Eventually(t, harness.Patience, "the metric counts it", func() bool {
-		return strings.Contains(admin(t, s, "/metrics"), "\norgkeys_audit_events_unauthenticated 1\n")
+		return strings.Contains(s.AskAdmin(t, "/metrics"), "\norgkeys_audit_events_unauthenticated 1\n")
 	})
 	harness.Eventually(t, harness.Patience, "readiness names it", func() bool {
-		return strings.Contains(admin(t, s, "/readyz"), "1 events in the database were not recorded by orgkeys")
+		return strings.Contains(s.AskAdmin(t, "/readyz"), "1 events in the database were not recorded by orgkeys")
 	})
 	s.Generate(t, org) // whose event needs its place before the key is released
 	if _, stderr, code := s.Run(t, "audit", "erase", "--subject", "nobody", "--reason", "a test"); code != 0 {
@@ -485,21 +485,6 @@ func TestPromise5_AForgedRowIsNotSequenced(t *testing.T) {
 	if stdout, stderr, _ := s.Run(t, "audit", "verify"); !strings.Contains(stdout, "1 rows of the table events wait unauthenticated") {
 		t.Errorf("verifying says %s%s", stdout, stderr)
 	}
-}
-
-// admin returns what the admin listener answers.
-func admin(t *testing.T, s *harness.Server, path string) string {
-	t.Helper()
-	resp, err := http.Get(s.Admin + path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
 }
 
 // TestPromise5_HangingUpDoesNotAvoidTheEvent: a denied caller closes its half of

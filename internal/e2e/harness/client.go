@@ -69,6 +69,21 @@ func (s *Server) Try(ctx context.Context, r Request) (Response, error) {
 	return Response{Status: resp.StatusCode, Header: resp.Header, Body: body, Took: time.Since(start)}, nil
 }
 
+// AskAdmin returns what the admin listener answers, whatever its status.
+func (s *Server) AskAdmin(t testing.TB, path string) string {
+	t.Helper()
+	resp, err := http.Get(s.Admin + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
 func (s *Server) request(ctx context.Context, r Request) (*http.Request, error) {
 	var body io.Reader
 	if r.Body != nil {
