@@ -142,21 +142,15 @@ func newAcceptance(ctx context.Context, out io.Writer, cfg config.Config, db *sq
 		_, err = fmt.Fprintf(out, "rewritten: %v\n", problem)
 		return a, err
 	case len(earlier) > 0:
-		return a, fmt.Errorf("a sink holds another log than this from event %d on: what this one lost by the rollback that event %d accepted, if you know of that one: then give the same --reason, %q; %w", problem.Index, earlier[0].index, earlier[0].Reason, problem)
+		return a, fmt.Errorf("a sink holds another log than this from event %d on: what this one lost by the rollback that event %d accepted, if you know of that one: then give the same --reason, %q; %w", problem.Index, earlier[0].Index, earlier[0].Reason, problem)
 	}
 	return a, fmt.Errorf("the log was not only set back, it was rewritten: %w; keep the database and the sinks as evidence, and find out who did it; only --rewritten accepts it", problem)
 }
 
-// earlierRollback is one that the log has the event of.
-type earlierRollback struct {
-	audit.Rollback
-	index int64
-}
-
 // acceptedBefore returns the accepted rollbacks that account for a sink's other
 // event at an index.
-func acceptedBefore(ctx context.Context, db *sqlstore.DB, differs int64) ([]earlierRollback, error) {
-	var all []earlierRollback
+func acceptedBefore(ctx context.Context, db *sqlstore.DB, differs int64) ([]audit.AcceptedRollback, error) {
+	var all []audit.AcceptedRollback
 	for row, err := range db.Rows(ctx) {
 		if err != nil {
 			return nil, err
@@ -168,8 +162,8 @@ func acceptedBefore(ctx context.Context, db *sqlstore.DB, differs int64) ([]earl
 		if err != nil {
 			return nil, err
 		}
-		if r := audit.RollbackOf(e); r.Accounts(row.Index, differs) {
-			all = append(all, earlierRollback{r, row.Index})
+		if r := audit.RollbackOf(e, row.Index); r.Accounts(differs) {
+			all = append(all, r)
 		}
 	}
 	return all, nil

@@ -41,10 +41,6 @@ func (r Rollback) place() int64 {
 	return to.Size
 }
 
-// Accounts reports whether r, whose event has an index, is why a copy of the log
-// holds another event at an index than the log does: it was made before.
-func (r Rollback) Accounts(index, differs int64) bool { return r.Kept <= differs && differs <= index }
-
 // Event is the event that the log has of an accepted rollback.
 func (r Rollback) Event() Event {
 	e := New(RollbackAccepted, "")
@@ -54,11 +50,23 @@ func (r Rollback) Event() Event {
 	return e
 }
 
-// RollbackOf is the rollback that an event tells of. Where the event does not
-// say what was kept, nothing was.
-func RollbackOf(e Event) Rollback {
+// AcceptedRollback is a rollback and the index of the event that accepted it.
+type AcceptedRollback struct {
+	Rollback
+	Index int64
+}
+
+// Accounts reports whether the rollback is why a copy of the log holds another
+// event at an index than the log does: it was made before.
+func (r AcceptedRollback) Accounts(differs int64) bool {
+	return r.Kept <= differs && differs <= r.Index
+}
+
+// RollbackOf is the rollback that an event at an index tells of. Where the event
+// does not say what was kept, nothing was.
+func RollbackOf(e Event, index int64) AcceptedRollback {
 	kept, _ := strconv.ParseInt(e.Detail["kept"], 10, 64)
-	return Rollback{From: e.Detail["from"], To: e.Detail["to"], Kept: kept, Reason: e.Detail["reason"]}
+	return AcceptedRollback{Rollback{From: e.Detail["from"], To: e.Detail["to"], Kept: kept, Reason: e.Detail["reason"]}, index}
 }
 
 // FileSink is a JSON-lines file, fsynced. Each event is a line

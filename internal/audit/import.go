@@ -72,7 +72,7 @@ type importer struct {
 	tree     frontier
 	points   map[int64][]tlog.Hash // the roots that checkpoints give, by size
 	newest   Checkpoint
-	accepted []acceptedRollback
+	accepted []AcceptedRollback
 	receipts map[string]ReceiptKeys
 	policies map[string]map[string][]byte
 	policy   int64 // bytes of all policies
@@ -466,9 +466,9 @@ func (x *importer) take(b *batch) error {
 			}
 		}
 		if p.event.Type == RollbackAccepted {
-			r := RollbackOf(p.event)
-			x.report.Rollbacks = append(x.report.Rollbacks, r)
-			x.accepted = append(x.accepted, acceptedRollback{r, index})
+			r := RollbackOf(p.event, index)
+			x.report.Rollbacks = append(x.report.Rollbacks, r.Rollback)
+			x.accepted = append(x.accepted, r)
 		}
 		x.report.Receipts += p.receipts
 		x.tree.push(p.leaf)

@@ -222,12 +222,6 @@ func (f *VaultFile) found(m vaultMark, index int64, format string, args ...any) 
 	f.bad = append(f.bad, vaultProblem{m, &Problem{index, fmt.Sprintf(format, args...)}})
 }
 
-// acceptedRollback is a rollback and the event that accepted it.
-type acceptedRollback struct {
-	Rollback
-	index int64
-}
-
 // loss is where in Vault's file the events stand that an accepted rollback has
 // lost: behind the last that the log kept, and before the event that accepts it.
 type loss struct {
@@ -257,12 +251,12 @@ func lossAt(losses []*loss, m vaultMark) *loss {
 	return nil
 }
 
-func (f *VaultFile) losses(accepted []acceptedRollback) []*loss {
+func (f *VaultFile) losses(accepted []AcceptedRollback) []*loss {
 	all := make([]*loss, len(accepted))
 	for i, r := range accepted {
-		all[i] = &loss{until: f.matched[r.index], index: r.index}
+		all[i] = &loss{until: f.matched[r.Index], index: r.Index}
 		if r.Kept > 0 {
-			all[i].after = f.matched[min(r.Kept, r.index)-1]
+			all[i].after = f.matched[min(r.Kept, r.Index)-1]
 		}
 	}
 	return all
@@ -272,7 +266,7 @@ func (f *VaultFile) losses(accepted []acceptedRollback) []*loss {
 // rollback was lost by it. What came after the last common event is newer than
 // the export, and nothing more as long as no checkpoint was signed over it. All
 // else is missing in the log.
-func (f *VaultFile) finish(origin string, accepted []acceptedRollback) (VaultReport, error) {
+func (f *VaultFile) finish(origin string, accepted []AcceptedRollback) (VaultReport, error) {
 	r := VaultReport{Events: f.events, Torn: f.torn}
 	losses := f.losses(accepted)
 	var newest vaultMark

@@ -130,7 +130,7 @@ type verification struct {
 	frontier
 	copy     *Copy
 	progress func(done, all int64)
-	accepted []acceptedRollback
+	accepted []AcceptedRollback
 	parted   *Problem // the first event that the copy has another one of
 
 	policies map[string]int64 // by revision, the first event that it decided
@@ -198,7 +198,7 @@ func (v *verification) checkRow(row Row) error {
 	}
 	switch e.Type {
 	case RollbackAccepted:
-		v.accepted = append(v.accepted, acceptedRollback{RollbackOf(e), row.Index})
+		v.accepted = append(v.accepted, RollbackOf(e, row.Index))
 	case PersonErased:
 		v.erased[e.Object] = row.Index
 	}
@@ -276,7 +276,7 @@ func (v *verification) finish() error {
 	}
 	v.Covered = max(v.Covered, min(v.copy.end(), v.size))
 	for _, r := range v.Rollbacks {
-		if !slices.ContainsFunc(v.accepted, func(a acceptedRollback) bool { return a.Rollback == r }) {
+		if !slices.ContainsFunc(v.accepted, func(a AcceptedRollback) bool { return a.Rollback == r }) {
 			return &Problem{-1, "the sink's copy notes a rollback that no event of the log accounts for"}
 		}
 	}
@@ -292,14 +292,14 @@ func (v *verification) unaccounted() error {
 		return nil
 	}
 	for _, r := range v.accepted {
-		if !r.Accounts(r.index, v.parted.Index) {
+		if !r.Accounts(v.parted.Index) {
 			continue
 		}
-		if r.index < v.Signed {
+		if r.Index < v.Signed {
 			v.Rollbacks, v.Before = append(v.Rollbacks, r.Rollback), true
 			return nil
 		}
-		v.parted.What += fmt.Sprintf(", or the copy is from before the rollback that event %d accepted, over which no checkpoint was signed yet", r.index)
+		v.parted.What += fmt.Sprintf(", or the copy is from before the rollback that event %d accepted, over which no checkpoint was signed yet", r.Index)
 	}
 	return v.parted
 }
