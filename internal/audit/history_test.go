@@ -134,6 +134,9 @@ func (h *history) checkpointer() *audit.Checkpointer {
 type store struct{ h *history }
 
 func (s store) Head(ctx context.Context) (audit.Checkpoint, error) { return s.h.db.Head(ctx) }
+func (s store) Durable(ctx context.Context, held audit.Checkpoint, limit int) ([]audit.Entry, audit.Checkpoint, error) {
+	return s.h.db.Durable(ctx, held, limit)
+}
 func (s store) LastSigned(ctx context.Context) (audit.Signed, error) {
 	return s.h.db.LastSigned(ctx)
 }

@@ -54,8 +54,11 @@ type Store interface {
 	Head(ctx context.Context) (Checkpoint, error)
 	// At returns the checkpoint that the log had at an earlier size.
 	At(ctx context.Context, size int64) (Checkpoint, error)
-	// Entries returns at most limit entries from index on.
-	Entries(ctx context.Context, index int64, limit int) ([]Entry, error)
+	// Durable returns at most limit entries behind held, and the checkpoint that
+	// covers them, none of which a failover can lose any more unless the database
+	// is replicated asynchronously. It reports *RollbackError, without the sink's
+	// name, unless the log extends held.
+	Durable(ctx context.Context, held Checkpoint, limit int) ([]Entry, Checkpoint, error)
 	// Exclusive runs do while no other process runs one of the same name. It
 	// returns false at once if another does. do's context ends if the process
 	// loses that place, as one that was stopped does.
@@ -130,11 +133,25 @@ func (l *Log) Record(ctx context.Context, events ...Event) error {
 // Acknowledged waits until the event has its index in the log and every sink
 // has acknowledged it, or ctx ends.
 func (l *Log) Acknowledged(ctx context.Context, eventID string) error {
-	index, err := l.indexed(ctx, eventID)
-	if err != nil {
-		return err
+	for {
+		index, err := l.indexed(ctx, eventID)
+		if err != nil {
+			return err
+		}
+		l.grewTo(index + 1)
+		if err := l.acknowledged(ctx, eventID, index); err != nil {
+			return err
+		}
+		// A failover in between may have lost the index, and given it to another event.
+		if again, known, err := l.store.Index(ctx, eventID); err != nil || known && again == index {
+			return err
+		}
 	}
-	l.grewTo(index + 1)
+}
+
+// acknowledged waits until every sink has acknowledged what the event's index
+// was given to.
+func (l *Log) acknowledged(ctx context.Context, eventID string, index int64) error {
 	for {
 		acted := l.acted.wait()
 		if l.sinksPast(index) {

@@ -155,6 +155,7 @@ func (s LocalSigner) SignCheckpoint(_ context.Context, text []byte) ([]byte, ed2
 // CheckpointStore keeps signed checkpoints. Its implementation is sqlstore.
 type CheckpointStore interface {
 	Head(ctx context.Context) (Checkpoint, error)
+	Durable(ctx context.Context, held Checkpoint, limit int) ([]Entry, Checkpoint, error) // see Store
 	Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error)
 	// Consistency proves that a log of size extends one of the smaller size old.
 	Consistency(ctx context.Context, size, old int64) (tlog.TreeProof, error)
@@ -276,6 +277,10 @@ func (c *Checkpointer) sign(ctx context.Context) error {
 		if err := c.Prepare(ctx); err != nil {
 			return err
 		}
+	}
+	// Whoever signs keeps a trace of it, as Vault's audit file does.
+	if _, _, err := c.store.Durable(ctx, head, 0); err != nil {
+		return err
 	}
 	signed, vkey, err := sign(ctx, c.signer, head)
 	if err != nil {

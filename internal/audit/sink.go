@@ -227,15 +227,14 @@ func (f *follower) step(ctx context.Context, held Checkpoint) (Checkpoint, error
 	return f.log.store.At(ctx, done)
 }
 
-// appendFrom appends what the log holds behind held, and returns how far the
-// sink is then, and its receipts.
+// appendFrom appends what the log durably holds behind held, and returns how far
+// the sink is then, and its receipts.
 func (f *follower) appendFrom(ctx context.Context, held Checkpoint) (Checkpoint, [][]byte, error) {
-	entries, err := f.log.store.Entries(ctx, held.Size, sinkBatch)
-	if err != nil || len(entries) == 0 {
-		return held, nil, err
+	entries, after, err := f.log.store.Durable(ctx, held, sinkBatch)
+	if setBack, ok := errors.AsType[*RollbackError](err); ok {
+		setBack.Sink = f.sink.Name()
 	}
-	after, err := f.log.store.At(ctx, held.Size+int64(len(entries)))
-	if err != nil {
+	if err != nil || len(entries) == 0 {
 		return held, nil, err
 	}
 	// What the call works with is nobody else's when it has been given up.

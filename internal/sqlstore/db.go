@@ -68,6 +68,7 @@ type DB struct {
 	postgres bool
 	recorded chan struct{}
 	eventKey *audit.EventKey // nil until UseEventKey
+	standbys atomic.Value    // of string: PostgreSQL's synchronous_standby_names, as last seen
 }
 
 // Open opens the database at location: a postgres:// URL, or a SQLite file's
@@ -113,6 +114,7 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 		return nil, errors.New("the PostgreSQL URL cannot be read: it has the form postgres://user@host:5432/database?sslmode=verify-full")
 	}
 	config.ConnectTimeout = connectTimeout
+	config.OnNotice = noteNotice
 	maps.Copy(config.RuntimeParams, sessionSettings)
 	if config.ValidateConnect == nil { // the URL has no target_session_attrs
 		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
@@ -260,14 +262,19 @@ func (d *DB) transact(ctx context.Context, do func(context.Context, *txn) error)
 // attempt runs do in a PostgreSQL transaction. The statements rely on READ
 // COMMITTED: each must see what was committed while it waited for a lock.
 func (d *DB) attempt(ctx context.Context, do func(context.Context, *txn) error) error {
-	tx, err := d.read.BeginTx(ctx, &sql.TxOptions{Isolation: sql.LevelReadCommitted})
+	conn, err := d.read.Conn(ctx)
+	if err != nil {
+		return unavailable(err)
+	}
+	defer conn.Close() // it goes back to the pool
+	tx, err := conn.BeginTx(ctx, &sql.TxOptions{Isolation: sql.LevelReadCommitted})
 	if err != nil {
 		return unavailable(err)
 	}
 	if err := do(ctx, &txn{Tx: tx}); err != nil {
 		return errors.Join(err, ignoreDone(tx.Rollback()))
 	}
-	return unavailable(tx.Commit())
+	return d.commit(ctx, conn, tx)
 }
 
 // aborted reports whether PostgreSQL gave up a transaction in favour of

@@ -246,7 +246,11 @@ func readHead(ctx context.Context, q rowQuerier) (audit.Checkpoint, error) {
 
 // At implements audit.Store.
 func (d *DB) At(ctx context.Context, size int64) (audit.Checkpoint, error) {
-	c, err := d.Head(ctx)
+	return checkpointAt(ctx, d.read, size)
+}
+
+func checkpointAt(ctx context.Context, q reader, size int64) (audit.Checkpoint, error) {
+	c, err := readHead(ctx, q)
 	if err != nil || size == c.Size {
 		return c, err
 	}
@@ -254,13 +258,17 @@ func (d *DB) At(ctx context.Context, size int64) (audit.Checkpoint, error) {
 		return c, fmt.Errorf("the log holds %d events, not %d", c.Size, size)
 	}
 	c.Size = size
-	c.Root, err = tlog.TreeHash(size, hashReader(ctx, d.read))
+	c.Root, err = tlog.TreeHash(size, hashReader(ctx, q))
 	return c, err
 }
 
 // Entries implements audit.Store.
 func (d *DB) Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error) {
-	entries, err := query(ctx, d.read, func(scan func(...any) error) (e audit.Entry, err error) {
+	return entriesFrom(ctx, d.read, index, limit)
+}
+
+func entriesFrom(ctx context.Context, q querier, index int64, limit int) ([]audit.Entry, error) {
+	entries, err := query(ctx, q, func(scan func(...any) error) (e audit.Entry, err error) {
 		err = scan(&e.Index, &e.Leaf)
 		return e, err
 	}, "SELECT idx, leaf FROM events WHERE idx >= $1 ORDER BY idx LIMIT $2", index, limit)

@@ -1,4 +1,4 @@
-// Package pgtest starts a real PostgreSQL server for tests, in a directory of
+// Package pgtest starts real PostgreSQL servers, and standbys of them, for tests, in a directory of
 // its own and on a Unix socket and a loopback port of its own.
 package pgtest
 
