@@ -64,8 +64,10 @@ func newDoctor() *cobra.Command {
 		Short: "Check everything the server needs, and say what to do",
 		Long: `Checks the configuration, the database, Redis, Vault or the HSM, the policy, the
 token keys, the audit sinks, the clocks, and whether the replicas that run agree
-with each other and with this configuration. It changes nothing, and may be run
-beside a running server with the server's settings.
+with each other and with this configuration. It changes nothing, but for a PIN
+that the HSM refuses: that is remembered in the data directory, as by the server,
+and not offered again. It may be run beside a running server with the server's
+settings.
 
 Each line says ok, warn or fail, what was found, and what to do. The exit code
 is 1 if any line says fail.`,
@@ -362,7 +364,7 @@ func (d *doctor) sealingKey(ctx context.Context, db *sqlstore.DB, sealer orgkey.
 
 // hsm opens the token as the server does, and makes nothing.
 func (d *doctor) hsm(ctx context.Context, db *sqlstore.DB) {
-	hc := hsm.Config{Module: d.cfg.PKCS11Module, TokenLabel: d.cfg.TokenLabel, PINFile: d.cfg.PINFile, Log: d.log}
+	hc := hsm.Config{Module: d.cfg.PKCS11Module, TokenLabel: d.cfg.TokenLabel, PINFile: d.cfg.PINFile, AttemptFile: hsm.AttemptFile(d.cfg.DataDir), Log: d.log}
 	var err error
 	switch {
 	case d.cfg.PINFile == "":
@@ -379,7 +381,15 @@ func (d *doctor) hsm(ctx context.Context, db *sqlstore.DB) {
 		d.fail("HSM", "install the module, or mend ORGKEYS_PKCS11_MODULE and its PIN file", "%v", err)
 		return
 	}
+	if _, err := makeDataDir(d.cfg.DataDir); err != nil {
+		d.fail("HSM", "make the data directory: a PIN that the token refuses is remembered there, and is not offered before", "%v", err)
+		return
+	}
 	token, err := hsm.Open(ctx, hc)
+	if errors.Is(err, hsm.ErrPIN) {
+		d.fail("HSM", "docs/hsm.md, When the token refuses the PIN", "%v", err)
+		return
+	}
 	if err != nil {
 		d.fail("HSM", "see that the token is there, that its PIN is right, and that it is the one that the records were sealed by", "%v", err)
 		return

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/hsm"
 )
 
 func main() {
@@ -30,6 +31,11 @@ type exitError struct {
 
 func (e *exitError) Error() string { return e.err.Error() }
 func (e *exitError) Unwrap() error { return e.err }
+
+// exitPIN says that the HSM's PIN needs a person (EX_NOPERM of sysexits.h). The
+// shipped unit does not start the service again after it: every start may cost
+// one of the few attempts that a token gives.
+const exitPIN = 77
 
 func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -48,6 +54,9 @@ func run(args []string) int {
 	var exit *exitError
 	if errors.As(err, &exit) {
 		return exit.code
+	}
+	if errors.Is(err, hsm.ErrPIN) {
+		return exitPIN
 	}
 	return 1
 }

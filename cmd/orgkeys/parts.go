@@ -64,7 +64,7 @@ func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.
 	if err != nil {
 		return backend{}, err
 	}
-	hc := hsm.Config{Module: cfg.PKCS11Module, TokenLabel: cfg.TokenLabel, PINFile: cfg.PINFile, CreateSealingKey: !sealed}
+	hc := hsm.Config{Module: cfg.PKCS11Module, TokenLabel: cfg.TokenLabel, PINFile: cfg.PINFile, AttemptFile: hsm.AttemptFile(dir.path), CreateSealingKey: !sealed}
 	switch {
 	case cfg.PINFile == "":
 		if _, err := os.Stat(dir.join("tokens")); sealed && errors.Is(err, os.ErrNotExist) {

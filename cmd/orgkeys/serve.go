@@ -42,6 +42,10 @@ func newServe() *cobra.Command {
 		Long: `Serves the API until interrupted. With no settings at all it uses SoftHSM, SQLite
 and a development issuer, all in the data directory, and listens on loopback.
 
+It exits with 77 when a person must see to the HSM's PIN: the token refused it,
+is locked, or would be by one more wrong PIN. Starting it again changes nothing,
+since a PIN that was refused is not offered again before its file changes.
+
 Settings, as environment variables or as lines of the --config file:
 
 ` + settingsHelp(),

@@ -136,7 +136,7 @@ func BenchmarkMemory(b *testing.B) {
 			token := open(b, cfg)
 			before := resident(b)
 			for range b.N {
-				token.recycle()
+				token.recycle(b.Context())
 				l, s, err := token.acquire(b.Context(), func(l *life) *pool { return l.generate })
 				if err != nil {
 					b.Fatal(err)

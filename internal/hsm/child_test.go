@@ -25,7 +25,25 @@ import (
 const (
 	childDir    = "ORGKEYS_HSM_TEST_DIR"
 	childModule = "ORGKEYS_HSM_TEST_MODULE"
+	childConfig = "ORGKEYS_HSM_TEST_CONFIG"
 )
+
+// configEnv hands cfg to a child.
+func configEnv(cfg Config) []string {
+	cfg.Log = nil
+	text, err := json.Marshal(cfg)
+	if err != nil {
+		panic(err) // a Config of text and numbers
+	}
+	return []string{childConfig + "=" + string(text)}
+}
+
+func configFromEnv() (cfg Config) {
+	if err := json.Unmarshal([]byte(os.Getenv(childConfig)), &cfg); err != nil {
+		panic(err) // configEnv made it
+	}
+	return cfg
+}
 
 const childKeys = 3
 
@@ -46,6 +64,14 @@ func runChild(name string) error {
 	case "init":
 		_, _, err := InitSoftHSM(os.Getenv(childDir))
 		return err
+	case "pin states":
+		return pinStates(configFromEnv())
+	case "open":
+		token, err := Open(context.Background(), configFromEnv())
+		if err != nil {
+			return err
+		}
+		return token.Close()
 	case "spied on":
 		return json.NewEncoder(os.Stdout).Encode(mustReport())
 	}

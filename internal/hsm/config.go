@@ -23,7 +23,9 @@ package hsm
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
+	"path/filepath"
 	"time"
 )
 
@@ -32,6 +34,11 @@ type Config struct {
 	Module     string // path of the PKCS#11 module, a shared library
 	TokenLabel string // CKA label of the token; one token must have it
 	PINFile    string // holds the user PIN; readable by its owner only
+
+	// AttemptFile is where a PIN that the token refused is remembered, so that
+	// it is offered once. Every process on this machine that uses the token
+	// with this PIN file names the same one.
+	AttemptFile string
 
 	// CreateSealingKey lets Open make the sealing key in a token that has none.
 	// Without it, Open reports ErrNoSealingKey.
@@ -57,6 +64,25 @@ var (
 	ErrNoEd25519 = errors.New("the PKCS#11 module has no Ed25519")
 	// ErrNoSealingKey: the token has no sealing key, and Open was not told to make one.
 	ErrNoSealingKey = errors.New("the token has no sealing key")
-	// ErrPIN: the token refused the PIN. It is not offered again, since tokens lock.
-	ErrPIN = errors.New("the token refused the PIN; it is not offered again, so that the token does not lock: correct the PIN file and restart")
+
+	// ErrPIN: a person must see to the token's PIN. Nothing gets better by
+	// trying again, and a token that is tried again may lock.
+	ErrPIN = errors.New("the token's user PIN cannot be used")
+	// ErrPINRefused: the token refused this PIN, now or earlier.
+	ErrPINRefused = fmt.Errorf("%w: the token refused it. It is not offered again before the PIN file changes, since tokens lock: correct the PIN file and start again, or, if the token's PIN was changed to what the file holds, remove the file named here", ErrPIN)
+	// ErrPINInterrupted: this PIN was offered, the answer was lost, and the token has refused one since.
+	ErrPINInterrupted = fmt.Errorf("%w: an earlier attempt with it was interrupted, and the token has refused a PIN since. Correct the PIN file if it is wrong; if it is right, log in with it once by hand (pkcs11-tool --login --list-objects), or remove the file named here", ErrPIN)
+	// ErrPINLocked: the token takes no PIN any more.
+	ErrPINLocked = fmt.Errorf("%w: it is locked, because wrong ones were offered too often. No PIN is offered: the token's security officer must set a new one (pkcs11-tool --login --login-type so --init-pin), then write it to the PIN file and start again", ErrPIN)
+	// ErrPINFinalTry: one more refusal locks the token.
+	ErrPINFinalTry = fmt.Errorf("%w: the token says that one more wrong PIN locks it, so none is offered. Find out who offers wrong ones, log in once by hand with the right PIN (pkcs11-tool --login --list-objects), which sets the count back, and start again", ErrPIN)
+	// ErrPINNotInitialized: the token has no user PIN yet.
+	ErrPINNotInitialized = fmt.Errorf("%w: the token has none yet. Its security officer must set one (pkcs11-tool --login --login-type so --init-pin)", ErrPIN)
+	// ErrPINExpired: the token wants another PIN to be set.
+	ErrPINExpired = fmt.Errorf("%w: it has expired. Set a new one at the token (pkcs11-tool --login --change-pin), write it to the PIN file and start again", ErrPIN)
+	// ErrTokenNotInitialized: the token is blank.
+	ErrTokenNotInitialized = fmt.Errorf("%w: the token is not initialized. Initialize it and set its user PIN (pkcs11-tool --init-token, then --login --login-type so --init-pin)", ErrPIN)
 )
+
+// AttemptFile is the AttemptFile of who keeps its data in dir.
+func AttemptFile(dir string) string { return filepath.Join(dir, "pin.attempt") }

@@ -44,6 +44,9 @@ func softHSM(t testing.TB) Config {
 	return cfg
 }
 
+// newToken makes a new token of the module under test; see modules_test.go.
+func newToken(t testing.TB) Config { return softHSM(t) }
+
 // open opens a token for the length of the test.
 func open(t testing.TB, cfg Config) *Token {
 	t.Helper()

@@ -116,7 +116,7 @@ type key struct {
 // Create has the token generate a key pair of session objects.
 func (t *Token) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
 	for attempt := 0; ; attempt++ {
-		t.recycle()
+		t.recycle(ctx)
 		l, s, err := t.acquire(ctx, func(l *life) *pool { return l.generate })
 		if err != nil {
 			return nil, fault("waiting to generate a key", err)

@@ -18,6 +18,7 @@ import (
 // owns the wrapping key; nothing else uses it but checks.
 type life struct {
 	born       time.Time
+	due        time.Time    // not recycled before; guarded by Token.mu
 	made       atomic.Int64 // keys generated
 	slot       uint
 	anchor     *session
@@ -51,7 +52,7 @@ func (t *Token) begin() (_ *life, err error) {
 		return nil, err
 	}
 	l.anchor = newSession(anchor)
-	if err := t.login(anchor); err != nil {
+	if err := t.logIn(l.slot, anchor); err != nil {
 		return nil, err
 	}
 	if err := t.findSealingKey(l, anchor); err != nil {
@@ -137,20 +138,6 @@ func (t *Token) openPool(slot uint, n int, limit time.Duration) (*pool, error) {
 		sessions[i] = newSession(h)
 	}
 	return newPool(sessions, limit), nil
-}
-
-// login logs the user in, for all sessions of this process. The binding takes
-// the PIN as a string: that copy, and the one it makes for the library, are not
-// cleared.
-func (t *Token) login(h pkcs11.SessionHandle) error {
-	err := t.lib.Login(h, pkcs11.CKU_USER, string(t.pin))
-	switch {
-	case err == nil, is(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN):
-		return nil
-	case pinRefused(err):
-		return fmt.Errorf("%w: %w", ErrPIN, err)
-	}
-	return fmt.Errorf("logging in: %w", err)
 }
 
 // checkLogin reports whether l's anchor h is open and logged in.

@@ -307,39 +307,6 @@ func TestTokenExchanged(t *testing.T) {
 	}
 }
 
-func TestPINIsNotOfferedTwice(t *testing.T) {
-	cfg := softHSM(t)
-	right, err := os.ReadFile(cfg.PINFile)
-	if err != nil {
-		t.Fatal(err)
-	}
-	wrong := cfg
-	wrong.PINFile = filepath.Join(t.TempDir(), "pin")
-	if err := os.WriteFile(wrong.PINFile, []byte("not the PIN"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Open(t.Context(), wrong); !errors.Is(err, ErrPIN) {
-		t.Fatalf("Open with a wrong PIN: %v, want ErrPIN", err)
-	}
-	token := open(t, cfg)
-	copy(token.pin, "00000000000000000000000000000000")
-	if err := token.lib.CloseAllSessions(slotOf(token)); err != nil {
-		t.Fatal(err)
-	}
-	for range 3 {
-		if err := token.Healthy(bounded(t)); !errors.Is(err, ErrPIN) || !errors.Is(err, orgkey.ErrUnavailable) {
-			t.Errorf("Healthy after the PIN was changed: %v, want ErrPIN", err)
-		}
-		token.mu.Lock()
-		token.failedAt = time.Time{} // the pause between two renewals is over
-		token.mu.Unlock()
-	}
-	copy(token.pin, right) // would log in now, if it were tried again
-	if err := generateOne(bounded(t), token); !errors.Is(err, ErrPIN) {
-		t.Errorf("Create: %v, want ErrPIN still", err)
-	}
-}
-
 func TestWaitingForASessionEndsWithTheRequest(t *testing.T) {
 	cfg := softHSM(t)
 	cfg.Generations = 2

@@ -94,7 +94,7 @@ func InitSoftHSM(dir string) (cfg Config, created bool, err error) {
 }
 
 func ownToken(module, dir string) Config {
-	return Config{Module: module, TokenLabel: softHSMLabel, PINFile: filepath.Join(dir, softHSMPIN)}
+	return Config{Module: module, TokenLabel: softHSMLabel, PINFile: filepath.Join(dir, softHSMPIN), AttemptFile: AttemptFile(dir)}
 }
 
 // LocateSoftHSM is InitSoftHSM without making or restoring anything, for who

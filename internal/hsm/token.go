@@ -19,6 +19,7 @@ import (
 const (
 	defaultRecycleKeys = 20_000
 	defaultRecycleAge  = time.Hour
+	recyclePutOff      = time.Minute // until the token is asked again whether it still counts refused PINs
 )
 
 // Token is a PKCS#11 token in use.
@@ -26,7 +27,7 @@ type Token struct {
 	cfg     Config
 	limits  limits
 	lib     *pkcs11.Ctx
-	pin     []byte
+	pin     []byte // the newest that was accepted, should its file go away
 	courier *courier
 	probe   []byte // a sealed value, made at Open: opens under the sealing key of then
 
@@ -51,11 +52,9 @@ var (
 // process has one Token for a module at a time.
 func Open(ctx context.Context, cfg Config) (*Token, error) {
 	t := &Token{cfg: withDefaults(cfg), limits: defaultLimits()}
-	pin, err := readPIN(cfg.PINFile)
-	if err != nil {
-		return nil, err
+	if cfg.AttemptFile == "" {
+		return nil, errors.New("opening the token: no file is named in which a refused PIN is remembered")
 	}
-	t.pin = pin
 	if t.lib = pkcs11.New(cfg.Module); t.lib == nil {
 		return nil, fmt.Errorf("loading the PKCS#11 module %q: not there, or not a PKCS#11 module", cfg.Module)
 	}
@@ -237,19 +236,42 @@ func (t *Token) renew(l *life, cause error) {
 }
 
 // recycle ends the life in use if enough keys have been made in it, or enough
-// time has passed.
-func (t *Token) recycle() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	l := t.life
-	if l == nil || t.renewal != nil || t.refused != nil {
+// time has passed. It puts that off while the token counts refused PINs: the
+// PIN may have been changed, and the life in use is logged in already.
+func (t *Token) recycle(ctx context.Context) {
+	l := t.due()
+	if l == nil {
 		return
 	}
-	if l.made.Load() < int64(t.cfg.RecycleKeys) && time.Since(l.born) < t.cfg.RecycleAge {
+	ctx, cancel := context.WithTimeout(ctx, t.limits.answer)
+	defer cancel()
+	_, err := l.anchor.call(ctx, func(pkcs11.SessionHandle) error { return t.checkNotWary(l.slot) }, func(error) {})
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.life != l || t.renewal != nil || t.refused != nil {
+		return
+	}
+	if errors.Is(err, errWary) {
+		t.cfg.Log.Warn("recycling the HSM library's memory is put off", "reason", err, "keys", l.made.Load())
+		l.due = time.Now().Add(recyclePutOff)
 		return
 	}
 	t.cfg.Log.Info("recycling the HSM library's memory", "keys", l.made.Load())
 	t.startRenewal()
+}
+
+// due returns the life in use if it is to be recycled.
+func (t *Token) due() *life {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	l := t.life
+	if l == nil || t.renewal != nil || t.refused != nil || time.Now().Before(l.due) {
+		return nil
+	}
+	if l.made.Load() < int64(t.cfg.RecycleKeys) && time.Since(l.born) < t.cfg.RecycleAge {
+		return nil
+	}
+	return l
 }
 
 // renewal is a life's replacement under way.
@@ -291,7 +313,7 @@ func (t *Token) startRenewal() {
 		switch {
 		case err == nil:
 			t.renewals++
-		case errors.Is(err, ErrPIN), errors.Is(err, errSealingKey):
+		case errors.Is(err, errSealingKey):
 			t.refused = fmt.Errorf("%w: %w", orgkey.ErrUnavailable, err)
 			t.cfg.Log.Error("the HSM token cannot be used any more", "error", err)
 		default:

@@ -46,3 +46,11 @@ func TestUnitGivesAStoppingServerItsTime(t *testing.T) {
 		t.Error("the data directory would be one that the server refuses")
 	}
 }
+
+// 77 is what the server exits with when the HSM's PIN needs a person (see
+// TestARefusedPINIsOfferedOnceByAllCommands): each start may cost an attempt.
+func TestUnitDoesNotRestartOnARefusedPIN(t *testing.T) {
+	if !strings.Contains(read(t, "cmd/orgkeys/orgkeys.service"), "\nRestartPreventExitStatus=77\n") {
+		t.Error("the unit starts the server again after the token refused its PIN")
+	}
+}
