@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/orgkeys/orgkeys/internal/freeport"
 )
 
 // lockedBuffer may be read while a process writes to it.
@@ -50,8 +52,14 @@ type running struct {
 
 func run(t *testing.T, environ []string, args ...string) *running {
 	t.Helper()
-	r := &running{cmd: exec.Command(filepath.Join(root, "scripts/run"), args...), ended: make(chan struct{})}
-	r.cmd.Env = environ
+	return runIn(t, root, environ, args...)
+}
+
+// runIn runs the script of the tree at dir.
+func runIn(t *testing.T, dir string, environ []string, args ...string) *running {
+	t.Helper()
+	r := &running{cmd: exec.Command("scripts/run", args...), ended: make(chan struct{})}
+	r.cmd.Dir, r.cmd.Env = dir, environ
 	r.cmd.Stdout, r.cmd.Stderr = &r.stdout, &r.logs
 	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := r.cmd.Start(); err != nil {
@@ -70,7 +78,7 @@ func run(t *testing.T, environ []string, args ...string) *running {
 	return r
 }
 
-var pasteable = regexp.MustCompile(`(?s)\n(\(umask 077 && curl .* --output private_key\.pem\))\n`)
+var pasteable = regexp.MustCompile(`(?s)\n(\(umask 077; .*curl .* exit 1; }\))\n`)
 
 // command waits for the command that scripts/run prints when it is ready.
 func (r *running) command(t *testing.T) string {
@@ -127,37 +135,6 @@ func TestRunPrintsACommandThatSavesAKey(t *testing.T) {
 	}
 }
 
-// The commands in README.md and docs/api.md, pasted into one shell each.
-func TestTheCommandsInTheDocumentsWork(t *testing.T) {
-	address, dir := "127.0.0.1:"+freePort(t), t.TempDir()
-	bin, err := filepath.Abs(filepath.Join(root, "bin"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(bin, filepath.Join(dir, "bin")); err != nil {
-		t.Fatal(err)
-	}
-	r := run(t, append(os.Environ(), "ORGKEYS_LISTEN="+address, "ORGKEYS_ADMIN_LISTEN=127.0.0.1:"+freePort(t), "ORGKEYS_DATA_DIR="+filepath.Join(dir, ".orgkeys")))
-	r.command(t)
-	blocks := regexp.MustCompile("(?s)```sh\n(.*?)```")
-	for _, document := range []string{"README.md", "docs/api.md"} {
-		script := "set -euo pipefail\ncurl() { command curl --fail-with-body \"$@\"; }\n"
-		for _, block := range blocks.FindAllStringSubmatch(read(t, document), -1) {
-			if block[1] != "./scripts/run\n" {
-				script += block[1]
-			}
-		}
-		if !strings.Contains(script, "key.pem") {
-			t.Errorf("%s has no command that makes a key", document)
-		}
-		cmd := exec.Command("bash", "-c", strings.ReplaceAll(script, "127.0.0.1:3000", address))
-		cmd.Dir = dir
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("%s: %v\n%s", document, err, out)
-		}
-	}
-}
-
 // TestRunReplicasShareTheirOrganizations starts two processes on PostgreSQL,
 // Redis and Vault, and kills the script the second time, when the data directory
 // was moved and the first run had not yet named the file with Vault's keys.
@@ -175,6 +152,7 @@ func TestRunReplicasShareTheirOrganizations(t *testing.T) {
 	if got := countKeys(t, fmt.Sprintf("http://127.0.0.1:%d", n+1), token); got != 1 {
 		t.Errorf("the second process lists %d keys, not the one that the first made", got)
 	}
+	inEnvironment(t, dir, n)
 	first.stop(t)
 	nothingRunsBelow(t, dir)
 
@@ -199,6 +177,94 @@ func TestRunReplicasShareTheirOrganizations(t *testing.T) {
 		t.Fatal(err)
 	}
 	nothingRunsBelow(t, dir)
+}
+
+// inEnvironment runs what follows in README.md in a shell that has read the file
+// that scripts/run writes: every command meets the running service.
+func inEnvironment(t *testing.T, data string, port int) {
+	t.Helper()
+	cmd := exec.Command("bash", "-c", `set -euo pipefail
+		. "$1/env"
+		test "$(command -v orgkeys)" = "$2/bin/orgkeys"
+		curl -sS --fail-with-body "http://127.0.0.1:$3/organization/demo/key" -H "Authorization: Bearer $(orgkeys token --org demo --role OWNER)"
+		sleep 1
+		cp "$ORGKEYS_DATA_DIR/audit.jsonl" copy
+		orgkeys audit verify --sink copy
+		orgkeys doctor
+		vault status -format=json`, "bash", data, absolute(t, root), strconv.Itoa(port))
+	cmd.Dir = t.TempDir()
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("with the environment file: %v\n%s", err, out)
+	}
+}
+
+func absolute(t *testing.T, path string) string {
+	t.Helper()
+	path, err := filepath.Abs(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// What ends by itself is named, and what is left goes on serving, until nothing is.
+func TestRunGoesOnWithoutAReplica(t *testing.T) {
+	port, err := freeport.Find(1, 1000, 1001, 2440, 3390, 5210)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), "data")
+	r := run(t, append(os.Environ(), fmt.Sprintf("ORGKEYS_LISTEN=127.0.0.1:%d", port), "ORGKEYS_DATA_DIR="+dir), "--replicas", "2")
+	r.command(t)
+	token := regexp.MustCompile(`Bearer (\S+)"`).FindStringSubmatch(r.stdout.String())[1]
+
+	kill(t, fmt.Sprintf("ORGKEYS_LISTEN=127.0.0.1:%d\x00", port))
+	named := fmt.Sprintf("Process 1, which served on 127.0.0.1:%d, has ended", port)
+	eventually(t, "the message", func() error {
+		if !strings.Contains(r.logs.String(), named) {
+			return errors.New("nothing names the process that was killed")
+		}
+		return nil
+	})
+	if got := countKeys(t, fmt.Sprintf("http://127.0.0.1:%d", port+1), token); got != 0 {
+		t.Errorf("the other process lists %d keys", got)
+	}
+	kill(t, fmt.Sprintf("ORGKEYS_LISTEN=127.0.0.1:%d\x00", port+1))
+	select {
+	case <-r.ended:
+	case <-time.After(patience):
+		t.Fatal("scripts/run goes on although nothing serves any more")
+	}
+	if code := r.cmd.ProcessState.ExitCode(); code != 1 {
+		t.Errorf("exit code %d", code)
+	}
+	nothingRunsBelow(t, dir)
+}
+
+// kill ends the serving process that has the text in its environment.
+func kill(t *testing.T, text string) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/environ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		process := filepath.Dir(file)
+		environ, _ := os.ReadFile(file) // others' processes cannot be read
+		name, _ := os.ReadFile(filepath.Join(process, "comm"))
+		if !bytes.Contains(environ, []byte(text)) || string(name) != "orgkeys\n" {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(process))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	t.Fatalf("no process has %q in its environment", text)
 }
 
 // nothingRunsBelow waits until no process has a file or directory below dir in

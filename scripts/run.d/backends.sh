@@ -4,24 +4,36 @@
 
 : "${data:?the directory of what is kept}"
 
-children=() stop_signals=()
+children=() stop_signals=() names=() logs=()
 
-# start SIGNAL LOG COMMAND... starts a command that SIGNAL stops, in a session of
-# its own, where an interrupt at the terminal does not reach it before this
+# start SIGNAL NAME LOG COMMAND... starts a command that SIGNAL stops, in a session
+# of its own, where an interrupt at the terminal does not reach it before this
 # script has stopped what depends on it. If this script is killed, the kernel
 # ends the command.
 start() {
-	local signal=$1 log=$2
-	shift 2
+	local signal=$1 name=$2 log=$3
+	shift 3
 	setsid setpriv --pdeathsig "$signal" "$@" >>"$log" 2>&1 &
-	children+=($!) stop_signals+=("$signal")
+	children+=($!) stop_signals+=("$signal") names+=("$name") logs+=("$log")
+}
+
+# forget_child PID says that it has ended by itself. Its number may be another
+# process's soon, which stop_children must not meet.
+forget_child() {
+	local i
+	for i in "${!children[@]}"; do
+		[[ ${children[i]} == "$1" ]] || continue
+		echo "${names[i]} has ended; the others go on. Its log is ${logs[i]}" >&2
+		unset "children[i]"
+	done
 }
 
 # stop_children ends what start started, the youngest first.
 stop_children() {
 	trap '' INT TERM
 	local i pid deadline
-	for ((i = ${#children[@]} - 1; i >= 0; i--)); do
+	for ((i = ${#names[@]} - 1; i >= 0; i--)); do
+		[[ -n ${children[i]:-} ]] || continue
 		pid=${children[i]} deadline=$((SECONDS + 60))
 		kill -s "${stop_signals[i]}" "$pid" 2>/dev/null || continue
 		while kill -0 "$pid" 2>/dev/null; do
@@ -53,6 +65,8 @@ start_vault() {
 	local dir=$data/vault
 	unset "${!VAULT_@}" # the caller's are for another Vault
 	VAULT_CLI=$(vault/devserver/build)
+	mkdir -p "$data/bin"
+	ln -sfn "$VAULT_CLI" "$data/bin/vault" # for whoever reads the environment file
 	export VAULT_CLI VAULT_ADDR=https://127.0.0.1:$1 VAULT_CACERT=$dir/tls.crt
 	mkdir -p "$dir"
 	if [[ ! -s $dir/tls.crt ]]; then
@@ -71,7 +85,7 @@ start_vault() {
 		api_addr      = "$VAULT_ADDR"
 		disable_mlock = true
 	HCL
-	start TERM "$dir/server.log" "$VAULT_CLI" server -config="$dir/server.hcl"
+	start TERM Vault "$dir/server.log" "$VAULT_CLI" server -config="$dir/server.hcl"
 	# Any answer will do: it may be sealed, and new.
 	until_up Vault "$dir/server.log" curl --silent --noproxy '*' --cacert "$VAULT_CACERT" "$VAULT_ADDR/v1/sys/seal-status"
 
@@ -120,7 +134,7 @@ start_postgres() {
 			--auth=scram-sha-256 --encoding=UTF8 --locale=C >"$dir/initdb.log" 2>&1 || { cat "$dir/initdb.log" >&2 && exit 1; }
 	fi
 	# INT is its fast shutdown; TERM would wait for clients to leave.
-	start INT "$data/postgres.log" ${as[@]+"${as[@]}"} "$bin/postgres" -D "$dir/cluster" -p "$1" \
+	start INT PostgreSQL "$data/postgres.log" ${as[@]+"${as[@]}"} "$bin/postgres" -D "$dir/cluster" -p "$1" \
 		-c listen_addresses=127.0.0.1 -c unix_socket_directories=
 	until_up PostgreSQL "$data/postgres.log" "$bin/pg_isready" --quiet --host=127.0.0.1 --port="$1"
 	echo "postgres://orgkeys:$(<"$dir/password")@127.0.0.1:$1/postgres?sslmode=disable" >"$data/database-url"
@@ -139,7 +153,7 @@ start_redis() {
 		appendonly yes
 		requirepass $(<"$dir/password")
 	CONF
-	start TERM "$dir/server.log" redis-server "$dir/redis.conf"
+	start TERM Redis "$dir/server.log" redis-server "$dir/redis.conf"
 	until_up Redis "$dir/server.log" env REDISCLI_AUTH="$(<"$dir/password")" redis-cli -h 127.0.0.1 -p "$1" ping
 	echo "redis://:$(<"$dir/password")@127.0.0.1:$1/0" >"$dir/url"
 	export ORGKEYS_REDIS_URL_FILE=$dir/url
