@@ -38,10 +38,7 @@ func tryPIN(t testing.TB, cfg Config, pin string) error {
 // tokenFlags reads the token's flags past any Token.
 func tokenFlags(t testing.TB, cfg Config) (flags uint) {
 	t.Helper()
-	lib := pkcs11.New(cfg.Module)
-	if err := lib.Initialize(); err != nil {
-		t.Fatal(err)
-	}
+	lib := begin(t, cfg.Module)
 	slot, err := findToken(lib, cfg.TokenLabel)
 	if err == nil {
 		var info pkcs11.TokenInfo
@@ -67,7 +64,7 @@ func rightPIN(t testing.TB, cfg Config) string {
 func logInByHand(t testing.TB, cfg Config, pin string) {
 	t.Helper()
 	writePIN(t, cfg, pin)
-	if err := withSession(cfg, func(*pkcs11.Ctx, pkcs11.SessionHandle) error { return nil }); err != nil {
+	if err := withSession(cfg, func(*module, pkcs11.SessionHandle) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -140,10 +137,7 @@ func TestTwoProcessesOfferAPINOnce(t *testing.T) {
 // interrupted leaves the file as a process does that was killed after it offered pin.
 func interrupted(t testing.TB, cfg Config, pin string, offer bool) {
 	t.Helper()
-	lib := pkcs11.New(cfg.Module)
-	if err := lib.Initialize(); err != nil {
-		t.Fatal(err)
-	}
+	lib := begin(t, cfg.Module)
 	slot, err := findToken(lib, cfg.TokenLabel)
 	if err != nil {
 		t.Fatal(err)

@@ -4,6 +4,7 @@ package hsm
 
 import (
 	"context"
+	"crypto/rsa"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
@@ -72,6 +73,8 @@ func runChild(name string) error {
 			return err
 		}
 		return token.Close()
+	case "spied on while it seals keys":
+		return sealKeys(context.Background())
 	case "spied on":
 		return json.NewEncoder(os.Stdout).Encode(mustReport())
 	}
@@ -134,7 +137,7 @@ func (r *report) fill(ctx context.Context) error {
 }
 
 func dropSealingKey(cfg Config) error {
-	return withSession(cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) error {
+	return withSession(cfg, func(lib *module, h pkcs11.SessionHandle) error {
 		key, err := lookUpSealingKey(lib, h)
 		if err != nil {
 			return err
@@ -144,12 +147,15 @@ func dropSealingKey(cfg Config) error {
 }
 
 // withSession runs f in a session of its own, logged in, past any Token.
-func withSession(cfg Config, f func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) error) (err error) {
+func withSession(cfg Config, f func(lib *module, h pkcs11.SessionHandle) error) (err error) {
 	pin, err := readPIN(cfg.PINFile)
 	if err != nil {
 		return err
 	}
-	lib := pkcs11.New(cfg.Module)
+	lib, err := load(cfg.Module)
+	if err != nil {
+		return err
+	}
 	if err := lib.Initialize(); err != nil {
 		return err
 	}
@@ -190,4 +196,41 @@ func (r *report) generate(ctx context.Context, token *Token) error {
 	}
 	r.Public = append(r.Public, strings.ToLower(hex.EncodeToString(private.N.Bytes())))
 	return nil
+}
+
+// childRecipient is the file that holds the recipient's public key, PKIX DER.
+const childRecipient = "ORGKEYS_HSM_TEST_RECIPIENT"
+
+// sealKeys makes keys and seals each to the recipient.
+func sealKeys(ctx context.Context) error {
+	cfg, _, err := InitSoftHSM(os.Getenv(childDir))
+	if err != nil {
+		return err
+	}
+	der, err := os.ReadFile(os.Getenv(childRecipient))
+	if err != nil {
+		return err
+	}
+	recipient, err := x509.ParsePKIXPublicKey(der)
+	if err != nil {
+		return err
+	}
+	cfg.Module = os.Getenv(childModule)
+	token, err := Open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	for range childKeys {
+		key, err := token.CreateSealed(ctx, uuid.NewString())
+		if err != nil {
+			return err
+		}
+		if _, err := key.Seal(ctx, recipient.(*rsa.PublicKey)); err != nil {
+			return err
+		}
+		if err := key.Destroy(ctx); err != nil {
+			return err
+		}
+	}
+	return token.Close()
 }

@@ -3,14 +3,17 @@
 package hsm
 
 import (
+	"bytes"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha1"
 	"crypto/sha256"
+	"crypto/subtle"
 	"crypto/x509"
 	"encoding/asn1"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash"
@@ -21,6 +24,7 @@ import (
 	"golang.org/x/crypto/cryptobyte"
 	cbasn1 "golang.org/x/crypto/cryptobyte/asn1"
 
+	"github.com/orgkeys/orgkeys/internal/envelope"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -44,14 +48,15 @@ type oaep struct {
 	mechanism uint
 	mgf       uint
 	hash      func() hash.Hash
+	sealed    string // the algorithm of a key that is sealed with it
 }
 
 // oaeps in order of preference. SoftHSM before 2.7 has SHA-1 only, which OAEP
 // does not ask collision resistance of (RFC 8017, appendix B.1).
 func oaeps() []oaep {
 	return []oaep{
-		{"RSA-OAEP-SHA256", pkcs11.CKM_SHA256, pkcs11.CKG_MGF1_SHA256, sha256.New},
-		{"RSA-OAEP-SHA1", pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA1, sha1.New},
+		{"RSA-OAEP-SHA256", pkcs11.CKM_SHA256, pkcs11.CKG_MGF1_SHA256, sha256.New, envelope.WrapSHA256},
+		{"RSA-OAEP-SHA1", pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA1, sha1.New, envelope.WrapSHA1},
 	}
 }
 
@@ -60,20 +65,32 @@ type wrapping struct {
 	name      string
 	mechanism uint
 	ivSize    int
+	rfc5649   bool // what it makes is AES-KWP, which recipients of sealed keys can open
 	unwrap    func(key, iv, wrapped []byte) ([]byte, error)
 }
 
-// CKM_AES_KEY_WRAP_KWP of PKCS#11 3.0, which the binding does not name.
-const aesKeyWrapKWP = 0x210B
+// Numbers that the binding does not name.
+const (
+	aesKeyWrapKWP    = 0x210B     // PKCS#11 3.0
+	lunaKWP          = 0x80000171 // Thales Luna: CKM_AES_KWP
+	cloudHSMZeroPad  = 0x8000216F // AWS CloudHSM: CKM_CLOUDHSM_AES_KEY_WRAP_ZERO_PAD
+	cloudHSMPKCS5Pad = 0x8000210A // AWS CloudHSM: CKM_CLOUDHSM_AES_KEY_WRAP_PKCS5_PAD
+	nssKeyWrapPad    = 0xCE534352 // NSS: CKM_NSS_AES_KEY_WRAP_PAD
+)
 
-// wrappings in order of preference: RFC 5649 under its two numbers, then CBC.
-// The first number means something else in some modules, which is why the
-// choice is made by trying.
+// wrappings in order of preference: RFC 5649 under its numbers, RFC 3394 with
+// the padding of PKCS#7, then CBC. CKM_AES_KEY_WRAP_PAD is the first in some
+// modules and the second in others, which is why the choice is made by trying.
 func wrappings() []wrapping {
 	return []wrapping{
-		{"CKM_AES_KEY_WRAP_PAD", pkcs11.CKM_AES_KEY_WRAP_PAD, 0, unwrapKWP},
-		{"CKM_AES_KEY_WRAP_KWP", aesKeyWrapKWP, 0, unwrapKWP},
-		{"CKM_AES_CBC_PAD", pkcs11.CKM_AES_CBC_PAD, aes.BlockSize, unwrapCBC},
+		{"CKM_AES_KEY_WRAP_KWP", aesKeyWrapKWP, 0, true, unwrapKWP},
+		{"CKM_AES_KEY_WRAP_PAD", pkcs11.CKM_AES_KEY_WRAP_PAD, 0, true, unwrapKWP},
+		{"Luna's CKM_AES_KWP", lunaKWP, 0, true, unwrapKWP},
+		{"CKM_CLOUDHSM_AES_KEY_WRAP_ZERO_PAD", cloudHSMZeroPad, 0, true, unwrapKWP},
+		{"CKM_AES_KEY_WRAP_PAD with PKCS#7 padding", pkcs11.CKM_AES_KEY_WRAP_PAD, 0, false, unwrapPaddedKW},
+		{"CKM_NSS_AES_KEY_WRAP_PAD", nssKeyWrapPad, 0, false, unwrapPaddedKW},
+		{"CKM_CLOUDHSM_AES_KEY_WRAP_PKCS5_PAD", cloudHSMPKCS5Pad, 0, false, unwrapPaddedKW},
+		{"CKM_AES_CBC_PAD", pkcs11.CKM_AES_CBC_PAD, aes.BlockSize, false, unwrapCBC},
 	}
 }
 
@@ -97,8 +114,13 @@ func unwrapCBC(key, iv, wrapped []byte) ([]byte, error) {
 	}
 	plain := make([]byte, len(wrapped))
 	cipher.NewCBCDecrypter(block, iv).CryptBlocks(plain, wrapped)
+	return unpad(plain, aes.BlockSize)
+}
+
+// unpad removes the padding of PKCS#7 (RFC 5652, section 6.3), or clears plain.
+func unpad(plain []byte, block int) ([]byte, error) {
 	pad := int(plain[len(plain)-1])
-	if pad == 0 || pad > aes.BlockSize {
+	if pad == 0 || pad > block || pad > len(plain) {
 		clear(plain)
 		return nil, errPadding
 	}
@@ -109,6 +131,37 @@ func unwrapCBC(key, iv, wrapped []byte) ([]byte, error) {
 		}
 	}
 	return plain[:len(plain)-pad], nil
+}
+
+var errKeyWrap = errors.New("the wrapped key is not intact")
+
+// unwrapPaddedKW is RFC 3394, section 2.2.2, of a plaintext padded as PKCS#7 has
+// it, to blocks of 8 bytes.
+func unwrapPaddedKW(key, _, wrapped []byte) ([]byte, error) {
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, err
+	}
+	n := len(wrapped)/8 - 1
+	if len(wrapped)%8 != 0 || n < 2 {
+		return nil, errKeyWrap
+	}
+	plain := bytes.Clone(wrapped[8:])
+	var b [aes.BlockSize]byte
+	copy(b[:8], wrapped[:8])
+	for t := 6 * n; t > 0; t-- {
+		r := plain[(t-1)%n*8:][:8]
+		binary.BigEndian.PutUint64(b[:8], binary.BigEndian.Uint64(b[:8])^uint64(t))
+		copy(b[8:], r)
+		block.Decrypt(b[:], b[:])
+		copy(r, b[8:])
+	}
+	defer clear(b[:])
+	if subtle.ConstantTimeCompare(b[:8], bytes.Repeat([]byte{0xA6}, 8)) != 1 {
+		clear(plain)
+		return nil, errKeyWrap
+	}
+	return unpad(plain, 8)
 }
 
 // makeWrappingKey has the token make l's wrapping key and hand it over. The
@@ -128,7 +181,7 @@ func (t *Token) makeWrappingKey(l *life, h pkcs11.SessionHandle) (err error) {
 	return err
 }
 
-func generateWrappingKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
+func generateWrappingKey(lib *module, h pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
 	key, err := lib.GenerateKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
 		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
@@ -147,22 +200,9 @@ func generateWrappingKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (pkcs11.Object
 }
 
 // fetch returns the wrapping key, which the token encrypts for c's key.
-func (c *courier) fetch(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingKey pkcs11.ObjectHandle) ([]byte, error) {
-	recipient, err := lib.CreateObject(h, []*pkcs11.Attribute{
-		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
-		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
-		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, false),
-		pkcs11.NewAttribute(pkcs11.CKA_WRAP, true),
-		pkcs11.NewAttribute(pkcs11.CKA_MODULUS, c.key.N.Bytes()),
-		pkcs11.NewAttribute(pkcs11.CKA_PUBLIC_EXPONENT, big.NewInt(int64(c.key.E)).Bytes()),
-	})
+func (c *courier) fetch(lib *module, h pkcs11.SessionHandle, wrappingKey pkcs11.ObjectHandle) ([]byte, error) {
+	wrapped, err := c.oaep.transport(lib, h, &c.key.PublicKey, wrappingKey)
 	if err != nil {
-		return nil, fmt.Errorf("importing the recipient of the wrapping key: %w", err)
-	}
-	params := pkcs11.NewOAEPParams(c.oaep.mechanism, c.oaep.mgf, pkcs11.CKZ_DATA_SPECIFIED, nil)
-	wrapped, err := lib.WrapKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_OAEP, params)}, recipient, wrappingKey)
-	if err := errors.Join(err, lib.DestroyObject(h, recipient)); err != nil {
 		return nil, fmt.Errorf("fetching the wrapping key by %s: %w", c.oaep.name, err)
 	}
 	key, err := rsa.DecryptOAEP(c.oaep.hash(), nil, c.key, wrapped, nil)
@@ -176,9 +216,28 @@ func (c *courier) fetch(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingKey pkc
 	return key, nil
 }
 
+// transport returns an AES key of the token, encrypted for recipient.
+func (o oaep) transport(lib *module, h pkcs11.SessionHandle, recipient *rsa.PublicKey, key pkcs11.ObjectHandle) ([]byte, error) {
+	public, err := lib.CreateObject(h, []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
+		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
+		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, false),
+		pkcs11.NewAttribute(pkcs11.CKA_WRAP, true),
+		pkcs11.NewAttribute(pkcs11.CKA_MODULUS, recipient.N.Bytes()),
+		pkcs11.NewAttribute(pkcs11.CKA_PUBLIC_EXPONENT, big.NewInt(int64(recipient.E)).Bytes()),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("importing the recipient: %w", err)
+	}
+	params := pkcs11.NewOAEPParams(o.mechanism, o.mgf, pkcs11.CKZ_DATA_SPECIFIED, nil)
+	wrapped, err := lib.WrapKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_OAEP, params)}, public, key)
+	return wrapped, errors.Join(err, lib.DestroyObject(h, public))
+}
+
 // chooseCourier tries the mechanisms until one of each kind works, and returns
 // the wrapping key too. What it tries the second kind on is a real private key.
-func chooseCourier(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, transports []oaep, wraps []wrapping) (*courier, []byte, error) {
+func chooseCourier(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, transports []oaep, wraps []wrapping) (*courier, []byte, error) {
 	key, err := rsa.GenerateKey(rand.Reader, courierBits)
 	if err != nil {
 		return nil, nil, fmt.Errorf("making the recipient of the wrapping key: %w", err)
@@ -195,7 +254,7 @@ func chooseCourier(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingAs pkcs11.Ob
 	return c, wrappingKey, nil
 }
 
-func (c *courier) chooseTransport(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, candidates []oaep) ([]byte, error) {
+func (c *courier) chooseTransport(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, candidates []oaep) ([]byte, error) {
 	var failures []error
 	for _, c.oaep = range candidates {
 		wrappingKey, err := c.fetch(lib, h, wrappingAs)
@@ -207,7 +266,7 @@ func (c *courier) chooseTransport(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrapp
 	return nil, fmt.Errorf("%w: it does not hand over a wrapping key encrypted: %w", errMechanisms, errors.Join(failures...))
 }
 
-func (c *courier) chooseWrapping(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, wrappingKey []byte, candidates []wrapping) error {
+func (c *courier) chooseWrapping(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, wrappingKey []byte, candidates []wrapping) error {
 	s, err := makeSample(lib, h)
 	if err != nil {
 		return err
@@ -237,7 +296,7 @@ type sample struct {
 
 // makeSample imports a key, which is quick, or has the token generate one if it
 // takes none.
-func makeSample(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (*sample, error) {
+func makeSample(lib *module, h pkcs11.SessionHandle) (*sample, error) {
 	if s, err := importSample(lib, h); err == nil {
 		return s, nil
 	}
@@ -246,7 +305,7 @@ func makeSample(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (*sample, error) {
 
 const sampleBits = 1024 // quick to make, and used for nothing
 
-func importSample(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (*sample, error) {
+func importSample(lib *module, h pkcs11.SessionHandle) (*sample, error) {
 	key, err := rsa.GenerateKey(rand.Reader, sampleBits)
 	if err != nil {
 		return nil, err
@@ -275,7 +334,7 @@ func importSample(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (*sample, error) {
 	return &sample{object, &key.PublicKey, func() { _ = lib.DestroyObject(h, object) }}, nil
 }
 
-func generateSample(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (*sample, error) {
+func generateSample(lib *module, h pkcs11.SessionHandle) (*sample, error) {
 	p, err := generatePair(lib, h, "orgkeys-sample")
 	if err != nil {
 		return nil, err
@@ -285,13 +344,13 @@ func generateSample(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (*sample, error) {
 
 // export returns a private key of the token as PKCS#1 DER, checked against its
 // public half. It is encrypted while outside of the token and of this function.
-func (c *courier) export(lib *pkcs11.Ctx, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, wrappingKey []byte, private pkcs11.ObjectHandle, public *rsa.PublicKey) ([]byte, error) {
+func (c *courier) export(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, wrappingKey []byte, private pkcs11.ObjectHandle, public *rsa.PublicKey) ([]byte, error) {
 	var iv []byte
 	if c.wrap.ivSize > 0 {
 		iv = make([]byte, c.wrap.ivSize)
 		rand.Read(iv)
 	}
-	wrapped, err := lib.WrapKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(c.wrap.mechanism, iv)}, wrappingAs, private)
+	wrapped, err := lib.wrap(h, c.wrap.mechanism, iv, wrappingAs, private)
 	if err != nil {
 		return nil, fmt.Errorf("wrapping by %s: %w", c.wrap.name, err)
 	}

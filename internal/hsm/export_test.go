@@ -156,7 +156,7 @@ func onAnchor(t *testing.T, f func(token *Token, h pkcs11.SessionHandle)) {
 // A token that takes no private keys from outside is tried with one of its own.
 func TestEitherSampleTriesTheMechanisms(t *testing.T) {
 	onAnchor(t, func(token *Token, h pkcs11.SessionHandle) {
-		for name, make := range map[string]func(*pkcs11.Ctx, pkcs11.SessionHandle) (*sample, error){
+		for name, make := range map[string]func(*module, pkcs11.SessionHandle) (*sample, error){
 			"imported": importSample, "generated": generateSample,
 		} {
 			s, err := make(token.lib, h)
@@ -182,10 +182,10 @@ func TestTokenWithoutTheMechanismsIsRefused(t *testing.T) {
 		transports []oaep
 		wraps      []wrapping
 	}{
-		"no OAEP":              {[]oaep{{"nonsense", 0xffff, 0xffff, oaeps()[0].hash}}, works},
-		"no key wrap":          {oaeps(), []wrapping{{"nonsense", 0x8000ffff, 0, unwrapKWP}}},
-		"another key wrap":     {oaeps(), []wrapping{{"unlike", pkcs11.CKM_AES_KEY_WRAP_PAD, 0, func(_, _, w []byte) ([]byte, error) { return w, nil }}}},
-		"a hash but not MGF's": {[]oaep{{"mixed", pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA256, oaeps()[1].hash}}, works},
+		"no OAEP":              {[]oaep{{"nonsense", 0xffff, 0xffff, oaeps()[0].hash, ""}}, works},
+		"no key wrap":          {oaeps(), []wrapping{{"nonsense", 0x8000ffff, 0, true, unwrapKWP}}},
+		"another key wrap":     {oaeps(), []wrapping{{"unlike", pkcs11.CKM_AES_KEY_WRAP_PAD, 0, true, func(_, _, w []byte) ([]byte, error) { return w, nil }}}},
+		"a hash but not MGF's": {[]oaep{{"mixed", pkcs11.CKM_SHA_1, pkcs11.CKG_MGF1_SHA256, oaeps()[1].hash, ""}}, works},
 	} {
 		t.Run(name, func(t *testing.T) {
 			onAnchor(t, func(token *Token, h pkcs11.SessionHandle) {

@@ -47,6 +47,19 @@ func softHSM(t testing.TB) Config {
 // newToken makes a new token of the module under test; see modules_test.go.
 func newToken(t testing.TB) Config { return softHSM(t) }
 
+// begin loads and initialises a module, past any Token.
+func begin(t testing.TB, path string) *module {
+	t.Helper()
+	lib, err := load(path)
+	if err == nil {
+		err = lib.Initialize()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lib
+}
+
 // open opens a token for the length of the test.
 func open(t testing.TB, cfg Config) *Token {
 	t.Helper()
@@ -123,14 +136,14 @@ func besideSealing(ctx context.Context, sealer orgkey.Sealer, do func() error) (
 
 func TestContract(t *testing.T) {
 	token := open(t, softHSM(t))
-	t.Run("keystore", func(t *testing.T) {
-		backendtest.Keystore(t, token, func(t *testing.T, name string) {
-			t.Helper()
-			if n := objects(t, token, pkcs11.NewAttribute(pkcs11.CKA_ID, name)); n != 0 {
-				t.Errorf("%d objects have the name %s", n, name)
-			}
-		})
-	})
+	gone := func(t *testing.T, name string) {
+		t.Helper()
+		if n := objects(t, token, pkcs11.NewAttribute(pkcs11.CKA_ID, name)); n != 0 {
+			t.Errorf("%d objects have the name %s", n, name)
+		}
+	}
+	t.Run("keystore", func(t *testing.T) { backendtest.Keystore(t, token, gone) })
+	t.Run("sealed keys", func(t *testing.T) { backendtest.Sealed(t, token, gone) })
 	t.Run("sealer", func(t *testing.T) { backendtest.Sealer(t, token) })
 	if n := privateKeys(t, token); n != 0 {
 		t.Errorf("%d private keys stayed in the token", n)

@@ -26,7 +26,7 @@ type pair struct {
 
 // generatePair has the token make a key pair that lives no longer than h. A
 // pair whose public half cannot be read is destroyed again.
-func generatePair(lib *pkcs11.Ctx, h pkcs11.SessionHandle, name string) (*pair, error) {
+func generatePair(lib *module, h pkcs11.SessionHandle, name string) (*pair, error) {
 	public, private, err := lib.GenerateKeyPair(h,
 		[]*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, nil)},
 		[]*pkcs11.Attribute{
@@ -57,7 +57,7 @@ func generatePair(lib *pkcs11.Ctx, h pkcs11.SessionHandle, name string) (*pair, 
 	return p, nil
 }
 
-func readPublic(lib *pkcs11.Ctx, h pkcs11.SessionHandle, public pkcs11.ObjectHandle) (*rsa.PublicKey, error) {
+func readPublic(lib *module, h pkcs11.SessionHandle, public pkcs11.ObjectHandle) (*rsa.PublicKey, error) {
 	attributes, err := lib.GetAttributeValue(h, public, []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_MODULUS, nil),
 		pkcs11.NewAttribute(pkcs11.CKA_PUBLIC_EXPONENT, nil),
@@ -74,7 +74,7 @@ func readPublic(lib *pkcs11.Ctx, h pkcs11.SessionHandle, public pkcs11.ObjectHan
 }
 
 // destroy removes both objects and confirms that nothing has p's name any more.
-func (p *pair) destroy(lib *pkcs11.Ctx, h pkcs11.SessionHandle) error {
+func (p *pair) destroy(lib *module, h pkcs11.SessionHandle) error {
 	p.gone = true
 	for _, object := range []pkcs11.ObjectHandle{p.private, p.public} {
 		if err := lib.DestroyObject(h, object); err != nil && !is(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
@@ -90,7 +90,7 @@ var errDestroyed = errors.New("the key is destroyed")
 // errPresent: what was destroyed is still there.
 var errPresent = errors.New("the key is still in the token")
 
-func checkAbsent(lib *pkcs11.Ctx, h pkcs11.SessionHandle, name string) error {
+func checkAbsent(lib *module, h pkcs11.SessionHandle, name string) error {
 	found, err := find(lib, h, 1, pkcs11.NewAttribute(pkcs11.CKA_ID, name))
 	if err != nil {
 		return err
@@ -115,6 +115,10 @@ type key struct {
 
 // Create has the token generate a key pair of session objects.
 func (t *Token) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
+	return t.create(ctx, name)
+}
+
+func (t *Token) create(ctx context.Context, name string) (*key, error) {
 	for attempt := 0; ; attempt++ {
 		t.recycle(ctx)
 		l, s, err := t.acquire(ctx, func(l *life) *pool { return l.generate })
@@ -172,32 +176,40 @@ func (t *Token) generate(ctx context.Context, l *life, s *session, name string) 
 
 func (k *key) Public() *rsa.PublicKey { return k.pair.key }
 
-// Export wraps the key in the token and unwraps it here. The key is not
-// exported a second time in a new life: it has not outlived the old one.
+// Export wraps the key in the token and unwraps it here.
 func (k *key) Export(ctx context.Context) ([]byte, error) {
+	var der []byte
+	err := k.use(ctx, func(h pkcs11.SessionHandle) (err error) {
+		der, err = k.token.courier.export(k.token.lib, h, k.life.wrappingAs, k.life.wrapping, k.pair.private, k.pair.key)
+		return err
+	}, func() { clear(der) })
+	if err != nil {
+		return nil, fault("exporting the key", err)
+	}
+	return der, nil
+}
+
+// use runs f in the key's session, and late afterwards if ctx ended meanwhile.
+// It is not done again in a new life: the key has not outlived the old one.
+func (k *key) use(ctx context.Context, f func(pkcs11.SessionHandle) error, late func()) error {
 	k.mu.Lock()
 	s, t, l := k.session, k.token, k.life
 	k.mu.Unlock()
 	if s == nil {
-		return nil, fmt.Errorf("exporting the key: %w", errDestroyed)
+		return errDestroyed
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, t.limits.answer, errSlow)
 	defer cancel()
-	var der []byte
-	_, err := s.call(ctx, func(h pkcs11.SessionHandle) (err error) {
+	_, err := s.call(ctx, func(h pkcs11.SessionHandle) error {
 		if k.pair.gone {
 			return errDestroyed
 		}
-		der, err = t.courier.export(t.lib, h, l.wrappingAs, l.wrapping, k.pair.private, k.pair.key)
-		return err
-	}, func(error) { clear(der) })
-	if err != nil {
-		if lost(err) {
-			t.renew(l, err)
-		}
-		return nil, fault("exporting the key", err)
+		return f(h)
+	}, func(error) { late() })
+	if err != nil && lost(err) {
+		t.renew(l, err)
 	}
-	return der, nil
+	return err
 }
 
 // Destroy goes on when ctx has ended, for a time of its own. An object that the

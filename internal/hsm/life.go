@@ -96,7 +96,7 @@ func (t *Token) end(l *life, held time.Duration) error {
 }
 
 // findToken returns the slot of the one token with that label.
-func findToken(lib *pkcs11.Ctx, label string) (uint, error) {
+func findToken(lib *module, label string) (uint, error) {
 	slots, err := lib.GetSlotList(true)
 	if err != nil {
 		return 0, fmt.Errorf("listing the slots: %w", err)
@@ -183,7 +183,7 @@ func (t *Token) checkUse(ctx context.Context, l *life) error {
 }
 
 // find returns the objects that match, at most max of them.
-func find(lib *pkcs11.Ctx, h pkcs11.SessionHandle, max int, template ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
+func find(lib *module, h pkcs11.SessionHandle, max int, template ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
 	if err := lib.FindObjectsInit(h, template); err != nil {
 		return nil, fmt.Errorf("searching the token: %w", err)
 	}

@@ -53,7 +53,7 @@ func pinStates(cfg Config) error {
 		if err := os.WriteFile(cfg.PINFile, []byte(pin), 0o600); err != nil {
 			return err
 		}
-		return withSession(cfg, func(*pkcs11.Ctx, pkcs11.SessionHandle) error { return nil })
+		return withSession(cfg, func(*module, pkcs11.SessionHandle) error { return nil })
 	}
 	for _, step := range []struct {
 		what string
@@ -87,7 +87,10 @@ func pinStates(cfg Config) error {
 
 // initOpencryptoki makes the token anew; with no PIN, it gets none.
 func initOpencryptoki(cfg Config, pin string) (err error) {
-	lib := pkcs11.New(cfg.Module)
+	lib, err := load(cfg.Module)
+	if err != nil {
+		return err
+	}
 	if err := lib.Initialize(); err != nil {
 		return err
 	}

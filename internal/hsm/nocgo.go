@@ -49,3 +49,11 @@ func LocateSoftHSM(string) (Config, error) { return Config{}, ErrNoCgo }
 
 // KeepSoftHSM reports ErrNoCgo.
 func KeepSoftHSM(string) error { return ErrNoCgo }
+
+// CreateSealed reports ErrNoCgo.
+func (*Token) CreateSealed(context.Context, string) (orgkey.SealableKey, error) {
+	return nil, ErrNoCgo
+}
+
+// DestroySealed reports ErrNoCgo.
+func (*Token) DestroySealed(context.Context, string) error { return ErrNoCgo }

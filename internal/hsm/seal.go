@@ -182,7 +182,7 @@ func probeContext() []byte { return []byte("orgkeys/v1/probe") }
 func probeText() []byte { return []byte("known to be good") }
 
 // lookUpSealingKey finds the sealing key and checks that it never left the token.
-func lookUpSealingKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
+func lookUpSealingKey(lib *module, h pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
 	found, err := find(lib, h, 2,
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
@@ -199,7 +199,7 @@ func lookUpSealingKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (pkcs11.ObjectHan
 	return 0, fmt.Errorf("%w: more than one has the label %s; delete those that sealed nothing", errSealingKey, sealKeyLabel)
 }
 
-func checkSealingKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle, key pkcs11.ObjectHandle) error {
+func checkSealingKey(lib *module, h pkcs11.SessionHandle, key pkcs11.ObjectHandle) error {
 	required := []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
 		pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, 32),
@@ -224,7 +224,7 @@ func checkSealingKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle, key pkcs11.ObjectH
 
 // createSealingKey has the token make the sealing key, and refuses if another
 // process has done the same meanwhile: neither can know which one the other uses.
-func createSealingKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
+func createSealingKey(lib *module, h pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
 	_, err := lib.GenerateKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_LABEL, sealKeyLabel),
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
@@ -243,7 +243,7 @@ func createSealingKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle) (pkcs11.ObjectHan
 	return lookUpSealingKey(lib, h)
 }
 
-func encrypt(lib *pkcs11.Ctx, h pkcs11.SessionHandle, key pkcs11.ObjectHandle, aad, plaintext []byte) ([]byte, error) {
+func encrypt(lib *module, h pkcs11.SessionHandle, key pkcs11.ObjectHandle, aad, plaintext []byte) ([]byte, error) {
 	iv := make([]byte, ivSize)
 	rand.Read(iv)
 	params := pkcs11.NewGCMParams(iv, aad, tagSize*8)
@@ -268,7 +268,7 @@ func encrypt(lib *pkcs11.Ctx, h pkcs11.SessionHandle, key pkcs11.ObjectHandle, a
 // decrypt reports orgkey.ErrSealBroken where the module is explicit about it.
 // ErrSealBroken never has the module's return value in its chain, which would
 // make it look like trouble with the module.
-func decrypt(lib *pkcs11.Ctx, h pkcs11.SessionHandle, key pkcs11.ObjectHandle, aad, sealed []byte) ([]byte, error) {
+func decrypt(lib *module, h pkcs11.SessionHandle, key pkcs11.ObjectHandle, aad, sealed []byte) ([]byte, error) {
 	if len(sealed) < headerSize+tagSize {
 		return nil, fmt.Errorf("%w: %d bytes are too few", orgkey.ErrSealBroken, len(sealed))
 	}

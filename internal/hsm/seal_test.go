@@ -12,9 +12,9 @@ import (
 )
 
 // inToken is withSession for tests.
-func inToken(t *testing.T, cfg Config, f func(lib *pkcs11.Ctx, h pkcs11.SessionHandle)) {
+func inToken(t *testing.T, cfg Config, f func(lib *module, h pkcs11.SessionHandle)) {
 	t.Helper()
-	err := withSession(cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) error {
+	err := withSession(cfg, func(lib *module, h pkcs11.SessionHandle) error {
 		f(lib, h)
 		return nil
 	})
@@ -23,7 +23,7 @@ func inToken(t *testing.T, cfg Config, f func(lib *pkcs11.Ctx, h pkcs11.SessionH
 	}
 }
 
-func removeSealingKey(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+func removeSealingKey(t *testing.T, lib *module, h pkcs11.SessionHandle) {
 	t.Helper()
 	key, err := lookUpSealingKey(lib, h)
 	if err != nil {
@@ -35,7 +35,7 @@ func removeSealingKey(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
 }
 
 // plantSealingKey makes a key with the sealing key's label.
-func plantSealingKey(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle, sensitive, extractable bool) {
+func plantSealingKey(t *testing.T, lib *module, h pkcs11.SessionHandle, sensitive, extractable bool) {
 	t.Helper()
 	_, err := lib.GenerateKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_LABEL, sealKeyLabel),
@@ -51,7 +51,7 @@ func plantSealingKey(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle, sens
 }
 
 // importSealingKey puts a key that somebody knows in the sealing key's place.
-func importSealingKey(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+func importSealingKey(t *testing.T, lib *module, h pkcs11.SessionHandle) {
 	t.Helper()
 	_, err := lib.CreateObject(h, []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
@@ -69,27 +69,27 @@ func importSealingKey(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
 }
 
 func TestSealingKeyThatCannotBeTrusted(t *testing.T) {
-	for name, plant := range map[string]func(*testing.T, *pkcs11.Ctx, pkcs11.SessionHandle){
-		"extractable": func(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+	for name, plant := range map[string]func(*testing.T, *module, pkcs11.SessionHandle){
+		"extractable": func(t *testing.T, lib *module, h pkcs11.SessionHandle) {
 			removeSealingKey(t, lib, h)
 			plantSealingKey(t, lib, h, true, true)
 		},
-		"not sensitive": func(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+		"not sensitive": func(t *testing.T, lib *module, h pkcs11.SessionHandle) {
 			removeSealingKey(t, lib, h)
 			plantSealingKey(t, lib, h, false, false)
 		},
-		"brought in from outside": func(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+		"brought in from outside": func(t *testing.T, lib *module, h pkcs11.SessionHandle) {
 			removeSealingKey(t, lib, h)
 			importSealingKey(t, lib, h)
 		},
-		"two of the name": func(t *testing.T, lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+		"two of the name": func(t *testing.T, lib *module, h pkcs11.SessionHandle) {
 			plantSealingKey(t, lib, h, true, false)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := softHSM(t)
 			cfg.CreateSealingKey = true
-			inToken(t, cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) { plant(t, lib, h) })
+			inToken(t, cfg, func(lib *module, h pkcs11.SessionHandle) { plant(t, lib, h) })
 			if token, err := Open(t.Context(), cfg); !errors.Is(err, errSealingKey) {
 				t.Errorf("Open: %v, want errSealingKey", err)
 				if err == nil {
@@ -102,7 +102,7 @@ func TestSealingKeyThatCannotBeTrusted(t *testing.T) {
 
 func TestSealingKeyIsMadeOnlyWhereAllowed(t *testing.T) {
 	cfg := softHSM(t)
-	inToken(t, cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) { removeSealingKey(t, lib, h) })
+	inToken(t, cfg, func(lib *module, h pkcs11.SessionHandle) { removeSealingKey(t, lib, h) })
 	if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrNoSealingKey) {
 		t.Fatalf("Open without CreateSealingKey: %v, want ErrNoSealingKey", err)
 	}

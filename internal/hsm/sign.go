@@ -77,7 +77,7 @@ func (t *Token) signCheckpoint(h pkcs11.SessionHandle, text []byte) ([]byte, ed2
 }
 
 // findCheckpointKey returns the objects of class that have the key's label, at most two.
-func findCheckpointKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle, class uint) ([]pkcs11.ObjectHandle, error) {
+func findCheckpointKey(lib *module, h pkcs11.SessionHandle, class uint) ([]pkcs11.ObjectHandle, error) {
 	return find(lib, h, 2,
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, class),
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
@@ -113,7 +113,7 @@ func (t *Token) checkpointKey(h pkcs11.SessionHandle) (ed25519.PublicKey, error)
 // want the curve named: by its OID (RFC 8410, as PKCS#11 3.1 has it), or by
 // its name, as in 3.0. SoftHSM stores the public half first, so a crash leaves
 // one that nothing can be signed for; it goes.
-func createCheckpointKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle) error {
+func createCheckpointKey(lib *module, h pkcs11.SessionHandle) error {
 	halves, err := findCheckpointKey(lib, h, pkcs11.CKO_PUBLIC_KEY)
 	if err != nil {
 		return err
@@ -145,7 +145,7 @@ func createCheckpointKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle) error {
 	return fmt.Errorf("making the checkpoint key: %w", errors.Join(refused...))
 }
 
-func generateCheckpointKey(lib *pkcs11.Ctx, h pkcs11.SessionHandle, curve []byte) error {
+func generateCheckpointKey(lib *module, h pkcs11.SessionHandle, curve []byte) error {
 	_, _, err := lib.GenerateKeyPair(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(ckmECEdwardsKeyPairGn, nil)},
 		[]*pkcs11.Attribute{
 			pkcs11.NewAttribute(pkcs11.CKA_LABEL, checkpointKeyLabel),

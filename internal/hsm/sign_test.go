@@ -36,7 +36,7 @@ func TestTheTokenSignsCheckpoints(t *testing.T) {
 			t.Error("another key signed")
 		}
 	}
-	inToken(t, cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+	inToken(t, cfg, func(lib *module, h pkcs11.SessionHandle) {
 		found, err := find(lib, h, 2,
 			pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
 			pkcs11.NewAttribute(pkcs11.CKA_LABEL, checkpointKeyLabel))
@@ -66,7 +66,7 @@ func TestHalfACheckpointKeyIsMadeAnew(t *testing.T) {
 	if err := token.Close(); err != nil {
 		t.Fatal(err)
 	}
-	inToken(t, cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+	inToken(t, cfg, func(lib *module, h pkcs11.SessionHandle) {
 		private, err := findCheckpointKey(lib, h, pkcs11.CKO_PRIVATE_KEY)
 		if err != nil || len(private) != 1 {
 			t.Fatal(private, err)

@@ -239,9 +239,9 @@ func randomPIN() []byte {
 
 // initToken initialises the first free slot through the PKCS#11 API.
 func initToken(cfg Config, pin []byte) (err error) {
-	lib := pkcs11.New(cfg.Module)
-	if lib == nil {
-		return fmt.Errorf("loading the PKCS#11 module %q: not there, or not a PKCS#11 module", cfg.Module)
+	lib, err := load(cfg.Module)
+	if err != nil {
+		return err
 	}
 	if err := lib.Initialize(); err != nil {
 		return fmt.Errorf("initialising the module: %w", err)

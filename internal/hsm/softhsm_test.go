@@ -126,10 +126,7 @@ func TestInitSoftHSMAfterACrash(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			lib := pkcs11.New(module)
-			if err := lib.Initialize(); err != nil {
-				t.Fatal(err)
-			}
+			lib := begin(t, module)
 			defer func() { _ = lib.Finalize() }()
 			if err := lib.InitToken(0, "forgotten", softHSMLabel); err != nil {
 				t.Fatal(err)

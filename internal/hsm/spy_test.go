@@ -3,10 +3,15 @@
 package hsm
 
 import (
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -34,20 +39,26 @@ type spied struct{ function, text string }
 // spyOn lets a child work through pkcs11-spy.
 func spyOn(t *testing.T) (calls []spied, r report, dir string) {
 	t.Helper()
+	dir = t.TempDir()
+	out, calls := spyOnChild(t, "spied on", dir)
+	if err := json.Unmarshal(out, &r); err != nil || r.Err != "" {
+		t.Fatalf("child: %v %s", err, r.Err)
+	}
+	return calls, r, dir
+}
+
+// spyOnChild returns what the child wrote, and its calls into the module.
+func spyOnChild(t *testing.T, name, dir string, env ...string) (out []byte, calls []spied) {
+	t.Helper()
 	module, err := FindSoftHSM()
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir = t.TempDir()
 	log := filepath.Join(dir, "spy.log")
-	cmd := childCommand(t, "spied on", dir, childModule+"="+findSpy(t), "PKCS11SPY="+module, "PKCS11SPY_OUTPUT="+log)
+	cmd := childCommand(t, name, dir, append(env, childModule+"="+findSpy(t), "PKCS11SPY="+module, "PKCS11SPY_OUTPUT="+log)...)
 	cmd.Stderr = os.Stderr
-	out, err := cmd.Output()
-	if err != nil {
+	if out, err = cmd.Output(); err != nil {
 		t.Fatalf("child: %v", err)
-	}
-	if err := json.Unmarshal(out, &r); err != nil || r.Err != "" {
-		t.Fatalf("child: %v %s", err, r.Err)
 	}
 	text, err := os.ReadFile(log)
 	if err != nil {
@@ -61,7 +72,7 @@ func spyOn(t *testing.T) (calls []spied, r report, dir string) {
 		}
 		calls = append(calls, spied{string(text[head[2]:head[3]]), string(text[head[1]:end])})
 	}
-	return calls, r, dir
+	return out, calls
 }
 
 // dumped returns all bytes that the log shows, as hex.
@@ -197,7 +208,7 @@ func TestUnderPKCS11Spy(t *testing.T) {
 		if err != nil || created {
 			t.Fatalf("InitSoftHSM: created %v, %v", created, err)
 		}
-		inToken(t, cfg, func(lib *pkcs11.Ctx, h pkcs11.SessionHandle) {
+		inToken(t, cfg, func(lib *module, h pkcs11.SessionHandle) {
 			found, err := find(lib, h, 100)
 			if err != nil {
 				t.Fatal(err)
@@ -208,4 +219,77 @@ func TestUnderPKCS11Spy(t *testing.T) {
 			}
 		})
 	})
+}
+
+// What the module is asked for while keys are sealed to a recipient: for each
+// an AES key that only wraps, handed to the recipient alone, wrapping that key
+// alone, and destroyed. Nothing is decrypted, and no secret attribute is read.
+func TestSealingToARecipientUnderPKCS11Spy(t *testing.T) {
+	recipient, err := rsa.GenerateKey(rand.Reader, 3072)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKIXPublicKey(&recipient.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	file := filepath.Join(dir, "recipient")
+	if err := os.WriteFile(file, der, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, calls := spyOnChild(t, "spied on while it seals keys", dir, childRecipient+"="+file)
+	pairs := slices.IndexFunc(calls, func(c spied) bool { return c.function == "C_GenerateKeyPair" })
+	if pairs < 0 {
+		t.Fatal("no key was generated: the log is not understood")
+	}
+	fetched := map[string]bool{} // AES keys that were wrapped before: this process has them
+	for _, c := range calls[:pairs] {
+		if wrapped(c) {
+			fetched[field(c, "hKey")] = true
+		}
+	}
+	modulus := hex.EncodeToString(recipient.N.Bytes())
+	var recipients, deliveries, private, destroyed = map[string]bool{}, map[string]int{}, map[string]bool{}, map[string]bool{}
+	for _, c := range calls[pairs:] {
+		switch {
+		case strings.HasPrefix(c.function, "C_Decrypt"), c.function == "C_UnwrapKey":
+			t.Errorf("%s was called", c.function)
+		case c.function == "C_GetAttributeValue":
+			if m := regexp.MustCompile(`CKA_(PRIVATE_EXPONENT|PRIME_\d|EXPONENT_\d|COEFFICIENT|VALUE) `).FindString(c.text); m != "" {
+				t.Errorf("asked for %s", m)
+			}
+		case c.function == "C_GenerateKeyPair":
+			private[field(c, "hPrivateKey")] = true
+		case c.function == "C_GenerateKey":
+			deliveries[field(c, "hKey")] = 0
+			for _, attribute := range []string{`TOKEN +False`, `SENSITIVE +True`, `WRAP +True`, `UNWRAP +False`, `ENCRYPT +False`, `DECRYPT +False`} {
+				if !regexp.MustCompile(`CKA_` + attribute).MatchString(c.text) {
+					t.Errorf("a delivery's key is not made with %s:\n%s", attribute, c.text)
+				}
+			}
+		case c.function == "C_CreateObject" && strings.Contains(dumped([]spied{c}), modulus):
+			recipients[field(c, "*phObject")] = true
+		case c.function == "C_DestroyObject":
+			destroyed[field(c, "hObject")] = true
+		case wrapped(c) && strings.Contains(c.text, "CKM_RSA_PKCS_OAEP"):
+			if !recipients[field(c, "hWrappingKey")] {
+				t.Errorf("an AES key was wrapped for somebody else than the recipient:\n%s", c.text)
+			}
+			deliveries[field(c, "hKey")]++
+		case wrapped(c):
+			if key := field(c, "hWrappingKey"); deliveries[key] != 1 || fetched[key] || !private[field(c, "hKey")] {
+				t.Errorf("wrapped by a key that is not the delivery's, or another thing than the private key:\n%s", c.text)
+			}
+			deliveries[field(c, "hWrappingKey")]++
+		}
+	}
+	if len(deliveries) != childKeys || len(private) != childKeys {
+		t.Errorf("%d AES keys for %d private keys, want %d of each", len(deliveries), len(private), childKeys)
+	}
+	for key, uses := range deliveries {
+		if uses != 2 || !destroyed[key] {
+			t.Errorf("AES key %s: %d uses, destroyed %v; want 2 and true", key, uses, destroyed[key])
+		}
+	}
 }

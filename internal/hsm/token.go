@@ -26,7 +26,7 @@ const (
 type Token struct {
 	cfg     Config
 	limits  limits
-	lib     *pkcs11.Ctx
+	lib     *module
 	pin     []byte // the newest that was accepted, should its file go away
 	courier *courier
 	probe   []byte // a sealed value, made at Open: opens under the sealing key of then
@@ -55,9 +55,11 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	if cfg.AttemptFile == "" {
 		return nil, errors.New("opening the token: no file is named in which a refused PIN is remembered")
 	}
-	if t.lib = pkcs11.New(cfg.Module); t.lib == nil {
-		return nil, fmt.Errorf("loading the PKCS#11 module %q: not there, or not a PKCS#11 module", cfg.Module)
+	lib, err := load(cfg.Module)
+	if err != nil {
+		return nil, err
 	}
+	t.lib = lib
 	type begun struct {
 		l   *life
 		err error

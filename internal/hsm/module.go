@@ -1,0 +1,120 @@
+//go:build cgo
+
+package hsm
+
+/*
+#cgo LDFLAGS: -ldl
+#include <dlfcn.h>
+#include <stdlib.h>
+
+typedef unsigned long ulong_t;
+
+// CK_FUNCTION_LIST of PKCS#11 2.40: a version, then the functions in the order
+// in which the standard lists them.
+struct functions { unsigned char version[2]; void *f[68]; };
+
+// CK_MECHANISM.
+struct mechanism { ulong_t type; void *parameter; ulong_t length; };
+
+enum { ENCRYPT = 30, DECRYPT = 34, WRAP_KEY = 60 };
+
+static struct functions *functions(const char *path) {
+	void *lib = dlopen(path, RTLD_LAZY);
+	if (lib == NULL) return NULL;
+	ulong_t (*list)(struct functions **) = (ulong_t (*)(struct functions **))dlsym(lib, "C_GetFunctionList");
+	struct functions *all = NULL;
+	if (list == NULL || list(&all) != 0) return NULL;
+	return all;
+}
+
+// crypt calls C_Encrypt or C_Decrypt.
+static ulong_t crypt_(struct functions *l, int which, ulong_t session, void *in, ulong_t size, void *out, ulong_t *room) {
+	ulong_t (*call)(ulong_t, void *, ulong_t, void *, ulong_t *) = (ulong_t (*)(ulong_t, void *, ulong_t, void *, ulong_t *))l->f[which];
+	return call(session, in, size, out, room);
+}
+
+static ulong_t wrap_key(struct functions *l, ulong_t session, ulong_t type, void *parameter, ulong_t length,
+		ulong_t wrapping, ulong_t key, void *out, ulong_t *room) {
+	struct mechanism m = { type, length ? parameter : NULL, length };
+	ulong_t (*call)(ulong_t, struct mechanism *, ulong_t, ulong_t, void *, ulong_t *) =
+		(ulong_t (*)(ulong_t, struct mechanism *, ulong_t, ulong_t, void *, ulong_t *))l->f[WRAP_KEY];
+	return call(session, &m, wrapping, key, out, room);
+}
+*/
+import "C"
+
+import (
+	"fmt"
+	"unsafe"
+
+	"github.com/miekg/pkcs11"
+)
+
+// module is a PKCS#11 library. For three functions the binding first asks the
+// library how long the output will be, and gives it no more room than that. NSS
+// answers too low: without the tag for AES-GCM, and without what RFC 5649 adds.
+// So these are called here, with room to spare and no question.
+type module struct {
+	*pkcs11.Ctx
+	functions *C.struct_functions
+}
+
+// load loads the library at path. It stays loaded: unloading one that has
+// registered exit or thread handlers, as OpenSSL's do, crashes the process later.
+func load(path string) (*module, error) {
+	ctx := pkcs11.New(path)
+	if ctx == nil {
+		return nil, fmt.Errorf("loading the PKCS#11 module %q: not there, or not a PKCS#11 module", path)
+	}
+	name := C.CString(path)
+	defer C.free(unsafe.Pointer(name))
+	functions := C.functions(name)
+	if functions == nil {
+		return nil, fmt.Errorf("loading the PKCS#11 module %q: it does not give its functions", path)
+	}
+	return &module{ctx, functions}, nil
+}
+
+const (
+	cipherRoom = 64       // bytes that a ciphertext may be longer than its plaintext
+	wrapRoom   = 16 << 10 // bytes; an RSA-4096 key wrapped has 2.4 KiB
+)
+
+// Encrypt ends what EncryptInit began.
+func (m *module) Encrypt(h pkcs11.SessionHandle, plaintext []byte) ([]byte, error) {
+	return m.crypt(C.ENCRYPT, h, plaintext, len(plaintext)+cipherRoom)
+}
+
+// Decrypt ends what DecryptInit began.
+func (m *module) Decrypt(h pkcs11.SessionHandle, ciphertext []byte) ([]byte, error) {
+	return m.crypt(C.DECRYPT, h, ciphertext, len(ciphertext)+cipherRoom)
+}
+
+func (m *module) crypt(which C.int, h pkcs11.SessionHandle, in []byte, room int) ([]byte, error) {
+	if len(in) == 0 {
+		in = make([]byte, 1)[:0] // a place, since some modules refuse NULL
+	}
+	out, n := make([]byte, room), C.ulong_t(room)
+	rv := C.crypt_(m.functions, which, C.ulong_t(h), unsafe.Pointer(unsafe.SliceData(in)), C.ulong_t(len(in)), unsafe.Pointer(unsafe.SliceData(out)), &n)
+	return filled(rv, out, n)
+}
+
+// wrap encrypts key with the AES key wrapping; parameter is the mechanism's
+// IV, or nil.
+func (m *module) wrap(h pkcs11.SessionHandle, mechanism uint, parameter []byte, wrapping, key pkcs11.ObjectHandle) ([]byte, error) {
+	out, n := make([]byte, wrapRoom), C.ulong_t(wrapRoom)
+	rv := C.wrap_key(m.functions, C.ulong_t(h), C.ulong_t(mechanism), unsafe.Pointer(unsafe.SliceData(parameter)), C.ulong_t(len(parameter)),
+		C.ulong_t(wrapping), C.ulong_t(key), unsafe.Pointer(unsafe.SliceData(out)), &n)
+	return filled(rv, out, n)
+}
+
+func filled(rv C.ulong_t, out []byte, n C.ulong_t) ([]byte, error) {
+	if rv != pkcs11.CKR_OK {
+		clear(out)
+		return nil, pkcs11.Error(rv)
+	}
+	if int(n) > len(out) {
+		return nil, fmt.Errorf("the module says that it wrote %d bytes into %d", n, len(out))
+	}
+	return out[:n:n], nil
+}
