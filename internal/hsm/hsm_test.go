@@ -143,7 +143,6 @@ func TestContract(t *testing.T) {
 		}
 	}
 	t.Run("keystore", func(t *testing.T) { backendtest.Keystore(t, token, gone) })
-	t.Run("sealed keys", func(t *testing.T) { backendtest.Sealed(t, token, gone) })
 	t.Run("sealer", func(t *testing.T) { backendtest.Sealer(t, token) })
 	if n := privateKeys(t, token); n != 0 {
 		t.Errorf("%d private keys stayed in the token", n)
@@ -151,4 +150,5 @@ func TestContract(t *testing.T) {
 	if token.renewals != 0 {
 		t.Errorf("%d renewals were needed", token.renewals)
 	}
+	t.Run("sealed keys", func(t *testing.T) { backendtest.Sealed(t, token, gone) })
 }
