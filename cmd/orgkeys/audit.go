@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
@@ -110,7 +111,7 @@ not excluded: nothing from elsewhere vouches for the end.`,
 			if err != nil {
 				return err
 			}
-			err = verify(cmd, cfg, db, g)
+			err = verifyLog(cmd, cfg, db, g)
 			return errors.Join(err, db.Close())
 		},
 	}
@@ -127,7 +128,7 @@ type given struct {
 	keys, vaultFiles []string
 }
 
-func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) error {
+func verifyLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) error {
 	evidence, independent, err := gatherEvidence(cfg, g)
 	if err != nil {
 		return err
@@ -135,9 +136,9 @@ func verify(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) err
 	if err := addSigned(cmd.Context(), evidence, db, g.keys); err != nil {
 		return err
 	}
-	var report audit.Report
-	err = db.Snapshot(cmd.Context(), func(a audit.Archive) (err error) {
-		report, err = audit.Verify(cmd.Context(), a, evidence, progressTo(cmd.ErrOrStderr(), "verified"))
+	var report verify.Report
+	err = db.Snapshot(cmd.Context(), func(s verify.Snapshot) (err error) {
+		report, err = verify.Verify(cmd.Context(), s, evidence, progressTo(cmd.ErrOrStderr(), "verified"))
 		return err
 	})
 	if err != nil {
@@ -182,7 +183,7 @@ func accepted(r audit.Rollback) string {
 // vouched says how far a copy from outside vouches for the log. Events that are
 // newer than the copy are usual while the server runs; those that nobody has
 // taken for longer are as good as unprotected.
-func vouched(out io.Writer, r audit.Report) error {
+func vouched(out io.Writer, r verify.Report) error {
 	newer := r.Log.Size - r.Covered
 	switch {
 	case r.Covered == 0:
@@ -201,7 +202,7 @@ func vouched(out io.Writer, r audit.Report) error {
 
 // gatherEvidence reads what to compare the log with, and says whether it comes
 // from outside the data directory.
-func gatherEvidence(cfg config.Config, g given) (*audit.Copy, bool, error) {
+func gatherEvidence(cfg config.Config, g given) (*verify.Copy, bool, error) {
 	sink, checkpoint := g.sink, g.checkpoint
 	independent := sink != "" || checkpoint != ""
 	if sink == "" {
@@ -218,7 +219,7 @@ func gatherEvidence(cfg config.Config, g given) (*audit.Copy, bool, error) {
 			sink = ""
 		}
 	}
-	evidence := &audit.Copy{}
+	evidence := &verify.Copy{}
 	if sink != "" {
 		var err error
 		if evidence, err = readCopy(sink); err != nil {
@@ -239,12 +240,12 @@ func gatherEvidence(cfg config.Config, g given) (*audit.Copy, bool, error) {
 	return evidence, independent, nil
 }
 
-func readCopy(name string) (*audit.Copy, error) {
+func readCopy(name string) (*verify.Copy, error) {
 	f, err := os.Open(name)
 	if err != nil {
-		return &audit.Copy{}, err
+		return &verify.Copy{}, err
 	}
-	c, err := audit.ReadCopy(f)
+	c, err := verify.ReadCopy(f)
 	if err := errors.Join(err, f.Close()); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
@@ -269,7 +270,7 @@ func eachSigned(ctx context.Context, db *sqlstore.DB, do func(audit.Signed) erro
 
 // addSigned adds the signed checkpoints that are kept with the log. Each must be
 // signed by a given key or, where none is given, by one that is kept there, too.
-func addSigned(ctx context.Context, evidence *audit.Copy, db *sqlstore.DB, vkeys []string) error {
+func addSigned(ctx context.Context, evidence *verify.Copy, db *sqlstore.DB, vkeys []string) error {
 	var notes []audit.Signed
 	if err := eachSigned(ctx, db, func(s audit.Signed) error { notes = append(notes, s); return nil }); err != nil {
 		return err

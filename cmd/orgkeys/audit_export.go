@@ -14,6 +14,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/archive"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -31,7 +33,7 @@ func withLog(cmd *cobra.Command, do func(ctx context.Context, db *sqlstore.DB) e
 }
 
 // progressTo tells w how far a long run is.
-func progressTo(w io.Writer, doing string) audit.Progress {
+func progressTo(w io.Writer, doing string) verify.Progress {
 	return func(done, all int64) { fmt.Fprintf(w, "%s %d of %d events\n", doing, done, all) }
 }
 
@@ -58,7 +60,7 @@ func export(cmd *cobra.Command, ctx context.Context, db *sqlstore.DB, name strin
 	if err != nil {
 		return err
 	}
-	manifest, err := audit.Export(ctx, f, db, dir, version(), progressTo(cmd.ErrOrStderr(), "exported"))
+	manifest, err := archive.Write(ctx, f, db, dir, version(), progressTo(cmd.ErrOrStderr(), "exported"))
 	if err == nil {
 		err = f.Sync()
 	}
@@ -78,7 +80,7 @@ func verifyExport(cmd *cobra.Command, name string, g given) error {
 	if len(g.keys) == 0 {
 		return errNoKey
 	}
-	var outside audit.Outside
+	var outside archive.Outside
 	var err error
 	if outside.Vault, err = readVaultFiles(g.vaultFiles); err != nil {
 		return err
@@ -94,7 +96,7 @@ func verifyExport(cmd *cobra.Command, name string, g given) error {
 	if err != nil {
 		return err
 	}
-	report, err := audit.VerifyExport(cmd.Context(), f, g.keys, outside, progressTo(cmd.ErrOrStderr(), "verified"))
+	report, err := archive.Verify(cmd.Context(), f, g.keys, outside, progressTo(cmd.ErrOrStderr(), "verified"))
 	if err := errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
@@ -109,7 +111,7 @@ func verifyExport(cmd *cobra.Command, name string, g given) error {
 
 // exportVouched says how far something from outside vouches for an export. Its
 // key vouches that every event in it is genuine, not that none came after.
-func exportVouched(out io.Writer, r audit.ExportReport) error {
+func exportVouched(out io.Writer, r archive.Report) error {
 	size := r.Manifest.Size
 	if v := r.Vault; v != nil {
 		for _, l := range v.Lost {
@@ -131,11 +133,11 @@ func exportVouched(out io.Writer, r audit.ExportReport) error {
 	return err
 }
 
-func readVaultFiles(names []string) (*audit.VaultFile, error) {
+func readVaultFiles(names []string) (*archive.VaultFile, error) {
 	if len(names) == 0 {
 		return nil, nil
 	}
-	vault := &audit.VaultFile{}
+	vault := &archive.VaultFile{}
 	for _, name := range names {
 		f, err := os.Open(name)
 		if err != nil {
@@ -158,7 +160,7 @@ orgkeys audit verify-proof FILE --key KEY`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
-				proof, err := audit.Prove(ctx, db, args[0])
+				proof, err := archive.Prove(ctx, db, args[0])
 				if err != nil {
 					return err
 				}
@@ -187,7 +189,7 @@ func newVerifyProof() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			proof, signed, err := audit.VerifyProof(text, keys)
+			proof, signed, err := archive.VerifyProof(text, keys)
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
 			}
@@ -209,9 +211,9 @@ and give it to the auditors: it is all that verifying needs.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
-				keys, err := audit.SigningKeys(ctx, db)
+				keys, err := archive.SigningKeys(ctx, db)
 				if err == nil && len(keys) == 0 {
-					err = audit.ErrNotSigned
+					err = archive.ErrNotSigned
 				}
 				if err != nil {
 					return err

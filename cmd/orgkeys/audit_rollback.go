@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
@@ -149,8 +150,8 @@ func newAcceptance(ctx context.Context, out io.Writer, cfg config.Config, db *sq
 
 // acceptedBefore returns the accepted rollbacks that account for a sink's other
 // event at an index.
-func acceptedBefore(ctx context.Context, db *sqlstore.DB, differs int64) ([]audit.AcceptedRollback, error) {
-	var all []audit.AcceptedRollback
+func acceptedBefore(ctx context.Context, db *sqlstore.DB, differs int64) ([]verify.AcceptedRollback, error) {
+	var all []verify.AcceptedRollback
 	for row, err := range db.Rows(ctx) {
 		if err != nil {
 			return nil, err
@@ -162,7 +163,7 @@ func acceptedBefore(ctx context.Context, db *sqlstore.DB, differs int64) ([]audi
 		if err != nil {
 			return nil, err
 		}
-		if r := audit.RollbackOf(e, row.Index); r.Accounts(differs) {
+		if r := verify.RollbackOf(e, row.Index); r.Accounts(differs) {
 			all = append(all, r)
 		}
 	}
@@ -171,8 +172,8 @@ func acceptedBefore(ctx context.Context, db *sqlstore.DB, differs int64) ([]audi
 
 // heldOf is all that can be compared with the log: the events in the sink's
 // file, and every checkpoint.
-func heldOf(ctx context.Context, cfg config.Config, db *sqlstore.DB, sinks []audit.Sink) (*audit.Copy, error) {
-	held := &audit.Copy{}
+func heldOf(ctx context.Context, cfg config.Config, db *sqlstore.DB, sinks []audit.Sink) (*verify.Copy, error) {
+	held := &verify.Copy{}
 	if slices.Contains(cfg.AuditSinks, config.SinkFile) {
 		var err error
 		if held, err = readCopy(cfg.AuditFile); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
@@ -76,7 +77,7 @@ func TestHowFarACopyVouches(t *testing.T) {
 		{"nothing", 0, time.Second, 3, "holds no event of this log"},
 	} {
 		var out strings.Builder
-		r := audit.Report{Log: audit.Checkpoint{Size: 31}, Covered: c.covered}
+		r := verify.Report{Log: audit.Checkpoint{Size: 31}, Covered: c.covered}
 		if c.covered < 31 {
 			r.Uncovered = time.Now().Add(-c.age)
 		}

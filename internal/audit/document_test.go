@@ -14,7 +14,7 @@ func TestTheDocumentDescribesEveryFieldAndType(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for f := range reflect.TypeFor[leaf]().Fields() {
+	for f := range reflect.TypeFor[Leaf]().Fields() {
 		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
 		if !strings.Contains(string(document), "\n| `"+name+"` | ") {
 			t.Errorf("field %s is not in the table", name)

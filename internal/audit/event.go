@@ -97,9 +97,9 @@ func New(t Type, org string) Event {
 	return Event{ID: uuid.NewString(), Time: time.Now().UTC(), Type: t, Outcome: Success, Org: org}
 }
 
-// leaf is an event as the log holds it: the field order is the order of the
+// Leaf is an event as the log holds it: the field order is the order of the
 // bytes, and verifiers depend on the names. docs/audit.md describes it.
-type leaf struct {
+type Leaf struct {
 	Version  int               `json:"v"`
 	ID       string            `json:"id"`
 	Time     string            `json:"time"`
@@ -141,7 +141,7 @@ type Record struct {
 // by a salted digest, so that it cannot be changed unseen, yet can be erased
 // without leaving anything that a guess could be tested against.
 func (e Event) Encode() (Record, error) {
-	l := leaf{
+	l := Leaf{
 		Version: 1, ID: e.ID, Time: e.Time.UTC().Format(TimeFormat), Type: e.Type, Outcome: e.Outcome,
 		Reason: e.Reason, Org: e.Org, Kind: e.Actor.Kind, Actor: e.Actor.ID, ActorOrg: e.ActorOrg, Roles: e.Roles, Action: e.Action,
 		Object: e.Object, Request: e.Request, Policy: e.Policy, Scope: e.Scope, Detail: e.Detail,
@@ -194,7 +194,7 @@ func PersonalDigest(stored []byte) string {
 
 // Decode reads a leaf back. The personal part stays empty.
 func Decode(leafBytes []byte) (Event, error) {
-	var l leaf
+	var l Leaf
 	if err := json.Unmarshal(leafBytes, &l, json.RejectUnknownMembers(true)); err != nil {
 		return Event{}, fmt.Errorf("decoding a leaf: %w", err)
 	}

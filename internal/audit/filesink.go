@@ -17,8 +17,8 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// line is one line of a file sink: exactly one of its fields is there.
-type line struct {
+// Line is one line of a file sink: exactly one of its fields is there.
+type Line struct {
 	Index      *int64         `json:"index,omitempty"`
 	Event      jsontext.Value `json:"event,omitempty"`
 	Checkpoint string         `json:"checkpoint,omitempty"`
@@ -35,12 +35,6 @@ type Rollback struct {
 	Reason string `json:"reason"`
 }
 
-// place is the index of the rollback's event: it comes right behind To.
-func (r Rollback) place() int64 {
-	to, _ := ParseCheckpoint(r.To) // was read before, or counts as size 0
-	return to.Size
-}
-
 // Event is the event that the log has of an accepted rollback.
 func (r Rollback) Event() Event {
 	e := New(RollbackAccepted, "")
@@ -48,25 +42,6 @@ func (r Rollback) Event() Event {
 	e.Reason = "accepted"
 	e.Detail = map[string]string{"from": r.From, "to": r.To, "kept": strconv.FormatInt(r.Kept, 10), "reason": r.Reason}
 	return e
-}
-
-// AcceptedRollback is a rollback and the index of the event that accepted it.
-type AcceptedRollback struct {
-	Rollback
-	Index int64
-}
-
-// Accounts reports whether the rollback is why a copy of the log holds another
-// event at an index than the log does: it was made before.
-func (r AcceptedRollback) Accounts(differs int64) bool {
-	return r.Kept <= differs && differs <= r.Index
-}
-
-// RollbackOf is the rollback that an event at an index tells of. Where the event
-// does not say what was kept, nothing was.
-func RollbackOf(e Event, index int64) AcceptedRollback {
-	kept, _ := strconv.ParseInt(e.Detail["kept"], 10, 64)
-	return AcceptedRollback{Rollback{From: e.Detail["from"], To: e.Detail["to"], Kept: kept, Reason: e.Detail["reason"]}, index}
 }
 
 // FileSink is a JSON-lines file, fsynced. Each event is a line
@@ -106,7 +81,7 @@ func (s *FileSink) Last(context.Context) (Checkpoint, error) {
 // Append implements Sink: it writes and syncs the entries and the checkpoint's
 // line at once.
 func (s *FileSink) Append(_ context.Context, entries []Entry, c Checkpoint) ([][]byte, error) {
-	last, err := json.Marshal(line{Checkpoint: c.Text()})
+	last, err := json.Marshal(Line{Checkpoint: c.Text()})
 	if err != nil {
 		return nil, err
 	}
@@ -128,7 +103,7 @@ func (s *FileSink) KeepSigned(_ context.Context, note string) error {
 	}
 	var b []byte
 	for _, text := range []string{note, last.Text()} {
-		l, err := json.Marshal(line{Checkpoint: text})
+		l, err := json.Marshal(Line{Checkpoint: text})
 		if err != nil {
 			return err
 		}
@@ -149,7 +124,7 @@ func (s *FileSink) AcceptRollback(_ context.Context, r Rollback) error {
 	}
 	start := Checkpoint{Origin: to.Origin, Root: empty}
 	var b []byte
-	for _, l := range []line{{Rollback: &r}, {Checkpoint: start.Text()}} {
+	for _, l := range []Line{{Rollback: &r}, {Checkpoint: start.Text()}} {
 		text, err := json.Marshal(l)
 		if err != nil {
 			return err
@@ -276,7 +251,7 @@ func lastCheckpoint(f io.ReaderAt, end int64) (Checkpoint, error) {
 		return Checkpoint{}, nil
 	}
 	raw, _, _ := bytes.Cut(tail[at+1:], []byte("\n"))
-	var l line
+	var l Line
 	if err := json.Unmarshal(raw, &l); err != nil {
 		return Checkpoint{}, fmt.Errorf("reading the sink's last checkpoint: %w", err)
 	}

@@ -17,6 +17,8 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/audittest"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -64,9 +66,9 @@ func TestEveryRewritingOfHistoryIsFound(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHistory(t)
-			h.exec(t, c.statements...)
+			h.Exec(t, c.statements...)
 			if c.recompute {
-				h.rebuild(t)
+				h.Rebuild(t)
 			}
 			h.wantFound(t, c.found)
 		})
@@ -78,9 +80,9 @@ func TestEveryRewritingOfHistoryIsFound(t *testing.T) {
 func TestYesterdaysBackupIsFoundFromOutside(t *testing.T) {
 	h := newHistory(t)
 	backup := filepath.Join(t.TempDir(), "backup.db")
-	h.exec(t, `VACUUM INTO '`+backup+`'`)
+	h.Exec(t, `VACUUM INTO '`+backup+`'`)
 	sink, kept := h.copyOfSink(t), h.checkpoint(t)
-	h.add(t, 5)
+	h.Add(t, 5)
 	h.sign(t)
 	later := h.checkpoint(t)
 	restored, err := sqlstore.Open(t.Context(), backup)
@@ -88,12 +90,12 @@ func TestYesterdaysBackupIsFoundFromOutside(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { restored.Close() })
-	h.db = restored
+	h.DB = restored
 	h.kept = later
 	h.wantFound(t, []string{byTheSinksCopy, atSigning, bySinkAtStart, byTheVerifier})
 	// With what was kept before the backup only, nothing can be seen.
 	h.kept = kept
-	if err := os.WriteFile(h.sink, sink, 0o600); err != nil {
+	if err := os.WriteFile(h.Sink, sink, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	h.wantFound(t, []string{atSigning})
@@ -101,7 +103,7 @@ func TestYesterdaysBackupIsFoundFromOutside(t *testing.T) {
 
 // history is a log of 30 events that is signed at 10, 20 and 30, with its sink.
 type history struct {
-	log30
+	audittest.Log
 	signer  audit.LocalSigner
 	running *audit.Checkpointer // that of the server that ran all the while
 	kept    audit.Checkpoint    // by an auditor
@@ -109,10 +111,10 @@ type history struct {
 
 func newHistory(t *testing.T) *history {
 	t.Helper()
-	h := &history{log30: openLog(t), signer: newSigner(t)}
+	h := &history{Log: audittest.Open(t), signer: audittest.NewSigner(t)}
 	h.running = h.checkpointer()
 	for range 3 {
-		h.add(t, 10)
+		h.Add(t, 10)
 		h.sign(t)
 	}
 	h.kept = h.checkpoint(t)
@@ -126,28 +128,28 @@ func newHistory(t *testing.T) *history {
 
 func (h *history) checkpointer() *audit.Checkpointer {
 	quiet := slog.New(slog.DiscardHandler)
-	return audit.NewCheckpointer(audit.NewLog(h.db, quiet), store{h}, h.signer, time.Hour, quiet)
+	return audit.NewCheckpointer(audit.NewLog(h.DB, quiet), store{h}, h.signer, time.Hour, quiet)
 }
 
 // store is the database that the history is in at the moment, which a test may
 // replace under a running checkpointer as an administrator does under a server.
 type store struct{ h *history }
 
-func (s store) Head(ctx context.Context) (audit.Checkpoint, error) { return s.h.db.Head(ctx) }
+func (s store) Head(ctx context.Context) (audit.Checkpoint, error) { return s.h.DB.Head(ctx) }
 func (s store) Durable(ctx context.Context, held audit.Checkpoint, limit int) ([]audit.Entry, audit.Checkpoint, error) {
-	return s.h.db.Durable(ctx, held, limit)
+	return s.h.DB.Durable(ctx, held, limit)
 }
 func (s store) LastSigned(ctx context.Context) (audit.Signed, error) {
-	return s.h.db.LastSigned(ctx)
+	return s.h.DB.LastSigned(ctx)
 }
 func (s store) KeepSigned(ctx context.Context, c audit.Signed, vkey string) error {
-	return s.h.db.KeepSigned(ctx, c, vkey)
+	return s.h.DB.KeepSigned(ctx, c, vkey)
 }
 func (s store) Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error) {
-	return s.h.db.Exclusive(ctx, name, do)
+	return s.h.DB.Exclusive(ctx, name, do)
 }
 func (s store) Consistency(ctx context.Context, size, old int64) (tlog.TreeProof, error) {
-	return s.h.db.Consistency(ctx, size, old)
+	return s.h.DB.Consistency(ctx, size, old)
 }
 
 func (h *history) sign(t *testing.T) {
@@ -159,7 +161,7 @@ func (h *history) sign(t *testing.T) {
 
 func (h *history) checkpoint(t *testing.T) audit.Checkpoint {
 	t.Helper()
-	head, err := h.db.Head(t.Context())
+	head, err := h.DB.Head(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +170,7 @@ func (h *history) checkpoint(t *testing.T) audit.Checkpoint {
 
 func (h *history) copyOfSink(t *testing.T) []byte {
 	t.Helper()
-	b, err := os.ReadFile(h.sink)
+	b, err := os.ReadFile(h.Sink)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,8 +180,8 @@ func (h *history) copyOfSink(t *testing.T) []byte {
 // checks runs every check and says what each finds.
 func (h *history) checks(t *testing.T) map[string]error {
 	t.Helper()
-	signed, outside := &audit.Copy{}, &audit.Copy{}
-	all, err := h.db.SignedAfter(t.Context(), 0)
+	signed, outside := &verify.Copy{}, &verify.Copy{}
+	all, err := h.DB.SignedAfter(t.Context(), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,15 +189,15 @@ func (h *history) checks(t *testing.T) map[string]error {
 		signed.AddSigned(s.Checkpoint)
 	}
 	outside.AddCheckpoint(h.kept)
-	verify := func(c *audit.Copy) error { _, err := audit.Verify(t.Context(), h.db, c, nil); return err }
+	verify := func(c *verify.Copy) error { _, err := verify.Verify(t.Context(), h.DB, c, nil); return err }
 	quiet := slog.New(slog.DiscardHandler)
 	return map[string]error{
 		byTheTree:      verify(nil),
 		bySignature:    verify(signed),
-		byTheSinksCopy: verify(h.copy(t)),
+		byTheSinksCopy: verify(h.Copy(t)),
 		byTheVerifier:  verify(outside),
 		atSigning:      h.running.Sign(t.Context()),
-		bySinkAtStart:  audit.NewLog(h.db, quiet, audit.NewFileSink(h.sink)).CheckExtends(t.Context()),
+		bySinkAtStart:  audit.NewLog(h.DB, quiet, audit.NewFileSink(h.Sink)).CheckExtends(t.Context()),
 	}
 }
 
@@ -206,7 +208,7 @@ func (h *history) wantFound(t *testing.T, want []string) {
 	for _, check := range want {
 		err := found[check]
 		delete(found, check)
-		var problem *audit.Problem
+		var problem *verify.Problem
 		var rewritten *audit.RewrittenError
 		var rollback *audit.RollbackError
 		if !errors.As(err, &problem) && !errors.As(err, &rewritten) && !errors.As(err, &rollback) {
@@ -224,7 +226,7 @@ func (h *history) wantFound(t *testing.T, want []string) {
 func TestACheckpointIsSignedWhenTheLogHasGrown(t *testing.T) {
 	h := newHistory(t)
 	h.sign(t)
-	all, err := h.db.SignedAfter(t.Context(), 0)
+	all, err := h.DB.SignedAfter(t.Context(), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -240,7 +242,7 @@ func TestACheckpointIsSignedWhenTheLogHasGrown(t *testing.T) {
 // What has been found to be rewritten is not signed, by whoever asks next.
 func TestARewrittenLogIsNotSigned(t *testing.T) {
 	h := newHistory(t)
-	h.rebuild(t, `UPDATE events SET leaf = CAST(replace(leaf, 'u-1', 'u-2') AS BLOB), actor = 'u-2' WHERE idx = 12`)
+	h.Rebuild(t, `UPDATE events SET leaf = CAST(replace(leaf, 'u-1', 'u-2') AS BLOB), actor = 'u-2' WHERE idx = 12`)
 	h.add30(t)
 	restarted := h.checkpointer()
 	for name, c := range map[string]*audit.Checkpointer{"the running server": h.running, "one that starts": restarted} {
@@ -249,7 +251,7 @@ func TestARewrittenLogIsNotSigned(t *testing.T) {
 			t.Errorf("%s: %v, status %v", name, err, c.Status().Err)
 		}
 	}
-	last, err := h.db.LastSigned(t.Context())
+	last, err := h.DB.LastSigned(t.Context())
 	if err != nil || last.Size != 30 {
 		t.Errorf("the newest signed checkpoint covers %d, %v", last.Size, err)
 	}
@@ -263,10 +265,10 @@ func TestALogRewrittenBetweenTwoSignaturesIsNotSigned(t *testing.T) {
 		later int // events recorded after it was rewritten
 	}{{"before anything else is recorded", 0}, {"and more was recorded", 3}} {
 		t.Run(c.name, func(t *testing.T) {
-			l := openLog(t)
+			l := audittest.Open(t)
 			quiet := slog.New(slog.DiscardHandler)
-			trail := audit.NewLog(l.db, quiet, audit.NewFileSink(l.sink))
-			checkpoints := audit.NewCheckpointer(trail, l.db, newSigner(t), time.Hour, quiet)
+			trail := audit.NewLog(l.DB, quiet, audit.NewFileSink(l.Sink))
+			checkpoints := audit.NewCheckpointer(trail, l.DB, audittest.NewSigner(t), time.Hour, quiet)
 			defer run(t, trail)()
 			record(t, trail, 5)
 			flush(t, trail)
@@ -275,12 +277,12 @@ func TestALogRewrittenBetweenTwoSignaturesIsNotSigned(t *testing.T) {
 			}
 			record(t, trail, 5)
 			flush(t, trail)
-			held := read(t, l.sink)
-			l.rebuild(t, `UPDATE events SET leaf = CAST(replace(leaf, 'acme', 'evil') AS BLOB), org_id = 'evil' WHERE idx = 7`)
+			held := read(t, l.Sink)
+			l.Rebuild(t, `UPDATE events SET leaf = CAST(replace(leaf, 'acme', 'evil') AS BLOB), org_id = 'evil' WHERE idx = 7`)
 			if c.later > 0 {
 				record(t, trail, c.later)
 				waitFor(t, "they have their place", func() bool {
-					n, err := l.db.Unsequenced(t.Context())
+					n, err := l.DB.Unsequenced(t.Context())
 					return n == 0 && err == nil
 				})
 			}
@@ -288,10 +290,10 @@ func TestALogRewrittenBetweenTwoSignaturesIsNotSigned(t *testing.T) {
 				t.Errorf("signing: %v", err)
 			}
 			waitFor(t, "the sink's follower sees it", func() bool { return errors.As(trail.Sinks()[0].Err, new(*audit.RollbackError)) })
-			if read(t, l.sink) != held {
+			if read(t, l.Sink) != held {
 				t.Error("the sink was given more")
 			}
-			if last, err := l.db.LastSigned(t.Context()); err != nil || last.Size != 5 {
+			if last, err := l.DB.LastSigned(t.Context()); err != nil || last.Size != 5 {
 				t.Errorf("the newest signed checkpoint covers %d, %v", last.Size, err)
 			}
 		})
@@ -301,10 +303,10 @@ func TestALogRewrittenBetweenTwoSignaturesIsNotSigned(t *testing.T) {
 // add30 adds an event without a sink.
 func (h *history) add30(t *testing.T) {
 	t.Helper()
-	if err := h.db.Record(t.Context(), audit.New(audit.KeysListed, "acme")); err != nil {
+	if err := h.DB.Record(t.Context(), audit.New(audit.KeysListed, "acme")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := h.db.Sequence(t.Context(), 1000); err != nil {
+	if _, err := h.DB.Sequence(t.Context(), 1000); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -312,52 +314,52 @@ func (h *history) add30(t *testing.T) {
 // Signed checkpoints reach every sink, in order, and none is passed over by a
 // sink that was down when it was signed.
 func TestEverySinkRecordsSignedCheckpoints(t *testing.T) {
-	l := openLog(t)
-	file := audit.NewFileSink(l.sink)
-	gate := &gatedSink{Sink: audit.NewFileSink(l.sink + ".second")}
+	l := audittest.Open(t)
+	file := audit.NewFileSink(l.Sink)
+	gate := &gatedSink{Sink: audit.NewFileSink(l.Sink + ".second")}
 	gate.set(errors.New("disk full"))
 	quiet := slog.New(slog.DiscardHandler)
-	trail := audit.NewLog(l.db, quiet, file, gate)
-	c := audit.NewCheckpointer(trail, l.db, newSigner(t), time.Hour, quiet)
+	trail := audit.NewLog(l.DB, quiet, file, gate)
+	c := audit.NewCheckpointer(trail, l.DB, audittest.NewSigner(t), time.Hour, quiet)
 	end := run(t, trail)
 	defer end()
 	for range 4 {
 		if err := trail.Record(t.Context(), audit.New(audit.KeysListed, "acme")); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := l.db.Sequence(t.Context(), 10); err != nil {
+		if _, err := l.DB.Sequence(t.Context(), 10); err != nil {
 			t.Fatal(err)
 		}
 		if err := c.Sign(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		waitFor(t, "the healthy sink has the signed checkpoint", func() bool {
-			last, err := l.db.LastSigned(t.Context())
+			last, err := l.DB.LastSigned(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
-			return strings.Contains(read(t, l.sink), quoted(last.Note))
+			return strings.Contains(read(t, l.Sink), quoted(last.Note))
 		})
 	}
-	if strings.Contains(read(t, l.sink+".second"), "— ") {
+	if strings.Contains(read(t, l.Sink+".second"), "— ") {
 		t.Fatal("the failing sink has a signed checkpoint already, so the case proves nothing")
 	}
 	gate.set(nil)
 	flush(t, trail)
-	all, err := l.db.SignedAfter(t.Context(), 0)
+	all, err := l.DB.SignedAfter(t.Context(), 0)
 	if err != nil || len(all) != 4 {
 		t.Fatalf("%d signed, %v", len(all), err)
 	}
 	for _, s := range all {
-		if !strings.Contains(read(t, l.sink), quoted(s.Note)) {
+		if !strings.Contains(read(t, l.Sink), quoted(s.Note)) {
 			t.Errorf("the sink that was there lacks the signed checkpoint of %d events", s.Size)
 		}
 	}
-	if !strings.Contains(read(t, l.sink+".second"), quoted(all[3].Note)) {
+	if !strings.Contains(read(t, l.Sink+".second"), quoted(all[3].Note)) {
 		t.Error("the sink that was down lacks the newest signed checkpoint")
 	}
-	for _, path := range []string{l.sink, l.sink + ".second"} {
-		wantSameEvents(t, l.db, path)
+	for _, path := range []string{l.Sink, l.Sink + ".second"} {
+		wantSameEvents(t, l.DB, path)
 	}
 }
 
@@ -374,9 +376,9 @@ func TestSinkFaultsLoseNothing(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			l := openLog(t)
-			bad := &gatedSink{Sink: audit.NewFileSink(l.sink + ".second")}
-			trail := audit.NewLog(l.db, slog.New(slog.DiscardHandler), audit.NewFileSink(l.sink), bad)
+			l := audittest.Open(t)
+			bad := &gatedSink{Sink: audit.NewFileSink(l.Sink + ".second")}
+			trail := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), audit.NewFileSink(l.Sink), bad)
 			trail.SetSinkDeadline(300 * time.Millisecond)
 			defer run(t, trail)()
 			record(t, trail, 20)
@@ -400,8 +402,8 @@ func TestSinkFaultsLoseNothing(t *testing.T) {
 			undo()
 			record(t, trail, 20)
 			flush(t, trail)
-			for _, path := range []string{l.sink, l.sink + ".second"} {
-				wantSameEvents(t, l.db, path)
+			for _, path := range []string{l.Sink, l.Sink + ".second"} {
+				wantSameEvents(t, l.DB, path)
 			}
 		})
 	}
@@ -409,24 +411,24 @@ func TestSinkFaultsLoseNothing(t *testing.T) {
 
 // A stopped service leaves no event without its place in the log.
 func TestFlushLeavesNothingBehind(t *testing.T) {
-	l := openLog(t)
-	trail := audit.NewLog(l.db, slog.New(slog.DiscardHandler), audit.NewFileSink(l.sink))
+	l := audittest.Open(t)
+	trail := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), audit.NewFileSink(l.Sink))
 	end := run(t, trail)
 	record(t, trail, 500)
 	flush(t, trail)
 	end()
-	if n, err := l.db.Unsequenced(t.Context()); n != 0 || err != nil {
+	if n, err := l.DB.Unsequenced(t.Context()); n != 0 || err != nil {
 		t.Errorf("%d events without a place, %v", n, err)
 	}
-	wantSameEvents(t, l.db, l.sink)
+	wantSameEvents(t, l.DB, l.Sink)
 }
 
 // A shared sink may hold a checkpoint of entries whose receipts nobody has: the
 // process ended, or its answer was lost. They are given again, and no receipt is missing.
 func TestLostReceiptsAreGivenAgain(t *testing.T) {
-	l := openLog(t)
-	sink := &signingSink{FileSink: audit.NewFileSink(l.sink)}
-	trail := audit.NewLog(l.db, slog.New(slog.DiscardHandler), sink)
+	l := audittest.Open(t)
+	sink := &signingSink{FileSink: audit.NewFileSink(l.Sink)}
+	trail := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), sink)
 	end := run(t, trail)
 	record(t, trail, 20)
 	flush(t, trail)
@@ -438,10 +440,10 @@ func TestLostReceiptsAreGivenAgain(t *testing.T) {
 	})
 	end()
 	sink.deaf.Store(false)
-	again := audit.NewLog(l.db, slog.New(slog.DiscardHandler), &signingSink{FileSink: audit.NewFileSink(l.sink)})
+	again := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), &signingSink{FileSink: audit.NewFileSink(l.Sink)})
 	defer run(t, again)()
 	flush(t, again)
-	receipts, err := l.db.Receipts(t.Context(), sink.Name(), 0, 100)
+	receipts, err := l.DB.Receipts(t.Context(), sink.Name(), 0, 100)
 	if err != nil || len(receipts) != 40 {
 		t.Errorf("%d receipts of 40, %v", len(receipts), err)
 	}
@@ -577,11 +579,37 @@ func wantSameEvents(t *testing.T, db *sqlstore.DB, path string) {
 			t.Errorf("%s lacks event %d", filepath.Base(path), e.Index)
 		}
 	}
-	copied, err := audit.ReadCopy(strings.NewReader(read(t, path)))
+	copied, err := verify.ReadCopy(strings.NewReader(read(t, path)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if report, err := audit.Verify(t.Context(), db, copied, nil); err != nil || report.Covered != int64(len(entries)) {
+	if report, err := verify.Verify(t.Context(), db, copied, nil); err != nil || report.Covered != int64(len(entries)) {
 		t.Errorf("%s covers %d of %d events, %v", filepath.Base(path), report.Covered, len(entries), err)
+	}
+}
+
+// What a sink would refuse is not signed: the key's word for two logs would be
+// worth nothing.
+func TestWhatASinkRefusesIsNotSigned(t *testing.T) {
+	quiet := slog.New(slog.DiscardHandler)
+	for name, damage := range map[string]func(t *testing.T, l audittest.Log){
+		"yesterday's log": func(t *testing.T, l audittest.Log) { l.Rebuild(t, "DELETE FROM events WHERE idx >= 20") },
+		"another log":     func(t *testing.T, l audittest.Log) { l.Rebuild(t, audittest.AlterEvent7) },
+		"a sink that does not answer": func(t *testing.T, l audittest.Log) {
+			audittest.Must(t, os.Remove(l.Sink))
+			audittest.Must(t, os.Mkdir(l.Sink, 0o700))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := audittest.New(t)
+			damage(t, l)
+			c := audit.NewCheckpointer(audit.NewLog(l.DB, quiet, audit.NewFileSink(l.Sink)), l.DB, audittest.NewSigner(t), time.Hour, quiet)
+			if err := c.Sign(t.Context()); err == nil || c.Status().Err == nil {
+				t.Errorf("signed: %v", err)
+			}
+			if last, err := l.DB.LastSigned(t.Context()); err != nil || last.Seq != 0 {
+				t.Errorf("a signed checkpoint of %d events is stored, %v", last.Size, err)
+			}
+		})
 	}
 }

@@ -12,6 +12,19 @@ import (
 // ErrReceipt: a receipt is not the key's signature of the leaf.
 var ErrReceipt = errors.New("receipt does not verify")
 
+// ReceiptKey is the Ed25519 public key behind a sink's receipts of one version.
+type ReceiptKey struct {
+	Sink    string `json:"sink"`
+	Version int    `json:"version"`
+	Public  []byte `json:"public"`
+}
+
+// Receipt is a sink's signature of a leaf.
+type Receipt struct {
+	Index   int64
+	Receipt []byte
+}
+
 // ReceiptKeys are the public keys behind a sink's receipts, by version. A
 // receipt is in Transit's form, "vault:vVERSION:" and base64 of the Ed25519
 // signature (RFC 8032, pure) of the leaf.

@@ -3,7 +3,6 @@ package audit
 import (
 	"encoding/base64"
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -86,37 +85,4 @@ func Grow(size int64, leaves [][]byte, r tlog.HashReader) ([]tlog.Hash, tlog.Has
 		return nil, tlog.Hash{}, fmt.Errorf("hashing the tree: %w", err)
 	}
 	return added, root, nil
-}
-
-// frontier is a tree that grows leaf by leaf, of which only the roots of the
-// complete subtrees are kept, largest first.
-type frontier struct {
-	size  int64
-	stack []tlog.Hash
-}
-
-// push appends a leaf to the tree and returns the hashes that tlog stores for it.
-func (f *frontier) push(h tlog.Hash) []tlog.Hash {
-	stored := []tlog.Hash{h}
-	for n := f.size; n&1 == 1; n >>= 1 {
-		last := len(f.stack) - 1
-		h = tlog.NodeHash(f.stack[last], h)
-		f.stack = f.stack[:last]
-		stored = append(stored, h)
-	}
-	f.stack = append(f.stack, h)
-	f.size++
-	return stored
-}
-
-func (f *frontier) root() tlog.Hash {
-	if len(f.stack) == 0 {
-		empty, _ := tlog.TreeHash(0, nil) // reads no hash, so cannot fail
-		return empty
-	}
-	h := f.stack[len(f.stack)-1]
-	for _, left := range slices.Backward(f.stack[:len(f.stack)-1]) {
-		h = tlog.NodeHash(left, h)
-	}
-	return h
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -52,7 +53,7 @@ func TestPromise5_AForgedRowGetsNoPlaceInTheLog(t *testing.T) {
 		if got := types(t, db); got != "orgkey.listed node.listed" {
 			t.Errorf("the log holds %s", got)
 		}
-		report, err := audit.Verify(t.Context(), db, nil, nil)
+		report, err := verify.Verify(t.Context(), db, nil, nil)
 		if err != nil || report.Unauthenticated != 4 || report.Unsequenced != 0 {
 			t.Errorf("verification reports %+v, %v", report, err)
 		}

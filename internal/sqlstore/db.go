@@ -62,7 +62,7 @@ var sessionSettings = map[string]string{
 
 // DB is the database. It implements orgkey.Store and audit.Store.
 type DB struct {
-	archive          // the log as it is at each moment
+	snapshot         // the log as it is at each moment
 	read     *pool   // PostgreSQL: everything; SQLite: readers
 	writer   *writer // SQLite only
 	postgres bool
@@ -99,7 +99,7 @@ func openSQLite(ctx context.Context, path string) (*DB, error) {
 	readers := &pool{DB: opened, prepared: map[string]*sql.Stmt{}}
 	readers.SetMaxOpenConns(PoolSize)
 	readers.SetMaxIdleConns(PoolSize)
-	d := &DB{archive: archive{readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
+	d := &DB{snapshot: snapshot{readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
 	// The first connection to write creates the file and turns on its WAL.
 	if err := errors.Join(single.PingContext(ctx), readers.PingContext(ctx)); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), d.Close())
@@ -127,7 +127,7 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 	if err := all.PingContext(ctx); err != nil {
 		return nil, errors.Join(unavailable(fmt.Errorf("connecting to PostgreSQL: %w", err)), all.Close())
 	}
-	return &DB{archive: archive{all}, read: all, postgres: true, recorded: make(chan struct{}, 1)}, nil
+	return &DB{snapshot: snapshot{all}, read: all, postgres: true, recorded: make(chan struct{}, 1)}, nil
 }
 
 // checkDurable refuses a server that may lose what it has acknowledged, at

@@ -10,11 +10,12 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/archive"
 )
 
 var (
 	_ audit.CheckpointStore = (*DB)(nil)
-	_ audit.Evidence        = (*DB)(nil)
+	_ archive.Source        = (*DB)(nil)
 )
 
 // Consistency implements audit.CheckpointStore.
@@ -22,7 +23,7 @@ func (d *DB) Consistency(ctx context.Context, size, old int64) (tlog.TreeProof, 
 	return tlog.ProveTree(size, old, hashReader(ctx, d.read))
 }
 
-// Inclusion implements audit.Evidence.
+// Inclusion implements archive.Source.
 func (d *DB) Inclusion(ctx context.Context, size, index int64) (tlog.RecordProof, error) {
 	return tlog.ProveRecord(size, index, hashReader(ctx, d.read))
 }
@@ -68,7 +69,7 @@ func (d *DB) Supersede(ctx context.Context, seq int64) error {
 	})
 }
 
-// CheckpointKeys implements audit.Evidence.
+// CheckpointKeys implements archive.Source.
 func (d *DB) CheckpointKeys(ctx context.Context) ([]string, error) {
 	return query(ctx, d.read, func(scan func(...any) error) (vkey string, err error) {
 		err = scan(&vkey)
@@ -126,9 +127,9 @@ func (d *DB) KeepReceiptKeys(ctx context.Context, sink string, keys map[int]ed25
 	})
 }
 
-// ReceiptKeys implements audit.Evidence and audit.Archive.
-func (a archive) ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error) {
-	return query(ctx, a.q, func(scan func(...any) error) (k audit.ReceiptKey, err error) {
+// ReceiptKeys implements archive.Source and verify.Snapshot.
+func (s snapshot) ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error) {
+	return query(ctx, s.q, func(scan func(...any) error) (k audit.ReceiptKey, err error) {
 		err = scan(&k.Sink, &k.Version, &k.Public)
 		return k, err
 	}, "SELECT sink, version, public FROM receipt_keys ORDER BY sink, version")
@@ -149,17 +150,17 @@ func (d *DB) KeepPolicy(ctx context.Context, revision string, files map[string][
 	})
 }
 
-// Policies implements audit.Evidence and audit.Archive.
-func (a archive) Policies(ctx context.Context) ([]audit.PolicyFile, error) {
-	return query(ctx, a.q, func(scan func(...any) error) (f audit.PolicyFile, err error) {
+// Policies implements archive.Source and verify.Snapshot.
+func (s snapshot) Policies(ctx context.Context) ([]audit.PolicyFile, error) {
+	return query(ctx, s.q, func(scan func(...any) error) (f audit.PolicyFile, err error) {
 		err = scan(&f.Revision, &f.Name, &f.Content)
 		return f, err
 	}, "SELECT revision, name, content FROM policies ORDER BY revision, name")
 }
 
-// Receipts implements audit.Evidence and audit.Archive.
-func (a archive) Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error) {
-	return query(ctx, a.q, func(scan func(...any) error) (r audit.Receipt, err error) {
+// Receipts implements archive.Source and verify.Snapshot.
+func (s snapshot) Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error) {
+	return query(ctx, s.q, func(scan func(...any) error) (r audit.Receipt, err error) {
 		err = scan(&r.Index, &r.Receipt)
 		return r, err
 	}, "SELECT idx, receipt FROM event_receipts WHERE sink = $1 AND idx >= $2 AND idx < $3 ORDER BY idx", sink, from, to)

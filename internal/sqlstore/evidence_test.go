@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/archive"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
@@ -52,14 +54,14 @@ func TestEvidence(t *testing.T) {
 			t.Fatalf("keys %q, %v", keys, err)
 		}
 
-		var archive bytes.Buffer
-		_, err = audit.Export(t.Context(), &archive, db, t.TempDir(), "a test", nil)
+		var export bytes.Buffer
+		_, err = archive.Write(t.Context(), &export, db, t.TempDir(), "a test", nil)
 		must(t, err)
-		report, err := audit.VerifyExport(t.Context(), &archive, keys, audit.Outside{}, nil)
+		report, err := archive.Verify(t.Context(), &export, keys, archive.Outside{}, nil)
 		if err != nil || report.Manifest.Size != 15 || report.Checkpoints != 3 || report.Receipts != 15 {
 			t.Errorf("%+v, %v", report, err)
 		}
-		if _, err := audit.Prove(t.Context(), db, "7"); err != nil {
+		if _, err := archive.Prove(t.Context(), db, "7"); err != nil {
 			t.Error(err)
 		}
 
@@ -75,7 +77,7 @@ func TestEvidence(t *testing.T) {
 			if err != nil || n != 15 {
 				t.Errorf("erased %d, %v", n, err)
 			}
-			verified, err := audit.Verify(t.Context(), db, nil, nil)
+			verified, err := verify.Verify(t.Context(), db, nil, nil)
 			if err != nil || verified.Erased != 15 || verified.Unsequenced != 1 {
 				t.Errorf("%+v, %v", verified, err)
 			}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -219,7 +220,7 @@ func hashReader(ctx context.Context, q querier) tlog.HashReader {
 	})
 }
 
-func scanHash(scan func(...any) error) (h audit.StoredHash, err error) {
+func scanHash(scan func(...any) error) (h verify.StoredHash, err error) {
 	var b []byte
 	if err := scan(&h.Index, &b); err != nil {
 		return h, err

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -37,8 +38,8 @@ func TestALogIsVerifiedWhileItGrows(t *testing.T) {
 			}
 		}()
 		for range 20 {
-			err := db.Snapshot(t.Context(), func(a audit.Archive) error {
-				report, err := audit.Verify(t.Context(), a, nil, nil)
+			err := db.Snapshot(t.Context(), func(s verify.Snapshot) error {
+				report, err := verify.Verify(t.Context(), s, nil, nil)
 				if err == nil && report.Log.Size < 2500 {
 					t.Errorf("%d events", report.Log.Size)
 				}

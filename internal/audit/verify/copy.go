@@ -1,4 +1,4 @@
-package audit
+package verify
 
 import (
 	"bufio"
@@ -13,18 +13,23 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/go-json-experiment/json"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
 )
 
 // Copy is what a sink's copy of the log, or a checkpoint kept somewhere, says.
 type Copy struct {
-	Rollbacks []Rollback
+	Rollbacks []audit.Rollback
 
 	first  int64 // index of the first event it holds
 	leaves []tlog.Hash
-	points map[int64][]Checkpoint
+	points map[int64][]audit.Checkpoint
 	last   int64 // size of the largest checkpoint
-	signed map[int64][]Checkpoint
+	signed map[int64][]audit.Checkpoint
 }
+
+// pageSize is how many events, or receipts, are asked for at once.
+const pageSize = 2000
 
 // maxLine bounds a line of a sink's file: a leaf is under 4 KiB.
 const maxLine = 1 << 20
@@ -49,7 +54,7 @@ func ReadCopy(r io.Reader) (*Copy, error) {
 }
 
 func (c *Copy) add(raw []byte) error {
-	var l line
+	var l audit.Line
 	if err := json.Unmarshal(raw, &l, json.RejectUnknownMembers(true)); err != nil {
 		return errors.New("it is not one that a sink writes")
 	}
@@ -57,7 +62,7 @@ func (c *Copy) add(raw []byte) error {
 	case l.Index != nil && l.Event != nil:
 		return c.addLeaf(*l.Index, tlog.RecordHash(l.Event))
 	case l.Checkpoint != "":
-		p, err := ParseCheckpoint(l.Checkpoint)
+		p, err := audit.ParseCheckpoint(l.Checkpoint)
 		if err != nil {
 			return err
 		}
@@ -70,9 +75,9 @@ func (c *Copy) add(raw []byte) error {
 }
 
 // AddCheckpoint adds a checkpoint that was kept apart from the log.
-func (c *Copy) AddCheckpoint(p Checkpoint) {
+func (c *Copy) AddCheckpoint(p audit.Checkpoint) {
 	if c.points == nil {
-		c.points = map[int64][]Checkpoint{}
+		c.points = map[int64][]audit.Checkpoint{}
 	}
 	c.points[p.Size] = append(c.points[p.Size], p)
 	c.last = max(c.last, p.Size)
@@ -81,9 +86,9 @@ func (c *Copy) AddCheckpoint(p Checkpoint) {
 // AddSigned adds a checkpoint that was kept beside the log, and that its
 // signature protects: the log must extend it, but whoever cut off the log's end
 // could have removed it too, so it does not exclude that.
-func (c *Copy) AddSigned(p Checkpoint) {
+func (c *Copy) AddSigned(p audit.Checkpoint) {
 	if c.signed == nil {
-		c.signed = map[int64][]Checkpoint{}
+		c.signed = map[int64][]audit.Checkpoint{}
 	}
 	c.signed[p.Size] = append(c.signed[p.Size], p)
 }
@@ -107,14 +112,14 @@ func (c *Copy) addLeaf(index int64, h tlog.Hash) error {
 // addRollback forgets what the log has lost: an operator accepted that it was
 // set back, and the sink has got it anew from its first event. What the log
 // kept stays, so that it must come again unchanged.
-func (c *Copy) addRollback(r Rollback) error {
+func (c *Copy) addRollback(r audit.Rollback) error {
 	for _, text := range []string{r.From, r.To} {
-		if _, err := ParseCheckpoint(text); err != nil {
+		if _, err := audit.ParseCheckpoint(text); err != nil {
 			return err
 		}
 	}
 	// The event of an earlier one is among what the log has lost this time.
-	c.Rollbacks = append(slices.DeleteFunc(c.Rollbacks, func(earlier Rollback) bool { return earlier.place() >= r.Kept }), r)
+	c.Rollbacks = append(slices.DeleteFunc(c.Rollbacks, func(earlier audit.Rollback) bool { return place(earlier) >= r.Kept }), r)
 	if c.first > 0 {
 		c.leaves = nil // a copy that begins later: the events before that come now
 	}
@@ -125,7 +130,7 @@ func (c *Copy) addRollback(r Rollback) error {
 // keep forgets all but the log's first events.
 func (c *Copy) keep(size int64) {
 	c.leaves = c.leaves[:min(int64(len(c.leaves)), max(0, size-c.first))]
-	maps.DeleteFunc(c.points, func(at int64, _ []Checkpoint) bool { return at > size })
+	maps.DeleteFunc(c.points, func(at int64, _ []audit.Checkpoint) bool { return at > size })
 	c.last = 0
 	for at := range c.points {
 		c.last = max(c.last, at)
@@ -135,11 +140,11 @@ func (c *Copy) keep(size int64) {
 // Differs compares the log, which is at head, with what the copy holds of it. It
 // returns the first event that is another one, or nil. That the copy holds more
 // than the log is no difference.
-func (c *Copy) Differs(ctx context.Context, head Checkpoint, entries func(ctx context.Context, index int64, limit int) ([]Entry, error)) (*Problem, error) {
-	var tree frontier
+func (c *Copy) Differs(ctx context.Context, head audit.Checkpoint, entries func(ctx context.Context, index int64, limit int) ([]audit.Entry, error)) (*Problem, error) {
+	var tree Frontier
 	agreed := int64(0) // the largest checkpoint that fits
 	for tree.size < head.Size {
-		page, err := entries(ctx, tree.size, int(min(exportPage, head.Size-tree.size)))
+		page, err := entries(ctx, tree.size, int(min(pageSize, head.Size-tree.size)))
 		if err != nil {
 			return nil, err
 		}
@@ -151,9 +156,9 @@ func (c *Copy) Differs(ctx context.Context, head Checkpoint, entries func(ctx co
 			if held, ok := c.leaf(e.Index); ok && held != h {
 				return &Problem{e.Index, "it is not the one that the sink's copy holds"}, nil
 			}
-			tree.push(h)
+			tree.Push(h)
 			for _, p := range c.points[tree.size] {
-				if p.Origin != head.Origin || p.Root != tree.root() {
+				if p.Origin != head.Origin || p.Root != tree.Root() {
 					return &Problem{agreed, fmt.Sprintf("it, or one behind it, is not among the %d that a checkpoint vouches for", tree.size)}, nil
 				}
 				agreed = tree.size
@@ -174,7 +179,7 @@ func (c *Copy) leaf(index int64) (tlog.Hash, bool) {
 	return c.leaves[at], true
 }
 
-func (c *Copy) checkpoints(size int64) []Checkpoint { return c.points[size] }
+func (c *Copy) checkpoints(size int64) []audit.Checkpoint { return c.points[size] }
 
 // end is how many events the log must have at least.
 func (c *Copy) end() int64 {

@@ -1,4 +1,4 @@
-package audit_test
+package archive_test
 
 import (
 	"archive/tar"
@@ -12,128 +12,28 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
-	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/audit/archive"
+	"github.com/orgkeys/orgkeys/internal/audit/audittest"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
-// evidence is a log with keys, nodes, receipts and signed checkpoints.
-type evidence struct {
-	log30
-	signer      audit.LocalSigner
-	checkpoints *audit.Checkpointer
-	policy      string
-}
-
-func newSigner(t *testing.T) audit.LocalSigner {
-	t.Helper()
-	_, private, err := ed25519.GenerateKey(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return audit.LocalSigner{Private: private}
-}
-
-// newEvidence makes a log in which acme's keys k-1 (used by two nodes, then
-// deleted), k-2 (withdrawn) and k-3 (in use) live.
-func newEvidence(t *testing.T) evidence {
-	t.Helper()
-	l := newLog30(t)
-	e := evidence{log30: l, signer: newSigner(t)}
-	files := map[string][]byte{"authz.rego": []byte("package orgkeys.authz\n"), "data.json": []byte("{}")}
-	e.policy = authz.Revision(files)
-	if err := l.db.KeepPolicy(t.Context(), e.policy, files); err != nil {
-		t.Fatal(err)
-	}
-	public := e.signer.Private.Public().(ed25519.PublicKey)
-	if err := l.db.KeepReceiptKeys(t.Context(), "vault", map[int]ed25519.PublicKey{1: public}); err != nil {
-		t.Fatal(err)
-	}
-	e.checkpoints = audit.NewCheckpointer(audit.NewLog(l.db, slog.New(slog.DiscardHandler)), l.db, e.signer, time.Hour, slog.New(slog.DiscardHandler))
-	e.sign(t)
-	e.record(t, e.key(audit.KeyCreated, "k-1"), e.key(audit.KeyDelivered, "k-1"), e.node(audit.NodeRegistered, "k-1", "n-1"), e.node(audit.NodeRegistered, "k-1", "n-2"))
-	e.record(t, e.key(audit.KeyCreated, "k-2"), e.key(audit.KeyWithdrawn, "k-2"), e.node(audit.SecretsFetched, "k-1", ""))
-	e.record(t, e.key(audit.KeyDeleted, "k-1"), e.key(audit.KeyCreated, "k-3"), e.node(audit.NodeRegistered, "k-3", "n-1"))
-	return e
-}
-
-func (e evidence) key(t audit.Type, id string) audit.Event {
-	event := audit.New(t, "acme")
-	event.Actor, event.Object, event.Policy, event.Request = audit.Actor{Kind: authz.Person, ID: "u-1"}, id, e.policy, "r-"+id
-	event.Detail = map[string]string{"backend": "pkcs11", "algorithm": "rsa-2048", "fingerprint": "f <&> ü \u2028 " + id}
-	return event
-}
-
-func (e evidence) node(t audit.Type, key, node string) audit.Event {
-	event := audit.New(t, "acme")
-	event.Actor, event.Object, event.Policy = audit.Actor{Kind: authz.Node, ID: key}, node, e.policy
-	event.Detail = map[string]string{"ip": "192.0.2.7"}
-	return event
-}
-
-// record puts events into the log, with receipts, and signs a checkpoint.
-func (e evidence) record(t *testing.T, events ...audit.Event) {
-	t.Helper()
-	head, err := e.db.Head(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := e.db.Record(t.Context(), events...); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := e.db.Sequence(t.Context(), 1000); err != nil {
-		t.Fatal(err)
-	}
-	entries, err := e.db.Entries(t.Context(), head.Size, 1000)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var receipts [][]byte
-	for _, entry := range entries {
-		receipts = append(receipts, []byte(receipt(e.signer, entry.Leaf)))
-	}
-	if err := e.db.Acknowledge(t.Context(), "vault", head.Size+int64(len(receipts)), receipts); err != nil {
-		t.Fatal(err)
-	}
-	e.sign(t)
-}
-
-func receipt(s audit.LocalSigner, leaf []byte) string {
-	return "vault:v1:" + base64.StdEncoding.EncodeToString(ed25519.Sign(s.Private, leaf))
-}
-
-func (e evidence) sign(t *testing.T) {
-	t.Helper()
-	if err := e.checkpoints.Sign(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func (e evidence) vkey(t *testing.T) string {
-	t.Helper()
-	keys, err := e.db.CheckpointKeys(t.Context())
-	if err != nil || len(keys) != 1 {
-		t.Fatalf("keys %q, %v", keys, err)
-	}
-	return keys[0]
-}
-
-func (e evidence) export(t *testing.T) []byte {
+// export returns an export of the log.
+func export(t *testing.T, e audittest.SignedLog) []byte {
 	t.Helper()
 	var out bytes.Buffer
-	if _, err := audit.Export(t.Context(), &out, e.db, t.TempDir(), "a test", nil); err != nil {
+	if _, err := archive.Write(t.Context(), &out, e.DB, t.TempDir(), "a test", nil); err != nil {
 		t.Fatal(err)
 	}
 	return out.Bytes()
@@ -141,10 +41,10 @@ func (e evidence) export(t *testing.T) []byte {
 
 // byPython has the independent implementation verify an export. It returns what
 // that says and whether it verified.
-func byPython(t *testing.T, archive []byte, keys ...string) (string, bool) {
+func byPython(t *testing.T, packed []byte, keys ...string) (string, bool) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "export.tar.gz")
-	if err := os.WriteFile(path, archive, 0o600); err != nil {
+	if err := os.WriteFile(path, packed, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	out, err := exec.Command("python3", append([]string{"testdata/verify_export.py", path}, keys...)...).CombinedOutput()
@@ -159,56 +59,56 @@ func byPython(t *testing.T, archive []byte, keys ...string) (string, bool) {
 	return said, err == nil
 }
 
-func verifyExport(t *testing.T, archive []byte, keys ...string) (audit.ExportReport, error) {
+func verifyExport(t *testing.T, packed []byte, keys ...string) (archive.Report, error) {
 	t.Helper()
-	return audit.VerifyExport(t.Context(), bytes.NewReader(archive), keys, audit.Outside{}, nil)
+	return archive.Verify(t.Context(), bytes.NewReader(packed), keys, archive.Outside{}, nil)
 }
 
 func TestAnExportVerifiesWithNothingButTheKey(t *testing.T) {
-	e := newEvidence(t)
-	archive := e.export(t)
-	report, err := verifyExport(t, archive, e.vkey(t))
+	e := audittest.NewSigned(t)
+	packed := export(t, e)
+	report, err := verifyExport(t, packed, e.VKey(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if report.Manifest.Size != 40 || report.Checkpoints != 4 || report.Receipts != 10 || report.Keys != 3 {
 		t.Errorf("report %+v", report)
 	}
-	said, ok := byPython(t, archive, e.vkey(t))
+	said, ok := byPython(t, packed, e.VKey(t))
 	if root, _ := base64.StdEncoding.DecodeString(report.Manifest.Root); !ok || said != fmt.Sprintf("verified: 40 events, 3 keys, root %x\n", root) {
 		t.Errorf("the independent implementation says %q", said)
 	}
 }
 
 func TestTheSameLogExportsToTheSameBytes(t *testing.T) {
-	e := newEvidence(t)
-	if !bytes.Equal(e.export(t), e.export(t)) {
+	e := audittest.NewSigned(t)
+	if !bytes.Equal(export(t, e), export(t, e)) {
 		t.Error("two exports differ")
 	}
 }
 
 func TestAnExportEndsWithTheNewestSignedCheckpoint(t *testing.T) {
-	e := newEvidence(t)
-	e.add(t, 3)
-	report, err := verifyExport(t, e.export(t), e.vkey(t))
+	e := audittest.NewSigned(t)
+	e.Add(t, 3)
+	report, err := verifyExport(t, export(t, e), e.VKey(t))
 	if err != nil || report.Manifest.Size != 40 {
 		t.Errorf("%d events, %v; 40 are signed", report.Manifest.Size, err)
 	}
 }
 
 func TestALogWithoutSignedCheckpointIsNotExported(t *testing.T) {
-	l := newLog30(t)
-	if _, err := audit.Export(t.Context(), io.Discard, l.db, t.TempDir(), "a test", nil); !errors.Is(err, audit.ErrNotSigned) {
+	l := audittest.New(t)
+	if _, err := archive.Write(t.Context(), io.Discard, l.DB, t.TempDir(), "a test", nil); !errors.Is(err, archive.ErrNotSigned) {
 		t.Errorf("%v", err)
 	}
 }
 
 func TestTheInventoryTellsEachKeysLife(t *testing.T) {
-	e := newEvidence(t)
-	members := unpack(t, e.export(t))
-	var lives []audit.Life
+	e := audittest.NewSigned(t)
+	members := unpack(t, export(t, e))
+	var lives []archive.Life
 	for line := range bytes.Lines(members.get(t, "inventory.jsonl")) {
-		var life audit.Life
+		var life archive.Life
 		if err := json.Unmarshal(line, &life); err != nil {
 			t.Fatal(err)
 		}
@@ -219,7 +119,7 @@ func TestTheInventoryTellsEachKeysLife(t *testing.T) {
 	}
 	k1, k2, k3 := lives[0], lives[1], lives[2]
 	switch {
-	case k1.Key != "k-1" || k1.Org != "acme" || k1.GeneratedIn != "pkcs11" || k1.Created.Actor != "u-1" || k1.Created.Policy != e.policy || k1.Created.Index != 30:
+	case k1.Key != "k-1" || k1.Org != "acme" || k1.GeneratedIn != "pkcs11" || k1.Created.Actor != "u-1" || k1.Created.Policy != e.Policy || k1.Created.Index != 30:
 		t.Errorf("created: %+v %+v", k1, k1.Created)
 	case k1.Delivered == nil || k1.Delivered.Index != 31:
 		t.Errorf("delivered: %+v", k1.Delivered)
@@ -244,9 +144,9 @@ type member struct {
 // members is an unpacked export, for tampering.
 type members struct{ list []member }
 
-func unpack(t *testing.T, archive []byte) *members {
+func unpack(t *testing.T, packed []byte) *members {
 	t.Helper()
-	z, err := gzip.NewReader(bytes.NewReader(archive))
+	z, err := gzip.NewReader(bytes.NewReader(packed))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -305,9 +205,9 @@ func (m *members) remove(t *testing.T, suffix string) {
 }
 
 // manifest changes the manifest.
-func (m *members) manifest(t *testing.T, change func(*audit.Manifest)) {
+func (m *members) manifest(t *testing.T, change func(*archive.Manifest)) {
 	t.Helper()
-	var x audit.Manifest
+	var x archive.Manifest
 	if err := json.Unmarshal(m.list[0].data, &x); err != nil {
 		t.Fatal(err)
 	}
@@ -321,11 +221,11 @@ func (m *members) manifest(t *testing.T, change func(*audit.Manifest)) {
 // relist makes the manifest fit the members, as a forger does.
 func (m *members) relist(t *testing.T) {
 	t.Helper()
-	m.manifest(t, func(x *audit.Manifest) {
+	m.manifest(t, func(x *archive.Manifest) {
 		x.Members = nil
 		for _, f := range m.list[1:] {
 			sum := sha256.Sum256(f.data)
-			x.Members = append(x.Members, audit.Member{Name: f.name, Size: int64(len(f.data)), SHA256: hex.EncodeToString(sum[:])})
+			x.Members = append(x.Members, archive.Member{Name: f.name, Size: int64(len(f.data)), SHA256: hex.EncodeToString(sum[:])})
 		}
 	})
 }
@@ -386,7 +286,7 @@ func (m *members) signWith(t *testing.T, s audit.LocalSigner, origin string, lea
 		t.Fatal(err)
 	}
 	m.list[m.find(t, "checkpoints.jsonl")].data = append(line, '\n')
-	m.manifest(t, func(x *audit.Manifest) {
+	m.manifest(t, func(x *archive.Manifest) {
 		x.Size, x.Root = c.Size, base64.StdEncoding.EncodeToString(root[:])
 	})
 }
@@ -425,10 +325,10 @@ func (m *members) leaves(t *testing.T) [][]byte {
 
 // Each forger fits the manifest to what was changed, unless the case says otherwise.
 func TestTamperedExportsAreRefusedByBothImplementations(t *testing.T) {
-	e := newEvidence(t)
-	archive, key := e.export(t), e.vkey(t)
+	e := audittest.NewSigned(t)
+	packed, key := export(t, e), e.VKey(t)
 	origin := strings.Split(key, "+")[0]
-	mallory := newSigner(t)
+	mallory := audittest.NewSigner(t)
 	for _, c := range []struct {
 		name   string
 		tamper func(t *testing.T, m *members)
@@ -459,7 +359,7 @@ func TestTamperedExportsAreRefusedByBothImplementations(t *testing.T) {
 		}, 39},
 		{"the newest event cut off, the manifest says so", func(t *testing.T, m *members) {
 			m.edit(t, "events.jsonl", func(lines []string) []string { return lines[:39] })
-			m.manifest(t, func(x *audit.Manifest) { x.Size = 39 })
+			m.manifest(t, func(x *archive.Manifest) { x.Size = 39 })
 		}, -1},
 		{"an event appended", func(t *testing.T, m *members) {
 			m.edit(t, "events.jsonl", func(lines []string) []string { return renumber(append(lines, "\n"+lines[3])) })
@@ -484,7 +384,7 @@ func TestTamperedExportsAreRefusedByBothImplementations(t *testing.T) {
 			}
 			m.edit(t, "checkpoints.jsonl", func(lines []string) []string { lines[0] = string(signed) + "\n"; return lines })
 		}, -1},
-		{"the checkpoint of another log, signed by the same key", func(t *testing.T, m *members) { m.signWith(t, e.signer, "orgkeys/other", m.leaves(t)) }, -1},
+		{"the checkpoint of another log, signed by the same key", func(t *testing.T, m *members) { m.signWith(t, e.Signer, "orgkeys/other", m.leaves(t)) }, -1},
 		{"checkpoints out of order", func(t *testing.T, m *members) {
 			m.edit(t, "checkpoints.jsonl", func(lines []string) []string {
 				return []string{lines[1], lines[0], lines[2], lines[3]}
@@ -534,7 +434,7 @@ func TestTamperedExportsAreRefusedByBothImplementations(t *testing.T) {
 			m.list = slices.Insert(m.list, m.find(t, "authz.rego"), member{rego.name, []byte("package evil")})
 		}, -1},
 		{"a policy behind the events", func(t *testing.T, m *members) {
-			m.list = append(m.list, member{"policies/" + e.policy + "/more.rego", []byte("package evil")})
+			m.list = append(m.list, member{"policies/" + e.Policy + "/more.rego", []byte("package evil")})
 		}, -1},
 		{"a policy that nothing names, under a hash that is not its own", func(t *testing.T, m *members) {
 			m.list = slices.Insert(m.list, m.find(t, "events.jsonl"), member{"policies/sha256:00/x.rego", []byte("package evil")})
@@ -554,12 +454,12 @@ func TestTamperedExportsAreRefusedByBothImplementations(t *testing.T) {
 		{"the inventory left out", func(t *testing.T, m *members) { m.remove(t, "inventory.jsonl") }, -1},
 		{"the events left out", func(t *testing.T, m *members) { m.remove(t, "events.jsonl") }, -1},
 		{"another format", func(t *testing.T, m *members) {
-			m.manifest(t, func(x *audit.Manifest) { x.Format = "orgkeys-export/2" })
+			m.manifest(t, func(x *archive.Manifest) { x.Format = "orgkeys-export/2" })
 		}, -1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			m := unpack(t, archive)
+			m := unpack(t, packed)
 			c.tamper(t, m)
 			m.relist(t)
 			refused(t, m.pack(t), key, c.index)
@@ -569,7 +469,7 @@ func TestTamperedExportsAreRefusedByBothImplementations(t *testing.T) {
 
 func (m *members) root(t *testing.T) string {
 	t.Helper()
-	var x audit.Manifest
+	var x archive.Manifest
 	if err := json.Unmarshal(m.list[0].data, &x); err != nil {
 		t.Fatal(err)
 	}
@@ -586,58 +486,58 @@ func renumber(lines []string) []string {
 	return all
 }
 
-func refused(t *testing.T, archive []byte, key string, index int64) {
+func refused(t *testing.T, packed []byte, key string, index int64) {
 	t.Helper()
-	_, err := verifyExport(t, archive, key)
-	var problem *audit.Problem
+	_, err := verifyExport(t, packed, key)
+	var problem *verify.Problem
 	if !errors.As(err, &problem) {
 		t.Fatalf("not found: %v", err)
 	}
 	if problem.Index != index {
 		t.Errorf("found %q, want event %d", problem, index)
 	}
-	if said, ok := byPython(t, archive, key); ok {
+	if said, ok := byPython(t, packed, key); ok {
 		t.Errorf("the independent implementation says %s", said)
 	}
 }
 
 // These need no forger: a disk, a mail program or a wrong key is enough.
 func TestDamagedExportsAreRefused(t *testing.T) {
-	e := newEvidence(t)
-	archive, key := e.export(t), e.vkey(t)
+	e := audittest.NewSigned(t)
+	packed, key := export(t, e), e.VKey(t)
 	t.Run("an event altered, the manifest not", func(t *testing.T) {
-		m := unpack(t, archive)
+		m := unpack(t, packed)
 		m.edit(t, "events.jsonl", at(12, "u-1", "u-2"))
 		refused(t, m.pack(t), key, 29)
 	})
 	t.Run("a member altered that nothing else covers", func(t *testing.T) {
-		m := unpack(t, archive)
+		m := unpack(t, packed)
 		m.list[m.find(t, "receipt-keys.json")].data = append(m.get(t, "receipt-keys.json"), ' ')
 		refused(t, m.pack(t), key, -1)
 	})
 	t.Run("cut off", func(t *testing.T) {
-		for _, n := range []int{0, 10, len(archive) / 2, len(archive) - 30} {
-			if _, err := verifyExport(t, archive[:n], key); err == nil {
-				t.Errorf("%d bytes of %d verified", n, len(archive))
+		for _, n := range []int{0, 10, len(packed) / 2, len(packed) - 30} {
+			if _, err := verifyExport(t, packed[:n], key); err == nil {
+				t.Errorf("%d bytes of %d verified", n, len(packed))
 			}
 			if n > 0 {
-				byPythonRefused(t, archive[:n], key)
+				byPythonRefused(t, packed[:n], key)
 			}
 		}
 	})
 	t.Run("another key", func(t *testing.T) {
-		other := newEvidence(t).vkey(t)
-		refused(t, archive, other, -1)
+		other := audittest.NewSigned(t).VKey(t)
+		refused(t, packed, other, -1)
 	})
 	t.Run("another key under this log's name", func(t *testing.T) {
-		other, err := audit.VerifierKey(strings.Split(key, "+")[0], newSigner(t).Private.Public().(ed25519.PublicKey))
+		other, err := audit.VerifierKey(strings.Split(key, "+")[0], audittest.NewSigner(t).Private.Public().(ed25519.PublicKey))
 		if err != nil {
 			t.Fatal(err)
 		}
-		refused(t, archive, other, -1)
+		refused(t, packed, other, -1)
 	})
 	t.Run("something behind its end", func(t *testing.T) {
-		m := unpack(t, archive)
+		m := unpack(t, packed)
 		var plain bytes.Buffer
 		z, err := gzip.NewReader(bytes.NewReader((&members{[]member{{"inventory.jsonl", []byte("evil\n")}}}).pack(t)))
 		if err != nil {
@@ -650,7 +550,7 @@ func TestDamagedExportsAreRefused(t *testing.T) {
 			"garbage in the tar archive": m.packWith(t, []byte("garbage")),
 			"another tar archive":        m.packWith(t, plain.Bytes()),
 			"garbage":                    append(m.pack(t), "garbage"...),
-			"another gzip member":        append(m.pack(t), archive...),
+			"another gzip member":        append(m.pack(t), packed...),
 		} {
 			t.Run(name, func(t *testing.T) { refused(t, b, key, -1) })
 		}
@@ -667,23 +567,23 @@ func TestDamagedExportsAreRefused(t *testing.T) {
 
 // A small file must not take much memory: zeros are packed a thousandfold.
 func TestPoliciesTakeLimitedMemory(t *testing.T) {
-	e := newEvidence(t)
-	m := unpack(t, e.export(t))
+	e := audittest.NewSigned(t)
+	m := unpack(t, export(t, e))
 	big := make([]byte, 40<<20)
 	for i := range 2 {
 		m.list = slices.Insert(m.list, m.find(t, "events.jsonl"), member{fmt.Sprintf("policies/x/%d", 9-i), big})
 	}
 	m.relist(t)
-	_, err := verifyExport(t, m.pack(t), e.vkey(t))
+	_, err := verifyExport(t, m.pack(t), e.VKey(t))
 	if err == nil || !strings.Contains(err.Error(), "larger than any that is written") {
 		t.Errorf("%v", err)
 	}
 }
 
-func byPythonRefused(t *testing.T, archive []byte, key string) {
+func byPythonRefused(t *testing.T, packed []byte, key string) {
 	t.Helper()
-	if said, ok := byPython(t, archive, key); ok {
-		t.Errorf("the independent implementation says %s of %d bytes", said, len(archive))
+	if said, ok := byPython(t, packed, key); ok {
+		t.Errorf("the independent implementation says %s of %d bytes", said, len(packed))
 	}
 }
 
@@ -693,22 +593,47 @@ func TestAnExportOfATamperedLogFails(t *testing.T) {
 		"an event dropped": {`DELETE FROM events WHERE idx = 12`},
 		"the end cut off":  {`DELETE FROM events WHERE idx >= 39`},
 	} {
-		e := newEvidence(t)
-		e.exec(t, statements...)
-		if _, err := audit.Export(t.Context(), io.Discard, e.db, t.TempDir(), "a test", nil); err == nil {
+		e := audittest.NewSigned(t)
+		e.Exec(t, statements...)
+		if _, err := archive.Write(t.Context(), io.Discard, e.DB, t.TempDir(), "a test", nil); err == nil {
 			t.Errorf("%s: exported", name)
 		}
 	}
 }
 
+// A policy that is in force mends its own text, so that exports go on to verify.
+func TestAChangedPolicyIsPutRight(t *testing.T) {
+	e := audittest.NewSigned(t)
+	e.Exec(t, `UPDATE policies SET content = x'00' WHERE name = 'authz.rego'`)
+	if _, err := archive.Write(t.Context(), io.Discard, e.DB, t.TempDir(), "a test", nil); err == nil || !strings.Contains(err.Error(), "was altered") {
+		t.Errorf("exported, although the archive cannot verify: %v", err)
+	}
+	audittest.Must(t, e.DB.KeepPolicy(t.Context(), e.Policy, map[string][]byte{"authz.rego": []byte("package orgkeys.authz\n"), "data.json": []byte("{}")}))
+	if _, err := verifyExport(t, export(t, e), e.VKey(t)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestOnlyKeysThatHaveSignedAreShown(t *testing.T) {
+	e := audittest.NewSigned(t)
+	genuine := e.VKey(t)
+	forged, err := audit.VerifierKey(strings.Split(genuine, "+")[0], audittest.NewSigner(t).Private.Public().(ed25519.PublicKey))
+	audittest.Must(t, err)
+	e.Exec(t, `INSERT INTO checkpoint_keys (vkey) VALUES ('`+forged+`'), ('evil+00000000+AAAA')`)
+	keys, err := archive.SigningKeys(t.Context(), e.DB)
+	if err != nil || len(keys) != 1 || keys[0] != genuine {
+		t.Errorf("%q, %v", keys, err)
+	}
+}
+
 func TestProofsOfSingleEvents(t *testing.T) {
-	e := newEvidence(t)
-	entries, err := e.db.Entries(t.Context(), 0, 100)
+	e := audittest.NewSigned(t)
+	entries, err := e.DB.Entries(t.Context(), 0, 100)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, entry := range entries {
-		proof, err := audit.Prove(t.Context(), e.db, fmt.Sprint(entry.Index))
+		proof, err := archive.Prove(t.Context(), e.DB, fmt.Sprint(entry.Index))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -716,7 +641,7 @@ func TestProofsOfSingleEvents(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, signed, err := audit.VerifyProof(text, []string{e.vkey(t)})
+		got, signed, err := archive.VerifyProof(text, []string{e.VKey(t)})
 		if err != nil || got.Event != string(entry.Leaf) || signed.Size != 40 {
 			t.Errorf("event %d: %v", entry.Index, err)
 		}
@@ -725,39 +650,39 @@ func TestProofsOfSingleEvents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	byID, err := audit.Prove(t.Context(), e.db, event.ID)
+	byID, err := archive.Prove(t.Context(), e.DB, event.ID)
 	if err != nil || byID.Index != 17 {
 		t.Errorf("by ID: event %d, %v", byID.Index, err)
 	}
-	e.add(t, 1)
-	if _, err := audit.Prove(t.Context(), e.db, "40"); !errors.Is(err, audit.ErrNotSigned) {
+	e.Add(t, 1)
+	if _, err := archive.Prove(t.Context(), e.DB, "40"); !errors.Is(err, archive.ErrNotSigned) {
 		t.Errorf("an event that no checkpoint covers: %v", err)
 	}
 }
 
 func TestForgedProofsAreRefused(t *testing.T) {
-	e, other := newEvidence(t), newEvidence(t)
-	good, err := audit.Prove(t.Context(), e.db, "12")
+	e, other := audittest.NewSigned(t), audittest.NewSigned(t)
+	good, err := archive.Prove(t.Context(), e.DB, "12")
 	if err != nil {
 		t.Fatal(err)
 	}
-	foreign, err := audit.Prove(t.Context(), other.db, "12")
+	foreign, err := archive.Prove(t.Context(), other.DB, "12")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, forge := range map[string]func(p *audit.Proof){
-		"the event altered":                func(p *audit.Proof) { p.Event = strings.Replace(p.Event, "u-1", "u-2", 1) },
-		"another index":                    func(p *audit.Proof) { p.Index = 13 },
-		"a negative index":                 func(p *audit.Proof) { p.Index = -12 },
-		"an index past the end":            func(p *audit.Proof) { p.Index = 1 << 40 },
-		"a path that is shorter":           func(p *audit.Proof) { p.Path = p.Path[1:] },
-		"a path that is longer":            func(p *audit.Proof) { p.Path = append(p.Path, p.Path[0]) },
-		"a path with something else in it": func(p *audit.Proof) { p.Path = append([]string{"x"}, p.Path[1:]...) },
-		"an inner node as the event":       func(p *audit.Proof) { p.Event, p.Path = p.Path[0], p.Path[1:] },
-		"the checkpoint of another log":    func(p *audit.Proof) { p.Checkpoint = foreign.Checkpoint },
-		"all of another log":               func(p *audit.Proof) { *p = foreign },
-		"an unsigned checkpoint":           func(p *audit.Proof) { p.Checkpoint, _, _ = strings.Cut(p.Checkpoint, "\n\n") },
-		"another format":                   func(p *audit.Proof) { p.Format = "orgkeys-proof/2" },
+	for name, forge := range map[string]func(p *archive.Proof){
+		"the event altered":                func(p *archive.Proof) { p.Event = strings.Replace(p.Event, "u-1", "u-2", 1) },
+		"another index":                    func(p *archive.Proof) { p.Index = 13 },
+		"a negative index":                 func(p *archive.Proof) { p.Index = -12 },
+		"an index past the end":            func(p *archive.Proof) { p.Index = 1 << 40 },
+		"a path that is shorter":           func(p *archive.Proof) { p.Path = p.Path[1:] },
+		"a path that is longer":            func(p *archive.Proof) { p.Path = append(p.Path, p.Path[0]) },
+		"a path with something else in it": func(p *archive.Proof) { p.Path = append([]string{"x"}, p.Path[1:]...) },
+		"an inner node as the event":       func(p *archive.Proof) { p.Event, p.Path = p.Path[0], p.Path[1:] },
+		"the checkpoint of another log":    func(p *archive.Proof) { p.Checkpoint = foreign.Checkpoint },
+		"all of another log":               func(p *archive.Proof) { *p = foreign },
+		"an unsigned checkpoint":           func(p *archive.Proof) { p.Checkpoint, _, _ = strings.Cut(p.Checkpoint, "\n\n") },
+		"another format":                   func(p *archive.Proof) { p.Format = "orgkeys-proof/2" },
 	} {
 		p := good
 		p.Path = append([]string{}, good.Path...)
@@ -766,11 +691,11 @@ func TestForgedProofsAreRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		var problem *audit.Problem
-		if _, _, err := audit.VerifyProof(text, []string{e.vkey(t)}); !errors.As(err, &problem) {
+		var problem *verify.Problem
+		if _, _, err := archive.VerifyProof(text, []string{e.VKey(t)}); !errors.As(err, &problem) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 }
 
-var _ audit.Evidence = (*sqlstore.DB)(nil)
+var _ archive.Source = (*sqlstore.DB)(nil)

@@ -1,4 +1,4 @@
-package audit
+package archive
 
 import (
 	"bufio"
@@ -15,6 +15,9 @@ import (
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
 // VaultFile is what the audit files of Vault say of the log: the events and
@@ -46,14 +49,14 @@ func (m vaultMark) before(other vaultMark) bool {
 }
 
 type vaultPoint struct {
-	Checkpoint
+	audit.Checkpoint
 	vaultMark
 	signed bool // a signed note, which the log holds by then
 }
 
 type vaultProblem struct {
 	vaultMark
-	*Problem
+	*verify.Problem
 }
 
 // VaultReport is what the comparison with Vault's audit file found.
@@ -181,7 +184,7 @@ func (f *VaultFile) entry(raw []byte, line int64) error {
 
 func (f *VaultFile) add(text string, mark vaultMark) {
 	if !strings.HasPrefix(text, "{") {
-		if c, err := ParseCheckpoint(text); err == nil {
+		if c, err := audit.ParseCheckpoint(text); err == nil {
 			f.points[c.Size] = append(f.points[c.Size], vaultPoint{c, mark, text != c.Text()})
 		}
 		return
@@ -202,7 +205,7 @@ func (f *VaultFile) place(m vaultMark) string { return fmt.Sprintf("%s:%d", f.na
 func (f *VaultFile) match(index int64, leaf tlog.Hash) error {
 	mark, ok := f.at[leaf]
 	if !ok {
-		return &Problem{index, "Vault's audit file does not hold it: it was altered or inserted, or not every audit file was given"}
+		return verify.Problemf(index, "Vault's audit file does not hold it: it was altered or inserted, or not every audit file was given")
 	}
 	delete(f.at, leaf)
 	f.matched = append(f.matched, mark)
@@ -219,7 +222,7 @@ func (f *VaultFile) matchRoot(origin string, size int64, root func() tlog.Hash) 
 }
 
 func (f *VaultFile) found(m vaultMark, index int64, format string, args ...any) {
-	f.bad = append(f.bad, vaultProblem{m, &Problem{index, fmt.Sprintf(format, args...)}})
+	f.bad = append(f.bad, vaultProblem{m, verify.Problemf(index, format, args...)})
 }
 
 // loss is where in Vault's file the events stand that an accepted rollback has
@@ -251,7 +254,7 @@ func lossAt(losses []*loss, m vaultMark) *loss {
 	return nil
 }
 
-func (f *VaultFile) losses(accepted []AcceptedRollback) []*loss {
+func (f *VaultFile) losses(accepted []verify.AcceptedRollback) []*loss {
 	all := make([]*loss, len(accepted))
 	for i, r := range accepted {
 		all[i] = &loss{until: f.matched[r.Index], index: r.Index}
@@ -266,7 +269,7 @@ func (f *VaultFile) losses(accepted []AcceptedRollback) []*loss {
 // rollback was lost by it. What came after the last common event is newer than
 // the export, and nothing more as long as no checkpoint was signed over it. All
 // else is missing in the log.
-func (f *VaultFile) finish(origin string, accepted []AcceptedRollback) (VaultReport, error) {
+func (f *VaultFile) finish(origin string, accepted []verify.AcceptedRollback) (VaultReport, error) {
 	r := VaultReport{Events: f.events, Torn: f.torn}
 	losses := f.losses(accepted)
 	var newest vaultMark

@@ -1,4 +1,4 @@
-package audit_test
+package archive_test
 
 import (
 	"context"
@@ -17,10 +17,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/archive"
 	"github.com/orgkeys/orgkeys/internal/authz"
 )
 
-// bigLog is the evidence of a large log, without a database.
+// bigLog is the audittest.SignedLog of a large log, without a database.
 type bigLog struct {
 	leaves [][]byte
 	head   audit.Signed
@@ -112,7 +113,7 @@ func BenchmarkExport(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if _, err := audit.Export(b.Context(), f, l, b.TempDir(), "a benchmark", nil); err != nil {
+		if _, err := archive.Write(b.Context(), f, l, b.TempDir(), "a benchmark", nil); err != nil {
 			b.Fatal(err)
 		}
 		if err := f.Close(); err != nil {
@@ -141,7 +142,7 @@ func BenchmarkExport(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			if _, err := audit.VerifyExport(b.Context(), f, []string{l.vkey}, audit.Outside{}, nil); err != nil {
+			if _, err := archive.Verify(b.Context(), f, []string{l.vkey}, archive.Outside{}, nil); err != nil {
 				b.Fatal(err)
 			}
 			if err := f.Close(); err != nil {

@@ -1,12 +1,12 @@
-package audit
+package archive
 
 import (
 	"fmt"
 	"io"
-	"time"
 
 	"github.com/go-json-experiment/json"
 
+	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 )
 
@@ -29,7 +29,7 @@ type Life struct {
 type Moment struct {
 	Index  int64        `json:"index"`
 	Time   string       `json:"time"`
-	Type   Type         `json:"type"`
+	Type   audit.Type   `json:"type"`
 	Reason string       `json:"reason,omitempty"`
 	Kind   authz.Kind   `json:"actorKind,omitempty"`
 	Actor  string       `json:"actor,omitempty"`
@@ -52,29 +52,29 @@ type inventory struct {
 	byKey map[string]*Life
 }
 
-func moment(index int64, e Event) *Moment {
+func moment(index int64, e audit.Event) *Moment {
 	return &Moment{
-		Index: index, Time: e.Time.UTC().Format(TimeFormat), Type: e.Type, Reason: e.Reason,
+		Index: index, Time: e.Time.UTC().Format(audit.TimeFormat), Type: e.Type, Reason: e.Reason,
 		Kind: e.Actor.Kind, Actor: e.Actor.ID, Action: e.Action, Policy: e.Policy, ID: e.Request,
 	}
 }
 
 // add takes the next event into account. It reports what cannot be, such as a
 // key that is deleted before it was created.
-func (v *inventory) add(index int64, e Event) error {
+func (v *inventory) add(index int64, e audit.Event) error {
 	switch e.Type {
-	case KeyCreated:
+	case audit.KeyCreated:
 		return v.create(index, e)
-	case KeyDelivered, KeyDeleted, KeyWithdrawn:
+	case audit.KeyDelivered, audit.KeyDeleted, audit.KeyWithdrawn:
 		return v.advance(index, e)
 	}
-	if life := v.byKey[e.Actor.ID]; life != nil && e.Actor.Kind == authz.Node && e.Outcome == Success && life.Org == e.Org {
+	if life := v.byKey[e.Actor.ID]; life != nil && e.Actor.Kind == authz.Node && e.Outcome == audit.Success && life.Org == e.Org {
 		v.use(life, index, e)
 	}
 	return nil
 }
 
-func (v *inventory) create(index int64, e Event) error {
+func (v *inventory) create(index int64, e audit.Event) error {
 	if v.byKey[e.Object] != nil {
 		return fmt.Errorf("key %s is created a second time", e.Object)
 	}
@@ -90,24 +90,24 @@ func (v *inventory) create(index int64, e Event) error {
 	return nil
 }
 
-func (v *inventory) advance(index int64, e Event) error {
+func (v *inventory) advance(index int64, e audit.Event) error {
 	life := v.byKey[e.Object]
 	switch {
 	case life == nil || life.Org != e.Org:
 		return fmt.Errorf("key %s of %s was never created", e.Object, e.Org)
-	case e.Type == KeyDelivered && e.Outcome == Success:
+	case e.Type == audit.KeyDelivered && e.Outcome == audit.Success:
 		life.Delivered = moment(index, e)
-	case e.Type != KeyDelivered && life.Ended != nil:
+	case e.Type != audit.KeyDelivered && life.Ended != nil:
 		return fmt.Errorf("key %s has ended already", e.Object)
-	case e.Type != KeyDelivered:
+	case e.Type != audit.KeyDelivered:
 		life.Ended = moment(index, e)
 	}
 	return nil
 }
 
-func (v *inventory) use(life *Life, index int64, e Event) {
+func (v *inventory) use(life *Life, index int64, e audit.Event) {
 	life.LastUse = moment(index, e)
-	if e.Type != NodeRegistered {
+	if e.Type != audit.NodeRegistered {
 		return
 	}
 	for _, n := range life.Nodes {
@@ -138,20 +138,4 @@ func (v *inventory) write(w io.Writer) error {
 		}
 	}
 	return nil
-}
-
-// Progress is told now and then how many of all events are done.
-type Progress func(done, all int64)
-
-const progressInterval = 2 * time.Second
-
-// ticking returns a function that calls p at most once an interval.
-func (p Progress) ticking() func(done, all int64) {
-	last := time.Now()
-	return func(done, all int64) {
-		if p != nil && time.Since(last) >= progressInterval {
-			last = time.Now()
-			p(done, all)
-		}
-	}
 }

@@ -1,4 +1,9 @@
-package audit
+// Package verify finds out whether a log is the one that was recorded. It
+// trusts nothing that builds the log: the tree is recomputed from the leaves by
+// code of its own, over two hash functions of golang.org/x/mod/sumdb/tlog, and
+// compared with the stored hashes, with the columns and records that repeat the
+// events, and with copies that others hold.
+package verify
 
 import (
 	"context"
@@ -11,13 +16,15 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/go-json-experiment/json"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
 )
 
 // Row is an event as the database holds it: the leaf, and the columns that
 // repeat it for queries.
 type Row struct {
 	Index int64
-	Record
+	audit.Record
 }
 
 // StoredHash is one of the tree's hashes, numbered as tlog does.
@@ -26,9 +33,9 @@ type StoredHash struct {
 	Hash  tlog.Hash
 }
 
-// Archive is a log at rest, to be verified. Its implementation is sqlstore.
-type Archive interface {
-	Head(ctx context.Context) (Checkpoint, error)
+// Snapshot is a log at rest, to be verified. Its implementation is sqlstore.
+type Snapshot interface {
+	Head(ctx context.Context) (audit.Checkpoint, error)
 	// Rows yields the sequenced events in the order of their indices.
 	Rows(ctx context.Context) iter.Seq2[Row, error]
 	// Hashes yields the tree's hashes in the order of their numbers.
@@ -40,12 +47,12 @@ type Archive interface {
 	// Erasing returns whom PersonErased events name that have no index yet.
 	Erasing(ctx context.Context) ([]string, error)
 	// Policies returns every policy that was in force, file by file.
-	Policies(ctx context.Context) ([]PolicyFile, error)
+	Policies(ctx context.Context) ([]audit.PolicyFile, error)
 	// ReceiptSinks names the sinks of which there are receipts.
 	ReceiptSinks(ctx context.Context) ([]string, error)
-	ReceiptKeys(ctx context.Context) ([]ReceiptKey, error)
+	ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error)
 	// Receipts returns a sink's receipts for the events from index from to before to.
-	Receipts(ctx context.Context, sink string, from, to int64) ([]Receipt, error)
+	Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error)
 	// Contradictions names records and events that do not fit each other.
 	Contradictions(ctx context.Context) ([]string, error)
 }
@@ -63,9 +70,14 @@ func (p *Problem) Error() string {
 	return fmt.Sprintf("event %d: %s", p.Index, p.What)
 }
 
+// Problemf returns a problem with an event, or with none in particular: -1.
+func Problemf(index int64, format string, args ...any) *Problem {
+	return &Problem{index, fmt.Sprintf(format, args...)}
+}
+
 // Report is what verification found of a log with nothing wrong in it.
 type Report struct {
-	Log             Checkpoint
+	Log             audit.Checkpoint
 	Covered         int64     // events that the copy vouches for
 	Uncovered       time.Time // when the first event behind them was recorded; zero: there is none
 	Signed          int64     // events that a signed checkpoint covers
@@ -73,7 +85,7 @@ type Report struct {
 	Unauthenticated int64     // events that the sequencer refused an index
 	Receipts        int64     // each signed by a stored receipt key
 	Erased          int64     // events whose personal part was erased
-	Rollbacks       []Rollback
+	Rollbacks       []audit.Rollback
 	Before          bool // the copy is from before the last of them, which has lost the rest of it
 }
 
@@ -81,8 +93,8 @@ type Report struct {
 // nothing is missing, inserted or out of order, that the log extends copy, which
 // may be nil, and that what is kept beside the log agrees with it: records,
 // policies, receipts, and what was erased. What is wrong is a *Problem.
-func Verify(ctx context.Context, a Archive, copy *Copy, progress Progress) (Report, error) {
-	head, err := a.Head(ctx)
+func Verify(ctx context.Context, s Snapshot, copy *Copy, progress Progress) (Report, error) {
+	head, err := s.Head(ctx)
 	if err != nil {
 		return Report{}, err
 	}
@@ -90,19 +102,19 @@ func Verify(ctx context.Context, a Archive, copy *Copy, progress Progress) (Repo
 		copy = &Copy{}
 	}
 	v := &verification{
-		Report: Report{Log: head, Rollbacks: copy.Rollbacks}, copy: copy, progress: progress.ticking(),
+		Report: Report{Log: head, Rollbacks: copy.Rollbacks}, copy: copy, progress: progress.Ticking(),
 		policies: map[string]int64{}, erased: map[string]int64{}, missing: map[string]int64{},
 	}
-	if v.Unsequenced, err = a.Unsequenced(ctx); err != nil {
+	if v.Unsequenced, err = s.Unsequenced(ctx); err != nil {
 		return Report{}, err
 	}
-	if v.Unauthenticated, err = a.Unauthenticated(ctx); err != nil {
+	if v.Unauthenticated, err = s.Unauthenticated(ctx); err != nil {
 		return Report{}, err
 	}
-	if err := v.openReceipts(ctx, a); err != nil {
+	if err := v.openReceipts(ctx, s); err != nil {
 		return Report{}, err
 	}
-	err = v.walk(ctx, a)
+	err = v.walk(ctx, s)
 	if err == nil {
 		err = v.finish()
 	}
@@ -112,10 +124,10 @@ func Verify(ctx context.Context, a Archive, copy *Copy, progress Progress) (Repo
 	if err != nil {
 		return Report{}, err
 	}
-	if err := errors.Join(v.checkPolicies(ctx, a), v.checkErasures(ctx, a)); err != nil {
+	if err := errors.Join(v.checkPolicies(ctx, s), v.checkErasures(ctx, s)); err != nil {
 		return Report{}, err
 	}
-	contradictions, err := a.Contradictions(ctx)
+	contradictions, err := s.Contradictions(ctx)
 	if err != nil {
 		return Report{}, err
 	}
@@ -127,7 +139,7 @@ func Verify(ctx context.Context, a Archive, copy *Copy, progress Progress) (Repo
 
 type verification struct {
 	Report
-	frontier
+	tree     Frontier
 	copy     *Copy
 	progress func(done, all int64)
 	accepted []AcceptedRollback
@@ -137,30 +149,30 @@ type verification struct {
 	erased   map[string]int64 // by person, the newest PersonErased event
 	missing  map[string]int64 // by actor, the newest event whose personal part is gone
 
-	receiptKeys map[string]ReceiptKeys // by sink
-	receipts    map[receiptOf][]byte   // of the page under way
+	receiptKeys map[string]audit.ReceiptKeys // by sink
+	receipts    map[receiptOf][]byte         // of the page under way
 }
 
-func (v *verification) walk(ctx context.Context, a Archive) error {
-	stored, stop := iter.Pull2(a.Hashes(ctx))
+func (v *verification) walk(ctx context.Context, s Snapshot) error {
+	stored, stop := iter.Pull2(s.Hashes(ctx))
 	defer stop()
 	if err := v.checkCheckpoint(); err != nil {
 		return err
 	}
-	for row, err := range a.Rows(ctx) {
+	for row, err := range s.Rows(ctx) {
 		if err != nil {
 			return err
 		}
-		if row.Index != v.size {
-			return &Problem{v.size, "it is missing"}
+		if row.Index != v.tree.size {
+			return &Problem{v.tree.size, "it is missing"}
 		}
 		if err := v.checkRow(row); err != nil {
 			return err
 		}
-		if err := v.checkReceipts(ctx, a, row); err != nil {
+		if err := v.checkReceipts(ctx, s, row); err != nil {
 			return err
 		}
-		for _, h := range v.push(tlog.RecordHash(row.Leaf)) {
+		for _, h := range v.tree.Push(tlog.RecordHash(row.Leaf)) {
 			if err := checkHash(h, row.Index, stored); err != nil {
 				return err
 			}
@@ -168,25 +180,25 @@ func (v *verification) walk(ctx context.Context, a Archive) error {
 		if err := v.checkCheckpoint(); err != nil {
 			return err
 		}
-		v.progress(v.size, v.Log.Size)
+		v.progress(v.tree.size, v.Log.Size)
 	}
 	if h, err, more := stored(); more {
 		if err != nil {
 			return err
 		}
-		return &Problem{v.size, fmt.Sprintf("the tree has a hash (%d) for it, and it is missing", h.Index)}
+		return &Problem{v.tree.size, fmt.Sprintf("the tree has a hash (%d) for it, and it is missing", h.Index)}
 	}
 	return nil
 }
 
 // checkRow compares an event with its columns and with the sink's copy.
 func (v *verification) checkRow(row Row) error {
-	e, err := Decode(row.Leaf)
+	e, err := audit.Decode(row.Leaf)
 	if err != nil {
 		return &Problem{row.Index, "its leaf is not an event"}
 	}
 	if e.ID != row.ID || !e.Time.Equal(row.Time) || e.Type != row.Type || e.Reason != row.Reason || e.Org != row.Org ||
-		e.Actor != (Actor{row.Kind, row.Actor}) || e.Object != row.Object {
+		e.Actor != (audit.Actor{Kind: row.Kind, ID: row.Actor}) || e.Object != row.Object {
 		return &Problem{row.Index, "its columns are not those of its leaf: it was altered"}
 	}
 	if held, ok := v.copy.leaf(row.Index); ok && held != tlog.RecordHash(row.Leaf) {
@@ -197,9 +209,9 @@ func (v *verification) checkRow(row Row) error {
 		v.Uncovered = e.Time
 	}
 	switch e.Type {
-	case RollbackAccepted:
+	case audit.RollbackAccepted:
 		v.accepted = append(v.accepted, RollbackOf(e, row.Index))
-	case PersonErased:
+	case audit.PersonErased:
 		v.erased[e.Object] = row.Index
 	}
 	if _, known := v.policies[e.Policy]; !known && e.Policy != "" {
@@ -209,7 +221,7 @@ func (v *verification) checkRow(row Row) error {
 }
 
 func (v *verification) checkPersonal(row Row) error {
-	var l leaf
+	var l audit.Leaf
 	if err := json.Unmarshal(row.Leaf, &l); err != nil {
 		return err
 	}
@@ -217,7 +229,7 @@ func (v *verification) checkPersonal(row Row) error {
 	case row.Personal == nil && l.Personal != "":
 		v.Erased++
 		v.missing[row.Actor] = row.Index
-	case row.Personal != nil && PersonalDigest(row.Personal) != l.Personal:
+	case row.Personal != nil && audit.PersonalDigest(row.Personal) != l.Personal:
 		return &Problem{row.Index, "its personal part was altered"}
 	}
 	return nil
@@ -240,18 +252,18 @@ func checkHash(want tlog.Hash, index int64, stored func() (StoredHash, error, bo
 // checkCheckpoint compares the tree, at its present size, with the copy's
 // checkpoints of that size.
 func (v *verification) checkCheckpoint() error {
-	for _, c := range v.copy.checkpoints(v.size) {
+	for _, c := range v.copy.checkpoints(v.tree.size) {
 		if c.Origin != v.Log.Origin {
 			return &Problem{-1, fmt.Sprintf("the sink's copy is of another log (%s, not %s)", c.Origin, v.Log.Origin)}
 		}
-		if c.Root != v.root() {
-			return &Problem{max(0, v.size-1), "the tree up to it has not the root that the sink's checkpoint has: the log was rewritten"}
+		if c.Root != v.tree.Root() {
+			return &Problem{max(0, v.tree.size-1), "the tree up to it has not the root that the sink's checkpoint has: the log was rewritten"}
 		}
 		v.Covered = max(v.Covered, c.Size)
 	}
-	for _, c := range v.copy.signed[v.size] {
-		if c.Origin != v.Log.Origin || c.Root != v.root() {
-			return &Problem{max(0, v.size-1), "the tree up to it has not the root that was signed: the log was rewritten"}
+	for _, c := range v.copy.signed[v.tree.size] {
+		if c.Origin != v.Log.Origin || c.Root != v.tree.Root() {
+			return &Problem{max(0, v.tree.size-1), "the tree up to it has not the root that was signed: the log was rewritten"}
 		}
 		v.Signed = max(v.Signed, c.Size)
 	}
@@ -260,21 +272,21 @@ func (v *verification) checkCheckpoint() error {
 
 func (v *verification) finish() error {
 	switch {
-	case v.size < v.Log.Size:
-		return &Problem{v.size, fmt.Sprintf("it is missing: the log says it holds %d events", v.Log.Size)}
-	case v.size > v.Log.Size:
+	case v.tree.size < v.Log.Size:
+		return &Problem{v.tree.size, fmt.Sprintf("it is missing: the log says it holds %d events", v.Log.Size)}
+	case v.tree.size > v.Log.Size:
 		return &Problem{v.Log.Size, fmt.Sprintf("the log says it holds %d events: it was appended", v.Log.Size)}
-	case v.root() != v.Log.Root:
+	case v.tree.Root() != v.Log.Root:
 		return &Problem{-1, "the log's root is not that of its events"}
-	case v.copy.end() > v.size:
-		return &Problem{v.size, fmt.Sprintf("it is missing: the sink's copy holds %d events, so the log was truncated or restored", v.copy.end())}
+	case v.copy.end() > v.tree.size:
+		return &Problem{v.tree.size, fmt.Sprintf("it is missing: the sink's copy holds %d events, so the log was truncated or restored", v.copy.end())}
 	}
 	for size := range v.copy.signed {
-		if size > v.size {
-			return &Problem{v.size, fmt.Sprintf("it is missing: a signed checkpoint covers %d events, so the log was truncated or restored", size)}
+		if size > v.tree.size {
+			return &Problem{v.tree.size, fmt.Sprintf("it is missing: a signed checkpoint covers %d events, so the log was truncated or restored", size)}
 		}
 	}
-	v.Covered = max(v.Covered, min(v.copy.end(), v.size))
+	v.Covered = max(v.Covered, min(v.copy.end(), v.tree.size))
 	for _, r := range v.Rollbacks {
 		if !slices.ContainsFunc(v.accepted, func(a AcceptedRollback) bool { return a.Rollback == r }) {
 			return &Problem{-1, "the sink's copy notes a rollback that no event of the log accounts for"}

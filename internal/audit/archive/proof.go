@@ -1,4 +1,4 @@
-package audit
+package archive
 
 import (
 	"context"
@@ -9,6 +9,9 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/go-json-experiment/json"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
 const proofFormat = "orgkeys-proof/1"
@@ -24,7 +27,7 @@ type Proof struct {
 
 // Prove makes a proof of the event with that ID or index, under the newest
 // signed checkpoint.
-func Prove(ctx context.Context, e Evidence, event string) (Proof, error) {
+func Prove(ctx context.Context, e Source, event string) (Proof, error) {
 	index, err := findEvent(ctx, e, event)
 	if err != nil {
 		return Proof{}, err
@@ -41,14 +44,14 @@ func Prove(ctx context.Context, e Evidence, event string) (Proof, error) {
 		return Proof{}, err
 	}
 	if len(entries) == 0 {
-		return Proof{}, &Problem{index, "it is missing"}
+		return Proof{}, verify.Problemf(index, "it is missing")
 	}
 	path, err := e.Inclusion(ctx, head.Size, index)
 	if err != nil {
 		return Proof{}, fmt.Errorf("proving event %d: %w", index, err)
 	}
 	if tlog.CheckRecord(path, head.Size, head.Root, index, tlog.RecordHash(entries[0].Leaf)) != nil {
-		return Proof{}, &Problem{index, "the tree does not lead from it to the signed root: run \"orgkeys audit verify\""}
+		return Proof{}, verify.Problemf(index, "the tree does not lead from it to the signed root: run \"orgkeys audit verify\"")
 	}
 	p := Proof{Format: proofFormat, Index: index, Event: string(entries[0].Leaf), Path: []string{}, Checkpoint: head.Note}
 	for _, h := range path {
@@ -57,7 +60,7 @@ func Prove(ctx context.Context, e Evidence, event string) (Proof, error) {
 	return p, nil
 }
 
-func findEvent(ctx context.Context, e Evidence, event string) (int64, error) {
+func findEvent(ctx context.Context, e Source, event string) (int64, error) {
 	if index, err := strconv.ParseInt(event, 10, 64); err == nil && index >= 0 {
 		return index, nil
 	}
@@ -70,35 +73,35 @@ func findEvent(ctx context.Context, e Evidence, event string) (int64, error) {
 
 // VerifyProof checks a proof against verifier keys and returns what it proves.
 // What is wrong is a *Problem.
-func VerifyProof(text []byte, vkeys []string) (Proof, Signed, error) {
-	keys, err := ParseKeys(vkeys...)
+func VerifyProof(text []byte, vkeys []string) (Proof, audit.Signed, error) {
+	keys, err := audit.ParseKeys(vkeys...)
 	if err != nil {
-		return Proof{}, Signed{}, err
+		return Proof{}, audit.Signed{}, err
 	}
 	var p Proof
 	if err := json.Unmarshal(text, &p, json.RejectUnknownMembers(true)); err != nil {
-		return p, Signed{}, wrong("it is not a proof: %v", err)
+		return p, audit.Signed{}, wrong("it is not a proof: %v", err)
 	}
 	if p.Format != proofFormat {
-		return p, Signed{}, wrong("it is of the format %q, and this program knows %s", p.Format, proofFormat)
+		return p, audit.Signed{}, wrong("it is of the format %q, and this program knows %s", p.Format, proofFormat)
 	}
 	signed, err := keys.Open(p.Checkpoint)
 	if err != nil {
-		return p, Signed{}, wrong("the checkpoint: %v", err)
+		return p, audit.Signed{}, wrong("the checkpoint: %v", err)
 	}
-	if _, err := Decode([]byte(p.Event)); err != nil {
-		return p, Signed{}, &Problem{p.Index, "its leaf is not an event"}
+	if _, err := audit.Decode([]byte(p.Event)); err != nil {
+		return p, audit.Signed{}, verify.Problemf(p.Index, "its leaf is not an event")
 	}
 	path := make(tlog.RecordProof, len(p.Path))
 	for i, encoded := range p.Path {
 		b, err := base64.StdEncoding.Strict().DecodeString(encoded)
 		if err != nil || len(b) != tlog.HashSize {
-			return p, Signed{}, &Problem{p.Index, "its path holds what is not a hash"}
+			return p, audit.Signed{}, verify.Problemf(p.Index, "its path holds what is not a hash")
 		}
 		path[i] = tlog.Hash(b)
 	}
 	if err := tlog.CheckRecord(path, signed.Size, signed.Root, p.Index, tlog.RecordHash([]byte(p.Event))); err != nil {
-		return p, Signed{}, &Problem{p.Index, "the path does not lead from it to the signed root: it was altered, or is not of this log"}
+		return p, audit.Signed{}, verify.Problemf(p.Index, "the path does not lead from it to the signed root: it was altered, or is not of this log")
 	}
 	return p, signed, nil
 }

@@ -1,4 +1,4 @@
-package audit
+package verify
 
 import (
 	"context"
@@ -7,14 +7,15 @@ import (
 	"math"
 	"slices"
 
+	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 )
 
 // What is kept beside the log in the database is checked against it: no tree
 // covers these tables, yet what they hold follows from the events.
 
-// byRevision sorts policies' files.
-func byRevision(files []PolicyFile) map[string]map[string][]byte {
+// ByRevision sorts policies' files.
+func ByRevision(files []audit.PolicyFile) map[string]map[string][]byte {
 	policies := map[string]map[string][]byte{}
 	for _, f := range files {
 		if policies[f.Revision] == nil {
@@ -25,9 +26,9 @@ func byRevision(files []PolicyFile) map[string]map[string][]byte {
 	return policies
 }
 
-// alteredPolicy returns the revision of a policy whose text is not the one that
+// AlteredPolicy returns the revision of a policy whose text is not the one that
 // it is the hash of, or "".
-func alteredPolicy(policies map[string]map[string][]byte) string {
+func AlteredPolicy(policies map[string]map[string][]byte) string {
 	for _, revision := range slices.Sorted(maps.Keys(policies)) {
 		if authz.Revision(policies[revision]) != revision {
 			return revision
@@ -38,13 +39,13 @@ func alteredPolicy(policies map[string]map[string][]byte) string {
 
 // checkPolicies wants the text of every policy that decided. One that is new may
 // not be stored yet; before a checkpoint is signed, it is.
-func (v *verification) checkPolicies(ctx context.Context, a Archive) error {
-	files, err := a.Policies(ctx)
+func (v *verification) checkPolicies(ctx context.Context, s Snapshot) error {
+	files, err := s.Policies(ctx)
 	if err != nil {
 		return err
 	}
-	policies := byRevision(files)
-	if revision := alteredPolicy(policies); revision != "" {
+	policies := ByRevision(files)
+	if revision := AlteredPolicy(policies); revision != "" {
 		index, named := v.policies[revision]
 		if !named {
 			index = -1
@@ -61,8 +62,8 @@ func (v *verification) checkPolicies(ctx context.Context, a Archive) error {
 
 // checkErasures wants a PersonErased event behind every event whose personal
 // part is gone.
-func (v *verification) checkErasures(ctx context.Context, a Archive) error {
-	erasing, err := a.Erasing(ctx)
+func (v *verification) checkErasures(ctx context.Context, s Snapshot) error {
+	erasing, err := s.Erasing(ctx)
 	if err != nil {
 		return err
 	}
@@ -83,15 +84,15 @@ type receiptOf struct {
 }
 
 // openReceipts reads the keys that receipts must be signed with.
-func (v *verification) openReceipts(ctx context.Context, a Archive) error {
-	keys, err := a.ReceiptKeys(ctx)
+func (v *verification) openReceipts(ctx context.Context, s Snapshot) error {
+	keys, err := s.ReceiptKeys(ctx)
 	if err != nil {
 		return err
 	}
-	sinks, err := a.ReceiptSinks(ctx)
-	v.receiptKeys = map[string]ReceiptKeys{}
+	sinks, err := s.ReceiptSinks(ctx)
+	v.receiptKeys = map[string]audit.ReceiptKeys{}
 	for _, sink := range sinks {
-		v.receiptKeys[sink] = ReceiptKeys{}
+		v.receiptKeys[sink] = audit.ReceiptKeys{}
 	}
 	for _, k := range keys {
 		if v.receiptKeys[k.Sink] != nil {
@@ -102,11 +103,11 @@ func (v *verification) openReceipts(ctx context.Context, a Archive) error {
 }
 
 // checkReceipts checks the receipts of an event, which it reads by pages.
-func (v *verification) checkReceipts(ctx context.Context, a Archive, row Row) error {
-	if row.Index%exportPage == 0 {
+func (v *verification) checkReceipts(ctx context.Context, s Snapshot, row Row) error {
+	if row.Index%pageSize == 0 {
 		v.receipts = map[receiptOf][]byte{}
 		for sink := range v.receiptKeys {
-			page, err := a.Receipts(ctx, sink, row.Index, row.Index+exportPage)
+			page, err := s.Receipts(ctx, sink, row.Index, row.Index+pageSize)
 			if err != nil {
 				return err
 			}
@@ -126,40 +127,4 @@ func (v *verification) checkReceipts(ctx context.Context, a Archive, row Row) er
 		v.Receipts++
 	}
 	return nil
-}
-
-// SigningKeys returns the stored verifier keys that have signed a stored
-// checkpoint, oldest first: in the database anybody's could stand.
-func SigningKeys(ctx context.Context, e Evidence) ([]string, error) {
-	stored, err := e.CheckpointKeys(ctx)
-	if err != nil {
-		return nil, err
-	}
-	has := map[string]bool{}
-	for seq := int64(0); len(has) < len(stored); {
-		page, err := e.SignedAfter(ctx, seq)
-		if err != nil {
-			return nil, err
-		}
-		if len(page) == 0 {
-			break
-		}
-		for _, s := range page {
-			for _, vkey := range stored {
-				if !has[vkey] && signedBy(vkey, s.Note) {
-					has[vkey] = true
-				}
-			}
-			seq = s.Seq
-		}
-	}
-	return slices.DeleteFunc(stored, func(vkey string) bool { return !has[vkey] }), nil
-}
-
-func signedBy(vkey, note string) bool {
-	keys, err := ParseKeys(vkey)
-	if err == nil {
-		_, err = keys.Open(note)
-	}
-	return err == nil
 }

@@ -1,4 +1,7 @@
-package audit
+// Package archive takes the log out of the database for those who do not have
+// it: an export of all of it, a proof of one event, and what verifies both with
+// nothing but public keys and, for the log's end, what others hold.
+package archive
 
 import (
 	"archive/tar"
@@ -20,6 +23,9 @@ import (
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
 // An export is a gzipped tar archive with these members in this order:
@@ -41,7 +47,8 @@ const (
 	policiesDir       = "policies"
 	eventsName        = "events.jsonl"
 	inventoryName     = "inventory.jsonl"
-	exportPage        = 2000
+	pageSize          = 2000    // events, or receipts, that are asked for at once
+	maxLine           = 1 << 20 // a leaf is under 4 KiB
 	maxManifest       = 16 << 20
 	maxSmallMember    = 64 << 20
 	maxPolicies       = 64 << 20 // of all together
@@ -52,40 +59,20 @@ const (
 // ErrNotSigned: the log has no signed checkpoint that could vouch for it.
 var ErrNotSigned = errors.New(errNothingToProve)
 
-// Evidence is a log that can be exported. Its implementation is sqlstore.
-type Evidence interface {
-	Entries(ctx context.Context, index int64, limit int) ([]Entry, error)
-	At(ctx context.Context, size int64) (Checkpoint, error)
+// Source is a log that can be exported. Its implementation is sqlstore.
+type Source interface {
+	Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error)
+	At(ctx context.Context, size int64) (audit.Checkpoint, error)
 	Index(ctx context.Context, eventID string) (int64, bool, error)
 	// Inclusion proves that a log of size holds the event at index.
 	Inclusion(ctx context.Context, size, index int64) (tlog.RecordProof, error)
-	LastSigned(ctx context.Context) (Signed, error)
-	SignedAfter(ctx context.Context, seq int64) ([]Signed, error)
+	LastSigned(ctx context.Context) (audit.Signed, error)
+	SignedAfter(ctx context.Context, seq int64) ([]audit.Signed, error)
 	CheckpointKeys(ctx context.Context) ([]string, error)
-	ReceiptKeys(ctx context.Context) ([]ReceiptKey, error)
+	ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error)
 	// Receipts returns a sink's receipts for the events from index from to before to.
-	Receipts(ctx context.Context, sink string, from, to int64) ([]Receipt, error)
-	Policies(ctx context.Context) ([]PolicyFile, error)
-}
-
-// ReceiptKey is the Ed25519 public key behind a sink's receipts of one version.
-type ReceiptKey struct {
-	Sink    string `json:"sink"`
-	Version int    `json:"version"`
-	Public  []byte `json:"public"`
-}
-
-// Receipt is a sink's signature of a leaf.
-type Receipt struct {
-	Index   int64
-	Receipt []byte
-}
-
-// PolicyFile is one file of a policy.
-type PolicyFile struct {
-	Revision string
-	Name     string
-	Content  []byte
+	Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error)
+	Policies(ctx context.Context) ([]audit.PolicyFile, error)
 }
 
 // Manifest is what an export says of itself.
@@ -114,11 +101,11 @@ type exportLine struct {
 	Receipts map[string]string `json:"receipts,omitempty"`
 }
 
-// Export writes the log up to its newest signed checkpoint to w, by way of
+// Write writes the log up to its newest signed checkpoint to w, by way of
 // temporary files in dir. It fails if the events do not have the root that was
 // signed.
-func Export(ctx context.Context, w io.Writer, e Evidence, dir, program string, progress Progress) (Manifest, error) {
-	x := exporter{source: e, dir: dir, progress: progress.ticking()}
+func Write(ctx context.Context, w io.Writer, e Source, dir, program string, progress verify.Progress) (Manifest, error) {
+	x := writer{source: e, dir: dir, progress: progress.Ticking()}
 	defer x.remove()
 	if err := x.gather(ctx); err != nil {
 		return Manifest{}, err
@@ -137,12 +124,12 @@ func Export(ctx context.Context, w io.Writer, e Evidence, dir, program string, p
 	return m, x.pack(w, m)
 }
 
-type exporter struct {
-	source   Evidence
+type writer struct {
+	source   Source
 	dir      string
 	progress func(done, all int64)
 
-	head   Signed
+	head   audit.Signed
 	sinks  []string // that give receipts
 	policy string
 	lives  inventory
@@ -167,7 +154,7 @@ func (s *spool) Write(b []byte) (int, error) {
 func (s *spool) member() Member { return Member{s.name, s.size, hex.EncodeToString(s.sum.Sum(nil))} }
 
 // spool writes a member.
-func (x *exporter) spool(name string, fill func(io.Writer) error) error {
+func (x *writer) spool(name string, fill func(io.Writer) error) error {
 	f, err := os.CreateTemp(x.dir, ".orgkeys-export-*")
 	if err != nil {
 		return err
@@ -180,13 +167,13 @@ func (x *exporter) spool(name string, fill func(io.Writer) error) error {
 	return s.out.Flush()
 }
 
-func (x *exporter) remove() {
+func (x *writer) remove() {
 	for _, s := range x.spools {
 		_ = errors.Join(s.file.Close(), os.Remove(s.file.Name())) // a temporary file; what counts was copied
 	}
 }
 
-func (x *exporter) gather(ctx context.Context) error {
+func (x *writer) gather(ctx context.Context) error {
 	var err error
 	if x.head, err = x.source.LastSigned(ctx); err != nil {
 		return err
@@ -209,7 +196,7 @@ func (x *exporter) gather(ctx context.Context) error {
 	return x.spool(inventoryName, x.lives.write)
 }
 
-func (x *exporter) writeCheckpoints(ctx context.Context, w io.Writer) error {
+func (x *writer) writeCheckpoints(ctx context.Context, w io.Writer) error {
 	for seq := int64(0); ; {
 		page, err := x.source.SignedAfter(ctx, seq)
 		if err != nil {
@@ -219,7 +206,7 @@ func (x *exporter) writeCheckpoints(ctx context.Context, w io.Writer) error {
 			if s.Seq > x.head.Seq {
 				return nil
 			}
-			b, err := json.Marshal(line{Checkpoint: s.Note})
+			b, err := json.Marshal(audit.Line{Checkpoint: s.Note})
 			if err != nil {
 				return err
 			}
@@ -234,7 +221,7 @@ func (x *exporter) writeCheckpoints(ctx context.Context, w io.Writer) error {
 	}
 }
 
-func (x *exporter) writeReceiptKeys(ctx context.Context, w io.Writer) error {
+func (x *writer) writeReceiptKeys(ctx context.Context, w io.Writer) error {
 	keys, err := x.source.ReceiptKeys(ctx)
 	if err != nil {
 		return err
@@ -245,18 +232,18 @@ func (x *exporter) writeReceiptKeys(ctx context.Context, w io.Writer) error {
 		}
 	}
 	if keys == nil {
-		keys = []ReceiptKey{}
+		keys = []audit.ReceiptKey{}
 	}
 	return json.MarshalWrite(w, keys, json.Deterministic(true))
 }
 
-func (x *exporter) writePolicies(ctx context.Context) error {
+func (x *writer) writePolicies(ctx context.Context) error {
 	files, err := x.source.Policies(ctx)
 	if err != nil {
 		return err
 	}
-	if revision := alteredPolicy(byRevision(files)); revision != "" {
-		return &Problem{-1, fmt.Sprintf("the text of policy %s was altered", revision)}
+	if revision := verify.AlteredPolicy(verify.ByRevision(files)); revision != "" {
+		return verify.Problemf(-1, "the text of policy %s was altered", revision)
 	}
 	for _, f := range files {
 		name := path.Join(policiesDir, f.Revision, f.Name)
@@ -267,15 +254,15 @@ func (x *exporter) writePolicies(ctx context.Context) error {
 	return nil
 }
 
-func (x *exporter) writeEvents(ctx context.Context, w io.Writer) error {
-	var tree frontier
-	for tree.size < x.head.Size {
-		entries, err := x.source.Entries(ctx, tree.size, int(min(exportPage, x.head.Size-tree.size)))
+func (x *writer) writeEvents(ctx context.Context, w io.Writer) error {
+	var tree verify.Frontier
+	for tree.Size() < x.head.Size {
+		entries, err := x.source.Entries(ctx, tree.Size(), int(min(pageSize, x.head.Size-tree.Size())))
 		if err != nil {
 			return err
 		}
 		if len(entries) == 0 {
-			return &Problem{tree.size, fmt.Sprintf("it is missing: %d events were signed", x.head.Size)}
+			return verify.Problemf(tree.Size(), "it is missing: %d events were signed", x.head.Size)
 		}
 		lines, err := x.lines(ctx, entries)
 		if err != nil {
@@ -285,17 +272,17 @@ func (x *exporter) writeEvents(ctx context.Context, w io.Writer) error {
 			return err
 		}
 		for _, e := range entries {
-			tree.push(tlog.RecordHash(e.Leaf))
+			tree.Push(tlog.RecordHash(e.Leaf))
 		}
-		x.progress(tree.size, x.head.Size)
+		x.progress(tree.Size(), x.head.Size)
 	}
-	if tree.root() != x.head.Root {
-		return &Problem{-1, "the events do not have the root hash that was signed: run \"orgkeys audit verify\""}
+	if tree.Root() != x.head.Root {
+		return verify.Problemf(-1, "the events do not have the root hash that was signed: run \"orgkeys audit verify\"")
 	}
 	return nil
 }
 
-func (x *exporter) lines(ctx context.Context, entries []Entry) ([]byte, error) {
+func (x *writer) lines(ctx context.Context, entries []audit.Entry) ([]byte, error) {
 	receipts := make([]map[string]string, len(entries))
 	from := entries[0].Index
 	for _, sink := range x.sinks {
@@ -312,12 +299,12 @@ func (x *exporter) lines(ctx context.Context, entries []Entry) ([]byte, error) {
 	}
 	var out bytes.Buffer
 	for i, e := range entries {
-		event, err := Decode(e.Leaf)
+		event, err := audit.Decode(e.Leaf)
 		if err != nil {
-			return nil, &Problem{e.Index, "its leaf is not an event"}
+			return nil, verify.Problemf(e.Index, "its leaf is not an event")
 		}
 		if err := x.lives.add(e.Index, event); err != nil {
-			return nil, &Problem{e.Index, err.Error()}
+			return nil, verify.Problemf(e.Index, "%v", err)
 		}
 		if event.Policy != "" {
 			x.policy = event.Policy
@@ -335,7 +322,7 @@ func (x *exporter) lines(ctx context.Context, entries []Entry) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-func (x *exporter) pack(w io.Writer, m Manifest) error {
+func (x *writer) pack(w io.Writer, m Manifest) error {
 	packed, err := gzip.NewWriterLevel(w, gzip.BestSpeed)
 	if err != nil {
 		return err

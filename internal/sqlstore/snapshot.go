@@ -10,23 +10,24 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
-var _ audit.Archive = (*DB)(nil)
+var _ verify.Snapshot = (*DB)(nil)
 
-// archive reads the log at rest, a page at a time: PostgreSQL has one result
+// snapshot reads the log at rest, a page at a time: PostgreSQL has one result
 // under way on a connection, and a limit on the time of each statement.
-type archive struct {
+type snapshot struct {
 	q interface {
 		querier
 		rowQuerier
 	}
 }
 
-const archivePage = 1000
+const snapshotPage = 1000
 
 // Snapshot shows do the log as it is at one moment, while it goes on growing.
-func (d *DB) Snapshot(ctx context.Context, do func(audit.Archive) error) error {
+func (d *DB) Snapshot(ctx context.Context, do func(verify.Snapshot) error) error {
 	options := &sql.TxOptions{ReadOnly: true}
 	if d.postgres {
 		options.Isolation = sql.LevelRepeatableRead
@@ -35,49 +36,49 @@ func (d *DB) Snapshot(ctx context.Context, do func(audit.Archive) error) error {
 	if err != nil {
 		return unavailable(err)
 	}
-	return errors.Join(do(archive{tx}), unavailable(ignoreDone(tx.Rollback())))
+	return errors.Join(do(snapshot{tx}), unavailable(ignoreDone(tx.Rollback())))
 }
 
-// Head implements audit.Store and audit.Archive.
-func (a archive) Head(ctx context.Context) (audit.Checkpoint, error) { return readHead(ctx, a.q) }
+// Head implements audit.Store and verify.Snapshot.
+func (s snapshot) Head(ctx context.Context) (audit.Checkpoint, error) { return readHead(ctx, s.q) }
 
-// Rows implements audit.Archive.
-func (a archive) Rows(ctx context.Context) iter.Seq2[audit.Row, error] {
-	return paged(ctx, a.q, func(scan func(...any) error) (r audit.Row, err error) {
+// Rows implements verify.Snapshot.
+func (s snapshot) Rows(ctx context.Context) iter.Seq2[verify.Row, error] {
+	return paged(ctx, s.q, func(scan func(...any) error) (r verify.Row, err error) {
 		var at int64
 		err = scan(&r.Index, &r.ID, &at, &r.Type, &r.Reason, &r.Org, &r.Kind, &r.Actor, &r.Object, &r.Leaf, &r.Personal)
 		r.Time = time.UnixMicro(at).UTC()
 		return r, err
-	}, func(r audit.Row) int64 { return r.Index },
+	}, func(r verify.Row) int64 { return r.Index },
 		`SELECT e.idx, e.id, e.occurred_at, e.type, e.reason, e.org_id, e.actor_kind, e.actor, e.object, e.leaf, p.personal
 		FROM events e LEFT JOIN event_persons p ON p.event_id = e.id WHERE e.idx > $1 ORDER BY e.idx LIMIT $2`)
 }
 
-// Hashes implements audit.Archive.
-func (a archive) Hashes(ctx context.Context) iter.Seq2[audit.StoredHash, error] {
-	return paged(ctx, a.q, scanHash, func(h audit.StoredHash) int64 { return h.Index }, "SELECT idx, hash FROM log_hashes WHERE idx > $1 ORDER BY idx LIMIT $2")
+// Hashes implements verify.Snapshot.
+func (s snapshot) Hashes(ctx context.Context) iter.Seq2[verify.StoredHash, error] {
+	return paged(ctx, s.q, scanHash, func(h verify.StoredHash) int64 { return h.Index }, "SELECT idx, hash FROM log_hashes WHERE idx > $1 ORDER BY idx LIMIT $2")
 }
 
-// Unsequenced implements audit.Archive.
-func (a archive) Unsequenced(ctx context.Context) (n int64, err error) {
-	err = a.q.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE idx IS NULL AND refused = 0").Scan(&n)
+// Unsequenced implements verify.Snapshot.
+func (s snapshot) Unsequenced(ctx context.Context) (n int64, err error) {
+	err = s.q.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE idx IS NULL AND refused = 0").Scan(&n)
 	return n, unavailable(err)
 }
 
-// Unauthenticated implements audit.Archive.
-func (a archive) Unauthenticated(ctx context.Context) (n int64, err error) {
-	err = a.q.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE refused = 1").Scan(&n)
+// Unauthenticated implements verify.Snapshot.
+func (s snapshot) Unauthenticated(ctx context.Context) (n int64, err error) {
+	err = s.q.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE refused = 1").Scan(&n)
 	return n, unavailable(err)
 }
 
-// Erasing implements audit.Archive.
-func (a archive) Erasing(ctx context.Context) ([]string, error) {
-	return query(ctx, a.q, scanText, "SELECT object FROM events WHERE idx IS NULL AND type = $1", string(audit.PersonErased))
+// Erasing implements verify.Snapshot.
+func (s snapshot) Erasing(ctx context.Context) ([]string, error) {
+	return query(ctx, s.q, scanText, "SELECT object FROM events WHERE idx IS NULL AND type = $1", string(audit.PersonErased))
 }
 
-// ReceiptSinks implements audit.Archive.
-func (a archive) ReceiptSinks(ctx context.Context) ([]string, error) {
-	return query(ctx, a.q, scanText, "SELECT DISTINCT sink FROM event_receipts ORDER BY sink")
+// ReceiptSinks implements verify.Snapshot.
+func (s snapshot) ReceiptSinks(ctx context.Context) ([]string, error) {
+	return query(ctx, s.q, scanText, "SELECT DISTINCT sink FROM event_receipts ORDER BY sink")
 }
 
 func scanText(scan func(...any) error) (text string, err error) {
@@ -87,7 +88,7 @@ func scanText(scan func(...any) error) (text string, err error) {
 
 // contradictions are the ways in which records and events can fail to fit: each
 // statement returns key IDs. They rely on the events' columns, which
-// audit.Verify has compared with the leaves by then.
+// verify.Verify has compared with the leaves by then.
 var contradictions = []struct{ what, statement string }{
 	{"key %s has a record, and no event says that it was created", `
 		SELECT id, org_id FROM org_keys WHERE state <> 'reserved' EXCEPT
@@ -103,11 +104,11 @@ var contradictions = []struct{ what, statement string }{
 		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`},
 }
 
-// Contradictions implements audit.Archive.
-func (a archive) Contradictions(ctx context.Context) ([]string, error) {
+// Contradictions implements verify.Snapshot.
+func (s snapshot) Contradictions(ctx context.Context) ([]string, error) {
 	var all []string
 	for _, c := range contradictions {
-		ids, err := query(ctx, a.q, func(scan func(...any) error) (id string, err error) {
+		ids, err := query(ctx, s.q, func(scan func(...any) error) (id string, err error) {
 			var org string
 			err = scan(&id, &org)
 			return id, err
@@ -127,7 +128,7 @@ func (a archive) Contradictions(ctx context.Context) ([]string, error) {
 func paged[T any](ctx context.Context, q querier, scan func(scan func(...any) error) (T, error), number func(T) int64, statement string) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		for last := int64(math.MinInt64); ; {
-			page, err := query(ctx, q, scan, statement, last, archivePage)
+			page, err := query(ctx, q, scan, statement, last, snapshotPage)
 			if err != nil {
 				var none T
 				yield(none, err)
@@ -139,7 +140,7 @@ func paged[T any](ctx context.Context, q querier, scan func(scan func(...any) er
 				}
 				last = number(t)
 			}
-			if len(page) < archivePage {
+			if len(page) < snapshotPage {
 				return
 			}
 		}

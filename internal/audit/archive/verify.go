@@ -1,4 +1,4 @@
-package audit
+package archive
 
 import (
 	"archive/tar"
@@ -21,15 +21,18 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/go-json-experiment/json"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
-// ExportReport is what verification found of an export with nothing wrong in it.
-type ExportReport struct {
+// Report is what verification found of an export with nothing wrong in it.
+type Report struct {
 	Manifest    Manifest
 	Checkpoints int64 // each signed by a given key
 	Receipts    int64 // each signed by a given key
 	Keys        int64 // whose life the inventory tells
-	Rollbacks   []Rollback
+	Rollbacks   []audit.Rollback
 	Covered     int64        // events that something from outside vouches for
 	Vault       *VaultReport // nil without Vault's audit file
 }
@@ -40,48 +43,48 @@ type Outside struct {
 	Checkpoint string     // a signed checkpoint; empty: none
 }
 
-// VerifyExport checks an export against verifier keys and what others hold of
+// Verify checks an export against verifier keys and what others hold of
 // the log. What is wrong is a *Problem. It reads the archive once and keeps in
 // memory what it knows of each key; of each event only with Vault's audit file.
-func VerifyExport(ctx context.Context, r io.Reader, vkeys []string, outside Outside, progress Progress) (ExportReport, error) {
-	keys, err := ParseKeys(vkeys...)
+func Verify(ctx context.Context, r io.Reader, vkeys []string, outside Outside, progress verify.Progress) (Report, error) {
+	keys, err := audit.ParseKeys(vkeys...)
 	if err != nil {
-		return ExportReport{}, err
+		return Report{}, err
 	}
-	x := importer{keys: keys, vkeys: vkeys, vault: outside.Vault, progress: progress.ticking(), points: map[int64][]tlog.Hash{}, policies: map[string]map[string][]byte{}}
+	x := verifier{keys: keys, vkeys: vkeys, vault: outside.Vault, progress: progress.Ticking(), points: map[int64][]tlog.Hash{}, policies: map[string]map[string][]byte{}}
 	if outside.Checkpoint != "" {
 		if x.kept, err = keys.Open(outside.Checkpoint); err != nil {
-			return ExportReport{}, fmt.Errorf("the checkpoint given: %w", err)
+			return Report{}, fmt.Errorf("the checkpoint given: %w", err)
 		}
 	}
 	if err := x.read(ctx, r); err != nil {
-		return ExportReport{}, err
+		return Report{}, err
 	}
 	return x.report, nil
 }
 
-type importer struct {
-	keys     Keys
+type verifier struct {
+	keys     audit.Keys
 	vkeys    []string
 	vault    *VaultFile
-	kept     Signed // by somebody outside; size 0: none
+	kept     audit.Signed // by somebody outside; size 0: none
 	progress func(done, all int64)
 
-	report   ExportReport
+	report   Report
 	left     []Member // not read yet
-	tree     frontier
+	tree     verify.Frontier
 	points   map[int64][]tlog.Hash // the roots that checkpoints give, by size
-	newest   Checkpoint
-	accepted []AcceptedRollback
-	receipts map[string]ReceiptKeys
+	newest   audit.Checkpoint
+	accepted []verify.AcceptedRollback
+	receipts map[string]audit.ReceiptKeys
 	policies map[string]map[string][]byte
 	policy   int64 // bytes of all policies
 	lives    inventory
 }
 
-func wrong(format string, args ...any) error { return &Problem{-1, fmt.Sprintf(format, args...)} }
+func wrong(format string, args ...any) error { return verify.Problemf(-1, format, args...) }
 
-func (x *importer) read(ctx context.Context, r io.Reader) error {
+func (x *verifier) read(ctx context.Context, r io.Reader) error {
 	compressed := bufio.NewReaderSize(r, 1<<20)
 	packed, err := gzip.NewReader(compressed)
 	if err != nil {
@@ -135,7 +138,7 @@ func checkEnd(packed io.Reader, compressed io.ByteReader) error {
 	return nil
 }
 
-func (x *importer) readManifest(in *tar.Reader) error {
+func (x *verifier) readManifest(in *tar.Reader) error {
 	h, err := in.Next()
 	if err != nil {
 		return wrong("the archive is damaged: %v", err)
@@ -210,7 +213,7 @@ func readAllOf(r io.Reader, size, limit int64) ([]byte, error) {
 }
 
 // member reads the next member, which must be the one that the manifest says.
-func (x *importer) member(ctx context.Context, h *tar.Header, in io.Reader) error {
+func (x *verifier) member(ctx context.Context, h *tar.Header, in io.Reader) error {
 	if len(x.left) == 0 || x.left[0].Name != h.Name || h.Typeflag != tar.TypeReg {
 		return wrong("%s is not the member that the manifest names there", h.Name)
 	}
@@ -239,7 +242,7 @@ func (h *hashing) Read(b []byte) (int, error) {
 	return n, err
 }
 
-func (x *importer) content(ctx context.Context, h *tar.Header, in io.Reader) error {
+func (x *verifier) content(ctx context.Context, h *tar.Header, in io.Reader) error {
 	switch h.Name {
 	case checkpointsName:
 		return x.readCheckpoints(in)
@@ -270,9 +273,9 @@ func lines(name string, in io.Reader, do func(n int64, line []byte) error) error
 	}
 }
 
-func (x *importer) readCheckpoints(in io.Reader) error {
+func (x *verifier) readCheckpoints(in io.Reader) error {
 	return lines(checkpointsName, in, func(n int64, raw []byte) error {
-		var l line
+		var l audit.Line
 		if err := json.Unmarshal(raw, &l, json.RejectUnknownMembers(true)); err != nil || l.Checkpoint == "" {
 			return wrong("%s: line %d is not a checkpoint", checkpointsName, n+1)
 		}
@@ -293,22 +296,22 @@ func (x *importer) readCheckpoints(in io.Reader) error {
 
 // readReceiptKeys takes the receipts' keys only if the verifier was given them:
 // it is the key that signs checkpoints, too.
-func (x *importer) readReceiptKeys(in io.Reader, size int64) error {
+func (x *verifier) readReceiptKeys(in io.Reader, size int64) error {
 	b, err := readAllOf(in, size, maxSmallMember)
 	if err != nil {
 		return err
 	}
-	var list []ReceiptKey
+	var list []audit.ReceiptKey
 	if err := json.Unmarshal(b, &list, json.RejectUnknownMembers(true)); err != nil {
 		return wrong("%s cannot be read: %v", receiptKeysName, err)
 	}
-	x.receipts = map[string]ReceiptKeys{}
+	x.receipts = map[string]audit.ReceiptKeys{}
 	for _, k := range list {
 		if x.receipts[k.Sink] == nil {
-			x.receipts[k.Sink] = ReceiptKeys{}
+			x.receipts[k.Sink] = audit.ReceiptKeys{}
 		}
 		for _, vkey := range x.vkeys {
-			if public, err := PublicKey(vkey); err == nil && bytes.Equal(public, k.Public) {
+			if public, err := audit.PublicKey(vkey); err == nil && bytes.Equal(public, k.Public) {
 				x.receipts[k.Sink][k.Version] = public
 			}
 		}
@@ -318,7 +321,7 @@ func (x *importer) readReceiptKeys(in io.Reader, size int64) error {
 
 // readPolicy keeps a policy's file. All together are small, so that an archive
 // cannot take more memory than that.
-func (x *importer) readPolicy(h *tar.Header, in io.Reader) error {
+func (x *verifier) readPolicy(h *tar.Header, in io.Reader) error {
 	parts := strings.SplitN(h.Name, "/", 3) // checkMembers has seen it
 	revision, name := parts[1], parts[2]
 	b, err := readAllOf(in, h.Size, maxPolicies-x.policy)
@@ -334,8 +337,8 @@ func (x *importer) readPolicy(h *tar.Header, in io.Reader) error {
 }
 
 // checkPolicies reports a policy whose text is not the one that its revision is the hash of.
-func (x *importer) checkPolicies() error {
-	if revision := alteredPolicy(x.policies); revision != "" {
+func (x *verifier) checkPolicies() error {
+	if revision := verify.AlteredPolicy(x.policies); revision != "" {
 		return wrong("the text of policy %s is not the one that decided", revision)
 	}
 	return nil
@@ -351,7 +354,7 @@ type batch struct {
 }
 
 type parsedEvent struct {
-	event    Event
+	event    audit.Event
 	leaf     tlog.Hash
 	receipts int64
 }
@@ -360,7 +363,7 @@ const batchLines = 500
 
 // readEvents parses and checks lines on all processors, and takes them into the
 // tree in their order.
-func (x *importer) readEvents(ctx context.Context, in io.Reader) error {
+func (x *verifier) readEvents(ctx context.Context, in io.Reader) error {
 	if err := x.checkPolicies(); err != nil {
 		return err
 	}
@@ -394,7 +397,7 @@ func cancelled(readErr, err error) error {
 	return readErr
 }
 
-func (x *importer) queueLines(ctx context.Context, in io.Reader, queue chan<- *batch) error {
+func (x *verifier) queueLines(ctx context.Context, in io.Reader, queue chan<- *batch) error {
 	b := &batch{done: make(chan struct{})}
 	send := func() error {
 		go x.parse(b)
@@ -415,7 +418,7 @@ func (x *importer) queueLines(ctx context.Context, in io.Reader, queue chan<- *b
 	return errors.Join(err, send())
 }
 
-func (x *importer) parse(b *batch) {
+func (x *verifier) parse(b *batch) {
 	defer close(b.done)
 	b.parsed = make([]parsedEvent, 0, len(b.raw))
 	for i, raw := range b.raw {
@@ -428,21 +431,21 @@ func (x *importer) parse(b *batch) {
 	}
 }
 
-func (x *importer) parseEvent(index int64, raw []byte) (p parsedEvent, err error) {
+func (x *verifier) parseEvent(index int64, raw []byte) (p parsedEvent, err error) {
 	var l exportLine
 	if err := json.Unmarshal(raw, &l, json.RejectUnknownMembers(true)); err != nil || l.Index == nil {
-		return p, &Problem{index, "its line is not one that an export has"}
+		return p, verify.Problemf(index, "its line is not one that an export has")
 	}
 	if *l.Index != index {
-		return p, &Problem{index, fmt.Sprintf("it is missing: event %d stands there", *l.Index)}
+		return p, verify.Problemf(index, "it is missing: event %d stands there", *l.Index)
 	}
-	if p.event, err = Decode(l.Event); err != nil {
-		return p, &Problem{index, "its leaf is not an event"}
+	if p.event, err = audit.Decode(l.Event); err != nil {
+		return p, verify.Problemf(index, "its leaf is not an event")
 	}
 	p.leaf = tlog.RecordHash(l.Event)
 	for sink, receipt := range l.Receipts {
 		if err := x.receipts[sink].Verify(l.Event, []byte(receipt)); err != nil {
-			return p, &Problem{index, fmt.Sprintf("the receipt of sink %s: %v", sink, err)}
+			return p, verify.Problemf(index, "the receipt of sink %s: %v", sink, err)
 		}
 		p.receipts++
 	}
@@ -451,52 +454,52 @@ func (x *importer) parseEvent(index int64, raw []byte) (p parsedEvent, err error
 
 // take adds a batch to the tree, to the lives of keys, and compares it with
 // Vault's audit file.
-func (x *importer) take(b *batch) error {
+func (x *verifier) take(b *batch) error {
 	for _, p := range b.parsed {
-		index := x.tree.size
+		index := x.tree.Size()
 		if p.event.Policy != "" && x.policies[p.event.Policy] == nil {
-			return &Problem{index, fmt.Sprintf("the text of the policy that decided, %s, is missing", p.event.Policy)}
+			return verify.Problemf(index, "the text of the policy that decided, %s, is missing", p.event.Policy)
 		}
 		if err := x.lives.add(index, p.event); err != nil {
-			return &Problem{index, err.Error()}
+			return verify.Problemf(index, "%v", err)
 		}
 		if x.vault != nil {
 			if err := x.vault.match(index, p.leaf); err != nil {
 				return err
 			}
 		}
-		if p.event.Type == RollbackAccepted {
-			r := RollbackOf(p.event, index)
+		if p.event.Type == audit.RollbackAccepted {
+			r := verify.RollbackOf(p.event, index)
 			x.report.Rollbacks = append(x.report.Rollbacks, r.Rollback)
 			x.accepted = append(x.accepted, r)
 		}
 		x.report.Receipts += p.receipts
-		x.tree.push(p.leaf)
+		x.tree.Push(p.leaf)
 		if err := x.checkRoot(); err != nil {
 			return err
 		}
 	}
-	x.progress(x.tree.size, x.report.Manifest.Size)
+	x.progress(x.tree.Size(), x.report.Manifest.Size)
 	return b.err
 }
 
 // checkRoot compares the tree, at its present size, with the checkpoints of that size.
-func (x *importer) checkRoot() error {
-	roots := x.points[x.tree.size]
-	if len(roots) > 0 && slices.ContainsFunc(roots, func(r tlog.Hash) bool { return r != x.tree.root() }) {
-		return &Problem{x.tree.size - 1, "the events up to it are not those of the signed checkpoint: at least one was altered, dropped, inserted or moved"}
+func (x *verifier) checkRoot() error {
+	roots := x.points[x.tree.Size()]
+	if len(roots) > 0 && slices.ContainsFunc(roots, func(r tlog.Hash) bool { return r != x.tree.Root() }) {
+		return verify.Problemf(x.tree.Size()-1, "the events up to it are not those of the signed checkpoint: at least one was altered, dropped, inserted or moved")
 	}
-	if x.kept.Size == x.tree.size && (x.kept.Origin != x.report.Manifest.Origin || x.kept.Root != x.tree.root()) {
-		return &Problem{x.tree.size - 1, "the events up to it are not those of the checkpoint given: the log was rewritten, or it is another one"}
+	if x.kept.Size == x.tree.Size() && (x.kept.Origin != x.report.Manifest.Origin || x.kept.Root != x.tree.Root()) {
+		return verify.Problemf(x.tree.Size()-1, "the events up to it are not those of the checkpoint given: the log was rewritten, or it is another one")
 	}
 	if x.vault != nil {
-		x.vault.matchRoot(x.report.Manifest.Origin, x.tree.size, x.tree.root)
+		x.vault.matchRoot(x.report.Manifest.Origin, x.tree.Size(), x.tree.Root)
 	}
 	return nil
 }
 
 // checkPoints compares the manifest with the newest signed checkpoint.
-func (x *importer) checkPoints() error {
+func (x *verifier) checkPoints() error {
 	m := x.report.Manifest
 	if x.report.Checkpoints == 0 {
 		return wrong("no checkpoint is signed by a given key: nothing vouches for the events")
@@ -507,7 +510,7 @@ func (x *importer) checkPoints() error {
 	return nil
 }
 
-func (x *importer) readInventory(in io.Reader) error {
+func (x *verifier) readInventory(in io.Reader) error {
 	if err := x.complete(); err != nil {
 		return err
 	}
@@ -521,42 +524,42 @@ func (x *importer) readInventory(in io.Reader) error {
 			return err
 		}
 		if !bytes.Equal(raw, want) {
-			return &Problem{life.Created.Index, fmt.Sprintf("the inventory's line %d does not tell of key %s what the events tell", n+1, life.Key)}
+			return verify.Problemf(life.Created.Index, "the inventory's line %d does not tell of key %s what the events tell", n+1, life.Key)
 		}
 		x.report.Keys++
 		return nil
 	})
 	if err == nil && x.report.Keys < int64(len(x.lives.lives)) {
 		life := x.lives.lives[x.report.Keys]
-		return &Problem{life.Created.Index, fmt.Sprintf("key %s is missing in the inventory", life.Key)}
+		return verify.Problemf(life.Created.Index, "key %s is missing in the inventory", life.Key)
 	}
 	return err
 }
 
 // complete reports events that are missing at the end, or too many.
-func (x *importer) complete() error {
+func (x *verifier) complete() error {
 	m := x.report.Manifest
 	switch {
-	case x.tree.size < m.Size:
-		return &Problem{x.tree.size, fmt.Sprintf("it is missing: the signed checkpoint covers %d events", m.Size)}
-	case x.tree.size > m.Size:
-		return &Problem{m.Size, fmt.Sprintf("the signed checkpoint covers %d events: it was appended", m.Size)}
+	case x.tree.Size() < m.Size:
+		return verify.Problemf(x.tree.Size(), "it is missing: the signed checkpoint covers %d events", m.Size)
+	case x.tree.Size() > m.Size:
+		return verify.Problemf(m.Size, "the signed checkpoint covers %d events: it was appended", m.Size)
 	}
 	return nil
 }
 
-func (x *importer) finish() error {
+func (x *verifier) finish() error {
 	if err := x.complete(); err != nil {
 		return err
 	}
-	if x.kept.Size > x.tree.size {
-		return &Problem{x.tree.size, fmt.Sprintf("it is missing: the checkpoint given covers %d events; the export is older, or the log has lost its end: make a new one", x.kept.Size)}
+	if x.kept.Size > x.tree.Size() {
+		return verify.Problemf(x.tree.Size(), "it is missing: the checkpoint given covers %d events; the export is older, or the log has lost its end: make a new one", x.kept.Size)
 	}
 	x.report.Covered = x.kept.Size
 	if x.vault == nil {
 		return nil
 	}
 	report, err := x.vault.finish(x.report.Manifest.Origin, x.accepted)
-	x.report.Vault, x.report.Covered = &report, x.tree.size
+	x.report.Vault, x.report.Covered = &report, x.tree.Size()
 	return err
 }

@@ -1,4 +1,4 @@
-package audit_test
+package archive_test
 
 import (
 	"bytes"
@@ -10,6 +10,9 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/archive"
+	"github.com/orgkeys/orgkeys/internal/audit/audittest"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
 // vaultLine is an entry of Vault's audit file at a second, as a real one has it.
@@ -30,13 +33,13 @@ func vaultLine(t *testing.T, second int, kind, failure string, texts ...string) 
 
 // cmd/orgkeys has the same comparison with a real Vault.
 func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
-	e := newEvidence(t)
-	archive := e.export(t)
-	entries, err := e.db.Entries(t.Context(), 0, 100)
+	e := audittest.NewSigned(t)
+	packed := export(t, e)
+	entries, err := e.DB.Entries(t.Context(), 0, 100)
 	if err != nil {
 		t.Fatal(err)
 	}
-	signed, err := e.db.SignedAfter(t.Context(), 0)
+	signed, err := e.DB.SignedAfter(t.Context(), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +56,7 @@ func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
 		t.Fatal(err)
 	}
 	unsigned := audit.Checkpoint{Origin: signed[0].Origin, Size: 41}.Text()
-	newer := noteBy(t, e.signer, audit.Checkpoint{Origin: signed[0].Origin, Size: 41})
+	newer := noteBy(t, e.Signer, audit.Checkpoint{Origin: signed[0].Origin, Size: 41})
 	whole := vaultLine(t, 1, "response", "", events[:20]...) + vaultLine(t, 2, "response", "", signed[0].Note) + vaultLine(t, 3, "response", "", events[20:]...)
 	for _, c := range []struct {
 		name  string
@@ -78,12 +81,12 @@ func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
 		{"a checkpoint of another tree", whole + vaultLine(t, 9, "response", "", other.Text()), other.Size - 1, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			vault := &audit.VaultFile{}
+			vault := &archive.VaultFile{}
 			if err := vault.Read("audit.log", strings.NewReader(c.file)); err != nil {
 				t.Fatal(err)
 			}
-			report, err := audit.VerifyExport(t.Context(), bytes.NewReader(archive), []string{e.vkey(t)}, audit.Outside{Vault: vault}, nil)
-			var problem *audit.Problem
+			report, err := archive.Verify(t.Context(), bytes.NewReader(packed), []string{e.VKey(t)}, archive.Outside{Vault: vault}, nil)
+			var problem *verify.Problem
 			switch {
 			case c.index == -2 && (err != nil || report.Vault.Newer != c.newer):
 				t.Errorf("%v, %+v", err, report.Vault)
@@ -92,7 +95,7 @@ func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
 			}
 		})
 	}
-	empty := &audit.VaultFile{}
+	empty := &archive.VaultFile{}
 	if err := empty.Read("audit.log", strings.NewReader("{}\n")); err != nil || empty.CheckNotEmpty() == nil {
 		t.Errorf("a file without events: %v", err)
 	}
@@ -100,26 +103,26 @@ func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
 
 // Rotated files may be given in any order: the time of their entries counts.
 func TestVaultsAuditFilesAreOrderedByTime(t *testing.T) {
-	e := newEvidence(t)
-	archive := e.export(t)
+	e := audittest.NewSigned(t)
+	packed := export(t, e)
 	dropped, err := audit.New(audit.KeysListed, "acme").Encode()
 	if err != nil {
 		t.Fatal(err)
 	}
 	var events []string
-	for _, l := range unpack(t, archive).leaves(t) {
+	for _, l := range unpack(t, packed).leaves(t) {
 		events = append(events, string(l))
 	}
 	first := vaultLine(t, 1, "response", "", events[:20]...) + vaultLine(t, 2, "response", "", string(dropped.Leaf))
 	second := vaultLine(t, 3, "response", "", events[20:]...)
 	for name, files := range map[string][]string{"oldest first": {first, second}, "newest first": {second, first}} {
-		vault := &audit.VaultFile{}
+		vault := &archive.VaultFile{}
 		for _, f := range files {
 			if err := vault.Read("audit.log", strings.NewReader(f)); err != nil {
 				t.Fatal(err)
 			}
 		}
-		_, err := audit.VerifyExport(t.Context(), bytes.NewReader(archive), []string{e.vkey(t)}, audit.Outside{Vault: vault}, nil)
+		_, err := archive.Verify(t.Context(), bytes.NewReader(packed), []string{e.VKey(t)}, archive.Outside{Vault: vault}, nil)
 		if err == nil || !strings.Contains(err.Error(), "audit.log:2") {
 			t.Errorf("%s: the event that the log dropped is not found: %v", name, err)
 		}
@@ -128,12 +131,12 @@ func TestVaultsAuditFilesAreOrderedByTime(t *testing.T) {
 
 // An accepted rollback excuses what it lost, and nothing before or after.
 func TestAnAcceptedRollbackExcusesOnlyWhatItLost(t *testing.T) {
-	e := newEvidence(t)
-	entries, err := e.db.Entries(t.Context(), 0, 100)
+	e := audittest.NewSigned(t)
+	entries, err := e.DB.Entries(t.Context(), 0, 100)
 	if err != nil {
 		t.Fatal(err)
 	}
-	from, err := e.db.LastSigned(t.Context())
+	from, err := e.DB.LastSigned(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,18 +144,18 @@ func TestAnAcceptedRollbackExcusesOnlyWhatItLost(t *testing.T) {
 	for _, entry := range entries {
 		before = append(before, string(entry.Leaf))
 	}
-	e.rebuild(t, "DELETE FROM events WHERE idx >= 35", "DELETE FROM event_receipts WHERE idx >= 35", "DELETE FROM signed_checkpoints WHERE size > 35")
-	to, err := e.db.Head(t.Context())
+	e.Rebuild(t, "DELETE FROM events WHERE idx >= 35", "DELETE FROM event_receipts WHERE idx >= 35", "DELETE FROM signed_checkpoints WHERE size > 35")
+	to, err := e.DB.Head(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	quiet := slog.New(slog.DiscardHandler)
-	e.checkpoints = audit.NewCheckpointer(audit.NewLog(e.db, quiet), e.db, e.signer, time.Hour, quiet)
-	e.record(t, audit.Rollback{From: from.Text(), To: to.Text(), Kept: 35, Reason: "a test"}.Event())
-	e.record(t, audit.New(audit.KeysListed, "acme"))
-	archive := e.export(t)
+	e.Checkpoints = audit.NewCheckpointer(audit.NewLog(e.DB, quiet), e.DB, e.Signer, time.Hour, quiet)
+	e.Record(t, audit.Rollback{From: from.Text(), To: to.Text(), Kept: 35, Reason: "a test"}.Event())
+	e.Record(t, audit.New(audit.KeysListed, "acme"))
+	packed := export(t, e)
 	var after []string
-	for _, l := range unpack(t, archive).leaves(t) {
+	for _, l := range unpack(t, packed).leaves(t) {
 		after = append(after, string(l))
 	}
 	if len(after) != 37 {
@@ -164,7 +167,7 @@ func TestAnAcceptedRollbackExcusesOnlyWhatItLost(t *testing.T) {
 	}
 	line := func(second int, texts ...string) string { return vaultLine(t, second, "response", "", texts...) }
 	other := func(size int64) string {
-		return noteBy(t, e.signer, audit.Checkpoint{Origin: from.Origin, Size: size})
+		return noteBy(t, e.Signer, audit.Checkpoint{Origin: from.Origin, Size: size})
 	}
 	whole := line(1, before[:10]...) + line(3, before[10:]...) + line(4, from.Note, other(36)) + line(5, after[:36]...) + line(7, after[36])
 	for _, c := range []struct {
@@ -180,12 +183,12 @@ func TestAnAcceptedRollbackExcusesOnlyWhatItLost(t *testing.T) {
 		{"a checkpoint that covers more, after it", line(8, other(40)), 37},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			vault := &audit.VaultFile{}
+			vault := &archive.VaultFile{}
 			if err := vault.Read("audit.log", strings.NewReader(whole+c.more)); err != nil {
 				t.Fatal(err)
 			}
-			report, err := audit.VerifyExport(t.Context(), bytes.NewReader(archive), []string{e.vkey(t)}, audit.Outside{Vault: vault}, nil)
-			var problem *audit.Problem
+			report, err := archive.Verify(t.Context(), bytes.NewReader(packed), []string{e.VKey(t)}, archive.Outside{Vault: vault}, nil)
+			var problem *verify.Problem
 			switch {
 			case c.index == -2 && err != nil:
 				t.Error(err)
@@ -200,9 +203,9 @@ func TestAnAcceptedRollbackExcusesOnlyWhatItLost(t *testing.T) {
 
 // What lies outside vouches for an export's end, as far as it goes.
 func TestACheckpointFromElsewhereVouchesForAnExport(t *testing.T) {
-	e := newEvidence(t)
-	archive := e.export(t)
-	signed, err := e.db.SignedAfter(t.Context(), 0)
+	e := audittest.NewSigned(t)
+	packed := export(t, e)
+	signed, err := e.DB.SignedAfter(t.Context(), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -216,13 +219,13 @@ func TestACheckpointFromElsewhereVouchesForAnExport(t *testing.T) {
 		{"none", "", 0, ""},
 		{"the newest", signed[3].Note, 40, ""},
 		{"an older one", signed[0].Note, 30, ""},
-		{"one that covers more", noteBy(t, e.signer, audit.Checkpoint{Origin: origin, Size: 41}), 0, "event 40: it is missing"},
-		{"one of another tree", noteBy(t, e.signer, audit.Checkpoint{Origin: origin, Size: 12}), 0, "event 11:"},
-		{"one of another log", noteBy(t, e.signer, audit.Checkpoint{Origin: "orgkeys/other", Size: 40}), 0, "no given key"},
+		{"one that covers more", noteBy(t, e.Signer, audit.Checkpoint{Origin: origin, Size: 41}), 0, "event 40: it is missing"},
+		{"one of another tree", noteBy(t, e.Signer, audit.Checkpoint{Origin: origin, Size: 12}), 0, "event 11:"},
+		{"one of another log", noteBy(t, e.Signer, audit.Checkpoint{Origin: "orgkeys/other", Size: 40}), 0, "no given key"},
 		{"one that is not signed", signed[3].Text(), 0, "the checkpoint given"},
-		{"one that another key signed", noteBy(t, newSigner(t), signed[3].Checkpoint), 0, "no given key"},
+		{"one that another key signed", noteBy(t, audittest.NewSigner(t), signed[3].Checkpoint), 0, "no given key"},
 	} {
-		report, err := audit.VerifyExport(t.Context(), bytes.NewReader(archive), []string{e.vkey(t)}, audit.Outside{Checkpoint: c.checkpoint}, nil)
+		report, err := archive.Verify(t.Context(), bytes.NewReader(packed), []string{e.VKey(t)}, archive.Outside{Checkpoint: c.checkpoint}, nil)
 		if c.fails == "" && (err != nil || report.Covered != c.covered) || c.fails != "" && (err == nil || !strings.Contains(err.Error(), c.fails)) {
 			t.Errorf("%s: covered %d, %v", c.name, report.Covered, err)
 		}

@@ -1,0 +1,44 @@
+package verify
+
+import (
+	"slices"
+
+	"golang.org/x/mod/sumdb/tlog"
+)
+
+// Frontier is a tree that grows leaf by leaf, of which only the roots of the
+// complete subtrees are kept, largest first.
+type Frontier struct {
+	size  int64
+	stack []tlog.Hash
+}
+
+// Size returns how many leaves the tree has.
+func (f *Frontier) Size() int64 { return f.size }
+
+// Push appends a leaf to the tree and returns the hashes that tlog stores for it.
+func (f *Frontier) Push(h tlog.Hash) []tlog.Hash {
+	stored := []tlog.Hash{h}
+	for n := f.size; n&1 == 1; n >>= 1 {
+		last := len(f.stack) - 1
+		h = tlog.NodeHash(f.stack[last], h)
+		f.stack = f.stack[:last]
+		stored = append(stored, h)
+	}
+	f.stack = append(f.stack, h)
+	f.size++
+	return stored
+}
+
+// Root returns the tree's root hash (RFC 6962, 2.1).
+func (f *Frontier) Root() tlog.Hash {
+	if len(f.stack) == 0 {
+		empty, _ := tlog.TreeHash(0, nil) // reads no hash, so cannot fail
+		return empty
+	}
+	h := f.stack[len(f.stack)-1]
+	for _, left := range slices.Backward(f.stack[:len(f.stack)-1]) {
+		h = tlog.NodeHash(left, h)
+	}
+	return h
+}
