@@ -53,7 +53,7 @@ var (
 )
 
 // generationError marks a failure of POST …/key, whose contract has words of
-// its own for what the back end did not do, and for what nobody knows.
+// its own for what nobody knows.
 type generationError struct{ error }
 
 func (e generationError) Unwrap() error { return e.error }
@@ -88,10 +88,10 @@ func problemFor(err error) problem {
 		return keyNotFound
 	case errors.Is(err, orgkey.ErrOverloaded):
 		return overloaded
+	case errors.Is(err, orgkey.ErrUnavailable): // before the back end's own failures: one that is away can do its part later
+		return unavailable
 	case errors.Is(err, orgkey.ErrBackend):
 		return generation
-	case errors.Is(err, orgkey.ErrUnavailable):
-		return unavailable
 	case errors.As(err, new(generationError)):
 		return generation
 	default:

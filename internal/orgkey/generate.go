@@ -285,6 +285,8 @@ func withdrawal(err error, otherwise string) string {
 		return "audit_not_acknowledged"
 	case errors.Is(err, ErrOverloaded):
 		return "overloaded"
+	case errors.Is(err, ErrUnavailable):
+		return "unavailable"
 	default:
 		return otherwise
 	}
@@ -302,6 +304,8 @@ func refusal(err error) string {
 		return "cancelled"
 	case errors.Is(err, context.Canceled):
 		return "caller_gone"
+	case errors.Is(err, ErrUnavailable):
+		return "unavailable"
 	default:
 		return "generation_failed"
 	}
