@@ -47,16 +47,22 @@ func byPython(t *testing.T, packed []byte, keys ...string) (string, bool) {
 	if err := os.WriteFile(path, packed, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("python3", append([]string{"testdata/verify_export.py", path}, keys...)...).CombinedOutput()
+	args := []string{"../../../contrib/verify_export.py", path}
+	for _, key := range keys {
+		args = append(args, "--key", key)
+	}
+	cmd := exec.Command("python3", args...)
+	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		t.Fatalf("python3 is needed: %v", err)
 	}
 	said := string(out)
-	if verified := strings.HasPrefix(said, "verified: "); verified != (err == nil) || err != nil && !strings.HasPrefix(said, "wrong: ") {
+	begins := map[int]string{1: "wrong: ", 3: "verified: ", 4: "not judged: "}[cmd.ProcessState.ExitCode()]
+	if begins == "" || !strings.HasPrefix(said, begins) {
 		t.Fatalf("the independent implementation broke down: %v\n%s", err, said)
 	}
-	return said, err == nil
+	return said, cmd.ProcessState.ExitCode() == 3
 }
 
 func verifyExport(t *testing.T, packed []byte, keys ...string) (archive.Report, error) {
@@ -75,7 +81,7 @@ func TestAnExportVerifiesWithNothingButTheKey(t *testing.T) {
 		t.Errorf("report %+v", report)
 	}
 	said, ok := byPython(t, packed, e.VKey(t))
-	if root, _ := base64.StdEncoding.DecodeString(report.Manifest.Root); !ok || said != fmt.Sprintf("verified: 40 events, 3 keys, root %x\n", root) {
+	if root, _ := base64.StdEncoding.DecodeString(report.Manifest.Root); !ok || !strings.HasPrefix(said, fmt.Sprintf("verified: 40 events, 3 keys, root %x\n", root)) || !strings.Contains(said, "truncation not excluded") {
 		t.Errorf("the independent implementation says %q", said)
 	}
 }
