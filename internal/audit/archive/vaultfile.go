@@ -27,12 +27,31 @@ import (
 type VaultFile struct {
 	at      map[tlog.Hash]vaultMark // where each event stands that is not matched yet
 	points  map[int64][]vaultPoint  // by size
-	names   []string                // of the files
-	read    int64                   // events and checkpoints, of all files
+	files   []VaultSpan
+	read    int64 // events and checkpoints, of all files
 	events  int64
 	matched []vaultMark // where the log's events stand, by index
 	bad     []vaultProblem
 	torn    []string // lines that are not whole
+	behind  []string // lines with text before a whole entry
+}
+
+// VaultSpan is what one audit file holds. Only the node that is active writes
+// entries, so that in a cluster no one file covers all the time between.
+type VaultSpan struct {
+	Name        string
+	First, Last time.Time // of its entries, whoever they are about
+	Entries     int64
+}
+
+func (s *VaultSpan) add(at time.Time) {
+	if s.Entries == 0 || at.Before(s.First) {
+		s.First = at
+	}
+	if s.Entries == 0 || at.After(s.Last) {
+		s.Last = at
+	}
+	s.Entries++
 }
 
 // vaultMark is a place among the entries of all files. Their time orders them:
@@ -64,7 +83,10 @@ type VaultReport struct {
 	Events int64 // that the file holds
 	Newer  int64 // of them that came after the export, and are not signed for yet
 	Lost   []VaultLoss
-	Torn   []string // where lines stand that are not whole, as a crash of Vault leaves them: what was in them is not known
+	Files  []VaultSpan
+	AsOf   time.Time // when the newest entry of any file was written: of what came later they say nothing
+	Behind []string  // where text stands before a whole entry, as a device's prefix or who captures its output puts there
+	Torn   []string  // where lines stand that are not whole, as a crash of Vault leaves them: what was in them is not known
 }
 
 // VaultLoss is what an accepted rollback has lost.
@@ -101,9 +123,10 @@ func (f *VaultFile) Read(name string, r io.Reader) error {
 	if f.at == nil {
 		f.at, f.points = map[tlog.Hash]vaultMark{}, map[int64][]vaultPoint{}
 	}
-	f.names = append(f.names, name)
+	f.files = append(f.files, VaultSpan{Name: name})
+	span := &f.files[len(f.files)-1]
 	in := bufio.NewReaderSize(r, maxVaultLine)
-	whole, size := 0, 0
+	size, jsonx := 0, false
 	for line := int64(1); ; line++ {
 		raw, err := in.ReadSlice('\n')
 		last := errors.Is(err, io.EOF)
@@ -114,51 +137,74 @@ func (f *VaultFile) Read(name string, r io.Reader) error {
 			return fmt.Errorf("%s: line %d: %w", name, line, err)
 		}
 		size += len(raw)
+		jsonx = jsonx || bytes.HasPrefix(bytes.TrimSpace(raw), []byte("<json:")) || bytes.Contains(raw, []byte("<json:object "))
+		if err := f.line(raw, line, last, span); err != nil {
+			return fmt.Errorf("%s: line %d cannot be read: %w", name, line, err)
+		}
 		switch {
-		case wholeEntry(raw):
-			whole++
-			if err := f.entry(raw, line); err != nil {
-				return fmt.Errorf("%s: line %d cannot be read: %w", name, line, err)
-			}
-		case len(bytes.TrimSpace(raw)) == 0:
 		case !last:
-			if at := glued(raw); at > 0 {
-				whole++
-				if err := f.entry(raw[at:], line); err != nil {
-					return fmt.Errorf("%s: line %d cannot be read: %w", name, line, err)
-				}
-			}
-			f.torn = append(f.torn, fmt.Sprintf("%s:%d", name, line))
-		}
-		if last && whole == 0 && size > 0 {
-			return fmt.Errorf("%s holds no entry of Vault's audit file, one JSON object a line: decompress it, and let an audit device of Vault write format=json without a prefix", name)
-		}
-		if last {
+		case span.Entries > 0 || size == 0:
 			return nil
+		case jsonx:
+			return fmt.Errorf("%s is of a device with format=jsonx: have another device of Vault write format=json, its default", name)
+		default:
+			return fmt.Errorf("%s holds no entry of Vault's audit file, one JSON object a line: decompress it, and let an audit device of Vault write format=json, its default", name)
 		}
 	}
 }
 
-// glued returns where an entry begins that Vault wrote behind one that its crash
-// had torn, or 0.
-func glued(raw []byte) int {
-	const objects = 1000 // in the torn entry, at most: each is read to its end
-	at := 0
+// line takes one line. Behind what is no entry a whole one may stand: Vault
+// writes on behind what its crash has torn, and devices with a prefix, or who
+// captures their output, put text of their own before each.
+func (f *VaultFile) line(raw []byte, line int64, last bool, span *VaultSpan) error {
+	raw = bytes.TrimSpace(raw)
+	if len(raw) == 0 {
+		return nil
+	}
+	place := fmt.Sprintf("%s:%d", span.Name, line)
+	at, when, found := findEntry(raw)
+	switch {
+	case found && at > 0 && raw[0] != '{':
+		f.behind = append(f.behind, place)
+	case found && at > 0 || !found && !last:
+		f.torn = append(f.torn, place)
+	}
+	if !found {
+		return nil
+	}
+	span.add(when)
+	return f.entry(raw[at:], line)
+}
+
+// findEntry returns where in a line an entry begins that reaches to its end, and
+// when it was written.
+func findEntry(raw []byte) (at int, when time.Time, found bool) {
+	const objects = 1000 // before it, at most: each is read to its end
 	for range objects {
+		if when, found = wholeEntry(raw[at:]); found {
+			return at, when, true
+		}
 		next := bytes.Index(raw[at+1:], []byte(`{"`))
 		if next < 0 {
-			return 0
+			break
 		}
-		if at += 1 + next; wholeEntry(raw[at:]) {
-			return at
-		}
+		at += 1 + next
 	}
-	return 0
+	return 0, time.Time{}, false
 }
 
-// wholeEntry reports whether a line is one entry, of orgkeys or of anybody else.
-func wholeEntry(raw []byte) bool {
-	return jsontext.Value(raw).IsValid(jsontext.AllowInvalidUTF8(true), jsontext.AllowDuplicateNames(true))
+// wholeEntry reports whether text is one entry, of orgkeys or of anybody else,
+// and when it was written.
+func wholeEntry(text []byte) (time.Time, bool) {
+	var e struct {
+		Time time.Time `json:"time"`
+		Type string    `json:"type"`
+	}
+	if text[0] != '{' {
+		return time.Time{}, false
+	}
+	err := json.Unmarshal(text, &e, jsontext.AllowInvalidUTF8(true), jsontext.AllowDuplicateNames(true))
+	return e.Time, err == nil && !e.Time.IsZero() && e.Type != ""
 }
 
 func (f *VaultFile) entry(raw []byte, line int64) error {
@@ -172,11 +218,8 @@ func (f *VaultFile) entry(raw []byte, line int64) error {
 	if e.Type != "response" || e.Error != "" || e.Request.Path != receiptPath {
 		return nil
 	}
-	if e.Time.IsZero() {
-		return errors.New("it has no time")
-	}
 	for _, item := range e.Request.Data.Batch {
-		f.add(item.Event, vaultMark{e.Time.UnixNano(), f.read, len(f.names) - 1, line})
+		f.add(item.Event, vaultMark{e.Time.UnixNano(), f.read, len(f.files) - 1, line})
 		f.read++
 	}
 	return nil
@@ -199,7 +242,9 @@ func (f *VaultFile) add(text string, mark vaultMark) {
 	}
 }
 
-func (f *VaultFile) place(m vaultMark) string { return fmt.Sprintf("%s:%d", f.names[m.file], m.line) }
+func (f *VaultFile) place(m vaultMark) string {
+	return fmt.Sprintf("%s:%d", f.files[m.file].Name, m.line)
+}
 
 // match notes that the log holds an event. It is called for each, in their order.
 func (f *VaultFile) match(index int64, leaf tlog.Hash) error {
@@ -270,7 +315,12 @@ func (f *VaultFile) losses(accepted []verify.AcceptedRollback) []*loss {
 // the export, and nothing more as long as no checkpoint was signed over it. All
 // else is missing in the log.
 func (f *VaultFile) finish(origin string, accepted []verify.AcceptedRollback) (VaultReport, error) {
-	r := VaultReport{Events: f.events, Torn: f.torn}
+	r := VaultReport{Events: f.events, Files: f.files, Behind: f.behind, Torn: f.torn}
+	for _, file := range f.files {
+		if file.Last.After(r.AsOf) {
+			r.AsOf = file.Last
+		}
+	}
 	losses := f.losses(accepted)
 	var newest vaultMark
 	for _, m := range f.matched {
@@ -315,7 +365,7 @@ func (f *VaultFile) findNewer(origin string) {
 	}
 }
 
-var errNoVaultEvents = errors.New("the file holds nothing that orgkeys had Vault sign: is it Vault's audit file?")
+var errNoVaultEvents = errors.New("the file holds nothing that orgkeys had Vault sign: is it Vault's audit file, one entry a line, not wrapped in another log's?")
 
 // CheckNotEmpty reports an error if nothing in the files read came from orgkeys.
 func (f *VaultFile) CheckNotEmpty() error {

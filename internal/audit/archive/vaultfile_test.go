@@ -96,8 +96,91 @@ func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
 		})
 	}
 	empty := &archive.VaultFile{}
-	if err := empty.Read("audit.log", strings.NewReader("{}\n")); err != nil || empty.CheckNotEmpty() == nil {
+	if err := empty.Read("audit.log", strings.NewReader(`{"time":"2026-01-01T00:00:00Z","type":"request"}`+"\n")); err != nil || empty.CheckNotEmpty() == nil {
 		t.Errorf("a file without events: %v", err)
+	}
+}
+
+// A line that begins with somebody else's text, and ends with a whole entry, is
+// read and said; one whose entry is torn is another matter.
+func TestTextBeforeAWholeEntryIsNoTornLine(t *testing.T) {
+	e := audittest.NewSigned(t)
+	packed := export(t, e)
+	var events []string
+	for _, l := range unpack(t, packed).leaves(t) {
+		events = append(events, string(l))
+	}
+	whole := vaultLine(t, 1, "response", "", events...)
+	for _, c := range []struct {
+		name, file   string
+		behind, torn int
+	}{
+		{"a prefix", "vault: " + whole, 1, 0},
+		{"a journal's line", "Nov 29 08:00:00 host vault[123]: " + whole, 1, 0},
+		{"Vault's own messages among captured lines", "2026-11-29T08:00:00Z [INFO] core: {\"a\":1} " + whole, 1, 0},
+		{"a prefix that ends like an object", "x} " + whole, 1, 0},
+		{"an entry behind a torn one", whole[:len(whole)/8] + whole, 0, 1},
+		{"a torn entry behind a prefix", "vault: " + whole[:len(whole)/2] + "\n" + whole, 0, 1},
+		{"a bare number", "17\n" + whole, 0, 1},
+		{"a list", "[1]\n" + whole, 0, 1},
+		{"an object that is no entry", "{\"a\":1}\n" + whole, 0, 1},
+	} {
+		vault := &archive.VaultFile{}
+		if err := vault.Read("audit.log", strings.NewReader(c.file)); err != nil {
+			t.Errorf("%s: %v", c.name, err)
+			continue
+		}
+		report, err := archive.Verify(t.Context(), bytes.NewReader(packed), []string{e.VKey(t)}, archive.Outside{Vault: vault}, nil)
+		if err != nil || len(report.Vault.Behind) != c.behind || len(report.Vault.Torn) != c.torn {
+			t.Errorf("%s: %v, %+v", c.name, err, report.Vault)
+		}
+	}
+}
+
+// What no entry can be read from says what to change in Vault.
+func TestAFileThatHoldsNoEntrySaysWhy(t *testing.T) {
+	for name, c := range map[string]struct{ file, want string }{
+		"jsonx":                       {"<json:object name=\"auth\">\n<json:string name=\"x\">y</json:string>\n</json:object>\n", "format=jsonx"},
+		"jsonx with a number's line":  {"<json:object name=\"auth\"><json:string name=\"x\">a\n17\nb</json:string></json:object>\n", "format=jsonx"},
+		"jsonx behind a prefix":       {"vault: <json:object name=\"auth\"></json:object>\n", "format=jsonx"},
+		"compressed":                  {"\x1f\x8b\x08\x00\n\x00\n", "decompress it"},
+		"numbers":                     {"17\n18\n", "decompress it"},
+		"another log's wrapped lines": {`{"log":"{\"time\":\"2026-01-01T00:00:00Z\"}","stream":"stdout"}` + "\n", "format=json"},
+	} {
+		if err := new(archive.VaultFile).Read("audit.log", strings.NewReader(c.file)); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+}
+
+// The files say nothing of what came after their newest entry, and each shows
+// what time it covers.
+func TestVaultsAuditFilesShowWhatTimeTheyCover(t *testing.T) {
+	e := audittest.NewSigned(t)
+	packed := export(t, e)
+	var events []string
+	for _, l := range unpack(t, packed).leaves(t) {
+		events = append(events, string(l))
+	}
+	at := func(second int) time.Time { return time.Unix(int64(1e9+second), 123456789).UTC() }
+	other := `{"time":"` + at(50).Format(time.RFC3339Nano) + `","type":"request","request":{"path":"auth/token/lookup-self"}}` + "\n"
+	vault := &archive.VaultFile{}
+	for name, file := range map[string]string{
+		"n1": vaultLine(t, 3, "response", "", events[20:]...) + other, "n2": vaultLine(t, 1, "response", "", events[:20]...),
+	} {
+		if err := vault.Read(name, strings.NewReader(file)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	report, err := archive.Verify(t.Context(), bytes.NewReader(packed), []string{e.VKey(t)}, archive.Outside{Vault: vault}, nil)
+	if err != nil || !report.Vault.AsOf.Equal(at(50)) || len(report.Vault.Files) != 2 {
+		t.Fatalf("%v, %+v", err, report.Vault)
+	}
+	for _, f := range report.Vault.Files {
+		want := map[string]archive.VaultSpan{"n1": {Name: "n1", First: at(3), Last: at(50), Entries: 2}, "n2": {Name: "n2", First: at(1), Last: at(1), Entries: 1}}[f.Name]
+		if f != want {
+			t.Errorf("%+v, want %+v", f, want)
+		}
 	}
 }
 
