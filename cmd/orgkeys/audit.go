@@ -16,6 +16,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -24,31 +25,6 @@ func newAudit() *cobra.Command {
 	cmd.AddCommand(newAuditVerify(), newAuditList(), newAuditExport(), newAuditProve(), newVerifyProof(),
 		newAuditKey(), newAuditCheckpoint(), newAuditErase(), newAcceptRollback())
 	return cmd
-}
-
-// openLog opens the database that the settings name, without changing it.
-func openLog(ctx context.Context, cfg config.Config) (*sqlstore.DB, error) {
-	location := databaseLocation(cfg)
-	if cfg.DatabaseURL == "" {
-		if _, err := os.Stat(location); err != nil {
-			return nil, fmt.Errorf("there is no log to read: %w (is ORGKEYS_DATA_DIR right?)", err)
-		}
-	}
-	db, err := sqlstore.Open(ctx, location)
-	if err != nil {
-		return nil, err
-	}
-	if err := db.CheckMigrated(ctx); err != nil {
-		return nil, errors.Join(err, db.Close())
-	}
-	return db, nil
-}
-
-func databaseLocation(cfg config.Config) string {
-	if cfg.DatabaseURL != "" {
-		return cfg.DatabaseURL
-	}
-	return filepath.Join(cfg.DataDir, "orgkeys.db")
 }
 
 // codeNotExcluded is the exit code of what is consistent, and may lack its end.
@@ -107,7 +83,7 @@ not excluded: nothing from elsewhere vouches for the end.`,
 			if err != nil {
 				return err
 			}
-			db, err := openLog(cmd.Context(), cfg)
+			db, err := server.OpenLog(cmd.Context(), cfg)
 			if err != nil {
 				return err
 			}
@@ -133,7 +109,7 @@ func verifyLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) 
 	if err != nil {
 		return err
 	}
-	if err := addSigned(cmd.Context(), evidence, db, g.keys); err != nil {
+	if err := evidence.AddKept(cmd.Context(), db, g.keys); err != nil {
 		return err
 	}
 	var report verify.Report
@@ -222,7 +198,7 @@ func gatherEvidence(cfg config.Config, g given) (*verify.Copy, bool, error) {
 	evidence := &verify.Copy{}
 	if sink != "" {
 		var err error
-		if evidence, err = readCopy(sink); err != nil {
+		if evidence, err = verify.ReadCopyFile(sink); err != nil {
 			return nil, false, err
 		}
 	}
@@ -238,61 +214,6 @@ func gatherEvidence(cfg config.Config, g given) (*verify.Copy, bool, error) {
 		evidence.AddCheckpoint(c)
 	}
 	return evidence, independent, nil
-}
-
-func readCopy(name string) (*verify.Copy, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return &verify.Copy{}, err
-	}
-	c, err := verify.ReadCopy(f)
-	if err := errors.Join(err, f.Close()); err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	return c, nil
-}
-
-// eachSigned calls do for each signed checkpoint that is kept with the log.
-func eachSigned(ctx context.Context, db *sqlstore.DB, do func(audit.Signed) error) error {
-	for seq := int64(0); ; {
-		page, err := db.SignedAfter(ctx, seq)
-		if err != nil || len(page) == 0 {
-			return err
-		}
-		for _, s := range page {
-			if err := do(s); err != nil {
-				return err
-			}
-			seq = s.Seq
-		}
-	}
-}
-
-// addSigned adds the signed checkpoints that are kept with the log. Each must be
-// signed by a given key or, where none is given, by one that is kept there, too.
-func addSigned(ctx context.Context, evidence *verify.Copy, db *sqlstore.DB, vkeys []string) error {
-	var notes []audit.Signed
-	if err := eachSigned(ctx, db, func(s audit.Signed) error { notes = append(notes, s); return nil }); err != nil {
-		return err
-	}
-	if len(vkeys) == 0 {
-		var err error
-		if vkeys, err = db.CheckpointKeys(ctx); err != nil {
-			return err
-		}
-	}
-	keys, err := audit.ParseKeys(vkeys...)
-	if err != nil {
-		return err
-	}
-	for _, s := range notes {
-		opened, err := keys.Open(s.Note)
-		if err != nil {
-			return fmt.Errorf("signed checkpoint %d in the database: %w", s.Seq, err)
-		}
-		evidence.AddSigned(opened.Checkpoint)
-	}
-	return nil
 }
 
 func readCheckpoint(text string, vkeys []string) (audit.Checkpoint, error) {
@@ -355,7 +276,7 @@ commits to, with its index in front.`,
 			if err != nil {
 				return err
 			}
-			db, err := openLog(cmd.Context(), cfg)
+			db, err := server.OpenLog(cmd.Context(), cfg)
 			if err != nil {
 				return err
 			}

@@ -13,9 +13,9 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 	"github.com/spf13/cobra"
 
-	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/archive"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -25,7 +25,7 @@ func withLog(cmd *cobra.Command, do func(ctx context.Context, db *sqlstore.DB) e
 	if err != nil {
 		return err
 	}
-	db, err := openLog(cmd.Context(), cfg)
+	db, err := server.OpenLog(cmd.Context(), cfg)
 	if err != nil {
 		return err
 	}
@@ -223,94 +223,4 @@ and give it to the auditors: it is all that verifying needs.`,
 			})
 		},
 	}
-}
-
-func newAuditCheckpoint() *cobra.Command {
-	return &cobra.Command{
-		Use:   "checkpoint",
-		Short: "Sign a checkpoint of the log while the server is stopped",
-		Long: `Signs a checkpoint if the log has grown since the last one, and prints the newest.
-A running server signs by itself, every ORGKEYS_CHECKPOINT_INTERVAL and at once
-when it gets SIGUSR1. It signs nothing that does not extend what the sinks hold,
-or while one of them cannot be asked.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
-			dir, err := openDataDir(cfg.DataDir)
-			if err != nil {
-				return err
-			}
-			err = withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
-				log := newLogger(cfg)
-				b, err := openBackend(ctx, cfg, dir, db, log)
-				if err != nil {
-					return err
-				}
-				p, err := openPolicy(ctx, cfg, log)
-				if err != nil {
-					return errors.Join(err, b.close())
-				}
-				c, err := openCheckpoints(ctx, cfg, db, audit.NewLog(db, log, b.sinks(cfg)...), b, p, log)
-				if err == nil {
-					err = c.Sign(ctx)
-				}
-				if err := errors.Join(err, b.close()); err != nil {
-					return err
-				}
-				last, err := db.LastSigned(ctx)
-				if err != nil {
-					return err
-				}
-				_, err = fmt.Fprint(cmd.OutOrStdout(), last.Note)
-				return err
-			})
-			return errors.Join(err, dir.close())
-		},
-	}
-}
-
-func newAuditErase() *cobra.Command {
-	var subject, reason string
-	cmd := &cobra.Command{
-		Use:   "erase --subject ID --reason TEXT",
-		Short: "Erase what the audit trail knows of a person",
-		Long: `Deletes names, e-mail addresses and network addresses of the events whose actor is
-the subject, the token's "sub". The log itself holds identifiers only and stays as
-it is, and verifies as before. Backups, and files that the database has not
-overwritten yet, are yours to see to; docs/audit.md says what remains.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if subject == "" || strings.TrimSpace(reason) == "" {
-				return errors.New("--subject and --reason: say whom, and why, for the auditors")
-			}
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
-			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
-				// Not locked: the server may run.
-				if err := openToRecord(ctx, cfg, &dataDir{path: cfg.DataDir}, db); err != nil {
-					return err
-				}
-				n, err := db.Erase(ctx, subject, func(n int64) audit.Event {
-					e := audit.New(audit.PersonErased, "")
-					e.Actor = audit.Actor{Kind: audit.System, ID: "operator"}
-					e.Object = subject
-					e.Detail = map[string]string{"events": fmt.Sprint(n), "reason": reason}
-					return e
-				})
-				if err != nil {
-					return err
-				}
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "erased what %d events knew of %s\n", n, subject)
-				return err
-			})
-		},
-	}
-	cmd.Flags().StringVar(&subject, "subject", "", "the person's ID in the events")
-	cmd.Flags().StringVar(&reason, "reason", "", "why")
-	return cmd
 }

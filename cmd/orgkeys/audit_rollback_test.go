@@ -245,7 +245,7 @@ func TestAnAcceptedRollbackIsAcceptedInTheNextSinkToo(t *testing.T) {
 	}
 	ok(t, s, "audit", "accept-rollback", "--reason", "restored the backup of Sunday")
 	s.Configured("ORGKEYS_AUDIT_FILE", second)
-	if _, errs, code := s.Run(t, "audit", "accept-rollback", "--reason", "another"); code != 1 || !strings.Contains(errs, `give the same --reason, "restored the backup of Sunday"`) {
+	if _, errs, code := s.Run(t, "audit", "accept-rollback", "--reason", "another"); code != 1 || !strings.Contains(errs, `repeat --reason "restored the backup of Sunday"`) {
 		t.Errorf("with another reason: exit code %d: %s", code, errs)
 	}
 	ok(t, s, "audit", "accept-rollback", "--reason", "restored the backup of Sunday")

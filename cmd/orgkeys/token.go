@@ -10,6 +10,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/server"
 )
 
 func newToken() *cobra.Command {
@@ -40,7 +41,7 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 			if err != nil {
 				return err
 			}
-			dir, err := makeDataDir(cfg.DataDir)
+			dir, err := server.MakeDataDir(cfg.DataDir)
 			if err != nil {
 				return err
 			}

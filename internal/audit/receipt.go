@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"encoding/base64"
 	"errors"
@@ -43,6 +44,18 @@ func (keys ReceiptKeys) Verify(leaf, receipt []byte) error {
 	}
 	if len(public) != ed25519.PublicKeySize || !ed25519.Verify(public, leaf, signature) {
 		return ErrReceipt
+	}
+	return nil
+}
+
+// Replace refuses to take the place of keys that are known of a sink if one of
+// them would become another key of the same version: it would vouch for nothing
+// that was signed before.
+func (keys ReceiptKeys) Replace(sink string, known []ReceiptKey) error {
+	for _, k := range known {
+		if now, there := keys[k.Version]; k.Sink == sink && there && !bytes.Equal(now, k.Public) {
+			return fmt.Errorf("version %d of the key that sink %s signs receipts with is another key than it was: somebody made it anew. Restore Vault from its backup; docs/operations.md, Backup and restore, has the way on without one", k.Version, sink)
+		}
 	}
 	return nil
 }

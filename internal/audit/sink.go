@@ -61,6 +61,12 @@ func (e *RollbackError) Error() string {
 	return fmt.Sprintf("the log's first %d events are not those that sink %s has acknowledged", e.Held.Size, e.Sink)
 }
 
+// SetBack reports whether err says that the log does not extend what a sink
+// holds of it, so that only an operator's word lets it go on.
+func SetBack(err error) bool {
+	return errors.As(err, new(*RollbackError)) || errors.Is(err, ErrCheckpointLost)
+}
+
 // follower brings one sink up to the log and keeps it there.
 type follower struct {
 	log  *Log

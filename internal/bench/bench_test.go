@@ -168,7 +168,7 @@ func percentiles(b *testing.B, took []time.Duration) {
 
 // BenchmarkDecision: one decision of the shipped policy, in a heap like the server's.
 func BenchmarkDecision(b *testing.B) {
-	defer runtime.KeepAlive(make([]byte, 16<<20)) // heapFloor of cmd/orgkeys
+	defer runtime.KeepAlive(make([]byte, 16<<20)) // heapFloor of internal/server
 	p, err := authz.Load(b.Context(), policies.Files)
 	if err != nil {
 		b.Fatal(err)

@@ -94,16 +94,17 @@ type BackendKey interface {
 // Binding says whose a sealed value is. A value opens only under the binding
 // that it was sealed under.
 type Binding struct {
-	Purpose string // PublicKey, BootSecret or EventKey
-	Org     string // for EventKey, the log's origin
+	Purpose string // PublicKey, BootSecret, EventKey or CheckpointKey
+	Org     string // for EventKey and CheckpointKey, the log's origin
 	ID      string // the key's ID, or the secret's name; empty for EventKey
 }
 
 // What is sealed.
 const (
-	PublicKey  = ""       // bound to "orgkeys/v1" NUL org NUL key ID
-	BootSecret = "secret" // bound to "orgkeys/v1/secret" NUL org NUL name
-	EventKey   = "event"  // bound to "orgkeys/v1/event" NUL origin NUL
+	PublicKey     = ""           // bound to "orgkeys/v1" NUL org NUL key ID
+	BootSecret    = "secret"     // bound to "orgkeys/v1/secret" NUL org NUL name
+	EventKey      = "event"      // bound to "orgkeys/v1/event" NUL origin NUL
+	CheckpointKey = "checkpoint" // bound to "orgkeys/v1/checkpoint" NUL origin NUL "ed25519"
 )
 
 // Context is the binding as bytes: AES-GCM's additional data, or Transit's

@@ -46,6 +46,26 @@ func (c *Client) Reap(ctx context.Context, live Live) (int, error) {
 	return reaped, errors.Join(failed...)
 }
 
+// ReapEvery reaps at an interval until ctx ends.
+func (c *Client) ReapEvery(ctx context.Context, interval time.Duration, live Live) {
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for {
+		n, err := c.Reap(ctx, live)
+		if err != nil && ctx.Err() == nil {
+			c.config.Log.Warn("clearing what crashes left in Transit", "error", err)
+		}
+		if n > 0 {
+			c.config.Log.Warn("cleared keys that a crash left in Transit", "count", n)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
+
 func (c *Client) reapOne(ctx context.Context, name string) (deleted bool, err error) {
 	age, err := c.age(ctx, name)
 	switch {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"os"
 	"slices"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -51,6 +52,19 @@ func ReadCopy(r io.Reader) (*Copy, error) {
 			return nil, fmt.Errorf("line %d of the sink's copy: %w", n, err)
 		}
 	}
+}
+
+// ReadCopyFile reads the file of a file sink.
+func ReadCopyFile(name string) (*Copy, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return &Copy{}, err
+	}
+	c, err := ReadCopy(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return c, nil
 }
 
 func (c *Copy) add(raw []byte) error {

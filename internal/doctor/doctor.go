@@ -1,4 +1,6 @@
-package main
+// Package doctor looks at everything that the server needs, and says what to do
+// about what is not as it should be. It changes nothing, but for what it says.
+package doctor
 
 import (
 	"bufio"
@@ -15,9 +17,7 @@ import (
 	"time"
 
 	"github.com/go-json-experiment/json"
-	"github.com/go-json-experiment/json/jsontext"
 	vaultapi "github.com/hashicorp/vault/api"
-	"github.com/spf13/cobra"
 
 	"github.com/orgkeys/orgkeys/internal/api"
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -27,13 +27,14 @@ import (
 	"github.com/orgkeys/orgkeys/internal/hsm"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/redislock"
+	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/vault"
 	"github.com/orgkeys/orgkeys/policies"
 )
 
-// diagnosis is one thing that doctor looked at.
-type diagnosis struct {
+// Diagnosis is one thing that was looked at.
+type Diagnosis struct {
 	What   string `json:"what"`
 	State  string `json:"state"` // ok, warn or fail
 	Found  string `json:"found"`
@@ -42,101 +43,51 @@ type diagnosis struct {
 
 // States of a diagnosis.
 const (
-	healthy = "ok"
-	doubt   = "warn"
-	broken  = "fail"
+	OK   = "ok"
+	Warn = "warn"
+	Fail = "fail"
 )
 
 const (
-	doctorTimeout = 30 * time.Second // for everything
-	askTimeout    = 5 * time.Second  // for one dependency
+	timeout    = 30 * time.Second // for everything
+	askTimeout = 5 * time.Second  // for one dependency
 
 	clockDoubt  = time.Second      // tokens and node timestamps tolerate more; other things get odd
 	clockBroken = 30 * time.Second // tokens' expiry tolerates less
 )
 
-var errUnwell = errors.New("something is broken: see the lines that say fail")
-
-func newDoctor() *cobra.Command {
-	var asJSON bool
-	cmd := &cobra.Command{
-		Use:   "doctor",
-		Short: "Check everything the server needs, and say what to do",
-		Long: `Checks the configuration, the database, Redis, Vault or the HSM, the policy, the
-token keys, the audit sinks, the clocks, and whether the replicas that run agree
-with each other and with this configuration. It changes nothing, but for a PIN
-that the HSM refuses: that is remembered in the data directory, as by the server,
-and not offered again. It may be run beside a running server with the server's
-settings.
-
-Each line says ok, warn or fail, what was found, and what to do. The exit code
-is 1 if any line says fail.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, cancel := context.WithTimeout(cmd.Context(), doctorTimeout)
-			defer cancel()
-			found := examine(ctx, cmd)
-			write := printLines
-			if asJSON {
-				write = printJSON
-			}
-			if err := write(cmd.OutOrStdout(), found); err != nil {
-				return err
-			}
-			if slices.ContainsFunc(found, func(d diagnosis) bool { return d.State == broken }) {
-				return errUnwell
-			}
-			return nil
-		},
-	}
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON array instead of lines")
-	return cmd
-}
-
-func printLines(w io.Writer, found []diagnosis) error {
-	for _, d := range found {
-		line := fmt.Sprintf("%-4s  %-14s  %s", d.State, d.What, d.Found)
-		if d.Remedy != "" {
-			line += "\n" + strings.Repeat(" ", 22) + "-> " + d.Remedy
-		}
-		if _, err := fmt.Fprintln(w, line); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func printJSON(w io.Writer, found []diagnosis) error {
-	return json.MarshalWrite(w, found, jsontext.WithIndent("  "))
-}
-
 // doctor examines the parts of one configuration.
 type doctor struct {
-	cfg   config.Config
-	log   *slog.Logger
-	found []diagnosis
+	cfg     config.Config
+	version string // of this program
+	log     *slog.Logger
+	found   []Diagnosis
 }
 
 func (d *doctor) ok(what, found string, args ...any) {
-	d.found = append(d.found, diagnosis{what, healthy, fmt.Sprintf(found, args...), ""})
+	d.found = append(d.found, Diagnosis{what, OK, fmt.Sprintf(found, args...), ""})
 }
 
 func (d *doctor) warn(what, remedy, found string, args ...any) {
-	d.found = append(d.found, diagnosis{what, doubt, fmt.Sprintf(found, args...), remedy})
+	d.found = append(d.found, Diagnosis{what, Warn, fmt.Sprintf(found, args...), remedy})
 }
 
 func (d *doctor) fail(what, remedy, found string, args ...any) {
-	d.found = append(d.found, diagnosis{what, broken, fmt.Sprintf(found, args...), remedy})
+	d.found = append(d.found, Diagnosis{what, Fail, fmt.Sprintf(found, args...), remedy})
 }
 
-func examine(ctx context.Context, cmd *cobra.Command) []diagnosis {
-	d := &doctor{log: slog.New(slog.DiscardHandler)}
-	cfg, err := load(cmd)
-	if err != nil {
-		d.fail("configuration", "orgkeys serve --help lists every setting", "%v", err)
-		return d.found
-	}
-	d.cfg = cfg
+// Misconfigured is the diagnosis of settings that cannot be read.
+func Misconfigured(err error) []Diagnosis {
+	d := &doctor{}
+	d.fail("configuration", "orgkeys serve --help lists every setting", "%v", err)
+	return d.found
+}
+
+// Examine looks at all that a server of that version needs with these settings.
+func Examine(ctx context.Context, cfg config.Config, version string) []Diagnosis {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	d := &doctor{cfg: cfg, version: version, log: slog.New(slog.DiscardHandler)}
 	d.configuration()
 	revision := d.policy(ctx)
 	d.tokenKeys(ctx)
@@ -253,7 +204,7 @@ func (d *doctor) redis(ctx context.Context) {
 func (d *doctor) database(ctx context.Context) *sqlstore.DB {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	location, kind := databaseLocation(d.cfg), "PostgreSQL"
+	location, kind := server.DatabaseLocation(d.cfg), "PostgreSQL"
 	if d.cfg.DatabaseURL == "" {
 		kind = "SQLite"
 		if _, err := os.Stat(location); errors.Is(err, os.ErrNotExist) {
@@ -303,7 +254,7 @@ func (d *doctor) backend(ctx context.Context, db *sqlstore.DB) (sinks []audit.Si
 			"not looked at: a wrapped secret ID is good for one login, which is the server's")
 		return sinks, end
 	}
-	client, err := vault.Open(ctx, vault.Config{Login: vaultLogin(d.cfg), ReapGrace: d.cfg.ReservationTTL, Log: d.log})
+	client, err := vault.Open(ctx, vault.Config{Login: server.VaultLogin(d.cfg), ReapGrace: d.cfg.ReservationTTL, Log: d.log})
 	if err != nil {
 		d.fail("Vault", "check VAULT_ADDR and VAULT_CACERT, that Vault runs and is unsealed, and the login's files", "%v", err)
 		return sinks, end
@@ -340,8 +291,9 @@ func (d *doctor) receiptKey(ctx context.Context, db *sqlstore.DB, client *vault.
 		return
 	}
 	keys, err := client.ReceiptKeys(ctx)
-	if err == nil {
-		err = sameReceiptKeys(ctx, db, client.Sink().Name(), keys)
+	known, knownErr := db.ReceiptKeys(ctx)
+	if err = errors.Join(err, knownErr); err == nil {
+		err = keys.Replace(client.Sink().Name(), known)
 	}
 	if err != nil {
 		d.fail("receipt key", restoreRemedy, "%v", err)
@@ -353,11 +305,10 @@ func (d *doctor) sealingKey(ctx context.Context, db *sqlstore.DB, sealer orgkey.
 	if db == nil {
 		return
 	}
-	key, err := readEventKey(ctx, sealer, db)
+	there, err := server.OpensEventKey(ctx, sealer, db)
 	if err != nil {
 		d.fail("sealing key", restoreRemedy, "%v", err)
-	} else if key != nil {
-		clear(key)
+	} else if there {
 		d.ok("sealing key", "opens what the database holds")
 	}
 }
@@ -381,7 +332,7 @@ func (d *doctor) hsm(ctx context.Context, db *sqlstore.DB) {
 		d.fail("HSM", "install the module, or mend ORGKEYS_PKCS11_MODULE and its PIN file", "%v", err)
 		return
 	}
-	if _, err := makeDataDir(d.cfg.DataDir); err != nil {
+	if _, err := server.MakeDataDir(d.cfg.DataDir); err != nil {
 		d.fail("HSM", "make the data directory: a PIN that the token refuses is remembered there, and is not offered before", "%v", err)
 		return
 	}
@@ -518,7 +469,7 @@ var errHeldOnly = errors.New("doctor changes nothing")
 
 func (d *doctor) sink(name string, err error) {
 	switch {
-	case setBack(err):
+	case audit.SetBack(err):
 		d.fail(name, "find out why; if it was on purpose, as a restored backup is, run: orgkeys audit accept-rollback --reason …", "%v", err)
 	case err != nil:
 		d.fail(name, "no key is released until it answers", "%v", err)
@@ -538,7 +489,7 @@ func (d *doctor) replicas(ctx context.Context, db *sqlstore.DB, revision string)
 	}
 	d.clock("the database's", ahead, clockDoubt)
 	d.connections(ctx, db, len(live))
-	mine := sqlstore.Replica{Version: version(), Policy: revision, Max: d.cfg.Max}
+	mine := sqlstore.Replica{Version: d.version, Policy: revision, Max: d.cfg.Max}
 	differing := 0
 	for _, r := range live {
 		if differences := differ(r, mine); len(differences) > 0 {

@@ -1,12 +1,12 @@
-package main
+package server
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -37,19 +37,22 @@ type backend struct {
 }
 
 // sinks are the audit sinks that cfg requires.
-func (b backend) sinks(cfg config.Config) []audit.Sink {
+func (b backend) sinks(cfg config.Config) ([]audit.Sink, error) {
 	var all []audit.Sink
 	for _, name := range cfg.AuditSinks {
-		if name == config.SinkFile {
+		switch {
+		case name == config.SinkFile:
 			all = append(all, audit.NewFileSink(cfg.AuditFile))
-		} else {
+		case b.sink != nil && name == b.sink.Name():
 			all = append(all, b.sink)
+		default:
+			return nil, fmt.Errorf("ORGKEYS_AUDIT_SINKS: the keystore %s has no sink %q", b.name, name)
 		}
 	}
-	return all
+	return all, nil
 }
 
-func openBackend(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.DB, log *slog.Logger) (backend, error) {
+func openBackend(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB, log *slog.Logger) (backend, error) {
 	if cfg.Keystore == config.KeystoreVault {
 		return openVault(ctx, cfg, db, log)
 	}
@@ -59,18 +62,18 @@ func openBackend(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlst
 // openHSM opens the token that cfg names, or a SoftHSM token of its own. Neither
 // a token nor a sealing key is made once anything was sealed: then one without
 // it is the wrong token.
-func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.DB, log *slog.Logger) (backend, error) {
+func openHSM(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB, log *slog.Logger) (backend, error) {
 	sealed, err := db.HasSealed(ctx)
 	if err != nil {
 		return backend{}, err
 	}
-	hc := hsm.Config{Module: cfg.PKCS11Module, TokenLabel: cfg.TokenLabel, PINFile: cfg.PINFile, AttemptFile: hsm.AttemptFile(dir.path), CreateSealingKey: !sealed}
+	hc := hsm.Config{Module: cfg.PKCS11Module, TokenLabel: cfg.TokenLabel, PINFile: cfg.PINFile, AttemptFile: hsm.AttemptFile(dir), CreateSealingKey: !sealed}
 	switch {
 	case cfg.PINFile == "":
-		if _, err := os.Stat(dir.join("tokens")); sealed && errors.Is(err, os.ErrNotExist) {
-			return backend{}, fmt.Errorf("the database holds records sealed by a SoftHSM token, and %s is gone: put tokens and pin back", dir.join("tokens"))
+		if _, err := os.Stat(filepath.Join(dir, "tokens")); sealed && errors.Is(err, os.ErrNotExist) {
+			return backend{}, fmt.Errorf("the database holds records sealed by a SoftHSM token, and %s is gone: put tokens and pin back", filepath.Join(dir, "tokens"))
 		}
-		hc, _, err = hsm.InitSoftHSM(dir.path)
+		hc, _, err = hsm.InitSoftHSM(dir)
 	case hc.Module == "":
 		hc.Module, err = hsm.FindSoftHSM()
 	}
@@ -83,7 +86,7 @@ func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.
 		err = fmt.Errorf("%w, and the database holds records sealed by another: this is not the token that they belong to", err)
 	}
 	if err == nil && cfg.PINFile == "" {
-		if err = hsm.KeepSoftHSM(dir.path); err != nil {
+		if err = hsm.KeepSoftHSM(dir); err != nil {
 			err = errors.Join(fmt.Errorf("keeping a copy of the token's record: %w", err), token.Close())
 		}
 	}
@@ -100,7 +103,7 @@ func openHSM(ctx context.Context, cfg config.Config, dir *dataDir, db *sqlstore.
 
 // openVaultClient logs in to Vault and refuses one that is not set up as it must be.
 func openVaultClient(ctx context.Context, cfg config.Config, log *slog.Logger) (*vault.Client, error) {
-	client, err := vault.Open(ctx, vault.Config{Login: vaultLogin(cfg), ReapGrace: cfg.ReservationTTL, Log: log})
+	client, err := vault.Open(ctx, vault.Config{Login: VaultLogin(cfg), ReapGrace: cfg.ReservationTTL, Log: log})
 	if err != nil {
 		return nil, err
 	}
@@ -126,7 +129,11 @@ func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slo
 	}
 	sink := client.Sink()
 	sink.Keys = func(ctx context.Context, keys audit.ReceiptKeys) error {
-		if err := sameReceiptKeys(ctx, db, sink.Name(), keys); err != nil {
+		known, err := db.ReceiptKeys(ctx)
+		if err == nil {
+			err = keys.Replace(sink.Name(), known)
+		}
+		if err != nil {
 			return err
 		}
 		return db.KeepReceiptKeys(ctx, sink.Name(), keys)
@@ -142,53 +149,20 @@ func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slo
 	return backend{
 		name: config.KeystoreVault, keystore: client.Keystore(), sealer: client.Sealer(), sink: sink, signer: sink,
 		healthy: client.Healthy, close: func() error { client.Close(); return nil },
-		reap: func(ctx context.Context) error { return reapVault(ctx, client, db, reapInterval(cfg), log) },
+		reap: func(ctx context.Context) error { client.ReapEvery(ctx, reapInterval(cfg), db.Reserved); return nil },
 	}, nil
-}
-
-// sameReceiptKeys refuses keys of which one is in the place of another that the
-// sink signed receipts with: it would vouch for nothing from before.
-func sameReceiptKeys(ctx context.Context, db *sqlstore.DB, sink string, keys audit.ReceiptKeys) error {
-	known, err := db.ReceiptKeys(ctx)
-	if err != nil {
-		return err
-	}
-	for _, k := range known {
-		if now, there := keys[k.Version]; k.Sink == sink && there && !bytes.Equal(now, k.Public) {
-			return fmt.Errorf("version %d of the key that sink %s signs receipts with is another key than it was: somebody made it anew. Restore Vault from its backup; docs/operations.md, Backup and restore, has the way on without one", k.Version, sink)
-		}
-	}
-	return nil
 }
 
 // reapInterval is short enough that what a crash left in Transit is gone soon
 // after its reservation has ended.
 func reapInterval(cfg config.Config) time.Duration { return max(time.Second, cfg.ReservationTTL/2) }
 
-func vaultLogin(cfg config.Config) vault.Login {
+// VaultLogin is how the settings say to log in to Vault.
+func VaultLogin(cfg config.Config) vault.Login {
 	if cfg.VaultAuth == config.VaultTokenFile {
 		return &vault.TokenFile{Path: cfg.VaultTokenFile}
 	}
 	return &vault.AppRole{RoleIDFile: cfg.VaultRoleIDFile, SecretIDFile: cfg.VaultSecretIDFile, WrappedAt: cfg.VaultSecretIDPath}
-}
-
-func reapVault(ctx context.Context, client *vault.Client, db *sqlstore.DB, interval time.Duration, log *slog.Logger) error {
-	ticker := time.NewTicker(interval)
-	defer ticker.Stop()
-	for {
-		n, err := client.Reap(ctx, db.Reserved)
-		if err != nil && ctx.Err() == nil {
-			log.Warn("clearing what crashes left in Transit", "error", err)
-		}
-		if n > 0 {
-			log.Warn("cleared keys that a crash left in Transit", "count", n)
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-ticker.C:
-		}
-	}
 }
 
 // policy is the embedded policy, or the one in a directory that is followed.
@@ -230,7 +204,7 @@ type tokens struct {
 	keys     *authn.KeySet
 }
 
-func openTokens(cfg config.Config, dir *dataDir, log *slog.Logger) (tokens, error) {
+func openTokens(cfg config.Config, dir string, log *slog.Logger) (tokens, error) {
 	ac, err := tokenConfig(cfg, dir, log)
 	if err != nil {
 		return tokens{}, err
@@ -239,9 +213,9 @@ func openTokens(cfg config.Config, dir *dataDir, log *slog.Logger) (tokens, erro
 	return tokens{verifier, ac.Keys}, err
 }
 
-func tokenConfig(cfg config.Config, dir *dataDir, log *slog.Logger) (authn.Config, error) {
+func tokenConfig(cfg config.Config, dir string, log *slog.Logger) (authn.Config, error) {
 	if cfg.Development() {
-		issuer, err := authn.OpenDevIssuer(dir.path)
+		issuer, err := authn.OpenDevIssuer(dir)
 		if err != nil {
 			return authn.Config{}, err
 		}

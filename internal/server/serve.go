@@ -1,19 +1,17 @@
-package main
+// Package server puts the parts together: it opens what the settings name,
+// refuses what does not fit together, and runs the service until it is told to
+// end. The operator's commands open the same parts by it.
+package server
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"runtime"
 	"runtime/debug"
-	"strings"
-	"text/tabwriter"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/orgkeys/orgkeys/internal/api"
@@ -35,63 +33,14 @@ const (
 	startTimeout    = 15 * time.Second // for reaching everything that is needed, without migrations
 )
 
-func newServe() *cobra.Command {
-	return &cobra.Command{
-		Use:   "serve",
-		Short: "Serve the API",
-		Long: `Serves the API until interrupted. With no settings at all it uses SoftHSM, SQLite
-and a development issuer, all in the data directory, and listens on loopback.
-
-It exits with 77 when a person must see to the HSM's PIN: the token refused it,
-is locked, or would be by one more wrong PIN. Starting it again changes nothing,
-since a PIN that was refused is not offered again before its file changes.
-
-Settings, as environment variables or as lines of the --config file:
-
-` + settingsHelp(),
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
-			return serve(cmd.Context(), cfg, newLogger(cfg))
-		},
-	}
-}
-
-// settingsHelp lists every setting with its default.
-func settingsHelp() string {
-	var b strings.Builder
-	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	for _, s := range config.Settings() {
-		doc := s.Doc
-		if s.Default != "" {
-			doc += " (" + s.Default + ")"
-		}
-		if s.Secret {
-			doc += "; or " + s.Name + "_FILE"
-		}
-		fmt.Fprintf(w, "  %s\t%s\n", s.Name, doc)
-	}
-	_ = w.Flush() // a strings.Builder does not fail
-	return b.String()
-}
-
-func newLogger(cfg config.Config) *slog.Logger {
-	var level slog.Level
-	_ = level.UnmarshalText([]byte(cfg.LogLevel)) // config has checked it
-	return slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
-}
-
 // heapFloor is what the garbage collector is told is in use and never touched,
 // so that it takes no memory. Beside the 6 MiB that are in use it would
 // otherwise collect after every 6 MiB that requests allocate, and each decision
 // or signature that it interrupts takes several times as long.
 const heapFloor = 16 << 20
 
-// serve puts the parts together and runs them until ctx ends.
-func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
+// Serve puts the parts together and runs them until ctx ends.
+func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (err error) {
 	defer runtime.KeepAlive(make([]byte, heapFloor))
 	closeAll := closers{}
 	defer func() { err = errors.Join(err, closeAll.close()) }()
@@ -104,22 +53,22 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err := errors.Join(api.CheckTransport(edge), api.CheckOrigins(cfg.CORSOrigins)); err != nil {
 		return err
 	}
-	if err := hideMemory(); err != nil {
+	if err := HideMemory(); err != nil {
 		return fmt.Errorf("keeping memory private: %w", err)
 	}
-	dir, err := openDataDir(cfg.DataDir)
+	dir, err := OpenDataDir(cfg.DataDir)
 	if err != nil {
 		return err
 	}
-	closeAll.add(dir.close)
-	db, err := openDatabase(ctx, cfg)
+	closeAll.add(dir.Close)
+	db, err := OpenDatabase(ctx, cfg)
 	if err != nil {
 		return err
 	}
 	closeAll.add(db.Close)
 	starting, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	backend, err := openBackend(starting, cfg, dir, db, log)
+	backend, err := openBackend(starting, cfg, dir.path, db, log)
 	if err != nil {
 		return err
 	}
@@ -127,7 +76,11 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err := openEventKey(starting, backend.sealer, db); err != nil {
 		return err
 	}
-	trail := audit.NewLog(db, log, backend.sinks(cfg)...)
+	sinks, err := backend.sinks(cfg)
+	if err != nil {
+		return err
+	}
+	trail := audit.NewLog(db, log, sinks...)
 	if err := checkSinks(starting, trail, log); err != nil {
 		return err
 	}
@@ -139,7 +92,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err != nil {
 		return err
 	}
-	tokens, err := openTokens(cfg, dir, log)
+	tokens, err := openTokens(cfg, dir.path, log)
 	if err != nil {
 		return err
 	}
@@ -149,9 +102,9 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	}
 	closeAll.add(lock.close)
 	lost := newLostEvents()
-	way := gate.Gate{Policy: policy, Trail: trail, Log: log, Lost: lost}
+	guard := gate.Gate{Policy: policy, Trail: trail, Log: log, Lost: lost}
 	service, err := orgkey.New(orgkey.Config{
-		Gate:  way,
+		Gate:  guard,
 		Store: db, Keystore: backend.keystore, Sealer: backend.sealer, Locker: lock.Locker,
 		Backend: backend.name, Limit: cfg.Max, Concurrency: cfg.MaxGenerations,
 		ReservationLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline,
@@ -160,7 +113,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		return err
 	}
 	nodes, err := node.New(node.Config{
-		Gate:  way,
+		Gate:  guard,
 		Store: db, Sealer: backend.sealer, Window: cfg.TimestampWindow, AuditDeadline: cfg.AuditDeadline,
 	})
 	if err != nil {
@@ -169,7 +122,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	failures := &authn.Failures{}
 	surface, err := api.New(api.Config{
 		Keys: service, Nodes: nodes,
-		SystemEvents: &systemevent.Service{Gate: way, Store: db},
+		SystemEvents: &systemevent.Service{Gate: guard, Store: db},
 		Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
 		Checks: append([]api.Check{
 			{Name: "database", Ask: db.Healthy},
@@ -212,7 +165,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if cfg.DatabaseURL != "" {
 		running.Go(func() error {
 			announce(background, db, func() sqlstore.Replica {
-				return sqlstore.Replica{Address: public.Addr().String(), Version: version(), Policy: policy.Revision(), Max: cfg.Max}
+				return sqlstore.Replica{Address: public.Addr().String(), Version: version, Policy: policy.Revision(), Max: cfg.Max}
 			}, log)
 			return nil
 		})
@@ -220,7 +173,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	running.Go(public.Serve)
 	running.Go(admin.Serve)
 	debug.FreeOSMemory() // compiling the policy and running its tests took much that nothing needs again
-	log.Info("listening", "api", public.Addr().String(), "admin", admin.Addr().String(), "version", version(), "policy", policy.Revision())
+	log.Info("listening", "api", public.Addr().String(), "admin", admin.Addr().String(), "version", version, "policy", policy.Revision())
 
 	select {
 	case <-ctx.Done():
@@ -261,18 +214,13 @@ func (c closers) close() error {
 // answers, and the same check comes first then.
 func checkSinks(ctx context.Context, trail *audit.Log, log *slog.Logger) error {
 	err := trail.CheckExtends(ctx)
-	if setBack(err) {
+	if audit.SetBack(err) {
 		return fmt.Errorf("%w; find out why, and if it was on purpose (a restored backup) run: orgkeys audit accept-rollback --reason …", err)
 	}
 	if err != nil {
 		log.Warn("an audit sink cannot be asked yet", "error", err)
 	}
 	return nil
-}
-
-// setBack reports whether only an operator's word lets the log go on.
-func setBack(err error) bool {
-	return errors.As(err, new(*audit.RollbackError)) || errors.Is(err, audit.ErrCheckpointLost)
 }
 
 func sinkTrouble(trail *audit.Log) error {
@@ -325,18 +273,4 @@ func recordFailures(ctx context.Context, failures *authn.Failures, trail *audit.
 		failures.Restore(counts)
 	}
 	return err
-}
-
-// newRegistry returns the metrics that belong to no request.
-func newRegistry(db *sqlstore.DB, trail *audit.Log, checkpoints *audit.Checkpointer, more []prometheus.Collector) *prometheus.Registry {
-	r := prometheus.NewRegistry()
-	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints}, refusedCollector{db})
-	r.MustRegister(more...)
-	return r
-}
-
-func newLostEvents() prometheus.Counter {
-	return prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "orgkeys_audit_events_lost_total", Help: "Requests, most of them denied or failed, whose event could not be recorded.",
-	})
 }

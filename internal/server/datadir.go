@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"errors"
@@ -10,17 +10,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// dataDir is the directory that belongs to one process at a time.
-type dataDir struct {
+// DataDir is the directory that belongs to one process at a time.
+type DataDir struct {
 	path string
 	lock *os.File
 }
 
 var errLocked = errors.New("another orgkeys process uses this data directory: stop it, or set ORGKEYS_DATA_DIR to another one")
 
-// makeDataDir creates the directory 0700 if it is missing, refuses one that
+// MakeDataDir creates the directory 0700 if it is missing, refuses one that
 // others may enter, and returns its absolute path.
-func makeDataDir(path string) (string, error) {
+func MakeDataDir(path string) (string, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return "", fmt.Errorf("making the data directory: %w", err)
 	}
@@ -38,10 +38,10 @@ func makeDataDir(path string) (string, error) {
 	return path, nil
 }
 
-// openDataDir is makeDataDir, and locks the directory until close or the
+// OpenDataDir is MakeDataDir, and locks the directory until close or the
 // process's end.
-func openDataDir(path string) (*dataDir, error) {
-	path, err := makeDataDir(path)
+func OpenDataDir(path string) (*DataDir, error) {
+	path, err := MakeDataDir(path)
 	if err != nil {
 		return nil, err
 	}
@@ -55,16 +55,15 @@ func openDataDir(path string) (*dataDir, error) {
 		}
 		return nil, errors.Join(err, lock.Close())
 	}
-	return &dataDir{path, lock}, nil
+	return &DataDir{path, lock}, nil
 }
 
-func (d *dataDir) join(name string) string { return filepath.Join(d.path, name) }
+// Close gives the directory free for another process.
+func (d *DataDir) Close() error { return d.lock.Close() }
 
-func (d *dataDir) close() error { return d.lock.Close() }
-
-// hideMemory keeps private keys out of core dumps and away from other
+// HideMemory keeps private keys out of core dumps and away from other
 // processes of the same user.
-func hideMemory() error {
+func HideMemory() error {
 	syscall.Umask(0o077)
 	return errors.Join(
 		unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}),

@@ -1,88 +1,62 @@
-package main
+package vault
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"strconv"
 	"time"
 
-	"github.com/spf13/cobra"
-
-	"github.com/orgkeys/orgkeys/internal/audit"
-	"github.com/orgkeys/orgkeys/internal/config"
-	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
-	"github.com/orgkeys/orgkeys/internal/sqlstore"
-	"github.com/orgkeys/orgkeys/internal/vault"
 )
 
 // rewrapBatch is how many records are rewrapped by one call and stored by one
 // transaction, which a server's writers wait for.
 const rewrapBatch = 100
 
-func newRewrap() *cobra.Command {
-	return &cobra.Command{
-		Use:   "rewrap",
-		Short: "Seal every stored record again under the newest version of Vault's key",
-		Long: `Seals every stored public key and boot secret, and the key that authenticates
-events, again under the newest version of the sealing key in Vault, inside Vault. Run it after
-"vault write -f orgkeys-seal/keys/seal/rotate".
-
-The server may run meanwhile, and a run that was interrupted is completed by
-another: records of the newest version are left alone, and so are those that
-change while it runs. One that does not open is named, and does not stop the
-others. Progress goes to standard error.
-
-What is being sealed at the moment of the rotation may be stored under the old
-version a little later. So a run soon after one looks at all records again when
-the version is old enough: after ORGKEYS_RESERVATION_TTL. When a run has ended
-without an error, nothing needs the older versions but backups of the database,
-and min_decryption_version may be raised as far as your backups allow. If it was
-raised too early, lower it and run this again: nothing is lost.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
-			if cfg.Keystore != config.KeystoreVault {
-				return errors.New("records are sealed by the HSM, whose key has no versions: rewrap is for ORGKEYS_KEYSTORE=vault")
-			}
-			return rewrap(cmd.Context(), cfg, cmd.ErrOrStderr())
-		},
-	}
+// SealedStore holds what is sealed. Its implementation is sqlstore.
+type SealedStore interface {
+	// CountSealed returns how many records of a purpose there are.
+	CountSealed(ctx context.Context, purpose string) (int, error)
+	// SealedAfter returns at most limit records of after's purpose behind it.
+	SealedAfter(ctx context.Context, after orgkey.Binding, limit int) ([]orgkey.Sealed, error)
+	// Reseal replaces those of the old values that are still stored, in one
+	// transaction, and returns how many.
+	Reseal(ctx context.Context, old []orgkey.Sealed, fresh [][]byte) (int, error)
 }
 
-func rewrap(ctx context.Context, cfg config.Config, progress io.Writer) (err error) {
-	if err := hideMemory(); err != nil {
-		return fmt.Errorf("keeping memory private: %w", err)
+// Rewrapped is what a run has done.
+type Rewrapped struct {
+	Version int // of the sealing key, to which records were brought
+	Count   int // of records
+	Broken  int // records that do not open
+}
+
+// Err reports records that do not open.
+func (r Rewrapped) Err() error {
+	if r.Broken == 0 {
+		return nil
 	}
-	db, err := openLog(ctx, cfg)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, db.Close()) }()
-	starting, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-	client, err := openVaultClient(starting, cfg, newLogger(cfg))
-	if err != nil {
-		return err
-	}
-	defer client.Close()
-	r := rewrapper{db: db, sealer: client.Sealer(), progress: progress, failed: map[orgkey.Binding]bool{}}
-	err = r.run(ctx, max(cfg.ReservationTTL, 2*gate.RecordDeadline))
-	return errors.Join(err, r.broken(), r.record(ctx, err))
+	return fmt.Errorf("%w: %d of them, named above; restore them from a backup, or have their organizations make new ones", orgkey.ErrSealBroken, r.Broken)
+}
+
+// RewrapAll brings every record in store to the sealing key's newest version,
+// inside Vault, and tells progress how far it is. If that version is younger
+// than settled, it waits until it is not and looks at all records once more. It
+// may be interrupted and run again, and what it has done is returned with any error.
+func (s *Sealer) RewrapAll(ctx context.Context, store SealedStore, settled time.Duration, progress io.Writer) (Rewrapped, error) {
+	r := rewrapper{db: store, sealer: s, progress: progress, failed: map[orgkey.Binding]bool{}}
+	err := r.run(ctx, settled)
+	return Rewrapped{Version: r.key.Latest, Count: r.rewrapped, Broken: len(r.failed)}, err
 }
 
 // rewrapper is one run.
 type rewrapper struct {
-	db       *sqlstore.DB
-	sealer   *vault.Sealer
+	db       SealedStore
+	sealer   *Sealer
 	progress io.Writer
 
-	key       vault.SealingKey
+	key       SealingKey
 	rewrapped int
 	failed    map[orgkey.Binding]bool
 }
@@ -195,37 +169,6 @@ func (r *rewrapper) apart(ctx context.Context, old []orgkey.Sealed, broken error
 		if err := r.batch(ctx, old[i:i+1]); err != nil {
 			return err
 		}
-	}
-	return nil
-}
-
-func (r *rewrapper) broken() error {
-	if len(r.failed) == 0 {
-		return nil
-	}
-	return fmt.Errorf("%w: %d of them, named above; restore them from a backup, or have their organizations make new ones", orgkey.ErrSealBroken, len(r.failed))
-}
-
-// record leaves the run's event, also of one that was interrupted. The server
-// gives it its place in the log.
-func (r *rewrapper) record(ctx context.Context, interrupted error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-	defer cancel()
-	e := audit.New(audit.SealsRewrapped, "")
-	e.Actor = audit.Actor{Kind: audit.System, ID: "rewrap"}
-	e.Detail = map[string]string{"version": strconv.Itoa(r.key.Latest), "count": strconv.Itoa(r.rewrapped)}
-	switch {
-	case interrupted != nil:
-		e.Outcome, e.Reason = audit.Failure, "interrupted"
-	case len(r.failed) > 0:
-		e.Outcome, e.Reason = audit.Failure, "sealed_record_broken"
-	}
-	err := openEventKey(ctx, r.sealer, r.db)
-	if err == nil {
-		err = r.db.Record(ctx, e)
-	}
-	if err != nil {
-		return fmt.Errorf("recording the run: %w", err)
 	}
 	return nil
 }

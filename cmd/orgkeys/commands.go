@@ -1,0 +1,196 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/doctor"
+	"github.com/orgkeys/orgkeys/internal/server"
+	"github.com/spf13/cobra"
+)
+
+func newServe() *cobra.Command {
+	return &cobra.Command{
+		Use:   "serve",
+		Short: "Serve the API",
+		Long: `Serves the API until interrupted. With no settings at all it uses SoftHSM, SQLite
+and a development issuer, all in the data directory, and listens on loopback.
+
+It exits with 77 when a person must see to the HSM's PIN: the token refused it,
+is locked, or would be by one more wrong PIN. Starting it again changes nothing,
+since a PIN that was refused is not offered again before its file changes.
+
+Settings, as environment variables or as lines of the --config file:
+
+` + settingsHelp(),
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := load(cmd)
+			if err != nil {
+				return err
+			}
+			return server.Serve(cmd.Context(), cfg, version(), newLogger(cfg))
+		},
+	}
+}
+
+// settingsHelp lists every setting with its default.
+func settingsHelp() string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	for _, s := range config.Settings() {
+		doc := s.Doc
+		if s.Default != "" {
+			doc += " (" + s.Default + ")"
+		}
+		if s.Secret {
+			doc += "; or " + s.Name + "_FILE"
+		}
+		fmt.Fprintf(w, "  %s\t%s\n", s.Name, doc)
+	}
+	_ = w.Flush() // a strings.Builder does not fail
+	return b.String()
+}
+
+func newLogger(cfg config.Config) *slog.Logger {
+	var level slog.Level
+	_ = level.UnmarshalText([]byte(cfg.LogLevel)) // config has checked it
+	return slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+}
+
+func newMigrate() *cobra.Command {
+	return &cobra.Command{
+		Use:   "migrate",
+		Short: "Bring the database's schema up to date",
+		Long: `Brings the database's schema up to date and ends. "orgkeys serve" does the same
+at its start; this is for those who give the server a database role that may not
+change the schema. Migrations go forward only, may be started by several
+replicas at once, and keep the previous version of orgkeys working.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := load(cmd)
+			if err != nil {
+				return err
+			}
+			if cfg.DatabaseURL == "" {
+				dir, err := server.OpenDataDir(cfg.DataDir)
+				if err != nil {
+					return err
+				}
+				defer dir.Close()
+			}
+			db, err := server.OpenDatabase(cmd.Context(), cfg)
+			if err != nil {
+				return err
+			}
+			if err := db.Close(); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), "the schema is up to date")
+			return err
+		},
+	}
+}
+
+var errUnwell = errors.New("something is broken: see the lines that say fail")
+
+func newDoctor() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Check everything the server needs, and say what to do",
+		Long: `Checks the configuration, the database, Redis, Vault or the HSM, the policy, the
+token keys, the audit sinks, the clocks, and whether the replicas that run agree
+with each other and with this configuration. It changes nothing, but for a PIN
+that the HSM refuses: that is remembered in the data directory, as by the server,
+and not offered again. It may be run beside a running server with the server's
+settings.
+
+Each line says ok, warn or fail, what was found, and what to do. The exit code
+is 1 if any line says fail.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			found := examine(cmd)
+			write := printLines
+			if asJSON {
+				write = printJSON
+			}
+			if err := write(cmd.OutOrStdout(), found); err != nil {
+				return err
+			}
+			if slices.ContainsFunc(found, func(d doctor.Diagnosis) bool { return d.State == doctor.Fail }) {
+				return errUnwell
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON array instead of lines")
+	return cmd
+}
+
+func examine(cmd *cobra.Command) []doctor.Diagnosis {
+	cfg, err := load(cmd)
+	if err != nil {
+		return doctor.Misconfigured(err)
+	}
+	return doctor.Examine(cmd.Context(), cfg, version())
+}
+
+func printLines(w io.Writer, found []doctor.Diagnosis) error {
+	for _, d := range found {
+		line := fmt.Sprintf("%-4s  %-14s  %s", d.State, d.What, d.Found)
+		if d.Remedy != "" {
+			line += "\n" + strings.Repeat(" ", 22) + "-> " + d.Remedy
+		}
+		if _, err := fmt.Fprintln(w, line); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func printJSON(w io.Writer, found []doctor.Diagnosis) error {
+	return json.MarshalWrite(w, found, jsontext.WithIndent("  "))
+}
+
+func newRewrap() *cobra.Command {
+	return &cobra.Command{
+		Use:   "rewrap",
+		Short: "Seal every stored record again under the newest version of Vault's key",
+		Long: `Seals every stored public key and boot secret, and the key that authenticates
+events, again under the newest version of the sealing key in Vault, inside Vault. Run it after
+"vault write -f orgkeys-seal/keys/seal/rotate".
+
+The server may run meanwhile, and a run that was interrupted is completed by
+another: records of the newest version are left alone, and so are those that
+change while it runs. One that does not open is named, and does not stop the
+others. Progress goes to standard error.
+
+What is being sealed at the moment of the rotation may be stored under the old
+version a little later. So a run soon after one looks at all records again when
+the version is old enough: after ORGKEYS_RESERVATION_TTL. When a run has ended
+without an error, nothing needs the older versions but backups of the database,
+and min_decryption_version may be raised as far as your backups allow. If it was
+raised too early, lower it and run this again: nothing is lost.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := load(cmd)
+			if err != nil {
+				return err
+			}
+			if cfg.Keystore != config.KeystoreVault {
+				return errors.New("records are sealed by the HSM, whose key has no versions: rewrap is for ORGKEYS_KEYSTORE=vault")
+			}
+			return server.Rewrap(cmd.Context(), cfg, cmd.ErrOrStderr(), newLogger(cfg))
+		},
+	}
+}

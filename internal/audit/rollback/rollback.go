@@ -1,0 +1,279 @@
+// Package rollback accepts that a log was set back on purpose, as by restoring a
+// backup: the log and its sinks say so, and go on from there.
+package rollback
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
+)
+
+// Store is the database that the log is in. Its implementation is sqlstore.
+type Store interface {
+	verify.Checkpoints
+	Head(ctx context.Context) (audit.Checkpoint, error)
+	At(ctx context.Context, size int64) (audit.Checkpoint, error)
+	Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error)
+	Rows(ctx context.Context) iter.Seq2[verify.Row, error]
+	Record(ctx context.Context, events ...audit.Event) error
+	Sequence(ctx context.Context, limit int) (int, error)
+	SinkNext(ctx context.Context, sink string) (int64, error)
+	Acknowledge(ctx context.Context, sink string, next int64, receipts [][]byte) error
+	LastSigned(ctx context.Context) (audit.Signed, error)
+	// Supersede sets the signed checkpoints from place seq on aside.
+	Supersede(ctx context.Context, seq int64) error
+}
+
+// Request is what an operator accepts.
+type Request struct {
+	Sinks     []audit.Sink
+	SinkFile  string // the file sink's path; empty: there is none among Sinks
+	Reason    string // why the log was set back
+	Rewritten bool   // whether a log is accepted that is not the beginning of the one that was lost
+}
+
+// acceptance is a rollback, from what the first sink held that the log does not
+// extend, and whether the log has its event.
+type acceptance struct {
+	audit.Rollback
+	recorded bool
+
+	request Request
+	store   Store
+	out     io.Writer
+	head    audit.Checkpoint
+}
+
+// Accept accepts that the log in store does not extend what the sinks hold, or
+// its newest signed checkpoint, and tells out what it did. It refuses a log that
+// was rewritten, unless that is requested.
+//
+// The event is written before a sink's note: after a crash in between, the
+// server still refuses, and the command can be run again.
+func Accept(ctx context.Context, store Store, r Request, out io.Writer) error {
+	// What was recorded and has no place yet takes it before the rollback's event does.
+	if err := sequence(ctx, store); err != nil {
+		return err
+	}
+	head, err := store.Head(ctx)
+	if err != nil {
+		return err
+	}
+	a := &acceptance{Rollback: audit.Rollback{To: head.Text(), Kept: head.Size, Reason: r.Reason}, request: r, store: store, out: out, head: head}
+	if err := a.compare(ctx); err != nil {
+		return err
+	}
+	accepted := false
+	for _, s := range r.Sinks {
+		done, err := a.acceptIn(ctx, s)
+		if err != nil {
+			return fmt.Errorf("sink %s: %w", s.Name(), err)
+		}
+		accepted = accepted || done
+	}
+	done, err := a.acceptSigned(ctx)
+	if err != nil {
+		return err
+	}
+	if !accepted && !done {
+		_, err = fmt.Fprintln(out, "nothing to accept: the log extends what the sinks hold")
+	}
+	return err
+}
+
+// compare finds out how many of the log's events are as the sinks and the
+// signed checkpoints have them: all, unless it was rewritten. What was accepted
+// before for the same reason, in another sink or by a run that was interrupted,
+// is accepted again as it was.
+func (a *acceptance) compare(ctx context.Context) error {
+	held, err := a.held(ctx)
+	if err != nil {
+		return err
+	}
+	problem, err := held.Differs(ctx, a.head, a.store.Entries)
+	if err != nil || problem == nil {
+		return err
+	}
+	earlier, err := acceptedBefore(ctx, a.store, problem.Index)
+	if err != nil {
+		return err
+	}
+	for _, e := range earlier {
+		if e.Reason == a.request.Reason {
+			a.Rollback, a.recorded = e.Rollback, true
+			return nil
+		}
+	}
+	switch {
+	case a.request.Rewritten:
+		a.Kept = problem.Index
+		_, err = fmt.Fprintf(a.out, "rewritten: %v\n", problem)
+		return err
+	case len(earlier) > 0:
+		return fmt.Errorf("the sink's copy differs from event %d on. Event %d accepted a rollback that explains this; if you meant that one, repeat --reason %q: %w", problem.Index, earlier[0].Index, earlier[0].Reason, problem)
+	}
+	return fmt.Errorf("the log was not only set back, it was rewritten: %w; keep the database and the sinks as evidence, and find out who did it; only --rewritten accepts it", problem)
+}
+
+// acceptedBefore returns the accepted rollbacks that account for a sink's other
+// event at an index.
+func acceptedBefore(ctx context.Context, db Store, differs int64) ([]verify.AcceptedRollback, error) {
+	var all []verify.AcceptedRollback
+	for row, err := range db.Rows(ctx) {
+		if err != nil {
+			return nil, err
+		}
+		if row.Type != audit.RollbackAccepted {
+			continue
+		}
+		e, err := audit.Decode(row.Leaf)
+		if err != nil {
+			return nil, err
+		}
+		if r := verify.RollbackOf(e, row.Index); r.Accounts(differs) {
+			all = append(all, r)
+		}
+	}
+	return all, nil
+}
+
+// held is all that can be compared with the log: the events in the sink's
+// file, and every checkpoint.
+func (a *acceptance) held(ctx context.Context) (*verify.Copy, error) {
+	held := &verify.Copy{}
+	if a.request.SinkFile != "" {
+		var err error
+		if held, err = verify.ReadCopyFile(a.request.SinkFile); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+	}
+	for _, s := range a.request.Sinks {
+		last, err := s.Last(ctx)
+		if errors.Is(err, audit.ErrCheckpointLost) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("sink %s: %w", s.Name(), err)
+		}
+		held.AddCheckpoint(last)
+	}
+	return held, verify.EachSigned(ctx, a.store, func(s audit.Signed) error { held.AddCheckpoint(s.Checkpoint); return nil })
+}
+
+// lastOf is what a sink holds, or ErrCheckpointLost.
+func lastOf(ctx context.Context, db Store, s audit.Sink) (audit.Checkpoint, error) {
+	held, err := s.Last(ctx)
+	if err != nil {
+		return held, err
+	}
+	next, err := db.SinkNext(ctx, s.Name())
+	if err != nil {
+		return held, err
+	}
+	return held, audit.CheckHeld(s, held, next)
+}
+
+// extended reports whether the log, which is at head, extends held.
+func extended(ctx context.Context, db Store, head, held audit.Checkpoint) (bool, error) {
+	if held.Size == 0 {
+		return true, nil
+	}
+	if held.Size > head.Size {
+		return false, nil
+	}
+	then, err := db.At(ctx, held.Size)
+	return then == held, err
+}
+
+func (a *acceptance) acceptIn(ctx context.Context, s audit.Sink) (bool, error) {
+	held, err := lastOf(ctx, a.store, s)
+	had := fmt.Sprintf("had acknowledged %d", held.Size)
+	switch {
+	case errors.Is(err, audit.ErrCheckpointLost):
+		had = "cannot say what it had acknowledged: " + err.Error()
+		if held, err = a.store.At(ctx, 0); err != nil {
+			return false, err
+		}
+	case err != nil:
+		return false, err
+	default:
+		if ok, err := extended(ctx, a.store, a.head, held); ok || err != nil {
+			return false, err
+		}
+	}
+	if err := a.record(ctx, held); err != nil {
+		return false, err
+	}
+	if s.Shared() {
+		// Progress goes first: if it stood higher than what the sink holds, a
+		// replica would take it for done.
+		if err := a.store.Acknowledge(ctx, s.Name(), 0, nil); err != nil {
+			return false, err
+		}
+	}
+	if err := s.AcceptRollback(ctx, a.Rollback); err != nil {
+		return false, err
+	}
+	_, err = fmt.Fprintf(a.out, "accepted: the log goes on from %d events; sink %s %s\n", a.head.Size, s.Name(), had)
+	return true, err
+}
+
+// record has the log say that the rollback from what was held is accepted. The
+// event gets its place in the log at once, for the sink's note refers to it and
+// the server may be started much later.
+func (a *acceptance) record(ctx context.Context, held audit.Checkpoint) error {
+	if a.recorded {
+		return nil
+	}
+	a.From = held.Text()
+	if err := a.store.Record(ctx, a.Event()); err != nil {
+		return err
+	}
+	a.recorded = true
+	return sequence(ctx, a.store)
+}
+
+// sequence gives all that is recorded its place in the log.
+func sequence(ctx context.Context, db Store) error {
+	for {
+		if n, err := db.Sequence(ctx, 1000); n == 0 || err != nil {
+			return err
+		}
+	}
+}
+
+// acceptSigned sets the signed checkpoints aside that the log does not extend.
+func (a *acceptance) acceptSigned(ctx context.Context) (bool, error) {
+	last, err := a.store.LastSigned(ctx)
+	if err != nil {
+		return false, err
+	}
+	if ok, err := extended(ctx, a.store, a.head, last.Checkpoint); ok || err != nil {
+		return false, err
+	}
+	first := last.Seq
+	err = verify.EachSigned(ctx, a.store, func(s audit.Signed) error {
+		ok, err := extended(ctx, a.store, a.head, s.Checkpoint)
+		if err == nil && !ok {
+			first = min(first, s.Seq)
+		}
+		return err
+	})
+	if err != nil {
+		return false, err
+	}
+	if err := a.record(ctx, last.Checkpoint); err != nil {
+		return false, err
+	}
+	if err := a.store.Supersede(ctx, first); err != nil {
+		return false, err
+	}
+	_, err = fmt.Fprintf(a.out, "accepted: the log goes on from %d events; the newest signed checkpoint covered %d\n", a.head.Size, last.Size)
+	return true, err
+}

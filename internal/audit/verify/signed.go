@@ -1,0 +1,60 @@
+package verify
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+)
+
+// Checkpoints are the signed checkpoints that the database keeps with the log.
+// Its implementation is sqlstore.
+type Checkpoints interface {
+	// SignedAfter returns the signed checkpoints behind place seq, oldest first.
+	SignedAfter(ctx context.Context, seq int64) ([]audit.Signed, error)
+	// CheckpointKeys returns the verifier keys that are kept with them.
+	CheckpointKeys(ctx context.Context) ([]string, error)
+}
+
+// EachSigned calls do for each signed checkpoint that is kept with the log.
+func EachSigned(ctx context.Context, kept Checkpoints, do func(audit.Signed) error) error {
+	for seq := int64(0); ; {
+		page, err := kept.SignedAfter(ctx, seq)
+		if err != nil || len(page) == 0 {
+			return err
+		}
+		for _, s := range page {
+			if err := do(s); err != nil {
+				return err
+			}
+			seq = s.Seq
+		}
+	}
+}
+
+// AddKept adds the signed checkpoints that are kept with the log. Each must be
+// signed by a given key or, where none is given, by one that is kept there, too.
+func (c *Copy) AddKept(ctx context.Context, kept Checkpoints, vkeys []string) error {
+	var notes []audit.Signed
+	if err := EachSigned(ctx, kept, func(s audit.Signed) error { notes = append(notes, s); return nil }); err != nil {
+		return err
+	}
+	if len(vkeys) == 0 {
+		var err error
+		if vkeys, err = kept.CheckpointKeys(ctx); err != nil {
+			return err
+		}
+	}
+	keys, err := audit.ParseKeys(vkeys...)
+	if err != nil {
+		return err
+	}
+	for _, s := range notes {
+		opened, err := keys.Open(s.Note)
+		if err != nil {
+			return fmt.Errorf("signed checkpoint %d in the database: %w", s.Seq, err)
+		}
+		c.AddSigned(opened.Checkpoint)
+	}
+	return nil
+}

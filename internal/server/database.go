@@ -1,0 +1,59 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// migrateTimeout is for a migration that has to go through millions of rows, or
+// wait for the replica that does.
+const migrateTimeout = 10 * time.Minute
+
+// OpenDatabase opens the database and brings its schema up to date.
+func OpenDatabase(ctx context.Context, cfg config.Config) (*sqlstore.DB, error) {
+	opening, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	db, err := sqlstore.Open(opening, DatabaseLocation(cfg))
+	if err != nil {
+		return nil, err
+	}
+	migrating, cancel := context.WithTimeout(ctx, migrateTimeout)
+	defer cancel()
+	if err := db.Migrate(migrating); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return db, nil
+}
+
+// OpenLog opens the database that the settings name, without changing it.
+func OpenLog(ctx context.Context, cfg config.Config) (*sqlstore.DB, error) {
+	location := DatabaseLocation(cfg)
+	if cfg.DatabaseURL == "" {
+		if _, err := os.Stat(location); err != nil {
+			return nil, fmt.Errorf("there is no log to read: %w (is ORGKEYS_DATA_DIR right?)", err)
+		}
+	}
+	db, err := sqlstore.Open(ctx, location)
+	if err != nil {
+		return nil, err
+	}
+	if err := db.CheckMigrated(ctx); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return db, nil
+}
+
+// DatabaseLocation is the URL or the file of the database that the settings name.
+func DatabaseLocation(cfg config.Config) string {
+	if cfg.DatabaseURL != "" {
+		return cfg.DatabaseURL
+	}
+	return filepath.Join(cfg.DataDir, "orgkeys.db")
+}

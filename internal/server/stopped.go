@@ -1,0 +1,122 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/rollback"
+	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/vault"
+)
+
+// stopped is what a command works with in the place of a server.
+type stopped struct {
+	db      *sqlstore.DB
+	backend backend
+	sinks   []audit.Sink
+
+	closers closers
+}
+
+func (o *stopped) close() error { return o.closers.close() }
+
+// openStopped opens the parts that the log needs, in a data directory that no
+// server uses meanwhile.
+func openStopped(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *stopped, err error) {
+	o := &stopped{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, o.close())
+		}
+	}()
+	dir, err := OpenDataDir(cfg.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	o.closers.add(dir.Close)
+	if o.db, err = OpenLog(ctx, cfg); err != nil {
+		return nil, err
+	}
+	o.closers.add(o.db.Close)
+	if o.backend, err = openBackend(ctx, cfg, dir.path, o.db, log); err != nil {
+		return nil, err
+	}
+	o.closers.add(o.backend.close)
+	o.sinks, err = o.backend.sinks(cfg)
+	return o, err
+}
+
+// AcceptRollback accepts that the log was set back, in the log and in every sink
+// that the settings name, and tells out what it did. No server runs meanwhile.
+func AcceptRollback(ctx context.Context, cfg config.Config, reason string, rewritten bool, out io.Writer, log *slog.Logger) (err error) {
+	o, err := openStopped(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, o.close()) }()
+	if err := openEventKey(ctx, o.backend.sealer, o.db); err != nil {
+		return err
+	}
+	request := rollback.Request{Sinks: o.sinks, Reason: reason, Rewritten: rewritten}
+	if slices.Contains(cfg.AuditSinks, config.SinkFile) {
+		request.SinkFile = cfg.AuditFile
+	}
+	return rollback.Accept(ctx, o.db, request, out)
+}
+
+// Rewrap brings all that Vault has sealed to the sealing key's newest version,
+// tells progress how far it is, and leaves an event.
+func Rewrap(ctx context.Context, cfg config.Config, progress io.Writer, log *slog.Logger) (err error) {
+	if err := HideMemory(); err != nil {
+		return fmt.Errorf("keeping memory private: %w", err)
+	}
+	db, err := OpenLog(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, db.Close()) }()
+	starting, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	client, err := openVaultClient(starting, cfg, log)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	sealer := client.Sealer()
+	done, err := sealer.RewrapAll(ctx, db, max(cfg.ReservationTTL, 2*gate.RecordDeadline), progress)
+	return errors.Join(err, done.Err(), recordRewrap(ctx, sealer, db, done, err))
+}
+
+// recordRewrap leaves the run's event, also of one that was interrupted. The
+// server gives it its place in the log.
+func recordRewrap(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB, done vault.Rewrapped, interrupted error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	e := audit.New(audit.SealsRewrapped, "")
+	e.Actor = audit.Actor{Kind: audit.System, ID: "rewrap"}
+	e.Detail = map[string]string{"version": strconv.Itoa(done.Version), "count": strconv.Itoa(done.Count)}
+	switch {
+	case interrupted != nil:
+		e.Outcome, e.Reason = audit.Failure, "interrupted"
+	case done.Broken > 0:
+		e.Outcome, e.Reason = audit.Failure, "sealed_record_broken"
+	}
+	err := openEventKey(ctx, sealer, db)
+	if err == nil {
+		err = db.Record(ctx, e)
+	}
+	if err != nil {
+		return fmt.Errorf("recording the run: %w", err)
+	}
+	return nil
+}
