@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/orgkeys/orgkeys/internal/commandline"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/hsm"
 )
@@ -44,15 +45,20 @@ func run(args []string) int {
 	// default action again, ends the process at once.
 	context.AfterFunc(ctx, stop)
 
-	cmd := newCommand()
-	cmd.SetArgs(args)
-	err := cmd.ExecuteContext(ctx)
-	if err == nil {
-		return 0
+	err := commandline.Execute(ctx, newCommand(), args)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "orgkeys:", err)
 	}
-	fmt.Fprintln(os.Stderr, "orgkeys:", err)
+	return exitCode(err)
+}
+
+// exitCode is what the program ends with after err.
+func exitCode(err error) int {
 	var exit *exitError
-	if errors.As(err, &exit) {
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit):
 		return exit.code
 	}
 	if errors.Is(err, hsm.ErrPIN) {
