@@ -22,7 +22,7 @@ import (
 
 func newAudit() *cobra.Command {
 	cmd := &cobra.Command{Use: "audit", Short: "Read and verify the audit log"}
-	cmd.AddCommand(newAuditVerify(), newAuditList(), newAuditExport(), newAuditProve(), newVerifyProof(),
+	cmd.AddCommand(newAuditVerify(), newVerifyExport(), newAuditList(), newAuditExport(), newAuditProve(), newVerifyProof(),
 		newAuditKey(), newAuditCheckpoint(), newAuditErase(), newAcceptRollback())
 	return cmd
 }
@@ -34,9 +34,11 @@ const codeNotExcluded = 3
 // counts as one that they do not have.
 const inFlight = time.Minute
 
+const notExcludedPrefix = "truncation not excluded: "
+
 // notExcluded is the error for what nothing from outside vouches for.
 func notExcluded(format string, args ...any) error {
-	return &exitError{codeNotExcluded, fmt.Errorf("truncation not excluded: "+format, args...)}
+	return &exitError{codeNotExcluded, fmt.Errorf(notExcludedPrefix+format, args...)}
 }
 
 var errNoCopy = notExcluded("no copy of the log from outside the data directory was compared; keep the file sink elsewhere (ORGKEYS_AUDIT_FILE), or give --sink a copy or --checkpoint a checkpoint that was kept elsewhere")
@@ -44,67 +46,75 @@ var errNoCopy = notExcluded("no copy of the log from outside the data directory 
 func newAuditVerify() *cobra.Command {
 	var g given
 	cmd := &cobra.Command{
-		Use:   "verify [ARCHIVE]",
-		Short: "Verify the audit log, or an export of it, offline",
-		Long: `Without ARCHIVE it is the log in the database: verifies that every event is the
-one that the log's Merkle tree was built from, that nothing is missing, inserted
-or out of order, that keys, policies, receipts, erasures and signed checkpoints
-agree with the events, and that the log extends what a sink holds. It reads the
-database directly and needs neither the server nor the HSM; the server may run
-meanwhile.
+		Use:   "verify",
+		Short: "Verify the audit log in the database, offline",
+		Long: `Verifies that every event is the one that the log's Merkle tree was built from,
+that nothing is missing, inserted or out of order, that keys, policies, receipts,
+erasures and signed checkpoints agree with the events, and that the log extends
+what a sink holds. It reads the database directly and needs neither the server
+nor the HSM; the server may run meanwhile. An export is verified with
+"orgkeys audit verify-export".
 
-With ARCHIVE it is an export: verifies it against the public keys given with
---key. It needs no settings. With --vault-audit every event is compared with
-Vault's own audit file, and the other way round.
+A log cannot show by itself that its end is not cut off, nor that it was not
+rewritten as a whole: whoever controls the database can do that. Something from
+elsewhere must vouch for the end: the file sink, which counts only if it lies
+outside the data directory or is given with --sink, or --checkpoint. Events of
+the last minute may be missing in a copy of the sink.
 
-Neither a log nor an export can show by itself that its end is not cut off, nor
-a log that it was not rewritten as a whole: whoever controls the database can do
-that. Something from elsewhere must vouch for the end. For the log that is the
-file sink, which counts only if it lies outside the data directory or is given
-with --sink, or --checkpoint; for an export --checkpoint or --vault-audit. Events
-of the last minute may be missing in a copy of the sink, and in an export those
-that no checkpoint had been signed over yet.
-
-Exit code 0: verified, and truncation is excluded. 1: something is wrong, or
-known to be missing; the first bad event is named. 3: verified, but truncation is
-not excluded: nothing from elsewhere vouches for the end.`,
-		Args: cobra.MaximumNArgs(1),
+` + exitCodesHelp,
+		Args: cobra.MaximumNArgs(1), // an export, as in older versions
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) == 1 {
-				if g.sink != "" {
+			return judged(cmd, g.asJSON, func(out io.Writer, v *verdict) error {
+				switch {
+				case len(args) == 1 && g.sink != "":
 					return errors.New("--sink is for the log in the database; an export is verified with --key, --checkpoint and --vault-audit")
+				case len(args) == 1:
+					return verifyExport(cmd, args[0], g, out, v)
+				case len(g.vaultFiles) > 0 || g.asOf != "":
+					return errors.New("--vault-audit is for an export: run \"orgkeys audit export FILE\", then \"orgkeys audit verify-export FILE --key … --vault-audit …\"")
 				}
-				return verifyExport(cmd, args[0], g)
-			}
-			if len(g.vaultFiles) > 0 {
-				return errors.New("--vault-audit is for an export: run \"orgkeys audit export FILE\", then \"orgkeys audit verify FILE --key … --vault-audit …\"")
-			}
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
-			db, err := server.OpenLog(cmd.Context(), cfg)
-			if err != nil {
-				return err
-			}
-			err = verifyLog(cmd, cfg, db, g)
-			return errors.Join(err, db.Close())
+				cfg, err := load(cmd)
+				if err != nil {
+					return err
+				}
+				return withLog(cmd, func(_ context.Context, db *sqlstore.DB) error { return verifyLog(cmd, cfg, db, g, out, v) })
+			})
 		},
 	}
-	cmd.Flags().StringArrayVar(&g.keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it; may be repeated")
-	cmd.Flags().StringArrayVar(&g.vaultFiles, "vault-audit", nil, "Vault's audit file; repeated for rotated ones")
+	g.flags(cmd)
 	cmd.Flags().StringVar(&g.sink, "sink", "", "a copy of the file sink, kept where the database's administrator cannot change it")
-	cmd.Flags().StringVar(&g.checkpoint, "checkpoint", "", "a file with a checkpoint of the log, kept likewise")
+	for _, name := range []string{"vault-audit", "as-of"} {
+		_ = cmd.Flags().MarkHidden(name) // there it is: no error
+	}
 	return cmd
 }
 
+const exitCodesHelp = `Exit code 0: verified, and truncation is excluded. 1: something is wrong, or
+known to be missing; the first bad event is named. 3: verified, but truncation is
+not excluded: nothing from elsewhere vouches for the end. --json prints the same
+as one JSON object, with the same exit codes; docs/audit.md describes it.`
+
 // given is what the caller of verify gave to compare the log with.
 type given struct {
-	sink, checkpoint string
-	keys, vaultFiles []string
+	sink, checkpoint, asOf string
+	keys, vaultFiles       []string
+	asJSON                 bool
 }
 
-func verifyLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) error {
+func (g *given) flags(cmd *cobra.Command) {
+	cmd.Flags().StringArrayVar(&g.keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it, or a file of them; may be repeated")
+	cmd.Flags().StringArrayVar(&g.vaultFiles, "vault-audit", nil, "Vault's audit file; repeated for rotated ones, and for every node that was ever active")
+	cmd.Flags().StringVar(&g.asOf, "as-of", "", "a time, as 2026-01-31T12:00:00Z, to which Vault's audit files must reach")
+	cmd.Flags().StringVar(&g.checkpoint, "checkpoint", "", "a checkpoint of the log that was kept elsewhere: a file, or the text, in any form in which a sink has it")
+	cmd.Flags().BoolVar(&g.asJSON, "json", false, "print one JSON object instead of lines")
+}
+
+func verifyLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given, out io.Writer, v *verdict) error {
+	keys, err := keysGiven(g.keys)
+	if err != nil {
+		return err
+	}
+	g.keys = keys
 	evidence, independent, err := gatherEvidence(cfg, g)
 	if err != nil {
 		return err
@@ -120,7 +130,7 @@ func verifyLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given) 
 	if err != nil {
 		return err
 	}
-	out := cmd.OutOrStdout()
+	v.ofLog(report)
 	fmt.Fprintf(out, "log %s: %d events, each the one that the tree was built from\n", report.Log.Origin, report.Log.Size)
 	fmt.Fprintf(out, "root hash %s\n", report.Log.Root)
 	if report.Signed > 0 {
@@ -179,7 +189,11 @@ func vouched(out io.Writer, r verify.Report) error {
 // gatherEvidence reads what to compare the log with, and says whether it comes
 // from outside the data directory.
 func gatherEvidence(cfg config.Config, g given) (*verify.Copy, bool, error) {
-	sink, checkpoint := g.sink, g.checkpoint
+	sink := g.sink
+	checkpoint, err := checkpointGiven(g.checkpoint, len(g.keys) > 0)
+	if err != nil {
+		return nil, false, err
+	}
 	independent := sink != "" || checkpoint != ""
 	if sink == "" {
 		sink = cfg.AuditFile
@@ -203,13 +217,9 @@ func gatherEvidence(cfg config.Config, g given) (*verify.Copy, bool, error) {
 		}
 	}
 	if checkpoint != "" {
-		text, err := os.ReadFile(checkpoint)
+		c, err := readCheckpoint(checkpoint, g.keys)
 		if err != nil {
-			return nil, false, err
-		}
-		c, err := readCheckpoint(string(text), g.keys)
-		if err != nil {
-			return nil, false, fmt.Errorf("%s: %w", checkpoint, err)
+			return nil, false, fmt.Errorf("--checkpoint: %w", err)
 		}
 		evidence.AddCheckpoint(c)
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -45,7 +46,7 @@ func newAuditExport() *cobra.Command {
 receipts and their keys, the life of each key, the policies that decided, and a
 manifest. It ends with the newest signed checkpoint, so that a signature covers
 all of it; SIGUSR1 makes a running server sign one at once. The server may run
-meanwhile. Verify it anywhere with: orgkeys audit verify FILE --key KEY`,
+meanwhile. Verify it anywhere with: orgkeys audit verify-export FILE --key KEY`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error { return export(cmd, ctx, db, args[0]) })
@@ -76,52 +77,92 @@ func export(cmd *cobra.Command, ctx context.Context, db *sqlstore.DB, name strin
 
 var errNoKey = errors.New("--key: give the log's verifier key, from somebody other than who gave you the archive; \"orgkeys audit key\" prints it")
 
-func verifyExport(cmd *cobra.Command, name string, g given) error {
-	if len(g.keys) == 0 {
+func newVerifyExport() *cobra.Command {
+	var g given
+	cmd := &cobra.Command{
+		Use:   "verify-export FILE --key KEY",
+		Short: "Verify an export of the audit log, anywhere and offline",
+		Long: `Verifies an export against the public keys given with --key: every signature,
+every event's place, every receipt, the policies and the inventory. It needs no
+settings. With --vault-audit every event is compared with Vault's own audit
+files, and the other way round.
+
+An export cannot show by itself that its end is not cut off: give --checkpoint or
+--vault-audit. Make the export first, then take these. Vault's files say nothing
+of what came after their newest entry, whose time is printed; with --as-of they
+must reach to a time that you know. In a cluster each node has a file, which only
+the active one writes: give those of all nodes that were ever active.
+
+contrib/verify_export.py does the same without any code of orgkeys, but for
+Vault's files.
+
+` + exitCodesHelp,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return judged(cmd, g.asJSON, func(out io.Writer, v *verdict) error { return verifyExport(cmd, args[0], g, out, v) })
+		},
+	}
+	g.flags(cmd)
+	return cmd
+}
+
+func verifyExport(cmd *cobra.Command, name string, g given, out io.Writer, v *verdict) error {
+	keys, err := keysGiven(g.keys)
+	if err != nil {
+		return err
+	}
+	if len(keys) == 0 {
 		return errNoKey
 	}
+	asOf, err := asOfGiven(g)
+	if err != nil {
+		return err
+	}
 	var outside archive.Outside
-	var err error
 	if outside.Vault, err = readVaultFiles(g.vaultFiles); err != nil {
 		return err
 	}
-	if g.checkpoint != "" {
-		text, err := os.ReadFile(g.checkpoint)
-		if err != nil {
-			return err
-		}
-		outside.Checkpoint = string(text)
+	if outside.Checkpoint, err = checkpointGiven(g.checkpoint, true); err != nil {
+		return err
 	}
 	f, err := os.Open(name)
 	if err != nil {
 		return err
 	}
-	report, err := archive.Verify(cmd.Context(), f, g.keys, outside, progressTo(cmd.ErrOrStderr(), "verified"))
+	report, err := archive.Verify(cmd.Context(), f, keys, outside, progressTo(cmd.ErrOrStderr(), "verified"))
 	if err := errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	out := cmd.OutOrStdout()
+	v.ofExport(report)
 	fmt.Fprintf(out, "log %s: %d events, each covered by the signed checkpoint\nroot hash %s\n", report.Manifest.Origin, report.Manifest.Size, report.Manifest.Root)
 	fmt.Fprintf(out, "%d checkpoints and %d receipts signed by a given key; the inventory of %d keys is what the events tell\n", report.Checkpoints, report.Receipts, report.Keys)
 	for _, r := range report.Rollbacks {
 		fmt.Fprintln(out, accepted(r))
 	}
-	return exportVouched(out, report)
+	return exportVouched(out, report, asOf)
+}
+
+// asOfGiven is the time to which Vault's audit files must reach; zero: any.
+func asOfGiven(g given) (time.Time, error) {
+	switch {
+	case g.asOf == "":
+		return time.Time{}, nil
+	case len(g.vaultFiles) == 0:
+		return time.Time{}, errors.New("--as-of is about Vault's audit files: give them with --vault-audit")
+	}
+	at, err := time.Parse(time.RFC3339, g.asOf)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("--as-of: %q is not a time as 2026-01-31T12:00:00Z", g.asOf)
+	}
+	return at, nil
 }
 
 // exportVouched says how far something from outside vouches for an export. Its
 // key vouches that every event in it is genuine, not that none came after.
-func exportVouched(out io.Writer, r archive.Report) error {
+func exportVouched(out io.Writer, r archive.Report, asOf time.Time) error {
 	size := r.Manifest.Size
-	if v := r.Vault; v != nil {
-		for _, l := range v.Lost {
-			fmt.Fprintf(out, "%d events in Vault's audit file, from %s to %s, were lost by the rollback that event %d accepted\n", l.Events, l.First, l.Last, l.Index)
-		}
-		if n := len(v.Torn); n > 0 {
-			return notExcluded("Vault's audit file holds each of the %d events, but %d of its lines are not whole, the first at %s: what Vault wrote there is not known", size, n, v.Torn[0])
-		}
-		_, err := fmt.Fprintf(out, "truncation excluded: Vault's audit file holds each of the %d events, and %d newer ones that no checkpoint had been signed over yet\n", size, v.Newer)
-		return err
+	if r.Vault != nil {
+		return vaultVouched(out, size, *r.Vault, asOf)
 	}
 	switch {
 	case r.Covered == 0:
@@ -130,6 +171,30 @@ func exportVouched(out io.Writer, r archive.Report) error {
 		return notExcluded("the checkpoint given vouches for %d of %d events, and nothing from elsewhere says where the log ended; give --checkpoint a newer one, or --vault-audit Vault's audit file", r.Covered, size)
 	}
 	_, err := fmt.Fprintf(out, "truncation excluded: the checkpoint given vouches for %d of %d events\n", r.Covered, size)
+	return err
+}
+
+// vaultVouched says of what time Vault's audit files speak: nobody can see in
+// them whether a file of another node is missing, or what came later.
+func vaultVouched(out io.Writer, size int64, v archive.VaultReport, asOf time.Time) error {
+	for _, f := range v.Files {
+		fmt.Fprintf(out, "Vault's audit file %s: %d entries from %s to %s\n", f.Name, f.Entries, f.First.Format(time.RFC3339), f.Last.Format(time.RFC3339))
+	}
+	for _, l := range v.Lost {
+		fmt.Fprintf(out, "%d events in Vault's audit file, from %s to %s, were lost by the rollback that event %d accepted\n", l.Events, l.First, l.Last, l.Index)
+	}
+	if n := len(v.Behind); n > 0 {
+		fmt.Fprintf(out, "%d lines of Vault's audit file have text before a whole entry, the first at %s, as a device with a prefix or who captures its output puts there; the entries were read\n", n, v.Behind[0])
+	}
+	newest := v.AsOf.Format(time.RFC3339)
+	switch {
+	case len(v.Torn) > 0:
+		return notExcluded("Vault's audit file holds each of the %d events, but %d of its lines are not whole, the first at %s: what Vault wrote there is not known", size, len(v.Torn), v.Torn[0])
+	case v.AsOf.Before(asOf):
+		return notExcluded("Vault's audit file holds each of the %d events, but its newest entry is of %s, before %s: give the file of every node that was active since", size, newest, asOf.Format(time.RFC3339))
+	}
+	_, err := fmt.Fprintf(out, "truncation excluded as of %s, when the newest entry given was written: Vault's audit file holds each of the %d events, and %d newer ones that no checkpoint had been signed over yet. "+
+		"This rests on the files of every node that was ever active\n", newest, size, v.Newer)
 	return err
 }
 
@@ -177,29 +242,45 @@ orgkeys audit verify-proof FILE --key KEY`,
 
 func newVerifyProof() *cobra.Command {
 	var keys []string
+	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "verify-proof FILE --key KEY",
 		Short: "Verify a proof of one event, without the rest of the log",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(keys) == 0 {
-				return errNoKey
-			}
-			text, err := os.ReadFile(args[0])
-			if err != nil {
-				return err
-			}
-			proof, signed, err := archive.VerifyProof(text, keys)
-			if err != nil {
-				return fmt.Errorf("%s: %w", args[0], err)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "event %d of log %s, which held %d events when it was signed:\n%s\n", proof.Index, signed.Origin, signed.Size, proof.Event)
-			return err
+			return judged(cmd, asJSON, func(out io.Writer, v *verdict) error { return verifyProof(args[0], keys, out, v) })
 		},
 	}
-	cmd.Flags().StringArrayVar(&keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it; may be repeated")
+	cmd.Flags().StringArrayVar(&keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it, or a file of them; may be repeated")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON object instead of lines")
 	return cmd
 }
+
+func verifyProof(name string, given []string, out io.Writer, v *verdict) error {
+	keys, err := keysGiven(given)
+	if err != nil {
+		return err
+	}
+	if len(keys) == 0 {
+		return errNoKey
+	}
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	proof, signed, err := archive.VerifyProof(text, keys)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	v.Origin, v.Size, v.Root, v.Covered = signed.Origin, signed.Size, signed.Root.String(), signed.Size
+	v.Proof = &proofVerdict{proof.Index, proof.Event}
+	_, err = fmt.Fprintf(out, "event %d of log %s, which held %d events when it was signed:\n%s\n", proof.Index, signed.Origin, signed.Size, proof.Event)
+	return err
+}
+
+// errNoneSigned: a key counts once it has signed something.
+var errNoneSigned = errors.New("no checkpoint has been signed yet, so no key is known to be the log's. A running server signs the first one when the log has grown, at the end of each ORGKEYS_CHECKPOINT_INTERVAL: " +
+	"wait for that, or send it SIGUSR1 (\"kill -USR1 PID\") to have it sign at once. If no server runs, start one, or run \"orgkeys audit checkpoint\"")
 
 func newAuditKey() *cobra.Command {
 	return &cobra.Command{
@@ -213,7 +294,7 @@ and give it to the auditors: it is all that verifying needs.`,
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
 				keys, err := archive.SigningKeys(ctx, db)
 				if err == nil && len(keys) == 0 {
-					err = archive.ErrNotSigned
+					err = errNoneSigned
 				}
 				if err != nil {
 					return err
