@@ -31,10 +31,17 @@ type Keys interface {
 	List(ctx context.Context, call gate.Call, org string) ([]orgkey.Key, error)
 	Delete(ctx context.Context, call gate.Call, org, id string) error
 	DeleteAll(ctx context.Context, call gate.Call, org string) (int, error)
-	Reject(ctx context.Context, call gate.Call, org string, action authz.Action, object, reason string) error
 }
 
 var _ Keys = (*orgkey.Service)(nil)
+
+// Rejections is who hears of an authenticated request that the edge refuses by
+// itself. Its implementation is gate.Gate.
+type Rejections interface {
+	Reject(ctx context.Context, call gate.Call, org string, action authz.Action, object, reason string) error
+}
+
+var _ Rejections = gate.Gate{}
 
 // Authenticator says whom a request's headers speak for. Its errors are those
 // of authn.Verifier.Authenticate.
@@ -45,6 +52,7 @@ type Config struct {
 	Keys         Keys
 	Nodes        Nodes
 	SystemEvents SystemEvents
+	Rejections   Rejections
 	Authenticate Authenticator
 	// Unauthenticated counts a refused caller for the audit trail's summaries;
 	// authn.Failures.Count does that.
@@ -70,8 +78,8 @@ type API struct {
 
 // New returns an API, or an error that says what is wrong with c.
 func New(c Config) (*API, error) {
-	if c.Keys == nil || c.Nodes == nil || c.SystemEvents == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
-		return nil, errors.New("the API lacks its use cases, authentication, metrics or log")
+	if c.Keys == nil || c.Nodes == nil || c.SystemEvents == nil || c.Rejections == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
+		return nil, errors.New("the API lacks its use cases, its gate, authentication, metrics or log")
 	}
 	crossOrigin, err := newCORS(c.CORSOrigins)
 	if err != nil {

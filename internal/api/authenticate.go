@@ -66,7 +66,7 @@ func (a *API) organization(action authz.Action) gin.HandlerFunc {
 // its say and the audit trail has the refusal.
 func (a *API) reject(c *gin.Context, reason string, p problem) {
 	x := exchangeOf(c)
-	if err := a.Keys.Reject(c.Request.Context(), x.call(), x.org, x.action, object(c), reason); err != nil && !errors.Is(err, gate.ErrBadOrg) {
+	if err := a.Rejections.Reject(c.Request.Context(), x.call(), x.org, x.action, object(c), reason); err != nil && !errors.Is(err, gate.ErrBadOrg) {
 		a.fail(c, err)
 		return
 	}

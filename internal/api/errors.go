@@ -12,6 +12,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -50,6 +51,20 @@ var (
 	notReady        = problem{http.StatusServiceUnavailable, "not_ready", "Not ready", 5}
 	generation      = problem{http.StatusInternalServerError, "generation_failed", "Key generation failed", 0}
 	internal        = problem{http.StatusInternalServerError, "internal", "Internal error", 0}
+)
+
+// The problems of nodes and secrets.
+var (
+	staleTimestamp = problem{http.StatusBadRequest, "stale_timestamp", "The timestamp is too far from the present; check the node's clock", 0}
+	badSignature   = problem{http.StatusBadRequest, "bad_signature", "Invalid signature", 0}
+	signatureUsed  = problem{http.StatusBadRequest, "signature_reused", "This signature was used for another request; sign again with a new timestamp", 0}
+	tooManyFailed  = problem{http.StatusTooManyRequests, "too_many_failures", "Invalid signature, and too many of them from this address. Please try again later.", 10}
+	nodesBusy      = problem{http.StatusServiceUnavailable, "overloaded", "Too many signed requests under way. Please try again shortly.", 2}
+	nodeNotFound   = problem{http.StatusNotFound, "node_not_found", "Node not found", 0}
+	nodeDeleted    = problem{http.StatusBadRequest, "node_already_deleted", "Node is already deleted", 0}
+	secretNotFound = problem{http.StatusNotFound, "secret_not_found", "Secret not found", 0}
+	secretBroken   = problem{http.StatusInternalServerError, "secret_broken", "A boot secret of this organization cannot be opened. An administrator has to store it again.", 0}
+	tooManySecrets = problem{http.StatusBadRequest, "too_many_secrets", "Maximum number of secrets (64) has been reached. Please delete existing secrets before creating new ones.", 0}
 )
 
 // generationError marks a failure of POST …/key, whose contract has words of
@@ -97,6 +112,33 @@ func problemFor(err error) problem {
 	default:
 		return internal
 	}
+}
+
+// nodeProblem is problemFor of what package node reports.
+func nodeProblem(err error) (problem, bool) {
+	if input, ok := errors.AsType[*node.InputError](err); ok {
+		return problem{http.StatusBadRequest, "invalid_request", input.Error(), 0}, true
+	}
+	for _, known := range []struct {
+		err error
+		problem
+	}{
+		{node.ErrStale, staleTimestamp},
+		{node.ErrSignature, badSignature},
+		{node.ErrReused, signatureUsed},
+		{node.ErrTooManyFailures, tooManyFailed},
+		{node.ErrBusy, nodesBusy},
+		{node.ErrNodeNotFound, nodeNotFound},
+		{node.ErrAlreadyDeleted, nodeDeleted},
+		{node.ErrSecretNotFound, secretNotFound},
+		{node.ErrSecretBroken, secretBroken},
+		{node.ErrTooManySecrets, tooManySecrets},
+	} {
+		if errors.Is(err, known.err) {
+			return known.problem, true
+		}
+	}
+	return problem{}, false
 }
 
 func quotaProblem(limit int) problem {

@@ -27,7 +27,7 @@ import (
 
 const keyID = "5b6f0c1e-8f0e-4c55-9d6d-0f7b6f9f4f7a"
 
-// useCases stands for orgkey.Service: it does what the edge under test has to
+// useCases stands for orgkey.Service and for the gate: it does what the edge under test has to
 // cope with, and notes what it was asked for.
 type useCases struct {
 	mu       sync.Mutex
@@ -146,7 +146,7 @@ func newBench(t *testing.T, adjust func(*Config)) *bench {
 	t.Helper()
 	b := &bench{t: t, keys: &useCases{private: testPEM()}, nodes: &nodeUseCases{}, events: &eventUseCase{}, logs: &logs{}, metrics: prometheus.NewRegistry()}
 	c := Config{
-		Keys: b.keys, Nodes: b.nodes, SystemEvents: b.events, Log: slog.New(slog.NewJSONHandler(b.logs, nil)), Metrics: b.metrics,
+		Keys: b.keys, Rejections: b.keys, Nodes: b.nodes, SystemEvents: b.events, Log: slog.New(slog.NewJSONHandler(b.logs, nil)), Metrics: b.metrics,
 		Unauthenticated: func(reason string) {
 			b.mu.Lock()
 			defer b.mu.Unlock()
@@ -284,7 +284,7 @@ func eventually(t *testing.T, what string, condition func() bool) {
 func newFuzzBench(f *testing.F) *bench {
 	keys := &useCases{}
 	a, err := New(Config{
-		Keys: keys, Nodes: &nodeUseCases{}, SystemEvents: &eventUseCase{}, Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(), Unauthenticated: func(string) {},
+		Keys: keys, Rejections: keys, Nodes: &nodeUseCases{}, SystemEvents: &eventUseCase{}, Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(), Unauthenticated: func(string) {},
 		Authenticate: func(context.Context, http.Header) (authz.Caller, error) { return authz.Caller{Subject: "alice"}, nil },
 	})
 	if err != nil {

@@ -16,30 +16,30 @@ var secretName = regexp.MustCompile(`^[a-z][a-z0-9_]{0,63}$`)
 
 // List returns org's nodes, the newest registration first, deleted ones left out.
 func (s *Service) List(ctx context.Context, call gate.Call, org string) ([]Node, error) {
-	pass, err := s.Decide(ctx, call, authz.ListNodes, org, "")
+	pass, err := s.gate.Decide(ctx, call, authz.ListNodes, org, "")
 	if err != nil {
 		return nil, err
 	}
-	nodes, err := s.Store.Nodes(ctx, org)
+	nodes, err := s.store.Nodes(ctx, org)
 	if err != nil {
-		return nil, s.Failed(ctx, pass, audit.NodesListed, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("reading nodes: %w", err))
+		return nil, s.gate.Failed(ctx, pass, audit.NodesListed, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("reading nodes: %w", err))
 	}
-	return nodes, s.Record(ctx, pass.Event(audit.NodesListed))
+	return nodes, s.gate.Record(ctx, pass.Event(audit.NodesListed))
 }
 
 // Delete deletes org's node id, which may come back by registering again.
 func (s *Service) Delete(ctx context.Context, call gate.Call, org, id string) error {
-	pass, err := s.Decide(ctx, call, authz.DeleteNode, org, id)
+	pass, err := s.gate.Decide(ctx, call, authz.DeleteNode, org, id)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
-	return s.changed(ctx, pass, s.Store.DeleteNode(ctx, org, id, pass.Event(audit.NodeDeleted)))
+	return s.recordFailure(ctx, pass, s.store.DeleteNode(ctx, org, id, pass.Event(audit.NodeDeleted)))
 }
 
-// changed records that an allowed change did not come about.
-func (s *Service) changed(ctx context.Context, pass gate.Pass, err error) error {
+// recordFailure records that an allowed change failed, and returns why.
+func (s *Service) recordFailure(ctx context.Context, pass gate.Pass, err error) error {
 	if err == nil {
 		return nil
 	}
@@ -52,26 +52,26 @@ func (s *Service) changed(ctx context.Context, pass gate.Pass, err error) error 
 	case errors.Is(err, ErrTooManySecrets):
 		reason = "too_many_secrets"
 	}
-	return s.Failed(ctx, pass, audit.RequestFailed, reason, err)
+	return s.gate.Failed(ctx, pass, audit.RequestFailed, reason, err)
 }
 
 // PutSecret stores value, 1 to envelope.MaxSecret bytes, as org's boot secret
 // name. The caller clears value.
 func (s *Service) PutSecret(ctx context.Context, call gate.Call, org, name string, value []byte) error {
-	pass, err := s.Decide(ctx, call, authz.PutSecret, org, name)
+	pass, err := s.gate.Decide(ctx, call, authz.PutSecret, org, name)
 	if err != nil {
 		return err
 	}
 	if wrong := checkSecret(name, value); wrong != nil {
-		return s.Failed(ctx, pass, audit.RequestFailed, "invalid", wrong)
+		return s.gate.Failed(ctx, pass, audit.RequestFailed, "invalid", wrong)
 	}
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
-	sealed, err := s.Sealer.Seal(ctx, secretBinding(org, name), value)
+	sealed, err := s.sealer.Seal(ctx, secretBinding(org, name), value)
 	if err != nil {
-		return s.changed(ctx, pass, fmt.Errorf("sealing a secret: %w", err))
+		return s.recordFailure(ctx, pass, fmt.Errorf("sealing a secret: %w", err))
 	}
-	return s.changed(ctx, pass, s.Store.PutSecret(ctx, org, SealedSecret{name, sealed}, MaxSecrets, pass.Event(audit.SecretPut)))
+	return s.recordFailure(ctx, pass, s.store.PutSecret(ctx, org, SealedSecret{name, sealed}, MaxSecrets, pass.Event(audit.SecretPut)))
 }
 
 func checkSecret(name string, value []byte) error {
@@ -89,24 +89,24 @@ func checkSecret(name string, value []byte) error {
 
 // ListSecrets returns the names and times of org's secrets, by name.
 func (s *Service) ListSecrets(ctx context.Context, call gate.Call, org string) ([]Secret, error) {
-	pass, err := s.Decide(ctx, call, authz.ListSecrets, org, "")
+	pass, err := s.gate.Decide(ctx, call, authz.ListSecrets, org, "")
 	if err != nil {
 		return nil, err
 	}
-	secrets, err := s.Store.SecretNames(ctx, org)
+	secrets, err := s.store.SecretNames(ctx, org)
 	if err != nil {
-		return nil, s.Failed(ctx, pass, audit.SecretsListed, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("reading secrets: %w", err))
+		return nil, s.gate.Failed(ctx, pass, audit.SecretsListed, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("reading secrets: %w", err))
 	}
-	return secrets, s.Record(ctx, pass.Event(audit.SecretsListed))
+	return secrets, s.gate.Record(ctx, pass.Event(audit.SecretsListed))
 }
 
 // DeleteSecret ends org's secret name. Nodes keep what they fetched.
 func (s *Service) DeleteSecret(ctx context.Context, call gate.Call, org, name string) error {
-	pass, err := s.Decide(ctx, call, authz.DeleteSecret, org, name)
+	pass, err := s.gate.Decide(ctx, call, authz.DeleteSecret, org, name)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
-	return s.changed(ctx, pass, s.Store.DeleteSecret(ctx, org, name, pass.Event(audit.SecretDeleted)))
+	return s.recordFailure(ctx, pass, s.store.DeleteSecret(ctx, org, name, pass.Event(audit.SecretDeleted)))
 }

@@ -40,13 +40,13 @@ func (s *Service) Secrets(ctx context.Context, from Origin, body []byte, deliver
 	if err != nil {
 		return err
 	}
-	size, err := s.Store.SecretsSize(ctx, r.org)
+	size, err := s.store.SecretsSize(ctx, r.org)
 	if err != nil {
-		return s.Failed(ctx, r.pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("measuring secrets: %w", err))
+		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("measuring secrets: %w", err))
 	}
 	held := min(answerBase+answerPreparing*size, answersMemory)
 	if err := s.reserve(ctx, held); err != nil {
-		return s.Failed(ctx, r.pass, audit.RequestFailed, "overloaded", err)
+		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "overloaded", err)
 	}
 	defer func() { s.memory.Release(held) }()
 	envelopes, err := s.fetch(ctx, r)
@@ -74,7 +74,7 @@ func (s *Service) reserve(ctx context.Context, size int64) error {
 
 func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
 	var event audit.Event
-	sealed, err := s.Store.Secrets(ctx, r.org, r.key, func(names []string) audit.Event {
+	sealed, err := s.store.Secrets(ctx, r.org, r.key, func(names []string) audit.Event {
 		event = r.event(audit.SecretsFetched, "", "")
 		event.Detail["secrets"] = strings.Join(names, ",")
 		return event
@@ -83,18 +83,18 @@ func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
 		return nil, err
 	}
 	// A registration writes this down itself.
-	s.seen.node(Sight{Ref{r.org, r.addr}, r.key}, s.Now())
+	s.seen.node(Sight{Ref{r.org, r.addr}, r.key}, s.now())
 	envelopes, err := s.envelop(ctx, r, sealed)
 	if err != nil {
 		reason := gate.ReasonFor(ctx, "unavailable")
 		if errors.Is(err, ErrSecretBroken) {
 			reason = "secret_broken"
 		}
-		return nil, s.Failed(ctx, r.pass, audit.RequestFailed, reason, err)
+		return nil, s.gate.Failed(ctx, r.pass, audit.RequestFailed, reason, err)
 	}
-	acknowledged, cancel := context.WithTimeout(ctx, s.AuditDeadline)
+	acknowledged, cancel := context.WithTimeout(ctx, s.auditDeadline)
 	defer cancel()
-	if err := s.Trail.Acknowledged(acknowledged, event.ID); err != nil {
+	if err := s.gate.Trail.Acknowledged(acknowledged, event.ID); err != nil {
 		return nil, fmt.Errorf("%w: %w", gate.ErrAudit, err)
 	}
 	return envelopes, nil
@@ -108,7 +108,7 @@ func (s *Service) envelop(ctx context.Context, r signed, stored []SealedSecret) 
 	for i, secret := range stored {
 		sealed[i] = orgkey.Sealed{Binding: secretBinding(r.org, secret.Name), Ciphertext: secret.Sealed}
 	}
-	opened, err := s.Sealer.Open(ctx, sealed)
+	opened, err := s.sealer.Open(ctx, sealed)
 	if errors.Is(err, orgkey.ErrSealBroken) {
 		return nil, fmt.Errorf("%w: %w", ErrSecretBroken, err)
 	}

@@ -70,16 +70,16 @@ func (s *Service) flush(ctx context.Context) {
 	if len(keys) == 0 && len(nodes) == 0 {
 		return
 	}
-	if err := s.Store.Seen(ctx, keys, nodes); err != nil {
-		s.Log.Warn("last uses of keys and sights of nodes are not written down", "keys", len(keys), "nodes", len(nodes), "error", err)
+	if err := s.store.Seen(ctx, keys, nodes); err != nil {
+		s.gate.Log.Warn("last uses of keys and sights of nodes are not written down", "keys", len(keys), "nodes", len(nodes), "error", err)
 	}
 }
 
 func (s *Service) forget(ctx context.Context) {
 	for {
-		n, err := s.Store.ForgetUses(ctx, s.Now(), forgetBatch)
+		n, err := s.store.ForgetUses(ctx, s.now(), forgetBatch)
 		if err != nil && ctx.Err() == nil {
-			s.Log.Warn("expired uses of signatures are not removed", "error", err)
+			s.gate.Log.Warn("expired uses of signatures are not removed", "error", err)
 		}
 		if err != nil || n < forgetBatch {
 			return

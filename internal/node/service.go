@@ -24,7 +24,7 @@ const margin = 60 * time.Second
 type Config struct {
 	Store  Store
 	Sealer orgkey.Sealer
-	gate.Gate
+	Gate   gate.Gate
 
 	Window        time.Duration    // how far a timestamp may be from the present, either way
 	AuditDeadline time.Duration    // how long secrets wait for the audit sinks
@@ -34,7 +34,13 @@ type Config struct {
 // Service is the use cases of bridge nodes. Each leaves an audit event if
 // the signature was good, whatever the outcome.
 type Service struct {
-	Config
+	gate          gate.Gate
+	store         Store
+	sealer        orgkey.Sealer
+	window        time.Duration
+	auditDeadline time.Duration
+	now           func() time.Time
+
 	verifier *verifier
 	seen     *seen
 	memory   *semaphore.Weighted // of answers to Secrets, in bytes
@@ -48,11 +54,14 @@ func New(c Config) (*Service, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	v, err := newVerifier(c.Store, c.Sealer, c.Log, c.Now)
+	v, err := newVerifier(c.Store, c.Sealer, c.Gate.Log, c.Now)
 	if err != nil {
 		return nil, err
 	}
-	return &Service{Config: c, verifier: v, seen: newSeen(), memory: semaphore.NewWeighted(answersMemory)}, nil
+	return &Service{
+		gate: c.Gate, store: c.Store, sealer: c.Sealer, window: c.Window, auditDeadline: c.AuditDeadline, now: c.Now,
+		verifier: v, seen: newSeen(), memory: semaphore.NewWeighted(answersMemory),
+	}, nil
 }
 
 // signed is a request whose signature is good and that the policy lets through.
@@ -68,7 +77,7 @@ func (s *Service) admit(ctx context.Context, from Origin, e endpoint, action aut
 	if err != nil {
 		return signed{}, err
 	}
-	if age := s.Now().Sub(r.time); age > s.Window || age < -s.Window {
+	if age := s.now().Sub(r.time); age > s.window || age < -s.window {
 		return signed{}, ErrStale
 	}
 	p, err := s.verifier.verify(ctx, from.Address, r)
@@ -79,7 +88,7 @@ func (s *Service) admit(ctx context.Context, from Origin, e endpoint, action aut
 		Caller:  authz.Caller{Kind: authz.Node, Subject: p.key, Org: r.org},
 		Request: from.Request, Address: from.Address,
 	}
-	pass, err := s.Decide(ctx, call, action, r.org, "")
+	pass, err := s.gate.Decide(ctx, call, action, r.org, "")
 	pass.Detail = map[string]string{"ip": r.addr.String()}
 	return signed{r, p, pass}, err
 }
@@ -87,7 +96,7 @@ func (s *Service) admit(ctx context.Context, from Origin, e endpoint, action aut
 func (s *Service) use(r signed) Use {
 	return Use{
 		Org: r.org, Key: r.key, Message: sha256.Sum256([]byte(r.line)), Request: r.digest(),
-		Until: r.presentable(r.line).Add(s.Window + margin),
+		Until: r.presentable(r.line).Add(s.window + margin),
 	}
 }
 
@@ -109,7 +118,7 @@ func (s *Service) Register(ctx context.Context, from Origin, body []byte) error 
 	n.ID = uuid.NewString()
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
-	err = s.Store.Register(ctx, s.use(r), n, func(id string, c Change) audit.Event {
+	err = s.store.Register(ctx, s.use(r), n, func(id string, c Change) audit.Event {
 		return r.event(audit.NodeRegistered, id, c)
 	})
 	return s.concluded(ctx, r, err)
@@ -123,7 +132,7 @@ func (s *Service) Unregister(ctx context.Context, from Origin, body []byte) erro
 	}
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
-	err = s.Store.Unregister(ctx, s.use(r), r.addr, func(id string, c Change) audit.Event {
+	err = s.store.Unregister(ctx, s.use(r), r.addr, func(id string, c Change) audit.Event {
 		return r.event(audit.NodeUnregistered, id, c)
 	})
 	return s.concluded(ctx, r, err)
@@ -134,15 +143,15 @@ func (s *Service) Unregister(ctx context.Context, from Origin, body []byte) erro
 func (s *Service) concluded(ctx context.Context, r signed, err error) error {
 	switch {
 	case err == nil:
-		s.seen.key(r.key, s.Now())
+		s.seen.key(r.key, s.now())
 		return nil
 	case errors.Is(err, ErrKeyGone):
 		return ErrSignature
 	case errors.Is(err, ErrReused):
-		return s.Failed(ctx, r.pass, audit.RequestFailed, "signature_reused", err)
+		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "signature_reused", err)
 	case errors.Is(err, ErrNodeNotFound):
-		return s.Failed(ctx, r.pass, audit.RequestFailed, "not_found", err)
+		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "not_found", err)
 	default:
-		return s.Failed(ctx, r.pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), err)
+		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), err)
 	}
 }

@@ -486,7 +486,7 @@ func (stuck) Append(context.Context, []audit.Entry, audit.Checkpoint) ([][]byte,
 
 func TestNoSecretBeforeItsEventIsAcknowledged(t *testing.T) {
 	w := newWorld(t, filepath.Join(t.TempDir(), "orgkeys.db"), stuck{audit.NewFileSink(filepath.Join(t.TempDir(), "audit.jsonl"))})
-	w.service.AuditDeadline = 200 * time.Millisecond
+	w.service = w.with(func(c *node.Config) { c.AuditDeadline = 200 * time.Millisecond })
 	k := w.release("acme")
 	w.must(w.service.PutSecret(t.Context(), by("acme", authz.Owner), "acme", "env_s3", []byte("A=1")))
 	got, err := w.secrets(k.signedAt("192.0.2.1", w.now()))

@@ -150,16 +150,21 @@ func newWorld(t testing.TB, location string, sinks ...audit.Sink) *world {
 }
 
 // another returns another replica, or the same after a restart.
-func (w *world) another() *node.Service {
+func (w *world) another() *node.Service { return w.with(func(*node.Config) {}) }
+
+// with returns a replica whose configuration was changed.
+func (w *world) with(change func(*node.Config)) *node.Service {
 	w.t.Helper()
 	policy, err := authz.Load(w.t.Context(), policies.Files)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	s, err := node.New(node.Config{
+	c := node.Config{
 		Store: w.db, Sealer: w, Window: 300 * time.Second, AuditDeadline: 5 * time.Second, Now: w.now,
 		Gate: gate.Gate{Policy: policy, Trail: w.log, Log: slog.New(slog.NewTextHandler(w.t.Output(), nil))},
-	})
+	}
+	change(&c)
+	s, err := node.New(c)
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -37,11 +37,11 @@ type Generated struct {
 // A crash (CRASH below) loses no more than this says; the sweeper, and for
 // Transit the reaper, clear it without anybody's help.
 func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deliver func(context.Context, Generated) error) error {
-	pass, err := s.Decide(ctx, call, authz.GenerateKey, org, "")
+	pass, err := s.gate.Decide(ctx, call, authz.GenerateKey, org, "")
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.ReservationLife/2)
+	ctx, cancel := context.WithTimeout(ctx, s.reservationLife/2)
 	defer cancel()
 
 	id := uuid.NewString()
@@ -58,7 +58,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 	}
 	leave := sync.OnceFunc(func() { s.admission.Release(1) })
 	defer leave()
-	key, err := s.Keystore.Create(ctx, id)
+	key, err := s.keystore.Create(ctx, id)
 	// CRASH: as above; a key object of the session is gone with the process,
 	// and a Transit key bears the reservation's name, by which the reaper finds it.
 	if err != nil {
@@ -85,7 +85,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 		s.cancel(ctx, id)
 		return s.refused(ctx, pass, err)
 	}
-	if err := s.Store.Release(ctx, id); err != nil {
+	if err := s.store.Release(ctx, id); err != nil {
 		err = orOverloaded(ctx, fmt.Errorf("releasing key %s: %w", id, err))
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err, "release_failed")))
 		return err
@@ -109,14 +109,14 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 // lockPatience is done without.
 func (s *Service) reserve(ctx context.Context, org, id string) error {
 	locked, cancel := context.WithTimeout(ctx, lockPatience)
-	unlock, err := s.Locker.Lock(locked, org)
+	unlock, err := s.locker.Lock(locked, org)
 	cancel()
 	if err == nil {
 		defer unlock()
 	} else if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	return s.Store.Reserve(ctx, org, id, s.Limit, s.ReservationLife)
+	return s.store.Reserve(ctx, org, id, s.limit, s.reservationLife)
 }
 
 // errBug is a panic, which the log tells of.
@@ -136,7 +136,7 @@ func (s *Service) sideBySide(ctx context.Context, halves ...func(context.Context
 		both.Go(func() (err error) {
 			defer func() {
 				if v := recover(); v != nil {
-					panics.Log(s.Log, v)
+					panics.Log(s.gate.Log, v)
 					err = errBug
 				}
 			}()
@@ -154,7 +154,7 @@ func (s *Service) take(ctx context.Context, key BackendKey, id string) (der []by
 		defer cancel()
 		if kept := key.Destroy(ctx); kept != nil {
 			// Said here, too, since the caller may hear of something that failed before.
-			s.Log.Warn("the back end may still have its copy of a key that was not released", "key", id, "error", kept)
+			s.gate.Log.Warn("the back end may still have its copy of a key that was not released", "key", id, "error", kept)
 			err = errors.Join(err, kept)
 		}
 		if err != nil {
@@ -171,22 +171,22 @@ func (s *Service) enter(ctx context.Context, pass gate.Pass, id string, public *
 	if err != nil {
 		return false, fmt.Errorf("encoding key %s: %w", id, err)
 	}
-	sealed, err := s.Sealer.Seal(ctx, Binding{Purpose: PublicKey, Org: pass.Org, ID: id}, der)
+	sealed, err := s.sealer.Seal(ctx, Binding{Purpose: PublicKey, Org: pass.Org, ID: id}, der)
 	if err != nil {
 		return false, fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, err)
 	}
 	created := pass.Event(audit.KeyCreated)
 	created.Object = id
-	created.Detail = map[string]string{"fingerprint": Thumbprint(public), "backend": s.Backend, "algorithm": "rsa-2048"}
+	created.Detail = map[string]string{"fingerprint": Thumbprint(public), "backend": s.backend, "algorithm": "rsa-2048"}
 	// Not given up halfway: nobody would know whether the record is there.
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
-	if err := s.Store.StorePending(storing, id, sealed, created); err != nil {
+	if err := s.store.StorePending(storing, id, sealed, created); err != nil {
 		return false, fmt.Errorf("storing key %s: %w", id, err)
 	}
-	waiting, cancel := context.WithTimeout(ctx, s.AuditDeadline)
+	waiting, cancel := context.WithTimeout(ctx, s.auditDeadline)
 	defer cancel()
-	if err := s.Trail.Acknowledged(waiting, created.ID); err != nil {
+	if err := s.gate.Trail.Acknowledged(waiting, created.ID); err != nil {
 		return true, fmt.Errorf("%w: %w", gate.ErrAudit, err)
 	}
 	return true, nil
@@ -197,8 +197,8 @@ func (s *Service) enter(ctx context.Context, pass gate.Pass, id string, public *
 func (s *Service) cancel(ctx context.Context, id string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
-	if err := s.Store.Cancel(ctx, id); err != nil {
-		s.Log.Warn("a place in the quota stays taken until its reservation expires", "key", id, "error", err)
+	if err := s.store.Cancel(ctx, id); err != nil {
+		s.gate.Log.Warn("a place in the quota stays taken until its reservation expires", "key", id, "error", err)
 	}
 }
 
@@ -212,16 +212,16 @@ func (s *Service) withdraw(ctx context.Context, pass gate.Pass, id, reason strin
 	event := pass.Event(audit.KeyWithdrawn)
 	event.Object, event.Reason, event.Outcome = id, reason, audit.Failure
 	if err := s.end(ctx, event); err != nil {
-		s.Log.Error("key not withdrawn yet", "key", id, "org", pass.Org, "reason", reason, "error", err)
+		s.gate.Log.Error("key not withdrawn yet", "key", id, "org", pass.Org, "reason", reason, "error", err)
 		s.owe(event)
 	}
 }
 
 // end withdraws the key that event is about.
 func (s *Service) end(ctx context.Context, event audit.Event) error {
-	err := s.Store.Withdraw(ctx, event.Object, event)
+	err := s.store.Withdraw(ctx, event.Object, event)
 	if err == nil {
-		s.Log.Warn("key withdrawn", "key", event.Object, "org", event.Org, "reason", event.Reason, "request", event.Request)
+		s.gate.Log.Warn("key withdrawn", "key", event.Object, "org", event.Org, "reason", event.Reason, "request", event.Request)
 	}
 	return err
 }
@@ -255,8 +255,8 @@ func (s *Service) delivered(ctx context.Context, pass gate.Pass, id string) {
 	defer cancel()
 	event := pass.Event(audit.KeyDelivered)
 	event.Object = id
-	if err := s.Store.Delivered(ctx, id, event); err != nil {
-		s.Log.Warn("delivery not confirmed in the record", "key", id, "org", pass.Org, "error", err)
+	if err := s.store.Delivered(ctx, id, event); err != nil {
+		s.gate.Log.Warn("delivery not confirmed in the record", "key", id, "org", pass.Org, "error", err)
 	}
 }
 
@@ -266,7 +266,7 @@ func (s *Service) refused(ctx context.Context, pass gate.Pass, why error) error 
 	why = orOverloaded(ctx, why)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
-	return s.Failed(ctx, pass, audit.KeyRefused, refusal(why), why)
+	return s.gate.Failed(ctx, pass, audit.KeyRefused, refusal(why), why)
 }
 
 // orOverloaded is why a generation failed. One that ran out of time is one too

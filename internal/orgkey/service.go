@@ -29,7 +29,7 @@ type Config struct {
 	Keystore Keystore
 	Sealer   Sealer
 	Locker   Locker
-	gate.Gate
+	Gate     gate.Gate
 
 	Backend         string        // the keystore's name in audit events
 	Limit           int           // keys an organization may have
@@ -41,9 +41,18 @@ type Config struct {
 // Service is the use cases of organization keys. Each method decides first,
 // and leaves an audit event whatever the outcome.
 type Service struct {
-	Config
+	gate      gate.Gate
+	store     Store
+	keystore  Keystore
+	sealer    Sealer
+	locker    Locker
 	admission *semaphore.Weighted
 	opener    *opener
+
+	backend         string
+	limit           int
+	reservationLife time.Duration
+	auditDeadline   time.Duration
 
 	mu   sync.Mutex
 	owed []audit.Event // withdrawals that failed
@@ -58,21 +67,25 @@ func New(c Config) (*Service, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Service{Config: c, admission: semaphore.NewWeighted(int64(c.Concurrency)), opener: o}, nil
+	return &Service{
+		gate: c.Gate, store: c.Store, keystore: c.Keystore, sealer: c.Sealer, locker: c.Locker,
+		admission: semaphore.NewWeighted(int64(c.Concurrency)), opener: o,
+		backend: c.Backend, limit: c.Limit, reservationLife: c.ReservationLife, auditDeadline: c.AuditDeadline,
+	}, nil
 }
 
 // List returns org's released keys, newest first. It fails closed: one record
 // that does not open for its organization and ID fails the whole list.
 func (s *Service) List(ctx context.Context, call gate.Call, org string) ([]Key, error) {
-	pass, err := s.Decide(ctx, call, authz.ListKeys, org, "")
+	pass, err := s.gate.Decide(ctx, call, authz.ListKeys, org, "")
 	if err != nil {
 		return nil, err
 	}
 	keys, err := s.keys(ctx, org)
 	if err != nil {
-		return nil, s.Failed(ctx, pass, audit.KeysListed, listFailure(ctx, err), err)
+		return nil, s.gate.Failed(ctx, pass, audit.KeysListed, listFailure(ctx, err), err)
 	}
-	if err := s.Record(ctx, pass.Event(audit.KeysListed)); err != nil {
+	if err := s.gate.Record(ctx, pass.Event(audit.KeysListed)); err != nil {
 		return nil, err
 	}
 	return keys, nil
@@ -86,7 +99,7 @@ func listFailure(ctx context.Context, err error) string {
 }
 
 func (s *Service) keys(ctx context.Context, org string) ([]Key, error) {
-	records, err := s.Store.Keys(ctx, org)
+	records, err := s.store.Keys(ctx, org)
 	if err != nil {
 		return nil, fmt.Errorf("reading keys: %w", err)
 	}
@@ -119,13 +132,13 @@ func ParsePublic(der []byte) (*rsa.PublicKey, error) {
 
 // Delete ends org's key id for every request that begins after it returned.
 func (s *Service) Delete(ctx context.Context, call gate.Call, org, id string) error {
-	pass, err := s.Decide(ctx, call, authz.DeleteKey, org, id)
+	pass, err := s.gate.Decide(ctx, call, authz.DeleteKey, org, id)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
-	err = s.Store.DeleteKey(ctx, org, id, pass.Event(audit.KeyDeleted))
+	err = s.store.DeleteKey(ctx, org, id, pass.Event(audit.KeyDeleted))
 	return s.changed(ctx, pass, err)
 }
 
@@ -135,22 +148,22 @@ func (s *Service) changed(ctx context.Context, pass gate.Pass, err error) error 
 	case err == nil:
 		return nil
 	case errors.Is(err, ErrNotFound):
-		return s.Failed(ctx, pass, audit.RequestFailed, "not_found", err)
+		return s.gate.Failed(ctx, pass, audit.RequestFailed, "not_found", err)
 	default:
-		return s.Failed(ctx, pass, audit.RequestFailed, "unavailable", err)
+		return s.gate.Failed(ctx, pass, audit.RequestFailed, "unavailable", err)
 	}
 }
 
 // DeleteAll ends all of org's keys, cancels what is being generated, and
 // returns how many released keys it ended.
 func (s *Service) DeleteAll(ctx context.Context, call gate.Call, org string) (int, error) {
-	pass, err := s.Decide(ctx, call, authz.DeleteAllKeys, org, "")
+	pass, err := s.gate.Decide(ctx, call, authz.DeleteAllKeys, org, "")
 	if err != nil {
 		return 0, err
 	}
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
-	n, err := s.Store.DeleteKeys(ctx, org, pass.Event(audit.KeysDeleted), func(id string, released bool) audit.Event {
+	n, err := s.store.DeleteKeys(ctx, org, pass.Event(audit.KeysDeleted), func(id string, released bool) audit.Event {
 		event := pass.Event(audit.KeyDeleted)
 		if !released {
 			event.Type, event.Reason = audit.KeyWithdrawn, "cancelled"
@@ -169,14 +182,14 @@ func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
 	defer ticker.Stop()
 	for {
 		if err := errors.Join(s.withdrawOwed(ctx), s.sweepOnce(ctx)); err != nil && ctx.Err() == nil {
-			s.Log.Warn("sweeping expired keys", "error", err)
+			s.gate.Log.Warn("sweeping expired keys", "error", err)
 		}
 		select {
 		case <-ctx.Done():
 			ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 			defer cancel()
 			if err := s.withdrawOwed(ending); err != nil {
-				s.Log.Error("ending", "error", err)
+				s.gate.Log.Error("ending", "error", err)
 			}
 			return nil
 		case <-ticker.C:
@@ -186,11 +199,11 @@ func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
 
 func (s *Service) sweepOnce(ctx context.Context) error {
 	for {
-		n, err := s.Store.Sweep(ctx, sweepBatch, SweptEvent)
+		n, err := s.store.Sweep(ctx, sweepBatch, SweptEvent)
 		if err != nil || n < sweepBatch {
 			return err
 		}
-		s.Log.Info("swept expired keys", "count", n)
+		s.gate.Log.Info("swept expired keys", "count", n)
 	}
 }
 

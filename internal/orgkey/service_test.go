@@ -76,6 +76,7 @@ func (s *heldSink) Append(ctx context.Context, entries []audit.Entry, c audit.Ch
 // fixture is a service on real parts.
 type fixture struct {
 	*orgkey.Service
+	gate gate.Gate
 	db   *sqlstore.DB
 	raw  *sql.DB
 	sink *heldSink
@@ -126,7 +127,7 @@ func newFixture(t *testing.T, change func(*orgkey.Config)) fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fixture{s, db, raw, sink}
+	return fixture{s, cfg.Gate, db, raw, sink}
 }
 
 func owner(org string) gate.Call {
@@ -531,7 +532,7 @@ func TestAPanicEndsOneGenerationAlone(t *testing.T) {
 			var destroyed atomic.Bool
 			f := newFixture(t, func(c *orgkey.Config) {
 				tt.fail(c, &destroyed)
-				c.Log = slog.New(slog.NewTextHandler(&log, nil))
+				c.Gate.Log = slog.New(slog.NewTextHandler(&log, nil))
 			})
 			if err := f.Generate(t.Context(), owner("acme"), "acme", accept); err == nil {
 				t.Error("the caller hears of success")
@@ -568,7 +569,7 @@ func TestACopyThatMayStillBeThereIsLogged(t *testing.T) {
 	f := newFixture(t, func(c *orgkey.Config) {
 		c.Keystore = holding(func() error { return errors.New("no answer") })
 		c.Sealer = refusing{c.Sealer}
-		c.Log = slog.New(slog.NewTextHandler(&log, nil))
+		c.Gate.Log = slog.New(slog.NewTextHandler(&log, nil))
 	})
 	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); !errors.Is(err, orgkey.ErrBackend) {
 		t.Errorf("the caller hears %v", err)
@@ -1009,13 +1010,13 @@ func TestPromise5_EveryOperationLeavesItsEvent(t *testing.T) {
 		{func() error { return f.Delete(t.Context(), owner("acme"), "acme", id) }, "orgkey.deleted"},
 		{func() error { _, err := f.DeleteAll(t.Context(), owner("acme"), "acme"); return err }, "orgkey.all_deleted"},
 		{func() error {
-			return f.Reject(t.Context(), owner("acme"), "acme", authz.GenerateKey, "", "not_acceptable")
+			return f.gate.Reject(t.Context(), owner("acme"), "acme", authz.GenerateKey, "", "not_acceptable")
 		}, "request.failed:not_acceptable"},
 		{func() error {
-			return f.Reject(t.Context(), owner("acme"), "../etc", authz.GenerateKey, "", "malformed_organization")
+			return f.gate.Reject(t.Context(), owner("acme"), "../etc", authz.GenerateKey, "", "malformed_organization")
 		}, "request.failed:malformed_organization"},
 		{func() error {
-			return f.Reject(t.Context(), owner("evil"), "acme", authz.GenerateKey, "", "not_acceptable")
+			return f.gate.Reject(t.Context(), owner("evil"), "acme", authz.GenerateKey, "", "not_acceptable")
 		}, "access.denied:other_organization"},
 	}
 	for i, s := range steps {

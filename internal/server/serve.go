@@ -122,7 +122,8 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	failures := &authn.Failures{}
 	surface, err := api.New(api.Config{
 		Keys: service, Nodes: nodes,
-		SystemEvents: &systemevent.Service{Gate: guard, Store: db},
+		SystemEvents: systemevent.New(guard, db),
+		Rejections:   guard,
 		Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
 		Checks: append([]api.Check{
 			{Name: "database", Ask: db.Healthy},

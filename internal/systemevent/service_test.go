@@ -26,7 +26,8 @@ import (
 type feed struct {
 	t       *testing.T
 	db      *sqlstore.DB
-	service systemevent.Service
+	service *systemevent.Service
+	gate    gate.Gate
 }
 
 func newFeed(t *testing.T) feed {
@@ -45,7 +46,8 @@ func newFeed(t *testing.T) feed {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
-	return feed{t, db, systemevent.Service{Gate: gate.Gate{Policy: policy, Trail: audit.NewLog(db, log), Log: log}, Store: db}}
+	g := gate.Gate{Policy: policy, Trail: audit.NewLog(db, log), Log: log}
+	return feed{t, db, systemevent.New(g, db), g}
 }
 
 // happened records an event of acme's, some time ago.
@@ -291,7 +293,8 @@ func (noTrail) Record(context.Context, ...audit.Event) error { return orgkey.Err
 func TestNothingIsReadWithoutItsEvent(t *testing.T) {
 	f := newFeed(t)
 	f.happened(time.Minute, audit.KeyCreated, "", "ada", "k-1")
-	f.service.Trail = noTrail{}
+	f.gate.Trail = noTrail{}
+	f.service = systemevent.New(f.gate, f.db)
 	page, err := f.service.Read(t.Context(), by("o", "acme", authz.Owner), nil)
 	if !errors.Is(err, gate.ErrAudit) || len(page.Events) != 0 {
 		t.Errorf("%d events, %v", len(page.Events), err)
@@ -302,7 +305,8 @@ func TestNothingIsReadWithoutItsEvent(t *testing.T) {
 func TestAnUnknownScopeIsTheNarrowOne(t *testing.T) {
 	f := newFeed(t)
 	f.happened(time.Minute, audit.KeyCreated, "", "ada", "k-1")
-	f.service.Policy = scope("workspace")
+	f.gate.Policy = scope("workspace")
+	f.service = systemevent.New(f.gate, f.db)
 	page, err := f.service.Read(t.Context(), by("o", "acme", authz.Owner), nil)
 	if err != nil || len(page.Events) != 0 {
 		t.Errorf("%d events, %v", len(page.Events), err)

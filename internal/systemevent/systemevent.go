@@ -137,21 +137,24 @@ func read(s Stored) (Event, error) {
 
 // Service is the use case. Every read leaves its own audit event.
 type Service struct {
-	gate.Gate
-	Store Store
+	gate  gate.Gate
+	store Store
 }
+
+// New returns a Service.
+func New(g gate.Gate, store Store) *Service { return &Service{g, store} }
 
 // Read answers a request for events: of the caller's organization, or of the
 // one that the body names, as far as the policy says. What is wrong with body
 // is a *jsonbody.Error.
 func (s *Service) Read(ctx context.Context, call gate.Call, body []byte) (Page, error) {
 	f, wrong := parse(body, call.Caller.Org, time.Now())
-	pass, err := s.Decide(ctx, call, authz.ReadEvents, f.Org, "")
+	pass, err := s.gate.Decide(ctx, call, authz.ReadEvents, f.Org, "")
 	if err != nil {
 		return Page{}, err
 	}
 	if wrong != nil {
-		return Page{}, s.Failed(ctx, pass, audit.RequestFailed, "invalid", wrong)
+		return Page{}, s.gate.Failed(ctx, pass, audit.RequestFailed, "invalid", wrong)
 	}
 	// Any scope but the whole organization is the narrow one.
 	if pass.Decision.Scope != authz.WholeOrganization {
@@ -159,16 +162,16 @@ func (s *Service) Read(ctx context.Context, call gate.Call, body []byte) (Page, 
 	}
 	page, err := s.page(ctx, f)
 	if err != nil {
-		return Page{}, s.Failed(ctx, pass, audit.EventsRead, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("reading events: %w", err))
+		return Page{}, s.gate.Failed(ctx, pass, audit.EventsRead, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("reading events: %w", err))
 	}
-	if err := s.Record(ctx, readEvent(pass, f, page)); err != nil {
+	if err := s.gate.Record(ctx, readEvent(pass, f, page)); err != nil {
 		return Page{}, err
 	}
 	return page, nil
 }
 
 func (s *Service) page(ctx context.Context, f Filter) (Page, error) {
-	stored, total, err := s.Store.SystemEvents(ctx, f)
+	stored, total, err := s.store.SystemEvents(ctx, f)
 	if err != nil {
 		return Page{}, err
 	}
