@@ -18,6 +18,7 @@
 package envelope
 
 import (
+	"crypto"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/hmac"
@@ -84,9 +85,9 @@ func Seal(recipient *rsa.PublicKey, secret []byte) ([]byte, error) {
 	return text, nil
 }
 
-// Open returns the secret. The caller clears it. A wrong key and a changed
+// Open returns the secret. The caller clears it. The recipient is an RSA key. A wrong key and a changed
 // envelope are the same error, and nothing is decrypted before the MAC is right.
-func Open(recipient *rsa.PrivateKey, text []byte) ([]byte, error) {
+func Open(recipient crypto.Decrypter, text []byte) ([]byte, error) {
 	if len(text) > maxText {
 		return nil, ErrTooLong
 	}
@@ -94,10 +95,14 @@ func Open(recipient *rsa.PrivateKey, text []byte) ([]byte, error) {
 	if err := json.Unmarshal(text, &f); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrFormat, err)
 	}
-	if err := f.check(recipient.Size()); err != nil {
+	public, ok := recipient.Public().(*rsa.PublicKey)
+	if !ok {
+		return nil, ErrNotAuthentic
+	}
+	if err := f.check(public.Size()); err != nil {
 		return nil, err
 	}
-	key, err := rsa.DecryptOAEP(sha256.New(), nil, recipient, f.Key, nil)
+	key, err := recipient.Decrypt(nil, f.Key, &rsa.OAEPOptions{Hash: crypto.SHA256})
 	defer clear(key)
 	if err != nil || len(key) != keySize || !hmac.Equal(f.MAC, mac(key, f.IV, f.CT)) {
 		return nil, ErrNotAuthentic

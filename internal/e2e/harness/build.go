@@ -25,7 +25,29 @@ var program build
 
 // Main runs a package's tests and removes what the harness built. TestMain
 // calls it and exits with what it returns.
-func Main(m *testing.M) int {
+func Main(m *testing.M) int { return main(m.Run) }
+
+// MainServing is Main with a server that the package's tests and examples
+// share. They use organizations of their own.
+func MainServing(m *testing.M, use func(*Server)) int {
+	return main(func() int {
+		path, err := program.once["orgkeys"]()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		s := newServer(path, filepath.Join(program.dir, "data"))
+		if err := s.launch(); err != nil {
+			fmt.Fprintf(os.Stderr, "starting orgkeys: %v\n%s", err, s.Output())
+			return 1
+		}
+		defer s.Kill()
+		use(s)
+		return m.Run()
+	})
+}
+
+func main(run func() int) int {
 	dir, err := os.MkdirTemp("", "orgkeys-e2e-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -37,7 +59,7 @@ func Main(m *testing.M) int {
 		"orgkeys":      sync.OnceValues(func() (string, error) { return compile(dir, "orgkeys") }),
 		"orgkeys-race": sync.OnceValues(func() (string, error) { return compile(dir, "orgkeys-race", "-race") }),
 	}
-	return m.Run()
+	return run()
 }
 
 // Binary is the path of the program.

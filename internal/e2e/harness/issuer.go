@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -30,15 +31,25 @@ func (s *Server) Token(t testing.TB, org, role string) string {
 	if known {
 		return token
 	}
-	stdout, stderr, code := s.Run(t, "token", "--org", org, "--role", role, "--subject", "admin")
-	if code != 0 {
-		t.Fatalf("orgkeys token: exit code %d\n%s", code, stderr)
+	token, err := s.DevelopmentToken(org, role)
+	if err != nil {
+		t.Fatal(err)
 	}
-	token = strings.TrimSpace(stdout)
 	s.mu.Lock()
 	s.tokens[org+" "+role] = token
 	s.mu.Unlock()
 	return token
+}
+
+// DevelopmentToken is a fresh token of the development issuer for "admin".
+func (s *Server) DevelopmentToken(org, role string) (string, error) {
+	cmd := exec.Command(s.binary, "token", "--org", org, "--role", role, "--subject", "admin")
+	cmd.Env = s.environment()
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("orgkeys token: %w", err)
+	}
+	return strings.TrimSpace(string(out)), nil
 }
 
 // Claims are the claims of a token.
