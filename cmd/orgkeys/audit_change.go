@@ -86,15 +86,18 @@ func newAcceptRollback() *cobra.Command {
 		Use:   "accept-rollback --reason TEXT [--rewritten]",
 		Short: "Go on with a log that was set back, as after restoring a backup",
 		Long: `The server refuses to start when the log does not extend what a sink has
-acknowledged, or its newest signed checkpoint: events were lost, by a restored
-backup or by somebody's hand. Find out which. If it was a backup, this records
+acknowledged, or its newest signed checkpoint; one that runs gives no event its
+place in the log. Events were lost: by a failover to a standby that lacked them,
+by a restored backup, or by somebody's hand. Find out which. If it was one of the
+first two, this names what the file sink holds and the database has lost, records
 why in the log and in the sinks, and the server goes on from here. The sinks keep
 the events that the log has lost.
 
-A restored backup is the beginning of the log that was lost. If it is not, that
-is: if an event in it is another one than the sinks hold, somebody rewrote the
-log. The command names the first such event and refuses, unless --rewritten says
-that this, too, is to be accepted; the log and the sinks then keep which event.
+What a failover or a restored backup leaves is the beginning of the log that was
+lost. If it is not, that is: if an event in it is another one than the sinks
+hold, somebody rewrote the log. The command names the first such event and
+refuses, unless --rewritten says that this, too, is to be accepted; the log and
+the sinks then keep which event.
 Of Vault only the checkpoint can be compared here, not the events: afterwards
 verify an export with --vault-audit.
 

@@ -48,8 +48,18 @@ type Store interface {
 	// Sequence gives the next indices to at most limit events that have none,
 	// and extends the tree by them, in one transaction. It returns how many.
 	// While another process is at it, it returns 0. Events whose MAC is wrong it
-	// sets aside, once, with an *UnauthenticatedError besides the number.
-	Sequence(ctx context.Context, limit int) (int, error)
+	// sets aside, once, with an *UnauthenticatedError besides the number. It gives
+	// none unless the condition is met: else it reports *TimelineError or
+	// *RollbackError, or *HaltError because of another replica's sinks.
+	Sequence(ctx context.Context, limit int, only Condition) (int, error)
+	// Timeline identifies the database's history: it is another one after a
+	// failover or a restored backup (PostgreSQL's timeline ID). It is empty where
+	// that cannot be told.
+	Timeline(ctx context.Context) (string, error)
+	// SinkAhead notes, for all replicas, that a sink of this one holds size events
+	// that the log does not extend, and SinkFits that it fits.
+	SinkAhead(ctx context.Context, sink string, size int64) error
+	SinkFits(ctx context.Context, sink string) error
 	// Head returns the log's present checkpoint.
 	Head(ctx context.Context) (Checkpoint, error)
 	// At returns the checkpoint that the log had at an earlier size.
@@ -85,8 +95,9 @@ type Log struct {
 	signed    atomic.Int64  // the place of the newest signed checkpoint, for the sinks
 	size      atomic.Int64  // of the log, as far as this process has noticed
 
-	grown broadcast // the log has grown, or a signed checkpoint has come
-	acted broadcast // a sink has acknowledged something, or failed
+	growth growth
+	grown  broadcast // the log has grown, or a signed checkpoint has come
+	acted  broadcast // a sink has acknowledged something, or failed
 }
 
 // broadcast wakes everybody who waits for it.
@@ -217,12 +228,17 @@ func (l *Log) offer(seq int64) {
 func (l *Log) Flush(ctx context.Context) error {
 	for {
 		n, err := l.advance(ctx)
+		if n > 0 {
+			continue
+		}
+		if passing(err) && ctx.Err() == nil {
+			pause(ctx, waiting)
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("giving the last events their place in the log: %w", err)
 		}
-		if n == 0 {
-			break
-		}
+		break
 	}
 	head, err := l.store.Head(ctx)
 	if err != nil {
@@ -326,8 +342,13 @@ func (l *Log) sequence(ctx context.Context) {
 			err = l.announce(ctx)
 		}
 		if err != nil && ctx.Err() == nil {
-			l.log.Warn("giving events their place in the log", "error", err)
+			if l.halt(err) {
+				l.log.Warn("giving events their place in the log", "error", err)
+			}
 			pause(ctx, poll)
+		}
+		if err == nil {
+			l.halt(nil)
 		}
 		if n < sequenceBatch {
 			l.await(ctx)
@@ -338,7 +359,14 @@ func (l *Log) sequence(ctx context.Context) {
 // advance gives a batch of events their places, and returns how many it has
 // done with.
 func (l *Log) advance(ctx context.Context) (int, error) {
-	n, err := l.store.Sequence(ctx, sequenceBatch)
+	only, err := l.condition(ctx)
+	if err != nil {
+		return 0, err
+	}
+	n, err := l.store.Sequence(ctx, sequenceBatch, only)
+	if moved, ok := errors.AsType[*TimelineError](err); ok {
+		l.moveTo(moved.Timeline)
+	}
 	if forged, ok := errors.AsType[*UnauthenticatedError](err); ok {
 		l.log.Error("somebody writes to the database", "error", err)
 		return n + forged.Count, nil

@@ -62,9 +62,10 @@ func (e *RollbackError) Error() string {
 }
 
 // SetBack reports whether err says that the log does not extend what a sink
-// holds of it, so that only an operator's word lets it go on.
+// holds of it, here or on another replica, so that only an operator's word lets it go on.
 func SetBack(err error) bool {
-	return errors.As(err, new(*RollbackError)) || errors.Is(err, ErrCheckpointLost)
+	halted, ok := errors.AsType[*HaltError](err)
+	return ok && halted.SetBack || errors.As(err, new(*RollbackError)) || errors.Is(err, ErrCheckpointLost)
 }
 
 // follower brings one sink up to the log and keeps it there.
@@ -77,6 +78,8 @@ type follower struct {
 
 	mu       sync.Mutex
 	held     Checkpoint // what the sink has acknowledged, as it was then
+	newest   Checkpoint // the newest that it ever said it holds
+	attended *string    // the database's timeline when it said so last; nil: it has not
 	err      error
 	caughtUp time.Time // when it last held the whole log
 }
@@ -114,6 +117,9 @@ func (f *follower) run(ctx context.Context) {
 		}
 		f.set(held, err)
 		f.log.log.Warn("an audit sink is behind", "sink", f.sink.Name(), "next", held.Size, "error", err)
+		if err := f.log.HoldBack(ctx, err); err != nil {
+			f.log.log.Warn("other replicas do not know of it yet", "error", err)
+		}
 		pause(ctx, backoff)
 		backoff = min(2*backoff, sinkBackoff)
 	}
@@ -121,12 +127,19 @@ func (f *follower) run(ctx context.Context) {
 
 // follow resumes where the sink is and goes on until something fails.
 func (f *follower) follow(ctx context.Context) error {
-	held, err := f.resume(ctx)
+	held, err := f.begin(ctx)
 	if err != nil {
 		return err
 	}
 	for {
 		grown := f.log.grown.wait()
+		timeline, err := f.log.timeline(ctx)
+		if err == nil && !f.askedUnder(timeline) {
+			held, err = f.begin(ctx)
+		}
+		if err != nil {
+			return err
+		}
 		after, err := f.step(ctx, held)
 		if err != nil {
 			return err
@@ -153,28 +166,50 @@ func (f *follower) follow(ctx context.Context) error {
 	}
 }
 
+// begin resumes where the sink is, and lets the log grow behind what it holds.
+func (f *follower) begin(ctx context.Context) (Checkpoint, error) {
+	held, err := f.resume(ctx)
+	if err == nil {
+		err = f.log.store.SinkFits(ctx, f.sink.Name())
+	}
+	if err == nil {
+		f.log.hurry()
+	}
+	return held, err
+}
+
 // resume asks the sink how far it is, and checks that the log goes on from
 // there. Of a shared sink's entries, those that were never noted as acknowledged
 // are to be given again, lest their receipts be missing.
 func (f *follower) resume(ctx context.Context) (held Checkpoint, err error) {
 	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
+	timeline, err := f.log.timeline(ctx)
+	if err != nil {
+		return Checkpoint{}, err
+	}
 	var last Checkpoint // of the call alone, when it has been given up
 	if err := f.bounded(ctx, func() (err error) { last, err = f.sink.Last(ctx); return err }); err != nil {
 		return Checkpoint{}, fmt.Errorf("asking sink %s for its last checkpoint: %w", f.sink.Name(), err)
 	}
 	held = last
-	if _, err := f.extended(ctx, held); err != nil || !f.sink.Shared() {
+	if _, err := f.extended(ctx, held); err != nil {
 		return held, err
 	}
-	next, err := f.log.store.SinkNext(ctx, f.sink.Name())
-	if err == nil {
-		err = CheckHeld(f.sink, held, next)
+	if f.sink.Shared() {
+		next, err := f.log.store.SinkNext(ctx, f.sink.Name())
+		if err == nil {
+			err = CheckHeld(f.sink, held, next)
+		}
+		if err == nil && next < held.Size {
+			held, err = f.log.store.At(ctx, next)
+		}
+		if err != nil {
+			return held, err
+		}
 	}
-	if err != nil || next >= held.Size {
-		return held, err
-	}
-	return f.log.store.At(ctx, next)
+	f.asked(timeline, last)
+	return held, nil
 }
 
 // extended returns the log's head, and reports *RollbackError unless the log

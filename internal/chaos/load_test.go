@@ -141,6 +141,9 @@ func (l *load) exchange(request *http.Request) (answer, error) {
 	}
 	defer response.Body.Close()
 	body, err := io.ReadAll(response.Body)
+	if response.StatusCode == http.StatusServiceUnavailable {
+		time.Sleep(20 * time.Millisecond) // likewise
+	}
 	return answer{response.StatusCode, response.Header, body}, err
 }
 

@@ -102,6 +102,7 @@ func Examine(ctx context.Context, cfg config.Config, version string) []Diagnosis
 		return d.found
 	}
 	d.sinks(ctx, db, sinks)
+	d.heldBack(ctx, db)
 	if d.cfg.DatabaseURL != "" { // SQLite's one process tells nobody of itself
 		d.replicas(ctx, db, revision)
 	}
@@ -410,6 +411,22 @@ func (d *doctor) sinks(ctx context.Context, db *sqlstore.DB, sinks []audit.Sink)
 	}
 }
 
+// rollbackRemedy is for a sink that the log does not extend.
+const rollbackRemedy = "find out why; if the database failed over or a backup was restored, and what it lost is to stay lost: docs/operations.md, Failover, and orgkeys audit accept-rollback --reason …"
+
+// heldBack looks for what other replicas found of their sinks.
+func (d *doctor) heldBack(ctx context.Context, db *sqlstore.DB) {
+	ahead, err := db.SinksAhead(ctx)
+	if err != nil {
+		d.fail("audit log", "see the database's own log", "%v", err)
+		return
+	}
+	for _, s := range ahead {
+		d.fail("audit log", rollbackRemedy, "no event is given its place: sink %s of %s holds %d events that the log does not extend (since %s)",
+			s.Sink, s.Holder, s.Size, s.Found.Format(time.RFC3339))
+	}
+}
+
 // sinkFile compares the last checkpoint in the file with the log, without
 // opening it for writing: a server may be at it.
 func (d *doctor) sinkFile(ctx context.Context, db *sqlstore.DB, name string) {
@@ -470,7 +487,7 @@ var errHeldOnly = errors.New("doctor changes nothing")
 func (d *doctor) sink(name string, err error) {
 	switch {
 	case audit.SetBack(err):
-		d.fail(name, "find out why; if it was on purpose, as a restored backup is, run: orgkeys audit accept-rollback --reason …", "%v", err)
+		d.fail(name, rollbackRemedy, "%v", err)
 	case err != nil:
 		d.fail(name, "no key is released until it answers", "%v", err)
 	default:

@@ -76,6 +76,11 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	if err := openEventKey(starting, backend.sealer, db); err != nil {
 		return err
 	}
+	holder, err := sqlstore.Holder(dir.path)
+	if err != nil {
+		return err
+	}
+	db.UseHolder(holder)
 	sinks, err := backend.sinks(cfg)
 	if err != nil {
 		return err
@@ -129,6 +134,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 			{Name: "database", Ask: db.Healthy},
 			{Name: backend.name, Ask: backend.healthy},
 			{Name: "audit sinks", Ask: func(context.Context) error { return sinkTrouble(trail) }},
+			{Name: "audit log", Ask: func(context.Context) error { return advised(trail.Halted()) }},
 			{Name: "audit checkpoints", Ask: func(context.Context) error { return rewritten(checkpoints) }},
 			{Name: "audit events", Ask: func(ctx context.Context) error { return unauthenticated(ctx, db) }, Optional: true},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.keys.Ready() }},
@@ -166,7 +172,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	if cfg.DatabaseURL != "" {
 		running.Go(func() error {
 			announce(background, db, func() sqlstore.Replica {
-				return sqlstore.Replica{Address: public.Addr().String(), Version: version, Policy: policy.Revision(), Max: cfg.Max}
+				return sqlstore.Replica{Address: public.Addr().String(), Version: version, Policy: policy.Revision(), Max: cfg.Max, Timeline: trail.Attended(background)}
 			}, log)
 			return nil
 		})
@@ -216,7 +222,7 @@ func (c closers) close() error {
 func checkSinks(ctx context.Context, trail *audit.Log, log *slog.Logger) error {
 	err := trail.CheckExtends(ctx)
 	if audit.SetBack(err) {
-		return fmt.Errorf("%w; find out why, and if it was on purpose (a restored backup) run: orgkeys audit accept-rollback --reason …", err)
+		return errors.Join(advised(err), trail.HoldBack(ctx, err))
 	}
 	if err != nil {
 		log.Warn("an audit sink cannot be asked yet", "error", err)
@@ -224,11 +230,19 @@ func checkSinks(ctx context.Context, trail *audit.Log, log *slog.Logger) error {
 	return nil
 }
 
+// advised says with err what to do, where only an operator can.
+func advised(err error) error {
+	if !audit.SetBack(err) {
+		return err
+	}
+	return fmt.Errorf("%w; find out why: if the database failed over or a backup was restored, and what it lost is to stay lost, run: orgkeys audit accept-rollback --reason … (see docs/operations.md)", err)
+}
+
 func sinkTrouble(trail *audit.Log) error {
 	var all []error
 	for _, s := range trail.Sinks() {
 		if s.Err != nil {
-			all = append(all, fmt.Errorf("sink %s: %w", s.Name, s.Err))
+			all = append(all, advised(fmt.Errorf("sink %s: %w", s.Name, s.Err)))
 		}
 	}
 	return errors.Join(all...)

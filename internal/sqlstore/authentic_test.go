@@ -38,7 +38,7 @@ func TestPromise5_AForgedRowGetsNoPlaceInTheLog(t *testing.T) {
 		// One at a time, so that a batch of forged rows has genuine ones behind it.
 		given, refused := 0, 0
 		for range 6 {
-			n, err := db.Sequence(t.Context(), 1)
+			n, err := db.Sequence(t.Context(), 1, audit.Condition{})
 			var forged *audit.UnauthenticatedError
 			if errors.As(err, &forged) {
 				refused += forged.Count
@@ -60,7 +60,7 @@ func TestPromise5_AForgedRowGetsNoPlaceInTheLog(t *testing.T) {
 
 		// An event cannot be made to get a place again either.
 		statement(t, attacker, "UPDATE events SET idx = NULL WHERE id = $1", genuine.ID)
-		if n, err := db.Sequence(t.Context(), 10); n != 0 || !errors.As(err, new(*audit.UnauthenticatedError)) {
+		if n, err := db.Sequence(t.Context(), 10, audit.Condition{}); n != 0 || !errors.As(err, new(*audit.UnauthenticatedError)) {
 			t.Errorf("an event that had its place: %d, %v", n, err)
 		}
 	})
@@ -76,7 +76,7 @@ func TestWithoutTheEventKeyNothingIsRecorded(t *testing.T) {
 		if err := keyless.Record(t.Context(), event(audit.KeysListed, "acme", "")); err == nil {
 			t.Error("an event was recorded")
 		}
-		if n, err := keyless.Sequence(t.Context(), 10); n != 0 || err == nil {
+		if n, err := keyless.Sequence(t.Context(), 10, audit.Condition{}); n != 0 || err == nil {
 			t.Errorf("%d events were sequenced", n)
 		}
 	})

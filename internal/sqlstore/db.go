@@ -69,6 +69,9 @@ type DB struct {
 	recorded chan struct{}
 	eventKey *audit.EventKey // nil until UseEventKey
 	standbys atomic.Value    // of string: PostgreSQL's synchronous_standby_names, as last seen
+	timeline string          // PostgreSQL's expression for it
+	replica  atomic.Value    // of string: this process's ID among the replicas
+	holder   string          // see UseHolder
 }
 
 // Open opens the database at location: a postgres:// URL, or a SQLite file's
@@ -127,7 +130,11 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 	if err := all.PingContext(ctx); err != nil {
 		return nil, errors.Join(unavailable(fmt.Errorf("connecting to PostgreSQL: %w", err)), all.Close())
 	}
-	return &DB{snapshot: snapshot{all}, read: all, postgres: true, recorded: make(chan struct{}, 1)}, nil
+	timeline, err := timelineExpression(ctx, all)
+	if err != nil {
+		return nil, errors.Join(err, all.Close())
+	}
+	return &DB{snapshot: snapshot{all}, read: all, postgres: true, timeline: timeline, recorded: make(chan struct{}, 1)}, nil
 }
 
 // checkDurable refuses a server that may lose what it has acknowledged, at

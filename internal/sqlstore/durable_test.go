@@ -50,7 +50,7 @@ func TestPromise8_WhatTheStandbyLacksIsNotDurable(t *testing.T) {
 	db, admin := open(t, location), raw(t, location)
 	listed := event(audit.KeysListed, "acme", "")
 	must(t, db.Record(t.Context(), listed))
-	if n, err := db.Sequence(t.Context(), 10); n != 1 || err != nil {
+	if n, err := db.Sequence(t.Context(), 10, audit.Condition{}); n != 1 || err != nil {
 		t.Fatalf("sequenced %d, %v", n, err)
 	}
 	entries, held, err := db.Durable(t.Context(), audit.Checkpoint{}, 10)
@@ -81,7 +81,7 @@ func TestPromise8_WhatTheStandbyLacksIsNotDurable(t *testing.T) {
 	}
 	until(t, "PostgreSQL shows that event, too", func() bool { return visible() == 3 })
 	// The sequencer's own commit.
-	if n, err := db.Sequence(shortly(t, 300*time.Millisecond), 10); n != 0 || err == nil {
+	if n, err := db.Sequence(shortly(t, 300*time.Millisecond), 10, audit.Condition{}); n != 0 || err == nil {
 		t.Errorf("sequenced %d, %v without the standby", n, err)
 	}
 	until(t, "the log has grown for everybody who looks", func() bool {
@@ -112,7 +112,7 @@ func TestDurableReportsARollback(t *testing.T) {
 		for range 3 {
 			must(t, db.Record(t.Context(), event(audit.KeysListed, "acme", "")))
 		}
-		if n, err := db.Sequence(t.Context(), 10); n != 3 || err != nil {
+		if n, err := db.Sequence(t.Context(), 10, audit.Condition{}); n != 3 || err != nil {
 			t.Fatalf("sequenced %d, %v", n, err)
 		}
 		_, whole, err := db.Durable(t.Context(), audit.Checkpoint{}, 10)

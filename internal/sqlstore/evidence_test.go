@@ -38,7 +38,7 @@ func TestEvidence(t *testing.T) {
 				e.Personal = audit.Personal{Name: "Ada"}
 				must(t, db.Record(t.Context(), e))
 			}
-			if _, err := db.Sequence(t.Context(), 100); err != nil {
+			if _, err := db.Sequence(t.Context(), 100, audit.Condition{}); err != nil {
 				t.Fatal(err)
 			}
 			must(t, checkpoints.Sign(t.Context()))

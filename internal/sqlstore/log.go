@@ -24,6 +24,40 @@ func (d *DB) Record(ctx context.Context, events ...audit.Event) error {
 // Recorded implements audit.Store.
 func (d *DB) Recorded() <-chan struct{} { return d.recorded }
 
+// ErrGrown: the log is not at the checkpoint that it had before.
+var ErrGrown = errors.New("the log has grown meanwhile: stop every replica first")
+
+// AcceptRollback records the event that accepts that the log was set back to head,
+// gives it the index right behind, before all that is waiting for one, and lets
+// the log go on that sinks held back.
+func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		if err := d.lock(ctx, tx, "sequencer"); err != nil {
+			return err
+		}
+		now, err := readHead(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if now != head {
+			return ErrGrown
+		}
+		if err := d.record(ctx, tx, e); err != nil {
+			return err
+		}
+		recorded, err := query(ctx, tx, scanUnsequenced, "SELECT seq, leaf, mac FROM events WHERE id = $1", e.ID)
+		if err != nil {
+			return err
+		}
+		given, _, err := d.place(ctx, tx, recorded)
+		if err := one(int64(given), err); err != nil {
+			return err
+		}
+		_, err = exec(ctx, tx, "DELETE FROM sinks_ahead")
+		return err
+	})
+}
+
 // UseEventKey says what authenticates the log's events. Nothing is recorded or
 // sequenced before it, and no other call may be under way.
 func (d *DB) UseEventKey(k audit.EventKey) { d.eventKey = &k }
@@ -63,7 +97,11 @@ type unsequenced struct {
 // Sequence implements audit.Store. On PostgreSQL an advisory lock lets one
 // process at a time do it; it goes with the transaction, so a holder that dies
 // is followed at once.
-func (d *DB) Sequence(ctx context.Context, limit int) (int, error) {
+func (d *DB) Sequence(ctx context.Context, limit int, only audit.Condition) (int, error) {
+	// Asked here, too, so that whoever has nothing to do hears of a failover.
+	if err := d.heldBack(ctx, d.read, only); err != nil {
+		return 0, err
+	}
 	waiting, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM (SELECT 1 FROM events WHERE idx IS NULL AND refused = 0 LIMIT 1) AS waiting")
 	if err != nil || waiting[0] == 0 {
 		return 0, err
@@ -72,6 +110,9 @@ func (d *DB) Sequence(ctx context.Context, limit int) (int, error) {
 	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		mine, err := d.tryLock(ctx, tx, "sequencer")
 		if err != nil || !mine {
+			return err
+		}
+		if err := d.mayGrow(ctx, tx, only); err != nil {
 			return err
 		}
 		n, refused, err = d.sequence(ctx, tx, limit)
@@ -106,17 +147,25 @@ func (d *DB) tryLock(ctx context.Context, tx *txn, name string) (bool, error) {
 }
 
 func (d *DB) sequence(ctx context.Context, tx *txn, limit int) (given, refused int, err error) {
+	waiting, err := query(ctx, tx, scanUnsequenced, "SELECT seq, leaf, mac FROM events WHERE idx IS NULL AND refused = 0 ORDER BY seq LIMIT $1", limit)
+	if err != nil {
+		return 0, 0, err
+	}
+	return d.place(ctx, tx, waiting)
+}
+
+func scanUnsequenced(scan func(...any) error) (u unsequenced, err error) {
+	err = scan(&u.seq, &u.leaf, &u.mac)
+	return u, err
+}
+
+// place gives the next indices to the events that are waiting, and refuses those
+// whose MAC is wrong.
+func (d *DB) place(ctx context.Context, tx *txn, waiting []unsequenced) (given, refused int, err error) {
 	if d.eventKey == nil {
 		return 0, 0, errNoEventKey
 	}
 	head, err := readHead(ctx, tx)
-	if err != nil {
-		return 0, 0, err
-	}
-	waiting, err := query(ctx, tx, func(scan func(...any) error) (u unsequenced, err error) {
-		err = scan(&u.seq, &u.leaf, &u.mac)
-		return u, err
-	}, "SELECT seq, leaf, mac FROM events WHERE idx IS NULL AND refused = 0 ORDER BY seq LIMIT $1", limit)
 	if err != nil {
 		return 0, 0, err
 	}

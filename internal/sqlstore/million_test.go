@@ -47,7 +47,7 @@ func BenchmarkMillionKeys(b *testing.B) {
 		}},
 		{"record and sequence", func(ctx context.Context, db *sqlstore.DB) error {
 			err := db.Record(ctx, event(audit.KeysListed, "acme", ""))
-			_, sequenceErr := db.Sequence(ctx, 5000)
+			_, sequenceErr := db.Sequence(ctx, 5000, audit.Condition{})
 			return errors.Join(err, sequenceErr)
 		}},
 	} {

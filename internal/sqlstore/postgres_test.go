@@ -244,13 +244,13 @@ func TestTheSequencersPlaceGoesWithItsHolder(t *testing.T) {
 	if err := tx.QueryRow("SELECT pg_backend_pid() FROM pg_advisory_xact_lock(hashtextextended('sequencer', 0))").Scan(&pid); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := db.Sequence(t.Context(), 10); n != 0 || err != nil {
+	if n, err := db.Sequence(t.Context(), 10, audit.Condition{}); n != 0 || err != nil {
 		t.Fatalf("sequenced %d, %v while another is at it", n, err)
 	}
 	statement(t, raw(t, location), "SELECT pg_terminate_backend($1)", pid)
 	started := time.Now()
 	until(t, "the place is taken over", func() bool {
-		n, err := db.Sequence(t.Context(), 10)
+		n, err := db.Sequence(t.Context(), 10, audit.Condition{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -345,7 +345,7 @@ func TestRecordedTellsOfCommittedEventsOnly(t *testing.T) {
 	if err := db.Record(t.Context(), event(audit.KeysListed, "acme", "")); err != nil || !told() {
 		t.Errorf("a transaction that committed: %v; or the sequencer was not told of it", err)
 	}
-	if n, err := db.Sequence(t.Context(), 10); n != 1 || err != nil || told() {
+	if n, err := db.Sequence(t.Context(), 10, audit.Condition{}); n != 1 || err != nil || told() {
 		t.Errorf("sequenced %d, %v; or that counts as an event", n, err)
 	}
 }
@@ -359,7 +359,7 @@ func TestAFrozenHolderIsFollowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, follow := range map[string]func() (bool, error){
-		"sequencer": func() (bool, error) { n, err := db.Sequence(t.Context(), 10); return n == 1, err },
+		"sequencer": func() (bool, error) { n, err := db.Sequence(t.Context(), 10, audit.Condition{}); return n == 1, err },
 		"sink vault": func() (bool, error) {
 			return db.Exclusive(t.Context(), "sink vault", func(context.Context) error { return nil })
 		},

@@ -15,6 +15,7 @@ type Replica struct {
 	Policy     string        // the policy's revision
 	Max        int           // keys that an organization may have
 	ClockAhead time.Duration // of the database's clock, as found when it was announced
+	Timeline   string        // of the database, under which its sinks were found to fit the log; empty: they are not known to
 }
 
 // replicaLife is how long a replica counts that said nothing more, and
@@ -31,15 +32,16 @@ func (d *DB) AnnounceReplica(ctx context.Context, r Replica) error {
 	if !d.postgres {
 		return nil
 	}
+	d.replica.Store(r.ID)
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	if _, err := d.read.ExecContext(ctx, "DELETE FROM replicas WHERE seen_at < "+postgresNow+" - $1::bigint", replicaMemory.Microseconds()); err != nil {
 		return fmt.Errorf("forgetting replicas: %w", unavailable(err))
 	}
-	_, err := d.read.ExecContext(ctx, `INSERT INTO replicas (id, address, version, policy, max_keys, clock_ahead, seen_at)
-		VALUES ($1, $2, $3, $4, $5, $6::bigint - `+postgresNow+", "+postgresNow+`) ON CONFLICT (id) DO UPDATE SET
-		address = $2, version = $3, policy = $4, max_keys = $5, clock_ahead = excluded.clock_ahead, seen_at = excluded.seen_at`,
-		r.ID, r.Address, r.Version, r.Policy, r.Max, time.Now().UnixMicro())
+	_, err := d.read.ExecContext(ctx, `INSERT INTO replicas (id, address, version, policy, max_keys, clock_ahead, seen_at, timeline)
+		VALUES ($1, $2, $3, $4, $5, $6::bigint - `+postgresNow+", "+postgresNow+`, nullif($7, '')) ON CONFLICT (id) DO UPDATE SET
+		address = $2, version = $3, policy = $4, max_keys = $5, clock_ahead = excluded.clock_ahead, seen_at = excluded.seen_at, timeline = coalesce(excluded.timeline, replicas.timeline)`,
+		r.ID, r.Address, r.Version, r.Policy, r.Max, time.Now().UnixMicro(), r.Timeline)
 	return unavailable(err)
 }
 
@@ -63,7 +65,7 @@ func (d *DB) Replicas(ctx context.Context) ([]Replica, error) {
 		err = scan(&r.ID, &r.Address, &r.Version, &r.Policy, &r.Max, &micros)
 		r.ClockAhead = time.Duration(micros) * time.Microsecond
 		return r, err
-	}, "SELECT DISTINCT ON (address) id, address, version, policy, max_keys, clock_ahead FROM replicas WHERE seen_at > "+postgresNow+" - $1::bigint ORDER BY address, seen_at DESC", replicaLife.Microseconds())
+	}, liveReplicas("id, address, version, policy, max_keys, clock_ahead", 1), replicaLife.Microseconds())
 }
 
 // Connections is how many connections PostgreSQL gives to all who are not its

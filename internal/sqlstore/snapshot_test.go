@@ -20,7 +20,7 @@ func TestALogIsVerifiedWhileItGrows(t *testing.T) {
 			if err := db.Record(ctx, events...); err != nil {
 				return err
 			}
-			_, err := db.Sequence(ctx, n)
+			_, err := db.Sequence(ctx, n, audit.Condition{})
 			return err
 		}
 		if err := grow(t.Context(), 2500); err != nil {

@@ -357,7 +357,7 @@ func TestAPendingKeyPastItsExpiryIsNotReleasedButSwept(t *testing.T) {
 // types sequences what there is and returns the types of all events.
 func types(t *testing.T, db *sqlstore.DB) string {
 	t.Helper()
-	if _, err := db.Sequence(t.Context(), 1000); err != nil {
+	if _, err := db.Sequence(t.Context(), 1000, audit.Condition{}); err != nil {
 		t.Fatal(err)
 	}
 	entries, err := db.Entries(t.Context(), 0, 1000)

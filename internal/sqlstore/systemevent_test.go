@@ -76,7 +76,7 @@ func TestSystemEventsByEveryFilter(t *testing.T) {
 	all := []string{"k-3 created", "k-1 deleted", "n-2 deleted", "n-1 unregistered", "k-2 withdrawn", "n-1 updated", "n-1 created", "k-1 delivered", "k-1 created"}
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
 		names := someEvents(t, db)
-		if _, err := db.Sequence(t.Context(), 3); err != nil { // the others have no index, and happened all the same
+		if _, err := db.Sequence(t.Context(), 3, audit.Condition{}); err != nil { // the others have no index, and happened all the same
 			t.Fatal(err)
 		}
 		for _, c := range []struct {

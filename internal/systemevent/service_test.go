@@ -267,7 +267,7 @@ func TestEveryReadLeavesItsOwnEvent(t *testing.T) {
 // last is the newest event in the log.
 func (f feed) last() audit.Event {
 	f.t.Helper()
-	if _, err := f.db.Sequence(f.t.Context(), 1000); err != nil {
+	if _, err := f.db.Sequence(f.t.Context(), 1000, audit.Condition{}); err != nil {
 		f.t.Fatal(err)
 	}
 	head, err := f.db.Head(f.t.Context())

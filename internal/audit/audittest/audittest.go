@@ -67,7 +67,7 @@ func (l Log) Add(t *testing.T, n int) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := l.DB.Sequence(t.Context(), 1000); err != nil {
+	if _, err := l.DB.Sequence(t.Context(), 1000, audit.Condition{}); err != nil {
 		t.Fatal(err)
 	}
 	sink := audit.NewFileSink(l.Sink)
@@ -225,7 +225,7 @@ func (e SignedLog) Record(t *testing.T, events ...audit.Event) {
 	if err := e.DB.Record(t.Context(), events...); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := e.DB.Sequence(t.Context(), 1000); err != nil {
+	if _, err := e.DB.Sequence(t.Context(), 1000, audit.Condition{}); err != nil {
 		t.Fatal(err)
 	}
 	entries, err := e.DB.Entries(t.Context(), head.Size, 1000)

@@ -21,8 +21,11 @@ type Store interface {
 	At(ctx context.Context, size int64) (audit.Checkpoint, error)
 	Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error)
 	Rows(ctx context.Context) iter.Seq2[verify.Row, error]
-	Record(ctx context.Context, events ...audit.Event) error
-	Sequence(ctx context.Context, limit int) (int, error)
+	Index(ctx context.Context, eventID string) (int64, bool, error)
+	// AcceptRollback records the event that accepts that the log was set back to
+	// head, gives it the index right behind, before all that is waiting for one,
+	// and lets the log go on that sinks held back.
+	AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event) error
 	SinkNext(ctx context.Context, sink string) (int64, error)
 	Acknowledge(ctx context.Context, sink string, next int64, receipts [][]byte) error
 	LastSigned(ctx context.Context) (audit.Signed, error)
@@ -57,16 +60,15 @@ type acceptance struct {
 // The event is written before a sink's note: after a crash in between, the
 // server still refuses, and the command can be run again.
 func Accept(ctx context.Context, store Store, r Request, out io.Writer) error {
-	// What was recorded and has no place yet takes it before the rollback's event does.
-	if err := sequence(ctx, store); err != nil {
-		return err
-	}
 	head, err := store.Head(ctx)
 	if err != nil {
 		return err
 	}
 	a := &acceptance{Rollback: audit.Rollback{To: head.Text(), Kept: head.Size, Reason: r.Reason}, request: r, store: store, out: out, head: head}
 	if err := a.compare(ctx); err != nil {
+		return err
+	}
+	if err := a.nameLosses(ctx); err != nil {
 		return err
 	}
 	accepted := false
@@ -225,27 +227,18 @@ func (a *acceptance) acceptIn(ctx context.Context, s audit.Sink) (bool, error) {
 }
 
 // record has the log say that the rollback from what was held is accepted. The
-// event gets its place in the log at once, for the sink's note refers to it and
-// the server may be started much later.
+// event gets its place at once, right behind what the log kept: what was recorded
+// since the log was set back, or lost its place by it, comes later.
 func (a *acceptance) record(ctx context.Context, held audit.Checkpoint) error {
 	if a.recorded {
 		return nil
 	}
 	a.From = held.Text()
-	if err := a.store.Record(ctx, a.Event()); err != nil {
+	if err := a.store.AcceptRollback(ctx, a.head, a.Event()); err != nil {
 		return err
 	}
 	a.recorded = true
-	return sequence(ctx, a.store)
-}
-
-// sequence gives all that is recorded its place in the log.
-func sequence(ctx context.Context, db Store) error {
-	for {
-		if n, err := db.Sequence(ctx, 1000); n == 0 || err != nil {
-			return err
-		}
-	}
+	return nil
 }
 
 // acceptSigned sets the signed checkpoints aside that the log does not extend.

@@ -61,6 +61,30 @@ func Configure(t testing.TB, n int, more ...harness.Option) *Cluster {
 	return c
 }
 
+// ConfigureOnHSM is Configure with one SoftHSM token in Vault's place, which the
+// first replica makes when it starts; the others are started after it. Its
+// audit sinks are files.
+func ConfigureOnHSM(t testing.TB, n int, more ...harness.Option) *Cluster {
+	t.Helper()
+	c := &Cluster{Issuer: harness.NewIssuer(t)}
+	c.startPostgres(t)
+	c.startRedis(t)
+	first := filepath.Join(t.TempDir(), "replica-1")
+	for i := range n {
+		own := []harness.Option{
+			harness.TrustedBy(c.Issuer), harness.Set("ORGKEYS_DATABASE_URL", c.Database), harness.Set("ORGKEYS_REDIS_URL", c.Redis.URL()),
+			harness.Set("ORGKEYS_LISTEN", freeAddress(t)), harness.Set("ORGKEYS_ADMIN_LISTEN", freeAddress(t)), harness.In(first),
+		}
+		if i > 0 {
+			own = append(own, harness.In(filepath.Join(t.TempDir(), fmt.Sprintf("replica-%d", i+1))),
+				harness.Set("SOFTHSM2_CONF", filepath.Join(first, "softhsm2.conf")), harness.Set("ORGKEYS_PKCS11_TOKEN_LABEL", "orgkeys"),
+				harness.Set("ORGKEYS_PKCS11_PIN_FILE", filepath.Join(first, "pin")))
+		}
+		c.Replicas = append(c.Replicas, harness.Configure(t, append(own, more...)...))
+	}
+	return c
+}
+
 func (c *Cluster) startPostgres(t testing.TB) {
 	t.Helper()
 	var err error

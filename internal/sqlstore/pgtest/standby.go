@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -29,22 +28,7 @@ func (s *Server) Standby(name string, settings ...string) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	source := fmt.Sprintf("host=127.0.0.1 port=%d user=orgkeys application_name=%s", s.port, name)
-	if out, err := b.command("pg_basebackup", "-D", b.data(), "-d", source, "-R", "-X", "stream", "--checkpoint=fast", "--no-sync").CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("pg_basebackup: %w: %s", err, out)
-	}
-	return b, b.Restart(settings...)
-}
-
-// Follow has a stopped standby follow another primary when it starts again.
-func (s *Server) Follow(primary *Server, name string) error {
-	line := fmt.Sprintf("primary_conninfo = 'host=127.0.0.1 port=%d user=orgkeys application_name=%s'\n", primary.port, name)
-	f, err := os.OpenFile(filepath.Join(s.data(), "postgresql.auto.conf"), os.O_APPEND|os.O_WRONLY, 0)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(line)
-	return errors.Join(err, f.Close())
+	return b, b.Rebuild(s, name, settings...)
 }
 
 // Kill ends the server and all its processes with -9, as a power cut does.
@@ -116,3 +100,16 @@ func (s *Server) Streaming(standbys int) error {
 
 // Port is the loopback port that the server listens on.
 func (s *Server) Port() int { return s.port }
+
+// Rebuild makes a stopped server a standby of primary, whatever it was before, and
+// starts it.
+func (s *Server) Rebuild(primary *Server, name string, settings ...string) error {
+	if err := os.RemoveAll(s.data()); err != nil {
+		return err
+	}
+	source := fmt.Sprintf("host=127.0.0.1 port=%d user=orgkeys application_name=%s", primary.port, name)
+	if out, err := s.command("pg_basebackup", "-D", s.data(), "-d", source, "-R", "-X", "stream", "--checkpoint=fast", "--no-sync").CombinedOutput(); err != nil {
+		return fmt.Errorf("pg_basebackup: %w: %s", err, out)
+	}
+	return s.Restart(settings...)
+}

@@ -1,0 +1,157 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+)
+
+// timelineID is the first part of the name of the file that PostgreSQL writes its
+// log to. (pg_control_checkpoint() has it too, and is late after a promotion.)
+const timelineID = "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
+
+// unknownTimeline stands in for it where PostgreSQL does not tell.
+const unknownTimeline = "''"
+
+// timelineExpression finds out whether PostgreSQL tells its timeline: a managed
+// one may have no such functions, or give no right to them.
+func timelineExpression(ctx context.Context, q rowQuerier) (string, error) {
+	var now string
+	err := q.QueryRowContext(ctx, "SELECT "+timelineID).Scan(&now)
+	failure, ok := errors.AsType[*pgconn.PgError](err)
+	switch {
+	case err == nil:
+		return timelineID, nil
+	case ok && (failure.Code == "42501" || failure.Code == "42883" || failure.Code == "0A000"): // no right, no such function, not supported
+		return unknownTimeline, nil
+	}
+	return "", unavailable(fmt.Errorf("asking PostgreSQL for its timeline: %w", err))
+}
+
+// Timeline implements audit.Store. SQLite's file has none.
+func (d *DB) Timeline(ctx context.Context) (now string, err error) {
+	if !d.postgres {
+		return "", nil
+	}
+	err = d.read.QueryRowContext(ctx, "SELECT "+d.timeline).Scan(&now)
+	return now, unavailable(err)
+}
+
+// UseHolder says by what name other replicas know this one's sinks. Nothing may
+// be under way.
+func (d *DB) UseHolder(name string) { d.holder = name }
+
+// Holder is a name for the sinks of a process, by its host and data directory.
+func Holder(dataDir string) (string, error) {
+	host, err := os.Hostname()
+	if err != nil {
+		return "", fmt.Errorf("naming this host: %w", err)
+	}
+	return host + ":" + dataDir, nil
+}
+
+// SinkAhead implements audit.Store.
+func (d *DB) SinkAhead(ctx context.Context, sink string, size int64) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		_, err = exec(ctx, tx, `INSERT INTO sinks_ahead (holder, sink, size, found_at) VALUES ($1, $2, $3, $4)
+			ON CONFLICT (holder, sink) DO UPDATE SET size = excluded.size WHERE sinks_ahead.size <> excluded.size`, d.holder, sink, size, now)
+		return err
+	})
+}
+
+// SinkFits implements audit.Store.
+func (d *DB) SinkFits(ctx context.Context, sink string) error {
+	there, err := query(ctx, d.read, scanInt, "SELECT count(*) FROM sinks_ahead WHERE holder = $1 AND sink = $2", d.holder, sink)
+	if err != nil || there[0] == 0 {
+		return err
+	}
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		_, err := exec(ctx, tx, "DELETE FROM sinks_ahead WHERE holder = $1 AND sink = $2", d.holder, sink)
+		return err
+	})
+}
+
+// AheadSink is a sink that was found not to fit the log.
+type AheadSink struct {
+	Holder string // whose it is: host and data directory
+	Sink   string
+	Size   int64 // events that it holds
+	Found  time.Time
+}
+
+// SinksAhead returns the sinks for which the log is held back.
+func (d *DB) SinksAhead(ctx context.Context) ([]AheadSink, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (s AheadSink, err error) {
+		var found sql.NullInt64
+		err = scan(&s.Holder, &s.Sink, &s.Size, &found)
+		s.Found = micros(found)
+		return s, err
+	}, "SELECT holder, sink, size, found_at FROM sinks_ahead ORDER BY found_at, holder, sink")
+}
+
+// mayGrow reports an error unless the condition is met.
+func (d *DB) mayGrow(ctx context.Context, q reader, only audit.Condition) error {
+	if err := d.heldBack(ctx, q, only); err != nil {
+		return err
+	}
+	for _, s := range only.Held {
+		err := extends(ctx, q, s.Checkpoint)
+		if setBack, ok := errors.AsType[*audit.RollbackError](err); ok {
+			setBack.Sink = s.Sink
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// heldBack looks at what other replicas say of their sinks, and whether the
+// database is the one that the sinks were compared with.
+func (d *DB) heldBack(ctx context.Context, q reader, only audit.Condition) error {
+	if !d.postgres || only.Timeline == "" && len(only.Held) == 0 {
+		return nil // SQLite's one process knows all sinks
+	}
+	var timeline, ahead, silent string
+	err := q.QueryRowContext(ctx, "SELECT "+d.timeline+`,
+		coalesce((SELECT string_agg('sink ' || sink || ' of ' || holder || ' holds ' || size || ' events that the log does not extend', '; ' ORDER BY holder, sink) FROM sinks_ahead), ''),
+		coalesce((SELECT string_agg(address, ', ' ORDER BY address) FROM (`+liveReplicas("address, id, timeline", 2)+`) AS live WHERE timeline <> `+d.timeline+` AND id <> $1), '')`,
+		d.replicaID(), replicaLife.Microseconds()).Scan(&timeline, &ahead, &silent)
+	switch {
+	case err != nil:
+		return unavailable(fmt.Errorf("asking whether the log may grow: %w", err))
+	case timeline != only.Timeline:
+		return &audit.TimelineError{Timeline: timeline}
+	case ahead != "":
+		return &audit.HaltError{Why: ahead, SetBack: true}
+	case silent != "":
+		return &audit.HaltError{Why: "the database has failed over, and these replicas have not said yet that their sinks fit it: " + silent}
+	}
+	return nil
+}
+
+// replicaID is this process's among the replicas, empty before it announced itself.
+func (d *DB) replicaID() string {
+	id, _ := d.replica.Load().(string)
+	return id
+}
+
+// liveReplicas is the statement that selects columns of the replicas that live;
+// $n is for how long one counts that said nothing more. A row from the future
+// was written by a clock that was set back since, and counts no longer.
+func liveReplicas(columns string, n int) string {
+	life := "$" + strconv.Itoa(n) + "::bigint"
+	return "SELECT DISTINCT ON (address) " + columns + " FROM replicas WHERE abs(seen_at - " + postgresNow + ") < " + life + " ORDER BY address, seen_at DESC"
+}
