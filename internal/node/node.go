@@ -194,9 +194,11 @@ type Store interface {
 	SecretNames(ctx context.Context, org string) ([]Secret, error)
 	// DeleteSecret ends org's secret, or reports ErrSecretNotFound.
 	DeleteSecret(ctx context.Context, org, name string, event audit.Event) error
-	// Seen moves last uses of keys and last sights of nodes forward, and
-	// associates nodes with the keys they signed with; what is not there is no error.
-	Seen(ctx context.Context, keys map[string]time.Time, nodes map[Sight]time.Time) error
-	// ForgetUses removes at most limit uses whose Until is before now.
-	ForgetUses(ctx context.Context, now time.Time, limit int) (int, error)
+	// Seen moves last uses of keys and last sights of nodes forward, each given by
+	// how long ago it was, and associates nodes with the keys they signed with; what
+	// is not there is no error.
+	Seen(ctx context.Context, keys map[string]time.Duration, nodes map[Sight]time.Duration) error
+	// ForgetUses removes at most limit uses whose Until has passed by the store's
+	// clock, by which Register and Unregister refuse such a use with ErrStale.
+	ForgetUses(ctx context.Context, limit int) (int, error)
 }

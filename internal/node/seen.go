@@ -70,14 +70,24 @@ func (s *Service) flush(ctx context.Context) {
 	if len(keys) == 0 && len(nodes) == 0 {
 		return
 	}
-	if err := s.store.Seen(ctx, keys, nodes); err != nil {
+	if err := s.store.Seen(ctx, ago(s.now(), keys), ago(s.now(), nodes)); err != nil {
 		s.gate.Log.Warn("last uses of keys and sights of nodes are not written down", "keys", len(keys), "nodes", len(nodes), "error", err)
 	}
 }
 
+// ago is how long before now each time was. Go measures that by a clock that nobody
+// sets.
+func ago[K comparable](now time.Time, times map[K]time.Time) map[K]time.Duration {
+	all := make(map[K]time.Duration, len(times))
+	for k, at := range times {
+		all[k] = now.Sub(at)
+	}
+	return all
+}
+
 func (s *Service) forget(ctx context.Context) {
 	for {
-		n, err := s.store.ForgetUses(ctx, s.now(), forgetBatch)
+		n, err := s.store.ForgetUses(ctx, forgetBatch)
 		if err != nil && ctx.Err() == nil {
 			s.gate.Log.Warn("expired uses of signatures are not removed", "error", err)
 		}

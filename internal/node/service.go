@@ -16,8 +16,9 @@ import (
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
-// margin is how much longer than the window a use of a signature is kept:
-// replicas whose clocks differ by less agree on what is a replay.
+// margin is how much longer than the window a use of a signature is kept. The
+// store's clock decides when that is over, and refuses a use that comes later; a
+// replica whose clock is behind that one by less than the margin notices nothing.
 const margin = 60 * time.Second
 
 // Config is what a Service is made of. Every field but Now is required.
@@ -147,6 +148,8 @@ func (s *Service) concluded(ctx context.Context, r signed, err error) error {
 		return nil
 	case errors.Is(err, ErrKeyGone):
 		return ErrSignature
+	case errors.Is(err, ErrStale):
+		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "stale", err)
 	case errors.Is(err, ErrReused):
 		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "signature_reused", err)
 	case errors.Is(err, ErrNodeNotFound):

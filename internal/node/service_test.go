@@ -181,12 +181,71 @@ func TestTimestampAheadIsNotReplayableLater(t *testing.T) {
 	})
 }
 
-// forget removes the uses that have expired.
+// forget removes the uses that have expired. The store's clock goes with the
+// world's: what it wrote down is moved back instead.
 func (w *world) forget() int {
 	w.t.Helper()
-	n, err := w.db.ForgetUses(w.t.Context(), w.now(), 1000)
+	passed := w.ahead.Load() - w.passed
+	w.passed += passed
+	w.exec("UPDATE signature_uses SET until = until - $1", passed/1000)
+	n, err := w.db.ForgetUses(w.t.Context(), 1000)
 	w.must(err)
 	return n
+}
+
+// Promise 7: replicas agree on what is a replay whatever their clocks say: the
+// database's decides when a use is forgotten, and refuses one that comes later.
+func TestPromise7_AReplicasClockDecidesNothing(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		at := func(off time.Duration) *node.Service {
+			return w.with(func(c *node.Config) { c.Now = func() time.Time { return time.Now().Add(off) } })
+		}
+		f := k.signedAt("192.0.2.1", w.now())
+		w.must(w.register(f))
+		forgetful, stop := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer stop()
+		w.must(at(10*time.Minute).Keep(forgetful, 10*time.Millisecond))
+		w.want("a captured registration, after a replica with a fast clock has forgotten", w.register(f.with("status", "off")), node.ErrReused)
+
+		slow := at(-10 * time.Minute)
+		captured := k.signedAt("192.0.2.1", w.now().Add(-10*time.Minute))
+		w.want("one from ten minutes ago, to a replica with a slow clock", slow.Register(t.Context(), there, captured.with("status", "off").body()), node.ErrStale)
+		w.want("an unregistration", slow.Unregister(t.Context(), there, captured.body()), node.ErrStale)
+		if n := len(w.nodes("acme")); n != 1 {
+			t.Errorf("%d nodes", n)
+		}
+	})
+}
+
+// What a clock wrote down that was set back since is shown as now, and gives way
+// to the next use.
+func TestTimesFromTheFutureGiveWay(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		w.exec("UPDATE org_keys SET last_used_at = created_at + $1", time.Hour.Microseconds())
+		w.exec("UPDATE nodes SET seen_at = updated_at + $1", time.Hour.Microseconds())
+		shown := func(what string) {
+			t.Helper()
+			keys, err := w.db.Keys(t.Context(), "acme")
+			w.must(err)
+			for name, at := range map[string]time.Time{"lastUsed": keys[0].LastUsed, "seen": w.nodes("acme")[0].Seen} {
+				if time.Since(at).Abs() > time.Minute {
+					t.Errorf("%s: %s is %s", what, name, at)
+				}
+			}
+		}
+		shown("before the next use")
+		w.must(w.db.Seen(t.Context(), map[string]time.Duration{k.id: time.Second},
+			map[node.Sight]time.Duration{{Ref: node.Ref{Org: "acme", IP: w.nodes("acme")[0].IP}, Key: k.id}: time.Second}))
+		shown("after it")
+		var ahead int
+		w.must(w.raw.QueryRow("SELECT (SELECT count(*) FROM org_keys WHERE last_used_at > $1) + (SELECT count(*) FROM nodes WHERE seen_at > $1)", time.Now().Add(time.Minute).UnixMicro()).Scan(&ahead))
+		if ahead != 0 {
+			t.Errorf("%d times are in the future still", ahead)
+		}
+	})
 }
 
 func TestUsesAreForgottenAMinuteAfterTheWindow(t *testing.T) {
@@ -585,8 +644,8 @@ func TestLastUseAndLastSightAreWrittenDown(t *testing.T) {
 	onBoth(t, func(t *testing.T, w *world) {
 		k, idle := w.release("acme"), w.release("acme")
 		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		w.exec("UPDATE nodes SET seen_at = seen_at - 60000000") // a minute passes
 		registered := w.nodes("acme")[0]
-		w.ahead.Store(int64(time.Minute))
 		for _, ip := range []string{"192.0.2.1", "192.0.2.99"} {
 			if _, err := w.secrets(k.signedAt(ip, w.now())); err != nil {
 				t.Fatal(err)
@@ -606,8 +665,8 @@ func TestLastUseAndLastSightAreWrittenDown(t *testing.T) {
 				t.Errorf("key %s (idle is %s) used %s", r.ID, idle.id, r.LastUsed)
 			}
 		}
-		past := map[string]time.Time{k.id: time.Unix(1, 0)}
-		w.must(w.db.Seen(t.Context(), past, map[node.Sight]time.Time{{Ref: node.Ref{Org: "acme", IP: n.IP}, Key: k.id}: time.Unix(1, 0)}))
+		past := map[string]time.Duration{k.id: time.Hour}
+		w.must(w.db.Seen(t.Context(), past, map[node.Sight]time.Duration{{Ref: node.Ref{Org: "acme", IP: n.IP}, Key: k.id}: time.Hour}))
 		if again := w.nodes("acme")[0]; again.Seen != n.Seen {
 			t.Errorf("sight moved back to %s", again.Seen)
 		}

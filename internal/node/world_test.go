@@ -8,6 +8,7 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"database/sql"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
@@ -88,9 +89,19 @@ type world struct {
 	down    atomic.Bool  // the sealer cannot be asked
 	ahead   atomic.Int64 // how far the clock is ahead of the real one, in ns
 	made    int
+	raw     *sql.DB // the database, past sqlstore
+	passed  int64   // of ahead, what forget has told the database, in ns
 }
 
 func (w *world) now() time.Time { return time.Now().Add(time.Duration(w.ahead.Load())) }
+
+// exec changes the database past sqlstore.
+func (w *world) exec(statement string, args ...any) {
+	w.t.Helper()
+	if _, err := w.raw.Exec(statement, args...); err != nil {
+		w.t.Fatalf("%s: %v", statement, err)
+	}
+}
 
 // Open counts.
 func (w *world) Open(ctx context.Context, items []orgkey.Sealed) ([][]byte, error) {
@@ -132,7 +143,16 @@ func newWorld(t testing.TB, location string, sinks ...audit.Sink) *world {
 	if sinks == nil {
 		sinks = []audit.Sink{audit.NewFileSink(filepath.Join(t.TempDir(), "audit.jsonl"))}
 	}
-	w := &world{t: t, db: db, log: audit.NewLog(db, logger, sinks...)}
+	driver := "sqlite"
+	if strings.HasPrefix(location, "postgres") {
+		driver = "pgx"
+	}
+	raw, err := sql.Open(driver, location)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { raw.Close() })
+	w := &world{t: t, db: db, raw: raw, log: audit.NewLog(db, logger, sinks...)}
 	w.service = w.another()
 	running, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)

@@ -308,6 +308,16 @@ func (d *DB) now(ctx context.Context, tx *txn) (int64, error) {
 	return now, unavailable(err)
 }
 
+// past is the expression for a column's time, and for the present where that is
+// in the future: a clock has been set back since it was written.
+func (d *DB) past(column string) string {
+	now := "CAST(unixepoch('subsec') * 1000000 AS INTEGER)"
+	if d.postgres {
+		now = postgresNow
+	}
+	return "CASE WHEN " + column + " > " + now + " THEN " + now + " ELSE " + column + " END"
+}
+
 // lock serializes the transactions that name the same thing. SQLite has one
 // writer anyhow.
 func (d *DB) lock(ctx context.Context, tx *txn, name string) error {

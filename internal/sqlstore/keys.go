@@ -198,7 +198,7 @@ func (d *DB) Keys(ctx context.Context, org string) ([]orgkey.Record, error) {
 		err := scan(&r.ID, &r.Sealed, &created, &delivered, &used)
 		r.Created, r.Delivered, r.LastUsed = micros(created), delivered.Valid, micros(used)
 		return r, err
-	}, `SELECT id, sealed, created_at, delivered_at, last_used_at FROM org_keys
+	}, `SELECT id, sealed, created_at, delivered_at, `+d.past("last_used_at")+` FROM org_keys
 		WHERE org_id = $1 AND slot IS NOT NULL AND state = 'released' ORDER BY created_at DESC, id`, org)
 	if err != nil || len(records) == 0 {
 		return records, err

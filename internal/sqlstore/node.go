@@ -43,8 +43,17 @@ func checkLive(ctx context.Context, tx *txn, org, key string) error {
 }
 
 // use records the use of a signature and reports whether it is the first. A
-// key that is not live gets no use recorded, in the same statement.
-func use(ctx context.Context, tx *txn, u node.Use) (first bool, err error) {
+// key that is not live gets no use recorded, in the same statement. A use that
+// would be forgotten already, by the clock that forgets, is refused: the replica's
+// own may be behind.
+func (d *DB) use(ctx context.Context, tx *txn, u node.Use) (first bool, err error) {
+	now, err := d.now(ctx, tx)
+	if err != nil {
+		return false, err
+	}
+	if u.Until.UnixMicro() < now {
+		return false, node.ErrStale
+	}
 	n, err := exec(ctx, tx, `INSERT INTO signature_uses (key_id, message, request, until)
 		SELECT id, $3, $4, $5 `+liveKeys+` AND id = $2 ON CONFLICT DO NOTHING`,
 		u.Org, u.Key, u.Message[:], u.Request[:], u.Until.UnixMicro())
@@ -78,7 +87,7 @@ func (d *DB) repeated(ctx context.Context, tx *txn, org string, ip netip.Addr, e
 // Register implements node.Store.
 func (d *DB) Register(ctx context.Context, u node.Use, n node.Node, event func(string, node.Change) audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		first, err := use(ctx, tx, u)
+		first, err := d.use(ctx, tx, u)
 		if err != nil {
 			return err
 		}
@@ -123,7 +132,7 @@ func (d *DB) upsertNode(ctx context.Context, tx *txn, org string, n node.Node) (
 // Unregister implements node.Store.
 func (d *DB) Unregister(ctx context.Context, u node.Use, ip netip.Addr, event func(string, node.Change) audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		first, err := use(ctx, tx, u)
+		first, err := d.use(ctx, tx, u)
 		if err != nil {
 			return err
 		}
@@ -203,7 +212,7 @@ func (d *DB) Nodes(ctx context.Context, org string) ([]node.Node, error) {
 		var err error
 		n.IP, err = netip.ParseAddr(ip)
 		return n, err
-	}, `SELECT id, ip, region, version, status, url, provider, services, registered_at, updated_at, seen_at
+	}, `SELECT id, ip, region, version, status, url, provider, services, registered_at, updated_at, `+d.past("seen_at")+`
 		FROM nodes WHERE org_id = $1 AND deleted_at IS NULL ORDER BY registered_at DESC, id`, org)
 }
 
@@ -278,12 +287,15 @@ func (d *DB) DeleteSecret(ctx context.Context, org, name string, event audit.Eve
 }
 
 // ForgetUses implements node.Store.
-func (d *DB) ForgetUses(ctx context.Context, now time.Time, limit int) (int, error) {
+func (d *DB) ForgetUses(ctx context.Context, limit int) (int, error) {
 	var n int64
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
-		var err error
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
 		n, err = exec(ctx, tx, `DELETE FROM signature_uses WHERE (key_id, message) IN (
-			SELECT key_id, message FROM signature_uses WHERE until < $1 LIMIT $2`+d.forUpdate(" SKIP LOCKED")+`)`, now.UnixMicro(), limit)
+			SELECT key_id, message FROM signature_uses WHERE until < $1 LIMIT $2`+d.forUpdate(" SKIP LOCKED")+`)`, now, limit)
 		return err
 	})
 	if err != nil {
@@ -293,52 +305,68 @@ func (d *DB) ForgetUses(ctx context.Context, now time.Time, limit int) (int, err
 }
 
 // Seen implements node.Store. Rows that another transaction holds are left
-// out: a last use is worth no waiting, and no deadlock.
-func (d *DB) Seen(ctx context.Context, keys map[string]time.Time, nodes map[node.Sight]time.Time) error {
+// out: a last use is worth no waiting, and no deadlock. A time from the future
+// was written by a clock that was set back since, and gives way.
+func (d *DB) Seen(ctx context.Context, keys map[string]time.Duration, nodes map[node.Sight]time.Duration) error {
 	ids := slices.Collect(maps.Keys(keys))
 	for batch := range slices.Chunk(ids, seenBatch) {
-		var v values
-		for _, id := range batch {
-			v.add("CAST(%s AS TEXT), CAST(%s AS BIGINT)", id, keys[id].UnixMicro())
-		}
-		if err := d.change(ctx, v.args, "WITH v(id, at) AS ("+v.String()+`) UPDATE org_keys SET last_used_at = v.at FROM v
-			WHERE org_keys.id = v.id AND coalesce(last_used_at, 0) < v.at
-			AND org_keys.id IN (SELECT id FROM org_keys WHERE id IN (SELECT id FROM v)`+d.forUpdate(" SKIP LOCKED")+")"); err != nil {
+		err := d.writeAt(ctx, func(ctx context.Context, tx *txn, now int64) error { return d.used(ctx, tx, now, batch, keys) })
+		if err != nil {
 			return err
 		}
 	}
 	sights := slices.Collect(maps.Keys(nodes))
 	for batch := range slices.Chunk(sights, seenBatch) {
-		var v values
-		for _, s := range batch {
-			v.add("CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS BIGINT)", s.Org, s.IP.String(), s.Key, nodes[s].UnixMicro())
-		}
-		with := "WITH v(org_id, ip, key_id, at) AS (" + v.String() + ") "
-		// A node that was left out was not moved to v.at, and is not associated
-		// either: it may be about to be deleted.
-		if err := d.change(ctx, v.args, with+`UPDATE nodes SET seen_at = last.at FROM (SELECT org_id, ip, max(at) AS at FROM v GROUP BY org_id, ip) AS last
-			WHERE nodes.org_id = last.org_id AND nodes.ip = last.ip AND seen_at < last.at
-			AND nodes.id IN (SELECT id FROM nodes WHERE (org_id, ip) IN (SELECT org_id, ip FROM v)`+d.forUpdate(" SKIP LOCKED")+")",
-			with+`INSERT INTO node_keys (node_id, key_id) SELECT n.id, k.id FROM v
-			JOIN nodes n ON n.org_id = v.org_id AND n.ip = v.ip AND n.deleted_at IS NULL AND n.seen_at >= v.at
-			JOIN org_keys k ON k.id = v.key_id AND k.org_id = v.org_id AND k.state = 'released'
-			WHERE true ON CONFLICT DO NOTHING`); err != nil {
+		err := d.writeAt(ctx, func(ctx context.Context, tx *txn, now int64) error { return d.sighted(ctx, tx, now, batch, nodes) })
+		if err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// change executes statements, each over args, in one transaction.
-func (d *DB) change(ctx context.Context, args []any, statements ...string) error {
+// writeAt is write, with the database's clock.
+func (d *DB) writeAt(ctx context.Context, do func(ctx context.Context, tx *txn, now int64) error) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		for _, statement := range statements {
-			if _, err := exec(ctx, tx, statement, args...); err != nil {
-				return err
-			}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
 		}
-		return nil
+		return do(ctx, tx, now)
 	})
+}
+
+func (d *DB) used(ctx context.Context, tx *txn, now int64, ids []string, ago map[string]time.Duration) error {
+	var v values
+	for _, id := range ids {
+		v.add("CAST(%s AS TEXT), CAST(%s AS BIGINT)", id, now-ago[id].Microseconds())
+	}
+	with := "WITH v(id, at) AS (" + v.String() + ")"
+	_, err := exec(ctx, tx, with+` UPDATE org_keys SET last_used_at = v.at FROM v
+		WHERE org_keys.id = v.id AND (coalesce(last_used_at, 0) < v.at OR last_used_at > `+v.arg(now)+`)
+		AND org_keys.id IN (SELECT id FROM org_keys WHERE id IN (SELECT id FROM v)`+d.forUpdate(" SKIP LOCKED")+")", v.args...)
+	return err
+}
+
+// sighted leaves a node that it leaves out unassociated, too: it may be about to be
+// deleted.
+func (d *DB) sighted(ctx context.Context, tx *txn, now int64, sights []node.Sight, ago map[node.Sight]time.Duration) error {
+	var v values
+	for _, s := range sights {
+		v.add("CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS BIGINT)", s.Org, s.IP.String(), s.Key, now-ago[s].Microseconds())
+	}
+	with := "WITH v(org_id, ip, key_id, at) AS (" + v.String() + ") "
+	associating := slices.Clone(v.args)
+	if _, err := exec(ctx, tx, with+`UPDATE nodes SET seen_at = last.at FROM (SELECT org_id, ip, max(at) AS at FROM v GROUP BY org_id, ip) AS last
+		WHERE nodes.org_id = last.org_id AND nodes.ip = last.ip AND (seen_at < last.at OR seen_at > `+v.arg(now)+`)
+		AND nodes.id IN (SELECT id FROM nodes WHERE (org_id, ip) IN (SELECT org_id, ip FROM v)`+d.forUpdate(" SKIP LOCKED")+")", v.args...); err != nil {
+		return err
+	}
+	_, err := exec(ctx, tx, with+`INSERT INTO node_keys (node_id, key_id) SELECT n.id, k.id FROM v
+		JOIN nodes n ON n.org_id = v.org_id AND n.ip = v.ip AND n.deleted_at IS NULL AND n.seen_at >= v.at
+		JOIN org_keys k ON k.id = v.key_id AND k.org_id = v.org_id AND k.state = 'released'
+		WHERE true ON CONFLICT DO NOTHING`, associating...)
+	return err
 }
 
 // values collects rows of parameters for a VALUES list.
@@ -355,6 +383,12 @@ func (v *values) add(row string, args ...any) {
 	}
 	v.rows = append(v.rows, fmt.Sprintf("("+row+")", names...))
 	v.args = append(v.args, args...)
+}
+
+// arg adds a parameter that is in no row, and returns its name.
+func (v *values) arg(value any) string {
+	v.args = append(v.args, value)
+	return "$" + strconv.Itoa(len(v.args))
 }
 
 func (v *values) String() string { return "VALUES " + strings.Join(v.rows, ", ") }
