@@ -10,13 +10,9 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
-	"github.com/orgkeys/orgkeys/internal/audit/archive"
 )
 
-var (
-	_ audit.CheckpointStore = (*DB)(nil)
-	_ archive.Source        = (*DB)(nil)
-)
+var _ audit.CheckpointStore = (*DB)(nil)
 
 // Consistency implements audit.CheckpointStore.
 func (d *DB) Consistency(ctx context.Context, size, old int64) (tlog.TreeProof, error) {
