@@ -10,9 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/big"
-	"os"
-	"syscall"
+
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
 const maxKeyFile = 64 << 10
@@ -28,24 +29,20 @@ func readKey(path string) (key, error) {
 	wrong := func(err error, hint string) (key, error) {
 		return key{}, &failure{exitConfig, "key file " + path, hint, err}
 	}
-	// Opening a pipe would wait for its other end.
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if err != nil {
+	f, err := privatefile.Open(path, privatefile.Owner)
+	if errors.Is(err, fs.ErrNotExist) {
 		return wrong(err, "put the organization key there, mode 0600")
+	}
+	if err != nil {
+		return wrong(err, "")
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
 		return wrong(err, "")
 	}
-	if !info.Mode().IsRegular() {
-		return wrong(errors.New("not a file"), "give the file itself")
-	}
 	if err := checkOwner(info); err != nil {
 		return wrong(err, "chown it")
-	}
-	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return wrong(fmt.Errorf("others may read it, mode %04o", mode), "chmod 600 "+path)
 	}
 	text, err := io.ReadAll(io.LimitReader(f, maxKeyFile))
 	if err != nil {

@@ -9,7 +9,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -20,6 +19,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
 // What tokens of the development issuer say. RFC 2606 reserves .invalid, so
@@ -119,19 +119,7 @@ func syncDir(dir string) error {
 }
 
 func loadDevKey(path string) (ed25519.PrivateKey, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close() // opened for reading: nothing can be lost
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s must be a file that only its owner can read (mode 0600), not %v", path, info.Mode())
-	}
-	b, err := io.ReadAll(io.LimitReader(f, 4096))
+	b, err := privatefile.Read(path, 4096, privatefile.Owner)
 	if err != nil {
 		return nil, err
 	}

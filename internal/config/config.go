@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-envparse"
+
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
 // Config is every setting, read and checked.
@@ -105,6 +107,9 @@ func Load(environ []string, file string) (Config, error) {
 
 const prefix = "ORGKEYS_"
 
+// maxFile is how many bytes a file of settings, or with one, may have.
+const maxFile = 1 << 20
+
 // forScripts are names that the scripts and tests use, and that the program
 // may therefore find in its environment.
 func forScripts(name string) bool {
@@ -112,7 +117,7 @@ func forScripts(name string) bool {
 }
 
 func readFile(path string) (map[string]string, error) {
-	b, err := readPrivate(path)
+	b, err := privatefile.Read(path, maxFile, privatefile.Owner)
 	if err != nil {
 		return nil, fmt.Errorf("reading the settings: %w", err)
 	}
@@ -133,21 +138,6 @@ func readFile(path string) (map[string]string, error) {
 		}
 	}
 	return given, nil
-}
-
-// readPrivate reads a file that only its owner may read.
-func readPrivate(path string) ([]byte, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", path)
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s may be read by others (mode %04o): chmod 600 %s", path, info.Mode().Perm(), path)
-	}
-	return os.ReadFile(path)
 }
 
 // parse sets defaults, then what is given. Errors name settings, never values:
@@ -207,7 +197,7 @@ func (s Setting) value(given map[string]string) (string, error) {
 	case ok:
 		return value, nil
 	case s.Secret && fileOK:
-		b, err := readPrivate(path)
+		b, err := privatefile.Read(path, maxFile, privatefile.Owner)
 		if err != nil {
 			return "", err
 		}

@@ -15,7 +15,7 @@ type Setting struct {
 	Name    string
 	Default string // empty: none, or as Doc says
 	Doc     string
-	Secret  bool // may also be given as NAME_FILE, the path of a 0600 file
+	Secret  bool // may also be given as NAME_FILE, the path of a private file
 
 	set func(*Config, string) error
 }
@@ -34,12 +34,12 @@ var settings = []Setting{
 	{Name: "ORGKEYS_KEYSTORE", Default: KeystorePKCS11, Doc: "what makes and seals keys: pkcs11 or vault", set: choice(func(c *Config) *string { return &c.Keystore }, KeystorePKCS11, KeystoreVault)},
 	{Name: "ORGKEYS_PKCS11_MODULE", Doc: "path of the PKCS#11 library; default SoftHSM's", set: text(func(c *Config) *string { return &c.PKCS11Module })},
 	{Name: "ORGKEYS_PKCS11_TOKEN_LABEL", Default: "orgkeys", Doc: "label of the token", set: text(func(c *Config) *string { return &c.TokenLabel })},
-	{Name: "ORGKEYS_PKCS11_PIN_FILE", Doc: "0600 file with the user PIN; default a SoftHSM token of its own in the data directory", set: text(func(c *Config) *string { return &c.PINFile })},
+	{Name: "ORGKEYS_PKCS11_PIN_FILE", Doc: "private file with the user PIN; default a SoftHSM token of its own in the data directory", set: text(func(c *Config) *string { return &c.PINFile })},
 	{Name: "ORGKEYS_VAULT_AUTH", Default: VaultAppRole, Doc: "login to Vault: approle, or token_file (Vault Agent's sink); the address, CA and namespace are VAULT_ADDR, VAULT_CACERT, VAULT_NAMESPACE", set: choice(func(c *Config) *string { return &c.VaultAuth }, VaultAppRole, VaultTokenFile)},
 	{Name: "ORGKEYS_VAULT_ROLE_ID_FILE", Doc: "file with the AppRole's role ID", set: text(func(c *Config) *string { return &c.VaultRoleIDFile })},
-	{Name: "ORGKEYS_VAULT_SECRET_ID_FILE", Doc: "0600 file with the AppRole's secret ID", set: text(func(c *Config) *string { return &c.VaultSecretIDFile })},
+	{Name: "ORGKEYS_VAULT_SECRET_ID_FILE", Doc: "private file with the AppRole's secret ID", set: text(func(c *Config) *string { return &c.VaultSecretIDFile })},
 	{Name: "ORGKEYS_VAULT_SECRET_ID_PATH", Doc: "the secret ID file holds a wrapping token that was created at this path", set: text(func(c *Config) *string { return &c.VaultSecretIDPath })},
-	{Name: "ORGKEYS_VAULT_TOKEN_FILE", Doc: "0600 file with a token that somebody else renews", set: text(func(c *Config) *string { return &c.VaultTokenFile })},
+	{Name: "ORGKEYS_VAULT_TOKEN_FILE", Doc: "private file with a token that somebody else renews", set: text(func(c *Config) *string { return &c.VaultTokenFile })},
 	{Name: "ORGKEYS_DATABASE_URL", Doc: "postgres://…; default SQLite in the data directory", Secret: true, set: postgresURL},
 	{Name: "ORGKEYS_REDIS_URL", Doc: "redis:// or rediss://, for the quota lock of several replicas; default a lock in the process", Secret: true, set: redisURL},
 	{Name: "ORGKEYS_ISSUER", Doc: "the tokens' issuer; default the development issuer, on loopback only", set: text(func(c *Config) *string { return &c.Issuer })},

@@ -26,6 +26,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/hsm"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 	"github.com/orgkeys/orgkeys/internal/redislock"
 	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
@@ -121,16 +122,16 @@ func (d *doctor) configuration() {
 		return
 	}
 	d.ok("configuration", "sound; at most %d keys an organization", d.cfg.Max)
-	info, err := os.Stat(d.cfg.DataDir)
+	err = privatefile.CheckDir(d.cfg.DataDir)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		d.warn("data directory", "orgkeys serve makes it", "%s does not exist yet", d.cfg.DataDir)
-	case err != nil:
+	case errors.Is(err, os.ErrPermission):
 		d.fail("data directory", "see that the user that runs orgkeys can read it", "%v", err)
-	case info.Mode().Perm()&0o077 != 0:
-		d.fail("data directory", "chmod 700 "+d.cfg.DataDir, "others may enter %s (mode %04o)", d.cfg.DataDir, info.Mode().Perm())
+	case err != nil:
+		d.fail("data directory", "chmod 700 "+d.cfg.DataDir, "%v", err)
 	default:
-		d.ok("data directory", "%s is its owner's alone", d.cfg.DataDir)
+		d.ok("data directory", "%s cannot be entered by others", d.cfg.DataDir)
 	}
 }
 

@@ -8,6 +8,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
 // DataDir is the directory that belongs to one process at a time.
@@ -28,12 +30,8 @@ func MakeDataDir(path string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	info, err := os.Stat(path)
-	if err != nil {
-		return "", err
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return "", fmt.Errorf("others may enter the data directory %s (mode %04o): chmod 700 %s", path, info.Mode().Perm(), path)
+	if err := privatefile.CheckDir(path); err != nil {
+		return "", fmt.Errorf("the data directory: %w", err)
 	}
 	return path, nil
 }

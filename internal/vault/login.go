@@ -5,18 +5,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net/http"
-	"os"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/hashicorp/vault/api"
 
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
 // ErrLogin: Vault refused the login, or what is needed for one is missing or
@@ -113,21 +111,21 @@ func (r *refusal) note(credentials string, err error) error {
 }
 
 func (a *AppRole) check() error {
-	if _, err := readFile(a.RoleIDFile, 0o022); err != nil {
+	if _, err := readFile(a.RoleIDFile, privatefile.Everybody); err != nil {
 		return fmt.Errorf("reading the role ID: %w", err)
 	}
-	if _, err := readFile(a.SecretIDFile, 0o027); err != nil {
+	if _, err := readFile(a.SecretIDFile, privatefile.Group); err != nil {
 		return fmt.Errorf("reading the secret ID: %w", err)
 	}
 	return nil
 }
 
 func (a *AppRole) get(ctx context.Context, base *api.Client, _ *session) (*session, error) {
-	roleID, err := readFile(a.RoleIDFile, 0o022)
+	roleID, err := readFile(a.RoleIDFile, privatefile.Everybody)
 	if err != nil {
 		return nil, fmt.Errorf("reading the role ID: %w", err)
 	}
-	secretID, err := readFile(a.SecretIDFile, 0o027)
+	secretID, err := readFile(a.SecretIDFile, privatefile.Group)
 	if err != nil {
 		return nil, fmt.Errorf("reading the secret ID: %w", err)
 	}
@@ -208,14 +206,14 @@ func (a *AppRole) unwrap(ctx context.Context, base *api.Client, wrapping string)
 type TokenFile struct{ Path string }
 
 func (f *TokenFile) check() error {
-	if _, err := readFile(f.Path, 0o027); err != nil {
+	if _, err := readFile(f.Path, privatefile.Group); err != nil {
 		return fmt.Errorf("reading the token: %w", err)
 	}
 	return nil
 }
 
 func (f *TokenFile) get(_ context.Context, base *api.Client, stale *session) (*session, error) {
-	token, err := readFile(f.Path, 0o027)
+	token, err := readFile(f.Path, privatefile.Group)
 	if err != nil {
 		return nil, fmt.Errorf("reading the token: %w", err)
 	}
@@ -230,27 +228,13 @@ func (f *TokenFile) get(_ context.Context, base *api.Client, stale *session) (*s
 	return s, nil
 }
 
-// readFile reads a credential from a file whose mode has no bit of forbidden.
-func readFile(path string, forbidden os.FileMode) (string, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe would wait for its writer
+// readFile reads a credential, which is one word.
+func readFile(path string, r privatefile.Readers) (string, error) {
+	b, err := privatefile.Read(path, maxCredential, r)
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", ErrLogin, err)
 	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return "", fmt.Errorf("%w: %w", ErrLogin, err)
-	}
-	if info.Mode().Perm()&forbidden != 0 {
-		return "", fmt.Errorf("%w: %s has mode %04o: take %04o away with chmod", ErrLogin, path, info.Mode().Perm(), forbidden)
-	}
-	if !info.Mode().IsRegular() || info.Size() > maxCredential {
-		return "", fmt.Errorf("%w: %s is not a file of at most %d bytes", ErrLogin, path, maxCredential)
-	}
-	b, err := io.ReadAll(io.LimitReader(f, maxCredential))
-	if err != nil {
-		return "", fmt.Errorf("%w: %w", ErrLogin, err)
-	}
+	defer clear(b)
 	switch words := strings.Fields(string(b)); len(words) {
 	case 0:
 		return "", fmt.Errorf("%w: %s is empty", ErrLogin, path)
@@ -408,7 +392,7 @@ func watchFile(ctx context.Context, s *session) {
 	for {
 		select {
 		case <-poll.C:
-			if token, err := readFile(s.file, 0o027); err == nil && token != s.token {
+			if token, err := readFile(s.file, privatefile.Group); err == nil && token != s.token {
 				return
 			}
 		case <-s.ended:
