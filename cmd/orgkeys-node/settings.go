@@ -8,10 +8,11 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
-	"regexp"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 type settings struct {
@@ -95,8 +96,6 @@ func parseSettings(command string, args []string) (settings, error) {
 	return s, s.check()
 }
 
-var orgForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$`)
-
 func (s *settings) check() error {
 	var err error
 	if s.base, err = checkServer(s.server); err != nil {
@@ -108,7 +107,7 @@ func (s *settings) check() error {
 	if s.command == "status" {
 		return nil
 	}
-	if !orgForm.MatchString(s.org) {
+	if _, err := org.Parse(s.org); err != nil {
 		return usageError("--org %q is not an organization ID", s.org)
 	}
 	if addr, err := netip.ParseAddr(s.ip); err != nil || addr.Zone() != "" {

@@ -310,7 +310,7 @@ func list(ctx context.Context, w io.Writer, db *sqlstore.DB, from int64, org str
 			if err != nil {
 				return fmt.Errorf("event %d: %w", e.Index, err)
 			}
-			if org == "" || event.Org == org {
+			if org == "" || string(event.Org) == org {
 				fmt.Fprintf(out, `{"index":%d,"event":%s}`+"\n", e.Index, e.Leaf)
 			}
 		}

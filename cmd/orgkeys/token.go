@@ -9,12 +9,12 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
-	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/server"
 )
 
 func newToken() *cobra.Command {
-	var org, subject string
+	var name, subject string
 	var roles []string
 	var ttl time.Duration
 	cmd := &cobra.Command{
@@ -34,8 +34,9 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 			if !cfg.Development() {
 				return fmt.Errorf("ORGKEYS_ISSUER is %s: tokens come from there", cfg.Issuer)
 			}
-			if err := gate.CheckOrg(org); err != nil {
-				return fmt.Errorf("--org: %w: letters, digits, _ and -, at most 128", err)
+			id, err := org.Parse(name)
+			if err != nil {
+				return fmt.Errorf("--org: %w", err)
 			}
 			parsed, err := parseRoles(roles)
 			if err != nil {
@@ -49,7 +50,7 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 			if err != nil {
 				return err
 			}
-			token, err := issuer.Issue(subject, org, parsed, ttl)
+			token, err := issuer.Issue(subject, id, parsed, ttl)
 			if err != nil {
 				return err
 			}
@@ -57,12 +58,12 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 			return err
 		},
 	}
-	cmd.Flags().StringVar(&org, "org", "", "the organization's ID")
+	cmd.Flags().StringVar(&name, "org", "", "the organization's ID")
 	cmd.Flags().StringSliceVar(&roles, "role", nil, "OWNER, ADMINISTRATOR, WORKSPACES, BILLING or USER; may be given more than once")
 	cmd.Flags().StringVar(&subject, "subject", "dev", "the caller's ID")
 	cmd.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long the token is good for")
-	for _, name := range []string{"org", "role"} {
-		if err := cmd.MarkFlagRequired(name); err != nil {
+	for _, flag := range []string{"org", "role"} {
+		if err := cmd.MarkFlagRequired(flag); err != nil {
 			panic(err) // the flag is defined above
 		}
 	}

@@ -22,15 +22,16 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 // Keys is what the routes need of *orgkey.Service.
 type Keys interface {
-	Generate(ctx context.Context, call gate.Call, org string, deliver func(context.Context, orgkey.Generated) error) error
-	List(ctx context.Context, call gate.Call, org string) ([]orgkey.Key, error)
-	Delete(ctx context.Context, call gate.Call, org, id string) error
-	DeleteAll(ctx context.Context, call gate.Call, org string) (int, error)
+	Generate(ctx context.Context, call gate.Call, org org.ID, deliver func(context.Context, orgkey.Generated) error) error
+	List(ctx context.Context, call gate.Call, org org.ID) ([]orgkey.Key, error)
+	Delete(ctx context.Context, call gate.Call, org org.ID, id string) error
+	DeleteAll(ctx context.Context, call gate.Call, org org.ID) (int, error)
 }
 
 var _ Keys = (*orgkey.Service)(nil)
@@ -38,7 +39,7 @@ var _ Keys = (*orgkey.Service)(nil)
 // Rejections is who hears of an authenticated request that the edge refuses by
 // itself. Its implementation is gate.Gate.
 type Rejections interface {
-	Reject(ctx context.Context, call gate.Call, org string, action authz.Action, object, reason string) error
+	Reject(ctx context.Context, call gate.Call, org org.ID, action authz.Action, object, reason string) error
 }
 
 var _ Rejections = gate.Gate{}

@@ -8,7 +8,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
-	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // whileServing refuses work that comes after Drain, before anything is spent on it.
@@ -53,12 +53,12 @@ func (a *API) organization(action authz.Action) gin.HandlerFunc {
 	return func(c *gin.Context) {
 		x := exchangeOf(c)
 		x.action = action
-		org := c.Param("idOrg")
-		if gate.CheckOrg(org) != nil {
+		id, err := org.Parse(c.Param("idOrg"))
+		if err != nil {
 			a.reject(c, "malformed_organization", invalidOrg)
 			return
 		}
-		x.org = org
+		x.org = id
 	}
 }
 
@@ -66,7 +66,7 @@ func (a *API) organization(action authz.Action) gin.HandlerFunc {
 // its say and the audit trail has the refusal.
 func (a *API) reject(c *gin.Context, reason string, p problem) {
 	x := exchangeOf(c)
-	if err := a.Rejections.Reject(c.Request.Context(), x.call(), x.org, x.action, object(c), reason); err != nil && !errors.Is(err, gate.ErrBadOrg) {
+	if err := a.Rejections.Reject(c.Request.Context(), x.call(), x.org, x.action, object(c), reason); err != nil {
 		a.fail(c, err)
 		return
 	}

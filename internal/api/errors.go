@@ -97,8 +97,6 @@ func problemFor(err error) problem {
 		return ofNodes
 	case errors.As(err, &quota):
 		return quotaProblem(quota.Limit)
-	case errors.Is(err, gate.ErrBadOrg):
-		return invalidOrg
 	case errors.Is(err, orgkey.ErrNotFound):
 		return keyNotFound
 	case errors.Is(err, orgkey.ErrOverloaded):

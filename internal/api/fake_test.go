@@ -22,6 +22,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -57,11 +58,11 @@ func (u *useCases) log() []string {
 	return append([]string(nil), u.asked...)
 }
 
-func (u *useCases) Generate(ctx context.Context, call gate.Call, org string, deliver func(context.Context, orgkey.Generated) error) error {
+func (u *useCases) Generate(ctx context.Context, call gate.Call, org org.ID, deliver func(context.Context, orgkey.Generated) error) error {
 	if u.ended != nil {
 		defer close(u.ended)
 	}
-	if err := u.note(call, "generate", org); err != nil {
+	if err := u.note(call, "generate", string(org)); err != nil {
 		return err
 	}
 	if u.before != nil {
@@ -74,22 +75,22 @@ func (u *useCases) Generate(ctx context.Context, call gate.Call, org string, del
 	return err
 }
 
-func (u *useCases) List(_ context.Context, call gate.Call, org string) ([]orgkey.Key, error) {
-	err := u.note(call, "list", org)
+func (u *useCases) List(_ context.Context, call gate.Call, org org.ID) ([]orgkey.Key, error) {
+	err := u.note(call, "list", string(org))
 	return u.keys, err
 }
 
-func (u *useCases) Delete(_ context.Context, call gate.Call, org, id string) error {
-	return u.note(call, "delete", org, id)
+func (u *useCases) Delete(_ context.Context, call gate.Call, org org.ID, id string) error {
+	return u.note(call, "delete", string(org), id)
 }
 
-func (u *useCases) DeleteAll(_ context.Context, call gate.Call, org string) (int, error) {
-	err := u.note(call, "delete_all", org)
+func (u *useCases) DeleteAll(_ context.Context, call gate.Call, org org.ID) (int, error) {
+	err := u.note(call, "delete_all", string(org))
 	return u.deleted, err
 }
 
-func (u *useCases) Reject(_ context.Context, call gate.Call, org string, action authz.Action, _, reason string) error {
-	u.note(call, "reject", org, string(action), reason)
+func (u *useCases) Reject(_ context.Context, call gate.Call, org org.ID, action authz.Action, _, reason string) error {
+	u.note(call, "reject", string(org), string(action), reason)
 	return u.rejects
 }
 

@@ -13,6 +13,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -59,7 +60,7 @@ type keyList struct {
 
 type keyEntry struct {
 	ID          string         `json:"id"`
-	OrgID       string         `json:"orgId"`
+	OrgID       org.ID         `json:"orgId"`
 	PublicKey   string         `json:"publicKey"` // PKIX PEM
 	Fingerprint string         `json:"fingerprint"`
 	CreatedAt   string         `json:"createdAt"`

@@ -14,6 +14,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // Nodes is what the routes need of *node.Service.
@@ -21,11 +22,11 @@ type Nodes interface {
 	Register(ctx context.Context, from node.Origin, body []byte) error
 	Unregister(ctx context.Context, from node.Origin, body []byte) error
 	Secrets(ctx context.Context, from node.Origin, body []byte, deliver func([]node.Envelope) error) error
-	List(ctx context.Context, call gate.Call, org string) ([]node.Node, error)
-	Delete(ctx context.Context, call gate.Call, org, id string) error
-	PutSecret(ctx context.Context, call gate.Call, org, name string, value []byte) error
-	ListSecrets(ctx context.Context, call gate.Call, org string) ([]node.Secret, error)
-	DeleteSecret(ctx context.Context, call gate.Call, org, name string) error
+	List(ctx context.Context, call gate.Call, org org.ID) ([]node.Node, error)
+	Delete(ctx context.Context, call gate.Call, org org.ID, id string) error
+	PutSecret(ctx context.Context, call gate.Call, org org.ID, name string, value []byte) error
+	ListSecrets(ctx context.Context, call gate.Call, org org.ID) ([]node.Secret, error)
+	DeleteSecret(ctx context.Context, call gate.Call, org org.ID, name string) error
 }
 
 var _ Nodes = (*node.Service)(nil)
@@ -164,7 +165,7 @@ type nodeEntry struct {
 	Version      string `json:"version"`
 	Status       string `json:"status"`
 	URL          string `json:"url"`
-	IDOrg        string `json:"id_org"`
+	IDOrg        org.ID `json:"id_org"`
 	NodeServices int64  `json:"nodeServices"`
 	LastUpdated  string `json:"lastUpdated"` // when it registered last
 	LastSeen     string `json:"lastSeen"`    // when it signed anything last

@@ -15,6 +15,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -54,24 +55,24 @@ func (u *nodeUseCases) Secrets(_ context.Context, _ node.Origin, body []byte, de
 	return deliver(u.envelopes)
 }
 
-func (u *nodeUseCases) List(_ context.Context, _ gate.Call, org string) ([]node.Node, error) {
-	return u.nodes, u.note("list", org)
+func (u *nodeUseCases) List(_ context.Context, _ gate.Call, org org.ID) ([]node.Node, error) {
+	return u.nodes, u.note("list", string(org))
 }
 
-func (u *nodeUseCases) Delete(_ context.Context, _ gate.Call, org, id string) error {
-	return u.note("delete", org, id)
+func (u *nodeUseCases) Delete(_ context.Context, _ gate.Call, org org.ID, id string) error {
+	return u.note("delete", string(org), id)
 }
 
-func (u *nodeUseCases) PutSecret(_ context.Context, _ gate.Call, org, name string, value []byte) error {
-	return u.note("put", org, name, string(value))
+func (u *nodeUseCases) PutSecret(_ context.Context, _ gate.Call, org org.ID, name string, value []byte) error {
+	return u.note("put", string(org), name, string(value))
 }
 
-func (u *nodeUseCases) ListSecrets(_ context.Context, _ gate.Call, org string) ([]node.Secret, error) {
-	return u.secrets, u.note("secrets", org)
+func (u *nodeUseCases) ListSecrets(_ context.Context, _ gate.Call, org org.ID) ([]node.Secret, error) {
+	return u.secrets, u.note("secrets", string(org))
 }
 
-func (u *nodeUseCases) DeleteSecret(_ context.Context, _ gate.Call, org, name string) error {
-	return u.note("delete secret", org, name)
+func (u *nodeUseCases) DeleteSecret(_ context.Context, _ gate.Call, org org.ID, name string) error {
+	return u.note("delete secret", string(org), name)
 }
 
 const (

@@ -11,6 +11,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/panics"
 )
 
@@ -20,7 +21,7 @@ type exchange struct {
 	id      string
 	address string // the client's, as far as trusted proxies vouch for it
 	caller  authz.Caller
-	org     string // well-formed, or empty
+	org     org.ID // empty where the path names none, or a malformed one
 	action  authz.Action
 	code    string // of the problem answered
 	aborted bool   // cut off after the response had begun
@@ -89,7 +90,7 @@ func (a *API) record(c *gin.Context, x *exchange, took time.Duration) {
 		slog.Int("status", status), slog.Float64("ms", float64(took.Microseconds())/1000),
 	}
 	if x.org != "" {
-		attrs = append(attrs, slog.String("org", x.org))
+		attrs = append(attrs, slog.String("org", string(x.org)))
 	}
 	if x.code != "" {
 		attrs = append(attrs, slog.String("code", x.code))

@@ -27,7 +27,7 @@ func release(ctx context.Context, c *gin.Context, f form, g orgkey.Generated) er
 		return err
 	}
 	h := c.Writer.Header()
-	h.Set("Location", "/organization/"+g.Org+"/key/"+g.ID)
+	h.Set("Location", "/organization/"+string(g.Org)+"/key/"+g.ID)
 	h.Set("X-Key-Id", g.ID)
 	h.Set("X-Key-Fingerprint", g.Fingerprint)
 	h.Set("Content-Length", strconv.Itoa(len(body)))

@@ -8,6 +8,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/systemevent"
 )
 
@@ -35,7 +36,7 @@ type eventEntry struct {
 	ContextID   string  `json:"contextId"` // the ID of the key or node
 	Context     int     `json:"context"`
 	Event       int     `json:"event"`
-	OrgID       string  `json:"orgId"`
+	OrgID       org.ID  `json:"orgId"`
 	UserID      string  `json:"userId"` // whoever did it: of a node, the ID of its key
 	UserName    string  `json:"userName"`
 	UserEmail   string  `json:"userEmail"`

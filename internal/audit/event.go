@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // Type says what happened, in the past tense.
@@ -66,9 +67,9 @@ type Event struct {
 	Type     Type
 	Outcome  Outcome
 	Reason   string // a short code: why denied, refused, withdrawn
-	Org      string
+	Org      org.ID
 	Actor    Actor
-	ActorOrg string       // the organization that the actor belongs to
+	ActorOrg org.ID       // the organization that the actor belongs to
 	Roles    []authz.Role // the actor's
 	Action   authz.Action // what the policy was asked for, where it was
 	Object   string       // the ID of the key, node or secret it is about
@@ -93,7 +94,7 @@ type Personal struct {
 }
 
 // New returns an event with a fresh ID and the present time.
-func New(t Type, org string) Event {
+func New(t Type, org org.ID) Event {
 	return Event{ID: uuid.NewString(), Time: time.Now().UTC(), Type: t, Outcome: Success, Org: org}
 }
 
@@ -106,10 +107,10 @@ type Leaf struct {
 	Type     Type              `json:"type"`
 	Outcome  Outcome           `json:"outcome"`
 	Reason   string            `json:"reason,omitempty"`
-	Org      string            `json:"org,omitempty"`
+	Org      org.ID            `json:"org,omitempty"`
 	Kind     authz.Kind        `json:"actorKind,omitempty"`
 	Actor    string            `json:"actor,omitempty"`
-	ActorOrg string            `json:"actorOrg,omitempty"`
+	ActorOrg org.ID            `json:"actorOrg,omitempty"`
 	Roles    []authz.Role      `json:"roles,omitempty"`
 	Action   authz.Action      `json:"action,omitempty"`
 	Object   string            `json:"object,omitempty"`
@@ -129,7 +130,7 @@ type Record struct {
 	Time     time.Time
 	Type     Type
 	Reason   string
-	Org      string
+	Org      org.ID
 	Kind     authz.Kind // of the actor
 	Actor    string
 	Object   string

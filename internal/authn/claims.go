@@ -1,7 +1,6 @@
 package authn
 
 import (
-	"regexp"
 	"slices"
 	"strconv"
 	"time"
@@ -12,6 +11,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // maxText bounds the subject, name and email, in bytes.
@@ -20,9 +20,6 @@ const maxText = 256
 // latestDate is the last second of the year 9999. A NumericDate beyond it is
 // no date but an attempt at an overflow.
 const latestDate = 253402300799
-
-// organizationID is the form of organization IDs everywhere in the service.
-var organizationID = regexp.MustCompile(`\A[A-Za-z0-9][A-Za-z0-9_-]{0,127}\z`)
 
 type claimSet map[string]jsontext.Value
 
@@ -43,16 +40,17 @@ func (v *Verifier) caller(payload []byte) (authz.Caller, error) {
 		return authz.Caller{}, err
 	}
 	subject, okSubject := claims.text("sub")
-	org, okOrg := text(claims[v.config.ClaimOrg])
+	named, okOrg := text(claims[v.config.ClaimOrg])
+	own, err := org.Parse(named)
 	roles, okRoles := parseRoles(claims[v.config.ClaimRole])
-	if !okSubject || !okOrg || !okRoles || !organizationID.MatchString(org) {
+	if !okSubject || !okOrg || !okRoles || err != nil {
 		return authz.Caller{}, refused(ReasonClaims)
 	}
 	// These two are for people's eyes: a token is good without them.
 	name, _ := claims.text("name")
 	email, _ := claims.text("email")
 	return authz.Caller{
-		Kind: authz.Person, Subject: subject, Org: org, Roles: roles, Name: name, Email: email,
+		Kind: authz.Person, Subject: subject, Org: own, Roles: roles, Name: name, Email: email,
 	}, nil
 }
 

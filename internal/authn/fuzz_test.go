@@ -138,7 +138,7 @@ func checkCaller(t *testing.T, caller authz.Caller, payload []byte) {
 	if err := decoder.Decode(&claims); err != nil || decoder.More() || !utf8.Valid(payload) {
 		t.Fatalf("accepted claims that are not JSON: %q, %v", payload, err)
 	}
-	if claims["iss"] != testIssuer || claims["sub"] != caller.Subject || claims["org_id"] != caller.Org || caller.Subject == "" {
+	if claims["iss"] != testIssuer || claims["sub"] != caller.Subject || claims["org_id"] != string(caller.Org) || caller.Subject == "" {
 		t.Errorf("accepted %+v for %q", caller, payload)
 	}
 	if list, ok := claims["aud"].([]any); claims["aud"] != testAudience && (!ok || !slices.Contains(list, any(testAudience))) {
@@ -153,7 +153,7 @@ func checkCaller(t *testing.T, caller authz.Caller, payload []byte) {
 			t.Errorf("accepted role %q", role)
 		}
 	}
-	if len(caller.Roles) == 0 || len(caller.Org) > 128 || strings.ContainsAny(caller.Org, "/ \n\x00") {
+	if len(caller.Roles) == 0 || len(caller.Org) > 128 || strings.ContainsAny(string(caller.Org), "/ \n\x00") {
 		t.Errorf("accepted %+v", caller)
 	}
 }

@@ -8,6 +8,8 @@
 // included, is an error, and callers treat an error as "no".
 package authz
 
+import "github.com/orgkeys/orgkeys/internal/org"
+
 // Role is a role of the platform within an organization, by its exact name.
 type Role string
 
@@ -33,7 +35,7 @@ const (
 type Caller struct {
 	Kind    Kind
 	Subject string // a person's "sub" claim; for a node, the ID of the key that verified
-	Org     string // the organization the caller belongs to
+	Org     org.ID // the organization the caller belongs to
 	Roles   []Role // any of which may match; empty for a node
 	Name    string // for people's eyes in the audit trail only; never decided upon
 	Email   string // likewise
@@ -63,7 +65,7 @@ const (
 type Request struct {
 	Caller Caller
 	Action Action
-	Org    string // the organization the request is about
+	Org    org.ID // the organization the request is about
 }
 
 // Reason is the policy's machine-readable reason for a decision.

@@ -10,6 +10,8 @@ import (
 	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/storage"
 	"github.com/open-policy-agent/opa/v1/tester"
+
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // testPatience is how long a policy's own tests may take together.
@@ -54,7 +56,7 @@ func impossible() map[string]ast.Value {
 	return inputs
 }
 
-func person(org string) Caller {
+func person(org org.ID) Caller {
 	return Caller{Kind: Person, Subject: "canary", Org: org, Roles: []Role{Owner, Administrator}}
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"github.com/open-policy-agent/opa/v1/ast"
 
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/policies"
 )
 
@@ -41,11 +42,11 @@ func TestEveryAnswerOfTheDecisionTable(t *testing.T) {
 		for i, c := range decisions.Callers {
 			t.Run(fmt.Sprintf("%s/%s/%s", row.Action, row.Organization, c.Name), func(t *testing.T) {
 				orgs := decisions.Organizations[row.Organization]
-				caller := Caller{Kind: Kind(c.Kind), Subject: "u-1", Org: orgs.Caller}
+				caller := Caller{Kind: Kind(c.Kind), Subject: "u-1", Org: org.ID(orgs.Caller)}
 				for _, role := range c.Roles {
 					caller.Roles = append(caller.Roles, Role(role))
 				}
-				got, err := p.Decide(t.Context(), Request{caller, Action(row.Action), orgs.Request})
+				got, err := p.Decide(t.Context(), Request{caller, Action(row.Action), org.ID(orgs.Request)})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -165,7 +166,7 @@ func TestPolicyAgreesWithTheOracleOnRandomRequests(t *testing.T) {
 }
 
 func randomRequest(random *rand.Rand) Request {
-	orgs := []string{"acme", "acme", "acme", "acme", "Acme", "globex", "acme ", ""}
+	orgs := []org.ID{"acme", "acme", "acme", "acme", "Acme", "globex", "acme ", ""}
 	roles := []Role{Owner, Administrator, Workspaces, Billing, User, User, "ADMINISTRATORS", "owner", "node", "", "*"}
 	actions := append(allActions(), "orgkey", "ORGKEY.LIST", "")
 	r := Request{
@@ -194,9 +195,9 @@ func FuzzPolicyAgreesWithTheOracle(f *testing.F) {
 	}
 	f.Add("user", "u-1", "", "OWNER", "", uint8(1), "orgkey.list", "")
 	f.Add("user", "u-1", "a\xff", "OWNER", "", uint8(1), "orgkey.list", "a\ufffd")
-	f.Fuzz(func(t *testing.T, kind, subject, callerOrg, role1, role2 string, roles uint8, action, org string) {
-		caller := Caller{Kind: Kind(kind), Subject: subject, Org: callerOrg, Roles: []Role{Role(role1), Role(role2)}[:roles%3]}
-		agree(t, p, Request{caller, Action(action), org})
+	f.Fuzz(func(t *testing.T, kind, subject, callerOrg, role1, role2 string, roles uint8, action, about string) {
+		caller := Caller{Kind: Kind(kind), Subject: subject, Org: org.ID(callerOrg), Roles: []Role{Role(role1), Role(role2)}[:roles%3]}
+		agree(t, p, Request{caller, Action(action), org.ID(about)})
 	})
 }
 

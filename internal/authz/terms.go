@@ -33,11 +33,11 @@ func input(r Request) ast.Value {
 		ast.Item(callerField, ast.ObjectTerm(
 			ast.Item(kindField, ast.StringTerm(string(r.Caller.Kind))),
 			ast.Item(subjectField, ast.StringTerm(r.Caller.Subject)),
-			ast.Item(orgField, ast.StringTerm(r.Caller.Org)),
+			ast.Item(orgField, ast.StringTerm(string(r.Caller.Org))),
 			ast.Item(rolesField, ast.ArrayTerm(roles...)),
 		)),
 		ast.Item(actionField, ast.StringTerm(string(r.Action))),
-		ast.Item(orgField, ast.StringTerm(r.Org)),
+		ast.Item(orgField, ast.StringTerm(string(r.Org))),
 	)
 }
 

@@ -17,14 +17,11 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
-var (
-	// ErrBadOrg: the organization ID is not of the documented form.
-	ErrBadOrg = errors.New("organization ID is not well-formed")
-	// ErrAudit: the audit trail could not be written, or not acknowledged in time.
-	ErrAudit = errors.New("audit trail not available")
-)
+// ErrAudit: the audit trail could not be written, or not acknowledged in time.
+var ErrAudit = errors.New("audit trail not available")
 
 // DeniedError is a "no" of the policy.
 type DeniedError struct {
@@ -33,17 +30,6 @@ type DeniedError struct {
 }
 
 func (e *DeniedError) Error() string { return fmt.Sprintf("%s denied: %s", e.Action, e.Reason) }
-
-var orgForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$`)
-
-// CheckOrg reports ErrBadOrg unless id is a well-formed organization ID. It
-// comes before id reaches any header, log or label.
-func CheckOrg(id string) error {
-	if !orgForm.MatchString(id) {
-		return ErrBadOrg
-	}
-	return nil
-}
 
 // Call is one authenticated request to a use case: who asks, and what of it
 // belongs in the audit trail.
@@ -99,7 +85,7 @@ type Gate struct {
 // Pass is an allowed request.
 type Pass struct {
 	Call     Call
-	Org      string
+	Org      org.ID
 	Action   authz.Action
 	Object   string // the ID of what it is about, where the request names one
 	Decision authz.Decision
@@ -110,10 +96,7 @@ type Pass struct {
 // of what in org it names, if it does. A "no" is a *DeniedError and leaves an
 // event; that event is best effort, since the answer stays "no" without it. A
 // policy that does not decide leaves one too.
-func (g Gate) Decide(ctx context.Context, call Call, action authz.Action, org, object string) (Pass, error) {
-	if err := CheckOrg(org); err != nil {
-		return Pass{}, err
-	}
+func (g Gate) Decide(ctx context.Context, call Call, action authz.Action, org org.ID, object string) (Pass, error) {
 	pass := Pass{Call: call, Org: org, Action: action}
 	if objectForm.MatchString(object) {
 		pass.Object = object
@@ -163,10 +146,11 @@ func (g Gate) Failed(ctx context.Context, p Pass, t audit.Type, reason string, w
 
 // Reject records an authenticated request that the edge refuses: a malformed
 // organization, an answer that nobody can give. The policy still decides
-// first, so that a stranger hears "no" and not what was wrong. It returns nil
-// when the refusal is recorded.
-func (g Gate) Reject(ctx context.Context, call Call, org string, action authz.Action, object, reason string) error {
-	if CheckOrg(org) != nil {
+// first, so that a stranger hears "no" and not what was wrong; it is not asked
+// where there is no organization to ask about (an empty org). Reject returns
+// nil when the refusal is recorded.
+func (g Gate) Reject(ctx context.Context, call Call, org org.ID, action authz.Action, object, reason string) error {
+	if org == "" {
 		return g.Failed(ctx, Pass{Call: call, Action: action}, audit.RequestFailed, reason, nil)
 	}
 	pass, err := g.Decide(ctx, call, action, org, object)

@@ -10,12 +10,13 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/envelope"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 var secretName = regexp.MustCompile(`^[a-z][a-z0-9_]{0,63}$`)
 
 // List returns org's nodes, the newest registration first, deleted ones left out.
-func (s *Service) List(ctx context.Context, call gate.Call, org string) ([]Node, error) {
+func (s *Service) List(ctx context.Context, call gate.Call, org org.ID) ([]Node, error) {
 	pass, err := s.gate.Decide(ctx, call, authz.ListNodes, org, "")
 	if err != nil {
 		return nil, err
@@ -28,7 +29,7 @@ func (s *Service) List(ctx context.Context, call gate.Call, org string) ([]Node,
 }
 
 // Delete deletes org's node id, which may come back by registering again.
-func (s *Service) Delete(ctx context.Context, call gate.Call, org, id string) error {
+func (s *Service) Delete(ctx context.Context, call gate.Call, org org.ID, id string) error {
 	pass, err := s.gate.Decide(ctx, call, authz.DeleteNode, org, id)
 	if err != nil {
 		return err
@@ -57,7 +58,7 @@ func (s *Service) recordFailure(ctx context.Context, pass gate.Pass, err error) 
 
 // PutSecret stores value, 1 to envelope.MaxSecret bytes, as org's boot secret
 // name. The caller clears value.
-func (s *Service) PutSecret(ctx context.Context, call gate.Call, org, name string, value []byte) error {
+func (s *Service) PutSecret(ctx context.Context, call gate.Call, org org.ID, name string, value []byte) error {
 	pass, err := s.gate.Decide(ctx, call, authz.PutSecret, org, name)
 	if err != nil {
 		return err
@@ -88,7 +89,7 @@ func checkSecret(name string, value []byte) error {
 }
 
 // ListSecrets returns the names and times of org's secrets, by name.
-func (s *Service) ListSecrets(ctx context.Context, call gate.Call, org string) ([]Secret, error) {
+func (s *Service) ListSecrets(ctx context.Context, call gate.Call, org org.ID) ([]Secret, error) {
 	pass, err := s.gate.Decide(ctx, call, authz.ListSecrets, org, "")
 	if err != nil {
 		return nil, err
@@ -101,7 +102,7 @@ func (s *Service) ListSecrets(ctx context.Context, call gate.Call, org string) (
 }
 
 // DeleteSecret ends org's secret name. Nodes keep what they fetched.
-func (s *Service) DeleteSecret(ctx context.Context, call gate.Call, org, name string) error {
+func (s *Service) DeleteSecret(ctx context.Context, call gate.Call, org org.ID, name string) error {
 	pass, err := s.gate.Decide(ctx, call, authz.DeleteSecret, org, name)
 	if err != nil {
 		return err

@@ -28,11 +28,10 @@
 //
 // Verification is all that a caller without a key can make the service do. An
 // unknown organization costs as much as a known one with one key and gets the
-// same answer. Opened public keys are cached by organization and key ID, so
-// that a request costs an unsealing only when its organization was not heard
-// of for a long time; that a damaged one does not open is remembered for a
-// minute. Whether a key lives is never cached, but read in the transaction that
-// acts. At most MaxKeys keys of an organization are tried.
+// same answer. Opened public keys are remembered (orgkey.Opener), so that a
+// request costs an unsealing only when its organization was not heard of for a
+// long time; that a damaged one does not open is remembered for a minute.
+// Whether a key lives is never cached, but read in the transaction that acts. At most MaxKeys keys of an organization are tried.
 //
 // Verifications under way are bounded, in two lanes. A source address (IPv6 by
 // its /64) whose signatures failed too often lately is moved to the narrow
@@ -52,6 +51,8 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/jsonbody"
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 const (
@@ -99,7 +100,7 @@ type Origin struct {
 // Node is a bridge node as it described itself.
 type Node struct {
 	ID         string
-	Org        string
+	Org        org.ID
 	IP         netip.Addr // identifies the node within Org; never an IPv4-mapped IPv6 address, never zoned
 	Region     string
 	Version    string
@@ -125,15 +126,9 @@ type SealedSecret struct {
 	Sealed []byte
 }
 
-// SealedKey is a released organization key as the store holds it.
-type SealedKey struct {
-	ID     string
-	Sealed []byte // the public key, PKIX DER, sealed
-}
-
 // Use is one use of a signature.
 type Use struct {
-	Org     string
+	Org     org.ID
 	Key     string    // the ID of the key that verified
 	Message [32]byte  // SHA-256 of the line that was signed
 	Request [32]byte  // SHA-256 of the endpoint and the decoded fields
@@ -153,7 +148,7 @@ const (
 
 // Ref names a node the way nodes do.
 type Ref struct {
-	Org string
+	Org org.ID
 	IP  netip.Addr
 }
 
@@ -171,7 +166,7 @@ type Sight struct {
 // unless the key is a released one of the organization.
 type Store interface {
 	// LiveKeys returns org's released keys, newest first, at most limit.
-	LiveKeys(ctx context.Context, org string, limit int) ([]SealedKey, error)
+	LiveKeys(ctx context.Context, org org.ID, limit int) ([]orgkey.SealedKey, error)
 	// Register records the use and stores n, n.ID being used for a node that
 	// was never there, and associates the node with use.Key. The use's being
 	// there already is no change if it was for the same request, else ErrReused.
@@ -181,19 +176,19 @@ type Store interface {
 	// or reports ErrNodeNotFound. Uses are treated as by Register.
 	Unregister(ctx context.Context, use Use, ip netip.Addr, event func(id string, c Change) audit.Event) error
 	// SecretsSize returns how many bytes org's sealed secrets are.
-	SecretsSize(ctx context.Context, org string) (int64, error)
+	SecretsSize(ctx context.Context, org org.ID) (int64, error)
 	// Secrets returns org's secrets, by name.
-	Secrets(ctx context.Context, org, key string, event func(names []string) audit.Event) ([]SealedSecret, error)
+	Secrets(ctx context.Context, org org.ID, key string, event func(names []string) audit.Event) ([]SealedSecret, error)
 	// Nodes returns org's nodes that are not deleted, the newest registration first.
-	Nodes(ctx context.Context, org string) ([]Node, error)
+	Nodes(ctx context.Context, org org.ID) ([]Node, error)
 	// DeleteNode deletes org's node id and its associations, or reports ErrNodeNotFound or ErrAlreadyDeleted.
-	DeleteNode(ctx context.Context, org, id string, event audit.Event) error
+	DeleteNode(ctx context.Context, org org.ID, id string, event audit.Event) error
 	// PutSecret stores a new or changed secret, or reports ErrTooManySecrets.
-	PutSecret(ctx context.Context, org string, s SealedSecret, limit int, event audit.Event) error
+	PutSecret(ctx context.Context, org org.ID, s SealedSecret, limit int, event audit.Event) error
 	// SecretNames returns org's secrets, by name.
-	SecretNames(ctx context.Context, org string) ([]Secret, error)
+	SecretNames(ctx context.Context, org org.ID) ([]Secret, error)
 	// DeleteSecret ends org's secret, or reports ErrSecretNotFound.
-	DeleteSecret(ctx context.Context, org, name string, event audit.Event) error
+	DeleteSecret(ctx context.Context, org org.ID, name string, event audit.Event) error
 	// Seen moves last uses of keys and last sights of nodes forward, each given by
 	// how long ago it was, and associates nodes with the keys they signed with; what
 	// is not there is no error.

@@ -10,8 +10,8 @@ import (
 
 	"github.com/go-json-experiment/json/jsontext"
 
-	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/jsonbody"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 const (
@@ -30,7 +30,7 @@ const (
 // request is a signed request, checked but not verified.
 type request struct {
 	endpoint  endpoint
-	org       string
+	org       org.ID
 	ip        string // as sent
 	addr      netip.Addr
 	region    string
@@ -98,21 +98,22 @@ func (f signedFields) check(e endpoint) (request, error) {
 	return r, err
 }
 
-func (f signedFields) organization() (string, error) {
+func (f signedFields) organization() (org.ID, error) {
 	if f.IDOrg == nil && f.OrgID == nil {
 		return "", &InputError{Field: "id_org", Problem: "is required"}
 	}
 	if f.IDOrg != nil && f.OrgID != nil && *f.IDOrg != *f.OrgID {
 		return "", &InputError{Field: "id_org", Problem: "and org_id differ"}
 	}
-	org := f.IDOrg
-	if org == nil {
-		org = f.OrgID
+	text := f.IDOrg
+	if text == nil {
+		text = f.OrgID
 	}
-	if gate.CheckOrg(*org) != nil {
+	id, err := org.Parse(*text)
+	if err != nil {
 		return "", &InputError{Field: "id_org", Problem: "is not an organization ID"}
 	}
-	return *org, nil
+	return id, nil
 }
 
 // parseIP returns the address that identifies a node: one for all the ways to
@@ -202,7 +203,7 @@ func (r request) messages() []string {
 		lines = append(lines, r.ip+"|"+r.timestamp)
 	}
 	for _, line := range lines {
-		lines = append(lines, line+"|"+r.org)
+		lines = append(lines, line+"|"+string(r.org))
 	}
 	return lines
 }
@@ -215,7 +216,7 @@ func (r request) messages() []string {
 func (r request) presentable(line string) time.Time {
 	latest := r.time
 	fields := strings.Split(line, "|")
-	if len(fields) != 3 || fields[2] != r.org {
+	if len(fields) != 3 || fields[2] != string(r.org) {
 		return latest
 	}
 	for _, text := range fields[1:] {
@@ -236,7 +237,7 @@ func (r request) digest() [32]byte {
 	}
 	n := r.node
 	for _, text := range []string{
-		string(r.endpoint), r.org, r.ip, r.region, r.timestamp, string(r.signature),
+		string(r.endpoint), string(r.org), r.ip, r.region, r.timestamp, string(r.signature),
 		n.Version, n.Status, n.Provider, n.URL,
 	} {
 		write(text)

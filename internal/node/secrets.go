@@ -11,6 +11,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/envelope"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -131,6 +132,6 @@ func (s *Service) envelop(ctx context.Context, r signed, stored []SealedSecret) 
 	return envelopes, nil
 }
 
-func secretBinding(org, name string) orgkey.Binding {
-	return orgkey.Binding{Purpose: orgkey.BootSecret, Org: org, ID: name}
+func secretBinding(org org.ID, name string) orgkey.Binding {
+	return orgkey.Binding{Purpose: orgkey.BootSecret, Org: string(org), ID: name}
 }

@@ -25,6 +25,7 @@ const margin = 60 * time.Second
 type Config struct {
 	Store  Store
 	Sealer orgkey.Sealer
+	Opener *orgkey.Opener // with the same Sealer
 	Gate   gate.Gate
 
 	Window        time.Duration    // how far a timestamp may be from the present, either way
@@ -55,7 +56,7 @@ func New(c Config) (*Service, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	v, err := newVerifier(c.Store, c.Sealer, c.Gate.Log, c.Now)
+	v, err := newVerifier(c.Store, c.Opener, c.Now)
 	if err != nil {
 		return nil, err
 	}

@@ -28,6 +28,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/hsm"
 	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/sqlstore/pgtest"
@@ -179,9 +180,14 @@ func (w *world) with(change func(*node.Config)) *node.Service {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	log := slog.New(slog.NewTextHandler(w.t.Output(), nil))
+	opener, err := orgkey.NewOpener(w, log, w.now)
+	if err != nil {
+		w.t.Fatal(err)
+	}
 	c := node.Config{
-		Store: w.db, Sealer: w, Window: 300 * time.Second, AuditDeadline: 5 * time.Second, Now: w.now,
-		Gate: gate.Gate{Policy: policy, Trail: w.log, Log: slog.New(slog.NewTextHandler(w.t.Output(), nil))},
+		Store: w.db, Sealer: w, Opener: opener, Window: 300 * time.Second, AuditDeadline: 5 * time.Second, Now: w.now,
+		Gate: gate.Gate{Policy: policy, Trail: w.log, Log: log},
 	}
 	change(&c)
 	s, err := node.New(c)
@@ -194,19 +200,19 @@ func (w *world) with(change func(*node.Config)) *node.Service {
 // key is an organization key and who holds it.
 type key struct {
 	id      string
-	org     string
+	org     org.ID
 	private *rsa.PrivateKey
 }
 
 // release puts a key into the store the way generating one does.
-func (w *world) release(org string) key {
+func (w *world) release(org org.ID) key {
 	w.t.Helper()
 	return w.releaseSealedFor(org, "")
 }
 
 // releaseSealedFor is release of a record that is damaged if it was sealed for
 // another organization.
-func (w *world) releaseSealedFor(org, sealedFor string) key {
+func (w *world) releaseSealedFor(org, sealedFor org.ID) key {
 	w.t.Helper()
 	k := key{uuid.NewString(), org, keyPairs[w.made%len(keyPairs)]}
 	w.made++
@@ -214,7 +220,7 @@ func (w *world) releaseSealedFor(org, sealedFor string) key {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	sealed, err := token.Seal(w.t.Context(), orgkey.Binding{Purpose: orgkey.PublicKey, Org: cmp.Or(sealedFor, org), ID: k.id}, der)
+	sealed, err := token.Seal(w.t.Context(), orgkey.PublicKeyOf(cmp.Or(sealedFor, org), k.id), der)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -302,11 +308,11 @@ func (w *world) secrets(f fields) (got []node.Envelope, err error) {
 }
 
 // by is a call of a person.
-func by(org string, role authz.Role) gate.Call {
+func by(org org.ID, role authz.Role) gate.Call {
 	return gate.Call{Caller: authz.Caller{Kind: authz.Person, Subject: "u-1", Org: org, Roles: []authz.Role{role}}, Request: "r-3", Address: "198.51.100.2"}
 }
 
-func (w *world) nodes(org string) []node.Node {
+func (w *world) nodes(org org.ID) []node.Node {
 	w.t.Helper()
 	nodes, err := w.service.List(w.t.Context(), by(org, authz.User), org)
 	w.must(err)

@@ -19,13 +19,14 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/panics"
 )
 
 // Generated is a key at the moment of its release, as deliver receives it.
 type Generated struct {
 	ID          string
-	Org         string
+	Org         org.ID
 	Fingerprint string // RFC 7638 thumbprint, base64url
 	PEM         []byte // PKCS#1 "RSA PRIVATE KEY"; cleared when deliver returns
 }
@@ -36,7 +37,7 @@ type Generated struct {
 //
 // A crash (CRASH below) loses no more than this says; the sweeper, and for
 // Transit the reaper, clear it without anybody's help.
-func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deliver func(context.Context, Generated) error) error {
+func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deliver func(context.Context, Generated) error) error {
 	pass, err := s.gate.Decide(ctx, call, authz.GenerateKey, org, "")
 	if err != nil {
 		return err
@@ -107,7 +108,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org string, deli
 // reserve takes a place in org's quota. The lock only keeps concurrent
 // requests from colliding in the store, so one that cannot be had within
 // lockPatience is done without.
-func (s *Service) reserve(ctx context.Context, org, id string) error {
+func (s *Service) reserve(ctx context.Context, org org.ID, id string) error {
 	locked, cancel := context.WithTimeout(ctx, lockPatience)
 	unlock, err := s.locker.Lock(locked, org)
 	cancel()
@@ -171,7 +172,7 @@ func (s *Service) enter(ctx context.Context, pass gate.Pass, id string, public *
 	if err != nil {
 		return false, fmt.Errorf("encoding key %s: %w", id, err)
 	}
-	sealed, err := s.sealer.Seal(ctx, Binding{Purpose: PublicKey, Org: pass.Org, ID: id}, der)
+	sealed, err := s.sealer.Seal(ctx, PublicKeyOf(pass.Org, id), der)
 	if err != nil {
 		return false, fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, err)
 	}

@@ -3,12 +3,14 @@ package orgkey
 import (
 	"context"
 	"sync"
+
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // LocalLock is the Locker of a single process.
 type LocalLock struct {
 	mu   sync.Mutex
-	held map[string]*orgLock
+	held map[org.ID]*orgLock
 }
 
 type orgLock struct {
@@ -17,10 +19,10 @@ type orgLock struct {
 }
 
 // NewLocalLock returns a lock that nobody holds.
-func NewLocalLock() *LocalLock { return &LocalLock{held: map[string]*orgLock{}} }
+func NewLocalLock() *LocalLock { return &LocalLock{held: map[org.ID]*orgLock{}} }
 
 // Lock implements Locker.
-func (l *LocalLock) Lock(ctx context.Context, org string) (func(), error) {
+func (l *LocalLock) Lock(ctx context.Context, org org.ID) (func(), error) {
 	lock := l.join(org)
 	select {
 	case lock.place <- struct{}{}:
@@ -31,7 +33,7 @@ func (l *LocalLock) Lock(ctx context.Context, org string) (func(), error) {
 	}
 }
 
-func (l *LocalLock) join(org string) *orgLock {
+func (l *LocalLock) join(org org.ID) *orgLock {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	lock := l.held[org]
@@ -43,7 +45,7 @@ func (l *LocalLock) join(org string) *orgLock {
 	return lock
 }
 
-func (l *LocalLock) leave(org string) {
+func (l *LocalLock) leave(org org.ID) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	lock := l.held[org]

@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // Bits is the modulus length of every key.
@@ -53,7 +54,7 @@ func (e *QuotaError) Error() string { return fmt.Sprintf("quota of %d keys reach
 // Key is an organization key as its administrators see it.
 type Key struct {
 	ID          string
-	Org         string
+	Org         org.ID
 	Public      *rsa.PublicKey
 	Fingerprint string // RFC 7638 thumbprint, base64url
 	Created     time.Time
@@ -61,6 +62,17 @@ type Key struct {
 	LastUsed    time.Time // zero if a node never signed with it
 	Nodes       []NodeKey
 }
+
+// State is where a key is in its life. The empty one is none.
+type State string
+
+// The states, in their order.
+const (
+	Reserved State = "reserved"
+	Pending  State = "pending"
+	Released State = "released"
+	Deleted  State = "deleted"
+)
 
 // NodeKey is the association of a key with a registered node.
 type NodeKey struct {
@@ -95,7 +107,7 @@ type BackendKey interface {
 // that it was sealed under.
 type Binding struct {
 	Purpose string // PublicKey, BootSecret, EventKey or CheckpointKey
-	Org     string // for EventKey and CheckpointKey, the log's origin
+	Org     string // the organization's ID; for EventKey and CheckpointKey, the log's origin
 	ID      string // the key's ID, or the secret's name; empty for EventKey
 }
 
@@ -106,6 +118,11 @@ const (
 	EventKey      = "event"      // bound to "orgkeys/v1/event" NUL origin NUL
 	CheckpointKey = "checkpoint" // bound to "orgkeys/v1/checkpoint" NUL origin NUL "ed25519"
 )
+
+// PublicKeyOf is the binding of an organization's public key.
+func PublicKeyOf(org org.ID, id string) Binding {
+	return Binding{Purpose: PublicKey, Org: string(org), ID: id}
+}
 
 // Context is the binding as bytes: AES-GCM's additional data, or Transit's
 // key derivation context. Organization IDs and names hold no NUL, so no two
@@ -139,13 +156,13 @@ type Sealer interface {
 // lock when it cannot be had. Its implementations are LocalLock and redislock.
 type Locker interface {
 	// Lock waits for org's lock until ctx ends. unlock gives it back.
-	Lock(ctx context.Context, org string) (unlock func(), err error)
+	Lock(ctx context.Context, org org.ID) (unlock func(), err error)
 }
 
 // Record is a key as the store holds it.
 type Record struct {
 	ID        string
-	Org       string
+	Org       org.ID
 	Sealed    []byte // the public key, PKIX DER, sealed
 	Created   time.Time
 	Delivered bool
@@ -160,7 +177,7 @@ type Store interface {
 	// Reserve takes a place for key id in org's quota until life has passed, or
 	// reports *QuotaError. A place is given only while fewer than limit are
 	// occupied, in whatever state.
-	Reserve(ctx context.Context, org, id string, limit int, life time.Duration) error
+	Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) error
 	// Cancel gives a reserved place back; one that is gone is no error.
 	Cancel(ctx context.Context, id string) error
 	// StorePending turns a live reservation into a pending record, or reports ErrGone.
@@ -172,14 +189,14 @@ type Store interface {
 	// Withdraw ends a pending or released key; one that is gone is no error and leaves no event.
 	Withdraw(ctx context.Context, id string, event audit.Event) error
 	// Keys returns org's released keys, newest first.
-	Keys(ctx context.Context, org string) ([]Record, error)
+	Keys(ctx context.Context, org org.ID) ([]Record, error)
 	// DeleteKey ends org's released key id, or reports ErrNotFound and keeps event out.
-	DeleteKey(ctx context.Context, org, id string, event audit.Event) error
+	DeleteKey(ctx context.Context, org org.ID, id string, event audit.Event) error
 	// DeleteKeys ends all of org's keys and cancels what is reserved or pending.
 	// It records request once with the number of released keys, and what each
 	// returns for every ended key besides.
-	DeleteKeys(ctx context.Context, org string, request audit.Event, each func(id string, released bool) audit.Event) (int, error)
+	DeleteKeys(ctx context.Context, org org.ID, request audit.Event, each func(id string, released bool) audit.Event) (int, error)
 	// Sweep ends every reservation and pending record past its expiry, at most
 	// limit of them, and records withdrawn(org, id) for each pending one.
-	Sweep(ctx context.Context, limit int, withdrawn func(org, id string) audit.Event) (int, error)
+	Sweep(ctx context.Context, limit int, withdrawn func(org org.ID, id string) audit.Event) (int, error)
 }

@@ -2,8 +2,6 @@ package orgkey
 
 import (
 	"context"
-	"crypto/rsa"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"sync"
@@ -14,6 +12,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // How long the service waits for what is not the caller's business.
@@ -28,6 +27,7 @@ type Config struct {
 	Store    Store
 	Keystore Keystore
 	Sealer   Sealer
+	Opener   *Opener // with the same Sealer
 	Locker   Locker
 	Gate     gate.Gate
 
@@ -45,9 +45,9 @@ type Service struct {
 	store     Store
 	keystore  Keystore
 	sealer    Sealer
+	opener    *Opener
 	locker    Locker
 	admission *semaphore.Weighted
-	opener    *opener
 
 	backend         string
 	limit           int
@@ -63,20 +63,16 @@ func New(c Config) (*Service, error) {
 	if c.Limit < 0 || c.Concurrency < 1 || c.ReservationLife < 2*time.Second || c.AuditDeadline <= 0 {
 		return nil, fmt.Errorf("limit %d, concurrency %d, reservation life %s, audit deadline %s: out of range", c.Limit, c.Concurrency, c.ReservationLife, c.AuditDeadline)
 	}
-	o, err := newOpener(c.Sealer)
-	if err != nil {
-		return nil, err
-	}
 	return &Service{
 		gate: c.Gate, store: c.Store, keystore: c.Keystore, sealer: c.Sealer, locker: c.Locker,
-		admission: semaphore.NewWeighted(int64(c.Concurrency)), opener: o,
+		admission: semaphore.NewWeighted(int64(c.Concurrency)), opener: c.Opener,
 		backend: c.Backend, limit: c.Limit, reservationLife: c.ReservationLife, auditDeadline: c.AuditDeadline,
 	}, nil
 }
 
 // List returns org's released keys, newest first. It fails closed: one record
 // that does not open for its organization and ID fails the whole list.
-func (s *Service) List(ctx context.Context, call gate.Call, org string) ([]Key, error) {
+func (s *Service) List(ctx context.Context, call gate.Call, org org.ID) ([]Key, error) {
 	pass, err := s.gate.Decide(ctx, call, authz.ListKeys, org, "")
 	if err != nil {
 		return nil, err
@@ -98,40 +94,32 @@ func listFailure(ctx context.Context, err error) string {
 	return gate.ReasonFor(ctx, "unavailable")
 }
 
-func (s *Service) keys(ctx context.Context, org string) ([]Key, error) {
+func (s *Service) keys(ctx context.Context, org org.ID) ([]Key, error) {
 	records, err := s.store.Keys(ctx, org)
 	if err != nil {
 		return nil, fmt.Errorf("reading keys: %w", err)
 	}
-	opened, err := s.opener.open(ctx, org, records)
+	sealed := make([]SealedKey, len(records))
+	for i, r := range records {
+		sealed[i] = SealedKey{r.ID, r.Sealed}
+	}
+	opened, err := s.opener.Open(ctx, org, sealed)
 	if err != nil {
 		return nil, fmt.Errorf("opening keys: %w", err)
 	}
 	keys := make([]Key, len(records))
 	for i, r := range records {
+		public := opened[r.ID]
 		keys[i] = Key{
-			ID: r.ID, Org: org, Public: opened[i], Fingerprint: Thumbprint(opened[i]),
+			ID: r.ID, Org: org, Public: public, Fingerprint: Thumbprint(public),
 			Created: r.Created, Delivered: r.Delivered, LastUsed: r.LastUsed, Nodes: r.Nodes,
 		}
 	}
 	return keys, nil
 }
 
-// ParsePublic reads an opened public key (PKIX DER).
-func ParsePublic(der []byte) (*rsa.PublicKey, error) {
-	parsed, err := x509.ParsePKIXPublicKey(der)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrSealBroken, err)
-	}
-	public, ok := parsed.(*rsa.PublicKey)
-	if !ok {
-		return nil, fmt.Errorf("%w: not an RSA key", ErrSealBroken)
-	}
-	return public, nil
-}
-
 // Delete ends org's key id for every request that begins after it returned.
-func (s *Service) Delete(ctx context.Context, call gate.Call, org, id string) error {
+func (s *Service) Delete(ctx context.Context, call gate.Call, org org.ID, id string) error {
 	pass, err := s.gate.Decide(ctx, call, authz.DeleteKey, org, id)
 	if err != nil {
 		return err
@@ -156,7 +144,7 @@ func (s *Service) changed(ctx context.Context, pass gate.Pass, err error) error 
 
 // DeleteAll ends all of org's keys, cancels what is being generated, and
 // returns how many released keys it ended.
-func (s *Service) DeleteAll(ctx context.Context, call gate.Call, org string) (int, error) {
+func (s *Service) DeleteAll(ctx context.Context, call gate.Call, org org.ID) (int, error) {
 	pass, err := s.gate.Decide(ctx, call, authz.DeleteAllKeys, org, "")
 	if err != nil {
 		return 0, err
@@ -208,7 +196,7 @@ func (s *Service) sweepOnce(ctx context.Context) error {
 }
 
 // SweptEvent says that a pending key expired before it was released.
-func SweptEvent(org, id string) audit.Event {
+func SweptEvent(org org.ID, id string) audit.Event {
 	event := audit.New(audit.KeyWithdrawn, org)
 	event.Actor = audit.Actor{Kind: audit.System, ID: "sweeper"}
 	event.Object, event.Reason, event.Outcome = id, "expired", audit.Failure

@@ -22,6 +22,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/policies"
@@ -123,6 +124,9 @@ func newFixture(t *testing.T, change func(*orgkey.Config)) fixture {
 	if change != nil {
 		change(&cfg)
 	}
+	if cfg.Opener, err = orgkey.NewOpener(cfg.Sealer, quiet, time.Now); err != nil {
+		t.Fatal(err)
+	}
 	s, err := orgkey.New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -130,14 +134,14 @@ func newFixture(t *testing.T, change func(*orgkey.Config)) fixture {
 	return fixture{s, cfg.Gate, db, raw, sink}
 }
 
-func owner(org string) gate.Call {
+func owner(org org.ID) gate.Call {
 	return gate.Call{Caller: authz.Caller{Kind: authz.Person, Subject: "u-1", Org: org, Roles: []authz.Role{authz.Owner}}, Request: "r-1", Address: "192.0.2.7"}
 }
 
 func accept(context.Context, orgkey.Generated) error { return nil }
 
 // generate makes one key and returns its ID and a copy of its PEM.
-func (f fixture) generate(t *testing.T, org string) (id string, private []byte) {
+func (f fixture) generate(t *testing.T, org org.ID) (id string, private []byte) {
 	t.Helper()
 	err := f.Generate(t.Context(), owner(org), org, func(_ context.Context, g orgkey.Generated) error {
 		id, private = g.ID, append([]byte(nil), g.PEM...)
@@ -176,7 +180,7 @@ func (f fixture) history(t *testing.T, where string, args ...any) string {
 	return strings.Join(all, " ")
 }
 
-func (f fixture) listed(t *testing.T, org string) []orgkey.Key {
+func (f fixture) listed(t *testing.T, org org.ID) []orgkey.Key {
 	t.Helper()
 	keys, err := f.List(t.Context(), owner(org), org)
 	if err != nil {
@@ -326,13 +330,13 @@ func TestPromise1_NothingIsReleasedBeforeTheBackEndHasForgotten(t *testing.T) {
 		{"nobody knows", errors.New("no answer"), "orgkey.created orgkey.withdrawn:generation_failed"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			org := strings.ReplaceAll(tt.name, " ", "-")
+			org := org.ID(strings.ReplaceAll(tt.name, " ", "-"))
 			released, ended := make(chan struct{}), make(chan error, 1)
 			go func() {
 				ended <- f.Generate(t.Context(), owner(org), org, func(context.Context, orgkey.Generated) error { close(released); return nil })
 			}()
 			waitFor(t, func() bool {
-				return f.count(t, "SELECT count(*) FROM events WHERE type = 'orgkey.created' AND idx IS NOT NULL AND org_id = '"+org+"'") == 1
+				return f.count(t, "SELECT count(*) FROM events WHERE type = 'orgkey.created' AND idx IS NOT NULL AND org_id = '"+string(org)+"'") == 1
 			})
 			select {
 			case <-released:
@@ -348,7 +352,7 @@ func TestPromise1_NothingIsReleasedBeforeTheBackEndHasForgotten(t *testing.T) {
 			if got := f.history(t, "type LIKE 'orgkey.%' AND object <> '' AND org_id = $1", org); got != tt.events {
 				t.Errorf("events: %s", got)
 			}
-			if got, want := len(f.listed(t, org)), f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL AND org_id = '"+org+"'"); got != want || (got == 1) != (tt.forgot == nil) {
+			if got, want := len(f.listed(t, org)), f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL AND org_id = '"+string(org)+"'"); got != want || (got == 1) != (tt.forgot == nil) {
 				t.Errorf("%d keys listed, %d places taken", got, want)
 			}
 		})
@@ -640,12 +644,12 @@ func TestAKeyThatIsNotForgottenWaitsForNoSink(t *testing.T) {
 // always grants every lock at once.
 type always struct{}
 
-func (always) Lock(context.Context, string) (func(), error) { return func() {}, nil }
+func (always) Lock(context.Context, org.ID) (func(), error) { return func() {}, nil }
 
 // never grants none.
 type never struct{}
 
-func (never) Lock(context.Context, string) (func(), error) { return nil, errors.New("no lock today") }
+func (never) Lock(context.Context, org.ID) (func(), error) { return nil, errors.New("no lock today") }
 
 // Promise 3: the database decides, whatever the lock does.
 func TestPromise3_TheQuotaHoldsWhateverTheLockDoes(t *testing.T) {
@@ -939,7 +943,7 @@ func TestASlowReaderLeavesItsPlaceToOthers(t *testing.T) {
 
 // Promise 2: a ciphertext moved to another row does not open, and reading fails closed.
 func TestPromise2_SwappedCiphertextsFailTheWholeList(t *testing.T) {
-	for name, orgs := range map[string][2]string{"within an organization": {"acme", "acme"}, "across organizations": {"acme", "other"}} {
+	for name, orgs := range map[string][2]org.ID{"within an organization": {"acme", "acme"}, "across organizations": {"acme", "other"}} {
 		t.Run(name, func(t *testing.T) {
 			f := newFixture(t, nil)
 			a, _ := f.generate(t, orgs[0])
@@ -1013,7 +1017,7 @@ func TestPromise5_EveryOperationLeavesItsEvent(t *testing.T) {
 			return f.gate.Reject(t.Context(), owner("acme"), "acme", authz.GenerateKey, "", "not_acceptable")
 		}, "request.failed:not_acceptable"},
 		{func() error {
-			return f.gate.Reject(t.Context(), owner("acme"), "../etc", authz.GenerateKey, "", "malformed_organization")
+			return f.gate.Reject(t.Context(), owner("acme"), "", authz.GenerateKey, "", "malformed_organization")
 		}, "request.failed:malformed_organization"},
 		{func() error {
 			return f.gate.Reject(t.Context(), owner("evil"), "acme", authz.GenerateKey, "", "not_acceptable")
@@ -1032,7 +1036,7 @@ func TestPromise5_EveryOperationLeavesItsEvent(t *testing.T) {
 // time ends while the change is on its way.
 type lostAnswer struct{ *sqlstore.DB }
 
-func (s lostAnswer) Reserve(ctx context.Context, org, id string, limit int, life time.Duration) error {
+func (s lostAnswer) Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) error {
 	return errors.Join(context.Canceled, s.DB.Reserve(ctx, org, id, limit, life))
 }
 

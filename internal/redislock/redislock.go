@@ -21,6 +21,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -156,12 +157,12 @@ func (l *Lock) Healthy(ctx context.Context) error {
 }
 
 // Lock implements orgkey.Locker.
-func (l *Lock) Lock(ctx context.Context, org string) (func(), error) {
+func (l *Lock) Lock(ctx context.Context, org org.ID) (func(), error) {
 	if err := l.resting(); err != nil {
 		l.count(unavailable)
 		return nil, err
 	}
-	key, token := prefix+"{"+org+"}", rand.Text()
+	key, token := prefix+"{"+string(org)+"}", rand.Text()
 	for wait := firstWait; ; wait = min(2*wait, longestWait) {
 		ok, err := l.client.SetNX(ctx, key, token, life).Result()
 		if err != nil {

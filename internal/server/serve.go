@@ -108,9 +108,13 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	closeAll.add(lock.close)
 	lost := newLostEvents()
 	guard := gate.Gate{Policy: policy, Trail: trail, Log: log, Lost: lost}
+	opener, err := orgkey.NewOpener(backend.sealer, log, time.Now)
+	if err != nil {
+		return err
+	}
 	service, err := orgkey.New(orgkey.Config{
 		Gate:  guard,
-		Store: db, Keystore: backend.keystore, Sealer: backend.sealer, Locker: lock.Locker,
+		Store: db, Keystore: backend.keystore, Sealer: backend.sealer, Opener: opener, Locker: lock.Locker,
 		Backend: backend.name, Limit: cfg.Max, Concurrency: cfg.MaxGenerations,
 		ReservationLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline,
 	})
@@ -119,7 +123,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	}
 	nodes, err := node.New(node.Config{
 		Gate:  guard,
-		Store: db, Sealer: backend.sealer, Window: cfg.TimestampWindow, AuditDeadline: cfg.AuditDeadline,
+		Store: db, Sealer: backend.sealer, Opener: opener, Window: cfg.TimestampWindow, AuditDeadline: cfg.AuditDeadline,
 	})
 	if err != nil {
 		return err

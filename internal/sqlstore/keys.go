@@ -7,17 +7,31 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 var _ orgkey.Store = (*DB)(nil)
 
+// The states of keys, as SQL has them.
+const (
+	reserved = "'" + string(orgkey.Reserved) + "'"
+	pending  = "'" + string(orgkey.Pending) + "'"
+	released = "'" + string(orgkey.Released) + "'"
+	deleted  = "'" + string(orgkey.Deleted) + "'"
+)
+
+// isLive is the one condition on org_keys under which a key is listed, can be
+// deleted, and verifies what nodes sign. A live key has a slot; saying so lets
+// the index on slots answer.
+const isLive = "slot IS NOT NULL AND state = " + released
+
 // Reserve implements orgkey.Store. The lowest free slot is taken under the
 // organization's lock; UNIQUE (org_id, slot) refuses a second taker even if
 // two got here at once.
-func (d *DB) Reserve(ctx context.Context, org, id string, limit int, life time.Duration) error {
+func (d *DB) Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		if err := d.lock(ctx, tx, "org:"+org); err != nil {
+		if err := d.lock(ctx, tx, "org:"+string(org)); err != nil {
 			return err
 		}
 		now, err := d.now(ctx, tx)
@@ -34,14 +48,14 @@ func (d *DB) Reserve(ctx context.Context, org, id string, limit int, life time.D
 		if occupied >= limit {
 			return &orgkey.QuotaError{Limit: limit}
 		}
-		_, err = exec(ctx, tx, "INSERT INTO org_keys (id, org_id, slot, state, expires_at) VALUES ($1, $2, $3, 'reserved', $4)",
+		_, err = exec(ctx, tx, "INSERT INTO org_keys (id, org_id, slot, state, expires_at) VALUES ($1, $2, $3, "+reserved+", $4)",
 			id, org, slot, now+life.Microseconds())
 		return err
 	})
 }
 
 // freeSlot returns org's lowest free slot and how many are occupied.
-func freeSlot(ctx context.Context, tx *txn, org string) (slot, occupied int, err error) {
+func freeSlot(ctx context.Context, tx *txn, org org.ID) (slot, occupied int, err error) {
 	taken, err := query(ctx, tx, scanInt, "SELECT slot FROM org_keys WHERE org_id = $1 AND slot IS NOT NULL ORDER BY slot", org)
 	if err != nil {
 		return 0, 0, err
@@ -56,7 +70,7 @@ func freeSlot(ctx context.Context, tx *txn, org string) (slot, occupied int, err
 }
 
 // sweepOrg gives back the places of org that have expired.
-func (d *DB) sweepOrg(ctx context.Context, tx *txn, org string, now int64) error {
+func (d *DB) sweepOrg(ctx context.Context, tx *txn, org org.ID, now int64) error {
 	expired, err := query(ctx, tx, scanState,
 		"SELECT id, org_id, state FROM org_keys WHERE org_id = $1 AND slot IS NOT NULL AND expires_at <= $2 ORDER BY id"+d.forUpdate(""), org, now)
 	if err != nil {
@@ -66,7 +80,7 @@ func (d *DB) sweepOrg(ctx context.Context, tx *txn, org string, now int64) error
 }
 
 // Sweep implements orgkey.Store.
-func (d *DB) Sweep(ctx context.Context, limit int, withdrawn func(org, id string) audit.Event) (int, error) {
+func (d *DB) Sweep(ctx context.Context, limit int, withdrawn func(org org.ID, id string) audit.Event) (int, error) {
 	var n int
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
@@ -87,7 +101,11 @@ func (d *DB) Sweep(ctx context.Context, limit int, withdrawn func(org, id string
 	return n, nil
 }
 
-type keyState struct{ id, org, state string }
+type keyState struct {
+	id    string
+	org   org.ID
+	state orgkey.State
+}
 
 func scanState(scan func(...any) error) (k keyState, err error) {
 	err = scan(&k.id, &k.org, &k.state)
@@ -96,15 +114,15 @@ func scanState(scan func(...any) error) (k keyState, err error) {
 
 // end removes reservations, of which nothing is left, and withdraws pending
 // records, each with its event. What changed state meanwhile is let be.
-func (d *DB) end(ctx context.Context, tx *txn, keys []keyState, now int64, withdrawn func(org, id string) audit.Event) error {
+func (d *DB) end(ctx context.Context, tx *txn, keys []keyState, now int64, withdrawn func(org org.ID, id string) audit.Event) error {
 	for _, k := range keys {
-		if k.state == "reserved" {
-			if _, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = 'reserved'", k.id); err != nil {
+		if k.state == orgkey.Reserved {
+			if _, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = "+reserved, k.id); err != nil {
 				return err
 			}
 			continue
 		}
-		n, err := exec(ctx, tx, endKey+" AND state = 'pending'", k.id, now)
+		n, err := exec(ctx, tx, endKey+" AND state = "+pending, k.id, now)
 		if err != nil {
 			return err
 		}
@@ -118,12 +136,12 @@ func (d *DB) end(ctx context.Context, tx *txn, keys []keyState, now int64, withd
 	return nil
 }
 
-const endKey = "UPDATE org_keys SET state = 'deleted', slot = NULL, sealed = NULL, expires_at = NULL, deleted_at = $2 WHERE id = $1"
+const endKey = "UPDATE org_keys SET state = " + deleted + ", slot = NULL, sealed = NULL, expires_at = NULL, deleted_at = $2 WHERE id = $1"
 
 // Cancel implements orgkey.Store.
 func (d *DB) Cancel(ctx context.Context, id string) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		_, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = 'reserved'", id)
+		_, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = "+reserved, id)
 		return err
 	})
 }
@@ -131,7 +149,7 @@ func (d *DB) Cancel(ctx context.Context, id string) error {
 // StorePending implements orgkey.Store. The key's ID fences off a stale owner:
 // a reservation that expired and was given to another has another ID.
 func (d *DB) StorePending(ctx context.Context, id string, sealed []byte, created audit.Event) error {
-	return d.changeOne(ctx, created, "UPDATE org_keys SET state = 'pending', sealed = $3, created_at = $2 WHERE id = $1 AND state = 'reserved' AND expires_at > $2", id, sealed)
+	return d.changeOne(ctx, created, "UPDATE org_keys SET state = "+pending+", sealed = $3, created_at = $2 WHERE id = $1 AND state = "+reserved+" AND expires_at > $2", id, sealed)
 }
 
 // Release implements orgkey.Store.
@@ -141,7 +159,7 @@ func (d *DB) Release(ctx context.Context, id string) error {
 		if err != nil {
 			return err
 		}
-		return one(exec(ctx, tx, "UPDATE org_keys SET state = 'released', released_at = $2, expires_at = NULL WHERE id = $1 AND state = 'pending' AND expires_at > $2", id, now))
+		return one(exec(ctx, tx, "UPDATE org_keys SET state = "+released+", released_at = $2, expires_at = NULL WHERE id = $1 AND state = "+pending+" AND expires_at > $2", id, now))
 	})
 }
 
@@ -179,7 +197,7 @@ func (d *DB) Withdraw(ctx context.Context, id string, event audit.Event) error {
 		if err != nil {
 			return err
 		}
-		n, err := exec(ctx, tx, endKey+" AND state IN ('pending', 'released')", id, now)
+		n, err := exec(ctx, tx, endKey+" AND state IN ("+pending+", "+released+")", id, now)
 		if err != nil || n == 0 {
 			return err
 		}
@@ -191,15 +209,14 @@ func (d *DB) Withdraw(ctx context.Context, id string, event audit.Event) error {
 }
 
 // Keys implements orgkey.Store.
-func (d *DB) Keys(ctx context.Context, org string) ([]orgkey.Record, error) {
+func (d *DB) Keys(ctx context.Context, org org.ID) ([]orgkey.Record, error) {
 	records, err := query(ctx, d.read, func(scan func(...any) error) (orgkey.Record, error) {
 		r := orgkey.Record{Org: org}
 		var created, delivered, used sql.NullInt64
 		err := scan(&r.ID, &r.Sealed, &created, &delivered, &used)
 		r.Created, r.Delivered, r.LastUsed = micros(created), delivered.Valid, micros(used)
 		return r, err
-	}, `SELECT id, sealed, created_at, delivered_at, `+d.past("last_used_at")+` FROM org_keys
-		WHERE org_id = $1 AND slot IS NOT NULL AND state = 'released' ORDER BY created_at DESC, id`, org)
+	}, "SELECT id, sealed, created_at, delivered_at, "+d.past("last_used_at")+" "+liveKeys+" ORDER BY created_at DESC, id", org)
 	if err != nil || len(records) == 0 {
 		return records, err
 	}
@@ -207,13 +224,13 @@ func (d *DB) Keys(ctx context.Context, org string) ([]orgkey.Record, error) {
 }
 
 // DeleteKey implements orgkey.Store.
-func (d *DB) DeleteKey(ctx context.Context, org, id string, event audit.Event) error {
+func (d *DB) DeleteKey(ctx context.Context, org org.ID, id string, event audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
 		}
-		n, err := exec(ctx, tx, endKey+" AND org_id = $3 AND state = 'released'", id, now, org)
+		n, err := exec(ctx, tx, endKey+" AND org_id = $3 AND "+isLive, id, now, org)
 		if err != nil {
 			return err
 		}
@@ -228,18 +245,18 @@ func (d *DB) DeleteKey(ctx context.Context, org, id string, event audit.Event) e
 }
 
 // DeleteKeys implements orgkey.Store.
-func (d *DB) DeleteKeys(ctx context.Context, org string, request audit.Event, each func(id string, released bool) audit.Event) (int, error) {
+func (d *DB) DeleteKeys(ctx context.Context, org org.ID, request audit.Event, each func(id string, released bool) audit.Event) (int, error) {
 	released := 0
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		released = 0
-		if err := d.lock(ctx, tx, "org:"+org); err != nil {
+		if err := d.lock(ctx, tx, "org:"+string(org)); err != nil {
 			return err
 		}
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
 		}
-		if _, err := exec(ctx, tx, "DELETE FROM org_keys WHERE org_id = $1 AND state = 'reserved'", org); err != nil {
+		if _, err := exec(ctx, tx, "DELETE FROM org_keys WHERE org_id = $1 AND state = "+reserved, org); err != nil {
 			return err
 		}
 		live, err := query(ctx, tx, scanState,
@@ -255,10 +272,10 @@ func (d *DB) DeleteKeys(ctx context.Context, org string, request audit.Event, ea
 			if err := dissociate(ctx, tx, k.id); err != nil {
 				return err
 			}
-			if k.state == "released" {
+			if k.state == orgkey.Released {
 				released++
 			}
-			events = append(events, each(k.id, k.state == "released"))
+			events = append(events, each(k.id, k.state == orgkey.Released))
 		}
 		events[0].Detail = map[string]string{"count": strconv.Itoa(released)}
 		return d.record(ctx, tx, events...)
@@ -298,7 +315,7 @@ func (d *DB) Reserved(ctx context.Context, ids []string) (map[string]bool, error
 			return err
 		}
 		for _, id := range ids {
-			found, err := query(ctx, tx, scanInt, "SELECT count(*) FROM org_keys WHERE id = $1 AND state IN ('reserved', 'pending') AND expires_at > $2", id, now)
+			found, err := query(ctx, tx, scanInt, "SELECT count(*) FROM org_keys WHERE id = $1 AND state IN ("+reserved+", "+pending+") AND expires_at > $2", id, now)
 			if err != nil {
 				return err
 			}

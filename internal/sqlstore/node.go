@@ -15,6 +15,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -23,18 +24,19 @@ var _ node.Store = (*DB)(nil)
 // seenBatch is how many rows a statement of Seen moves forward.
 const seenBatch = 1000
 
-const liveKeys = "FROM org_keys WHERE org_id = $1 AND slot IS NOT NULL AND state = 'released'"
+// liveKeys are those of the organization $1.
+const liveKeys = "FROM org_keys WHERE org_id = $1 AND " + isLive
 
 // LiveKeys implements node.Store.
-func (d *DB) LiveKeys(ctx context.Context, org string, limit int) ([]node.SealedKey, error) {
-	return query(ctx, d.read, func(scan func(...any) error) (k node.SealedKey, err error) {
+func (d *DB) LiveKeys(ctx context.Context, org org.ID, limit int) ([]orgkey.SealedKey, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (k orgkey.SealedKey, err error) {
 		err = scan(&k.ID, &k.Sealed)
 		return k, err
 	}, "SELECT id, sealed "+liveKeys+" ORDER BY created_at DESC, id LIMIT $2", org, limit)
 }
 
 // checkLive reports node.ErrKeyGone unless key is a released one of org.
-func checkLive(ctx context.Context, tx *txn, org, key string) error {
+func checkLive(ctx context.Context, tx *txn, org org.ID, key string) error {
 	live, err := query(ctx, tx, scanInt, "SELECT 1 "+liveKeys+" AND id = $2", org, key)
 	if err == nil && len(live) == 0 {
 		return node.ErrKeyGone
@@ -75,7 +77,7 @@ func (d *DB) use(ctx context.Context, tx *txn, u node.Use) (first bool, err erro
 }
 
 // repeated records that a request was served before.
-func (d *DB) repeated(ctx context.Context, tx *txn, org string, ip netip.Addr, event func(string, node.Change) audit.Event) error {
+func (d *DB) repeated(ctx context.Context, tx *txn, org org.ID, ip netip.Addr, event func(string, node.Change) audit.Event) error {
 	var id string
 	err := tx.QueryRowContext(ctx, "SELECT id FROM nodes WHERE org_id = $1 AND ip = $2", org, ip.String()).Scan(&id)
 	if err != nil && !errors.Is(err, sql.ErrNoRows) {
@@ -105,7 +107,7 @@ func (d *DB) Register(ctx context.Context, u node.Use, n node.Node, event func(s
 	})
 }
 
-func (d *DB) upsertNode(ctx context.Context, tx *txn, org string, n node.Node) (id string, change node.Change, err error) {
+func (d *DB) upsertNode(ctx context.Context, tx *txn, org org.ID, n node.Node) (id string, change node.Change, err error) {
 	now, err := d.now(ctx, tx)
 	if err != nil {
 		return "", "", err
@@ -167,13 +169,13 @@ func (d *DB) deleteNode(ctx context.Context, tx *txn, where string, args ...any)
 }
 
 // SecretsSize implements node.Store.
-func (d *DB) SecretsSize(ctx context.Context, org string) (size int64, err error) {
+func (d *DB) SecretsSize(ctx context.Context, org org.ID) (size int64, err error) {
 	err = d.read.QueryRowContext(ctx, "SELECT coalesce(sum(length(sealed)), 0) FROM boot_secrets WHERE org_id = $1", org).Scan(&size)
 	return size, unavailable(err)
 }
 
 // Secrets implements node.Store.
-func (d *DB) Secrets(ctx context.Context, org, key string, event func([]string) audit.Event) ([]node.SealedSecret, error) {
+func (d *DB) Secrets(ctx context.Context, org org.ID, key string, event func([]string) audit.Event) ([]node.SealedSecret, error) {
 	var secrets []node.SealedSecret
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		if err := checkLive(ctx, tx, org, key); err != nil {
@@ -200,7 +202,7 @@ func (d *DB) Secrets(ctx context.Context, org, key string, event func([]string) 
 }
 
 // Nodes implements node.Store.
-func (d *DB) Nodes(ctx context.Context, org string) ([]node.Node, error) {
+func (d *DB) Nodes(ctx context.Context, org org.ID) ([]node.Node, error) {
 	return query(ctx, d.read, func(scan func(...any) error) (node.Node, error) {
 		n := node.Node{Org: org}
 		var ip string
@@ -217,7 +219,7 @@ func (d *DB) Nodes(ctx context.Context, org string) ([]node.Node, error) {
 }
 
 // DeleteNode implements node.Store.
-func (d *DB) DeleteNode(ctx context.Context, org, id string, event audit.Event) error {
+func (d *DB) DeleteNode(ctx context.Context, org org.ID, id string, event audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		_, err := d.deleteNode(ctx, tx, "org_id = $2 AND id = $3", org, id)
 		if errors.Is(err, node.ErrNodeNotFound) {
@@ -238,9 +240,9 @@ func (d *DB) DeleteNode(ctx context.Context, org, id string, event audit.Event) 
 }
 
 // PutSecret implements node.Store.
-func (d *DB) PutSecret(ctx context.Context, org string, s node.SealedSecret, limit int, event audit.Event) error {
+func (d *DB) PutSecret(ctx context.Context, org org.ID, s node.SealedSecret, limit int, event audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		if err := d.lock(ctx, tx, "secrets:"+org); err != nil {
+		if err := d.lock(ctx, tx, "secrets:"+string(org)); err != nil {
 			return err
 		}
 		now, err := d.now(ctx, tx)
@@ -263,7 +265,7 @@ func (d *DB) PutSecret(ctx context.Context, org string, s node.SealedSecret, lim
 }
 
 // SecretNames implements node.Store.
-func (d *DB) SecretNames(ctx context.Context, org string) ([]node.Secret, error) {
+func (d *DB) SecretNames(ctx context.Context, org org.ID) ([]node.Secret, error) {
 	return query(ctx, d.read, func(scan func(...any) error) (s node.Secret, err error) {
 		var created, updated sql.NullInt64
 		err = scan(&s.Name, &created, &updated)
@@ -273,7 +275,7 @@ func (d *DB) SecretNames(ctx context.Context, org string) ([]node.Secret, error)
 }
 
 // DeleteSecret implements node.Store.
-func (d *DB) DeleteSecret(ctx context.Context, org, name string, event audit.Event) error {
+func (d *DB) DeleteSecret(ctx context.Context, org org.ID, name string, event audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		n, err := exec(ctx, tx, "DELETE FROM boot_secrets WHERE org_id = $1 AND name = $2", org, name)
 		if err != nil {
@@ -364,7 +366,7 @@ func (d *DB) sighted(ctx context.Context, tx *txn, now int64, sights []node.Sigh
 	}
 	_, err := exec(ctx, tx, with+`INSERT INTO node_keys (node_id, key_id) SELECT n.id, k.id FROM v
 		JOIN nodes n ON n.org_id = v.org_id AND n.ip = v.ip AND n.deleted_at IS NULL AND n.seen_at >= v.at
-		JOIN org_keys k ON k.id = v.key_id AND k.org_id = v.org_id AND k.state = 'released'
+		JOIN org_keys k ON k.id = v.key_id AND k.org_id = v.org_id AND `+isLive+`
 		WHERE true ON CONFLICT DO NOTHING`, associating...)
 	return err
 }
@@ -404,7 +406,7 @@ func dissociate(ctx context.Context, tx *txn, key string) error {
 // nodeKeys gives each record the nodes that are associated with its key: those
 // that signed with it, and, unconfirmed, those that were registered
 // already when it was released.
-func (d *DB) nodeKeys(ctx context.Context, org string, records []orgkey.Record) error {
+func (d *DB) nodeKeys(ctx context.Context, org org.ID, records []orgkey.Record) error {
 	byID := make(map[string]*orgkey.Record, len(records))
 	for i := range records {
 		byID[records[i].ID] = &records[i]
@@ -421,7 +423,7 @@ func (d *DB) nodeKeys(ctx context.Context, org string, records []orgkey.Record) 
 	}, `SELECT k.id, n.ip, c.key_id IS NOT NULL FROM org_keys k
 		JOIN nodes n ON n.org_id = k.org_id AND n.deleted_at IS NULL
 		LEFT JOIN node_keys c ON c.node_id = n.id AND c.key_id = k.id
-		WHERE k.org_id = $1 AND k.slot IS NOT NULL AND k.state = 'released'
+		WHERE k.org_id = $1 AND `+isLive+`
 		AND (c.key_id IS NOT NULL OR n.registered_at <= k.released_at)
 		ORDER BY n.registered_at DESC, n.id`, org)
 }

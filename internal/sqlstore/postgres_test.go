@@ -13,6 +13,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/sqlstore/pgtest"
@@ -155,7 +156,7 @@ func TestAPostgresThatBecomesUnsafeIsRefused(t *testing.T) {
 	// Several connections, each of which has to be given up.
 	var all sync.WaitGroup
 	for range 8 {
-		all.Go(func() { reserve(t, db, uuid.NewString(), 1) })
+		all.Go(func() { reserve(t, db, org.ID(uuid.NewString()), 1) })
 	}
 	all.Wait()
 	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
@@ -166,14 +167,14 @@ func TestAPostgresThatBecomesUnsafeIsRefused(t *testing.T) {
 			return err != nil && strings.Contains(err.Error(), setting+"=off")
 		})
 		for range 8 {
-			if err := db.Reserve(t.Context(), uuid.NewString(), uuid.NewString(), 1, life); !errors.Is(err, orgkey.ErrUnavailable) {
+			if err := db.Reserve(t.Context(), org.ID(uuid.NewString()), uuid.NewString(), 1, life); !errors.Is(err, orgkey.ErrUnavailable) {
 				t.Errorf("with %s=off a place was given: %v", setting, err)
 			}
 		}
 		statement(t, admin, "ALTER SYSTEM RESET "+setting)
 		statement(t, admin, "SELECT pg_reload_conf()")
 		until(t, "it is healthy again", func() bool { return db.Healthy(t.Context()) == nil })
-		reserve(t, db, uuid.NewString(), 1)
+		reserve(t, db, org.ID(uuid.NewString()), 1)
 	}
 }
 

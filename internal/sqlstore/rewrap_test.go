@@ -6,6 +6,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
@@ -16,7 +17,7 @@ func TestSealedValuesAreReplaced(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
 		var keys []string
 		for i := range 5 {
-			org := fmt.Sprintf("org%d", i%2)
+			org := org.ID(fmt.Sprintf("org%d", i%2))
 			keys = append(keys, released(t, db, org, 5))
 			secret := node.SealedSecret{Name: fmt.Sprintf("s%d", i), Sealed: fmt.Appendf(nil, "secret %d", i)}
 			must(t, db.PutSecret(t.Context(), org, secret, 10, event(audit.SecretPut, org, secret.Name)))
@@ -57,7 +58,7 @@ func TestSealedValuesAreReplaced(t *testing.T) {
 		}
 
 		all := sealedOf(t, db, orgkey.PublicKey)
-		must(t, db.DeleteKey(t.Context(), all[1].Binding.Org, all[1].Binding.ID, event(audit.KeyDeleted, all[1].Binding.Org, all[1].Binding.ID)))
+		must(t, db.DeleteKey(t.Context(), org.ID(all[1].Binding.Org), all[1].Binding.ID, event(audit.KeyDeleted, org.ID(all[1].Binding.Org), all[1].Binding.ID)))
 		if n, err := db.Reseal(t.Context(), all[1:2], [][]byte{[]byte("back from the dead")}); err != nil || n != 0 {
 			t.Errorf("a deleted key was sealed again: %d, %v", n, err)
 		}

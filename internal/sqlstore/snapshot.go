@@ -91,16 +91,16 @@ func scanText(scan func(...any) error) (text string, err error) {
 // verify.Verify has compared with the leaves by then.
 var contradictions = []struct{ what, statement string }{
 	{"key %s has a record, and no event says that it was created", `
-		SELECT id, org_id FROM org_keys WHERE state <> 'reserved' EXCEPT
+		SELECT id, org_id FROM org_keys WHERE state <> ` + reserved + ` EXCEPT
 		SELECT object, org_id FROM events WHERE type = 'orgkey.created'`},
 	{"key %s was created according to its event, and has no record", `
 		SELECT object, org_id FROM events WHERE type = 'orgkey.created' EXCEPT
-		SELECT id, org_id FROM org_keys WHERE state <> 'reserved'`},
+		SELECT id, org_id FROM org_keys WHERE state <> ` + reserved},
 	{"key %s is deleted, and no event says so", `
-		SELECT id, org_id FROM org_keys WHERE state = 'deleted' EXCEPT
+		SELECT id, org_id FROM org_keys WHERE state = ` + deleted + ` EXCEPT
 		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`},
 	{"key %s was deleted according to its event, and its record is not", `
-		SELECT id, org_id FROM org_keys WHERE state <> 'deleted' INTERSECT
+		SELECT id, org_id FROM org_keys WHERE state <> ` + deleted + ` INTERSECT
 		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`},
 }
 

@@ -19,6 +19,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/sqlstore/pgtest"
@@ -94,7 +95,7 @@ func open(t testing.TB, location string) *sqlstore.DB {
 
 const life = time.Minute
 
-func reserve(t testing.TB, db *sqlstore.DB, org string, limit int) string {
+func reserve(t testing.TB, db *sqlstore.DB, org org.ID, limit int) string {
 	t.Helper()
 	id := uuid.NewString()
 	if err := db.Reserve(t.Context(), org, id, limit, life); err != nil {
@@ -103,14 +104,14 @@ func reserve(t testing.TB, db *sqlstore.DB, org string, limit int) string {
 	return id
 }
 
-func event(kind audit.Type, org, id string) audit.Event {
+func event(kind audit.Type, org org.ID, id string) audit.Event {
 	e := audit.New(kind, org)
 	e.Object = id
 	e.Personal = audit.Personal{Name: "Ada", Address: "192.0.2.1"}
 	return e
 }
 
-func pending(t testing.TB, db *sqlstore.DB, org string, limit int) string {
+func pending(t testing.TB, db *sqlstore.DB, org org.ID, limit int) string {
 	t.Helper()
 	id := reserve(t, db, org, limit)
 	if err := db.StorePending(t.Context(), id, []byte("sealed "+id), event(audit.KeyCreated, org, id)); err != nil {
@@ -119,7 +120,7 @@ func pending(t testing.TB, db *sqlstore.DB, org string, limit int) string {
 	return id
 }
 
-func released(t testing.TB, db *sqlstore.DB, org string, limit int) string {
+func released(t testing.TB, db *sqlstore.DB, org org.ID, limit int) string {
 	t.Helper()
 	id := pending(t, db, org, limit)
 	if err := db.Release(t.Context(), id); err != nil {
@@ -129,7 +130,7 @@ func released(t testing.TB, db *sqlstore.DB, org string, limit int) string {
 }
 
 // swept is the event of a sweeper that took a pending key.
-func swept(org, id string) audit.Event { return orgkey.SweptEvent(org, id) }
+func swept(org org.ID, id string) audit.Event { return orgkey.SweptEvent(org, id) }
 
 // Whatever table has it, a sealed value needs the token or Vault that sealed it.
 func TestHasSealedSeesEveryTable(t *testing.T) {
@@ -378,7 +379,7 @@ func types(t *testing.T, db *sqlstore.DB) string {
 func TestDeletingAKey(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
 		id, other := released(t, db, "acme", 5), pending(t, db, "acme", 5)
-		del := func(org, id string) error {
+		del := func(org org.ID, id string) error {
 			return db.DeleteKey(t.Context(), org, id, event(audit.KeyDeleted, org, id))
 		}
 		if err := del("evil", id); !errors.Is(err, orgkey.ErrNotFound) {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/systemevent"
 )
@@ -20,7 +21,7 @@ import (
 var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 // at records an event that happened minutes after noon.
-func at(t *testing.T, db *sqlstore.DB, minutes int, kind audit.Type, reason, org string, who audit.Actor, object string) string {
+func at(t *testing.T, db *sqlstore.DB, minutes int, kind audit.Type, reason string, org org.ID, who audit.Actor, object string) string {
 	t.Helper()
 	e := audit.New(kind, org)
 	e.Time, e.Reason, e.Actor, e.Object = noon.Add(time.Duration(minutes)*time.Minute), reason, who, object

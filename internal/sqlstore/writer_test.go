@@ -13,6 +13,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
@@ -29,7 +30,7 @@ func limited(t *testing.T) *sqlstore.DB {
 }
 
 // deleteAll deletes org's keys, and calls stall before each key's event.
-func deleteAll(t *testing.T, db *sqlstore.DB, org string, stall func()) (int, error) {
+func deleteAll(t *testing.T, db *sqlstore.DB, org org.ID, stall func()) (int, error) {
 	return db.DeleteKeys(t.Context(), org, event(audit.KeysDeleted, org, ""), func(id string, _ bool) audit.Event {
 		stall()
 		return event(audit.KeyDeleted, org, id)

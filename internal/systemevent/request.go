@@ -5,8 +5,8 @@ import (
 
 	"github.com/go-json-experiment/json/jsontext"
 
-	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/jsonbody"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 const (
@@ -32,7 +32,7 @@ type fields struct {
 // parse reads a body; an empty one asks for everything of the last 24 hours.
 // With an error, which is a *jsonbody.Error, the filter's organization is still
 // the one to decide about.
-func parse(body []byte, own string, now time.Time) (Filter, error) {
+func parse(body []byte, own org.ID, now time.Time) (Filter, error) {
 	f := Filter{Org: own}
 	var sent fields
 	if len(body) > 0 {
@@ -41,10 +41,11 @@ func parse(body []byte, own string, now time.Time) (Filter, error) {
 		}
 	}
 	if sent.OrgID != nil {
-		if gate.CheckOrg(*sent.OrgID) != nil {
+		named, err := org.Parse(*sent.OrgID)
+		if err != nil {
 			return f, &jsonbody.Error{Field: "orgId", Problem: "is not an organization ID"}
 		}
-		f.Org = *sent.OrgID
+		f.Org = named
 	}
 	if err := sent.window(&f, now); err != nil {
 		return f, err

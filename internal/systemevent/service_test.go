@@ -16,6 +16,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/jsonbody"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/systemevent"
@@ -63,7 +64,7 @@ func (f feed) happened(ago time.Duration, kind audit.Type, reason, actor, object
 	return e
 }
 
-func by(subject, org string, role authz.Role) gate.Call {
+func by(subject string, org org.ID, role authz.Role) gate.Call {
 	return gate.Call{Caller: authz.Caller{Kind: authz.Person, Subject: subject, Org: org, Roles: []authz.Role{role}}, Request: "r-1", Address: "192.0.2.9"}
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // Context is what an event is about, by the platform's number.
@@ -60,7 +61,7 @@ type Stored struct {
 // Filter says which events to return. Events match it if they match every
 // field that is not empty.
 type Filter struct {
-	Org    string // required
+	Org    org.ID // required
 	Kinds  []Kind // any of which
 	From   time.Time
 	Before time.Time // exclusive

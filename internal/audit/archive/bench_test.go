@@ -19,6 +19,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/archive"
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // bigLog is the audittest.SignedLog of a large log, without a database.
@@ -60,7 +61,7 @@ func newBigLog(b *testing.B, n int) *bigLog {
 	b.Helper()
 	l := &bigLog{}
 	for i := range n {
-		e := audit.New(audit.KeysListed, fmt.Sprintf("org-%d", i/10%1000))
+		e := audit.New(audit.KeysListed, org.ID(fmt.Sprintf("org-%d", i/10%1000)))
 		e.Actor, e.Action, e.Request = audit.Actor{Kind: authz.Person, ID: "user-1234567890"}, "orgkey.list", "683f334f-31c2-4300-9a01-b96eceffc579"
 		switch i % 10 {
 		case 0:

@@ -8,13 +8,14 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // Life is one key's life, as the log tells it. docs/audit.md says what each
 // part means for SP 800-57.
 type Life struct {
 	Key         string     `json:"key"`
-	Org         string     `json:"org"`
+	Org         org.ID     `json:"org"`
 	Algorithm   string     `json:"algorithm,omitempty"`
 	Fingerprint string     `json:"fingerprint,omitempty"`
 	GeneratedIn string     `json:"generatedIn,omitempty"` // the back end

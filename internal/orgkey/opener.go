@@ -1,0 +1,169 @@
+package orgkey
+
+import (
+	"context"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"strings"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/orgkeys/orgkeys/internal/org"
+)
+
+const (
+	keysOpened      = 1 << 15         // opened public keys that are remembered, about 1 KiB each
+	openingDeadline = 5 * time.Second // for unsealing an organization's keys
+	brokenFor       = time.Minute     // before a record that did not open is tried again
+)
+
+// SealedKey is an organization's public key as the store holds it.
+type SealedKey struct {
+	ID     string
+	Sealed []byte // the public key, PKIX DER, sealed
+}
+
+// Opener opens public keys, for the list and for nodes' signatures, and
+// remembers them by what was opened: binding and ciphertext. So the back end is
+// asked about new keys only, and a record whose ciphertext was changed or moved
+// is still asked about, and refused. Whether a key lives is not remembered: the
+// transaction that acts reads it.
+type Opener struct {
+	sealer  Sealer
+	log     *slog.Logger
+	now     func() time.Time
+	opened  *lru.Cache[digest, opened]
+	opening singleflight.Group
+}
+
+type digest [sha256.Size]byte
+
+// opened is a public key, or that there is none before a time because the
+// record does not open.
+type opened struct {
+	public *rsa.PublicKey
+	broken time.Time
+}
+
+// NewOpener returns an opener that remembers nothing yet. now is the clock.
+func NewOpener(s Sealer, log *slog.Logger, now func() time.Time) (*Opener, error) {
+	cache, err := lru.New[digest, opened](keysOpened)
+	return &Opener{sealer: s, log: log, now: now, opened: cache}, err
+}
+
+// Open returns org's public keys by ID. A record that does not open is left
+// out, and the error, which comes with the others, wraps ErrSealBroken. Calls
+// that miss the same keys share an unsealing, which outlives the one that began
+// it.
+func (o *Opener) Open(ctx context.Context, org org.ID, sealed []SealedKey) (map[string]*rsa.PublicKey, error) {
+	keys := make(map[string]*rsa.PublicKey, len(sealed))
+	var missing []Sealed
+	var broken error
+	for _, k := range sealed {
+		s := Sealed{PublicKeyOf(org, k.ID), k.Sealed}
+		switch known, ok := o.opened.Get(s.digest()); {
+		case known.public != nil:
+			keys[k.ID] = known.public
+		case ok && o.now().Before(known.broken):
+			broken = fmt.Errorf("key %s: %w", k.ID, ErrSealBroken)
+		default:
+			missing = append(missing, s)
+		}
+	}
+	if len(missing) == 0 {
+		return keys, broken
+	}
+	found, err := o.share(ctx, missing)
+	maps.Copy(keys, found)
+	return keys, errors.Join(broken, err)
+}
+
+// share unseals items, once for all calls that miss the same.
+func (o *Opener) share(ctx context.Context, items []Sealed) (map[string]*rsa.PublicKey, error) {
+	var names strings.Builder
+	for _, s := range items {
+		d := s.digest()
+		names.Write(d[:])
+	}
+	shared := o.opening.DoChan(names.String(), func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), openingDeadline)
+		defer cancel()
+		return o.unseal(ctx, items)
+	})
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case result := <-shared:
+		return result.Val.(map[string]*rsa.PublicKey), result.Err
+	}
+}
+
+// unseal opens and remembers public keys. The sealer opens all or none; one
+// damaged record must not take an organization's other keys with it, nor have
+// every stranger's request ask the sealer again.
+func (o *Opener) unseal(ctx context.Context, items []Sealed) (map[string]*rsa.PublicKey, error) {
+	keys, err := o.unsealAll(ctx, items)
+	if !errors.Is(err, ErrSealBroken) {
+		return keys, err
+	}
+	if len(items) == 1 {
+		b := items[0].Binding
+		o.log.Error("a public key does not open and cannot verify", "org", b.Org, "key", b.ID, "error", err)
+		o.opened.Add(items[0].digest(), opened{broken: o.now().Add(brokenFor)})
+		return nil, err
+	}
+	keys = make(map[string]*rsa.PublicKey, len(items))
+	var broken error
+	for i := range items {
+		one, err := o.unseal(ctx, items[i:i+1])
+		if err != nil && !errors.Is(err, ErrSealBroken) {
+			return nil, err
+		}
+		broken = errors.Join(broken, err)
+		maps.Copy(keys, one)
+	}
+	return keys, broken
+}
+
+func (o *Opener) unsealAll(ctx context.Context, items []Sealed) (map[string]*rsa.PublicKey, error) {
+	ders, err := o.sealer.Open(ctx, items)
+	if err != nil {
+		return nil, fmt.Errorf("opening public keys: %w", err)
+	}
+	keys := make(map[string]*rsa.PublicKey, len(items))
+	for i, der := range ders {
+		key, err := ParsePublic(der)
+		if err != nil {
+			return nil, fmt.Errorf("public key %s: %w", items[i].Binding.ID, err)
+		}
+		keys[items[i].Binding.ID] = key
+		o.opened.Add(items[i].digest(), opened{public: key})
+	}
+	return keys, nil
+}
+
+// ParsePublic reads an opened public key (PKIX DER).
+func ParsePublic(der []byte) (*rsa.PublicKey, error) {
+	parsed, err := x509.ParsePKIXPublicKey(der)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrSealBroken, err)
+	}
+	public, ok := parsed.(*rsa.PublicKey)
+	if !ok {
+		return nil, fmt.Errorf("%w: not an RSA key", ErrSealBroken)
+	}
+	return public, nil
+}
+
+// digest identifies a binding and a ciphertext. Neither organization IDs nor
+// key IDs hold a NUL, so no two have the same bytes.
+func (s Sealed) digest() digest {
+	return sha256.Sum256(append(append(s.Binding.Context(), 0), s.Ciphertext...))
+}
