@@ -342,7 +342,7 @@ func (l *Log) sequence(ctx context.Context) {
 			err = l.announce(ctx)
 		}
 		if err != nil && ctx.Err() == nil {
-			if l.halt(err) {
+			if l.halt(err) && !passing(err) {
 				l.log.Warn("giving events their place in the log", "error", err)
 			}
 			pause(ctx, poll)

@@ -12,10 +12,11 @@ import (
 )
 
 // announceInterval is how often a replica says that it lives.
-const announceInterval = 10 * time.Second
+const announceInterval = 3 * time.Second
 
-// announce says what this replica is until ctx ends, for orgkeys doctor. That
-// it fails does no harm.
+// announce says what this replica is until ctx ends: for orgkeys doctor, for the
+// other replicas, which wait for it after a failover, and as proof that writes
+// succeed, which readiness follows from.
 func announce(ctx context.Context, db *sqlstore.DB, self func() sqlstore.Replica, log *slog.Logger) {
 	id := uuid.NewString()
 	host, err := os.Hostname()

@@ -72,6 +72,7 @@ type DB struct {
 	timeline string          // PostgreSQL's expression for it
 	replica  atomic.Value    // of string: this process's ID among the replicas
 	holder   string          // see UseHolder
+	evidence evidence
 }
 
 // Open opens the database at location: a postgres:// URL, or a SQLite file's
@@ -130,11 +131,17 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 	if err := all.PingContext(ctx); err != nil {
 		return nil, errors.Join(unavailable(fmt.Errorf("connecting to PostgreSQL: %w", err)), all.Close())
 	}
+	var standbys string
+	if err := all.QueryRowContext(ctx, "SELECT current_setting('synchronous_standby_names')").Scan(&standbys); err != nil {
+		return nil, errors.Join(unavailable(fmt.Errorf("asking PostgreSQL for its standbys: %w", err)), all.Close())
+	}
 	timeline, err := timelineExpression(ctx, all)
 	if err != nil {
 		return nil, errors.Join(err, all.Close())
 	}
-	return &DB{snapshot: snapshot{all}, read: all, postgres: true, timeline: timeline, recorded: make(chan struct{}, 1)}, nil
+	d := &DB{snapshot: snapshot{all}, read: all, postgres: true, timeline: timeline, recorded: make(chan struct{}, 1)}
+	d.standbys.Store(standbys)
+	return d, nil
 }
 
 // checkDurable refuses a server that may lose what it has acknowledged, at
@@ -182,31 +189,6 @@ func (d *DB) Close() error {
 	return errors.Join(err, d.read.Close())
 }
 
-// Healthy reports whether the database answers, and can be written to: a disk
-// may be full, another process may hold SQLite's file, a role may lack a right,
-// and after a fail-over a connection may lead to the server that is a standby now.
-func (d *DB) Healthy(ctx context.Context) error {
-	var size int64
-	if err := d.read.QueryRowContext(ctx, "SELECT size FROM log_head").Scan(&size); err != nil {
-		return unavailable(err)
-	}
-	if !d.postgres {
-		return d.write(ctx, rewriteHead)
-	}
-	var readOnly bool
-	var missing string
-	if err := d.read.QueryRowContext(ctx, cannotWrite).Scan(&readOnly, &missing); err != nil {
-		return unavailable(err)
-	}
-	if readOnly {
-		return unavailable(errReadOnly)
-	}
-	if missing != "" {
-		return unavailable(fmt.Errorf("the role that orgkeys logs in with lacks %s", missing))
-	}
-	return nil
-}
-
 // rewriteHead changes nothing, and has SQLite write and commit a page all the
 // same: only that shows whether there is room. A row that is set to what it is
 // would not be written.
@@ -223,7 +205,8 @@ var errReadOnly = errors.New("PostgreSQL is a standby, or read-only")
 // cannotWrite finds what keeps PostgreSQL from taking the writes without which
 // no key can be made. It only asks: writes that come to nothing, once a second
 // for each replica, would be the vacuum's work.
-const cannotWrite = `SELECT current_setting('transaction_read_only')::boolean, coalesce(string_agg(what || ' on ' || thing, ', '), '')
+const cannotWrite = `SELECT current_setting('transaction_read_only')::boolean, coalesce(string_agg(what || ' on ' || thing, ', '), ''),
+	current_setting('synchronous_standby_names')
 	FROM (VALUES ('INSERT', 'events'), ('UPDATE', 'events'), ('INSERT', 'org_keys'), ('UPDATE', 'org_keys'), ('DELETE', 'org_keys'),
 		('INSERT', 'log_hashes'), ('UPDATE', 'log_head')) AS needed (what, thing)
 	WHERE NOT has_table_privilege(thing, what)`
@@ -239,6 +222,7 @@ func (d *DB) write(ctx context.Context, do func(context.Context, *txn) error) er
 		recorded = tx.recorded
 		return err
 	})
+	d.evidence.wrote(err, err == nil && recorded)
 	if err == nil && recorded {
 		select {
 		case d.recorded <- struct{}{}:

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/pressly/goose/v3"
@@ -28,7 +29,7 @@ func (d *DB) Migrate(ctx context.Context) error {
 	}
 	// A start need not wait for its turn to migrate to find that it is done. In doubt it does.
 	if done, err := d.migrated(ctx, provider); err != nil || !done {
-		if _, err := provider.Up(ctx); err != nil {
+		if err := d.migrate(ctx, provider); err != nil {
 			return fmt.Errorf("migrating the database: %w", unavailable(err))
 		}
 	}
@@ -41,6 +42,53 @@ func (d *DB) Migrate(ctx context.Context) error {
 			"orgkeys/"+uuid.NewString(), empty[:])
 		return err
 	})
+}
+
+// A migration whose commit waits for a standby would wait for as long as that is
+// away: it is given up after standbyPatience, and the next start goes on.
+const (
+	standbyPatience = 15 * time.Second
+	standbyLook     = time.Second // between two looks
+)
+
+// migrate applies what is missing.
+func (d *DB) migrate(ctx context.Context, provider *goose.Provider) error {
+	if d.postgres {
+		// A standby that is away already is told of at once.
+		if err := d.acknowledges(ctx); err != nil {
+			return err
+		}
+	}
+	ctx, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
+	if d.postgres {
+		go d.watchCommits(ctx, giveUp)
+	}
+	_, err := provider.Up(ctx)
+	if cause := context.Cause(ctx); err != nil && errors.Is(cause, errCommitWait) {
+		err = errors.Join(cause, err)
+	}
+	return err
+}
+
+// watchCommits calls giveUp when a commit of this program's role has waited for a
+// standby for standbyPatience.
+func (d *DB) watchCommits(ctx context.Context, giveUp context.CancelCauseFunc) {
+	ticker := time.NewTicker(standbyLook)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		waiting, err := query(ctx, d.read, scanInt, `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND usename = current_user
+			AND wait_event = 'SyncRep' AND state_change < clock_timestamp() - $1 * interval '1 second'`, standbyPatience.Seconds())
+		if err == nil && waiting[0] > 0 {
+			giveUp(fmt.Errorf("%w%s", errCommitWait, d.awaitedStandbys()))
+			return
+		}
+	}
 }
 
 // migrated reports whether the newest migration is there already. It changes

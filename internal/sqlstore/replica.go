@@ -27,22 +27,31 @@ const (
 
 const postgresNow = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 
-// AnnounceReplica writes down what r says of itself, and that it lives.
+// AnnounceReplica writes down what r says of itself, and that it lives. That it
+// can is what Healthy goes by.
 func (d *DB) AnnounceReplica(ctx context.Context, r Replica) error {
 	if !d.postgres {
 		return nil
 	}
 	d.replica.Store(r.ID)
-	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	writing, cancel := context.WithTimeout(ctx, beatTimeout)
 	defer cancel()
-	if _, err := d.read.ExecContext(ctx, "DELETE FROM replicas WHERE seen_at < "+postgresNow+" - $1::bigint", replicaMemory.Microseconds()); err != nil {
-		return fmt.Errorf("forgetting replicas: %w", unavailable(err))
+	err := d.transact(writing, func(ctx context.Context, tx *txn) error { return announce(ctx, tx, r) })
+	if ctx.Err() == nil {
+		d.evidence.beaten(err)
 	}
-	_, err := d.read.ExecContext(ctx, `INSERT INTO replicas (id, address, version, policy, max_keys, clock_ahead, seen_at, timeline)
+	return err
+}
+
+func announce(ctx context.Context, tx *txn, r Replica) error {
+	if _, err := exec(ctx, tx, "DELETE FROM replicas WHERE abs(seen_at - "+postgresNow+") > $1::bigint", replicaMemory.Microseconds()); err != nil {
+		return fmt.Errorf("forgetting replicas: %w", err)
+	}
+	_, err := exec(ctx, tx, `INSERT INTO replicas (id, address, version, policy, max_keys, clock_ahead, seen_at, timeline)
 		VALUES ($1, $2, $3, $4, $5, $6::bigint - `+postgresNow+", "+postgresNow+`, nullif($7, '')) ON CONFLICT (id) DO UPDATE SET
 		address = $2, version = $3, policy = $4, max_keys = $5, clock_ahead = excluded.clock_ahead, seen_at = excluded.seen_at, timeline = coalesce(excluded.timeline, replicas.timeline)`,
 		r.ID, r.Address, r.Version, r.Policy, r.Max, time.Now().UnixMicro(), r.Timeline)
-	return unavailable(err)
+	return err
 }
 
 // ForgetReplica says that the replica has ended.
