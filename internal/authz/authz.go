@@ -34,11 +34,12 @@ const (
 // Caller is whoever makes a request, as authentication established it.
 type Caller struct {
 	Kind    Kind
-	Subject string // a person's "sub" claim; for a node, the ID of the key that verified
+	Subject string // a person's ID, of the claim "sub" or another; for a node, the ID of the key that verified
 	Org     org.ID // the organization the caller belongs to
-	Roles   []Role // any of which may match; empty for a node
+	Roles   []Role // any of which may match; empty for a node, and for who is known and may do nothing
 	Name    string // for people's eyes in the audit trail only; never decided upon
 	Email   string // likewise
+	ActedBy string // the subject of who acts in this caller's name (RFC 8693, section 4.1), for the audit trail; empty: nobody else
 }
 
 // Action names what is to be done.

@@ -36,6 +36,7 @@ var (
 // Policy is a compiled policy. It is safe for concurrent use.
 type Policy struct {
 	query    rego.PreparedEvalQuery
+	claims   *rego.PreparedEvalQuery // nil: no claim rules
 	revision string
 	files    source
 }
@@ -65,25 +66,43 @@ func load(ctx context.Context, files source) (*Policy, error) {
 	if compiler.Compile(modules); compiler.Failed() {
 		return nil, fmt.Errorf("compiling the policy: %w", compiler.Errors)
 	}
-	prepared, err := rego.New(
-		rego.Query(query),
-		rego.Compiler(compiler),
-		rego.Capabilities(capabilities()),
-		rego.Store(store),
-		rego.StrictBuiltinErrors(true),
-		rego.GenerateJSON(func(term *ast.Term, _ *rego.EvalContext) (any, error) { return term.Value, nil }),
-	).PrepareForEval(ctx)
-	if err != nil {
+	prepare := func(query string) (rego.PreparedEvalQuery, error) {
+		return rego.New(
+			rego.Query(query),
+			rego.Compiler(compiler),
+			rego.Capabilities(capabilities()),
+			rego.Store(store),
+			rego.StrictBuiltinErrors(true),
+			rego.GenerateJSON(func(term *ast.Term, _ *rego.EvalContext) (any, error) { return term.Value, nil }),
+		).PrepareForEval(ctx)
+	}
+	p := &Policy{revision: files.revision(), files: files}
+	if p.query, err = prepare(query); err != nil {
 		return nil, fmt.Errorf("preparing the policy: %w", err)
 	}
-	p := &Policy{prepared, files.revision(), files}
-	if err := p.denyImpossible(ctx); err != nil {
+	if hasPackage(modules, claimsPackage) {
+		claims, err := prepare(claimsQuery)
+		if err != nil {
+			return nil, fmt.Errorf("preparing the claim rules: %w", err)
+		}
+		p.claims = &claims
+	}
+	if err := errors.Join(p.denyImpossible(ctx), p.refuseAnybody(ctx)); err != nil {
 		return nil, fmt.Errorf("trying the policy: %w", err)
 	}
 	if err := runTests(ctx, modules, tests, store); err != nil {
 		return nil, fmt.Errorf("testing the policy: %w", err)
 	}
 	return p, nil
+}
+
+func hasPackage(modules map[string]*ast.Module, path string) bool {
+	for _, m := range modules {
+		if m.Package.Path.String() == path {
+			return true
+		}
+	}
+	return false
 }
 
 func newCompiler() *ast.Compiler {
