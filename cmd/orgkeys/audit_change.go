@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authn"
+	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/spf13/cobra"
@@ -42,8 +44,9 @@ func newAuditErase() *cobra.Command {
 		Use:   "erase --subject ID --reason TEXT",
 		Short: "Erase what the audit trail knows of a person",
 		Long: `Deletes names, e-mail addresses and network addresses of the events whose actor is
-the subject, the token's "sub". The log itself holds identifiers only and stays as
-it is, and verifies as before. Backups, and files that the database has not
+the subject, as the token has it ("sub" or ORGKEYS_CLAIM_SUBJECT), and the pseudonym
+under which events know a subject that is an address. The log itself stays as it is,
+and verifies as before. Backups, and files that the database has not
 overwritten yet, are yours to see to; docs/audit.md says what remains.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -59,10 +62,12 @@ overwritten yet, are yours to see to; docs/audit.md says what remains.`,
 				if err := server.OpenToRecord(ctx, cfg, db, newLogger(cfg)); err != nil {
 					return err
 				}
-				n, err := db.Erase(ctx, subject, func(n int64) audit.Event {
+				n, err := db.Erase(ctx, subject, func(id string, n int64) audit.Event {
 					e := audit.New(audit.PersonErased, "")
 					e.Actor = audit.Actor{Kind: audit.System, ID: "operator"}
-					e.Object = subject
+					if n > 0 || !authn.IsPersonal(config.PseudonymAddresses, id) {
+						e.Object = id // an address that the log does not have yet must not come into it
+					}
 					e.Detail = map[string]string{"events": fmt.Sprint(n), "reason": reason}
 					return e
 				})

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -96,6 +97,16 @@ type Personal struct {
 // New returns an event with a fresh ID and the present time.
 func New(t Type, org org.ID) Event {
 	return Event{ID: uuid.NewString(), Time: time.Now().UTC(), Type: t, Outcome: Success, Org: org}
+}
+
+// Add adds to the event's details, without changing a map that other events share.
+func (e *Event) Add(detail map[string]string) {
+	added := maps.Clone(e.Detail)
+	if added == nil {
+		added = map[string]string{}
+	}
+	maps.Copy(added, detail)
+	e.Detail = added
 }
 
 // Leaf is an event as the log holds it: the field order is the order of the

@@ -170,6 +170,9 @@ func (p Pass) Event(t audit.Type) audit.Event {
 	e.Request = p.Call.Request
 	e.Policy, e.Scope = p.Decision.Revision, p.Decision.Scope
 	e.Detail = maps.Clone(p.Detail)
+	if caller.ActedBy != "" {
+		e.Add(map[string]string{"actedBy": caller.ActedBy})
+	}
 	e.Personal = audit.Personal{Name: caller.Name, Email: caller.Email, Address: p.Call.Address}
 	return e
 }

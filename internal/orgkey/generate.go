@@ -178,7 +178,7 @@ func (s *Service) enter(ctx context.Context, pass gate.Pass, id string, public *
 	}
 	created := pass.Event(audit.KeyCreated)
 	created.Object = id
-	created.Detail = map[string]string{"fingerprint": Thumbprint(public), "backend": s.backend, "algorithm": "rsa-2048"}
+	created.Add(map[string]string{"fingerprint": Thumbprint(public), "backend": s.backend, "algorithm": "rsa-2048"})
 	// Not given up halfway: nobody would know whether the record is there.
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()

@@ -5,7 +5,6 @@ import (
 	"crypto/ed25519"
 	"database/sql"
 	"errors"
-	"fmt"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -160,21 +159,4 @@ func (s snapshot) Receipts(ctx context.Context, sink string, from, to int64) ([]
 		err = scan(&r.Index, &r.Receipt)
 		return r, err
 	}, "SELECT idx, receipt FROM event_receipts WHERE sink = $1 AND idx >= $2 AND idx < $3 ORDER BY idx", sink, from, to)
-}
-
-// Erase deletes what events know of a person: of those whose actor is subject,
-// and returns how many there were. event says so in the log, and goes with it
-// in one transaction.
-func (d *DB) Erase(ctx context.Context, subject string, event func(count int64) audit.Event) (n int64, err error) {
-	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
-		n, err = exec(ctx, tx, "DELETE FROM event_persons WHERE event_id IN (SELECT id FROM events WHERE actor = $1)", subject)
-		if err != nil {
-			return err
-		}
-		return d.record(ctx, tx, event(n))
-	})
-	if err != nil {
-		return 0, fmt.Errorf("erasing what is known of a person: %w", err)
-	}
-	return n, nil
 }

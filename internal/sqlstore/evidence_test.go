@@ -66,7 +66,7 @@ func TestEvidence(t *testing.T) {
 		}
 
 		t.Run("erasing", func(t *testing.T) {
-			n, err := db.Erase(t.Context(), "u-1", func(n int64) audit.Event {
+			n, err := db.Erase(t.Context(), "u-1", func(_ string, n int64) audit.Event {
 				if n != 15 {
 					t.Errorf("the event says %d", n)
 				}

@@ -277,7 +277,7 @@ func (d *DB) DeleteKeys(ctx context.Context, org org.ID, request audit.Event, ea
 			}
 			events = append(events, each(k.id, k.state == orgkey.Released))
 		}
-		events[0].Detail = map[string]string{"count": strconv.Itoa(released)}
+		events[0].Add(map[string]string{"count": strconv.Itoa(released)})
 		return d.record(ctx, tx, events...)
 	})
 	if err != nil {

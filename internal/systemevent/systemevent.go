@@ -189,10 +189,10 @@ func (s *Service) page(ctx context.Context, f Filter) (Page, error) {
 // anybody may send any text, and what is in the log stays there.
 func readEvent(pass gate.Pass, f Filter, page Page) audit.Event {
 	e := pass.Event(audit.EventsRead)
-	e.Detail = map[string]string{
+	e.Add(map[string]string{
 		"from":     f.From.UTC().Format(audit.TimeFormat),
 		"returned": strconv.Itoa(len(page.Events)), "total": strconv.Itoa(page.Total), "skip": strconv.Itoa(page.Skip),
-	}
+	})
 	if !f.Before.IsZero() {
 		e.Detail["before"] = f.Before.UTC().Format(audit.TimeFormat)
 	}

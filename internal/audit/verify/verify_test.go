@@ -131,7 +131,7 @@ func TestACheckpointAloneFindsARewrittenLog(t *testing.T) {
 func TestErasingAPersonIsSeenAndAllowed(t *testing.T) {
 	l := audittest.New(t)
 	erase := func() {
-		if _, err := l.DB.Erase(t.Context(), "u-1", func(int64) audit.Event {
+		if _, err := l.DB.Erase(t.Context(), "u-1", func(string, int64) audit.Event {
 			e := audit.New(audit.PersonErased, "")
 			e.Object = "u-1"
 			return e

@@ -1,0 +1,72 @@
+package sqlstore
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+)
+
+// Pseudonym implements authn.Pseudonyms.
+func (d *DB) Pseudonym(ctx context.Context, subject string) (string, error) {
+	pseudonym, err := pseudonymOf(ctx, d.read, subject)
+	if err != nil || pseudonym != "" {
+		return pseudonym, err
+	}
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+		_, err := exec(ctx, tx, "INSERT INTO persons (subject, pseudonym) VALUES ($1, $2) ON CONFLICT (subject) DO NOTHING", subject, "person-"+uuid.NewString())
+		if err != nil {
+			return err
+		}
+		pseudonym, err = pseudonymOf(ctx, tx, subject)
+		return err
+	})
+	return pseudonym, err
+}
+
+// pseudonymOf returns the pseudonym of subject; empty if it has none.
+func pseudonymOf(ctx context.Context, q querier, subject string) (string, error) {
+	found, err := query(ctx, q, scanText, "SELECT pseudonym FROM persons WHERE subject = $1", subject)
+	if err != nil || len(found) == 0 {
+		return "", err
+	}
+	return found[0], nil
+}
+
+// Erase deletes what is known of a person: the personal part of the events whose
+// actor is subject, or is the pseudonym of subject, and that pseudonym. It returns
+// how many events had one. event says so in the log, of each ID that events
+// have of the person, and goes with it in one transaction; of a subject that has a
+// pseudonym and is in no event itself, the log is told the pseudonym alone.
+func (d *DB) Erase(ctx context.Context, subject string, event func(id string, count int64) audit.Event) (total int64, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+		total = 0 // of an attempt that was aborted
+		pseudonym, err := pseudonymOf(ctx, tx, subject)
+		if err != nil {
+			return err
+		}
+		if _, err := exec(ctx, tx, "DELETE FROM persons WHERE subject = $1", subject); err != nil {
+			return err
+		}
+		for _, id := range []string{pseudonym, subject} {
+			n, err := exec(ctx, tx, "DELETE FROM event_persons WHERE event_id IN (SELECT id FROM events WHERE actor = $1)", id)
+			if err != nil {
+				return err
+			}
+			total += n
+			if id == "" || id == subject && n == 0 && pseudonym != "" {
+				continue
+			}
+			if err := d.record(ctx, tx, event(id, n)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("erasing what is known of a person: %w", err)
+	}
+	return total, nil
+}
