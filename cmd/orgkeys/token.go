@@ -58,6 +58,7 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 			return err
 		},
 	}
+	cmd.AddCommand(newTokenExplain())
 	cmd.Flags().StringVar(&name, "org", "", "the organization's ID")
 	cmd.Flags().StringSliceVar(&roles, "role", nil, "OWNER, ADMINISTRATOR, WORKSPACES, BILLING or USER; may be given more than once")
 	cmd.Flags().StringVar(&subject, "subject", "dev", "the caller's ID")

@@ -173,10 +173,23 @@ func (a *API) fail(c *gin.Context, err error) {
 	if c.Request.Context().Err() != nil {
 		p = clientGone
 	}
+	if p.status == http.StatusUnauthorized {
+		c.Header("WWW-Authenticate", challenge(err))
+	}
 	if p.status >= http.StatusInternalServerError {
 		a.Log.Error("request failed", "request", exchangeOf(c).id, "route", route(c), "code", p.code, "error", err)
 	}
 	a.refuse(c, p)
+}
+
+// challenge says what a token was refused for (RFC 6750, section 3). A request
+// without any is told no error, as section 3.1 has it.
+func challenge(err error) string {
+	var token *authn.TokenError
+	if !errors.As(err, &token) || token.Reason == authn.ReasonMissing {
+		return "Bearer"
+	}
+	return fmt.Sprintf(`Bearer error="invalid_token", error_description=%q`, token.Description())
 }
 
 // errorBody is the form of every error.
@@ -196,9 +209,6 @@ func (a *API) refuse(c *gin.Context, p problem) {
 		panic(http.ErrAbortHandler)
 	}
 	x.code = p.code
-	if p.status == http.StatusUnauthorized {
-		c.Header("WWW-Authenticate", "Bearer")
-	}
 	if p.retry > 0 {
 		c.Header("Retry-After", strconv.Itoa(p.retry))
 	}

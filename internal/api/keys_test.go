@@ -295,15 +295,15 @@ func TestDeletes(t *testing.T) {
 
 func TestUnknownCallers(t *testing.T) {
 	b := newBench(t, nil)
-	for _, c := range []struct{ name, authorization, message string }{
-		{"no token", "", "Authentication required"},
-		{"a bad token", "Bearer forged", "Invalid or expired token"},
+	for _, c := range []struct{ name, authorization, message, challenge string }{
+		{"no token", "", "Authentication required", "Bearer"},
+		{"a bad token", "Bearer forged", "Invalid or expired token", `Bearer error="invalid_token", error_description="the signature is wrong"`},
 	} {
 		for _, request := range []string{"POST /organization/acme/key", "GET /organization/-/key", "DELETE /organization/acme/key", "DELETE /organization/acme/key/x"} {
 			method, path, _ := strings.Cut(request, " ")
 			a := b.ask(method, path, "Authorization", c.authorization, "Accept", "text/html")
 			e := errorOf(t, a)
-			if a.StatusCode != 401 || e.Message != c.message || a.Header.Get("WWW-Authenticate") != "Bearer" || a.Header.Get("Cache-Control") != "no-store" {
+			if a.StatusCode != 401 || e.Message != c.message || a.Header.Get("WWW-Authenticate") != c.challenge || a.Header.Get("Cache-Control") != "no-store" {
 				t.Errorf("%s, %s: %d %s %v", c.name, request, a.StatusCode, e.Message, a.Header)
 			}
 		}

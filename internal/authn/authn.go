@@ -1,17 +1,21 @@
 // Package authn turns a request's bearer token into the authz.Caller it speaks for.
 //
 // A token is a JWT (RFC 7519) in JWS compact serialization (RFC 7515, section
-// 7.1), signed with RS256, PS256, ES256 or EdDSA by a key of the issuer's JWK
-// set (RFC 7517). The set decides what a key may do; the token only names one
-// of its keys. Whatever else a token says about keys (jku, jwk, x5u, x5c) is
-// never fetched and never trusted; a jwk, x5c or nonce that is malformed refuses
-// the token, since go-jose reads it before it verifies anything. A token that
-// declares anything critical (crit) is refused, since nothing of the kind is
-// understood here.
+// 7.1), signed with RS, PS or ES and 256, 384 or 512, with EdDSA or with Ed25519
+// (RFC 9864), by a key of its issuer's JWK set (RFC 7517). The set decides what a
+// key may do; the token only names one of its keys. Whatever else a token says
+// about keys (jku, jwk, x5u, x5c) is never fetched and never trusted; a jwk, x5c or
+// nonce that is malformed refuses the token, since go-jose reads it before it
+// verifies anything. A token that declares anything critical (crit) is refused,
+// since nothing of the kind is understood here; so is one that is bound to a
+// key of its holder (cnf, RFC 7800), since nobody here checks that proof.
 //
 // What one token can mean is settled before it is believed: JSON with
 // duplicate names, invalid UTF-8 or trailing data is refused, names are
 // compared byte for byte, and base64 has one spelling.
+//
+// Which claims hold subject, organization and roles is the issuer's Mapping, or
+// the rules of claims.rego. Verifier.Explain says for one token what each check found.
 //
 // All failures are one of two things: ErrUnauthenticated, the caller's fault,
 // as *TokenError with a reason out of a closed set; or ErrKeysUnavailable, the
@@ -24,6 +28,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
@@ -38,16 +43,19 @@ var (
 
 // Why a token is refused.
 const (
-	ReasonMissing     = "missing"       // no Authorization header
-	ReasonMalformed   = "malformed"     // not one well-formed bearer token, or one that declares something not understood
-	ReasonAlgorithm   = "algorithm"     // an algorithm that is never accepted, or not that key's
-	ReasonUnknownKey  = "unknown_key"   // the issuer has no such key, or it is not clear which one is meant
-	ReasonSignature   = "signature"     // the key did not make this signature
-	ReasonExpired     = "expired"       // exp has come
-	ReasonNotYetValid = "not_yet_valid" // nbf or iat is in the future
-	ReasonIssuer      = "issuer"        // another issuer's token
-	ReasonAudience    = "audience"      // meant for another service
-	ReasonClaims      = "claims"        // a claim is missing, malformed or has an unknown value
+	ReasonMissing      = "missing"       // no Authorization header
+	ReasonMalformed    = "malformed"     // not one well-formed bearer token, or one that declares something not understood
+	ReasonAlgorithm    = "algorithm"     // an algorithm that is never accepted, or not that key's
+	ReasonUnknownKey   = "unknown_key"   // the issuer has no such key, or it is not clear which one is meant
+	ReasonSignature    = "signature"     // the key did not make this signature
+	ReasonExpired      = "expired"       // exp has come
+	ReasonNotYetValid  = "not_yet_valid" // nbf or iat is in the future
+	ReasonIssuer       = "issuer"        // another issuer's token
+	ReasonAudience     = "audience"      // meant for another service
+	ReasonBound        = "bound"         // bound to a key of its holder, whose proof is not checked
+	ReasonSubject      = "subject"       // no usable subject, or no usable actor (act)
+	ReasonOrganization = "organization"  // no usable organization, or one that the issuer may not speak for
+	ReasonClaims       = "claims"        // the claims are malformed: not JSON, or a date that is none
 )
 
 // TokenError is ErrUnauthenticated with its reason.
@@ -58,87 +66,114 @@ func (e *TokenError) Error() string { return "bearer token refused: " + e.Reason
 // Unwrap returns ErrUnauthenticated.
 func (e *TokenError) Unwrap() error { return ErrUnauthenticated }
 
+// Description says the reason in words, for clients: printable ASCII without
+// quotes, as WWW-Authenticate needs it (RFC 6750, section 3).
+func (e *TokenError) Description() string {
+	switch e.Reason {
+	case ReasonMalformed:
+		return "not one well-formed bearer token"
+	case ReasonAlgorithm:
+		return "the algorithm is not accepted, or not the key's"
+	case ReasonUnknownKey:
+		return "the issuer has no such key"
+	case ReasonSignature:
+		return "the signature is wrong"
+	case ReasonExpired:
+		return "the token has expired"
+	case ReasonNotYetValid:
+		return "the token is not valid yet"
+	case ReasonIssuer:
+		return "the issuer is not accepted"
+	case ReasonAudience:
+		return "the token is for another audience"
+	case ReasonBound:
+		return "the token is bound to a key, and is not accepted as a mere bearer token"
+	case ReasonSubject:
+		return "the token has no usable subject"
+	case ReasonOrganization:
+		return "the token has no usable organization"
+	default:
+		return "the claims are malformed"
+	}
+}
+
 func refused(reason string) error { return &TokenError{Reason: reason} }
 
-// MaxToken is the size of the longest token accepted, in bytes.
-const MaxToken = 8 << 10
+// MaxToken is the size of the longest token accepted, in bytes. All headers of
+// a request together may have 16 KiB.
+const MaxToken = 14 << 10
 
 // Leeway is how far nbf and iat may lie in the future, since the issuer's
 // clock and ours differ. exp has none: an expired token is expired.
 const Leeway = 60 * time.Second
 
-// Config says whose tokens are accepted. Every field is required.
-type Config struct {
-	Issuer    string  // iss must be exactly this
-	Audience  string  // aud must be or contain exactly this
-	Keys      *KeySet // the issuer's keys
-	ClaimOrg  string  // the claim that names the caller's organization
-	ClaimRole string  // the claim with the caller's role or roles
+// Rules map claims in ways that no setting can. They are authz.Directory's and
+// authz.Policy's: the optional claims.rego.
+type Rules interface {
+	// HasClaimRules reports whether there is a claims.rego now. If so, it alone
+	// says which organization and roles a token has.
+	HasClaimRules() bool
+	// MapClaims returns what the rules make of a token whose signature was
+	// verified. Its error means that they make nothing of it.
+	MapClaims(ctx context.Context, t authz.Token) (authz.Identity, error)
 }
 
-// Verifier accepts the tokens of one issuer for one audience. It may be used
-// by several goroutines.
+// Verifier accepts the tokens of its issuers. It may be used by several goroutines.
 type Verifier struct {
-	config Config
-	now    func() time.Time
+	issuers []Issuer
+	rules   Rules
+	persons *persons // nil: nobody appears under a pseudonym
+	now     func() time.Time
 }
 
-// New returns a verifier, or an error that says what is doubtful about c.
-func New(c Config) (*Verifier, error) {
-	if c.Issuer == "" {
-		return nil, errors.New("the token issuer is empty")
-	}
-	if c.Audience == "" {
-		return nil, errors.New("the token audience is empty")
-	}
-	if c.Keys == nil {
-		return nil, errors.New("there is no key set for the token issuer")
-	}
-	if c.ClaimOrg == "" || c.ClaimRole == "" {
-		return nil, errors.New("the claim of the organization or role has no name")
-	}
-	if err := checkClaimNames(c.ClaimOrg, c.ClaimRole); err != nil {
+// New returns a verifier of the issuers' tokens, or an error that says what is
+// doubtful about them. rules may be nil.
+func New(rules Rules, issuers ...Issuer) (*Verifier, error) {
+	if err := checkIssuers(issuers); err != nil {
 		return nil, err
 	}
-	return &Verifier{config: c, now: time.Now}, nil
+	return &Verifier{issuers: issuers, rules: rules, now: time.Now}, nil
 }
 
-// checkClaimNames refuses names with a meaning of their own (RFC 7519, section
-// 4.1): an organization read out of aud, say, would be one that callers share.
-func checkClaimNames(org, role string) error {
-	if org == role {
-		return fmt.Errorf("organization and role have the same claim %q", org)
+// Run keeps the issuers' keys up to date until ctx ends.
+func (v *Verifier) Run(ctx context.Context) {
+	var running sync.WaitGroup
+	for _, i := range v.issuers {
+		running.Go(func() { i.Keys.Run(ctx) })
 	}
-	for _, name := range []string{org, role} {
-		switch name {
-		case "iss", "sub", "aud", "exp", "nbf", "iat", "jti":
-			return fmt.Errorf("claim %q is a registered one and cannot hold an organization or role", name)
+	running.Wait()
+}
+
+// Ready returns nil if the tokens of every issuer can be verified now, and an
+// error that wraps ErrKeysUnavailable and names the issuer if not.
+func (v *Verifier) Ready() error {
+	for _, i := range v.issuers {
+		if err := i.Keys.Ready(); err != nil {
+			return fmt.Errorf("issuer %s: %w", i.Name, err)
 		}
 	}
 	return nil
 }
 
-// Authenticate returns the caller that the request's headers speak for. Its
-// error wraps ErrUnauthenticated or ErrKeysUnavailable. It may wait for the
+// Authenticate returns the caller that the request's headers speak for. A caller
+// may have no roles: known, and allowed nothing. Its
+// error wraps ErrUnauthenticated or ErrKeysUnavailable, or is one of the store of pseudonyms. It may wait for the
 // issuer's keys to be fetched, no longer than ctx lasts.
 func (v *Verifier) Authenticate(ctx context.Context, h http.Header) (authz.Caller, error) {
 	compact, err := bearer(h)
 	if err != nil {
 		return authz.Caller{}, err
 	}
-	t, err := parseToken(compact)
-	if err != nil {
+	x := examination{verifier: v, compact: compact}
+	for _, c := range checks {
+		if err := c.run(&x, ctx); err != nil {
+			return authz.Caller{}, err
+		}
+	}
+	if err := v.persons.hide(ctx, &x.caller); err != nil {
 		return authz.Caller{}, err
 	}
-	key, err := v.config.Keys.find(ctx, t)
-	if err != nil {
-		return authz.Caller{}, err
-	}
-	payload, err := t.verify(key)
-	if err != nil {
-		return authz.Caller{}, err
-	}
-	return v.caller(payload)
+	return x.caller, nil
 }
 
 // bearer returns the token of the one Authorization header (RFC 6750, section

@@ -41,7 +41,7 @@ const (
 type testKeys struct {
 	rsa, rsaPS, attacker *rsa.PrivateKey
 	rsa1024              *rsa.PrivateKey
-	ec, ec384            *ecdsa.PrivateKey
+	ec, ec384, ec521     *ecdsa.PrivateKey
 	ed                   ed25519.PrivateKey
 }
 
@@ -53,6 +53,7 @@ var keysForTests = sync.OnceValue(func() testKeys {
 		rsa: newRSA(2048), rsaPS: newRSA(2048), attacker: newRSA(2048), rsa1024: newRSA(1024),
 		ec:    must(ecdsa.ParseRawPrivateKey(elliptic.P256(), fixed)),
 		ec384: must(ecdsa.GenerateKey(elliptic.P384(), rand.Reader)),
+		ec521: must(ecdsa.GenerateKey(elliptic.P521(), rand.Reader)),
 		ed:    ed25519.NewKeyFromSeed(fixed),
 	}
 })
@@ -96,22 +97,32 @@ func issuerSet() []byte {
 		publicJWK(k.ed.Public(), "ed"),
 		publicJWK(&k.rsa1024.PublicKey, "rsa-1024"),
 		publicJWK(&k.ec384.PublicKey, "ec-384"),
+		publicJWK(&k.ec521.PublicKey, "ec-521"),
 		jwk{"kty": "oct", "kid": "oct", "k": b64([]byte("0123456789abcdef0123456789abcdef")), "alg": "HS256"},
 	)
 }
 
 func newTestVerifier(t testing.TB, set []byte) *Verifier {
 	t.Helper()
+	return newMappedVerifier(t, set, DefaultMapping())
+}
+
+func newMappedVerifier(t testing.TB, set []byte, m Mapping) *Verifier {
+	t.Helper()
 	keys, err := fixedKeySet(set)
 	if err != nil {
 		t.Fatal(err)
 	}
-	v, err := New(Config{Issuer: testIssuer, Audience: testAudience, Keys: keys, ClaimOrg: "org_id", ClaimRole: "org_role"})
+	v, err := New(nil, testIssuerWith(keys, m))
 	if err != nil {
 		t.Fatal(err)
 	}
 	v.now = func() time.Time { return time.Unix(testNow, 0) }
 	return v
+}
+
+func testIssuerWith(keys *KeySet, m Mapping) Issuer {
+	return Issuer{Name: testIssuer, Audiences: []string{testAudience}, Keys: keys, Mapping: m}
 }
 
 func bearerHeader(token string) http.Header {
@@ -126,15 +137,24 @@ func sign(key any, alg, header, payload string) string {
 }
 
 func signature(key any, alg, input string) []byte {
-	sum := sha256.Sum256([]byte(input))
+	hash := crypto.SHA256
+	switch {
+	case strings.HasSuffix(alg, "384"):
+		hash = crypto.SHA384
+	case strings.HasSuffix(alg, "512"):
+		hash = crypto.SHA512
+	}
+	digest := hash.New()
+	digest.Write([]byte(input))
+	sum := digest.Sum(nil)
 	switch key := key.(type) {
 	case *rsa.PrivateKey:
 		if strings.HasPrefix(alg, "PS") {
-			return must(rsa.SignPSS(rand.Reader, key, crypto.SHA256, sum[:], &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}))
+			return must(rsa.SignPSS(rand.Reader, key, hash, sum, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}))
 		}
-		return must(rsa.SignPKCS1v15(nil, key, crypto.SHA256, sum[:]))
+		return must(rsa.SignPKCS1v15(nil, key, hash, sum))
 	case *ecdsa.PrivateKey:
-		r, s := signECDSA(key, sum[:])
+		r, s := signECDSA(key, sum)
 		size := (key.Params().BitSize + 7) / 8
 		return append(r.FillBytes(make([]byte, size)), s.FillBytes(make([]byte, size))...)
 	case ed25519.PrivateKey:
@@ -195,29 +215,48 @@ func checkRefused(t *testing.T, v *Verifier, token, reason string) {
 
 func TestNewRefusesDoubtfulConfiguration(t *testing.T) {
 	keys := must(fixedKeySet(issuerSet()))
-	good := Config{Issuer: testIssuer, Audience: testAudience, Keys: keys, ClaimOrg: "org_id", ClaimRole: "org_role"}
-	if _, err := New(good); err != nil {
-		t.Fatalf("New(%+v): %v", good, err)
+	good := func() Issuer { return testIssuerWith(keys, DefaultMapping()) }
+	if _, err := New(nil, good()); err != nil {
+		t.Fatalf("New(%+v): %v", good(), err)
 	}
-	for name, change := range map[string]func(*Config){
-		"no issuer":                        func(c *Config) { c.Issuer = "" },
-		"no audience":                      func(c *Config) { c.Audience = "" },
-		"no keys":                          func(c *Config) { c.Keys = nil },
-		"no claim for the organization":    func(c *Config) { c.ClaimOrg = "" },
-		"no claim for the role":            func(c *Config) { c.ClaimRole = "" },
-		"organization out of the audience": func(c *Config) { c.ClaimOrg = "aud" },
-		"organization out of the subject":  func(c *Config) { c.ClaimOrg = "sub" },
-		"role out of the issuer":           func(c *Config) { c.ClaimRole = "iss" },
-		"organization and role in one":     func(c *Config) { c.ClaimOrg, c.ClaimRole = "x", "x" },
-		"role where the organization is":   func(c *Config) { c.ClaimRole = "org_id" },
+	for name, change := range map[string]func(*Issuer){
+		"no issuer":                         func(i *Issuer) { i.Name = "" },
+		"no audience":                       func(i *Issuer) { i.Audiences = nil },
+		"an empty audience":                 func(i *Issuer) { i.Audiences = []string{"a", ""} },
+		"no keys":                           func(i *Issuer) { i.Keys = nil },
+		"no claim for the organization":     func(i *Issuer) { i.Mapping.Organization = "" },
+		"no claim for the role":             func(i *Issuer) { i.Mapping.Role = "" },
+		"no claim for the subject":          func(i *Issuer) { i.Mapping.Subject = "" },
+		"organization out of the audience":  func(i *Issuer) { i.Mapping.Organization = "aud" },
+		"organization out of an audience":   func(i *Issuer) { i.Mapping.Organization = "/aud/0" },
+		"organization out of the subject":   func(i *Issuer) { i.Mapping.Organization = "sub" },
+		"organization out of the actor":     func(i *Issuer) { i.Mapping.Organization = "/act/sub" },
+		"role out of the issuer":            func(i *Issuer) { i.Mapping.Role = "iss" },
+		"role out of the subject, unmapped": func(i *Issuer) { i.Mapping.Role = "sub" },
+		"subject out of the token's ID":     func(i *Issuer) { i.Mapping.Subject = "jti" },
+		"organization and role in one":      func(i *Issuer) { i.Mapping.Organization, i.Mapping.Role = "x", "x" },
+		"role where the organization is":    func(i *Issuer) { i.Mapping.Role = "org_id" },
+		"subject where the organization is": func(i *Issuer) { i.Mapping.Subject = "org_id" },
+		"a pointer that is none":            func(i *Issuer) { i.Mapping.Role = "/a~2b" },
+		"an unknown role in the map":        func(i *Issuer) { i.Mapping.RoleMap = map[string]authz.Role{"a": "ROOT"} },
+		"an empty value in the map":         func(i *Issuer) { i.Mapping.RoleMap = map[string]authz.Role{"": authz.Owner} },
+		"an unknown default role":           func(i *Issuer) { i.Mapping.RoleDefault = "ROOT" },
+		"a subject prefix without a colon":  func(i *Issuer) { i.SubjectPrefix = "ci" },
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := good
-			change(&c)
-			if v, err := New(c); err == nil {
-				t.Errorf("New accepted %+v as %+v", c, v)
+			i := good()
+			change(&i)
+			if v, err := New(nil, i); err == nil {
+				t.Errorf("New accepted %+v as %+v", i, v)
 			}
 		})
+	}
+	other := good()
+	other.Name = "https://other.example"
+	for name, issuers := range map[string][]Issuer{"none": {}, "one twice": {good(), good()}, "two with one subject prefix": {good(), other}} {
+		if _, err := New(nil, issuers...); err == nil {
+			t.Errorf("%s: New accepted it", name)
+		}
 	}
 }
 
@@ -233,6 +272,13 @@ func TestEachAcceptedAlgorithm(t *testing.T) {
 		{"PS256", "rsa-ps", k.rsaPS},
 		{"ES256", "ec", k.ec},
 		{"EdDSA", "ed", k.ed},
+		{"Ed25519", "ed", k.ed},
+		{"RS384", "rsa", k.rsa},
+		{"RS512", "rsa", k.rsa},
+		{"PS384", "rsa", k.rsa},
+		{"PS512", "rsa", k.rsa},
+		{"ES384", "ec-384", k.ec384},
+		{"ES512", "ec-521", k.ec521},
 	} {
 		t.Run(tt.alg+" by "+tt.kid, func(t *testing.T) {
 			token := sign(tt.key, tt.alg, fmt.Sprintf(`{"alg":%q,"kid":%q}`, tt.alg, tt.kid), goodClaims(nil))
@@ -309,8 +355,17 @@ func TestTokenSizeLimit(t *testing.T) {
 // TestHostileTokens is the corpus: every one of these is refused, and for the
 // reason that it was made for.
 func TestHostileTokens(t *testing.T) {
+	v := newTestVerifier(t, issuerSet())
+	for _, tt := range hostileTokens(goodClaims(nil)) {
+		t.Run(tt.name, func(t *testing.T) { checkRefused(t, v, tt.token, tt.reason) })
+	}
+}
+
+type hostileToken struct{ name, token, reason string }
+
+// hostileTokens are tokens with the claims good that nobody may accept.
+func hostileTokens(good string) []hostileToken {
 	k := keysForTests()
-	good := goodClaims(nil)
 	attackersJWK := string(must(json.Marshal(publicJWK(&k.attacker.PublicKey, "rsa"))))
 	spki := must(x509.MarshalPKIXPublicKey(&k.rsa.PublicKey))
 	spkiPEM := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki})
@@ -318,7 +373,7 @@ func TestHostileTokens(t *testing.T) {
 	header := func(alg, kid string) string { return fmt.Sprintf(`{"alg":%q,"kid":%q}`, alg, kid) }
 	kid := func(raw string) string { return sign(k.ed, "EdDSA", `{"alg":"EdDSA","kid":`+raw+`}`, good) }
 
-	tests := []struct{ name, token, reason string }{
+	return []hostileToken{
 		// Algorithms.
 		{"alg none, no signature", b64([]byte(`{"alg":"none"}`)) + "." + b64([]byte(good)) + ".", ReasonMalformed},
 		{"alg none, a signature", sign(k.ed, "", header("none", "ed"), good), ReasonAlgorithm},
@@ -336,7 +391,7 @@ func TestHostileTokens(t *testing.T) {
 		{"HS256 with the public key as DER", sign(spki, "HS256", header("HS256", "rsa"), good), ReasonAlgorithm},
 		{"HS256 with the public key as JWK", sign(must(json.Marshal(publicJWK(&k.rsa.PublicKey, "rsa"))), "HS256", header("HS256", "rsa"), good), ReasonAlgorithm},
 		{"HS256 with the set's symmetric key", sign([]byte("0123456789abcdef0123456789abcdef"), "HS256", header("HS256", "oct"), good), ReasonAlgorithm},
-		{"RS512", sign(k.rsa, "RS512", header("RS512", "rsa"), good), ReasonAlgorithm},
+		{"RS512 with the digest of RS256", sign(k.rsa, "RS256", header("RS512", "rsa"), good), ReasonSignature},
 		{"ES256 named for an RSA key", sign(k.ec, "ES256", header("ES256", "rsa"), good), ReasonAlgorithm},
 		{"RS256 named for an EC key", sign(k.rsa, "RS256", header("RS256", "ec"), good), ReasonAlgorithm},
 		{"EdDSA named for an RSA key", sign(k.ed, "EdDSA", header("EdDSA", "rsa"), good), ReasonAlgorithm},
@@ -344,7 +399,16 @@ func TestHostileTokens(t *testing.T) {
 		{"PS256 signature called RS256", sign(k.rsa, "PS256", header("RS256", "rsa"), good), ReasonSignature},
 		{"RS256 signature called PS256", sign(k.rsa, "RS256", header("PS256", "rsa"), good), ReasonSignature},
 		{"RSA key of 1024 bits", sign(k.rsa1024, "RS256", header("RS256", "rsa-1024"), good), ReasonUnknownKey},
-		{"P-384 key with ES256", sign(k.ec384, "ES256", header("ES256", "ec-384"), good), ReasonUnknownKey},
+		{"RS384 by a key bound to PS256", sign(k.rsaPS, "RS384", header("RS384", "rsa-ps"), good), ReasonAlgorithm},
+		{"PS512 by a key bound to PS256", sign(k.rsaPS, "PS512", header("PS512", "rsa-ps"), good), ReasonAlgorithm},
+		{"ES384 named for a P-256 key", sign(k.ec, "ES384", header("ES384", "ec"), good), ReasonAlgorithm},
+		{"ES512 named for a P-384 key", sign(k.ec384, "ES512", header("ES512", "ec-384"), good), ReasonAlgorithm},
+		{"Ed25519 named for an EC key", sign(k.ed, "Ed25519", header("Ed25519", "ec"), good), ReasonAlgorithm},
+		{"Ed25519 by another key", sign(ed25519.NewKeyFromSeed(make([]byte, 32)), "Ed25519", header("Ed25519", "ed"), good), ReasonSignature},
+		{"Ed25519 signature cut short", withSignature(header("Ed25519", "ed"), good, make([]byte, 63)), ReasonSignature},
+		{"Ed448", sign(k.ed, "Ed448", header("Ed448", "ed"), good), ReasonAlgorithm},
+		{"ES256K", sign(k.ec, "ES256K", header("ES256K", "ec"), good), ReasonAlgorithm},
+		{"P-384 key with ES256", sign(k.ec384, "ES256", header("ES256", "ec-384"), good), ReasonAlgorithm},
 
 		// Key IDs.
 		{"kid of another key", sign(k.attacker, "RS256", header("RS256", "rsa"), good), ReasonSignature},
@@ -416,11 +480,7 @@ func TestHostileTokens(t *testing.T) {
 		{"claims a list", edToken(`[` + good + `]`), ReasonClaims},
 		{"claims null", edToken(`null`), ReasonIssuer},
 		{"claims nested very deeply", edToken(`{"x":` + strings.Repeat("[", 2000) + strings.Repeat("]", 2000) + `}`), ReasonIssuer},
-		{"claim names in another case", edToken(strings.Replace(good, `"sub"`, `"Sub"`, 1)), ReasonClaims},
-	}
-	v := newTestVerifier(t, issuerSet())
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) { checkRefused(t, v, tt.token, tt.reason) })
+		{"claim names in another case", edToken(strings.Replace(good, `"sub"`, `"Sub"`, 1)), ReasonSubject},
 	}
 }
 
@@ -501,6 +561,7 @@ func TestIgnoredHeaderParametersDoNotMatter(t *testing.T) {
 		"typ JWT":                `,"typ":"JWT"`,
 		"typ application/jwt":    `,"typ":"application/jwt"`,
 		"typ at+jwt":             `,"typ":"at+jwt"`,
+		"typ JOSE":               `,"typ":"JOSE"`,
 		"typ application/at+jwt": `,"typ":"application/AT+JWT"`,
 		"jwk":                    `,"jwk":` + attackersJWK,
 		"jku":                    `,"jku":"https://127.0.0.1:1/jwks"`,
@@ -523,7 +584,7 @@ func TestErrorsHoldNothingOfTheToken(t *testing.T) {
 		"algorithm": sign(k.ed, "", `{"alg":"canary-alg","kid":"ed"}`, goodClaims(nil)),
 		"kid":       sign(k.ed, "", `{"alg":"EdDSA","kid":"canary-kid"}`, goodClaims(nil)),
 		"jwk":       sign(k.ed, "", edHeader(`,"jwk":{"kty":"canary"}`), goodClaims(nil)),
-		"claims":    edToken(goodClaims(map[string]any{"org_role": "canary"})),
+		"claims":    edToken(goodClaims(map[string]any{"org_id": "canary!"})),
 		"base64":    "canary!.canary.canary",
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -577,7 +638,7 @@ func TestWaitingEndsWithTheRequest(t *testing.T) {
 	block := make(chan struct{})
 	defer close(block)
 	keys := newKeySet(func(context.Context) ([]byte, error) { <-block; return nil, errors.New("late") }, time.Minute, time.Hour, quiet)
-	v := must(New(Config{Issuer: testIssuer, Audience: testAudience, Keys: keys, ClaimOrg: "org_id", ClaimRole: "org_role"}))
+	v := must(New(nil, testIssuerWith(keys, DefaultMapping())))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	_, err := v.Authenticate(ctx, bearerHeader(edToken(goodClaims(nil))))

@@ -1,6 +1,9 @@
 package authn
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"slices"
 	"strconv"
 	"time"
@@ -23,63 +26,73 @@ const latestDate = 253402300799
 
 type claimSet map[string]jsontext.Value
 
-// caller judges the claims of a verified token. Every check fails closed on a
-// value of the wrong JSON type.
-func (v *Verifier) caller(payload []byte) (authz.Caller, error) {
-	var claims claimSet
-	if json.Unmarshal(payload, &claims) != nil {
-		return authz.Caller{}, refused(ReasonClaims)
-	}
-	if issuer, ok := text(claims["iss"]); !ok || issuer != v.config.Issuer {
-		return authz.Caller{}, refused(ReasonIssuer)
-	}
-	if !claims.isFor(v.config.Audience) {
-		return authz.Caller{}, refused(ReasonAudience)
-	}
-	if err := claims.checkTime(v.now()); err != nil {
-		return authz.Caller{}, err
-	}
-	subject, okSubject := claims.text("sub")
-	named, okOrg := text(claims[v.config.ClaimOrg])
-	own, err := org.Parse(named)
-	roles, okRoles := parseRoles(claims[v.config.ClaimRole])
-	if !okSubject || !okOrg || !okRoles || err != nil {
-		return authz.Caller{}, refused(ReasonClaims)
-	}
-	// These two are for people's eyes: a token is good without them.
-	name, _ := claims.text("name")
-	email, _ := claims.text("email")
-	return authz.Caller{
-		Kind: authz.Person, Subject: subject, Org: own, Roles: roles, Name: name, Email: email,
-	}, nil
+// examination is one token on its way through the checks.
+type examination struct {
+	verifier *Verifier
+	compact  string
+
+	token    token
+	claims   claimSet
+	issuer   *Issuer
+	identity *authz.Identity // what claims.rego makes of the token; nil where the settings say
+	caller   authz.Caller
 }
 
-// isFor reports whether aud, a string or a list of strings, has audience in it.
-func (c claimSet) isFor(audience string) bool {
-	aud := c["aud"]
-	if aud.Kind() != '[' {
-		one, ok := text(aud)
-		return ok && one == audience
+// check is one condition that tokens meet.
+type check struct {
+	name string
+	run  func(*examination, context.Context) error
+}
+
+// checks, in the order in which tokens pass them. It is read only.
+var checks = []check{
+	{"form", (*examination).checkForm},
+	{"claims", (*examination).checkClaims},
+	{"issuer", (*examination).checkIssuer},
+	{"signature", (*examination).checkSignature},
+	{"time", (*examination).checkTime},
+	{"binding", (*examination).checkBinding},
+	{"rules", (*examination).applyRules},
+	{"audience", (*examination).checkAudience},
+	{"subject", (*examination).checkSubject},
+	{"actor", (*examination).checkActor},
+	{"organization", (*examination).checkOrganization},
+	{"role", (*examination).readRoles},
+}
+
+func (x *examination) checkForm(context.Context) (err error) {
+	x.token, err = parseToken(x.compact)
+	return err
+}
+
+func (x *examination) checkClaims(context.Context) error {
+	if json.Unmarshal(x.token.payload, &x.claims) != nil {
+		return refused(ReasonClaims)
 	}
-	var list []jsontext.Value
-	if json.Unmarshal(aud, &list) != nil {
-		return false
+	return nil
+}
+
+// checkIssuer finds the issuer whose keys and settings are the measure. What
+// the token says is believed once its signature has been verified with them.
+func (x *examination) checkIssuer(context.Context) error {
+	name, ok := text(x.claims["iss"])
+	at := slices.IndexFunc(x.verifier.issuers, func(i Issuer) bool { return ok && i.Name == name })
+	if at < 0 {
+		return refused(ReasonIssuer)
 	}
-	found := false
-	for _, member := range list {
-		one, ok := text(member)
-		if !ok {
-			return false
-		}
-		found = found || one == audience
-	}
-	return found
+	x.issuer = &x.verifier.issuers[at]
+	return nil
+}
+
+func (x *examination) checkSignature(ctx context.Context) error {
+	return x.issuer.Keys.verify(ctx, x.token)
 }
 
 // checkTime judges exp, which is required, and nbf and iat, which are not
 // (RFC 7519, section 4.1).
-func (c claimSet) checkTime(now time.Time) error {
-	expiry, ok := numericDate(c["exp"])
+func (x *examination) checkTime(context.Context) error {
+	now := x.verifier.now()
+	expiry, ok := numericDate(x.claims["exp"])
 	if !ok {
 		return refused(ReasonClaims)
 	}
@@ -87,7 +100,7 @@ func (c claimSet) checkTime(now time.Time) error {
 		return refused(ReasonExpired)
 	}
 	for _, name := range []string{"nbf", "iat"} {
-		value, ok := c[name]
+		value, ok := x.claims[name]
 		if !ok {
 			continue
 		}
@@ -99,6 +112,115 @@ func (c claimSet) checkTime(now time.Time) error {
 			return refused(ReasonNotYetValid)
 		}
 	}
+	return nil
+}
+
+// checkBinding refuses a token that its holder must prove to be theirs (RFC
+// 7800; by mutual TLS, RFC 8705, or DPoP, RFC 9449): as a mere bearer token it is a stolen one.
+func (x *examination) checkBinding(context.Context) error {
+	if _, bound := x.claims["cnf"]; bound {
+		return refused(ReasonBound)
+	}
+	return nil
+}
+
+// applyRules asks claims.rego, where there is one.
+func (x *examination) applyRules(ctx context.Context) error {
+	rules := x.verifier.rules
+	if rules == nil || !rules.HasClaimRules() {
+		return nil
+	}
+	identity, err := rules.MapClaims(ctx, authz.Token{Issuer: x.issuer.Name, Claims: x.token.payload})
+	if errors.Is(err, authz.ErrTimeLimit) {
+		return fmt.Errorf("mapping the claims: %w", err)
+	}
+	if err != nil {
+		return refused(ReasonClaims)
+	}
+	x.identity = &identity
+	return nil
+}
+
+// checkAudience wants aud to be or to contain one of the issuer's audiences. Of
+// a token without aud, claims.rego may say whom it is for.
+func (x *examination) checkAudience(context.Context) error {
+	aud, present := x.claims["aud"]
+	if !present && x.identity != nil && slices.Contains(x.issuer.Audiences, x.identity.Audience) {
+		return nil
+	}
+	values := []jsontext.Value{aud}
+	if aud.Kind() == '[' {
+		values = list(aud)
+	}
+	found := false
+	for _, value := range values {
+		one, ok := text(value)
+		if !ok {
+			return refused(ReasonAudience)
+		}
+		found = found || slices.Contains(x.issuer.Audiences, one)
+	}
+	if !found {
+		return refused(ReasonAudience)
+	}
+	return nil
+}
+
+func (x *examination) checkSubject(context.Context) error {
+	subject, ok := text(x.claims.at(x.issuer.Mapping.Subject))
+	if x.identity != nil && x.identity.Subject != "" {
+		subject, ok = x.identity.Subject, true
+	}
+	if !ok || !isPlain(subject) {
+		return refused(ReasonSubject)
+	}
+	if x.caller.Subject, ok = x.verifier.subject(x.issuer, subject); !ok {
+		return refused(ReasonSubject)
+	}
+	x.caller.Kind = authz.Person
+	// These two are for people's eyes: a token is good without them.
+	x.caller.Name, _ = x.claims.text("name")
+	x.caller.Email, _ = x.claims.text("email")
+	return nil
+}
+
+// checkActor reads who acts for the subject (RFC 8693, section 4.1). Earlier
+// actors, nested in it, are informational there and left out here.
+func (x *examination) checkActor(context.Context) error {
+	act, delegated := x.claims["act"]
+	if !delegated {
+		return nil
+	}
+	actor, ok := claimSet(members(act)).text("sub")
+	if !ok || act.Kind() != '{' {
+		return refused(ReasonSubject)
+	}
+	if x.caller.ActedBy, ok = x.verifier.subject(x.issuer, actor); !ok {
+		return refused(ReasonSubject)
+	}
+	return nil
+}
+
+func (x *examination) checkOrganization(context.Context) error {
+	named, ok := organization(x.claims.at(x.issuer.Mapping.Organization))
+	if x.identity != nil {
+		named, ok = x.identity.Organization, true
+	}
+	own, err := org.Parse(named)
+	if !ok || err != nil || !x.issuer.maySpeakFor(own) {
+		return refused(ReasonOrganization)
+	}
+	x.caller.Org = own
+	return nil
+}
+
+// readRoles refuses nobody: a caller without a role is known, and allowed nothing.
+func (x *examination) readRoles(context.Context) error {
+	if x.identity != nil {
+		x.caller.Roles = x.identity.Roles
+		return nil
+	}
+	x.caller.Roles = x.issuer.Mapping.roles(x.claims.at(x.issuer.Mapping.Role), string(x.caller.Org))
 	return nil
 }
 
@@ -136,44 +258,4 @@ func isPlain(s string) bool {
 		}
 	}
 	return true
-}
-
-// parseRoles reads a role or a non-empty list of roles, each once.
-func parseRoles(v jsontext.Value) ([]authz.Role, bool) {
-	values := []jsontext.Value{v}
-	if v.Kind() == '[' && json.Unmarshal(v, &values) != nil {
-		return nil, false
-	}
-	var roles []authz.Role
-	for _, value := range values {
-		role, ok := parseRole(value)
-		if !ok {
-			return nil, false
-		}
-		if !slices.Contains(roles, role) {
-			roles = append(roles, role)
-		}
-	}
-	return roles, len(roles) > 0
-}
-
-// parseRole reads a role's name or integer. The integer must be spelled as
-// one: 254.0, 2.54e2 and -0 are numbers that other readers may take otherwise.
-func parseRole(v jsontext.Value) (authz.Role, bool) {
-	switch v.Kind() {
-	case '"':
-		name, ok := text(v)
-		if !ok {
-			return "", false
-		}
-		return authz.ParseRole(name)
-	case '0':
-		n, err := strconv.ParseUint(string(v), 10, 31)
-		if err != nil {
-			return "", false
-		}
-		return authz.RoleFromInteger(int64(n))
-	default:
-		return "", false
-	}
 }

@@ -145,19 +145,19 @@ func parseDevKey(path string, b []byte) (ed25519.PrivateKey, error) {
 	return private, nil
 }
 
-// Config is the configuration of a verifier of the issuer's tokens.
-func (d *DevIssuer) Config() (Config, error) {
+// Issuer is what is believed of the issuer's tokens.
+func (d *DevIssuer) Issuer() (Issuer, error) {
 	set, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{
 		{Key: d.private.Public(), KeyID: d.keyID, Algorithm: string(jose.EdDSA), Use: "sig"},
 	}})
 	if err != nil {
-		return Config{}, fmt.Errorf("writing the development issuer's JWK set: %w", err)
+		return Issuer{}, fmt.Errorf("writing the development issuer's JWK set: %w", err)
 	}
 	keys, err := fixedKeySet(set)
 	if err != nil {
-		return Config{}, err
+		return Issuer{}, err
 	}
-	return Config{Issuer: DevIssuerName, Audience: DevAudience, Keys: keys, ClaimOrg: "org_id", ClaimRole: "org_role"}, nil
+	return Issuer{Name: DevIssuerName, Audiences: []string{DevAudience}, Keys: keys, Mapping: DefaultMapping()}, nil
 }
 
 // Issue returns a token for subject in org, good for ttl: at least one second,

@@ -25,7 +25,7 @@ func openIssuer(t *testing.T, dir string) *DevIssuer {
 
 func devVerifier(t *testing.T, d *DevIssuer) *Verifier {
 	t.Helper()
-	return must(New(must(d.Config())))
+	return must(New(nil, must(d.Issuer())))
 }
 
 func TestDevelopmentTokens(t *testing.T) {

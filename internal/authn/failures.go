@@ -54,7 +54,7 @@ func (f *Failures) Restore(counts map[string]int64) {
 func closed(reason string) string {
 	switch reason {
 	case ReasonMissing, ReasonMalformed, ReasonAlgorithm, ReasonUnknownKey, ReasonSignature,
-		ReasonExpired, ReasonNotYetValid, ReasonIssuer, ReasonAudience, ReasonClaims,
+		ReasonExpired, ReasonNotYetValid, ReasonIssuer, ReasonAudience, ReasonClaims, ReasonBound, ReasonSubject, ReasonOrganization,
 		ReasonNodeRequest, ReasonNodeTimestamp, ReasonNodeSignature, ReasonTooMany:
 		return reason
 	default:

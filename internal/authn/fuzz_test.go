@@ -6,7 +6,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
-	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -106,7 +105,7 @@ func FuzzJWKS(f *testing.F) {
 					t.Errorf("RSA of %d bits, exponent %d", n, public.E)
 				}
 			case *ecdsa.PublicKey:
-				if _, err := public.ECDH(); err != nil || public.Params().BitSize != 256 {
+				if _, err := public.ECDH(); err != nil || !slices.Contains([]int{256, 384, 521}, public.Params().BitSize) {
 					t.Errorf("EC key on %s: %v", public.Params().Name, err)
 				}
 			case ed25519.PublicKey:
@@ -153,7 +152,7 @@ func checkCaller(t *testing.T, caller authz.Caller, payload []byte) {
 			t.Errorf("accepted role %q", role)
 		}
 	}
-	if len(caller.Roles) == 0 || len(caller.Org) > 128 || strings.ContainsAny(string(caller.Org), "/ \n\x00") {
+	if len(caller.Org) > 128 || strings.ContainsAny(string(caller.Org), "/ \n\x00") {
 		t.Errorf("accepted %+v", caller)
 	}
 }
@@ -183,19 +182,30 @@ func verifiesIndependently(token string) (payload []byte, ok bool) {
 
 func signedByIssuer(algorithm string, input, signature []byte) bool {
 	k := keysForTests()
-	sum := sha256.Sum256(input)
-	switch algorithm {
-	case "RS256":
-		return rsa.VerifyPKCS1v15(&k.rsa.PublicKey, crypto.SHA256, sum[:], signature) == nil
-	case "PS256":
-		return rsa.VerifyPSS(&k.rsa.PublicKey, crypto.SHA256, sum[:], signature, nil) == nil ||
-			rsa.VerifyPSS(&k.rsaPS.PublicKey, crypto.SHA256, sum[:], signature, nil) == nil
-	case "ES256":
-		return len(signature) == 64 && ecdsa.Verify(&k.ec.PublicKey, sum[:],
-			new(big.Int).SetBytes(signature[:32]), new(big.Int).SetBytes(signature[32:]))
-	case "EdDSA":
+	if algorithm == "EdDSA" || algorithm == "Ed25519" {
 		return ed25519.Verify(k.ed.Public().(ed25519.PublicKey), input, signature)
-	default:
+	}
+	if len(algorithm) != 5 {
 		return false
 	}
+	hash, ok := map[string]crypto.Hash{"256": crypto.SHA256, "384": crypto.SHA384, "512": crypto.SHA512}[algorithm[2:]]
+	if !ok {
+		return false
+	}
+	digest := hash.New()
+	digest.Write(input)
+	sum := digest.Sum(nil)
+	switch algorithm[:2] {
+	case "RS":
+		return rsa.VerifyPKCS1v15(&k.rsa.PublicKey, hash, sum, signature) == nil
+	case "PS":
+		return rsa.VerifyPSS(&k.rsa.PublicKey, hash, sum, signature, nil) == nil ||
+			algorithm == "PS256" && rsa.VerifyPSS(&k.rsaPS.PublicKey, hash, sum, signature, nil) == nil
+	case "ES":
+		key := map[string]*ecdsa.PrivateKey{"256": k.ec, "384": k.ec384, "512": k.ec521}[algorithm[2:]]
+		half := len(signature) / 2
+		return half == (key.Params().BitSize+7)/8 && len(signature) == 2*half && ecdsa.Verify(&key.PublicKey, sum,
+			new(big.Int).SetBytes(signature[:half]), new(big.Int).SetBytes(signature[half:]))
+	}
+	return false
 }

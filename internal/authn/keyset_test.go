@@ -80,7 +80,7 @@ func publish(set []byte) http.HandlerFunc {
 var quiet = slog.New(slog.DiscardHandler)
 
 func verifierWith(keys *KeySet) *Verifier {
-	v := must(New(Config{Issuer: testIssuer, Audience: testAudience, Keys: keys, ClaimOrg: "org_id", ClaimRole: "org_role"}))
+	v := must(New(nil, testIssuerWith(keys, DefaultMapping())))
 	v.now = func() time.Time { return time.Unix(testNow, 0) }
 	return v
 }
@@ -132,26 +132,46 @@ func refusedFor(reason string) func(error) bool {
 	}
 }
 
-// TestUnknownKeyIDsCauseOneFetchAnInterval: 1,000 tokens at once, over real
-// TLS, before the interval has passed.
-func TestUnknownKeyIDsCauseOneFetchAnInterval(t *testing.T) {
+// refusedAsUnknown: there is no such key, or it cannot be known at the moment.
+func refusedAsUnknown(err error) bool {
+	return refusedFor(ReasonUnknownKey)(err) || errors.Is(err, ErrKeysUnavailable)
+}
+
+// TestUnknownKeyIDsCauseABurstOfFetches: 1,000 tokens at once, over real TLS,
+// before the interval has passed.
+func TestUnknownKeyIDsCauseABurstOfFetches(t *testing.T) {
 	p := newProvider(t, publish(issuerSet()))
-	v := verifierFor(t, p.URL, 30*time.Second)
-	// Otherwise the first fetch could answer all of them.
+	v := verifierFor(t, p.URL, time.Hour)
 	if err := authenticate(t, v, tokenOf("ed")); err != nil {
 		t.Fatal(err)
 	}
+	var unavailable atomic.Int64
 	var group sync.WaitGroup
 	for i := range 1000 {
 		group.Go(func() {
-			if err := authenticate(t, v, tokenOf(fmt.Sprintf("unknown-%d", i))); !refusedFor(ReasonUnknownKey)(err) {
+			err := authenticate(t, v, tokenOf(fmt.Sprintf("unknown-%d", i)))
+			if !refusedAsUnknown(err) {
 				t.Errorf("token %d: %v", i, err)
+			}
+			if errors.Is(err, ErrKeysUnavailable) {
+				unavailable.Add(1)
 			}
 		})
 	}
 	group.Wait()
-	if n := p.fetches.Load(); n != 1 {
-		t.Errorf("%d fetches, want 1", n)
+	for range 10 { // one after the other, so that no reading serves two
+		if err := authenticate(t, v, tokenOf("unknown")); !refusedAsUnknown(err) {
+			t.Error(err)
+		}
+	}
+	if n := p.fetches.Load(); n != 1+unknownBurst { // the first brought new keys, and does not count
+		t.Errorf("%d fetches, want %d", n, 1+unknownBurst)
+	}
+	if err := authenticate(t, v, tokenOf("unknown")); !errors.Is(err, ErrKeysUnavailable) {
+		t.Errorf("nobody can look for the key at the moment: %v, want ErrKeysUnavailable", err)
+	}
+	if err := authenticate(t, v, tokenOf("ed")); err != nil {
+		t.Errorf("a known key suffers: %v", err)
 	}
 }
 
@@ -167,7 +187,7 @@ func TestUnknownKeyIDsOverManyIntervals(t *testing.T) {
 	for range 8 {
 		group.Go(func() {
 			for time.Since(start) < 6*interval {
-				if err := authenticate(t, v, tokenOf(fmt.Sprintf("unknown-%d", asked.Add(1)))); !refusedFor(ReasonUnknownKey)(err) {
+				if err := authenticate(t, v, tokenOf(fmt.Sprintf("unknown-%d", asked.Add(1)))); !refusedAsUnknown(err) {
 					t.Error(err)
 					return
 				}
@@ -175,7 +195,7 @@ func TestUnknownKeyIDsOverManyIntervals(t *testing.T) {
 		})
 	}
 	group.Wait()
-	most := int64(time.Since(start)/interval) + 1
+	most := int64(time.Since(start)/interval) + 2 + unknownBurst
 	if n := p.fetches.Load(); n > most || n < 2 {
 		t.Errorf("%d fetches for %d tokens, want 2 to %d", n, asked.Load(), most)
 	}
@@ -228,7 +248,7 @@ func TestKeyRotationWithoutRestart(t *testing.T) {
 func TestRemovedKeyStopsWorkingByItself(t *testing.T) {
 	k := keysForTests()
 	p := newProvider(t, publish(jwks(publicJWK(k.ed.Public(), "old"))))
-	keys := newKeySet(must(fetcher(p.URL)), time.Millisecond, 5*time.Millisecond, quiet)
+	keys := newKeySet(must(remote(p.URL, KeySetConfig{})), time.Millisecond, 5*time.Millisecond, quiet)
 	v := verifierWith(keys)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
@@ -247,7 +267,7 @@ func TestProviderDownAtStartAndBack(t *testing.T) {
 	p := newProvider(t, publish(issuerSet()))
 	p.change(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusInternalServerError) })
 	v := verifierFor(t, p.URL, time.Millisecond)
-	if err := v.config.Keys.Ready(); !errors.Is(err, ErrKeysUnavailable) {
+	if err := v.Ready(); !errors.Is(err, ErrKeysUnavailable) {
 		t.Errorf("ready before any keys were read: %v", err)
 	}
 	if err := authenticate(t, v, tokenOf("ed")); !errors.Is(err, ErrKeysUnavailable) || errors.Is(err, ErrUnauthenticated) {
@@ -255,11 +275,11 @@ func TestProviderDownAtStartAndBack(t *testing.T) {
 	}
 	p.change(publish(issuerSet()))
 	eventually(t, v, tokenOf("ed"), accepted)
-	if err := v.config.Keys.Ready(); err != nil {
+	if err := v.Ready(); err != nil {
 		t.Errorf("back, and not ready: %v", err)
 	}
 	p.change(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusBadGateway) })
-	if err := authenticate(t, v, tokenOf("unknown")); !refusedFor(ReasonUnknownKey)(err) {
+	if err := authenticate(t, v, tokenOf("unknown")); !errors.Is(err, ErrKeysUnavailable) {
 		t.Errorf("down again, unknown key: %v", err)
 	}
 	if err := authenticate(t, v, tokenOf("ed")); err != nil {
@@ -295,7 +315,7 @@ func TestUntrustworthyAnswers(t *testing.T) {
 			_, _ = w.Write(good)
 		},
 		"compressed": func(w http.ResponseWriter, r *http.Request) {
-			if r.Header.Get("Accept-Encoding") != "" {
+			if r.Header.Get("Accept-Encoding") != "identity" {
 				t.Errorf("compression was asked for: %q", r.Header.Get("Accept-Encoding"))
 			}
 			w.Header().Set("Content-Encoding", "gzip")
@@ -427,7 +447,7 @@ func TestKeySetFileIsReadAgain(t *testing.T) {
 	}
 	for name, b := range map[string][]byte{"half a file": jwks()[:5], "a private key": jwks(publicJWK(k.ed, "ed"))} {
 		writeFile(t, path, b)
-		if err := authenticate(t, v, tokenOf("ed")); !refusedFor(ReasonUnknownKey)(err) {
+		if err := authenticate(t, v, tokenOf("ed")); !errors.Is(err, ErrKeysUnavailable) {
 			t.Errorf("%s: %v", name, err)
 		}
 		if err := authenticate(t, v, tokenOf("new")); err != nil {
@@ -467,7 +487,7 @@ func TestKeySetFilesThatAreRefused(t *testing.T) {
 		{"writable by everybody", file("open", good, 0o666), "written by everybody"},
 		{"too large", file("large", bytes.Repeat([]byte(" "), maxJWKS+1), 0o600), "larger than"},
 		{"not a set", file("text", []byte("hello"), 0o600), "not a JWK set"},
-		{"no keys", file("none", jwks(), 0o600), "no key of the set is usable"},
+		{"no keys", file("none", jwks(), 0o600), "the set is empty"},
 		{"no usable key", file("weak", jwks(publicJWK(&k.rsa1024.PublicKey, "a")), 0o600), "1024 bits"},
 		{"private key", file("private", jwks(publicJWK(k.ed, "ed")), 0o600), "private key"},
 	} {
@@ -506,8 +526,7 @@ func onAClock(t *testing.T, test func(t *testing.T, s *scriptedSource, k *KeySet
 }
 
 func findKey(k *KeySet, kid string) error {
-	_, err := k.find(context.Background(), token{algorithm: "EdDSA", keyID: kid})
-	return err
+	return k.verify(context.Background(), must(parseToken(tokenOf(kid))))
 }
 
 func TestTimesOfReading(t *testing.T) {
@@ -527,20 +546,25 @@ func TestTimesOfReading(t *testing.T) {
 		check(time.Second, 1)
 		check(5*time.Minute, 2)
 		check(time.Minute, 2)
-		_ = findKey(k, "unknown") // a minute after the last reading: allowed
-		check(0, 3)
-		_ = findKey(k, "unknown") // at once: not
-		check(0, 3)
-		time.Sleep(31 * time.Second)
+		for i := range unknownBurst {
+			_ = findKey(k, "unknown")
+			check(time.Second, int64(3+i))
+		}
+		_ = findKey(k, "unknown") // the burst is over
+		check(0, 7)
+		time.Sleep(30 * time.Second)
 		_ = findKey(k, "unknown")
-		check(0, 4)
+		check(0, 8)
+		_ = findKey(k, "unknown")
+		check(0, 8)
 		s.down.Store(true)
-		check(209*time.Second, 5) // five minutes after what Run read last
-		check(30*time.Second, 6)  // and every interval until it is back
-		check(30*time.Second, 7)
+		check(204*time.Second, 9) // five minutes after what Run read last
+		check(time.Second, 10)    // and then after a second, two, four, up to the interval
+		check(2*time.Second, 11)
+		check(4*time.Second, 12)
 		s.down.Store(false)
-		check(30*time.Second, 8)
-		check(4*time.Minute, 8)
+		check(8*time.Second, 13)
+		check(4*time.Minute, 13)
 	})
 }
 

@@ -2,7 +2,9 @@ package authn
 
 import (
 	"crypto"
+	"crypto/ed25519"
 	"encoding/base64"
+	"slices"
 	"strings"
 
 	"github.com/go-jose/go-jose/v4"
@@ -18,6 +20,7 @@ type token struct {
 	compact   string
 	algorithm jose.SignatureAlgorithm
 	keyID     string // empty if the token names no key
+	payload   []byte // what is signed, before anybody verified that it is
 }
 
 // parseToken reads a token's header. go-jose parses the token again to verify
@@ -32,18 +35,15 @@ func parseToken(compact string) (token, error) {
 	if len(parts) != 3 {
 		return token{}, refused(ReasonMalformed)
 	}
-	var header []byte
+	var decoded [3][]byte
 	for i, part := range parts {
-		b, ok := decodeBase64(part)
-		if !ok {
+		var ok bool
+		if decoded[i], ok = decodeBase64(part); !ok {
 			return token{}, refused(ReasonMalformed)
 		}
-		if i == 0 {
-			header = b
-		}
 	}
-	t := token{compact: compact}
-	if err := t.readHeader(header); err != nil {
+	t := token{compact: compact, payload: decoded[1]}
+	if err := t.readHeader(decoded[0]); err != nil {
 		return token{}, err
 	}
 	return t, nil
@@ -85,16 +85,15 @@ func (t *token) readHeader(b []byte) error {
 		return refused(ReasonMalformed)
 	}
 	t.algorithm = jose.SignatureAlgorithm(algorithm)
-	switch t.algorithm {
-	case jose.RS256, jose.PS256, jose.ES256, jose.EdDSA:
-		return nil
-	default:
+	if !slices.Contains(slices.Concat(rsaAlgorithms, ecAlgorithms, edAlgorithms), t.algorithm) {
 		return refused(ReasonAlgorithm)
 	}
+	return nil
 }
 
-// isTokenType reports whether typ is that of a JWT, or of an access token in
-// particular (RFC 9068, section 2.1). Issuers sign other things with the same
+// isTokenType reports whether typ is that of a JWT, of an access token in
+// particular (RFC 9068, section 2.1), or of any JWS in compact serialization, which
+// SPIFFE allows (JWT-SVID, section 2.3). Issuers sign other things with the same
 // keys (logout tokens, DPoP proofs) and give them other types.
 func isTokenType(typ jsontext.Value) bool {
 	s, ok := text(typ)
@@ -103,21 +102,37 @@ func isTokenType(typ jsontext.Value) bool {
 	}
 	// RFC 7515, section 4.1.9: media types know no case, and "application/" may be left out.
 	s = strings.TrimPrefix(strings.ToLower(s), "application/")
-	return s == "jwt" || s == "at+jwt"
+	return s == "jwt" || s == "at+jwt" || s == "jose"
 }
 
-// verify returns the payload that key signed. The algorithm has been matched
-// against the key before, by KeySet.find.
-func (t token) verify(key crypto.PublicKey) ([]byte, error) {
+// verify reports whether key signed t. The algorithm has been matched
+// against the key before, by publishedKeys.choose.
+func (t token) verify(key crypto.PublicKey) error {
+	if t.algorithm == ed25519Algorithm { // go-jose does not know it by this name, and takes it from the token
+		return t.verifyEd25519(key)
+	}
 	jws, err := jose.ParseSignedCompact(t.compact, []jose.SignatureAlgorithm{t.algorithm})
 	if err != nil {
-		return nil, refused(ReasonMalformed)
+		return refused(ReasonMalformed)
 	}
-	payload, err := jws.Verify(key)
-	if err != nil {
-		return nil, refused(ReasonSignature)
+	if _, err := jws.Verify(key); err != nil {
+		return refused(ReasonSignature)
 	}
-	return payload, nil
+	return nil
+}
+
+func (t token) signedBy(k publishedKey) bool {
+	return slices.Contains(k.algorithms, t.algorithm) && t.verify(k.public) == nil
+}
+
+func (t token) verifyEd25519(key crypto.PublicKey) error {
+	at := strings.LastIndexByte(t.compact, '.')
+	signature, decoded := decodeBase64(t.compact[at+1:])
+	public, ok := key.(ed25519.PublicKey)
+	if !ok || !decoded || !ed25519.Verify(public, []byte(t.compact[:at]), signature) {
+		return refused(ReasonSignature)
+	}
+	return nil
 }
 
 // text returns the value of a JSON string.

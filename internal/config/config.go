@@ -51,10 +51,16 @@ type Config struct {
 
 	Issuer       string // empty: the development issuer
 	Audience     string
-	JWKS         string
+	JWKS         string // empty: found through the issuer's metadata
+	JWKSCAFile   string
 	JWKSInterval time.Duration
+	ClaimSubject string
 	ClaimOrg     string
 	ClaimRole    string
+	RoleMap      string
+	RoleDefault  string
+	Pseudonyms   string // PseudonymAddresses, PseudonymAlways or PseudonymNever
+	IssuersFile  string // several issuers, in place of all of these but JWKSInterval
 
 	PolicyDir          string // empty: the embedded policy
 	AuditSinks         []string
@@ -78,6 +84,14 @@ const (
 	KeystoreVault  = "vault"
 	VaultAppRole   = "approle"
 	VaultTokenFile = "token_file"
+	// Whose subject is replaced by a pseudonym in events.
+	PseudonymAddresses = "addresses"
+	PseudonymAlways    = "always"
+	PseudonymNever     = "never"
+
+	defaultSubject = "sub"
+	defaultOrg     = "org_id"
+	defaultRole    = "org_role"
 	SinkFile       = "file"
 	SinkVault      = "vault"
 )
@@ -244,27 +258,46 @@ func adminListen(listen string) string {
 }
 
 func (c *Config) checkTokens() error {
-	given := 0
-	for _, v := range []string{c.Issuer, c.Audience, c.JWKS} {
-		if v != "" {
-			given++
-		}
-	}
+	const missing = "configure ORGKEYS_ISSUER and ORGKEYS_AUDIENCE, or ORGKEYS_ISSUERS_FILE"
+	about := c.aboutOneIssuer()
 	switch {
-	case given != 0 && given != 3:
-		return errors.New("ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS belong together: give all three, or none for the development issuer")
-	case given == 0 && (c.ClaimOrg != "org_id" || c.ClaimRole != "org_role"):
-		return errors.New("ORGKEYS_CLAIM_ORG and ORGKEYS_CLAIM_ROLE are for another issuer's tokens: those of the development issuer use org_id and org_role")
-	case given == 0 && c.TLSByProxy:
-		return errors.New("ORGKEYS_TLS_BY_PROXY=true says that a proxy lets others in, and the development issuer is for this machine alone: configure ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS")
-	case given == 0 && !Loopback(c.Listen):
-		return fmt.Errorf("the development issuer serves loopback addresses only, and ORGKEYS_LISTEN is %s: configure ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS", c.Listen)
+	case c.IssuersFile != "" && c.Issuer != "":
+		return errors.New("ORGKEYS_ISSUERS_FILE and ORGKEYS_ISSUER: give the one or the other")
+	case c.IssuersFile != "" && about != nil:
+		return fmt.Errorf("ORGKEYS_ISSUERS_FILE says everything about its issuers: unset %s", strings.Join(about, ", "))
+	case c.Issuer != "" && c.Audience == "":
+		return errors.New("ORGKEYS_ISSUER and ORGKEYS_AUDIENCE belong together: give both, or neither for the development issuer")
+	case c.Issuer == "" && c.IssuersFile == "" && about != nil:
+		return fmt.Errorf("%s: for the tokens of ORGKEYS_ISSUER; give that too, or unset it for the development issuer", strings.Join(about, ", "))
+	case c.Development() && c.TLSByProxy:
+		return errors.New("ORGKEYS_TLS_BY_PROXY=true says that a proxy lets others in, and the development issuer is for this machine alone: " + missing)
+	case c.Development() && !Loopback(c.Listen):
+		return fmt.Errorf("the development issuer serves loopback addresses only, and ORGKEYS_LISTEN is %s: "+missing, c.Listen)
 	}
 	return nil
 }
 
+// aboutOneIssuer returns the settings about the tokens of ORGKEYS_ISSUER that are given.
+func (c *Config) aboutOneIssuer() (names []string) {
+	for _, s := range []struct{ name, value, otherwise string }{
+		{"ORGKEYS_AUDIENCE", c.Audience, ""},
+		{"ORGKEYS_JWKS", c.JWKS, ""},
+		{"ORGKEYS_JWKS_CA_FILE", c.JWKSCAFile, ""},
+		{"ORGKEYS_CLAIM_SUBJECT", c.ClaimSubject, defaultSubject},
+		{"ORGKEYS_CLAIM_ORG", c.ClaimOrg, defaultOrg},
+		{"ORGKEYS_CLAIM_ROLE", c.ClaimRole, defaultRole},
+		{"ORGKEYS_ROLE_MAP", c.RoleMap, ""},
+		{"ORGKEYS_ROLE_DEFAULT", c.RoleDefault, ""},
+	} {
+		if s.value != s.otherwise {
+			names = append(names, s.name)
+		}
+	}
+	return names
+}
+
 // Development reports whether the development issuer signs the tokens.
-func (c *Config) Development() bool { return c.Issuer == "" }
+func (c *Config) Development() bool { return c.Issuer == "" && c.IssuersFile == "" }
 
 // Loopback reports whether a listener's address is reachable from this host only.
 func Loopback(listen string) bool {

@@ -4,6 +4,7 @@ package doctor
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -157,23 +158,52 @@ func (d *doctor) policy(ctx context.Context) string {
 
 func (d *doctor) tokenKeys(ctx context.Context) {
 	if d.cfg.Development() {
-		d.warn("token keys", "set ORGKEYS_ISSUER, ORGKEYS_AUDIENCE and ORGKEYS_JWKS", "the development issuer signs them: whoever can read the data directory can be anybody")
+		d.warn("token keys", "set ORGKEYS_ISSUER and ORGKEYS_AUDIENCE", "the development issuer signs them: whoever can read the data directory can be anybody")
 		return
 	}
-	keys, err := authn.OpenKeySet(d.cfg.JWKS, authn.KeySetConfig{Interval: d.cfg.JWKSInterval, Log: d.log})
+	configured, err := authn.Configured(d.cfg)
+	var issuers []authn.Issuer
 	if err == nil {
-		running, cancel := context.WithTimeout(ctx, askTimeout)
-		defer cancel()
-		go keys.Run(running)
-		for err = keys.Ready(); err != nil && running.Err() == nil; err = keys.Ready() {
-			time.Sleep(20 * time.Millisecond)
-		}
+		issuers, err = authn.Open(configured, d.cfg.JWKSInterval, d.log)
 	}
 	if err != nil {
-		d.fail("token keys", "see that ORGKEYS_JWKS names the issuer's JWKS and can be read from here", "%v", err)
+		d.fail("token keys", "mend the settings of the issuer: orgkeys serve --help lists them", "%v", err)
 		return
 	}
-	d.ok("token keys", "read from %s", d.cfg.JWKS)
+	for n, issuer := range issuers {
+		d.issuer(ctx, configured[n], issuer)
+	}
+}
+
+// issuer reads the issuer's keys, and compares what is configured with what
+// the issuer says of itself.
+func (d *doctor) issuer(ctx context.Context, c authn.IssuerConfig, issuer authn.Issuer) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	const exactly = "set the issuer to what the tokens have as iss, to the byte: orgkeys token explain < token"
+	var mismatch *authn.IssuerMismatchError
+	switch err := issuer.Keys.Read(ctx); {
+	case errors.As(err, &mismatch):
+		d.fail("issuer", exactly, "%v", err)
+		return
+	case err != nil:
+		d.fail("token keys", "see that ORGKEYS_JWKS, or the issuer's metadata, names the issuer's JWKS and can be read from here", "%s: %v", c.Issuer, err)
+		return
+	}
+	d.ok("token keys", "%s: read from %s", c.Issuer, cmp.Or(c.JWKS, "where the issuer's metadata says"))
+	if !c.IsRemote() {
+		return // its provider may be out of reach on purpose
+	}
+	switch where, err := authn.Discover(ctx, c); {
+	case errors.As(err, &mismatch):
+		d.fail("issuer", exactly, "%v", err)
+	case err != nil:
+		d.warn("issuer", "a provider without metadata needs nothing; compare with orgkeys token explain < token", "%s cannot be compared with its metadata: %v", c.Issuer, err)
+	case c.JWKS != "" && where != c.JWKS:
+		d.warn("issuer", "leave ORGKEYS_JWKS out, and it is found", "%s says that its keys are at %s, and %s is configured", c.Issuer, where, c.JWKS)
+	default:
+		d.ok("issuer", "%s calls itself that", c.Issuer)
+	}
 }
 
 func (d *doctor) redis(ctx context.Context) {

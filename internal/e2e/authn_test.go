@@ -96,7 +96,7 @@ func TestUnusableCallersHear401(t *testing.T) {
 		"HS256 with the public key's PEM as secret": hs256(`{"alg":"HS256","kid":"rs"}`, payload(nil), publicPEM),
 		"HS256 with the public key's DER as secret": hs256(`{"alg":"HS256","kid":"rs"}`, payload(nil), public),
 		"HS256 with an empty secret":                hs256(`{"alg":"HS256"}`, payload(nil), nil),
-		"RS512, which is not on the list":           harness.SignAs(t, jose.RS512, rsaKey, "rs", payload(nil)),
+		"RS512 by a key published for RS256":        harness.SignAs(t, jose.RS512, rsaKey, "rs", payload(nil)),
 		"PS256 by a key published for RS256":        harness.SignAs(t, jose.PS256, rsaKey, "rs", payload(nil)),
 		"ES256 under an RSA key's ID":               harness.SignAs(t, jose.ES256, stranger, "rs", payload(nil)),
 		"a stranger's key under a known ID":         harness.SignAs(t, jose.ES256, stranger, "es", payload(nil)),
@@ -120,12 +120,11 @@ func TestUnusableCallersHear401(t *testing.T) {
 		"an empty subject":                          with(harness.Claims{"sub": ""}),
 		"no organization":                           with(harness.Claims{"org_id": nil}),
 		"an empty organization":                     with(harness.Claims{"org_id": ""}),
-		"an organization that is a list":            with(harness.Claims{"org_id": []string{org}}),
+		"an organization that is a list":            with(harness.Claims{"org_id": []string{org, org}}),
 		"an organization that is a number":          with(harness.Claims{"org_id": 1}),
 		"an organization that is an object":         with(harness.Claims{"org_id": map[string]string{"$ne": ""}}),
-		"role 254.0":                                issuer.Sign(t, "es", nil, replaced(payload(nil), `"org_role":"OWNER"`, `"org_role":254.0`)),
-		"role 2.54e2":                               issuer.Sign(t, "es", nil, replaced(payload(nil), `"org_role":"OWNER"`, `"org_role":2.54e2`)),
-		"role as a quoted number":                   with(harness.Claims{"org_role": "254"}),
+		"a token that is bound to a key":            with(harness.Claims{"cnf": map[string]string{"jkt": "x"}}),
+		"an actor who is nobody":                    with(harness.Claims{"act": map[string]string{}}),
 		"a duplicate organization":                  issuer.Sign(t, "es", nil, replaced(payload(nil), `"org_role"`, `"org_id":"`+org+`","org_role"`)),
 		"a duplicate role":                          issuer.Sign(t, "es", nil, replaced(payload(nil), `"org_role":"OWNER"`, `"org_role":"USER","org_role":"OWNER"`)),
 		"a payload that is no JSON":                 issuer.Sign(t, "es", nil, []byte("no JSON")),
@@ -167,10 +166,22 @@ func TestUnusableCallersHear401(t *testing.T) {
 		}
 		want401(t, name, s.Do(t, harness.Request{Method: "GET", Path: path, Header: h}))
 	}
+	for name, token := range map[string]string{
+		"role 254.0":              issuer.Sign(t, "es", nil, replaced(payload(nil), `"org_role":"OWNER"`, `"org_role":254.0`)),
+		"role 2.54e2":             issuer.Sign(t, "es", nil, replaced(payload(nil), `"org_role":"OWNER"`, `"org_role":2.54e2`)),
+		"role as a quoted number": with(harness.Claims{"org_role": "254"}),
+		"no role":                 with(harness.Claims{"org_role": nil}),
+	} {
+		if resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: token}); resp.Status != 403 || !strings.Contains(string(resp.Body), "insufficient_role") {
+			t.Errorf("%s: status %d, body %.300q", name, resp.Status, resp.Body)
+		}
+	}
 	if n := len(s.List(t, org)); n != 0 {
 		t.Errorf("%d keys after requests that were all refused", n)
 	}
-	events := s.Sink(t).Find(func(l harness.Leaf) bool { return l.Type != "orgkey.listed" && l.Type != "authn.failed" })
+	events := s.Sink(t).Find(func(l harness.Leaf) bool {
+		return l.Type != "orgkey.listed" && l.Type != "authn.failed" && l.Type != "access.denied"
+	})
 	if len(events) != 0 {
 		t.Errorf("callers nobody knows cost a log entry each: %+v", events)
 	}
@@ -185,15 +196,15 @@ func TestRolesNobodyKnowsAreDenied(t *testing.T) {
 	for _, role := range []any{"owner", "Owner", " OWNER", "OWNER ", "OWNERS", "ADMIN", "ADMINISTRATOR,OWNER", "", 256, -1, 3, 2, 1, 0, []any{}, []any{"USER", "nobody"}, nil, true, map[string]any{"OWNER": true}} {
 		token := issuer.Token(t, harness.Claims{"org_id": org, "org_role": role})
 		resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: token})
-		if resp.Status != 403 && resp.Status != 401 {
+		if resp.Status != 403 {
 			t.Errorf("role %#v: status %d, body %.300q", role, resp.Status, resp.Body)
 		}
 	}
 }
 
-// TestUnknownKeyIDsCauseOneFetch serves the JWKS over https and sends 1,000
+// TestUnknownKeyIDsCauseFewFetches serves the JWKS over https and sends 1,000
 // tokens under key IDs that it does not have.
-func TestUnknownKeyIDsCauseOneFetch(t *testing.T) {
+func TestUnknownKeyIDsCauseFewFetches(t *testing.T) {
 	t.Parallel()
 	issuer := harness.NewIssuer(t)
 	var fetches atomic.Int64
@@ -224,10 +235,14 @@ func TestUnknownKeyIDsCauseOneFetch(t *testing.T) {
 	inParallel(8, func(worker int) {
 		for i := range 125 {
 			token := harness.SignAs(t, jose.ES256, key, fmt.Sprintf("unknown-%d-%d", worker, i), payload)
-			want401(t, "an unknown key ID", s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: token}))
+			resp := s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: token})
+			if resp.Status == 503 && resp.Header.Get("Retry-After") != "" {
+				continue // nobody can look for the key at the moment
+			}
+			want401(t, "an unknown key ID", resp)
 		}
 	})
-	if got, allowed := fetches.Load()-before, 1+int64(time.Since(start)/interval); got > allowed {
+	if got, allowed := fetches.Load()-before, 6+int64(time.Since(start)/interval); got > allowed {
 		t.Errorf("1,000 tokens with unknown key IDs caused %d fetches in %s, %d allowed", got, time.Since(start), allowed)
 	}
 	if resp := s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")}); resp.Status != 200 {

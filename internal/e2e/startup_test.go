@@ -44,7 +44,7 @@ func TestPromise10_DoubtfulConfigurationsAreRefused(t *testing.T) {
 		{"an unknown setting", with(nil, "ORGKEYS_LISTN", "127.0.0.1:0"), "ORGKEYS_LISTN"},
 		{"an empty audience", with(configured, "ORGKEYS_AUDIENCE", ""), "ORGKEYS_AUDIENCE"},
 		{"an audience of blanks", with(configured, "ORGKEYS_AUDIENCE", "  "), "ORGKEYS_AUDIENCE"},
-		{"an issuer without keys", with(nil, "ORGKEYS_ISSUER", issuer.Name, "ORGKEYS_AUDIENCE", "a"), "ORGKEYS_JWKS"},
+		{"an issuer without keys, and no address to find them by", with(nil, "ORGKEYS_ISSUER", "urn:issuer", "ORGKEYS_AUDIENCE", "a"), "ORGKEYS_JWKS"},
 		{"keys without an issuer", with(nil, "ORGKEYS_JWKS", issuer.JWKS), "ORGKEYS_ISSUER"},
 		{"keys by http", with(configured, "ORGKEYS_JWKS", "http://127.0.0.1:1/jwks"), "ORGKEYS_JWKS"},
 		{"keys from a file that is not there", with(configured, "ORGKEYS_JWKS", "/nonexistent/jwks.json"), "jwks.json"},

@@ -175,6 +175,7 @@ type policy struct {
 type decider interface {
 	Decide(context.Context, authz.Request) (authz.Decision, error)
 	Revision() string
+	authn.Rules
 }
 
 func openPolicy(ctx context.Context, cfg config.Config, log *slog.Logger) (policy, error) {
@@ -198,35 +199,40 @@ func openPolicy(ctx context.Context, cfg config.Config, log *slog.Logger) (polic
 	}}, nil
 }
 
-// tokens is who may call.
-type tokens struct {
-	verifier *authn.Verifier
-	keys     *authn.KeySet
-}
-
-func openTokens(cfg config.Config, dir string, log *slog.Logger) (tokens, error) {
-	ac, err := tokenConfig(cfg, dir, log)
+// OpenVerifier returns what judges tokens under the settings, for commands that
+// serve nobody: callers do not appear under pseudonyms.
+func OpenVerifier(ctx context.Context, cfg config.Config, log *slog.Logger) (*authn.Verifier, error) {
+	p, err := openPolicy(ctx, cfg, log)
 	if err != nil {
-		return tokens{}, err
+		return nil, err
 	}
-	verifier, err := authn.New(ac)
-	return tokens{verifier, ac.Keys}, err
+	return openTokens(cfg, cfg.DataDir, p, log)
 }
 
-func tokenConfig(cfg config.Config, dir string, log *slog.Logger) (authn.Config, error) {
+// openTokens returns who may call.
+func openTokens(cfg config.Config, dir string, rules authn.Rules, log *slog.Logger) (*authn.Verifier, error) {
+	issuers, err := tokenIssuers(cfg, dir, log)
+	if err != nil {
+		return nil, err
+	}
+	return authn.New(rules, issuers...)
+}
+
+func tokenIssuers(cfg config.Config, dir string, log *slog.Logger) ([]authn.Issuer, error) {
 	if cfg.Development() {
-		issuer, err := authn.OpenDevIssuer(dir)
+		development, err := authn.OpenDevIssuer(dir)
 		if err != nil {
-			return authn.Config{}, err
+			return nil, err
 		}
 		log.Warn("tokens come from the development issuer: whoever can read the data directory can be anybody")
-		return issuer.Config()
+		issuer, err := development.Issuer()
+		return []authn.Issuer{issuer}, err
 	}
-	keys, err := authn.OpenKeySet(cfg.JWKS, authn.KeySetConfig{Interval: cfg.JWKSInterval, Log: log})
+	configured, err := authn.Configured(cfg)
 	if err != nil {
-		return authn.Config{}, fmt.Errorf("ORGKEYS_JWKS: %w", err)
+		return nil, err
 	}
-	return authn.Config{Issuer: cfg.Issuer, Audience: cfg.Audience, Keys: keys, ClaimOrg: cfg.ClaimOrg, ClaimRole: cfg.ClaimRole}, nil
+	return authn.Open(configured, cfg.JWKSInterval, log)
 }
 
 // locker keeps concurrent reservations of an organization in order: within the

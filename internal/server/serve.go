@@ -97,10 +97,11 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	if err != nil {
 		return err
 	}
-	tokens, err := openTokens(cfg, dir.path, log)
+	tokens, err := openTokens(cfg, dir.path, policy, log)
 	if err != nil {
 		return err
 	}
+	tokens.UsePseudonyms(cfg.Pseudonyms, db)
 	lock, err := openLocker(cfg, log)
 	if err != nil {
 		return err
@@ -133,7 +134,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 		Keys: service, Nodes: nodes,
 		SystemEvents: systemevent.New(guard, db),
 		Rejections:   guard,
-		Authenticate: tokens.verifier.Authenticate, Unauthenticated: failures.Count,
+		Authenticate: tokens.Authenticate, Unauthenticated: failures.Count,
 		Checks: append([]api.Check{
 			{Name: "database", Ask: db.Healthy},
 			{Name: backend.name, Ask: backend.healthy},
@@ -141,7 +142,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 			{Name: "audit log", Ask: func(context.Context) error { return advised(trail.Halted()) }},
 			{Name: "audit checkpoints", Ask: func(context.Context) error { return rewritten(checkpoints) }},
 			{Name: "audit events", Ask: func(ctx context.Context) error { return unauthenticated(ctx, db) }, Optional: true},
-			{Name: "token keys", Ask: func(context.Context) error { return tokens.keys.Ready() }},
+			{Name: "token keys", Ask: func(context.Context) error { return tokens.Ready() }},
 		}, lock.checks...),
 		Metrics: newRegistry(db, trail, checkpoints, append(lock.metrics, lost)), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
@@ -167,7 +168,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	running.Go(func() error { return service.Sweep(background, sweepInterval) })
 	running.Go(func() error { return backend.reap(background) })
 	running.Go(func() error { return nodes.Keep(background, keepInterval) })
-	running.Go(func() error { tokens.keys.Run(background); return nil })
+	running.Go(func() error { tokens.Run(background); return nil })
 	running.Go(func() error {
 		policy.follow(background, func() { keepPolicy(background, db, policy, log) })
 		return nil

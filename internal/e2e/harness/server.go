@@ -336,14 +336,25 @@ func (s *Server) Run(t testing.TB, args ...string) (stdout, stderr string, code 
 	return s.run(t, nil, args...)
 }
 
+// RunWith runs another command of the program with the given standard input.
+func (s *Server) RunWith(t testing.TB, stdin string, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	return s.runWith(t, stdin, nil, args...)
+}
+
 func (s *Server) run(t testing.TB, extra []string, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	return s.runWith(t, "", extra, args...)
+}
+
+func (s *Server) runWith(t testing.TB, stdin string, extra []string, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	var o, e bytes.Buffer
 	cmd := exec.CommandContext(ctx, s.binary, args...)
 	cmd.Env = append(s.environment(), extra...)
-	cmd.Stdout, cmd.Stderr = &o, &e
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &o, &e
 	err := cmd.Run()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) || ctx.Err() != nil {

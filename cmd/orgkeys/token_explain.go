@@ -1,0 +1,108 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/orgkeys/orgkeys/internal/authn"
+	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/server"
+)
+
+// maxExplained is how much of standard input is read: more than any token that
+// is accepted, so that one that is too long can be told so.
+const maxExplained = 256 << 10
+
+var errTokenRefused = errors.New("the server refuses this token")
+
+func newTokenExplain() *cobra.Command {
+	return &cobra.Command{
+		Use:   "explain",
+		Short: "Say check by check why a token is accepted or refused",
+		Long: `Reads a bearer token from standard input and puts it through the server's own
+checks, with the server's settings. Each line says ok, warn, fail or skip, what was
+looked at, and which setting decides. The issuer's keys are fetched. The
+signature is never printed; claims are, so mind whose token it is.
+
+The exit code is 1 if the server would refuse the token (401, or 503 without the
+issuer's keys).`,
+		Example: `  orgkeys token explain < token
+  orgkeys token --org acme --role OWNER | orgkeys token explain`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := load(cmd)
+			if err != nil {
+				return err
+			}
+			token, err := readToken(cmd.InOrStdin())
+			if err != nil {
+				return err
+			}
+			verifier, err := server.OpenVerifier(cmd.Context(), cfg, slog.New(slog.DiscardHandler))
+			if err != nil {
+				return err
+			}
+			findings, refusal := verifier.Explain(cmd.Context(), token)
+			if err := printFindings(cmd.OutOrStdout(), findings, cfg); err != nil {
+				return err
+			}
+			if refusal != nil {
+				return errTokenRefused
+			}
+			return nil
+		},
+	}
+}
+
+// readToken reads a token, alone or as an Authorization header has it.
+func readToken(r io.Reader) (string, error) {
+	b, err := io.ReadAll(io.LimitReader(r, maxExplained))
+	if err != nil {
+		return "", fmt.Errorf("reading the token: %w", err)
+	}
+	defer clear(b)
+	token := strings.TrimSpace(string(b))
+	for _, before := range []string{"Authorization:", "Bearer"} {
+		if len(token) > len(before) && strings.EqualFold(token[:len(before)], before) {
+			token = strings.TrimSpace(token[len(before):])
+		}
+	}
+	if token == "" {
+		return "", errors.New("standard input is empty: orgkeys token explain < token")
+	}
+	return token, nil
+}
+
+func printFindings(w io.Writer, findings []authn.Finding, cfg config.Config) error {
+	for _, f := range findings {
+		line := fmt.Sprintf("%-4s  %-12s  %s", f.Verdict, f.Check, f.Found)
+		if f.Setting != "" {
+			line += "\n" + strings.Repeat(" ", 20) + "-> " + inFile(f.Setting, cfg)
+		}
+		if _, err := fmt.Fprintln(w, line); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inFile names the fields of the file of issuers instead of the settings for one issuer.
+func inFile(setting string, cfg config.Config) string {
+	if cfg.IssuersFile == "" {
+		return setting
+	}
+	fields := strings.NewReplacer(
+		"ORGKEYS_ISSUER", "issuer", "ORGKEYS_AUDIENCE", "audiences", "ORGKEYS_JWKS", "jwks",
+		"ORGKEYS_CLAIM_SUBJECT", "claimSubject", "ORGKEYS_CLAIM_ORG", "claimOrg and organizations", "ORGKEYS_CLAIM_ROLE", "claimRole",
+		"ORGKEYS_ROLE_MAP", "roleMap", "ORGKEYS_ROLE_DEFAULT", "roleDefault",
+	).Replace(setting)
+	if fields == setting {
+		return setting
+	}
+	return fields + " in " + cfg.IssuersFile
+}

@@ -1,0 +1,75 @@
+// A real OpenID provider for tests: node-oidc-provider over https, with one client, whose
+// access tokens are JWTs. POST /test/rotate adds a signing key and keeps the last one.
+//
+//   node server.mjs CERT KEY     prints the issuer when it listens
+import { readFileSync } from 'node:fs'
+import https from 'node:https'
+import { generateKeyPair, exportJWK } from 'jose'
+import { Provider } from 'oidc-provider'
+
+const [cert, key] = process.argv.slice(2).map((file) => readFileSync(file))
+const resource = 'https://orgkeys.example'
+const keys = []
+let issuer, provider
+
+async function rotate() {
+  const { privateKey } = await generateKeyPair('ES256', { extractable: true })
+  keys.unshift({ ...(await exportJWK(privateKey)), kid: `key-${Date.now()}-${Math.random()}`, alg: 'ES256', use: 'sig' })
+  keys.length = Math.min(keys.length, 2)
+  provider = new Provider(issuer, {
+    jwks: { keys: [...keys] },
+    clients: [{
+      client_id: 'client', client_secret: 'secret', redirect_uris: [`${issuer}/callback`],
+      grant_types: ['client_credentials', 'authorization_code'], token_endpoint_auth_method: 'client_secret_post', id_token_signed_response_alg: 'ES256',
+    }],
+    pkce: { required: () => false },
+    cookies: { keys: ['of the test'] },
+    findAccount: (ctx, id) => ({ accountId: id, claims: () => ({ sub: id }) }),
+    extraTokenClaims: () => ({ org_id: ['acme'], realm_access: { roles: ['offline_access', 'org-admins'] } }),
+    features: {
+      devInteractions: { enabled: false },
+      clientCredentials: { enabled: true },
+      resourceIndicators: {
+        enabled: true,
+        defaultResource: () => resource,
+        useGrantedResource: () => true,
+        getResourceServerInfo: () => ({ scope: 'keys', audience: 'orgkeys', accessTokenFormat: 'jwt', jwt: { sign: { alg: 'ES256' } } }),
+      },
+    },
+  })
+}
+
+// interact logs the one user in and consents for her.
+async function interact(req, res) {
+  const { prompt, params, session } = await provider.interactionDetails(req, res)
+  if (prompt.name === 'login') {
+    return provider.interactionFinished(req, res, { login: { accountId: 'ada-1' } })
+  }
+  const grant = new provider.Grant({ accountId: session.accountId, clientId: params.client_id })
+  grant.addOIDCScope('openid')
+  grant.addResourceScope(resource, 'keys')
+  return provider.interactionFinished(req, res, { consent: { grantId: await grant.save() } })
+}
+
+const server = https.createServer({ cert, key }, async (req, res) => {
+  try {
+    if (req.url === '/test/rotate') {
+      await rotate()
+      return res.end()
+    }
+    if (req.url.startsWith('/interaction/')) {
+      return await interact(req, res)
+    }
+    return provider.callback()(req, res)
+  } catch (error) {
+    console.error(error)
+    res.statusCode = 500
+    res.end()
+  }
+})
+server.listen(0, '127.0.0.1', async () => {
+  issuer = `https://127.0.0.1:${server.address().port}`
+  await rotate()
+  console.log(issuer)
+})
+process.stdin.resume().on('end', () => process.exit())
