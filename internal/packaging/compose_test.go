@@ -44,7 +44,7 @@ func deploy(t *testing.T) deployment {
 	makeSecrets(t, dir)
 	options, err := cli.NewProjectOptions([]string{filepath.Join(root, "docker-compose.yml")},
 		cli.WithEnvFiles(filepath.Join(dir, "env")), cli.WithDotEnv,
-		cli.WithEnv([]string{"ORGKEYS_ISSUER=https://issuer.example", "ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_JWKS=https://issuer.example/jwks"}))
+		cli.WithEnv([]string{"ORGKEYS_ISSUER=https://issuer.example", "ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_CLAIM_ORG=/a/b", "ORGKEYS_ROLE_MAP=a=OWNER"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -224,6 +224,13 @@ func (d deployment) onHost(s string) string {
 	})
 }
 
+// ofTheComposition are settings that the composition itself decides.
+var ofTheComposition = map[string]bool{
+	"ORGKEYS_ADMIN_LISTEN": true, "ORGKEYS_DATA_DIR": true, "ORGKEYS_AUDIT_SINKS": true, "ORGKEYS_AUDIT_FILE": true,
+	"ORGKEYS_VAULT_AUTH": true, "ORGKEYS_VAULT_SECRET_ID_PATH": true, "ORGKEYS_VAULT_TOKEN_FILE": true,
+	"ORGKEYS_TLS_CLIENT_CA_FILE": true, "ORGKEYS_TLS_BY_PROXY": true, "ORGKEYS_TRUSTED_PROXIES": true,
+}
+
 func settingsAreAccepted(t *testing.T, d deployment) {
 	given := map[string]bool{}
 	for _, s := range d.Services["orgkeys"].Secrets {
@@ -232,8 +239,7 @@ func settingsAreAccepted(t *testing.T, d deployment) {
 	var environ []string
 	for name, value := range d.Services["orgkeys"].Environment {
 		if value == nil {
-			t.Errorf("%s has no value", name)
-			continue
+			continue // passed on only where it is set
 		}
 		if strings.HasPrefix(*value, "/run/secrets/") && !given[*value] {
 			t.Errorf("orgkeys uses %s without being given it", *value)
@@ -243,6 +249,16 @@ func settingsAreAccepted(t *testing.T, d deployment) {
 	c, err := config.Load(environ, "")
 	if err != nil {
 		t.Fatalf("the service refuses what docker-compose.yml sets: %v", err)
+	}
+	if c.ClaimOrg != "/a/b" || c.RoleMap != "a=OWNER" {
+		t.Errorf("what is set where docker compose runs is not passed on: %+v", c)
+	}
+	for _, s := range config.Settings() {
+		_, passed := d.Services["orgkeys"].Environment[s.Name]
+		_, asFile := d.Services["orgkeys"].Environment[s.Name+"_FILE"]
+		if !passed && !asFile && !ofTheComposition[s.Name] && !strings.HasPrefix(s.Name, "ORGKEYS_PKCS11_") {
+			t.Errorf("docker-compose.yml does not pass %s on", s.Name)
+		}
 	}
 	if c.Keystore != config.KeystoreVault || c.DatabaseURL == "" || c.RedisURL == "" || c.TLSCertFile == "" || c.Development() {
 		t.Error("docker-compose.yml does not configure the back ends of production")
