@@ -93,7 +93,16 @@ func load(cmd *cobra.Command) (config.Config, error) {
 	if err != nil {
 		return config.Config{}, err
 	}
-	return config.Load(os.Environ(), file)
+	cfg, err := config.Load(os.Environ(), file)
+	if err != nil {
+		return config.Config{}, err
+	}
+	for name, value := range cfg.Libraries {
+		if err := os.Setenv(name, value); err != nil { // reaches C libraries too: cgo's runtime passes it on
+			return config.Config{}, err
+		}
+	}
+	return cfg, nil
 }
 
 func newVersion() *cobra.Command {

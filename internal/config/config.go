@@ -37,7 +37,7 @@ type Config struct {
 
 	Keystore     string // KeystorePKCS11 or KeystoreVault
 	PKCS11Module string // empty: SoftHSM's
-	TokenLabel   string
+	Token        Token
 	PINFile      string // empty: a SoftHSM token of our own in DataDir
 
 	VaultAuth         string // VaultAppRole or VaultTokenFile
@@ -76,6 +76,10 @@ type Config struct {
 	TLSByProxy     bool
 	TrustedProxies []netip.Prefix
 	CORSOrigins    []string
+
+	// Libraries are variables of the file that libraries read; the environment
+	// does not have them.
+	Libraries map[string]string
 }
 
 // What some settings may be.
@@ -106,8 +110,10 @@ func Load(environ []string, file string) (Config, error) {
 			return Config{}, err
 		}
 	}
+	libraries := takeLibraries(given)
 	for _, pair := range environ {
 		name, value, _ := strings.Cut(pair, "=")
+		delete(libraries, name)
 		if strings.HasPrefix(name, prefix) && !forScripts(name) {
 			given[name] = value
 		}
@@ -116,7 +122,35 @@ func Load(environ []string, file string) (Config, error) {
 	if err != nil {
 		return Config{}, err
 	}
+	c.Libraries = libraries
 	return c, c.check()
+}
+
+// forLibraries are the variables that libraries which orgkeys loads or links
+// read, and that may therefore stand in the file: the unit has no other one.
+// A name that ends in _ is the beginning of several.
+var forLibraries = []string{
+	"SOFTHSM2_CONF", "NSS_", "P11_KIT_", "XDG_CONFIG_HOME", "PKCS11SPY", "PKCS11SPY_", "OPENCRYPTOKI_", "TPM2_PKCS11_",
+	"CLOUDHSM_", "ChrystokiConfigurationPath", "CKNFAST_", "NFAST_", "YUBIHSM_PKCS11_", "KMS_PKCS11_CONFIG", "GOOGLE_APPLICATION_CREDENTIALS",
+	"VAULT_", "SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGPASSFILE", "TZ",
+}
+
+func forLibrary(name string) bool {
+	return slices.ContainsFunc(forLibraries, func(known string) bool {
+		return name == known || strings.HasSuffix(known, "_") && strings.HasPrefix(name, known)
+	})
+}
+
+// takeLibraries moves the variables of libraries out of given.
+func takeLibraries(given map[string]string) map[string]string {
+	taken := map[string]string{}
+	for name, value := range given {
+		if forLibrary(name) {
+			taken[name] = value
+			delete(given, name)
+		}
+	}
+	return taken
 }
 
 const prefix = "ORGKEYS_"
@@ -142,8 +176,8 @@ func readFile(path string) (map[string]string, error) {
 			return nil, fmt.Errorf("reading the settings in %s: not lines of NAME=VALUE", path)
 		}
 		for name, value := range pairs {
-			if !strings.HasPrefix(name, prefix) {
-				return nil, fmt.Errorf("%s: %s is not a setting of orgkeys: they begin with %s", path, name, prefix)
+			if !strings.HasPrefix(name, prefix) && !forLibrary(name) {
+				return nil, fmt.Errorf("%s: %s is neither a setting of orgkeys, which begin with %s, nor a variable of a library that docs/settings.md names", path, name, prefix)
 			}
 			if _, twice := given[name]; twice {
 				return nil, fmt.Errorf("%s: %s is given twice", path, name)
@@ -226,6 +260,9 @@ func (s Setting) value(given map[string]string) (string, error) {
 // check refuses settings that contradict each other, and completes the rest.
 func (c *Config) check() error {
 	c.fill()
+	if err := c.fillToken(); err != nil {
+		return err
+	}
 	if !Loopback(c.AdminListen) {
 		return fmt.Errorf("ORGKEYS_ADMIN_LISTEN is %s: it must be a loopback address, as 127.0.0.1:4000, since it asks nobody who they are", c.AdminListen)
 	}
@@ -316,8 +353,8 @@ func (c *Config) checkStorage() error {
 	if c.PKCS11Module != "" && c.PINFile == "" {
 		return errors.New("ORGKEYS_PKCS11_MODULE needs ORGKEYS_PKCS11_PIN_FILE: only SoftHSM's own default token is set up by itself")
 	}
-	if c.TokenLabel != "orgkeys" && c.PINFile == "" && c.Keystore == KeystorePKCS11 {
-		return errors.New("ORGKEYS_PKCS11_TOKEN_LABEL names a token of yours and needs ORGKEYS_PKCS11_PIN_FILE: without it SoftHSM's own default token is used")
+	if c.Token != (Token{Label: defaultTokenLabel}) && c.PINFile == "" && c.Keystore == KeystorePKCS11 {
+		return errors.New("ORGKEYS_PKCS11_TOKEN_LABEL, _TOKEN_SERIAL, _SLOT, _URI and _INIT_ARGS are about a token of yours and need ORGKEYS_PKCS11_PIN_FILE: without it SoftHSM's own default token is used")
 	}
 	if c.DatabaseURL == "" && c.RedisURL != "" {
 		return errors.New("ORGKEYS_REDIS_URL is for several replicas, which share a database: give ORGKEYS_DATABASE_URL too")

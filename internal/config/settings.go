@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/orgkeys/orgkeys/internal/pkcs11uri"
 )
 
 // Setting is one environment variable.
@@ -33,7 +35,11 @@ var settings = []Setting{
 	{Name: "ORGKEYS_RESERVATION_TTL", Default: "60s", Doc: "how long a crash may hold a place in the quota; a generation has half of it", set: duration(2*time.Second, time.Hour, func(c *Config) *time.Duration { return &c.ReservationTTL })},
 	{Name: "ORGKEYS_KEYSTORE", Default: KeystorePKCS11, Doc: "what makes and seals keys: pkcs11 or vault", set: choice(func(c *Config) *string { return &c.Keystore }, KeystorePKCS11, KeystoreVault)},
 	{Name: "ORGKEYS_PKCS11_MODULE", Doc: "path of the PKCS#11 library; default SoftHSM's", set: text(func(c *Config) *string { return &c.PKCS11Module })},
-	{Name: "ORGKEYS_PKCS11_TOKEN_LABEL", Default: "orgkeys", Doc: "label of the token", set: text(func(c *Config) *string { return &c.TokenLabel })},
+	{Name: "ORGKEYS_PKCS11_INIT_ARGS", Doc: "what the library wants in CK_C_INITIALIZE_ARGS.pReserved, as NSS does; default nothing", set: text(func(c *Config) *string { return &c.Token.InitArgs })},
+	{Name: "ORGKEYS_PKCS11_TOKEN_LABEL", Doc: "label of the token; default orgkeys, unless the token is named in another way", set: text(func(c *Config) *string { return &c.Token.Label })},
+	{Name: "ORGKEYS_PKCS11_TOKEN_SERIAL", Doc: "serial number of the token", set: text(func(c *Config) *string { return &c.Token.Serial })},
+	{Name: "ORGKEYS_PKCS11_SLOT", Doc: "number of the token's slot", set: slot},
+	{Name: "ORGKEYS_PKCS11_URI", Doc: "the token and its sealing key as an RFC 7512 URI: pkcs11:token=…;serial=…;object=…?pin-source=file:/path", set: tokenURI},
 	{Name: "ORGKEYS_PKCS11_PIN_FILE", Doc: "private file with the user PIN; default a SoftHSM token of its own in the data directory", set: text(func(c *Config) *string { return &c.PINFile })},
 	{Name: "ORGKEYS_VAULT_AUTH", Default: VaultAppRole, Doc: "login to Vault: approle, or token_file (Vault Agent's sink); the address, CA and namespace are VAULT_ADDR, VAULT_CACERT, VAULT_NAMESPACE", set: choice(func(c *Config) *string { return &c.VaultAuth }, VaultAppRole, VaultTokenFile)},
 	{Name: "ORGKEYS_VAULT_ROLE_ID_FILE", Doc: "file with the AppRole's role ID", set: text(func(c *Config) *string { return &c.VaultRoleIDFile })},
@@ -73,6 +79,21 @@ var settings = []Setting{
 
 func text(field func(*Config) *string) func(*Config, string) error {
 	return func(c *Config, v string) error { *field(c) = v; return nil }
+}
+
+func slot(c *Config, v string) error {
+	n, err := strconv.ParseUint(v, 10, 0)
+	if err != nil {
+		return errors.New("is not the number of a slot")
+	}
+	number := uint(n)
+	c.Token.Slot = &number
+	return nil
+}
+
+func tokenURI(c *Config, v string) (err error) {
+	c.Token.URI, err = pkcs11uri.Parse(v)
+	return err
 }
 
 func address(field func(*Config) *string) func(*Config, string) error {

@@ -345,43 +345,98 @@ func (d *doctor) sealingKey(ctx context.Context, db *sqlstore.DB, sealer orgkey.
 	}
 }
 
-// hsm opens the token as the server does, and makes nothing.
+// hsm tries on the token what the server needs of it, and then opens it as the
+// server does. It makes nothing there that lasts.
 func (d *doctor) hsm(ctx context.Context, db *sqlstore.DB) {
-	hc := hsm.Config{Module: d.cfg.PKCS11Module, TokenLabel: d.cfg.TokenLabel, PINFile: d.cfg.PINFile, AttemptFile: hsm.AttemptFile(d.cfg.DataDir), Log: d.log}
-	var err error
-	switch {
-	case d.cfg.PINFile == "":
-		if _, statErr := os.Stat(filepath.Join(d.cfg.DataDir, "tokens")); errors.Is(statErr, os.ErrNotExist) {
-			d.warn("HSM", "orgkeys serve makes it", "there is no SoftHSM token in %s yet", d.cfg.DataDir)
-			return
-		}
-		hc, err = hsm.LocateSoftHSM(d.cfg.DataDir)
-		hc.Log = d.log
-	case hc.Module == "":
-		hc.Module, err = hsm.FindSoftHSM()
-	}
+	hc, err := d.hsmConfig()
 	if err != nil {
 		d.fail("HSM", "install the module, or mend ORGKEYS_PKCS11_MODULE and its PIN file", "%v", err)
 		return
+	}
+	if hc.Module == "" {
+		return // there is no token of its own yet
 	}
 	if _, err := server.MakeDataDir(d.cfg.DataDir); err != nil {
 		d.fail("HSM", "make the data directory: a PIN that the token refuses is remembered there, and is not offered before", "%v", err)
 		return
 	}
-	token, err := hsm.Open(ctx, hc)
-	if errors.Is(err, hsm.ErrPIN) {
+	if db != nil { // a nil *sqlstore.DB is no hsm.Register
+		hc.Register = db
+	}
+	requirements, err := hsm.Examine(ctx, hc)
+	switch {
+	case errors.Is(err, hsm.ErrPIN):
 		d.fail("HSM", "docs/hsm.md, When the token refuses the PIN", "%v", err)
+		return
+	case err != nil:
+		d.fail("HSM", "see that the module and the token are there; docs/hsm.md has the settings for some", "%v", err)
+		return
+	}
+	if d.requirements(requirements) {
+		d.token(ctx, db, hc)
+	}
+}
+
+// hsmConfig finds the module; none if orgkeys serve is still to make its token.
+func (d *doctor) hsmConfig() (hsm.Config, error) {
+	hc := server.HSMConfig(d.cfg, d.cfg.DataDir)
+	var err error
+	switch {
+	case d.cfg.PINFile == "":
+		if _, statErr := os.Stat(filepath.Join(d.cfg.DataDir, "tokens")); errors.Is(statErr, os.ErrNotExist) {
+			d.warn("HSM", "orgkeys serve makes it", "there is no SoftHSM token in %s yet", d.cfg.DataDir)
+			return hsm.Config{}, nil
+		}
+		hc, err = hsm.LocateSoftHSM(d.cfg.DataDir)
+	case hc.Module == "":
+		hc.Module, err = hsm.FindSoftHSM()
+	}
+	hc.Log, hc.ChangeNothing = d.log, true
+	return hc, err
+}
+
+// requirements prints each with yes or no, and reports whether the token has
+// all that it must.
+func (d *doctor) requirements(all []hsm.Requirement) bool {
+	complete := true
+	for _, r := range all {
+		switch {
+		case r.Met:
+			d.ok("HSM", "yes: %s: %s", r.Name, r.Detail)
+		case r.Optional:
+			d.warn("HSM", "docs/hsm.md says what is done without it", "no: %s: %s", r.Name, r.Detail)
+		default:
+			complete = false
+			d.fail("HSM", "this token cannot be used; docs/hsm.md names some that can", "no: %s: %s", r.Name, r.Detail)
+		}
+	}
+	return complete
+}
+
+// token opens the token without making a sealing key.
+func (d *doctor) token(ctx context.Context, db *sqlstore.DB, hc hsm.Config) {
+	sealed := false
+	if db != nil {
+		var err error
+		if sealed, err = db.HasSealed(ctx); err != nil {
+			d.fail("HSM", "see the database's own log", "%v", err)
+			return
+		}
+	}
+	token, err := hsm.Open(ctx, hc)
+	if errors.Is(err, hsm.ErrNoSealingKey) && !sealed {
+		d.warn("HSM", "orgkeys serve makes it at its first start", "the token is there and logged in to, and has no sealing key yet")
 		return
 	}
 	if err != nil {
-		d.fail("HSM", "see that the token is there, that its PIN is right, and that it is the one that the records were sealed by", "%v", err)
+		d.fail("HSM", "see that it is the token that the records were sealed by", "%v", err)
 		return
 	}
 	if err := token.Healthy(ctx); err != nil {
 		d.fail("HSM", "see the token's own log", "%v", errors.Join(err, token.Close()))
 		return
 	}
-	d.ok("HSM", "the token is there, logged in to, and has its sealing key")
+	d.ok("HSM", "the token is there, logged in to, and has its sealing key, CKA_ID %x", token.SealingKeyID())
 	d.sealingKey(ctx, db, token)
 	if err := token.Close(); err != nil {
 		d.fail("HSM", "see the token's own log", "%v", err)

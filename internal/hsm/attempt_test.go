@@ -38,8 +38,8 @@ func tryPIN(t testing.TB, cfg Config, pin string) error {
 // tokenFlags reads the token's flags past any Token.
 func tokenFlags(t testing.TB, cfg Config) (flags uint) {
 	t.Helper()
-	lib := begin(t, cfg.Module)
-	slot, err := findToken(lib, cfg.TokenLabel)
+	lib := begin(t, cfg)
+	slot, err := cfg.findToken(lib)
 	if err == nil {
 		var info pkcs11.TokenInfo
 		info, err = lib.GetTokenInfo(slot)
@@ -71,7 +71,7 @@ func logInByHand(t testing.TB, cfg Config, pin string) {
 
 // A refused PIN costs one attempt, however often the service starts.
 func TestARefusedPINIsOfferedOnce(t *testing.T) {
-	cfg := newToken(t)
+	cfg := freshToken(t)
 	right := rightPIN(t, cfg)
 	if err := tryPIN(t, cfg, "wrong-1"); !errors.Is(err, ErrPINRefused) || !errors.Is(err, ErrPIN) {
 		t.Fatalf("a wrong PIN: %v, want ErrPINRefused", err)
@@ -95,7 +95,7 @@ func TestARefusedPINIsOfferedOnce(t *testing.T) {
 
 // The file says nothing of a PIN that can be read off it.
 func TestTheAttemptFileHoldsNoPIN(t *testing.T) {
-	cfg := newToken(t)
+	cfg := freshToken(t)
 	if err := tryPIN(t, cfg, "wrong-1"); !errors.Is(err, ErrPINRefused) {
 		t.Fatal(err)
 	}
@@ -109,7 +109,7 @@ func TestTheAttemptFileHoldsNoPIN(t *testing.T) {
 }
 
 func TestTwoProcessesOfferAPINOnce(t *testing.T) {
-	cfg := newToken(t)
+	cfg := freshToken(t)
 	writePIN(t, cfg, "wrong-1")
 	binary := cfg
 	var wg sync.WaitGroup
@@ -137,8 +137,8 @@ func TestTwoProcessesOfferAPINOnce(t *testing.T) {
 // interrupted leaves the file as a process does that was killed after it offered pin.
 func interrupted(t testing.TB, cfg Config, pin string, offer bool) {
 	t.Helper()
-	lib := begin(t, cfg.Module)
-	slot, err := findToken(lib, cfg.TokenLabel)
+	lib := begin(t, cfg)
+	slot, err := cfg.findToken(lib)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,7 +166,7 @@ func interrupted(t testing.TB, cfg Config, pin string, offer bool) {
 }
 
 func TestAnAttemptThatACrashInterrupted(t *testing.T) {
-	cfg := newToken(t)
+	cfg := freshToken(t)
 	right := rightPIN(t, cfg)
 	for name, test := range map[string]struct {
 		pin   string
@@ -193,7 +193,7 @@ func TestAnAttemptThatACrashInterrupted(t *testing.T) {
 
 // Where a refusal could not be remembered, nothing is offered.
 func TestNothingIsOfferedThatCannotBeRemembered(t *testing.T) {
-	cfg := newToken(t)
+	cfg := freshToken(t)
 	cfg.AttemptFile = filepath.Join(t.TempDir(), "missing", "pin.attempt")
 	if err := tryPIN(t, cfg, "wrong-1"); err == nil || errors.Is(err, ErrPIN) {
 		t.Errorf("without a place for the attempt: %v", err)
@@ -208,7 +208,7 @@ func TestNothingIsOfferedThatCannotBeRemembered(t *testing.T) {
 }
 
 func TestWhatIsHardlyAPINIsNotOffered(t *testing.T) {
-	cfg := newToken(t)
+	cfg := freshToken(t)
 	for name, pin := range map[string]string{
 		"nothing": "", "a line's end": "\n", "two lines": "123456\n# the PIN", "a tab": "123\t456", "a byte order mark": "\ufeff123456", "NUL": "123456\x00",
 	} {
@@ -224,7 +224,7 @@ func TestWhatIsHardlyAPINIsNotOffered(t *testing.T) {
 // The PIN is changed at the token while the service runs: it is offered once
 // more, and a corrected file ends that without a restart.
 func TestPINChangedWhileRunning(t *testing.T) {
-	cfg := newToken(t)
+	cfg := freshToken(t)
 	right := rightPIN(t, cfg)
 	token := open(t, cfg)
 	writePIN(t, cfg, "wrong-1")
@@ -249,7 +249,7 @@ func TestPINChangedWhileRunning(t *testing.T) {
 }
 
 func TestThePINFileMayGoAwayAfterTheStart(t *testing.T) {
-	cfg := newToken(t)
+	cfg := freshToken(t)
 	token := open(t, cfg)
 	if err := os.Remove(cfg.PINFile); err != nil {
 		t.Fatal(err)
@@ -264,7 +264,7 @@ func TestThePINFileMayGoAwayAfterTheStart(t *testing.T) {
 
 // While the token counts refusals, of whomever, a life that is logged in goes on.
 func TestNoRecyclingWhileTheTokenCountsRefusals(t *testing.T) {
-	cfg := newToken(t)
+	cfg := freshToken(t)
 	cfg.RecycleAge = time.Nanosecond
 	token := open(t, cfg)
 	other := cfg

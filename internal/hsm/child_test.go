@@ -65,6 +65,10 @@ func runChild(name string) error {
 	case "init":
 		_, _, err := InitSoftHSM(os.Getenv(childDir))
 		return err
+	case "first start":
+		return firstStart(context.Background())
+	case "under load":
+		return underLoad(context.Background())
 	case "pin states":
 		return pinStates(configFromEnv())
 	case "open":
@@ -156,11 +160,11 @@ func withSession(cfg Config, f func(lib *module, h pkcs11.SessionHandle) error) 
 	if err != nil {
 		return err
 	}
-	if err := lib.Initialize(); err != nil {
+	if err := lib.initialize(cfg.InitArgs); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lib.Finalize()) }()
-	slot, err := findToken(lib, cfg.TokenLabel)
+	slot, err := cfg.findToken(lib)
 	if err != nil {
 		return err
 	}

@@ -22,18 +22,35 @@
 package hsm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"strings"
 	"time"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 // Config says which token to use and how.
 type Config struct {
-	Module     string // path of the PKCS#11 module, a shared library
-	TokenLabel string // CKA label of the token; one token must have it
-	PINFile    string // holds the user PIN; readable by its owner only
+	Module   string // path of the PKCS#11 module, a shared library
+	InitArgs string // given to C_Initialize as pReserved, for modules that want it; empty: nothing
+
+	// Which token: one must agree with all that are given.
+	TokenLabel        string
+	TokenSerial       string
+	TokenManufacturer string
+	TokenModel        string
+	Slot              *uint // nil: any
+
+	// Which sealing key, where the register names none yet. KeyID is a CKA_ID;
+	// with it, none is made.
+	KeyLabel string // empty: orgkeys-seal-v1
+	KeyID    string
+
+	PINFile string // holds the user PIN; readable by its owner only
 
 	// AttemptFile is where a PIN that the token refused is remembered, so that
 	// it is offered once. Every process on this machine that uses the token
@@ -43,6 +60,13 @@ type Config struct {
 	// CreateSealingKey lets Open make the sealing key in a token that has none.
 	// Without it, Open reports ErrNoSealingKey.
 	CreateSealingKey bool
+
+	// Register says which keys in the token are in use, for all that share it.
+	// nil: the token is this process's alone.
+	Register Register
+	// ChangeNothing has Open make, name and remove nothing in the token that
+	// outlives this process.
+	ChangeNothing bool
 
 	Generations int // sessions that generate keys; 0: one for each CPU
 	Sealings    int // sessions that seal and open; 0: one for each CPU, at least 2
@@ -54,6 +78,45 @@ type Config struct {
 	RecycleAge  time.Duration
 
 	Log *slog.Logger // nil: nothing is logged
+
+	noGCM, noWrap bool // of tests: as if the module had none
+}
+
+// Register is where the replicas that share a token agree on its keys, by their
+// CKA_ID: the database. A purpose is "seal" or "checkpoint".
+type Register interface {
+	// ChosenKey returns the ID of the key that serves purpose; nil if none is chosen.
+	ChosenKey(ctx context.Context, purpose string) ([]byte, error)
+	// AnnounceKey writes down that a key with this ID is about to be made.
+	AnnounceKey(ctx context.Context, purpose string, id []byte) error
+	// ChooseKey makes id the key that serves purpose, unless one is chosen, and
+	// returns which is.
+	ChooseKey(ctx context.Context, purpose string, id []byte) ([]byte, error)
+	// AnnouncedKeys returns every ID that was announced, the chosen one too.
+	AnnouncedKeys(ctx context.Context, purpose string) ([][]byte, error)
+	// SealedSample returns a value that is sealed and stored; false if there is none.
+	SealedSample(ctx context.Context) (orgkey.Sealed, bool, error)
+}
+
+// Requirement is one thing that orgkeys wants of a token.
+type Requirement struct {
+	Name     string
+	Optional bool // without it something is missing, and the rest works
+	Met      bool
+	Detail   string // what was found, or why it is not met
+}
+
+// LacksError says that the token lacks what is required of it.
+type LacksError struct{ Requirements []Requirement }
+
+func (e *LacksError) Error() string {
+	var all []string
+	for _, r := range e.Requirements {
+		if !r.Met && !r.Optional {
+			all = append(all, r.Name+": "+r.Detail)
+		}
+	}
+	return "the token lacks what orgkeys needs: " + strings.Join(all, "; ")
 }
 
 // The errors of this package; the others are orgkey's.

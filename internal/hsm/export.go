@@ -167,14 +167,12 @@ func unwrapPaddedKW(key, _, wrapped []byte) ([]byte, error) {
 // makeWrappingKey has the token make l's wrapping key and hand it over. The
 // first life finds out how.
 func (t *Token) makeWrappingKey(l *life, h pkcs11.SessionHandle) (err error) {
-	if l.wrappingAs, err = generateWrappingKey(t.lib, h); err != nil {
-		return err
-	}
 	if t.courier == nil {
-		t.courier, l.wrapping, err = chooseCourier(t.lib, h, l.wrappingAs, oaeps(), wrappings())
-		if err == nil {
-			t.cfg.Log.Info("chose the mechanisms of the token", "transport", t.courier.oaep.name, "wrap", t.courier.wrap.name)
-		}
+		first := &trial{token: t, life: l, h: h}
+		first.run()
+		return first.err()
+	}
+	if l.wrappingAs, err = generateWrappingKey(t.lib, h); err != nil {
 		return err
 	}
 	l.wrapping, err = t.courier.fetch(t.lib, h, l.wrappingAs)
@@ -194,7 +192,7 @@ func generateWrappingKey(lib *module, h pkcs11.SessionHandle) (pkcs11.ObjectHand
 		pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, wrappingKeySize),
 	})
 	if err != nil {
-		return 0, fmt.Errorf("making the wrapping key: %w", err)
+		return 0, fmt.Errorf("making the wrapping key by CKM_AES_KEY_GEN: %w", err)
 	}
 	return key, nil
 }
@@ -235,23 +233,12 @@ func (o oaep) transport(lib *module, h pkcs11.SessionHandle, recipient *rsa.Publ
 	return wrapped, errors.Join(err, lib.DestroyObject(h, public))
 }
 
-// chooseCourier tries the mechanisms until one of each kind works, and returns
-// the wrapping key too. What it tries the second kind on is a real private key.
-func chooseCourier(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, transports []oaep, wraps []wrapping) (*courier, []byte, error) {
+func newCourier() (*courier, error) {
 	key, err := rsa.GenerateKey(rand.Reader, courierBits)
 	if err != nil {
-		return nil, nil, fmt.Errorf("making the recipient of the wrapping key: %w", err)
+		return &courier{}, fmt.Errorf("making the recipient of the wrapping key: %w", err)
 	}
-	c := &courier{key: key}
-	wrappingKey, err := c.chooseTransport(lib, h, wrappingAs, transports)
-	if err != nil {
-		return nil, nil, err
-	}
-	if err := c.chooseWrapping(lib, h, wrappingAs, wrappingKey, wraps); err != nil {
-		clear(wrappingKey)
-		return nil, nil, err
-	}
-	return c, wrappingKey, nil
+	return &courier{key: key}, nil
 }
 
 func (c *courier) chooseTransport(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, candidates []oaep) ([]byte, error) {
@@ -263,7 +250,7 @@ func (c *courier) chooseTransport(lib *module, h pkcs11.SessionHandle, wrappingA
 		}
 		failures = append(failures, err)
 	}
-	return nil, fmt.Errorf("%w: it does not hand over a wrapping key encrypted: %w", errMechanisms, errors.Join(failures...))
+	return nil, errors.Join(append(failures, errNoneWorks)...)
 }
 
 func (c *courier) chooseWrapping(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, wrappingKey []byte, candidates []wrapping) error {
@@ -281,11 +268,10 @@ func (c *courier) chooseWrapping(lib *module, h pkcs11.SessionHandle, wrappingAs
 		}
 		failures = append(failures, err)
 	}
-	return fmt.Errorf("%w: it wraps private keys in no way known here: %w", errMechanisms, errors.Join(failures...))
+	return errors.Join(append(failures, errNoneWorks)...)
 }
 
-// errMechanisms: keys would be readable on their way out of the token, or do not come out.
-var errMechanisms = errors.New("the token lacks the mechanisms that keep a private key encrypted on its way out")
+var errNoneWorks = errors.New("none works")
 
 // sample is a private key in the token that is thrown away.
 type sample struct {

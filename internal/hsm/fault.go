@@ -21,8 +21,8 @@ const vendorDefined = pkcs11.Error(0x80000000)
 // lost reports whether err says that the library has lost a session, a login,
 // an object or the token, or may have: what a new life can put right.
 func lost(err error) bool {
-	if errors.Is(err, errRetired) {
-		return true
+	if errors.Is(err, errRetired) || errors.Is(err, errNoCheckpointKey) {
+		return true // SoftHSM may miss for good what another process made; a new life reads anew
 	}
 	var rv pkcs11.Error
 	if !errors.As(err, &rv) {

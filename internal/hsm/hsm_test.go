@@ -7,12 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/google/uuid"
 	"github.com/miekg/pkcs11"
 
+	"github.com/orgkeys/orgkeys/internal/hsm/hsmtest"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/orgkey/backendtest"
 )
@@ -44,15 +47,50 @@ func softHSM(t testing.TB) Config {
 	return cfg
 }
 
-// newToken makes a new token of the module under test; see modules_test.go.
-func newToken(t testing.TB) Config { return softHSM(t) }
+// kind is the module under test, for a process of its own; see modules_test.go.
+const kind = "ORGKEYS_HSM_TEST_KIND"
+
+// freshToken makes a new token of the module under test, which is SoftHSM unless
+// this process is another's.
+func freshToken(t testing.TB) Config {
+	t.Helper()
+	switch os.Getenv(kind) {
+	case "":
+		return softHSM(t)
+	case "SoftHSM, CBC and HMAC":
+		cfg := softHSM(t)
+		if err := dropSealingKey(cfg); err != nil {
+			t.Fatal(err)
+		}
+		cfg.noGCM, cfg.CreateSealingKey = true, true
+		return cfg
+	}
+	dir := t.TempDir()
+	cfg := Config{TokenLabel: "orgkeys", PINFile: filepath.Join(dir, "pin"), AttemptFile: AttemptFile(dir), CreateSealingKey: true}
+	switch os.Getenv(kind) {
+	case "opencryptoki":
+		cfg.Module = hsmtest.OpencryptokiModule(t)
+		if err := initOpencryptoki(cfg, opencryptokiPIN); err != nil {
+			t.Fatal(err)
+		}
+	case "NSS":
+		cfg.Module, cfg.InitArgs = hsmtest.NSS(t, cfg.TokenLabel, opencryptokiPIN)
+	case "NSS through p11-kit-proxy":
+		module, args := hsmtest.NSS(t, cfg.TokenLabel, opencryptokiPIN)
+		cfg.Module = hsmtest.Proxy(t, module, args)
+	default:
+		t.Fatalf("no such module: %s", os.Getenv(kind))
+	}
+	writePIN(t, cfg, opencryptokiPIN)
+	return cfg
+}
 
 // begin loads and initialises a module, past any Token.
-func begin(t testing.TB, path string) *module {
+func begin(t testing.TB, cfg Config) *module {
 	t.Helper()
-	lib, err := load(path)
+	lib, err := load(cfg.Module)
 	if err == nil {
-		err = lib.Initialize()
+		err = lib.initialize(cfg.InitArgs)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -135,7 +173,7 @@ func besideSealing(ctx context.Context, sealer orgkey.Sealer, do func() error) (
 }
 
 func TestContract(t *testing.T) {
-	token := open(t, softHSM(t))
+	token := open(t, freshToken(t))
 	gone := func(t *testing.T, name string) {
 		t.Helper()
 		if n := objects(t, token, pkcs11.NewAttribute(pkcs11.CKA_ID, name)); n != 0 {
@@ -150,5 +188,25 @@ func TestContract(t *testing.T) {
 	if token.renewals != 0 {
 		t.Errorf("%d renewals were needed", token.renewals)
 	}
-	t.Run("sealed keys", func(t *testing.T) { backendtest.Sealed(t, token, gone) })
+	if token.courier.wrap.rfc5649 {
+		t.Run("sealed keys", func(t *testing.T) { backendtest.Sealed(t, token, gone) })
+	} else {
+		t.Run("no sealed keys", func(t *testing.T) { backendtest.NoSealed(t, token) })
+	}
+}
+
+// What load reads out of the binding is the module's own list of functions.
+func TestTheBindingsFunctionList(t *testing.T) {
+	if n := unsafe.Sizeof(pkcs11.Ctx{}); n != unsafe.Sizeof(uintptr(0)) {
+		t.Fatalf("the binding's Ctx has %d bytes, and not one pointer", n)
+	}
+	lib := begin(t, freshToken(t))
+	defer func() { _ = lib.Finalize() }()
+	info, err := lib.GetInfo()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if major := lib.major(); major != info.CryptokiVersion.Major {
+		t.Errorf("the list says version %d, C_GetInfo %d", major, info.CryptokiVersion.Major)
+	}
 }

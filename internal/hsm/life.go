@@ -22,7 +22,7 @@ type life struct {
 	made       atomic.Int64 // keys generated
 	slot       uint
 	anchor     *session
-	sealingKey pkcs11.ObjectHandle
+	sealingKey sealingKey
 	wrappingAs pkcs11.ObjectHandle // the wrapping key in the token
 	wrapping   []byte              // the same key in this process; read under a session's turn only
 	generate   *pool
@@ -31,11 +31,12 @@ type life struct {
 }
 
 // begin initialises the library, logs in and has everything made that a life
-// needs. The first one also makes the sealing key if it may, and finds out
-// which mechanisms work.
-func (t *Token) begin() (_ *life, err error) {
-	if err := t.lib.Initialize(); err != nil && !is(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) {
-		return nil, fmt.Errorf("initialising the module: %w", err)
+// needs. The first one finds out which mechanisms work, and only then makes the
+// sealing key, if it may.
+func (t *Token) begin(ctx context.Context) (_ *life, err error) {
+	l, anchor, err := t.enter()
+	if err != nil {
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
@@ -43,22 +44,10 @@ func (t *Token) begin() (_ *life, err error) {
 			_ = t.lib.Finalize()
 		}
 	}()
-	l := &life{born: time.Now()}
-	if l.slot, err = findToken(t.lib, t.cfg.TokenLabel); err != nil {
-		return nil, err
-	}
-	anchor, err := t.openSession(l.slot)
-	if err != nil {
-		return nil, err
-	}
-	l.anchor = newSession(anchor)
-	if err := t.logIn(l.slot, anchor); err != nil {
-		return nil, err
-	}
-	if err := t.findSealingKey(l, anchor); err != nil {
-		return nil, err
-	}
 	if err := t.makeWrappingKey(l, anchor); err != nil {
+		return nil, err
+	}
+	if err := t.findSealingKey(ctx, l, anchor); err != nil {
 		return nil, err
 	}
 	if l.generate, err = t.openPool(l.slot, t.cfg.Generations, t.limits.generate); err != nil {
@@ -68,6 +57,27 @@ func (t *Token) begin() (_ *life, err error) {
 		return nil, err
 	}
 	return l, nil
+}
+
+// enter initialises the library and logs in.
+func (t *Token) enter() (_ *life, anchor pkcs11.SessionHandle, err error) {
+	if err := t.lib.initialize(t.cfg.InitArgs); err != nil && !is(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) {
+		return nil, 0, fmt.Errorf("initialising the module: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			_ = t.lib.Finalize() // the error that matters is the first one
+		}
+	}()
+	l := &life{born: time.Now()}
+	if l.slot, err = t.cfg.findToken(t.lib); err != nil {
+		return nil, 0, err
+	}
+	if anchor, err = t.openSession(l.slot); err != nil {
+		return nil, 0, err
+	}
+	l.anchor = newSession(anchor)
+	return l, anchor, t.logIn(l.slot, anchor)
 }
 
 // end drains l and finalises the library. Keys that are held for longer than
@@ -93,31 +103,6 @@ func (t *Token) end(l *life, held time.Duration) error {
 	// one that fails to finalise is found out by C_Initialize.
 	_ = t.lib.Finalize()
 	return nil
-}
-
-// findToken returns the slot of the one token with that label.
-func findToken(lib *module, label string) (uint, error) {
-	slots, err := lib.GetSlotList(true)
-	if err != nil {
-		return 0, fmt.Errorf("listing the slots: %w", err)
-	}
-	var found []uint
-	for _, slot := range slots {
-		info, err := lib.GetTokenInfo(slot)
-		if err != nil {
-			continue // a token that cannot be read is not ours to use
-		}
-		if info.Label == label {
-			found = append(found, slot)
-		}
-	}
-	switch len(found) {
-	case 0:
-		return 0, fmt.Errorf("no token has the label %q: %w", label, pkcs11.Error(pkcs11.CKR_TOKEN_NOT_PRESENT))
-	case 1:
-		return found[0], nil
-	}
-	return 0, fmt.Errorf("%d tokens have the label %q: remove or rename the others", len(found), label)
 }
 
 func (t *Token) openSession(slot uint) (pkcs11.SessionHandle, error) {

@@ -7,7 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/miekg/pkcs11"
@@ -29,6 +32,48 @@ func TestNoStartLocksOpencryptoki(t *testing.T) {
 	cmd.Env = append(append(os.Environ(), child+"=pin states"), configEnv(cfg)...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// moduleTests run on every module: the contract, recovery from losses, first
+// starts of several replicas, and PINs. The long form runs more of them.
+func moduleTests() []string {
+	tests := []string{"Contract", "RecoversUnderLoad", "KeyThatIsLost", "RecyclesByAge", "FirstStartsOfReplicasMakeOneKey", "KilledUnderLoad", "ARefusedPINIsOfferedOnce", "NothingLastingIsMadeWithoutTheMechanisms"}
+	if long() {
+		tests = append(tests, "RecoversWithoutAnError", "AbandonedGenerationsLeaveNothing", "DestroyLooksForWhatIsLeft", "Recycles", "ClosedTokenIsUnavailable", "TokenExchanged")
+	}
+	return tests
+}
+
+// Each module is in a process of its own: they share symbols, environment and
+// handlers otherwise.
+func TestModules(t *testing.T) {
+	binary, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"SoftHSM, CBC and HMAC", "opencryptoki", "NSS", "NSS through p11-kit-proxy"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			run := func(name string, args ...string) *exec.Cmd { return exec.CommandContext(t.Context(), name, args...) }
+			tests := [][]string{moduleTests()}
+			switch name {
+			case "opencryptoki":
+				o := hsmtest.StartOpencryptoki(t, filepath.Join(t.TempDir(), "opencryptoki"))
+				run = func(name string, args ...string) *exec.Cmd { return o.Command(t.Context(), name, args...) }
+			case "NSS through p11-kit-proxy": // which leads a process to one database, whatever its configuration becomes
+				run = func(name string, args ...string) *exec.Cmd { return hsmtest.ProxyCommand(t, name, args...) }
+				tests = slices.Collect(slices.Chunk(moduleTests(), 1))
+			}
+			for _, some := range tests {
+				cmd := run(binary, "-test.run", "^Test("+strings.Join(some, "|")+")$", "-test.v", "-test.timeout", "60m")
+				cmd.Env = append(os.Environ(), kind+"="+name)
+				out, err := cmd.CombinedOutput()
+				if passed := strings.Count(string(out), "\n--- PASS: "); err != nil || passed != len(some) {
+					t.Errorf("%d of %v passed, %v\n%s", passed, some, err, out)
+				}
+			}
+		})
 	}
 }
 
@@ -110,4 +155,48 @@ func initOpencryptoki(cfg Config, pin string) (err error) {
 		return err
 	}
 	return lib.InitPIN(h, pin)
+}
+
+// A token that cannot do what is needed is refused by the names of what it
+// lacks, and left as it was.
+func TestTokensThatCannotWorkAreRefusedByName(t *testing.T) {
+	dir := t.TempDir()
+	cfg := Config{TokenLabel: "orgkeys", PINFile: filepath.Join(dir, "pin"), AttemptFile: AttemptFile(dir), CreateSealingKey: true}
+	writePIN(t, cfg, opencryptokiPIN)
+	soft := softHSM(t)
+	if err := dropSealingKey(soft); err != nil {
+		t.Fatal(err)
+	}
+	tpm, remote := cfg, soft
+	var tpmEnv, remoteEnv []string
+	tpm.Module, tpmEnv = hsmtest.TPM(t, cfg.TokenLabel, opencryptokiPIN)
+	remote.Module, remoteEnv = hsmtest.Remoting(t, soft.Module, soft.TokenLabel)
+	remote.CreateSealingKey = true
+	for name, c := range map[string]struct {
+		cfg   Config
+		env   []string
+		lacks []string
+	}{
+		"tpm2-pkcs11": {tpm, tpmEnv, []string{"CKM_AES_KEY_GEN", "C_WrapKey", "private keys wrapped"}},
+		// Its client passes no parameters of CKM_AES_GCM and CKM_AES_CBC_PAD on.
+		"SoftHSM through p11-kit remoting": {remote, remoteEnv, []string{"CKM_AES_GCM", "CKM_AES_CBC_PAD"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			out, err := childCommand(t, "open", "", append(configEnv(c.cfg), c.env...)...).CombinedOutput()
+			if err == nil {
+				t.Fatal("it was accepted")
+			}
+			for _, lack := range append(c.lacks, "the token lacks what orgkeys needs") {
+				if !strings.Contains(string(out), lack) {
+					t.Errorf("it is not said that it lacks %s:\n%s", lack, out)
+				}
+			}
+			list := exec.Command("pkcs11-tool", "--module", c.cfg.Module, "--token-label", c.cfg.TokenLabel, "--login", "--pin", "env:TOKEN_PIN", "--list-objects")
+			list.Env = append(append(os.Environ(), c.env...), "TOKEN_PIN="+rightPIN(t, c.cfg))
+			left, err := list.CombinedOutput()
+			if err != nil || strings.Contains(string(left), " Object") {
+				t.Errorf("left in the token: %v\n%s", err, left)
+			}
+		})
+	}
 }

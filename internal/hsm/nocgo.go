@@ -57,3 +57,9 @@ func (*Token) CreateSealed(context.Context, string) (orgkey.SealableKey, error) 
 
 // DestroySealed reports ErrNoCgo.
 func (*Token) DestroySealed(context.Context, string) error { return ErrNoCgo }
+
+// Examine reports ErrNoCgo.
+func Examine(context.Context, Config) ([]Requirement, error) { return nil, ErrNoCgo }
+
+// SealingKeyID is nil.
+func (*Token) SealingKeyID() []byte { return nil }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -40,12 +41,12 @@ func losses() map[string]func(*Token) error {
 		},
 		"library finalised": func(token *Token) error { return token.lib.Finalize() },
 		"library finalised and initialised again": func(token *Token) error {
-			return errors.Join(token.lib.Finalize(), token.lib.Initialize())
+			return errors.Join(token.lib.Finalize(), token.lib.initialize(token.cfg.InitArgs))
 		},
 		// The old numbers are valid again, and belong to others.
 		"handles given to others": func(token *Token) error {
 			slot := slotOf(token)
-			err := errors.Join(token.lib.Finalize(), token.lib.Initialize())
+			err := errors.Join(token.lib.Finalize(), token.lib.initialize(token.cfg.InitArgs))
 			for range 20 {
 				_, opened := token.lib.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 				err = errors.Join(err, opened)
@@ -60,7 +61,7 @@ func losses() map[string]func(*Token) error {
 }
 
 func TestRecoversWithoutAnError(t *testing.T) {
-	cfg := softHSM(t)
+	cfg := freshToken(t)
 	for loss, lose := range losses() {
 		for what, use := range map[string]func(*Token, orgkey.Sealed) error{
 			"generating": func(token *Token, _ orgkey.Sealed) error { return generateOne(bounded(t), token) },
@@ -118,7 +119,7 @@ func closeBetweenCalls(token *Token) error {
 func TestALossDuringAGenerationHoldsUpNobody(t *testing.T) {
 	for name, exported := range map[string]bool{"exported": true, "not exported yet": false} {
 		t.Run(name, func(t *testing.T) {
-			token := open(t, softHSM(t))
+			token := open(t, freshToken(t))
 			key, err := token.Create(t.Context(), uuid.NewString())
 			if err != nil {
 				t.Fatal(err)
@@ -164,7 +165,7 @@ func TestALossDuringAGenerationHoldsUpNobody(t *testing.T) {
 
 // One renewal serves all who notice, and nobody's request fails.
 func TestRecoversUnderLoad(t *testing.T) {
-	token := open(t, softHSM(t))
+	token := open(t, freshToken(t))
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	item := orgkey.Sealed{Binding: orgkey.Binding{Org: "acme", ID: "one"}}
@@ -213,10 +214,13 @@ func TestRecoversUnderLoad(t *testing.T) {
 // A key whose session is lost is gone with it: it is not exported, and Destroy
 // confirms that nothing is left.
 func TestKeyThatIsLost(t *testing.T) {
-	cfg := softHSM(t)
+	cfg := freshToken(t)
 	for loss, lose := range losses() {
 		if loss == "anchor closed" {
 			continue // the key's own session goes on
+		}
+		if loss == "logged out" && strings.HasPrefix(os.Getenv(kind), "NSS") {
+			continue // NSS's session keys outlast the login
 		}
 		t.Run(loss, func(t *testing.T) {
 			cfg.Generations = 1
@@ -288,11 +292,11 @@ func TestTokenRemovedAndPutBack(t *testing.T) {
 
 // Another token under the same label would seal what the first cannot open.
 func TestTokenExchanged(t *testing.T) {
-	cfg := softHSM(t)
+	cfg := freshToken(t)
 	token := open(t, cfg)
 	if err := token.life.anchor.do(func(h pkcs11.SessionHandle) error {
 		removeSealingKey(t, token.lib, h)
-		_, err := createSealingKey(token.lib, h)
+		_, err := generateSealingKey(token.lib, h, token.format, sealKeyLabel, token.sealID, true)
 		return err
 	}); err != nil {
 		t.Fatal(err)
@@ -308,7 +312,7 @@ func TestTokenExchanged(t *testing.T) {
 }
 
 func TestWaitingForASessionEndsWithTheRequest(t *testing.T) {
-	cfg := softHSM(t)
+	cfg := freshToken(t)
 	cfg.Generations = 2
 	token := open(t, cfg)
 	if token.Capacity() != 2 {
@@ -343,7 +347,7 @@ func TestWaitingForASessionEndsWithTheRequest(t *testing.T) {
 // Requests that end at every stage of a generation, and afterwards each session
 // is back and no object is left.
 func TestAbandonedGenerationsLeaveNothing(t *testing.T) {
-	cfg := softHSM(t)
+	cfg := freshToken(t)
 	cfg.Generations = 2
 	token := open(t, cfg)
 	for i := range 20 {
@@ -379,7 +383,7 @@ func TestAbandonedGenerationsLeaveNothing(t *testing.T) {
 // Destroy does not take the library's word for it: as long as anything has the
 // key's name, it is not destroyed.
 func TestDestroyLooksForWhatIsLeft(t *testing.T) {
-	token := open(t, softHSM(t))
+	token := open(t, freshToken(t))
 	name := uuid.NewString()
 	key, err := token.Create(bounded(t), name)
 	if err != nil {
@@ -403,7 +407,7 @@ func TestDestroyLooksForWhatIsLeft(t *testing.T) {
 
 // A key that is held for too long does not keep a life from ending, and is gone with it.
 func TestKeyHeldForTooLong(t *testing.T) {
-	cfg := softHSM(t)
+	cfg := freshToken(t)
 	token := open(t, cfg)
 	token.limits.held = 50 * time.Millisecond
 	key, err := token.Create(bounded(t), uuid.NewString())
@@ -449,7 +453,7 @@ func TestCallThatDoesNotReturn(t *testing.T) {
 }
 
 func TestRecycles(t *testing.T) {
-	cfg := softHSM(t)
+	cfg := freshToken(t)
 	cfg.RecycleKeys, cfg.Generations = 2, 2
 	token := open(t, cfg)
 	item := orgkey.Sealed{Binding: orgkey.Binding{Org: "acme", ID: "one"}}
@@ -489,7 +493,7 @@ func TestRecycles(t *testing.T) {
 }
 
 func TestRecyclesByAge(t *testing.T) {
-	cfg := softHSM(t)
+	cfg := freshToken(t)
 	cfg.RecycleAge = time.Nanosecond
 	token := open(t, cfg)
 	before := bytes.Clone(token.life.wrapping)
@@ -505,7 +509,7 @@ func TestRecyclesByAge(t *testing.T) {
 }
 
 func TestClosedTokenIsUnavailable(t *testing.T) {
-	token, err := Open(t.Context(), softHSM(t))
+	token, err := Open(t.Context(), freshToken(t))
 	if err != nil {
 		t.Fatal(err)
 	}

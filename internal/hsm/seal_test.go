@@ -4,6 +4,8 @@ package hsm
 
 import (
 	"errors"
+	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/miekg/pkcs11"
@@ -21,6 +23,18 @@ func inToken(t *testing.T, cfg Config, f func(lib *module, h pkcs11.SessionHandl
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// lookUpSealingKey returns the AES key that has the sealing key's label.
+func lookUpSealingKey(lib *module, h pkcs11.SessionHandle) (pkcs11.ObjectHandle, error) {
+	found, err := find(lib, h, 2, pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_LABEL, sealKeyLabel))
+	if err == nil && len(found) != 1 {
+		err = fmt.Errorf("%d keys have the label %s", len(found), sealKeyLabel)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return found[0], nil
 }
 
 func removeSealingKey(t *testing.T, lib *module, h pkcs11.SessionHandle) {
@@ -138,5 +152,35 @@ func TestModuleTroubleIsNotABrokenRecord(t *testing.T) {
 	_, err = token.Open(bounded(t), []orgkey.Sealed{{Binding: b, Ciphertext: sealed}})
 	if !errors.Is(err, orgkey.ErrUnavailable) || errors.Is(err, orgkey.ErrSealBroken) {
 		t.Errorf("Open: %v, want ErrUnavailable", err)
+	}
+}
+
+// A token that does not have what is needed is left as it was.
+func TestNothingLastingIsMadeWithoutTheMechanisms(t *testing.T) {
+	cfg := freshToken(t)
+	before := 0
+	count := func(n *int) func(*module, pkcs11.SessionHandle) {
+		return func(lib *module, h pkcs11.SessionHandle) {
+			found, err := find(lib, h, 100, pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true))
+			if err != nil {
+				t.Fatal(err)
+			}
+			*n = len(found)
+		}
+	}
+	inToken(t, cfg, count(&before))
+	cfg.CreateSealingKey, cfg.noWrap = true, true
+	token, err := Open(t.Context(), cfg)
+	var lacks *LacksError
+	if !errors.As(err, &lacks) || !strings.Contains(err.Error(), "private keys wrapped") {
+		t.Errorf("Open: %v, want a LacksError that names it", err)
+	}
+	if err == nil {
+		_ = token.Close()
+	}
+	after := 0
+	inToken(t, cfg, count(&after))
+	if after != before {
+		t.Errorf("%d objects in the token, there were %d", after, before)
 	}
 }

@@ -67,7 +67,7 @@ func TestHalfACheckpointKeyIsMadeAnew(t *testing.T) {
 		t.Fatal(err)
 	}
 	inToken(t, cfg, func(lib *module, h pkcs11.SessionHandle) {
-		private, err := findCheckpointKey(lib, h, pkcs11.CKO_PRIVATE_KEY)
+		private, err := find(lib, h, 2, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), pkcs11.NewAttribute(pkcs11.CKA_LABEL, checkpointKeyLabel))
 		if err != nil || len(private) != 1 {
 			t.Fatal(private, err)
 		}

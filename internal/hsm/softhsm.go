@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/miekg/pkcs11"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -61,8 +62,8 @@ func FindSoftHSM() (string, error) {
 //
 // The token is complete before it is given the name tokens, on disk too, and
 // everything before that is begun again after a crash. The security officer's
-// PIN is forgotten: nobody reinitialises this token. dir must not be used
-// by two processes at once. It sets SOFTHSM2_CONF for this process.
+// PIN is forgotten: nobody reinitialises this token. Of processes that do this in
+// one directory at once, one makes the token. It sets SOFTHSM2_CONF for this process.
 func InitSoftHSM(dir string) (cfg Config, created bool, err error) {
 	module, err := FindSoftHSM()
 	if err != nil {
@@ -75,6 +76,11 @@ func InitSoftHSM(dir string) (cfg Config, created bool, err error) {
 	if strings.ContainsAny(dir, "#=\r\n") {
 		return Config{}, false, fmt.Errorf("SoftHSM cannot keep a token under %q: the path has one of #, = or a line's end", dir)
 	}
+	unlock, err := lockDir(dir)
+	if err != nil {
+		return Config{}, false, fmt.Errorf("locating the token: %w", err)
+	}
+	defer unlock()
 	tokens := filepath.Join(dir, softHSMTokens)
 	switch _, err := os.Stat(tokens); {
 	case errors.Is(err, fs.ErrNotExist):
@@ -91,6 +97,18 @@ func InitSoftHSM(dir string) (cfg Config, created bool, err error) {
 	}
 	cfg, err = LocateSoftHSM(dir)
 	return cfg, created, err
+}
+
+// lockDir waits until no other process makes or restores a token under dir.
+func lockDir(dir string) (unlock func(), err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return func() { _ = f.Close() }, nil // it was only locked
 }
 
 func ownToken(module, dir string) Config {
@@ -259,7 +277,7 @@ func initToken(cfg Config, pin []byte) (err error) {
 	if err := lib.InitToken(slots[0], string(so), cfg.TokenLabel); err != nil {
 		return fmt.Errorf("initialising the token: %w", err)
 	}
-	slot, err := findToken(lib, cfg.TokenLabel)
+	slot, err := cfg.findToken(lib)
 	if err != nil {
 		return err
 	}
@@ -279,7 +297,7 @@ func initToken(cfg Config, pin []byte) (err error) {
 	if err := lib.Login(h, pkcs11.CKU_USER, string(pin)); err != nil {
 		return fmt.Errorf("logging in: %w", err)
 	}
-	_, err = createSealingKey(lib, h)
+	_, err = generateSealingKey(lib, h, formatGCM, sealKeyLabel, newKeyID(), true)
 	return err
 }
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -126,7 +127,7 @@ func TestInitSoftHSMAfterACrash(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			lib := begin(t, module)
+			lib := begin(t, Config{Module: module})
 			defer func() { _ = lib.Finalize() }()
 			if err := lib.InitToken(0, "forgotten", softHSMLabel); err != nil {
 				t.Fatal(err)
@@ -363,5 +364,25 @@ func TestPINFile(t *testing.T) {
 	}
 	if _, err := readPIN(t.TempDir()); err == nil {
 		t.Error("a directory was read")
+	}
+}
+
+// A server and a command that start for the first time in one directory, at once.
+func TestOneTokenIsMadeByProcessesAtOnce(t *testing.T) {
+	for range 3 {
+		dir := t.TempDir()
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				if out, err := childCommand(t, "init", dir).CombinedOutput(); err != nil {
+					t.Errorf("%v\n%s", err, out)
+				}
+			})
+		}
+		wg.Wait()
+		if made, err := filepath.Glob(filepath.Join(dir, softHSMTokens, "*")); err != nil || len(made) != 1 {
+			t.Errorf("%d tokens, %v", len(made), err)
+		}
+		checkUsable(t, dir)
 	}
 }

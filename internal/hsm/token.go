@@ -3,6 +3,7 @@
 package hsm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -29,7 +30,12 @@ type Token struct {
 	lib     *module
 	pin     []byte // the newest that was accepted, should its file go away
 	courier *courier
+	format  byte   // of a sealing key that is made
+	sealID  []byte // the sealing key's CKA_ID
 	probe   []byte // a sealed value, made at Open: opens under the sealing key of then
+
+	signing sync.Mutex // guards signID
+	signID  []byte     // the checkpoint key's CKA_ID; nil: not known yet
 
 	mu       sync.Mutex
 	life     *life    // nil: none is usable
@@ -51,22 +57,20 @@ var (
 // those that keep a private key from ever being readable are not among them. A
 // process has one Token for a module at a time.
 func Open(ctx context.Context, cfg Config) (*Token, error) {
-	t := &Token{cfg: withDefaults(cfg), limits: defaultLimits()}
-	if cfg.AttemptFile == "" {
-		return nil, errors.New("opening the token: no file is named in which a refused PIN is remembered")
-	}
-	lib, err := load(cfg.Module)
+	t, err := newToken(cfg)
 	if err != nil {
 		return nil, err
 	}
-	t.lib = lib
 	type begun struct {
 		l   *life
 		err error
 	}
 	done := make(chan begun, 1)
 	go func() {
-		l, err := t.begin()
+		l, err := t.begin(ctx)
+		if errors.Is(err, ErrNoSealingKey) && t.sealID != nil {
+			l, err = t.begin(ctx) // SoftHSM may miss for good what another process made; a new life reads anew
+		}
 		done <- begun{l, err}
 	}()
 	select {
@@ -88,6 +92,23 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	}
 }
 
+// newToken loads the module.
+func newToken(cfg Config) (*Token, error) {
+	if cfg.AttemptFile == "" {
+		return nil, errors.New("opening the token: no file is named in which a refused PIN is remembered")
+	}
+	pin, err := readPIN(cfg.PINFile) // before a library is loaded that may print or wait
+	if err != nil {
+		return nil, err
+	}
+	clear(pin)
+	lib, err := load(cfg.Module)
+	if err != nil {
+		return nil, err
+	}
+	return &Token{cfg: withDefaults(cfg), limits: defaultLimits(), lib: lib}, nil
+}
+
 func withDefaults(cfg Config) Config {
 	if cfg.Generations <= 0 {
 		cfg.Generations = runtime.NumCPU()
@@ -101,6 +122,15 @@ func withDefaults(cfg Config) Config {
 	if cfg.RecycleAge <= 0 {
 		cfg.RecycleAge = defaultRecycleAge
 	}
+	if cfg.KeyLabel == "" {
+		cfg.KeyLabel = sealKeyLabel
+	}
+	if cfg.Register == nil {
+		cfg.Register = alone{}
+	}
+	if cfg.ChangeNothing {
+		cfg.Register = onlyRead{cfg.Register}
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -109,6 +139,9 @@ func withDefaults(cfg Config) Config {
 
 // Capacity is the number of keys that the token generates at once.
 func (t *Token) Capacity() int { return t.cfg.Generations }
+
+// SealingKeyID is the CKA_ID of the sealing key in use.
+func (t *Token) SealingKeyID() []byte { return bytes.Clone(t.sealID) }
 
 // Healthy reports whether the token is there, logged in to, and answers. If the
 // library has lost it a renewal begins and Healthy waits for it.
@@ -333,6 +366,8 @@ func (t *Token) replace(old *life) (ended bool, l *life, err error) {
 			return false, nil, err
 		}
 	}
-	l, err = t.begin()
+	ctx, cancel := context.WithTimeout(context.Background(), t.limits.generate)
+	defer cancel()
+	l, err = t.begin(ctx)
 	return true, l, err
 }

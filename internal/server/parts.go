@@ -67,7 +67,8 @@ func openHSM(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB
 	if err != nil {
 		return backend{}, err
 	}
-	hc := hsm.Config{Module: cfg.PKCS11Module, TokenLabel: cfg.TokenLabel, PINFile: cfg.PINFile, AttemptFile: hsm.AttemptFile(dir), CreateSealingKey: !sealed}
+	hc := HSMConfig(cfg, dir)
+	hc.CreateSealingKey = !sealed
 	switch {
 	case cfg.PINFile == "":
 		if _, err := os.Stat(filepath.Join(dir, "tokens")); sealed && errors.Is(err, os.ErrNotExist) {
@@ -80,7 +81,7 @@ func openHSM(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB
 	if err != nil {
 		return backend{}, err
 	}
-	hc.Log = log
+	hc.Log, hc.Register = log, db
 	token, err := hsm.Open(ctx, hc)
 	if errors.Is(err, hsm.ErrNoSealingKey) {
 		err = fmt.Errorf("%w, and the database holds records sealed by another: this is not the token that they belong to", err)
@@ -99,6 +100,16 @@ func openHSM(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB
 		reap:   func(context.Context) error { return nil }, // session objects go with their process
 		close:  token.Close,
 	}, nil
+}
+
+// HSMConfig is the token that cfg names.
+func HSMConfig(cfg config.Config, dir string) hsm.Config {
+	t := cfg.Token
+	return hsm.Config{
+		Module: cfg.PKCS11Module, InitArgs: t.InitArgs, PINFile: cfg.PINFile, AttemptFile: hsm.AttemptFile(dir),
+		TokenLabel: t.Label, TokenSerial: t.Serial, TokenManufacturer: t.Manufacturer, TokenModel: t.Model, Slot: t.Slot,
+		KeyLabel: t.KeyLabel, KeyID: t.KeyID,
+	}
 }
 
 // openVaultClient logs in to Vault and refuses one that is not set up as it must be.

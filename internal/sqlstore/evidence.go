@@ -83,9 +83,16 @@ func (d *DB) SealedCheckpointKey(ctx context.Context) (sealed []byte, err error)
 }
 
 // KeepCheckpointKey stores a checkpoint key's verifier key, with its sealed
-// private half where that is kept here. One that is known stays as it is.
+// private half where that is kept here. One that is known stays as it is, and of
+// those that replicas make at once with a sealed half one stays.
 func (d *DB) KeepCheckpointKey(ctx context.Context, vkey string, sealed []byte) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		if sealed != nil {
+			n, err := exec(ctx, tx, "INSERT INTO token_keys (purpose, cka_id) VALUES ('sealed checkpoint', $1) ON CONFLICT DO NOTHING", vkey)
+			if err != nil || n == 0 {
+				return err
+			}
+		}
 		_, err := exec(ctx, tx, "INSERT INTO checkpoint_keys (vkey, sealed) VALUES ($1, $2) ON CONFLICT DO NOTHING", vkey, sealed)
 		return err
 	})
