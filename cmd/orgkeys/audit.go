@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -197,7 +195,7 @@ func gatherEvidence(cfg config.Config, g given) (*verify.Copy, bool, error) {
 	independent := sink != "" || checkpoint != ""
 	if sink == "" {
 		sink = cfg.AuditFile
-		outside, err := outsideOf(cfg.DataDir, sink)
+		outside, err := server.SinkOutside(cfg)
 		if err != nil {
 			return nil, false, err
 		}
@@ -243,33 +241,6 @@ func unlessGiven(keys []string) string {
 		return "; that its key is genuine is the database's word, for no --key was given"
 	}
 	return ""
-}
-
-// outsideOf reports whether file lies outside dir, links resolved, its own too.
-func outsideOf(dir, file string) (bool, error) {
-	dir, err := resolve(dir)
-	if err != nil {
-		return false, err
-	}
-	place, err := resolve(file)
-	if errors.Is(err, os.ErrNotExist) {
-		place, err = resolve(filepath.Dir(file))
-	}
-	if errors.Is(err, os.ErrNotExist) {
-		return true, nil // and so opening it says
-	}
-	if err != nil {
-		return false, err
-	}
-	return place != dir && !strings.HasPrefix(place, dir+string(filepath.Separator)), nil
-}
-
-func resolve(path string) (string, error) {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return "", err
-	}
-	return filepath.EvalSymlinks(path)
 }
 
 func newAuditList() *cobra.Command {

@@ -481,6 +481,9 @@ func (d *doctor) clock(whose string, ahead, tolerated time.Duration) {
 }
 
 func (d *doctor) sinks(ctx context.Context, db *sqlstore.DB, sinks []audit.Sink) {
+	if inside, err := server.OnlySinkInside(d.cfg); err == nil && inside {
+		d.warn("audit sinks", server.OnlySinkRemedy, "%s", server.OnlySinkProblem)
+	}
 	for _, sink := range sinks {
 		name := "sink " + sink.Name()
 		// Asking the file sink would create the file, and mend a torn line.

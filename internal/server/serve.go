@@ -85,6 +85,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	if err != nil {
 		return err
 	}
+	warnOfOnlySink(cfg, log)
 	trail := audit.NewLog(db, log, sinks...)
 	if err := checkSinks(starting, trail, log); err != nil {
 		return err
