@@ -17,3 +17,18 @@ path "orgkeys/keys/+/config" {
     "deletion_allowed" = [true]
   }
 }
+
+path "orgkeys-sealed/keys" {
+  capabilities = ["list"]
+}
+
+path "orgkeys-sealed/keys/+" {
+  capabilities = ["read", "delete"]
+}
+
+path "orgkeys-sealed/keys/+/config" {
+  capabilities       = ["update"]
+  allowed_parameters = {
+    "deletion_allowed" = [true]
+  }
+}

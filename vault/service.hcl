@@ -23,6 +23,39 @@ path "orgkeys/export/encryption-key/+/1" {
   capabilities = ["read"]
 }
 
+# Keys that leave only wrapped to a recipient's public key, and those recipients:
+# each is there for a fraction of a second, under a random name. No other way out
+# is allowed, nor another hash than Transit's default, SHA-256.
+path "orgkeys-sealed/keys/+" {
+  capabilities       = ["read", "update", "delete"]
+  allowed_parameters = {
+    "type"       = ["rsa-2048"]
+    "exportable" = [true]
+  }
+}
+
+path "orgkeys-sealed/keys/+/import" {
+  capabilities       = ["update"]
+  allowed_parameters = {
+    "type"       = ["rsa-2048", "rsa-3072", "rsa-4096"]
+    "public_key" = []
+  }
+}
+
+path "orgkeys-sealed/keys/+/config" {
+  capabilities       = ["update"]
+  allowed_parameters = {
+    "deletion_allowed" = [true]
+  }
+}
+
+path "orgkeys-sealed/byok-export/+/+/1" {
+  capabilities      = ["read"]
+  denied_parameters = {
+    "hash" = []
+  }
+}
+
 # Sealing. Not "create": with it, Transit would make a missing key silently.
 path "orgkeys-seal/encrypt/seal" {
   capabilities = ["update"]
@@ -64,6 +97,10 @@ path "sys/mounts/orgkeys/tune" {
   capabilities = ["read"]
 }
 
+path "sys/mounts/orgkeys-sealed/tune" {
+  capabilities = ["read"]
+}
+
 path "sys/mounts/orgkeys-seal/tune" {
   capabilities = ["read"]
 }
@@ -73,6 +110,12 @@ path "sys/mounts/orgkeys-audit/tune" {
 }
 
 path "sys/mounts/orgkeys-state/tune" {
+  capabilities = ["read"]
+}
+
+# Whether the server that answers runs with disable_cache. Vault leaves secrets
+# out of what it shows here.
+path "sys/config/state/sanitized" {
   capabilities = ["read"]
 }
 

@@ -14,6 +14,10 @@ path "sys/mounts/orgkeys" {
   capabilities = ["create", "update"]
 }
 
+path "sys/mounts/orgkeys-sealed" {
+  capabilities = ["create", "update"]
+}
+
 path "sys/mounts/orgkeys-seal" {
   capabilities = ["create", "update"]
 }
@@ -30,6 +34,10 @@ path "sys/mounts/orgkeys/tune" {
   capabilities = ["read", "create", "update"]
 }
 
+path "sys/mounts/orgkeys-sealed/tune" {
+  capabilities = ["read", "create", "update"]
+}
+
 path "sys/mounts/orgkeys-seal/tune" {
   capabilities = ["read", "create", "update"]
 }
@@ -43,6 +51,10 @@ path "sys/mounts/orgkeys-state/tune" {
 }
 
 path "orgkeys/config/keys" {
+  capabilities = ["read", "create", "update"]
+}
+
+path "orgkeys-sealed/config/keys" {
   capabilities = ["read", "create", "update"]
 }
 

@@ -30,14 +30,31 @@ type statusError struct {
 	request  request
 	status   int
 	messages []string
-	foreign  bool // not of Vault's form: it comes from something in between
+	foreign  bool   // not of Vault's form: it comes from something in between
+	location string // of a redirect that was not followed
 }
 
 func newStatusError(r request, refused *api.ResponseError) *statusError {
-	return &statusError{r, refused.StatusCode, refused.Errors, refused.RawError}
+	return &statusError{request: r, status: refused.StatusCode, messages: refused.Errors, foreign: refused.RawError}
 }
 
+// newRedirectError names the host of a redirect and nothing else of its place,
+// which may hold what the caller should not log.
+func newRedirectError(r request, answer *http.Response) *statusError {
+	host := "no place that can be read"
+	if u, err := answer.Location(); err == nil && u.Host != "" {
+		host = u.Scheme + "://" + u.Host
+	}
+	return &statusError{request: r, status: answer.StatusCode, foreign: true, location: host}
+}
+
+func redirect(status int) bool { return status >= 300 && status < 400 }
+
 func (e *statusError) Error() string {
+	if redirect(e.status) {
+		return fmt.Sprintf("Vault answered %s %s with %d, a redirect to %s, which is not followed: lead VAULT_ADDR to the active node, "+
+			"by a load balancer that asks sys/health, and see that every node's api_addr is reachable from here", e.request.method, e.request.path, e.status, e.location)
+	}
 	return fmt.Sprintf("Vault answered %s %s with %d: %s", e.request.method, e.request.path, e.status, strings.Join(e.messages, "; "))
 }
 
@@ -86,6 +103,20 @@ func correlated(ctx context.Context, fallback string) context.Context {
 	return WithCorrelation(ctx, fallback)
 }
 
+type onceKey struct{}
+
+// once returns a context whose calls are not sent again after a failure. The
+// exception is do's, after Vault refused one without doing it.
+func once(ctx context.Context) context.Context { return context.WithValue(ctx, onceKey{}, true) }
+
+// again is the client's policy of repeating calls.
+func again(ctx context.Context, answer *http.Response, err error) (bool, error) {
+	if ctx.Value(onceKey{}) != nil {
+		return false, err
+	}
+	return api.DefaultRetryPolicy(ctx, answer, err)
+}
+
 // request is one call. Its body is JSON.
 type request struct {
 	method string
@@ -95,8 +126,10 @@ type request struct {
 }
 
 type response struct {
-	body []byte
-	date time.Time // by Vault's clock; zero if it gave none
+	status int
+	body   []byte
+	header http.Header
+	date   time.Time // by Vault's clock; zero if it gave none
 }
 
 // do sends r with the current token. A token that Vault no longer accepts is
@@ -135,9 +168,18 @@ func (c *Client) accepted(ctx context.Context, s *session) (bool, error) {
 func (c *Client) send(ctx context.Context, s *session, r request) (response, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.config.CallTimeout)
 	defer cancel()
-	raw, err := dispatch(ctx, s.api, r)
+	return ask(ctx, s.api, r)
+}
+
+// ask makes one call. Every call to Vault but a token's renewal goes through it,
+// since the Vault client takes a redirect that it does not follow for a success.
+func ask(ctx context.Context, client *api.Client, r request) (response, error) {
+	raw, err := dispatch(ctx, client, r)
 	if raw != nil {
 		defer raw.Body.Close()
+		if redirect(raw.StatusCode) {
+			return response{}, newRedirectError(r.plain(), raw.Response)
+		}
 	}
 	var refused *api.ResponseError
 	if err != nil && !errors.As(err, &refused) {
@@ -145,9 +187,9 @@ func (c *Client) send(ctx context.Context, s *session, r request) (response, err
 	}
 	body, readErr := readAll(raw.Body)
 	date, _ := http.ParseTime(raw.Header.Get("Date"))
-	answer := response{body, date}
+	answer := response{raw.StatusCode, body, raw.Header, date}
 	if refused != nil {
-		return answer, newStatusError(request{method: r.method, path: r.path}, refused)
+		return answer, newStatusError(r.plain(), refused)
 	}
 	if readErr != nil {
 		clear(body)
@@ -155,6 +197,9 @@ func (c *Client) send(ctx context.Context, s *session, r request) (response, err
 	}
 	return answer, nil
 }
+
+// plain is r without what may be secret.
+func (r request) plain() request { return request{method: r.method, path: r.path} }
 
 func dispatch(ctx context.Context, client *api.Client, r request) (*api.Response, error) {
 	id, _ := ctx.Value(correlationKey{}).(string)

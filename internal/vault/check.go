@@ -50,19 +50,17 @@ func failed(cause error, remedy, problem string, args ...any) Finding {
 }
 
 const (
-	runSetup    = "run vault/setup against this Vault"
-	mendLogin   = "check the role ID and secret ID files, or the token file; vault/setup --credentials makes new ones"
-	lockedOut   = "see that the login is enabled where it is expected, and that the role ID is not locked out after refused logins: \"vault read sys/locked-users\" shows it, \"vault write -f sys/locked-users/ACCESSOR/unlock/ROLE_ID\" ends it, and vault/setup turns that lockout off"
-	slowVault   = "Vault is slow or unavailable: see its load and its own log"
-	restore     = runSetup + ", unless orgkeys has used this Vault before: then restore Vault from its backup, for nothing else has the keys"
-	twoPolicies = "give the token the policies orgkeys-service and orgkeys-reaper of vault/setup and no other"
+	runSetup       = "run vault/setup against this Vault"
+	mendLogin      = "check the role ID and secret ID files, or the token file; vault/setup --credentials makes new ones"
+	lockedOut      = "see that the login is enabled where it is expected, and that the role ID is not locked out after refused logins: \"vault read sys/locked-users\" shows it, \"vault write -f sys/locked-users/ACCESSOR/unlock/ROLE_ID\" ends it, and vault/setup turns that lockout off"
+	leadPastCache  = "lead VAULT_ADDR, or VAULT_AGENT_ADDR where that is set, past the cache to Vault itself; or take \"cache {}\" out of the Agent's configuration; or have the Agent log in, too, and set ORGKEYS_VAULT_AUTH=token_file"
+	boundAddresses = "see token_bound_cidrs of the role, by \"vault read auth/approle/role/orgkeys\": the token may be used from those addresses only, as Vault sees them behind proxies"
+	slowVault      = "Vault is slow or unavailable: see its load and its own log"
+	restore        = runSetup + ", unless orgkeys has used this Vault before: then restore Vault from its backup, for nothing else has the keys"
+	twoPolicies    = "give the token the policies orgkeys-service and orgkeys-reaper of vault/setup and no other"
 )
 
 // Check looks at all that the service relies on in Vault. It changes nothing.
-//
-// A server with disable_cache=true is not found: only its configuration tells,
-// which the service must not read, so vault/setup looks. It would not break
-// orgkeys, which uses no byok-export.
 func (c *Client) Check(ctx context.Context) []Finding {
 	if found := c.checkSeal(ctx); len(found) > 0 {
 		return found
@@ -72,13 +70,13 @@ func (c *Client) Check(ctx context.Context) []Finding {
 	}
 	switch _, err := c.token(ctx); {
 	case errors.Is(err, ErrLogin):
-		return []Finding{fatal(mendLogin, "%v", err)}
+		return []Finding{fatal(loginRemedy(err), "%v", err)}
 	case errors.Is(err, ErrDenied):
 		return []Finding{fatal(twoPolicies, "the token may not even look at itself: %v", err)}
 	case err != nil:
 		return []Finding{fatal("see that every audit device can be written, and what Vault's own log says", "Vault does not answer an audited call: %v", err)}
 	}
-	return together(ctx, c.checkTrail, c.checkKeys, c.checkToken, c.checkPolicyTexts, c.checkCapabilities, c.checkLeftBehind)
+	return together(ctx, c.checkTrail, c.checkPlain, c.checkCache, c.checkKeys, c.checkToken, c.checkPolicyTexts, c.checkCapabilities, c.checkLeftBehind)
 }
 
 // together runs checks at the same time, so that a slow Vault delays the start
@@ -201,20 +199,16 @@ func (c *Client) checkSeal(ctx context.Context) []Finding {
 // clear, and keys and secrets not.
 func (c *Client) checkTrail(ctx context.Context) []Finding {
 	checks := []func(context.Context) []Finding{c.checkAudit}
-	for _, m := range []inClear{{keysMount, nil}, {sealMount, nil}, {auditMount, []string{"event"}}, {stateMount, []string{"checkpoint"}}} {
+	for _, m := range []inClear{{keysMount, nil}, {sealedMount, nil}, {sealMount, nil}, {auditMount, []string{"event"}}, {stateMount, []string{"checkpoint"}}} {
 		checks = append(checks, func(ctx context.Context) []Finding { return c.checkClear(ctx, m) })
 	}
 	return together(ctx, checks...)
 }
 
 func (c *Client) checkAudit(ctx context.Context) []Finding {
-	answer, err := c.do(ctx, request{method: http.MethodGet, path: "sys/audit"})
+	devices, err := c.devices(ctx)
 	if err != nil {
 		return []Finding{failed(err, runSetup+", which lets the service list the audit devices", "cannot tell whether Vault has an audit device")}
-	}
-	devices, err := data[map[string]device](answer.body)
-	if err != nil {
-		return []Finding{failed(err, runSetup, "cannot tell whether Vault has an audit device")}
 	}
 	const enable = "vault audit enable file file_path=/var/log/vault/audit.log"
 	if len(devices) == 0 {
@@ -238,6 +232,40 @@ func (c *Client) checkAudit(ctx context.Context) []Finding {
 	return found
 }
 
+// checkPlain warns unless some device writes what "audit verify" can read. The
+// service works without, so that nobody would miss it before an audit.
+func (c *Client) checkPlain(ctx context.Context) []Finding {
+	devices, err := c.devices(ctx)
+	if err != nil || len(devices) == 0 {
+		return nil // checkAudit's to say
+	}
+	for _, d := range devices {
+		if d.plain() {
+			return nil
+		}
+	}
+	return []Finding{{Problem: "no audit device of Vault writes plain JSON, so \"orgkeys audit verify --vault-audit\" cannot compare the log with what Vault recorded",
+		Remedy: "enable one besides: vault audit enable -path=plain file file_path=/var/log/vault/audit-plain.log"}}
+}
+
+func (c *Client) checkCache(ctx context.Context) []Finding {
+	switch err := c.cached(ctx); {
+	case errors.Is(err, orgkey.ErrSealedUnavailable):
+		return []Finding{fatal("take disable_cache out of the configuration of every node of this Vault, and restart it", "%v", err)}
+	case err != nil:
+		return []Finding{failed(err, runSetup, "cannot tell whether Vault's cache is enabled")}
+	}
+	return nil
+}
+
+func (c *Client) devices(ctx context.Context) (map[string]device, error) {
+	answer, err := c.do(ctx, request{method: http.MethodGet, path: "sys/audit"})
+	if err != nil {
+		return nil, err
+	}
+	return data[map[string]device](answer.body)
+}
+
 // device is what Vault says of an audit device.
 type device struct {
 	Type    string            `json:"type"`
@@ -250,6 +278,17 @@ func (d device) discards() bool {
 	return d.Type == "file" && (strings.EqualFold(path, "discard") || filepath.Clean(path) == os.DevNull)
 }
 
+// plain reports whether the device writes JSON lines and nothing else: no other
+// format, nothing before an entry, and every entry. What syslog gets, or whoever
+// captures standard output, is mixed with theirs.
+func (d device) plain() bool {
+	o := d.Options
+	if cmp.Or(o["format"], "json") != "json" || o["prefix"]+o["filter"]+o["exclude"] != "" || d.discards() {
+		return false
+	}
+	return d.Type == "socket" || d.Type == "file" && cmp.Or(o["file_path"], o["path"]) != "stdout"
+}
+
 // standingKey is what Transit says of a key that stays.
 type standingKey struct {
 	Type            string `json:"type"`
@@ -257,6 +296,7 @@ type standingKey struct {
 	Exportable      bool   `json:"exportable"`
 	DeletionAllowed bool   `json:"deletion_allowed"`
 	PlaintextBackup bool   `json:"allow_plaintext_backup"`
+	AutoRotate      int64  `json:"auto_rotate_period"` // seconds; 0: never
 }
 
 func (c *Client) checkKeys(ctx context.Context) []Finding {
@@ -290,11 +330,21 @@ func (c *Client) checkKey(path string, want standingKey) func(context.Context) [
 		if err != nil {
 			return []Finding{failed(err, runSetup, "%s cannot be read", path)}
 		}
+		if got.AutoRotate > 0 {
+			return []Finding{{Problem: fmt.Sprintf("%s rotates by itself every %s", path, time.Duration(got.AutoRotate)*time.Second),
+				Remedy: rotating[path] + "; or take it off: vault write " + path + "/config auto_rotate_period=0"}}
+		}
 		if got != want {
 			return []Finding{fatal("find out who made or changed it; vault/setup makes a sound one on a fresh mount", "%s is %+v, not %+v", path, got, want)}
 		}
 		return nil
 	}
+}
+
+// rotating is what each rotation of a key asks of an operator.
+var rotating = map[string]string{
+	sealKey:    "after each rotation back Vault up and run \"orgkeys rewrap\"",
+	receiptKey: "after each rotation deposit what \"orgkeys audit key\" prints besides",
 }
 
 // inClear is which fields of a mount's requests the audit devices record in
@@ -330,28 +380,35 @@ const sampleKey = "00000000-0000-4000-8000-000000000000"
 // granted are the capabilities that the service has, on every path that its
 // policies name.
 var granted = map[string][]string{
-	"orgkeys/keys":                                      {"list"},
-	"orgkeys/keys/" + sampleKey:                         {"delete", "read", "update"},
-	"orgkeys/keys/" + sampleKey + "/config":             {"update"},
-	"orgkeys/export/encryption-key/" + sampleKey + "/1": {"read"},
-	"orgkeys-seal/encrypt/seal":                         {"update"},
-	"orgkeys-seal/decrypt/seal":                         {"update"},
-	"orgkeys-seal/rewrap/seal":                          {"update"},
-	"orgkeys-seal/keys/seal":                            {"read"},
-	"orgkeys-audit/sign/receipt":                        {"update"},
-	"orgkeys-audit/keys/receipt":                        {"read"},
-	"orgkeys-state/data/checkpoint":                     {"create", "read", "update"},
-	"sys/audit":                                         {"read", "sudo"},
-	"sys/mounts/orgkeys/tune":                           {"read"},
-	"sys/mounts/orgkeys-seal/tune":                      {"read"},
-	"sys/mounts/orgkeys-audit/tune":                     {"read"},
-	"sys/mounts/orgkeys-state/tune":                     {"read"},
-	"sys/policies/acl/orgkeys-service":                  {"read"},
-	"sys/policies/acl/orgkeys-reaper":                   {"read"},
-	"sys/capabilities-self":                             {"update"},
-	"auth/token/lookup-self":                            {"read"},
-	"auth/token/renew-self":                             {"update"},
-	"auth/token/revoke-self":                            {"update"},
+	"orgkeys/keys":                                                     {"list"},
+	"orgkeys/keys/" + sampleKey:                                        {"delete", "read", "update"},
+	"orgkeys/keys/" + sampleKey + "/config":                            {"update"},
+	"orgkeys/export/encryption-key/" + sampleKey + "/1":                {"read"},
+	"orgkeys-sealed/keys":                                              {"list"},
+	"orgkeys-sealed/keys/" + sampleKey:                                 {"delete", "read", "update"},
+	"orgkeys-sealed/keys/" + sampleKey + "/config":                     {"update"},
+	"orgkeys-sealed/keys/" + sampleKey + "/import":                     {"update"},
+	"orgkeys-sealed/byok-export/" + sampleKey + "/" + sampleKey + "/1": {"read"},
+	"orgkeys-seal/encrypt/seal":                                        {"update"},
+	"orgkeys-seal/decrypt/seal":                                        {"update"},
+	"orgkeys-seal/rewrap/seal":                                         {"update"},
+	"orgkeys-seal/keys/seal":                                           {"read"},
+	"orgkeys-audit/sign/receipt":                                       {"update"},
+	"orgkeys-audit/keys/receipt":                                       {"read"},
+	"orgkeys-state/data/checkpoint":                                    {"create", "read", "update"},
+	"sys/audit":                                                        {"read", "sudo"},
+	"sys/mounts/orgkeys/tune":                                          {"read"},
+	"sys/mounts/orgkeys-sealed/tune":                                   {"read"},
+	"sys/mounts/orgkeys-seal/tune":                                     {"read"},
+	"sys/config/state/sanitized":                                       {"read"},
+	"sys/mounts/orgkeys-audit/tune":                                    {"read"},
+	"sys/mounts/orgkeys-state/tune":                                    {"read"},
+	"sys/policies/acl/orgkeys-service":                                 {"read"},
+	"sys/policies/acl/orgkeys-reaper":                                  {"read"},
+	"sys/capabilities-self":                                            {"update"},
+	"auth/token/lookup-self":                                           {"read"},
+	"auth/token/renew-self":                                            {"update"},
+	"auth/token/revoke-self":                                           {"update"},
 }
 
 // denied are paths that the service never needs, one for each way of getting
@@ -363,6 +420,15 @@ var denied = []string{
 	"orgkeys/backup/" + sampleKey, "orgkeys/restore", "orgkeys/restore/" + sampleKey,
 	"orgkeys/keys/" + sampleKey + "/rotate", "orgkeys/keys/" + sampleKey + "/import", "orgkeys/keys/" + sampleKey + "/trim",
 	"orgkeys/encrypt/" + sampleKey, "orgkeys/decrypt/" + sampleKey, "orgkeys/sign/" + sampleKey, "orgkeys/config/keys", "orgkeys/cache-config",
+	"orgkeys-sealed/export/encryption-key/" + sampleKey, "orgkeys-sealed/export/encryption-key/" + sampleKey + "/1",
+	"orgkeys-sealed/export/signing-key/" + sampleKey + "/1", "orgkeys-sealed/export/hmac-key/" + sampleKey + "/1",
+	"orgkeys-sealed/byok-export/" + sampleKey + "/" + sampleKey, "orgkeys-sealed/byok-export/" + sampleKey + "/" + sampleKey + "/2",
+	"orgkeys-sealed/byok-export/" + sampleKey + "/" + sampleKey + "/latest",
+	"orgkeys-sealed/backup/" + sampleKey, "orgkeys-sealed/restore", "orgkeys-sealed/restore/" + sampleKey,
+	"orgkeys-sealed/sign/" + sampleKey, "orgkeys-sealed/sign/" + sampleKey + "/sha2-256", "orgkeys-sealed/decrypt/" + sampleKey, "orgkeys-sealed/encrypt/" + sampleKey,
+	"orgkeys-sealed/rewrap/" + sampleKey, "orgkeys-sealed/hmac/" + sampleKey, "orgkeys-sealed/datakey/plaintext/" + sampleKey,
+	"orgkeys-sealed/keys/" + sampleKey + "/rotate", "orgkeys-sealed/keys/" + sampleKey + "/trim", "orgkeys-sealed/keys/" + sampleKey + "/import_version",
+	"orgkeys-sealed/keys/" + sampleKey + "/soft-delete", "orgkeys-sealed/config/keys", "orgkeys-sealed/cache-config", "orgkeys-sealed/wrapping_key",
 	"orgkeys-seal/keys", "orgkeys-seal/keys/other", "orgkeys-seal/keys/seal/config", "orgkeys-seal/keys/seal/rotate", "orgkeys-seal/keys/seal/trim",
 	"orgkeys-seal/export/encryption-key/seal", "orgkeys-seal/export/encryption-key/seal/1", "orgkeys-seal/byok-export/seal/seal",
 	"orgkeys-seal/backup/seal", "orgkeys-seal/restore/seal", "orgkeys-seal/datakey/plaintext/seal", "orgkeys-seal/encrypt/other", "orgkeys-seal/config/keys",
@@ -371,8 +437,8 @@ var denied = []string{
 	"orgkeys-state/metadata/checkpoint", "orgkeys-state/metadata", "orgkeys-state/delete/checkpoint", "orgkeys-state/undelete/checkpoint",
 	"orgkeys-state/destroy/checkpoint", "orgkeys-state/config", "orgkeys-state/data/other",
 	"sys/audit/file", "sys/audit-hash/file", "sys/config/auditing/request-headers/x-correlation-id", "sys/config/auditing/request-headers",
-	"sys/mounts", "sys/mounts/orgkeys", "sys/mounts/orgkeys-seal", "sys/mounts/orgkeys-audit", "sys/remount", "sys/raw/core", "sys/seal", "sys/rotate",
-	"sys/policies/acl", "sys/policies/acl/orgkeys-setup", "sys/policy/orgkeys-service", "sys/auth", "sys/auth/approle", "sys/config/state/sanitized",
+	"sys/mounts", "sys/mounts/orgkeys", "sys/mounts/orgkeys-sealed", "sys/mounts/orgkeys-seal", "sys/mounts/orgkeys-audit", "sys/remount", "sys/raw/core", "sys/seal", "sys/rotate",
+	"sys/policies/acl", "sys/policies/acl/orgkeys-setup", "sys/policy/orgkeys-service", "sys/auth", "sys/auth/approle",
 	"auth/approle/role/orgkeys", "auth/approle/role/orgkeys/role-id", "auth/approle/role/orgkeys/secret-id", "auth/approle/role/orgkeys/policies",
 	"auth/token/create", "auth/token/create-orphan", "auth/token/accessors", "identity/entity", "cubbyhole/orgkeys", "secret/data/orgkeys", "transit/keys/orgkeys",
 }
@@ -382,6 +448,7 @@ type token struct {
 	Policies []string `json:"policies"`
 	Identity []string `json:"identity_policies"`
 	NumUses  int      `json:"num_uses"` // 0: no limit
+	Bound    []string `json:"bound_cidrs"`
 }
 
 func (c *Client) token(ctx context.Context) (token, error) {
@@ -405,6 +472,10 @@ func (c *Client) checkToken(ctx context.Context) []Finding {
 	var found []Finding
 	if have.NumUses > 0 {
 		found = append(found, fatal("make tokens without a limit, as vault/setup has the role do", "the token can be used %d times more, and then no more", have.NumUses))
+	}
+	if len(have.Bound) > 0 {
+		found = append(found, Finding{Problem: "the token may be used from " + strings.Join(have.Bound, ", ") + " only, by token_bound_cidrs of its role",
+			Remedy: "see that every replica has such an address, as Vault sees it behind proxies: from any other all its calls are refused"})
 	}
 	names := slices.Compact(slices.Sorted(slices.Values(append(have.Policies, have.Identity...))))
 	if !slices.Equal(names, policies()) {
@@ -494,14 +565,16 @@ func (c *Client) checkLeftBehind(ctx context.Context) []Finding {
 	// The start does not wait for a long list: what was not seen is the reaper's.
 	ctx, cancel := context.WithTimeout(ctx, c.config.CallTimeout)
 	defer cancel()
-	names, err := c.keyNames(ctx)
-	if err != nil {
-		return []Finding{failed(err, runSetup, "the keys in Transit cannot be listed")}
-	}
 	old := 0
-	for _, name := range names {
-		if age, err := c.age(ctx, name); err == nil && age > c.config.ReapGrace {
-			old++
+	for _, mount := range []string{keysMount, sealedMount} {
+		names, err := c.keyNames(ctx, mount)
+		if err != nil {
+			return []Finding{failed(err, runSetup, "the keys in Transit cannot be listed")}
+		}
+		for _, name := range names {
+			if age, err := c.age(ctx, mount+"/keys/"+name); err == nil && age > c.config.ReapGrace {
+				old++
+			}
 		}
 	}
 	if old == 0 {

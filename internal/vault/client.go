@@ -3,14 +3,16 @@
 // audit event before a private key leaves.
 //
 // What it uses in Vault is set up by vault/setup and allowed by
-// vault/service.hcl and vault/reaper.hcl, four mounts each with one purpose:
+// vault/service.hcl and vault/reaper.hcl, five mounts each with one purpose:
 //
-//	orgkeys/        Transit; each key lives there from Create to Destroy only
-//	orgkeys-seal/   Transit; the key "seal" from which a key per binding is derived
-//	orgkeys-audit/  Transit; the key "receipt" that signs audit events
-//	orgkeys-state/  KV version 2; one entry, the newest checkpoint
+//	orgkeys/         Transit; each key lives there from Create to Destroy only
+//	orgkeys-sealed/  Transit; keys that leave it only wrapped, and their recipients
+//	orgkeys-seal/    Transit; the key "seal" from which a key per binding is derived
+//	orgkeys-audit/   Transit; the key "receipt" that signs audit events
+//	orgkeys-state/   KV version 2; one entry, the newest checkpoint
 //
-// Every call to Vault here may be sent twice. A call that failed with a 5xx or
+// Every call to Vault here may be sent twice, but those that make or import
+// what a sealed key needs. A call that failed with a 5xx or
 // a broken connection is repeated once, and one that was refused because the
 // token had ended is repeated after logging in again. That is harmless:
 // reading is; configuring, deleting and writing the checkpoint come out the
@@ -37,10 +39,11 @@ import (
 )
 
 const (
-	keysMount  = "orgkeys"
-	sealMount  = "orgkeys-seal"
-	auditMount = "orgkeys-audit"
-	stateMount = "orgkeys-state"
+	keysMount   = "orgkeys"
+	sealedMount = "orgkeys-sealed"
+	sealMount   = "orgkeys-seal"
+	auditMount  = "orgkeys-audit"
+	stateMount  = "orgkeys-state"
 
 	sealKey       = sealMount + "/keys/seal"
 	receiptKey    = auditMount + "/keys/receipt"
@@ -164,6 +167,7 @@ func newAPI(config Config) (*api.Client, error) {
 	settings.MinRetryWait = minRetryWait
 	settings.MaxRetryWait = maxRetryWait
 	settings.Backoff = retryablehttp.LinearJitterBackoff
+	settings.CheckRetry = again
 	// The client's own timeout would cancel a raw call's context before its
 	// body is read. Every call here brings its own deadline.
 	settings.Timeout = 0

@@ -17,7 +17,7 @@ func (c *Client) Token() string    { return c.current.Load().token }
 func (c *Client) API() *api.Client { return c.current.Load().api }
 
 func FreshKey(body []byte, date time.Time, callTimeout time.Duration) (*rsa.PublicKey, error) {
-	return freshKey(response{body, date}, callTimeout)
+	return freshKey(response{body: body, date: date}, callTimeout)
 }
 
 var PrivateKey = privateKey

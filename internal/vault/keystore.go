@@ -38,6 +38,13 @@ var nameForm = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]
 // is. Creating is a silent upsert there, so somebody else may hold that key.
 var ErrNotFresh = errors.New("no fresh key came of a creation in Transit")
 
+// errForeignForm: a success that Vault does not answer so, and something between
+// orgkeys and Vault does. It quotes nothing: a private key may be in it.
+var errForeignForm = fmt.Errorf("%w: the answer is not of Vault's form", orgkey.ErrUnavailable)
+
+// errNoData: as with errForeignForm, unless the answer is Vault's 404.
+var errNoData = fmt.Errorf("reading Vault's answer: %w: it holds no data", orgkey.ErrUnavailable)
+
 // Keystore makes keys in Transit. It implements orgkey.Keystore.
 type Keystore struct{ c *Client }
 
@@ -70,7 +77,7 @@ func (k *Keystore) Create(ctx context.Context, name string) (orgkey.BackendKey, 
 	answer, err := k.c.do(ctx, request{method: http.MethodPut, path: path, body: []byte(`{"type":"rsa-2048","exportable":true}`)})
 	if err != nil {
 		if errors.Is(err, orgkey.ErrUnavailable) {
-			k.c.abandon(ctx, name)
+			k.c.abandon(ctx, path)
 		}
 		return nil, fmt.Errorf("creating a key: %w", err)
 	}
@@ -78,9 +85,9 @@ func (k *Keystore) Create(ctx context.Context, name string) (orgkey.BackendKey, 
 	if err != nil {
 		return nil, fmt.Errorf("creating a key: %w", err)
 	}
-	if _, err := k.c.do(ctx, request{method: http.MethodPut, path: path + "/config", body: []byte(`{"deletion_allowed":true}`)}); err != nil {
-		k.c.abandon(ctx, name)
-		return nil, fmt.Errorf("allowing a key's deletion: %w", err)
+	if err := k.c.allowDeletion(ctx, path); err != nil {
+		k.c.abandon(ctx, path)
+		return nil, fmt.Errorf("creating a key: %w", err)
 	}
 	return &key{c: k.c, name: name, public: public}, nil
 }
@@ -179,12 +186,12 @@ func privateKey(body []byte) ([]byte, error) {
 	quoted := answer.Data.Keys.First
 	defer clear(quoted)
 	if err != nil || quoted.Kind() != '"' {
-		return nil, errors.New("the answer is not of the expected form")
+		return nil, errForeignForm
 	}
 	text, err := jsontext.AppendUnquote(make([]byte, 0, len(quoted)), quoted)
 	defer clear(text)
 	if err != nil {
-		return nil, errors.New("the answer is not of the expected form")
+		return nil, errForeignForm
 	}
 	block, _ := pem.Decode(text)
 	if block == nil || block.Type != "RSA PRIVATE KEY" {
@@ -228,7 +235,7 @@ func (k *key) Destroy(ctx context.Context) error {
 	}
 	ctx = correlated(context.WithoutCancel(ctx), k.name)
 	removed := make(chan error, 1)
-	k.c.abandoned.Go(func() { removed <- k.c.remove(ctx, k.name) })
+	k.c.abandoned.Go(func() { removed <- k.c.remove(ctx, keysMount+"/keys/"+k.name) })
 	var enough <-chan time.Time // never, unless the key is useless
 	if k.useless {
 		enough = time.After(uselessPatience)
@@ -245,11 +252,25 @@ func (k *key) Destroy(ctx context.Context) error {
 	return nil
 }
 
-// remove deletes a key and confirms that it is gone. Transit answers a
+// allowDeletion makes the key at path one that can be deleted.
+func (c *Client) allowDeletion(ctx context.Context, path string) error {
+	answer, err := c.do(ctx, request{method: http.MethodPut, path: path + "/config", body: []byte(`{"deletion_allowed":true}`)})
+	if err == nil && answer.status != http.StatusNoContent { // as older versions answer
+		var k transitKey
+		if k, err = data[transitKey](answer.body); err == nil && !k.DeletionAllowed {
+			err = errForeignForm
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("allowing a key's deletion: %w", err)
+	}
+	return nil
+}
+
+// remove deletes the key at path and confirms that it is gone. Transit answers a
 // deletion with 400 both when there is no such key and when deleting it is not
 // allowed; reading tells which.
-func (c *Client) remove(ctx context.Context, name string) error {
-	path := keysMount + "/keys/" + name
+func (c *Client) remove(ctx context.Context, path string) error {
 	_, deleteErr := c.do(ctx, request{method: http.MethodDelete, path: path})
 	if deleteErr != nil && !badRequest(deleteErr) {
 		return deleteErr
@@ -264,16 +285,16 @@ func (c *Client) remove(ctx context.Context, name string) error {
 	return errors.Join(errors.New("it is still there"), deleteErr)
 }
 
-// abandon removes, in the background, a key whose creation was not seen to
-// end: Transit may still be making it. What it misses is the reaper's.
-func (c *Client) abandon(ctx context.Context, name string) {
+// abandon removes, in the background, the key at path, whose creation was not
+// seen to end: Transit may still be making it. What it misses is the reaper's.
+func (c *Client) abandon(ctx context.Context, path string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.config.CallTimeout)
 	c.abandoned.Go(func() {
 		defer cancel()
 		for ctx.Err() == nil {
-			_, err := c.do(ctx, request{method: http.MethodPut, path: keysMount + "/keys/" + name + "/config", body: []byte(`{"deletion_allowed":true}`)})
+			err := c.allowDeletion(ctx, path)
 			if err == nil {
-				err = c.remove(ctx, name)
+				err = c.remove(ctx, path)
 			}
 			if err == nil || errors.Is(err, orgkey.ErrUnavailable) {
 				return
@@ -287,10 +308,13 @@ func (c *Client) abandon(ctx context.Context, name string) {
 // come from Vault, but from something in between, and is as good as no answer.
 func data[T any](body []byte) (T, error) {
 	var answer struct {
-		Data T `json:"data"`
+		Data *T `json:"data"`
 	}
 	if err := json.Unmarshal(body, &answer); err != nil {
-		return answer.Data, fmt.Errorf("reading Vault's answer: %w: %w", orgkey.ErrUnavailable, err)
+		return *new(T), fmt.Errorf("reading Vault's answer: %w: %w", orgkey.ErrUnavailable, err)
 	}
-	return answer.Data, nil
+	if answer.Data == nil {
+		return *new(T), errNoData
+	}
+	return *answer.Data, nil
 }

@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -11,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/go-json-experiment/json"
+	"github.com/google/uuid"
 	"github.com/hashicorp/vault/api"
 
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -21,11 +24,20 @@ import (
 // not protected. Repeating it does not help until somebody changes something.
 var ErrLogin = errors.New("cannot log in to Vault")
 
+// A login that was answered, and gave nothing that can be used. Both wrap ErrLogin.
+var (
+	// errSameToken: the login that should replace a token gave that very token.
+	errSameToken = fmt.Errorf("%w: the login was answered with the token that it should replace, from a cache between orgkeys and Vault", ErrLogin)
+	// errUnaccepted: Vault does not accept the token that a login just gave.
+	errUnaccepted = fmt.Errorf("%w: Vault gave a new token and does not accept it from here", ErrLogin)
+)
+
 const (
-	loginPause    = 500 * time.Millisecond // at least, between two failed logins
-	maxLoginPause = 5 * time.Second
-	tokenFilePoll = 2 * time.Second
-	maxCredential = 4 << 10
+	loginPause      = 500 * time.Millisecond // at least, between two failed logins
+	maxLoginPause   = 5 * time.Second
+	maxUselessPause = 30 * time.Second // between two logins that were answered and gave nothing
+	tokenFilePoll   = 2 * time.Second
+	maxCredential   = 4 << 10
 )
 
 // Login gets a token. Its implementations are AppRole and TokenFile.
@@ -42,6 +54,8 @@ type session struct {
 	secret *api.Secret   // the login's answer; nil if somebody else renews the token
 	file   string        // where the token was read, if it was
 	ended  chan struct{} // closed when another session has taken its place
+
+	between string // what the login's answer says of who gave it in Vault's stead
 }
 
 func newSession(base *api.Client, token string) (*session, error) {
@@ -152,23 +166,63 @@ func (a *AppRole) logIn(ctx context.Context, base *api.Client, roleID, secretID 
 		}
 	}
 	path := "auth/" + cmp.Or(a.Mount, "approle") + "/login"
-	secret, err := base.Logical().WriteWithContext(ctx, path, map[string]any{"role_id": roleID, "secret_id": secretID})
+	secret, header, err := exchange(ctx, base, path, map[string]any{"role_id": roleID, "secret_id": secretID})
 	if err != nil {
-		err = loginError(path, err)
-		if a.WrappedAt == "" && strings.HasPrefix(secretID, "hvs.") {
+		if errors.Is(err, ErrLogin) && a.WrappedAt == "" && strings.HasPrefix(secretID, "hvs.") {
 			err = fmt.Errorf("%w: %s looks like it holds a wrapping token: then set ORGKEYS_VAULT_SECRET_ID_PATH=auth/approle/role/orgkeys/secret-id", err, a.SecretIDFile)
 		}
 		return nil, err
 	}
-	if secret == nil || secret.Auth == nil {
-		return nil, fmt.Errorf("%w: %s answered without a token", ErrLogin, path)
+	if secret.Auth == nil || secret.Auth.ClientToken == "" {
+		return nil, notVaults(path, errors.New("it holds no token"))
 	}
 	s, err := newSession(base, secret.Auth.ClientToken)
 	if err != nil {
 		return nil, err
 	}
-	s.secret = secret
+	s.secret, s.between = secret, between(header)
 	return s, nil
+}
+
+// exchange sends one of the calls that lead to a token, and tells a refusal from
+// a Vault that cannot be asked.
+func exchange(ctx context.Context, client *api.Client, path string, fields map[string]any) (*api.Secret, http.Header, error) {
+	body, err := json.Marshal(fields)
+	if err != nil {
+		return nil, nil, fmt.Errorf("encoding the call to %s: %w", path, err)
+	}
+	answer, err := ask(ctx, client, request{method: http.MethodPut, path: path, body: body})
+	defer clear(answer.body)
+	switch {
+	case errors.Is(err, orgkey.ErrUnavailable):
+		return nil, nil, err
+	case err != nil:
+		return nil, nil, fmt.Errorf("%w: %w", ErrLogin, err)
+	}
+	secret, err := api.ParseSecret(bytes.NewReader(answer.body))
+	if err == nil && secret == nil {
+		err = errors.New("it is empty")
+	}
+	if err != nil {
+		return nil, nil, notVaults(path, err)
+	}
+	return secret, answer.header, nil
+}
+
+// notVaults is an answer that Vault does not give: something in between does.
+func notVaults(path string, why error) error {
+	return fmt.Errorf("reading the answer to %s, which is not Vault's: %w: %w", path, orgkey.ErrUnavailable, why)
+}
+
+// between is what an answer says of who gave it in Vault's stead.
+func between(h http.Header) string {
+	var said []string
+	for _, name := range []string{"X-Cache", "Via", "Age", "Server"} {
+		if value := h.Get(name); value != "" {
+			said = append(said, fmt.Sprintf("%s: %.60q", name, value))
+		}
+	}
+	return strings.Join(said, ", ")
 }
 
 func (a *AppRole) unwrap(ctx context.Context, base *api.Client, wrapping string) (string, error) {
@@ -176,10 +230,10 @@ func (a *AppRole) unwrap(ctx context.Context, base *api.Client, wrapping string)
 		return a.secretID, nil
 	}
 	const lookup = "sys/wrapping/lookup"
-	info, err := base.Logical().WriteWithContext(ctx, lookup, map[string]any{"token": wrapping})
+	info, _, err := exchange(ctx, base, lookup, map[string]any{"token": wrapping})
 	if err != nil {
 		return "", fmt.Errorf("looking at the wrapped secret ID, which may have expired, or have been used, as by an orgkeys command that was given the server's file: "+
-			"deliver a fresh one, and if nobody known used it, revoke the old one: %w", loginError(lookup, err))
+			"deliver a fresh one, and if nobody known used it, revoke the old one: %w", err)
 	}
 	if path, _ := info.Data["creation_path"].(string); path != a.WrappedAt {
 		return "", fmt.Errorf("%w: the wrapping token was made by %q, not by %q: somebody replaced it", ErrLogin, path, a.WrappedAt)
@@ -189,9 +243,9 @@ func (a *AppRole) unwrap(ctx context.Context, base *api.Client, wrapping string)
 	if err != nil {
 		return "", err
 	}
-	secret, err := using.api.Logical().UnwrapWithContext(ctx, "")
+	secret, _, err := exchange(ctx, using.api, "sys/wrapping/unwrap", nil)
 	if err != nil {
-		return "", fmt.Errorf("unwrapping the secret ID: %w", loginError("sys/wrapping/unwrap", err))
+		return "", fmt.Errorf("unwrapping the secret ID: %w", err)
 	}
 	id, _ := secret.Data["secret_id"].(string)
 	if id == "" {
@@ -235,33 +289,26 @@ func readFile(path string, r privatefile.Readers) (string, error) {
 		return "", fmt.Errorf("%w: %w", ErrLogin, err)
 	}
 	defer clear(b)
-	switch words := strings.Fields(string(b)); len(words) {
-	case 0:
+	text := strings.TrimSpace(string(b))
+	switch words := strings.Fields(text); {
+	case strings.HasPrefix(text, "{"):
+		return "", fmt.Errorf("%w: %s holds JSON, not the bare value: a sink of Vault Agent with wrap_ttl or dh_type writes a token so; take those options away", ErrLogin, path)
+	case len(words) == 0:
 		return "", fmt.Errorf("%w: %s is empty", ErrLogin, path)
-	case 1:
+	case len(words) == 1:
 		return words[0], nil
 	}
 	return "", fmt.Errorf("%w: %s holds more than one word", ErrLogin, path)
-}
-
-// loginError tells a refusal from a Vault that cannot be asked.
-func loginError(path string, err error) error {
-	r := request{method: http.MethodPut, path: path}
-	var refused *api.ResponseError
-	if !errors.As(err, &refused) {
-		return unavailable(r, err)
-	}
-	status := newStatusError(r, refused)
-	if errors.Is(status, orgkey.ErrUnavailable) {
-		return status
-	}
-	return fmt.Errorf("%w: %w", ErrLogin, status)
 }
 
 // loginRemedy says what to do after a login that failed.
 func loginRemedy(err error) string {
 	status, answered := errors.AsType[*statusError](err)
 	switch {
+	case errors.Is(err, errSameToken):
+		return leadPastCache
+	case errors.Is(err, errUnaccepted):
+		return boundAddresses
 	case answered && status.status == http.StatusForbidden:
 		return lockedOut
 	case errors.Is(err, ErrLogin):
@@ -272,8 +319,19 @@ func loginRemedy(err error) string {
 
 // failure is the last login that failed.
 type failure struct {
-	at  time.Time
-	err error
+	at    time.Time
+	pause time.Duration // before the next attempt
+	err   error
+}
+
+// next is the failure that follows f. A login that gives nothing of use will not
+// do better at once, whatever it costs who answers it.
+func (f failure) next(err error) failure {
+	pause := loginPause
+	if errors.Is(err, errSameToken) || errors.Is(err, errUnaccepted) {
+		pause = min(2*max(f.pause, loginPause), maxUselessPause)
+	}
+	return failure{time.Now(), pause, err}
 }
 
 func (c *Client) session(ctx context.Context) (*session, error) {
@@ -296,16 +354,16 @@ func (c *Client) replace(ctx context.Context, stale *session) (*session, error) 
 	if s := c.current.Load(); s != stale {
 		return s, nil
 	}
-	if time.Since(c.failure.at) < loginPause {
+	if time.Since(c.failure.at) < c.failure.pause {
 		return nil, c.failure.err
 	}
 	bounded, cancel := context.WithTimeout(ctx, c.config.CallTimeout)
 	defer cancel()
-	s, err := c.config.Login.get(bounded, c.base, stale)
+	s, err := c.logIn(bounded, stale)
 	if err != nil {
 		err = fmt.Errorf("logging in: %w: %w", orgkey.ErrUnavailable, err)
 		if ctx.Err() == nil {
-			c.failure = failure{time.Now(), err}
+			c.failure = c.failure.next(err)
 		}
 		return nil, err
 	}
@@ -316,6 +374,43 @@ func (c *Client) replace(ctx context.Context, stale *session) (*session, error) 
 	}
 	c.log.Info("logged in to Vault")
 	return s, nil
+}
+
+// logIn gets a session that can take the place of stale, if there is one. A
+// cache between orgkeys and Vault may answer with a token that has ended: then
+// it is asked once more, by a request that no cache has seen.
+func (c *Client) logIn(ctx context.Context, stale *session) (*session, error) {
+	ctx = context.WithValue(ctx, correlationKey{}, nil) // the login is not the key's that it is made for
+	s, err := c.config.Login.get(ctx, c.base, stale)
+	if err != nil || stale == nil {
+		return s, err
+	}
+	useless := c.useless(ctx, s, stale)
+	if useless == nil {
+		return s, nil
+	}
+	if s.between != "" {
+		c.log.Warn("a login gave a token that has ended, from a cache between orgkeys and Vault; asking past it", "answer", s.between, "remedy", leadPastCache)
+	}
+	if s, err = c.config.Login.get(WithCorrelation(ctx, uuid.NewString()), c.base, stale); err != nil {
+		return nil, err
+	}
+	return s, c.useless(ctx, s, stale)
+}
+
+// useless reports why s cannot take the place of stale. A token that cannot be
+// tried at the moment passes.
+func (c *Client) useless(ctx context.Context, s, stale *session) error {
+	why := error(nil)
+	if s.token == stale.token {
+		why = errSameToken
+	} else if accepted, err := c.accepted(ctx, s); err == nil && !accepted {
+		why = errUnaccepted
+	}
+	if why != nil && s.between != "" {
+		return fmt.Errorf("%w (the answer has %s)", why, s.between)
+	}
+	return why
 }
 
 // stayLoggedIn replaces each session before it ends, so that no call needs to

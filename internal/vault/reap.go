@@ -20,8 +20,17 @@ type Live func(ctx context.Context, names []string) (map[string]bool, error)
 // before its key is created and is never used again, so a key that was listed
 // and that no generation needs any more has no owner; and deleting what
 // another replica has just deleted is no error.
+//
+// What sealed deliveries leave bears no name that a generation has: there the
+// age alone decides, which no attempt reaches.
 func (c *Client) Reap(ctx context.Context, live Live) (int, error) {
-	names, err := c.keyNames(ctx)
+	generated, err := c.reapMount(ctx, keysMount, live)
+	sealed, sealedErr := c.reapMount(ctx, sealedMount, func(context.Context, []string) (map[string]bool, error) { return nil, nil })
+	return generated + sealed, errors.Join(err, sealedErr)
+}
+
+func (c *Client) reapMount(ctx context.Context, mount string, live Live) (int, error) {
+	names, err := c.keyNames(ctx, mount)
 	if err != nil || len(names) == 0 {
 		return 0, err
 	}
@@ -35,7 +44,7 @@ func (c *Client) Reap(ctx context.Context, live Live) (int, error) {
 		if alive[name] {
 			continue
 		}
-		deleted, err := c.reapOne(correlated(ctx, name), name)
+		deleted, err := c.reapOne(correlated(ctx, name), mount+"/keys/"+name)
 		if err != nil {
 			failed = append(failed, fmt.Errorf("reaping key %s: %w", name, err))
 		}
@@ -66,8 +75,8 @@ func (c *Client) ReapEvery(ctx context.Context, interval time.Duration, live Liv
 	}
 }
 
-func (c *Client) reapOne(ctx context.Context, name string) (deleted bool, err error) {
-	age, err := c.age(ctx, name)
+func (c *Client) reapOne(ctx context.Context, path string) (deleted bool, err error) {
+	age, err := c.age(ctx, path)
 	switch {
 	case errors.Is(err, errNotFound):
 		return false, nil
@@ -76,17 +85,17 @@ func (c *Client) reapOne(ctx context.Context, name string) (deleted bool, err er
 	}
 	// The crash may have come before the key's deletion was allowed. If another
 	// replica has deleted it since, this fails and remove finds it gone.
-	_, configErr := c.do(ctx, request{method: http.MethodPut, path: keysMount + "/keys/" + name + "/config", body: []byte(`{"deletion_allowed":true}`)})
-	if err := c.remove(ctx, name); err != nil {
-		return false, errors.Join(err, configErr)
+	allowErr := c.allowDeletion(ctx, path)
+	if err := c.remove(ctx, path); err != nil {
+		return false, errors.Join(err, allowErr)
 	}
 	return true, nil
 }
 
-// keyNames lists the keys in Transit whose names are of the form that the
+// keyNames lists the keys in a mount of Transit whose names are of the form that the
 // keystore uses. Others are not the service's to delete.
-func (c *Client) keyNames(ctx context.Context) ([]string, error) {
-	answer, err := c.do(ctx, request{method: http.MethodGet, path: keysMount + "/keys", query: url.Values{"list": {"true"}}})
+func (c *Client) keyNames(ctx context.Context, mount string) ([]string, error) {
+	answer, err := c.do(ctx, request{method: http.MethodGet, path: mount + "/keys", query: url.Values{"list": {"true"}}})
 	if errors.Is(err, errNotFound) && !missingMount(err) {
 		return nil, nil
 	}
@@ -108,9 +117,9 @@ func (c *Client) keyNames(ctx context.Context) ([]string, error) {
 	return names, nil
 }
 
-// age is how long ago a key was created, by Vault's clock.
-func (c *Client) age(ctx context.Context, name string) (time.Duration, error) {
-	answer, err := c.do(ctx, request{method: http.MethodGet, path: keysMount + "/keys/" + name})
+// age is how long ago the key at path was created, by Vault's clock.
+func (c *Client) age(ctx context.Context, path string) (time.Duration, error) {
+	answer, err := c.do(ctx, request{method: http.MethodGet, path: path})
 	if err != nil {
 		return 0, err
 	}

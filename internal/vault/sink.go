@@ -75,7 +75,7 @@ func (s *Sink) last(ctx context.Context) (audit.Checkpoint, error) {
 	switch {
 	case missingMount(err):
 		return audit.Checkpoint{}, fmt.Errorf("reading the checkpoint in Vault: run vault/setup: %w", err)
-	case decodeErr != nil:
+	case decodeErr != nil && !(err != nil && errors.Is(decodeErr, errNoData)):
 		return audit.Checkpoint{}, decodeErr
 	}
 	s.version, s.seen = entry.Metadata.Version, false

@@ -17,10 +17,11 @@ import (
 type Proxy struct {
 	Address string
 
-	server *httptest.Server
-	mu     sync.Mutex
-	before func(w http.ResponseWriter, r *http.Request) bool
-	after  func(r *http.Response) error
+	server  *httptest.Server
+	forward http.Handler
+	mu      sync.Mutex
+	before  func(w http.ResponseWriter, r *http.Request) bool
+	after   func(r *http.Response) error
 }
 
 // NewProxy starts a proxy in front of s; Close ends it.
@@ -44,6 +45,7 @@ func NewProxy(s *Server) (*Proxy, error) {
 		ModifyResponse: p.answered,
 		ErrorLog:       log.New(io.Discard, "", 0), // a stopped Vault is what some tests want
 	}
+	p.forward = forward
 	p.server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if p.asked(w, r) {
 			forward.ServeHTTP(w, r)
@@ -61,6 +63,9 @@ func (p *Proxy) Close() {
 	p.server.CloseClientConnections()
 	p.server.Close()
 }
+
+// Forward sends r to Vault, and its answer to nobody.
+func (p *Proxy) Forward(r *http.Request) { p.forward.ServeHTTP(httptest.NewRecorder(), r) }
 
 // Before has hook see each request; if it returns false it has answered itself.
 func (p *Proxy) Before(hook func(w http.ResponseWriter, r *http.Request) bool) {

@@ -37,6 +37,7 @@ type Server struct {
 
 	binary  string
 	unseal  string
+	cluster string // URL for the other nodes, if it is one of several
 	process *exec.Cmd
 	exited  chan struct{}
 }
@@ -132,6 +133,7 @@ listener "tcp" {
 }
 api_addr      = %q
 disable_mlock = true
+allow_audit_log_prefixing = true
 `, filepath.Join(s.Dir, "storage"), address, s.CACert, filepath.Join(s.Dir, "tls.key"), s.Address)
 	return os.WriteFile(filepath.Join(s.Dir, "server.hcl"), []byte(config), 0o600)
 }
@@ -143,6 +145,7 @@ func (s *Server) run(ctx context.Context) error {
 	}
 	defer output.Close()
 	s.process = exec.Command(s.binary, "server", "-config="+filepath.Join(s.Dir, "server.hcl"))
+	s.process.Dir = s.Dir
 	s.process.Stdout, s.process.Stderr = output, output
 	s.process.SysProcAttr = ownProcess()
 	if err := s.process.Start(); err != nil {

@@ -1,0 +1,187 @@
+package vault
+
+import (
+	"context"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+
+	"github.com/go-json-experiment/json"
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+var _ orgkey.SealedKeystore = (*Keystore)(nil)
+
+var errRecipient = errors.New("the recipient is not an RSA key of 2048, 3072 or 4096 bits with exponent 65537")
+
+// CreateSealed implements orgkey.SealedKeystore, in a mount of its own whose keys
+// the policy does not let the service export but to an imported public key. The
+// creation is sent once: what is not known to have been made is given up.
+func (k *Keystore) CreateSealed(ctx context.Context, name string) (orgkey.SealableKey, error) {
+	if !nameForm.MatchString(name) {
+		return nil, fmt.Errorf("creating a key to seal: %q is not a UUID", name)
+	}
+	ctx = once(correlated(ctx, name))
+	place := sealedMount + "/keys/" + name
+	answer, err := k.c.do(ctx, request{method: http.MethodPut, path: place, body: []byte(`{"type":"rsa-2048","exportable":true}`)})
+	if err != nil {
+		if errors.Is(err, orgkey.ErrUnavailable) {
+			k.c.abandon(ctx, place)
+		}
+		return nil, fmt.Errorf("creating a key to seal: %w", err)
+	}
+	public, err := freshKey(answer, k.c.config.CallTimeout)
+	if err != nil {
+		return nil, fmt.Errorf("creating a key to seal: %w", err)
+	}
+	if err := k.c.allowDeletion(ctx, place); err != nil {
+		k.c.abandon(ctx, place)
+		return nil, fmt.Errorf("creating a key to seal: %w", err)
+	}
+	return &sealableKey{c: k.c, name: name, public: public}, nil
+}
+
+// DestroySealed implements orgkey.SealedKeystore. A key whose creation was cut
+// off may not allow its deletion yet.
+func (k *Keystore) DestroySealed(ctx context.Context, name string) error {
+	if !nameForm.MatchString(name) {
+		return fmt.Errorf("destroying what was left of a sealed key: %q is not a UUID", name)
+	}
+	ctx = correlated(ctx, name)
+	place := sealedMount + "/keys/" + name
+	allowErr := k.c.allowDeletion(ctx, place)
+	if err := k.c.remove(ctx, place); err != nil {
+		return fmt.Errorf("destroying what was left of a sealed key: %w", errors.Join(err, allowErr))
+	}
+	return nil
+}
+
+// sealableKey is a key in the mount of sealed keys.
+type sealableKey struct {
+	c      *Client
+	name   string
+	public *rsa.PublicKey
+
+	mu   sync.Mutex
+	gone bool
+}
+
+// Public implements orgkey.SealableKey.
+func (k *sealableKey) Public() *rsa.PublicKey { return k.public }
+
+// Seal implements orgkey.SealableKey. The recipient is in Transit, under a name
+// of its own, for this call only.
+func (k *sealableKey) Seal(ctx context.Context, recipient *rsa.PublicKey) (_ envelope.SealedKey, err error) {
+	body, err := importBody(recipient)
+	if err != nil {
+		return envelope.SealedKey{}, fmt.Errorf("sealing a key: %w", err)
+	}
+	ctx = once(correlated(ctx, k.name))
+	if err := errors.Join(k.c.audited(ctx), k.c.cached(ctx)); err != nil {
+		return envelope.SealedKey{}, fmt.Errorf("sealing a key: %w", err)
+	}
+	name := uuid.NewString()
+	place := sealedMount + "/keys/" + name
+	defer func() {
+		if err != nil {
+			k.c.abandon(ctx, place)
+		}
+	}()
+	answer, err := k.c.do(ctx, request{method: http.MethodPut, path: place + "/import", body: body})
+	if err == nil && answer.status != http.StatusNoContent {
+		err = fmt.Errorf("%w: importing answers %d", errForeignForm, answer.status)
+	}
+	if err != nil {
+		return envelope.SealedKey{}, fmt.Errorf("giving Transit the recipient: %w", err)
+	}
+	if err := k.c.allowDeletion(ctx, place); err != nil {
+		return envelope.SealedKey{}, fmt.Errorf("sealing a key: %w", err)
+	}
+	sealed, err := k.export(ctx, name, recipient)
+	if err != nil {
+		return envelope.SealedKey{}, fmt.Errorf("sealing a key: %w", err)
+	}
+	if err := k.c.remove(ctx, place); err != nil {
+		return envelope.SealedKey{}, fmt.Errorf("removing the recipient from Transit: %w", err)
+	}
+	return sealed, nil
+}
+
+// importBody names what Transit wants of a recipient. It answers 500 to whatever
+// it does not like, so that is found out before.
+func importBody(recipient *rsa.PublicKey) ([]byte, error) {
+	if recipient == nil || recipient.N == nil || recipient.E != 65537 || !slices.Contains([]int{2048, 3072, 4096}, recipient.N.BitLen()) {
+		return nil, errRecipient
+	}
+	der, err := x509.MarshalPKIXPublicKey(recipient)
+	if err != nil {
+		return nil, fmt.Errorf("encoding the recipient: %w", err)
+	}
+	return json.Marshal(map[string]string{
+		"type":       fmt.Sprintf("rsa-%d", recipient.N.BitLen()),
+		"public_key": string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})),
+	})
+}
+
+// export wraps the key for the recipient that Transit has under the name given.
+// The hash is Transit's default, SHA-256: the policy lets nobody name another.
+func (k *sealableKey) export(ctx context.Context, recipientName string, recipient *rsa.PublicKey) (envelope.SealedKey, error) {
+	answer, err := k.c.do(ctx, request{method: http.MethodGet, path: sealedMount + "/byok-export/" + recipientName + "/" + k.name + "/1"})
+	if err != nil {
+		return envelope.SealedKey{}, err
+	}
+	exported, err := data[struct {
+		Keys map[string][]byte `json:"keys"` // base64 in JSON
+	}](answer.body)
+	if err != nil {
+		return envelope.SealedKey{}, err
+	}
+	// RFC 5649: the wrapped key has whole blocks of 8 bytes, one more than what is wrapped.
+	value := exported.Keys["1"]
+	if tail := len(value) - recipient.Size(); tail < 3*8 || tail%8 != 0 {
+		return envelope.SealedKey{}, fmt.Errorf("%w: a sealed key of %d bytes", errForeignForm, len(value))
+	}
+	return envelope.SealedKey{Alg: envelope.WrapSHA256, Value: value}, nil
+}
+
+// Destroy implements orgkey.SealableKey. It goes on after ctx has ended, for no
+// longer than its calls may take.
+func (k *sealableKey) Destroy(ctx context.Context) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.gone {
+		return nil
+	}
+	if err := k.c.remove(correlated(context.WithoutCancel(ctx), k.name), sealedMount+"/keys/"+k.name); err != nil {
+		return fmt.Errorf("destroying a sealed key: %w", err)
+	}
+	k.gone = true
+	return nil
+}
+
+// errCacheDisabled: the server's configuration has disable_cache, with which an
+// export to another key may wait for a lock for ever.
+var errCacheDisabled = fmt.Errorf("%w: this Vault runs with disable_cache=true, with which byok-export can lock it up: take that out of its configuration", orgkey.ErrSealedUnavailable)
+
+// cached asks each time: after a failover another server answers.
+func (c *Client) cached(ctx context.Context) error {
+	answer, err := c.do(ctx, request{method: http.MethodGet, path: "sys/config/state/sanitized"})
+	if err != nil {
+		return fmt.Errorf("reading whether Vault's cache is enabled: %w", err)
+	}
+	state, err := data[struct {
+		DisableCache bool `json:"disable_cache"`
+	}](answer.body)
+	if err == nil && state.DisableCache {
+		err = errCacheDisabled
+	}
+	return err
+}
