@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/rollback"
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/server"
@@ -40,6 +41,7 @@ or while one of them cannot be asked.`,
 
 func newAuditErase() *cobra.Command {
 	var subject, reason string
+	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "erase --subject ID --reason TEXT",
 		Short: "Erase what the audit trail knows of a person",
@@ -58,6 +60,14 @@ overwritten yet, are yours to see to; docs/audit.md says what remains.`,
 				return err
 			}
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
+				if dryRun {
+					n, err := db.Erasable(ctx, subject)
+					if err != nil {
+						return err
+					}
+					_, err = fmt.Fprintf(cmd.OutOrStdout(), "dry run, nothing is erased: %d events know something of %s\n", n, subject)
+					return err
+				}
 				// Not locked: the server may run.
 				if err := server.OpenToRecord(ctx, cfg, db, newLogger(cfg)); err != nil {
 					return err
@@ -81,12 +91,12 @@ overwritten yet, are yours to see to; docs/audit.md says what remains.`,
 	}
 	cmd.Flags().StringVar(&subject, "subject", "", "the person's ID in the events")
 	cmd.Flags().StringVar(&reason, "reason", "", "why")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "say how much would be erased, and change nothing")
 	return cmd
 }
 
 func newAcceptRollback() *cobra.Command {
-	var reason string
-	var rewritten bool
+	var request rollback.Request
 	cmd := &cobra.Command{
 		Use:   "accept-rollback --reason TEXT [--rewritten]",
 		Short: "Go on with a log that was set back, as after restoring a backup",
@@ -114,17 +124,18 @@ and run it with the data directory of each that has a file sink, with the same
 --reason. After an interruption, run it again, with the same --reason too.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if strings.TrimSpace(reason) == "" {
+			if strings.TrimSpace(request.Reason) == "" {
 				return errors.New("--reason: say why, for the auditors")
 			}
 			cfg, err := load(cmd)
 			if err != nil {
 				return err
 			}
-			return server.AcceptRollback(cmd.Context(), cfg, reason, rewritten, cmd.OutOrStdout(), newLogger(cfg))
+			return server.AcceptRollback(cmd.Context(), cfg, request, cmd.OutOrStdout(), newLogger(cfg))
 		},
 	}
-	cmd.Flags().StringVar(&reason, "reason", "", "why the log was set back")
-	cmd.Flags().BoolVar(&rewritten, "rewritten", false, "accept a log that is not the beginning of the one that was lost")
+	cmd.Flags().StringVar(&request.Reason, "reason", "", "why the log was set back")
+	cmd.Flags().BoolVar(&request.Rewritten, "rewritten", false, "accept a log that is not the beginning of the one that was lost")
+	cmd.Flags().BoolVar(&request.DryRun, "dry-run", false, "say what would be accepted, and change nothing")
 	return cmd
 }

@@ -163,7 +163,8 @@ func printJSON(w io.Writer, found []doctor.Diagnosis) error {
 }
 
 func newRewrap() *cobra.Command {
-	return &cobra.Command{
+	var dryRun bool
+	cmd := &cobra.Command{
 		Use:   "rewrap",
 		Short: "Seal every stored record again under the newest version of Vault's key",
 		Long: `Seals every stored public key and boot secret, and the key that authenticates
@@ -190,7 +191,9 @@ raised too early, lower it and run this again: nothing is lost.`,
 			if cfg.Keystore != config.KeystoreVault {
 				return errors.New("records are sealed by the HSM, whose key has no versions: rewrap is for ORGKEYS_KEYSTORE=vault")
 			}
-			return server.Rewrap(cmd.Context(), cfg, cmd.ErrOrStderr(), newLogger(cfg))
+			return server.Rewrap(cmd.Context(), cfg, dryRun, cmd.ErrOrStderr(), newLogger(cfg))
 		},
 	}
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "say how much would be sealed anew, and what does not open; store nothing")
+	return cmd
 }

@@ -210,6 +210,15 @@ func TestAVaultFromBeforeTheRotationIsNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	vaultWrite(t, v, "orgkeys-seal/keys/seal/rotate", nil)
+	stored := func() string {
+		db := harness.OpenDatabase(t, s.Dir)
+		defer db.Close()
+		return strings.Join(harness.Strings(t, db, `SELECT hex(sealed) FROM org_keys WHERE sealed IS NOT NULL UNION ALL SELECT hex(sealed) FROM event_keys UNION ALL SELECT leaf FROM events`), "\n")
+	}
+	before := stored()
+	if _, errs, code := s.Run(t, "rewrap", "--dry-run"); code != 0 || !strings.Contains(errs, "dry run, nothing is stored: public keys: ") || stored() != before {
+		t.Errorf("a dry run: exit code %d, changed %t: %s", code, stored() != before, errs)
+	}
 	ok(t, s, "rewrap")
 	if err := v.Stop(); err != nil {
 		t.Fatal(err)

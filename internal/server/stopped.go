@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"time"
@@ -58,25 +60,70 @@ func openStopped(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *s
 
 // AcceptRollback accepts that the log was set back, in the log and in every sink
 // that the settings name, and tells out what it did. No server runs meanwhile.
-func AcceptRollback(ctx context.Context, cfg config.Config, reason string, rewritten bool, out io.Writer, log *slog.Logger) (err error) {
+func AcceptRollback(ctx context.Context, cfg config.Config, request rollback.Request, out io.Writer, log *slog.Logger) (err error) {
+	if request.DryRun {
+		// Asking a file sink mends its torn end, or makes the file.
+		end, err := sinkAside(&cfg)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, end()) }()
+	}
 	o, err := openStopped(ctx, cfg, log)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, o.close()) }()
-	if err := openEventKey(ctx, o.backend.sealer, o.db); err != nil {
-		return err
+	if !request.DryRun {
+		if err := openEventKey(ctx, o.backend.sealer, o.db); err != nil {
+			return err
+		}
 	}
-	request := rollback.Request{Sinks: o.sinks, Reason: reason, Rewritten: rewritten}
+	request.Sinks = o.sinks
 	if slices.Contains(cfg.AuditSinks, config.SinkFile) {
 		request.SinkFile = cfg.AuditFile
 	}
 	return rollback.Accept(ctx, o.db, request, out)
 }
 
+// sinkAside leads cfg to a copy of the file sink, until end.
+func sinkAside(cfg *config.Config) (end func() error, err error) {
+	dir, err := os.MkdirTemp("", "orgkeys-dry-run-")
+	if err != nil {
+		return nil, err
+	}
+	end = func() error { return os.RemoveAll(dir) }
+	text, err := os.ReadFile(cfg.AuditFile)
+	cfg.AuditFile = filepath.Join(dir, "audit.jsonl")
+	if err == nil {
+		err = os.WriteFile(cfg.AuditFile, text, 0o600)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, errors.Join(err, end())
+	}
+	return end, nil
+}
+
+// dryStore has nothing sealed anew replace what is stored.
+type dryStore struct{ vault.SealedStore }
+
+// Reseal implements vault.SealedStore.
+func (dryStore) Reseal(_ context.Context, old []orgkey.Sealed, _ [][]byte) (int, error) {
+	return len(old), nil
+}
+
+// dryWriter says before each line that it is of a dry run.
+type dryWriter struct{ io.Writer }
+
+func (w dryWriter) Write(line []byte) (int, error) {
+	_, err := fmt.Fprintf(w.Writer, "dry run, nothing is stored: %s", line)
+	return len(line), err
+}
+
 // Rewrap brings all that Vault has sealed to the sealing key's newest version,
-// tells progress how far it is, and leaves an event.
-func Rewrap(ctx context.Context, cfg config.Config, progress io.Writer, log *slog.Logger) (err error) {
+// tells progress how far it is, and leaves an event. A dry run has Vault seal
+// everything anew and stores nothing of it.
+func Rewrap(ctx context.Context, cfg config.Config, dryRun bool, progress io.Writer, log *slog.Logger) (err error) {
 	if err := HideMemory(); err != nil {
 		return fmt.Errorf("keeping memory private: %w", err)
 	}
@@ -93,6 +140,10 @@ func Rewrap(ctx context.Context, cfg config.Config, progress io.Writer, log *slo
 	}
 	defer client.Close()
 	sealer := client.Sealer()
+	if dryRun {
+		done, err := sealer.RewrapAll(ctx, dryStore{db}, 0, dryWriter{progress})
+		return errors.Join(err, done.Err())
+	}
 	done, err := sealer.RewrapAll(ctx, db, max(cfg.ReservationTTL, 2*gate.RecordDeadline), progress)
 	return errors.Join(err, done.Err(), recordRewrap(ctx, sealer, db, done, err))
 }

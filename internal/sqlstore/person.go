@@ -35,6 +35,16 @@ func pseudonymOf(ctx context.Context, q querier, subject string) (string, error)
 	return found[0], nil
 }
 
+// Erasable returns how many events have a personal part that Erase would delete.
+func (d *DB) Erasable(ctx context.Context, subject string) (int, error) {
+	found, err := query(ctx, d.read, scanInt, `SELECT count(*) FROM event_persons WHERE event_id IN
+		(SELECT id FROM events WHERE actor = $1 OR actor IN (SELECT pseudonym FROM persons WHERE subject = $1))`, subject)
+	if err != nil {
+		return 0, fmt.Errorf("counting what is known of a person: %w", err)
+	}
+	return found[0], nil
+}
+
 // Erase deletes what is known of a person: the personal part of the events whose
 // actor is subject, or is the pseudonym of subject, and that pseudonym. It returns
 // how many events had one. event says so in the log, of each ID that events

@@ -39,6 +39,7 @@ type Request struct {
 	SinkFile  string // the file sink's path; empty: there is none among Sinks
 	Reason    string // why the log was set back
 	Rewritten bool   // whether a log is accepted that is not the beginning of the one that was lost
+	DryRun    bool   // whether to say only what would be accepted
 }
 
 // acceptance is a rollback, from what the first sink held that the log does not
@@ -209,6 +210,10 @@ func (a *acceptance) acceptIn(ctx context.Context, s audit.Sink) (bool, error) {
 			return false, err
 		}
 	}
+	if a.request.DryRun {
+		_, err = fmt.Fprintf(a.out, "would be accepted: the log goes on from %d events; sink %s %s\n", a.head.Size, s.Name(), had)
+		return true, err
+	}
 	if err := a.record(ctx, held); err != nil {
 		return false, err
 	}
@@ -249,6 +254,10 @@ func (a *acceptance) acceptSigned(ctx context.Context) (bool, error) {
 	}
 	if ok, err := extended(ctx, a.store, a.head, last.Checkpoint); ok || err != nil {
 		return false, err
+	}
+	if a.request.DryRun {
+		_, err = fmt.Fprintf(a.out, "would be accepted: the log goes on from %d events; the newest signed checkpoint covered %d\n", a.head.Size, last.Size)
+		return true, err
 	}
 	first := last.Seq
 	err = verify.EachSigned(ctx, a.store, func(s audit.Signed) error {

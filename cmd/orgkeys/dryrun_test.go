@@ -1,0 +1,101 @@
+package main
+
+import (
+	"crypto/sha256"
+	"io/fs"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+)
+
+// contents are what the audit trail and what it knows of people consist of. The
+// database's and the HSM's own files may be written by whoever opens them.
+func contents(t *testing.T, s *harness.Server) map[string]string {
+	t.Helper()
+	found := map[string]string{}
+	db := harness.OpenDatabase(t, s.Dir)
+	defer db.Close()
+	for _, query := range []string{
+		`SELECT coalesce(idx, -1) || hex(leaf) FROM events ORDER BY id`, `SELECT event_id || hex(personal) FROM event_persons ORDER BY event_id`,
+		`SELECT size || origin || hex(root) FROM log_head`, `SELECT sink || next FROM sink_progress ORDER BY sink`, `SELECT seq || text || superseded FROM signed_checkpoints ORDER BY seq`,
+		`SELECT id || hex(sealed) FROM org_keys WHERE sealed IS NOT NULL ORDER BY id`,
+	} {
+		found[query] = strings.Join(harness.Strings(t, db, query), "\n")
+	}
+	for _, file := range []string{s.AuditFile()} {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(b)
+		found[file] = string(sum[:])
+	}
+	return found
+}
+
+func unchanged(t *testing.T, before map[string]string, s *harness.Server) {
+	t.Helper()
+	for name, now := range contents(t, s) {
+		if now != before[name] {
+			t.Errorf("a dry run changed %s", name)
+		}
+	}
+}
+
+// A dry run says what would be accepted or erased, and changes nothing; then the
+// real one does just that.
+func TestDryRunsChangeNothing(t *testing.T) {
+	t.Parallel()
+	s := restored(t, nil)
+	before := contents(t, s)
+	if out := ok(t, s, "audit", "accept-rollback", "--reason", "a test", "--dry-run"); !strings.Contains(out, "would be accepted: the log goes on from 8 events; sink file had acknowledged") {
+		t.Errorf("said %q", out)
+	}
+	unchanged(t, before, s)
+	if _, errs, code := s.Run(t, "serve"); code != 1 || !strings.Contains(errs, "accept-rollback") {
+		t.Errorf("after the dry run it starts: %d %s", code, errs)
+	}
+	if out := ok(t, s, "audit", "accept-rollback", "--reason", "a test"); !strings.Contains(out, "\naccepted: ") && !strings.HasPrefix(out, "accepted: ") {
+		t.Errorf("said %q", out)
+	}
+	if out := ok(t, s, "audit", "accept-rollback", "--reason", "a test", "--dry-run"); !strings.HasPrefix(out, "nothing to accept") {
+		t.Errorf("said %q", out)
+	}
+	before = contents(t, s)
+	out := ok(t, s, "audit", "erase", "--subject", "admin", "--reason", "a test", "--dry-run")
+	if !strings.HasPrefix(out, "dry run, nothing is erased: 8 events know something of admin") {
+		t.Errorf("said %q", out)
+	}
+	unchanged(t, before, s)
+	if out := ok(t, s, "audit", "erase", "--subject", "admin", "--reason", "a test"); !strings.HasPrefix(out, "erased what 8 events knew of admin") {
+		t.Errorf("said %q", out)
+	}
+}
+
+// Where the log was rewritten, and where there is no sink yet, a dry run says so
+// and makes none.
+func TestADryRunOfARewrittenLogNamesTheEvent(t *testing.T) {
+	t.Parallel()
+	s := restored(t, rewriteEvent3)
+	before := contents(t, s)
+	if out, errs, code := s.Run(t, "audit", "accept-rollback", "--reason", "a test", "--dry-run"); code != 1 || !strings.Contains(errs, "event 3: it is not the one") {
+		t.Errorf("exit code %d\n%s%s", code, out, errs)
+	}
+	if out := ok(t, s, "audit", "accept-rollback", "--reason", "a test", "--rewritten", "--dry-run"); !strings.Contains(out, "would be accepted") || !strings.Contains(out, "event 3") {
+		t.Errorf("said %q", out)
+	}
+	unchanged(t, before, s)
+	if err := os.Remove(s.AuditFile()); err != nil {
+		t.Fatal(err)
+	}
+	_, _, _ = s.Run(t, "audit", "accept-rollback", "--reason", "a test", "--dry-run")
+	if _, err := os.Stat(s.AuditFile()); err == nil {
+		t.Error("a dry run made a sink")
+	}
+	left, err := fs.Glob(os.DirFS(os.TempDir()), "orgkeys-dry-run-*")
+	if err != nil || len(left) > 0 {
+		t.Errorf("%s holds %v, %v", os.TempDir(), left, err)
+	}
+}
