@@ -169,3 +169,16 @@ func unauthenticated(ctx context.Context, db *sqlstore.DB) error {
 	}
 	return err
 }
+
+// stillOpen reports whether what is stored sealed can be opened. The key that
+// authenticates events stands for all of it: "orgkeys rewrap" brings it up to
+// date last, so that a version of the sealing key that it needs is needed.
+func stillOpen(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB) error {
+	head, err := db.Head(ctx)
+	if err != nil {
+		return err
+	}
+	key, err := eventKey(db).open(ctx, sealer, head.Origin)
+	clear(key)
+	return err
+}

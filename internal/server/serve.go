@@ -139,6 +139,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 		Checks: append([]api.Check{
 			{Name: "database", Ask: db.Healthy},
 			{Name: backend.name, Ask: backend.healthy},
+			{Name: "sealed records", Ask: func(ctx context.Context) error { return stillOpen(ctx, backend.sealer, db) }},
 			{Name: "audit sinks", Ask: func(context.Context) error { return sinkTrouble(trail) }},
 			{Name: "audit log", Ask: func(context.Context) error { return advised(trail.Halted()) }},
 			{Name: "audit checkpoints", Ask: func(context.Context) error { return rewritten(checkpoints) }},
