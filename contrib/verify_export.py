@@ -209,6 +209,8 @@ FIELDS = {
 }
 TYPES = {
     "orgkey.created", "orgkey.delivered", "orgkey.withdrawn", "orgkey.refused", "orgkey.deleted", "orgkey.all_deleted", "orgkey.listed",
+    "orgkey.sealed", "orgkey.received",
+    "enrollment.created", "enrollment.listed", "enrollment.claimed", "enrollment.conflict", "enrollment.approved", "enrollment.expired", "enrollment.revoked",
     "node.registered", "node.unregistered", "node.deleted", "node.listed",
     "secret.fetched", "secret.put", "secret.deleted", "secret.listed",
     "event.read", "request.failed", "access.denied", "authn.failed",

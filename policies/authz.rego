@@ -19,6 +19,11 @@ grants := {
 	"orgkey.list": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"orgkey.delete": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"orgkey.delete_all": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"orgkey.fetch_sealed": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"enrollment.create": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"enrollment.list": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"enrollment.approve": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"enrollment.revoke": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"node.list": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "organization", "BILLING": "organization", "USER": "organization"},
 	"node.delete": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"secret.put": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
@@ -29,6 +34,9 @@ grants := {
 
 # Nobody else may do these, and nodes may do nothing else.
 for_nodes := {"node.register", "node.unregister", "secret.fetch"}
+
+# Nor these, which are for who has an enrollment's token, or the key that it gave.
+for_enrollments := {"enrollment.claim", "enrollment.receive"}
 
 default decision := {"allow": false, "reason": "malformed_request", "scope": ""}
 
@@ -48,6 +56,11 @@ decision := {"allow": true, "reason": "allowed", "scope": "organization"} if {
 	input.caller.org == input.org
 	input.caller.kind == "node"
 	for_nodes[input.action]
+} else := {"allow": true, "reason": "allowed", "scope": "organization"} if {
+	well_formed
+	input.caller.org == input.org
+	input.caller.kind == "enrollment"
+	for_enrollments[input.action]
 } else := {"allow": false, "reason": "insufficient_role", "scope": ""} if {
 	well_formed
 	known_action
@@ -59,9 +72,13 @@ decision := {"allow": true, "reason": "allowed", "scope": "organization"} if {
 	well_formed
 }
 
+without_roles := {"node", "enrollment"}
+
 known_action if grants[input.action]
 
 known_action if for_nodes[input.action]
+
+known_action if for_enrollments[input.action]
 
 # Every text is a string, and none is empty: two empty strings are equal, so one
 # must not get as far as a comparison. Two comparisons suffice for all of them,
@@ -75,9 +92,9 @@ well_formed if {
 	is_string(max(texts))
 }
 
-# Roles are granted to people; a node that comes with one is a mistake.
+# Roles are granted to people; a node or an enrollment that comes with one is a mistake.
 well_formed if {
-	input.caller.kind == "node"
+	without_roles[input.caller.kind]
 	input.caller.roles == []
 	texts := [input.action, input.org, input.caller.org, input.caller.subject]
 	min(texts) > ""

@@ -45,7 +45,7 @@ test_every_row_answers_for_every_caller if {
 }
 
 test_every_action_of_the_policy_is_in_the_table if {
-	actions := object.keys(authz.grants) | authz.for_nodes
+	actions := (object.keys(authz.grants) | authz.for_nodes) | authz.for_enrollments
 	count(actions) > 0
 	every action in actions {
 		every organization in ["own", "another"] {

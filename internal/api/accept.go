@@ -64,6 +64,20 @@ func negotiate(h http.Header) (f form, ok bool) {
 	}
 }
 
+// namesSealed reports whether the sealed form is accepted by its name.
+func namesSealed(h http.Header) bool {
+	accept := strings.Join(h.Values("Accept"), ",")
+	if len(accept) > maxAccept {
+		return false
+	}
+	for _, element := range splitQuoted(accept) {
+		if mediaRange, q, ok := parseRange(element); ok && q > 0 && mediaRange == sealedForm {
+			return true
+		}
+	}
+	return false
+}
+
 func choose(asJSON bool) form {
 	if asJSON {
 		return jsonString

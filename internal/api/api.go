@@ -54,6 +54,7 @@ type Config struct {
 	Nodes        Nodes
 	SystemEvents SystemEvents
 	Rejections   Rejections
+	Enrollments  Enrollments
 	Authenticate Authenticator
 	// Unauthenticated counts a refused caller for the audit trail's summaries;
 	// authn.Failures.Count does that.
@@ -79,7 +80,7 @@ type API struct {
 
 // New returns an API, or an error that says what is wrong with c.
 func New(c Config) (*API, error) {
-	if c.Keys == nil || c.Nodes == nil || c.SystemEvents == nil || c.Rejections == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
+	if c.Keys == nil || c.Nodes == nil || c.SystemEvents == nil || c.Enrollments == nil || c.Rejections == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
 		return nil, errors.New("the API lacks its use cases, its gate, authentication, metrics or log")
 	}
 	crossOrigin, err := newCORS(c.CORSOrigins)
@@ -96,6 +97,7 @@ func New(c Config) (*API, error) {
 	a.routesKeys(a.public)
 	a.routesNodes(a.public)
 	a.routesSystemEvents(a.public)
+	a.routesEnrollments(a.public)
 	a.routesHealth(a.public)
 	a.public.GET("/openapi.yaml", serveDocument)
 	a.admin = a.engine()

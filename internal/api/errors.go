@@ -11,6 +11,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -49,22 +50,32 @@ var (
 	issuerDown      = problem{http.StatusServiceUnavailable, "unavailable", "Tokens cannot be verified at the moment. Please try again later.", 5}
 	unavailable     = problem{http.StatusServiceUnavailable, "unavailable", "The service cannot answer at the moment. Please try again later.", 5}
 	notReady        = problem{http.StatusServiceUnavailable, "not_ready", "Not ready", 5}
-	generation      = problem{http.StatusInternalServerError, "generation_failed", "Key generation failed", 0}
-	internal        = problem{http.StatusInternalServerError, "internal", "Internal error", 0}
+	keyPending      = problem{http.StatusAccepted, "pending", "The key is not ready yet. Please ask again.", 2}
+	noSealing       = problem{http.StatusBadRequest, "sealed_unavailable", "The service's HSM cannot seal a private key to a recipient", 0}
+
+	enrollmentUnknown  = problem{http.StatusUnauthorized, "enrollment_unknown", "The enrollment is not known, or the request was not made with its token", 0}
+	enrollmentClaimed  = problem{http.StatusConflict, "enrollment_claimed", "This enrollment was claimed with another recipient key. If that was not this node, tell an administrator.", 0}
+	enrollmentClosed   = problem{http.StatusGone, "enrollment_closed", "This enrollment is over: it expired, was revoked, or its key was received. Ask an administrator for a new one.", 0}
+	enrollmentNotFound = problem{http.StatusNotFound, "enrollment_not_found", "Enrollment not found", 0}
+
+	generation = problem{http.StatusInternalServerError, "generation_failed", "Key generation failed", 0}
+	internal   = problem{http.StatusInternalServerError, "internal", "Internal error", 0}
 )
 
 // The problems of nodes and secrets.
 var (
-	staleTimestamp = problem{http.StatusBadRequest, "stale_timestamp", "The timestamp is too far from the present; check the node's clock", 0}
-	badSignature   = problem{http.StatusBadRequest, "bad_signature", "Invalid signature", 0}
-	signatureUsed  = problem{http.StatusBadRequest, "signature_reused", "This signature was used for another request; sign again with a new timestamp", 0}
-	tooManyFailed  = problem{http.StatusTooManyRequests, "too_many_failures", "Invalid signature, and too many of them from this address. Please try again later.", 10}
-	nodesBusy      = problem{http.StatusServiceUnavailable, "overloaded", "Too many signed requests under way. Please try again shortly.", 2}
-	nodeNotFound   = problem{http.StatusNotFound, "node_not_found", "Node not found", 0}
-	nodeDeleted    = problem{http.StatusBadRequest, "node_already_deleted", "Node is already deleted", 0}
-	secretNotFound = problem{http.StatusNotFound, "secret_not_found", "Secret not found", 0}
-	secretBroken   = problem{http.StatusInternalServerError, "secret_broken", "A boot secret of this organization cannot be opened. An administrator has to store it again.", 0}
-	tooManySecrets = problem{http.StatusBadRequest, "too_many_secrets", "Maximum number of secrets (64) has been reached. Please delete existing secrets before creating new ones.", 0}
+	staleTimestamp    = problem{http.StatusBadRequest, "stale_timestamp", "The timestamp is too far from the present; check the node's clock", 0}
+	badSignature      = problem{http.StatusBadRequest, "bad_signature", "Invalid signature", 0}
+	signatureUsed     = problem{http.StatusBadRequest, "signature_reused", "This signature was used for another request; sign again with a new timestamp", 0}
+	tooManyFailed     = problem{http.StatusTooManyRequests, "too_many_failures", "Invalid signature, and too many of them from this address. Please try again later.", 10}
+	nodesBusy         = problem{http.StatusServiceUnavailable, "overloaded", "Too many signed requests under way. Please try again shortly.", 2}
+	addressInUse      = problem{http.StatusConflict, "address_in_use", "The address belongs to another node, and this key speaks for its own node only", 0}
+	addressNotAllowed = problem{http.StatusForbidden, "address_not_allowed", "The key was enrolled for another address", 0}
+	nodeNotFound      = problem{http.StatusNotFound, "node_not_found", "Node not found", 0}
+	nodeDeleted       = problem{http.StatusBadRequest, "node_already_deleted", "Node is already deleted", 0}
+	secretNotFound    = problem{http.StatusNotFound, "secret_not_found", "Secret not found", 0}
+	secretBroken      = problem{http.StatusInternalServerError, "secret_broken", "A boot secret of this organization cannot be opened. An administrator has to store it again.", 0}
+	tooManySecrets    = problem{http.StatusBadRequest, "too_many_secrets", "Maximum number of secrets (64) has been reached. Please delete existing secrets before creating new ones.", 0}
 )
 
 // generationError marks a failure of POST …/key, whose contract has words of
@@ -77,6 +88,7 @@ func (e generationError) Unwrap() error { return e.error }
 // client nothing.
 func problemFor(err error) problem {
 	ofNodes, aboutNodes := nodeProblem(err)
+	ofEnrollment, aboutEnrollment := enrollmentProblem(err)
 	var (
 		token  *authn.TokenError
 		denied *gate.DeniedError
@@ -95,8 +107,10 @@ func problemFor(err error) problem {
 		return auditDown
 	case aboutNodes:
 		return ofNodes
+	case aboutEnrollment:
+		return ofEnrollment
 	case errors.As(err, &quota):
-		return quotaProblem(quota.Limit)
+		return quotaProblem(quota)
 	case errors.Is(err, orgkey.ErrNotFound):
 		return keyNotFound
 	case errors.Is(err, orgkey.ErrOverloaded):
@@ -126,6 +140,8 @@ func nodeProblem(err error) (problem, bool) {
 		{node.ErrReused, signatureUsed},
 		{node.ErrTooManyFailures, tooManyFailed},
 		{node.ErrBusy, nodesBusy},
+		{node.ErrAddressInUse, addressInUse},
+		{node.ErrAddressNotAllowed, addressNotAllowed},
 		{node.ErrNodeNotFound, nodeNotFound},
 		{node.ErrAlreadyDeleted, nodeDeleted},
 		{node.ErrSecretNotFound, secretNotFound},
@@ -139,9 +155,36 @@ func nodeProblem(err error) (problem, bool) {
 	return problem{}, false
 }
 
-func quotaProblem(limit int) problem {
-	return problem{http.StatusBadRequest, "quota_exceeded",
-		fmt.Sprintf("Maximum number of organization keys (%d) has been reached. Please delete existing keys before creating new ones.", limit), 0}
+func quotaProblem(q *orgkey.QuotaError) problem {
+	text := "Maximum number of organization keys (%d) has been reached. Please delete existing keys before creating new ones."
+	if q.NodeKeys {
+		text = "Maximum number of node keys (%d) has been reached. Please delete nodes or revoke enrollments before creating new ones."
+	}
+	return problem{http.StatusBadRequest, "quota_exceeded", fmt.Sprintf(text, q.Limit), 0}
+}
+
+// enrollmentProblem is problemFor of what package enroll reports.
+func enrollmentProblem(err error) (problem, bool) {
+	if recipient, ok := errors.AsType[*enroll.RecipientError](err); ok {
+		return problem{http.StatusBadRequest, "recipient_unacceptable", recipient.Error(), 0}, true
+	}
+	for _, known := range []struct {
+		err error
+		problem
+	}{
+		{enroll.ErrUnknown, enrollmentUnknown},
+		{enroll.ErrClaimed, enrollmentClaimed},
+		{enroll.ErrClosed, enrollmentClosed},
+		{enroll.ErrNotFound, enrollmentNotFound},
+		{enroll.ErrSignature, badSignature},
+		{enroll.ErrPending, keyPending},
+		{orgkey.ErrSealedUnavailable, noSealing},
+	} {
+		if errors.Is(err, known.err) {
+			return known.problem, true
+		}
+	}
+	return problem{}, false
 }
 
 // deniedProblem words the policy's "no". Reasons that a replaced policy may
@@ -153,6 +196,8 @@ func deniedProblem(d *gate.DeniedError) problem {
 		what, area = "nodes of your own organization", "nodes"
 	case strings.HasPrefix(string(d.Action), "secret."):
 		what, area = "secrets of your own organization", "secrets"
+	case strings.HasPrefix(string(d.Action), "enrollment."):
+		what, area = "enrollments of your own organization", "enrollments"
 	case strings.HasPrefix(string(d.Action), "event."):
 		what, area = "events of your own organization", "events"
 	}
@@ -209,6 +254,9 @@ func (a *API) refuse(c *gin.Context, p problem) {
 		panic(http.ErrAbortHandler)
 	}
 	x.code = p.code
+	if p.code == enrollmentUnknown.code {
+		c.Header("WWW-Authenticate", "Orgkeys-Enrollment")
+	}
 	if p.retry > 0 {
 		c.Header("Retry-After", strconv.Itoa(p.retry))
 	}

@@ -19,11 +19,24 @@ import (
 
 func (a *API) routesKeys(r gin.IRouter) {
 	r.POST("/organization/:idOrg/key", a.whileServing, formAuthorization, a.authenticate,
-		a.organization(authz.GenerateKey), a.withoutBody, a.generateKey)
+		a.organization(authz.GenerateKey), a.plainOrSealed)
 	keys := r.Group("/organization/:idOrg/key", a.whileServing, a.authenticate)
 	keys.GET("", a.organization(authz.ListKeys), a.withoutBody, a.listKeys)
 	keys.DELETE("", a.organization(authz.DeleteAllKeys), a.withoutBody, a.deleteKeys)
 	keys.DELETE("/:idKey", a.organization(authz.DeleteKey), a.withoutBody, a.deleteKey)
+}
+
+// plainOrSealed answers with the private key itself, as the contract has it, or
+// sealed to a recipient, where the request accepts that form by its name.
+func (a *API) plainOrSealed(c *gin.Context) {
+	if namesSealed(c.Request.Header) {
+		a.generateSealed(c)
+		return
+	}
+	a.withoutBody(c)
+	if !c.IsAborted() {
+		a.generateKey(c)
+	}
 }
 
 func (a *API) generateKey(c *gin.Context) {

@@ -27,6 +27,16 @@ const (
 	KeyDeleted   Type = "orgkey.deleted"
 	KeysDeleted  Type = "orgkey.all_deleted" // the request; each key has its own KeyDeleted besides
 	KeysListed   Type = "orgkey.listed"
+	KeySealed    Type = "orgkey.sealed"   // wrapped to its recipient, and destroyed in the back end; not yet released
+	KeyReceived  Type = "orgkey.received" // its holder signed for it, or used it
+
+	EnrollmentCreated  Type = "enrollment.created"
+	EnrollmentsListed  Type = "enrollment.listed"
+	EnrollmentClaimed  Type = "enrollment.claimed"
+	EnrollmentConflict Type = "enrollment.conflict" // another recipient than the one that has it, or may have it
+	EnrollmentApproved Type = "enrollment.approved"
+	EnrollmentExpired  Type = "enrollment.expired" // with uses that nobody claimed
+	EnrollmentRevoked  Type = "enrollment.revoked"
 
 	NodeRegistered   Type = "node.registered"
 	NodeUnregistered Type = "node.unregistered"

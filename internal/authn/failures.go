@@ -7,6 +7,7 @@ const (
 	ReasonNodeRequest   = "node_request"   // a node's request is malformed
 	ReasonNodeTimestamp = "node_timestamp" // a node's timestamp is stale
 	ReasonNodeSignature = "node_signature" // a node's signature is not one of a live key of the organization
+	ReasonEnrollment    = "enrollment"     // an enrollment is unknown, or its token did not make the request
 	ReasonTooMany       = "too_many"       // an address failed too often
 	ReasonOther         = "other"
 )
@@ -55,7 +56,7 @@ func closed(reason string) string {
 	switch reason {
 	case ReasonMissing, ReasonMalformed, ReasonAlgorithm, ReasonUnknownKey, ReasonSignature,
 		ReasonExpired, ReasonNotYetValid, ReasonIssuer, ReasonAudience, ReasonClaims, ReasonBound, ReasonSubject, ReasonOrganization,
-		ReasonNodeRequest, ReasonNodeTimestamp, ReasonNodeSignature, ReasonTooMany:
+		ReasonNodeRequest, ReasonNodeTimestamp, ReasonNodeSignature, ReasonEnrollment, ReasonTooMany:
 		return reason
 	default:
 		return ReasonOther

@@ -28,7 +28,9 @@ type Kind string
 // The kinds of callers.
 const (
 	Person Kind = "user" // authenticated by a bearer token
-	Node   Kind = "node" // authenticated by a request signed with an organization key
+	Node   Kind = "node" // authenticated by a request signed with an organization key or a node key
+
+	Enrollment Kind = "enrollment" // authenticated by an enrollment token, or by a receipt that the enrolled key signed
 )
 
 // Caller is whoever makes a request, as authentication established it.
@@ -60,6 +62,14 @@ const (
 	ListSecrets    Action = "secret.list"
 	DeleteSecret   Action = "secret.delete"
 	ReadEvents     Action = "event.read"
+
+	CreateEnrollment  Action = "enrollment.create"
+	ListEnrollments   Action = "enrollment.list"
+	ApproveEnrollment Action = "enrollment.approve"
+	RevokeEnrollment  Action = "enrollment.revoke"
+	FetchSealedKey    Action = "orgkey.fetch_sealed"
+	ClaimEnrollment   Action = "enrollment.claim"
+	ReceiveKey        Action = "enrollment.receive"
 )
 
 // Request is everything a decision is made from.

@@ -29,6 +29,8 @@ type Config struct {
 	AdminListen     string
 	DataDir         string
 	Max             int
+	MaxNodeKeys     int
+	DeliveryTTL     time.Duration
 	MaxGenerations  int
 	ReservationTTL  time.Duration
 	ShutdownNotice  time.Duration

@@ -31,6 +31,8 @@ var settings = []Setting{
 	{Name: "ORGKEYS_ADMIN_LISTEN", Doc: "address of /metrics and readiness in detail; default loopback, the API's port + 1000", set: address(func(c *Config) *string { return &c.AdminListen })},
 	{Name: "ORGKEYS_DATA_DIR", Default: ".orgkeys", Doc: "SQLite file, development issuer, SoftHSM token, file sink", set: text(func(c *Config) *string { return &c.DataDir })},
 	{Name: "ORGKEYS_MAX", Default: "5", Doc: "keys an organization may have, at most 64: a node's signature is tried against no more", set: number(0, 64, func(c *Config) *int { return &c.Max })},
+	{Name: "ORGKEYS_MAX_NODE_KEYS", Default: "1000", Doc: "node keys an organization may have, and places that open enrollments hold", set: number(0, 100_000, func(c *Config) *int { return &c.MaxNodeKeys })},
+	{Name: "ORGKEYS_DELIVERY_TTL", Default: "168h", Doc: "how long a sealed key waits for its receipt, or its first use, before it is withdrawn", set: duration(time.Minute, 30*24*time.Hour, func(c *Config) *time.Duration { return &c.DeliveryTTL })},
 	{Name: "ORGKEYS_MAX_GENERATIONS", Default: "16", Doc: "key generations under way at once; past that 503", set: number(1, 1024, func(c *Config) *int { return &c.MaxGenerations })},
 	{Name: "ORGKEYS_RESERVATION_TTL", Default: "60s", Doc: "how long a crash may hold a place in the quota; a generation has half of it", set: duration(2*time.Second, time.Hour, func(c *Config) *time.Duration { return &c.ReservationTTL })},
 	{Name: "ORGKEYS_KEYSTORE", Default: KeystorePKCS11, Doc: "what makes and seals keys: pkcs11 or vault", set: choice(func(c *Config) *string { return &c.Keystore }, KeystorePKCS11, KeystoreVault)},

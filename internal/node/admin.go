@@ -28,7 +28,8 @@ func (s *Service) List(ctx context.Context, call gate.Call, org org.ID) ([]Node,
 	return nodes, s.gate.Record(ctx, pass.Event(audit.NodesListed))
 }
 
-// Delete deletes org's node id, which may come back by registering again.
+// Delete deletes org's node id with its node keys. The node may come back by
+// registering with an organization key, or by a new enrollment.
 func (s *Service) Delete(ctx context.Context, call gate.Call, org org.ID, id string) error {
 	pass, err := s.gate.Decide(ctx, call, authz.DeleteNode, org, id)
 	if err != nil {
@@ -36,7 +37,11 @@ func (s *Service) Delete(ctx context.Context, call gate.Call, org org.ID, id str
 	}
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
-	return s.recordFailure(ctx, pass, s.store.DeleteNode(ctx, org, id, pass.Event(audit.NodeDeleted)))
+	return s.recordFailure(ctx, pass, s.store.DeleteNode(ctx, org, id, pass.Event(audit.NodeDeleted), func(keyID string) audit.Event {
+		event := pass.Event(audit.KeyDeleted)
+		event.Object, event.Reason = keyID, "node_deleted"
+		return event
+	}))
 }
 
 // recordFailure records that an allowed change failed, and returns why.

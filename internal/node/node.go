@@ -21,8 +21,10 @@
 // refused by one; only the key's holder can read the answer. What is left: a
 // captured signature of a fetch can register that node once, within the window.
 //
-// Whoever holds a key speaks for every node of its organization: the claimed
-// address is never compared with the one that a request came from.
+// Whoever holds an organization key speaks for every node of its organization,
+// whoever holds a node key for its own node only: the one that registered with
+// it first. The claimed address is never compared with the one that a request
+// came from. A request may name its key (key_id, not signed); it only selects.
 //
 // # What strangers can cause
 //
@@ -76,6 +78,10 @@ var (
 	ErrReused = errors.New("signature was used for another request")
 	// ErrKeyGone: the key that verified was deleted before the request could act. Callers of the service see ErrSignature.
 	ErrKeyGone = errors.New("the key that verified is gone")
+	// ErrAddressInUse: a node key named the address of another node.
+	ErrAddressInUse = errors.New("the address belongs to another node")
+	// ErrAddressNotAllowed: a node key named another address than its enrollment allows.
+	ErrAddressNotAllowed = errors.New("the key was enrolled for another address")
 	// ErrNodeNotFound: no such node, or one of another organization.
 	ErrNodeNotFound = errors.New("node not found")
 	// ErrAlreadyDeleted: the node is deleted already.
@@ -126,10 +132,23 @@ type SealedSecret struct {
 	Sealed []byte
 }
 
+// Candidate is a live key that a signature is tried against.
+type Candidate struct {
+	orgkey.SealedKey
+	Signer
+}
+
+// Signer is a key that verified a signature.
+type Signer struct {
+	Key        string // its ID
+	OfNode     bool   // a node key, which speaks for its node only
+	Unreceived bool   // it was delivered sealed and nobody signed a receipt: this use stands for one
+}
+
 // Use is one use of a signature.
 type Use struct {
-	Org     org.ID
-	Key     string    // the ID of the key that verified
+	Org org.ID
+	Signer
 	Message [32]byte  // SHA-256 of the line that was signed
 	Request [32]byte  // SHA-256 of the endpoint and the decoded fields
 	Until   time.Time // when nobody can present the signature any more
@@ -165,8 +184,10 @@ type Sight struct {
 // Register, Unregister and Secrets report ErrKeyGone, before anything else,
 // unless the key is a released one of the organization.
 type Store interface {
-	// LiveKeys returns org's released keys, newest first, at most limit.
-	LiveKeys(ctx context.Context, org org.ID, limit int) ([]orgkey.SealedKey, error)
+	// LiveKeys returns org's released organization keys, newest first, at most
+	// limit; and of its node keys the named one, and those whose node is at ip or
+	// is to be there.
+	LiveKeys(ctx context.Context, org org.ID, ip netip.Addr, named string, limit int) ([]Candidate, error)
 	// Register records the use and stores n, n.ID being used for a node that
 	// was never there, and associates the node with use.Key. The use's being
 	// there already is no change if it was for the same request, else ErrReused.
@@ -177,12 +198,13 @@ type Store interface {
 	Unregister(ctx context.Context, use Use, ip netip.Addr, event func(id string, c Change) audit.Event) error
 	// SecretsSize returns how many bytes org's sealed secrets are.
 	SecretsSize(ctx context.Context, org org.ID) (int64, error)
-	// Secrets returns org's secrets, by name.
-	Secrets(ctx context.Context, org org.ID, key string, event func(names []string) audit.Event) ([]SealedSecret, error)
+	// Secrets returns org's secrets, by name, to the node at ip.
+	Secrets(ctx context.Context, org org.ID, by Signer, ip netip.Addr, event func(names []string) audit.Event) ([]SealedSecret, error)
 	// Nodes returns org's nodes that are not deleted, the newest registration first.
 	Nodes(ctx context.Context, org org.ID) ([]Node, error)
-	// DeleteNode deletes org's node id and its associations, or reports ErrNodeNotFound or ErrAlreadyDeleted.
-	DeleteNode(ctx context.Context, org org.ID, id string, event audit.Event) error
+	// DeleteNode deletes org's node id, its associations and its node keys, or
+	// reports ErrNodeNotFound or ErrAlreadyDeleted.
+	DeleteNode(ctx context.Context, org org.ID, id string, event audit.Event, keyDeleted func(keyID string) audit.Event) error
 	// PutSecret stores a new or changed secret, or reports ErrTooManySecrets.
 	PutSecret(ctx context.Context, org org.ID, s SealedSecret, limit int, event audit.Event) error
 	// SecretNames returns org's secrets, by name.

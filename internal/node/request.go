@@ -37,7 +37,8 @@ type request struct {
 	timestamp string // as sent
 	time      time.Time
 	signature []byte
-	node      Node // of register
+	named     string // the ID of the key that signed, as the sender says; it only selects
+	node      Node   // of register
 }
 
 type signedFields struct {
@@ -47,6 +48,7 @@ type signedFields struct {
 	Signature *string        `json:"signature"`
 	IDOrg     *string        `json:"id_org"`
 	OrgID     *string        `json:"org_id"`
+	KeyID     *string        `json:"key_id"`
 }
 
 type registerFields struct {
@@ -93,6 +95,9 @@ func (f signedFields) check(e endpoint) (request, error) {
 	}
 	if r.timestamp, r.time, err = timestampField(f.Timestamp); err != nil {
 		return r, err
+	}
+	if f.KeyID != nil {
+		r.named = *f.KeyID
 	}
 	r.signature, err = signatureField(f.Signature)
 	return r, err

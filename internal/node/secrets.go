@@ -75,7 +75,7 @@ func (s *Service) reserve(ctx context.Context, size int64) error {
 
 func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
 	var event audit.Event
-	sealed, err := s.store.Secrets(ctx, r.org, r.key, func(names []string) audit.Event {
+	sealed, err := s.store.Secrets(ctx, r.org, r.Signer, r.addr, func(names []string) audit.Event {
 		event = r.event(audit.SecretsFetched, "", "")
 		event.Detail["secrets"] = strings.Join(names, ",")
 		return event
@@ -84,7 +84,7 @@ func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
 		return nil, err
 	}
 	// A registration writes this down itself.
-	s.seen.node(Sight{Ref{r.org, r.addr}, r.key}, s.now())
+	s.seen.node(Sight{Ref{r.org, r.addr}, r.Key}, s.now())
 	envelopes, err := s.envelop(ctx, r, sealed)
 	if err != nil {
 		reason := gate.ReasonFor(ctx, "unavailable")
@@ -125,7 +125,7 @@ func (s *Service) envelop(ctx context.Context, r signed, stored []SealedSecret) 
 	for i, secret := range opened {
 		text, err := envelope.Seal(r.public, secret)
 		if err != nil {
-			return nil, fmt.Errorf("sealing secret %s to key %s: %w", stored[i].Name, r.key, err)
+			return nil, fmt.Errorf("sealing secret %s to key %s: %w", stored[i].Name, r.Key, err)
 		}
 		envelopes[i] = Envelope{stored[i].Name, text}
 	}

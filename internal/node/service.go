@@ -66,6 +66,22 @@ func New(c Config) (*Service, error) {
 	}, nil
 }
 
+// Enter takes a place among the verifications under way, for another use case
+// whose callers prove who they are. leave gives it back and says whether the
+// caller did; it returns ErrTooManyFailures for one whose address failed too often.
+func (s *Service) Enter(ctx context.Context, address string) (leave func(known bool) error, err error) {
+	out, err := s.verifier.lanes.enter(ctx, address)
+	if err != nil {
+		return nil, err
+	}
+	return func(known bool) error {
+		if err := out(known); errors.Is(err, ErrTooManyFailures) {
+			return err
+		}
+		return nil
+	}, nil
+}
+
 // signed is a request whose signature is good and that the policy lets through.
 type signed struct {
 	request
@@ -87,7 +103,7 @@ func (s *Service) admit(ctx context.Context, from Origin, e endpoint, action aut
 		return signed{}, err
 	}
 	call := gate.Call{
-		Caller:  authz.Caller{Kind: authz.Node, Subject: p.key, Org: r.org},
+		Caller:  authz.Caller{Kind: authz.Node, Subject: p.Key, Org: r.org},
 		Request: from.Request, Address: from.Address,
 	}
 	pass, err := s.gate.Decide(ctx, call, action, r.org, "")
@@ -97,7 +113,7 @@ func (s *Service) admit(ctx context.Context, from Origin, e endpoint, action aut
 
 func (s *Service) use(r signed) Use {
 	return Use{
-		Org: r.org, Key: r.key, Message: sha256.Sum256([]byte(r.line)), Request: r.digest(),
+		Org: r.org, Signer: r.Signer, Message: sha256.Sum256([]byte(r.line)), Request: r.digest(),
 		Until: r.presentable(r.line).Add(s.window + margin),
 	}
 }
@@ -145,7 +161,7 @@ func (s *Service) Unregister(ctx context.Context, from Origin, body []byte) erro
 func (s *Service) concluded(ctx context.Context, r signed, err error) error {
 	switch {
 	case err == nil:
-		s.seen.key(r.key, s.now())
+		s.seen.key(r.Key, s.now())
 		return nil
 	case errors.Is(err, ErrKeyGone):
 		return ErrSignature
@@ -153,6 +169,8 @@ func (s *Service) concluded(ctx context.Context, r signed, err error) error {
 		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "stale", err)
 	case errors.Is(err, ErrReused):
 		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "signature_reused", err)
+	case errors.Is(err, ErrAddressInUse), errors.Is(err, ErrAddressNotAllowed):
+		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "address_refused", err)
 	case errors.Is(err, ErrNodeNotFound):
 		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "not_found", err)
 	default:

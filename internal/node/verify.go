@@ -15,7 +15,7 @@ import (
 
 // proof is what a valid signature establishes.
 type proof struct {
-	key    string // the ID of the key that verified
+	Signer
 	public *rsa.PublicKey
 	line   string // what was signed
 }
@@ -56,20 +56,24 @@ func (v *verifier) verify(ctx context.Context, address string, r request) (proof
 }
 
 func (v *verifier) find(ctx context.Context, r request) (proof, bool, error) {
-	sealed, err := v.store.LiveKeys(ctx, r.org, MaxKeys)
+	candidates, err := v.store.LiveKeys(ctx, r.org, r.addr, r.named, MaxKeys)
 	if err != nil {
 		return proof{}, false, fmt.Errorf("reading keys: %w", err)
+	}
+	sealed := make([]orgkey.SealedKey, len(candidates))
+	for i, c := range candidates {
+		sealed[i] = c.SealedKey
 	}
 	keys, err := v.opener.Open(ctx, r.org, sealed)
 	if err != nil && !errors.Is(err, orgkey.ErrSealBroken) { // one that does not open verifies nothing
 		return proof{}, false, err
 	}
 	lines := r.messages()
-	for _, k := range sealed {
-		key := keys[k.ID]
+	for _, c := range candidates {
+		key := keys[c.ID]
 		for _, line := range lines {
 			if key != nil && verifies(key, line, r.signature) {
-				return proof{k.ID, key, line}, true, nil
+				return proof{c.Signer, key, line}, true, nil
 			}
 		}
 	}

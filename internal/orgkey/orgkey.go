@@ -47,7 +47,10 @@ var (
 )
 
 // QuotaError says that an organization has as many keys as it may have.
-type QuotaError struct{ Limit int }
+type QuotaError struct {
+	Limit    int
+	NodeKeys bool // the quota of node keys, not of organization keys
+}
 
 func (e *QuotaError) Error() string { return fmt.Sprintf("quota of %d keys reached", e.Limit) }
 
@@ -117,6 +120,9 @@ const (
 	BootSecret    = "secret"     // bound to "orgkeys/v1/secret" NUL org NUL name
 	EventKey      = "event"      // bound to "orgkeys/v1/event" NUL origin NUL
 	CheckpointKey = "checkpoint" // bound to "orgkeys/v1/checkpoint" NUL origin NUL "ed25519"
+
+	EnrollmentToken = "enrollment" // bound to "orgkeys/v1/enrollment" NUL org NUL enrollment ID
+	WrappedKey      = "delivery"   // bound to "orgkeys/v1/delivery" NUL org NUL key ID "/" R
 )
 
 // PublicKeyOf is the binding of an organization's public key.
@@ -192,10 +198,11 @@ type Store interface {
 	Keys(ctx context.Context, org org.ID) ([]Record, error)
 	// DeleteKey ends org's released key id, or reports ErrNotFound and keeps event out.
 	DeleteKey(ctx context.Context, org org.ID, id string, event audit.Event) error
-	// DeleteKeys ends all of org's keys and cancels what is reserved or pending.
+	// DeleteKeys ends all of org's keys, cancels what is reserved or pending, and
+	// revokes enrollments for organization keys, each with what revoked returns.
 	// It records request once with the number of released keys, and what each
 	// returns for every ended key besides.
-	DeleteKeys(ctx context.Context, org org.ID, request audit.Event, each func(id string, released bool) audit.Event) (int, error)
+	DeleteKeys(ctx context.Context, org org.ID, request audit.Event, each func(id string, released bool) audit.Event, revoked func(enrollment string) audit.Event) (int, error)
 	// Sweep ends every reservation and pending record past its expiry, at most
 	// limit of them, and records withdrawn(org, id) for each pending one.
 	Sweep(ctx context.Context, limit int, withdrawn func(org org.ID, id string) audit.Event) (int, error)

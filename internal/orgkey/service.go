@@ -70,6 +70,15 @@ func New(c Config) (*Service, error) {
 	}, nil
 }
 
+// Admit takes a place among the generations under way, for a use case that has
+// keys made too, or reports ErrOverloaded. leave gives it back.
+func (s *Service) Admit() (leave func(), err error) {
+	if !s.admission.TryAcquire(1) {
+		return nil, ErrOverloaded
+	}
+	return sync.OnceFunc(func() { s.admission.Release(1) }), nil
+}
+
 // List returns org's released keys, newest first. It fails closed: one record
 // that does not open for its organization and ID fails the whole list.
 func (s *Service) List(ctx context.Context, call gate.Call, org org.ID) ([]Key, error) {
@@ -157,6 +166,10 @@ func (s *Service) DeleteAll(ctx context.Context, call gate.Call, org org.ID) (in
 			event.Type, event.Reason = audit.KeyWithdrawn, "cancelled"
 		}
 		event.Object = id
+		return event
+	}, func(enrollment string) audit.Event {
+		event := pass.Event(audit.EnrollmentRevoked)
+		event.Object, event.Reason = enrollment, "all_keys_deleted"
 		return event
 	})
 	return n, s.changed(ctx, pass, err)

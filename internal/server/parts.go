@@ -28,6 +28,7 @@ import (
 type backend struct {
 	name     string
 	keystore orgkey.Keystore
+	sealed   orgkey.SealedKeystore
 	sealer   orgkey.Sealer
 	sink     audit.Sink // nil: the back end keeps no audit trail
 	signer   audit.Signer
@@ -95,7 +96,7 @@ func openHSM(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB
 		return backend{}, err
 	}
 	return backend{
-		name: config.KeystorePKCS11, keystore: token, sealer: token, healthy: token.Healthy,
+		name: config.KeystorePKCS11, keystore: token, sealed: token, sealer: token, healthy: token.Healthy,
 		signer: &hsmSigner{token: token, sealer: token, db: db},
 		reap:   func(context.Context) error { return nil }, // session objects go with their process
 		close:  token.Close,
@@ -111,6 +112,16 @@ func HSMConfig(cfg config.Config, dir string) hsm.Config {
 		KeyLabel: t.KeyLabel, KeyID: t.KeyID,
 	}
 }
+
+// noSealedKeys is a back end that does not seal private keys to recipients:
+// enrollments can be made there, and their keys not be fetched.
+type noSealedKeys struct{}
+
+func (noSealedKeys) CreateSealed(context.Context, string) (orgkey.SealableKey, error) {
+	return nil, orgkey.ErrSealedUnavailable
+}
+
+func (noSealedKeys) DestroySealed(context.Context, string) error { return nil }
 
 // openVaultClient logs in to Vault and refuses one that is not set up as it must be.
 func openVaultClient(ctx context.Context, cfg config.Config, log *slog.Logger) (*vault.Client, error) {
@@ -158,7 +169,7 @@ func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slo
 		return backend{}, err
 	}
 	return backend{
-		name: config.KeystoreVault, keystore: client.Keystore(), sealer: client.Sealer(), sink: sink, signer: sink,
+		name: config.KeystoreVault, keystore: client.Keystore(), sealed: noSealedKeys{}, sealer: client.Sealer(), sink: sink, signer: sink,
 		healthy: client.Healthy, close: func() error { client.Close(); return nil },
 		reap: func(ctx context.Context) error { client.ReapEvery(ctx, reapInterval(cfg), db.Reserved); return nil },
 	}, nil

@@ -18,6 +18,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -130,9 +131,22 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	if err != nil {
 		return err
 	}
+	head, err := db.Head(starting)
+	if err != nil {
+		return err
+	}
+	enrollments, err := enroll.New(enroll.Config{
+		Gate:  guard,
+		Store: db, Keystore: backend.sealed, Sealer: backend.sealer, Opener: opener, Admit: service.Admit, Enter: nodes.Enter,
+		Origin: head.Origin, Backend: backend.name, Limit: cfg.Max, NodeLimit: cfg.MaxNodeKeys,
+		AttemptLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline, DeliverFor: cfg.DeliveryTTL,
+	})
+	if err != nil {
+		return err
+	}
 	failures := &authn.Failures{}
 	surface, err := api.New(api.Config{
-		Keys: service, Nodes: nodes,
+		Keys: service, Nodes: nodes, Enrollments: enrollments,
 		SystemEvents: systemevent.New(guard, db),
 		Rejections:   guard,
 		Authenticate: tokens.Authenticate, Unauthenticated: failures.Count,
@@ -168,6 +182,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	defer following.end()
 	running, background := errgroup.WithContext(background)
 	running.Go(func() error { return service.Sweep(background, sweepInterval) })
+	running.Go(func() error { return enrollments.Sweep(background, sweepInterval) })
 	running.Go(func() error { return backend.reap(background) })
 	running.Go(func() error { return nodes.Keep(background, keepInterval) })
 	running.Go(func() error { tokens.Run(background); return nil })

@@ -231,11 +231,17 @@ func (d *DB) DeleteKey(ctx context.Context, org org.ID, id string, event audit.E
 			return err
 		}
 		n, err := exec(ctx, tx, endKey+" AND org_id = $3 AND "+isLive, id, now, org)
+		if err == nil && n == 0 {
+			n, err = exec(ctx, tx, "UPDATE keys_of_nodes"+endedKey+" AND org_id = $3 AND "+isLive, id, now, org)
+		}
 		if err != nil {
 			return err
 		}
 		if n == 0 {
 			return orgkey.ErrNotFound
+		}
+		if _, err := exec(ctx, tx, endDelivery, id); err != nil {
+			return err
 		}
 		if err := dissociate(ctx, tx, id); err != nil {
 			return err
@@ -245,7 +251,7 @@ func (d *DB) DeleteKey(ctx context.Context, org org.ID, id string, event audit.E
 }
 
 // DeleteKeys implements orgkey.Store.
-func (d *DB) DeleteKeys(ctx context.Context, org org.ID, request audit.Event, each func(id string, released bool) audit.Event) (int, error) {
+func (d *DB) DeleteKeys(ctx context.Context, org org.ID, request audit.Event, each func(id string, released bool) audit.Event, revoked func(enrollment string) audit.Event) (int, error) {
 	released := 0
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		released = 0
@@ -265,8 +271,18 @@ func (d *DB) DeleteKeys(ctx context.Context, org org.ID, request audit.Event, ea
 			return err
 		}
 		events := []audit.Event{request}
+		enrollments, err := query(ctx, tx, scanText, "UPDATE enrollments SET revoked_at = $2, ended_at = coalesce(ended_at, $2) WHERE org_id = $1 AND scope = 'organization' AND revoked_at IS NULL RETURNING id", org, now)
+		if err != nil {
+			return err
+		}
+		for _, id := range enrollments {
+			events = append(events, revoked(id))
+		}
 		for _, k := range live {
 			if _, err := exec(ctx, tx, endKey, k.id, now); err != nil {
+				return err
+			}
+			if _, err := exec(ctx, tx, endDelivery, k.id); err != nil {
 				return err
 			}
 			if err := dissociate(ctx, tx, k.id); err != nil {
@@ -299,6 +315,8 @@ func (d *DB) forUpdate(how string) string {
 // boot secret, the key that signs checkpoints, or the key of events' MACs.
 func (d *DB) HasSealed(ctx context.Context) (bool, error) {
 	found, err := query(ctx, d.read, scanInt, `SELECT 1 FROM org_keys WHERE sealed IS NOT NULL
+		UNION ALL SELECT 1 FROM keys_of_nodes WHERE sealed IS NOT NULL
+		UNION ALL SELECT 1 FROM enrollments
 		UNION ALL SELECT 1 FROM boot_secrets WHERE sealed IS NOT NULL
 		UNION ALL SELECT 1 FROM checkpoint_keys WHERE sealed IS NOT NULL
 		UNION ALL SELECT 1 FROM event_keys LIMIT 1`)

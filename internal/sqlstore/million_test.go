@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -42,7 +43,7 @@ func BenchmarkMillionKeys(b *testing.B) {
 			return wantFive(len(records), err)
 		}},
 		{"verify", func(ctx context.Context, db *sqlstore.DB) error { // what the check of a node's signature reads
-			keys, err := db.LiveKeys(ctx, "acme", 5)
+			keys, err := db.LiveKeys(ctx, "acme", netip.MustParseAddr("192.0.2.1"), "", 5)
 			return wantFive(len(keys), err)
 		}},
 		{"record and sequence", func(ctx context.Context, db *sqlstore.DB) error {
@@ -58,7 +59,7 @@ func BenchmarkMillionKeys(b *testing.B) {
 		}
 		b.Run(measured.name, func(b *testing.B) { byTurns(b, dbs, measured.do) })
 		for _, db := range dbs {
-			if _, err := db.DeleteKeys(b.Context(), "acme", event(audit.KeysDeleted, "acme", ""), func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) }); err != nil {
+			if _, err := db.DeleteKeys(b.Context(), "acme", event(audit.KeysDeleted, "acme", ""), func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) }, enrollmentRevoked); err != nil {
 				b.Fatal(err)
 			}
 		}

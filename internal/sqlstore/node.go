@@ -24,20 +24,45 @@ var _ node.Store = (*DB)(nil)
 // seenBatch is how many rows a statement of Seen moves forward.
 const seenBatch = 1000
 
-// liveKeys are those of the organization $1.
-const liveKeys = "FROM org_keys WHERE org_id = $1 AND " + isLive
+// liveKeys are those of the organization $1, liveNodeKeys those of its nodes.
+const (
+	liveKeys     = "FROM org_keys WHERE org_id = $1 AND " + isLive
+	liveNodeKeys = "FROM keys_of_nodes WHERE org_id = $1 AND " + isLive
+)
 
 // LiveKeys implements node.Store.
-func (d *DB) LiveKeys(ctx context.Context, org org.ID, limit int) ([]orgkey.SealedKey, error) {
-	return query(ctx, d.read, func(scan func(...any) error) (k orgkey.SealedKey, err error) {
-		err = scan(&k.ID, &k.Sealed)
-		return k, err
-	}, "SELECT id, sealed "+liveKeys+" ORDER BY created_at DESC, id LIMIT $2", org, limit)
+func (d *DB) LiveKeys(ctx context.Context, org org.ID, ip netip.Addr, named string, limit int) ([]node.Candidate, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (c node.Candidate, err error) {
+		err = scan(&c.ID, &c.Sealed, &c.OfNode, &c.Unreceived)
+		c.Key = c.ID
+		return c, err
+	}, candidates, org, limit, ip.String(), named)
+}
+
+// candidates are the live keys of organization $1 that may speak for address $3:
+// at most $2 organization keys, and of its node keys the one that $4 names and
+// those whose node is there or is to be there.
+const candidates = `SELECT k.id, k.sealed, false, ` + unreceived + ` FROM (
+		SELECT id, sealed ` + liveKeys + ` ORDER BY created_at DESC, id LIMIT $2) AS k
+	UNION ALL SELECT k.id, k.sealed, true, ` + unreceived + ` FROM keys_of_nodes k WHERE k.org_id = $1 AND ` + isLive + ` AND k.id IN (
+		SELECT $4 UNION SELECT b.id FROM nodes n JOIN keys_of_nodes b ON b.node_id = n.id WHERE n.org_id = $1 AND n.ip = $3
+		UNION SELECT a.id FROM keys_of_nodes a WHERE a.org_id = $1 AND a.address = $3)`
+
+// unreceived is true of a key k that was delivered sealed, and whose receipt
+// or first use is awaited.
+const unreceived = "EXISTS (SELECT 1 FROM deliveries v WHERE v.key_id = k.id AND v.stage = 'available' AND v.used_at IS NULL)"
+
+// liveAs is liveKeys of the keys that k is one of.
+func liveAs(k node.Signer) string {
+	if k.OfNode {
+		return liveNodeKeys
+	}
+	return liveKeys
 }
 
 // checkLive reports node.ErrKeyGone unless key is a released one of org.
-func checkLive(ctx context.Context, tx *txn, org org.ID, key string) error {
-	live, err := query(ctx, tx, scanInt, "SELECT 1 "+liveKeys+" AND id = $2", org, key)
+func checkLive(ctx context.Context, tx *txn, org org.ID, key node.Signer) error {
+	live, err := query(ctx, tx, scanInt, "SELECT 1 "+liveAs(key)+" AND id = $2", org, key.Key)
 	if err == nil && len(live) == 0 {
 		return node.ErrKeyGone
 	}
@@ -57,12 +82,12 @@ func (d *DB) use(ctx context.Context, tx *txn, u node.Use) (first bool, err erro
 		return false, node.ErrStale
 	}
 	n, err := exec(ctx, tx, `INSERT INTO signature_uses (key_id, message, request, until)
-		SELECT id, $3, $4, $5 `+liveKeys+` AND id = $2 ON CONFLICT DO NOTHING`,
+		SELECT id, $3, $4, $5 `+liveAs(u.Signer)+` AND id = $2 ON CONFLICT DO NOTHING`,
 		u.Org, u.Key, u.Message[:], u.Request[:], u.Until.UnixMicro())
 	if err != nil || n == 1 {
 		return n == 1, err
 	}
-	if err := checkLive(ctx, tx, u.Org, u.Key); err != nil {
+	if err := checkLive(ctx, tx, u.Org, u.Signer); err != nil {
 		return false, err
 	}
 	var earlier []byte
@@ -96,8 +121,14 @@ func (d *DB) Register(ctx context.Context, u node.Use, n node.Node, event func(s
 		if !first {
 			return d.repeated(ctx, tx, u.Org, n.IP, event)
 		}
+		if err := d.makeRoom(ctx, tx, u, n.IP); err != nil {
+			return err
+		}
 		id, change, err := d.upsertNode(ctx, tx, u.Org, n)
 		if err != nil {
+			return err
+		}
+		if err := d.signedBy(ctx, tx, u.Signer, id); err != nil {
 			return err
 		}
 		if _, err := exec(ctx, tx, "INSERT INTO node_keys (node_id, key_id) VALUES ($1, $2) ON CONFLICT DO NOTHING", id, u.Key); err != nil {
@@ -141,6 +172,12 @@ func (d *DB) Unregister(ctx context.Context, u node.Use, ip netip.Addr, event fu
 		if !first {
 			return d.repeated(ctx, tx, u.Org, ip, event)
 		}
+		if _, err := d.nodeOf(ctx, tx, u.Org, u.Signer, ip); err != nil {
+			return err
+		}
+		if err := d.signedBy(ctx, tx, u.Signer, ""); err != nil {
+			return err
+		}
 		id, err := d.deleteNode(ctx, tx, "org_id = $2 AND ip = $3", u.Org, ip.String())
 		if err != nil {
 			return err
@@ -175,10 +212,16 @@ func (d *DB) SecretsSize(ctx context.Context, org org.ID) (size int64, err error
 }
 
 // Secrets implements node.Store.
-func (d *DB) Secrets(ctx context.Context, org org.ID, key string, event func([]string) audit.Event) ([]node.SealedSecret, error) {
+func (d *DB) Secrets(ctx context.Context, org org.ID, by node.Signer, ip netip.Addr, event func([]string) audit.Event) ([]node.SealedSecret, error) {
 	var secrets []node.SealedSecret
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
-		if err := checkLive(ctx, tx, org, key); err != nil {
+		if err := checkLive(ctx, tx, org, by); err != nil {
+			return err
+		}
+		if _, err := d.nodeOf(ctx, tx, org, by, ip); err != nil {
+			return err
+		}
+		if err := d.signedBy(ctx, tx, by, ""); err != nil {
 			return err
 		}
 		var err error
@@ -219,7 +262,7 @@ func (d *DB) Nodes(ctx context.Context, org org.ID) ([]node.Node, error) {
 }
 
 // DeleteNode implements node.Store.
-func (d *DB) DeleteNode(ctx context.Context, org org.ID, id string, event audit.Event) error {
+func (d *DB) DeleteNode(ctx context.Context, org org.ID, id string, event audit.Event, keyDeleted func(string) audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		_, err := d.deleteNode(ctx, tx, "org_id = $2 AND id = $3", org, id)
 		if errors.Is(err, node.ErrNodeNotFound) {
@@ -235,7 +278,11 @@ func (d *DB) DeleteNode(ctx context.Context, org org.ID, id string, event audit.
 		if err != nil {
 			return err
 		}
-		return d.record(ctx, tx, event)
+		events, err := d.endNodeKeys(ctx, tx, id, keyDeleted)
+		if err != nil {
+			return err
+		}
+		return d.record(ctx, tx, append(events, event)...)
 	})
 }
 
@@ -344,10 +391,15 @@ func (d *DB) used(ctx context.Context, tx *txn, now int64, ids []string, ago map
 		v.add("CAST(%s AS TEXT), CAST(%s AS BIGINT)", id, now-ago[id].Microseconds())
 	}
 	with := "WITH v(id, at) AS (" + v.String() + ")"
-	_, err := exec(ctx, tx, with+` UPDATE org_keys SET last_used_at = v.at FROM v
-		WHERE org_keys.id = v.id AND (coalesce(last_used_at, 0) < v.at OR last_used_at > `+v.arg(now)+`)
-		AND org_keys.id IN (SELECT id FROM org_keys WHERE id IN (SELECT id FROM v)`+d.forUpdate(" SKIP LOCKED")+")", v.args...)
-	return err
+	present := v.arg(now)
+	for _, table := range []string{"org_keys", "keys_of_nodes"} {
+		if _, err := exec(ctx, tx, with+` UPDATE `+table+` SET last_used_at = v.at FROM v
+			WHERE `+table+`.id = v.id AND (coalesce(last_used_at, 0) < v.at OR last_used_at > `+present+`)
+			AND `+table+`.id IN (SELECT id FROM `+table+` WHERE id IN (SELECT id FROM v)`+d.forUpdate(" SKIP LOCKED")+")", v.args...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // sighted leaves a node that it leaves out unassociated, too: it may be about to be

@@ -65,7 +65,7 @@ func TestADeadlockIsTriedAgain(t *testing.T) {
 	statement(t, tx, "SELECT 1 FROM org_keys WHERE id = $1 FOR UPDATE", last)
 	done := make(chan error, 1)
 	go func() {
-		n, err := db.DeleteKeys(t.Context(), "acme", event(audit.KeysDeleted, "acme", ""), func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) })
+		n, err := db.DeleteKeys(t.Context(), "acme", event(audit.KeysDeleted, "acme", ""), func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) }, enrollmentRevoked)
 		if err == nil && n != 2 {
 			err = errors.New("not both keys were deleted")
 		}

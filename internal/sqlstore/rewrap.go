@@ -9,12 +9,16 @@ import (
 
 // CountSealed is how many values of a purpose are stored sealed.
 func (d *DB) CountSealed(ctx context.Context, purpose string) (int, error) {
-	statement := "SELECT count(*) FROM org_keys WHERE sealed IS NOT NULL"
+	statement := "SELECT (SELECT count(*) FROM org_keys WHERE sealed IS NOT NULL) + (SELECT count(*) FROM keys_of_nodes WHERE sealed IS NOT NULL)"
 	switch purpose {
 	case orgkey.BootSecret:
 		statement = "SELECT count(*) FROM boot_secrets"
 	case orgkey.EventKey:
 		statement = "SELECT count(*) FROM event_keys"
+	case orgkey.EnrollmentToken:
+		statement = "SELECT count(*) FROM enrollments"
+	case orgkey.WrappedKey:
+		statement = "SELECT count(*) FROM deliveries WHERE wrapped IS NOT NULL"
 	}
 	found, err := query(ctx, d.read, scanInt, statement)
 	if err != nil {
@@ -27,13 +31,17 @@ func (d *DB) CountSealed(ctx context.Context, purpose string) (int, error) {
 // after's purpose that come after it. A binding with nothing but a purpose
 // comes before all of them.
 func (d *DB) SealedAfter(ctx context.Context, after orgkey.Binding, limit int) ([]orgkey.Sealed, error) {
-	statement, args := "SELECT org_id, id, sealed FROM org_keys WHERE sealed IS NOT NULL AND id > $1 ORDER BY id LIMIT $2", []any{after.ID, limit}
+	statement, args := publicKeysAfter, []any{after.ID, limit}
 	switch after.Purpose {
 	case orgkey.BootSecret:
 		statement = "SELECT org_id, name, sealed FROM boot_secrets WHERE (org_id, name) > ($1, $2) ORDER BY org_id, name LIMIT $3"
 		args = []any{after.Org, after.ID, limit}
 	case orgkey.EventKey:
 		statement, args = "SELECT origin, '', sealed FROM event_keys WHERE origin > $1 ORDER BY origin LIMIT $2", []any{after.Org, limit}
+	case orgkey.EnrollmentToken:
+		statement = "SELECT org_id, id, secret FROM enrollments WHERE id > $1 ORDER BY id LIMIT $2"
+	case orgkey.WrappedKey:
+		statement = "SELECT org_id, key_id || '/' || recipient, wrapped FROM deliveries WHERE wrapped IS NOT NULL AND key_id || '/' || recipient > $1 ORDER BY 2 LIMIT $2"
 	}
 	found, err := query(ctx, d.read, func(scan func(...any) error) (s orgkey.Sealed, err error) {
 		s.Binding.Purpose = after.Purpose
@@ -46,17 +54,25 @@ func (d *DB) SealedAfter(ctx context.Context, after orgkey.Binding, limit int) (
 	return found, nil
 }
 
+// publicKeysAfter reads both kinds of keys, whose IDs are all different.
+const publicKeysAfter = `SELECT org_id, id, sealed FROM (
+		SELECT * FROM (SELECT org_id, id, sealed FROM org_keys WHERE sealed IS NOT NULL AND id > $1 ORDER BY id LIMIT $2) AS o
+		UNION ALL SELECT * FROM (SELECT org_id, id, sealed FROM keys_of_nodes WHERE sealed IS NOT NULL AND id > $1 ORDER BY id LIMIT $2) AS n
+	) AS k ORDER BY id LIMIT $2`
+
 // Reseal puts fresh[i] in the place of old[i] and returns how many it
 // replaced. A record that was deleted or sealed anew meanwhile is let be.
 func (d *DB) Reseal(ctx context.Context, old []orgkey.Sealed, fresh [][]byte) (n int, err error) {
 	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		n = 0
 		for i, s := range old {
-			touched, err := exec(ctx, tx, resealStatement(s.Binding.Purpose), s.Binding.Org, s.Binding.ID, s.Ciphertext, fresh[i])
-			if err != nil {
-				return err
+			for _, statement := range resealStatements(s.Binding.Purpose) {
+				touched, err := exec(ctx, tx, statement, s.Binding.Org, s.Binding.ID, s.Ciphertext, fresh[i])
+				if err != nil {
+					return err
+				}
+				n += int(touched)
 			}
-			n += int(touched)
 		}
 		return nil
 	})
@@ -66,12 +82,19 @@ func (d *DB) Reseal(ctx context.Context, old []orgkey.Sealed, fresh [][]byte) (n
 	return n, nil
 }
 
-func resealStatement(purpose string) string {
+func resealStatements(purpose string) []string {
 	switch purpose {
 	case orgkey.BootSecret:
-		return "UPDATE boot_secrets SET sealed = $4 WHERE org_id = $1 AND name = $2 AND sealed = $3"
+		return []string{"UPDATE boot_secrets SET sealed = $4 WHERE org_id = $1 AND name = $2 AND sealed = $3"}
 	case orgkey.EventKey:
-		return "UPDATE event_keys SET sealed = $4 WHERE origin = $1 AND $2 = '' AND sealed = $3"
+		return []string{"UPDATE event_keys SET sealed = $4 WHERE origin = $1 AND $2 = '' AND sealed = $3"}
+	case orgkey.EnrollmentToken:
+		return []string{"UPDATE enrollments SET secret = $4 WHERE org_id = $1 AND id = $2 AND secret = $3"}
+	case orgkey.WrappedKey:
+		return []string{"UPDATE deliveries SET wrapped = $4 WHERE org_id = $1 AND key_id || '/' || recipient = $2 AND wrapped = $3"}
 	}
-	return "UPDATE org_keys SET sealed = $4 WHERE org_id = $1 AND id = $2 AND sealed = $3"
+	return []string{
+		"UPDATE org_keys SET sealed = $4 WHERE org_id = $1 AND id = $2 AND sealed = $3",
+		"UPDATE keys_of_nodes SET sealed = $4 WHERE org_id = $1 AND id = $2 AND sealed = $3",
+	}
 }

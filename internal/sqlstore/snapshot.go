@@ -86,21 +86,24 @@ func scanText(scan func(...any) error) (text string, err error) {
 	return text, err
 }
 
+// everyKey has organization keys and node keys.
+const everyKey = "(SELECT id, org_id, state FROM org_keys UNION ALL SELECT id, org_id, state FROM keys_of_nodes) AS k"
+
 // contradictions are the ways in which records and events can fail to fit: each
 // statement returns key IDs. They rely on the events' columns, which
 // verify.Verify has compared with the leaves by then.
 var contradictions = []struct{ what, statement string }{
 	{"key %s has a record, and no event says that it was created", `
-		SELECT id, org_id FROM org_keys WHERE state <> ` + reserved + ` EXCEPT
+		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + reserved + ` EXCEPT
 		SELECT object, org_id FROM events WHERE type = 'orgkey.created'`},
 	{"key %s was created according to its event, and has no record", `
 		SELECT object, org_id FROM events WHERE type = 'orgkey.created' EXCEPT
-		SELECT id, org_id FROM org_keys WHERE state <> ` + reserved},
+		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + reserved},
 	{"key %s is deleted, and no event says so", `
-		SELECT id, org_id FROM org_keys WHERE state = ` + deleted + ` EXCEPT
+		SELECT id, org_id FROM ` + everyKey + ` WHERE state = ` + deleted + ` EXCEPT
 		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`},
 	{"key %s was deleted according to its event, and its record is not", `
-		SELECT id, org_id FROM org_keys WHERE state <> ` + deleted + ` INTERSECT
+		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + deleted + ` INTERSECT
 		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`},
 }
 

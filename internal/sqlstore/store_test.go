@@ -104,6 +104,8 @@ func reserve(t testing.TB, db *sqlstore.DB, org org.ID, limit int) string {
 	return id
 }
 
+func enrollmentRevoked(id string) audit.Event { return event(audit.EnrollmentRevoked, "acme", id) }
+
 func event(kind audit.Type, org org.ID, id string) audit.Event {
 	e := audit.New(kind, org)
 	e.Object = id
@@ -407,7 +409,7 @@ func TestPromise6_AKeyDeletedAfterItVerifiedActsNoMore(t *testing.T) {
 		id, ip := released(t, db, "acme", 5), netip.MustParseAddr("192.0.2.7")
 		registered := func(id string, _ node.Change) audit.Event { return event(audit.NodeRegistered, "acme", id) }
 		register := func(message byte) error {
-			use := node.Use{Org: "acme", Key: id, Message: [32]byte{message}, Until: time.Now().Add(time.Hour)}
+			use := node.Use{Org: "acme", Signer: node.Signer{Key: id}, Message: [32]byte{message}, Until: time.Now().Add(time.Hour)}
 			return db.Register(t.Context(), use, node.Node{ID: uuid.NewString(), Org: "acme", IP: ip}, registered)
 		}
 		if err := register(1); err != nil {
@@ -421,7 +423,7 @@ func TestPromise6_AKeyDeletedAfterItVerifiedActsNoMore(t *testing.T) {
 				t.Errorf("%s: %v, want ErrKeyGone", name, err)
 			}
 		}
-		_, err := db.Secrets(t.Context(), "acme", id, func([]string) audit.Event { return event(audit.SecretsFetched, "acme", id) })
+		_, err := db.Secrets(t.Context(), "acme", node.Signer{Key: id}, netip.MustParseAddr("192.0.2.1"), func([]string) audit.Event { return event(audit.SecretsFetched, "acme", id) })
 		if !errors.Is(err, node.ErrKeyGone) {
 			t.Errorf("secrets: %v, want ErrKeyGone", err)
 		}
@@ -443,7 +445,7 @@ func TestDeletingAllKeysCancelsWhatIsUnderWay(t *testing.T) {
 				return event(audit.KeyDeleted, "acme", id)
 			}
 			return event(audit.KeyWithdrawn, "acme", id)
-		})
+		}, enrollmentRevoked)
 		if err != nil || n != 2 {
 			t.Fatalf("deleted %d keys, %v; want the 2 released ones", n, err)
 		}

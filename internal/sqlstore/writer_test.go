@@ -34,7 +34,7 @@ func deleteAll(t *testing.T, db *sqlstore.DB, org org.ID, stall func()) (int, er
 	return db.DeleteKeys(t.Context(), org, event(audit.KeysDeleted, org, ""), func(id string, _ bool) audit.Event {
 		stall()
 		return event(audit.KeyDeleted, org, id)
-	})
+	}, enrollmentRevoked)
 }
 
 // A change is made wholly or not at all, however long the disk or the process

@@ -1,0 +1,407 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"time"
+
+	"github.com/gin-gonic/gin"
+
+	"github.com/orgkeys/orgkeys/internal/authn"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/enroll"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
+)
+
+// Enrollments is what the routes need of *enroll.Service.
+type Enrollments interface {
+	Create(ctx context.Context, call gate.Call, org org.ID, body []byte, deliver func(enroll.Minted) error) error
+	List(ctx context.Context, call gate.Call, org org.ID) ([]enroll.Enrollment, error)
+	Get(ctx context.Context, call gate.Call, org org.ID, id string) (enroll.Enrollment, error)
+	Approve(ctx context.Context, call gate.Call, org org.ID, id string, body []byte) error
+	Revoke(ctx context.Context, call gate.Call, org org.ID, id string) error
+	Claim(ctx context.Context, from enroll.Origin, id string, body []byte, deliver func(enroll.Answer) error) error
+	Receive(ctx context.Context, from enroll.Origin, id string, body []byte) error
+	Generate(ctx context.Context, call gate.Call, org org.ID, body []byte, deliver func(enroll.Answer) error) error
+	Fetch(ctx context.Context, call gate.Call, org org.ID, keyID string, deliver func(enroll.Answer) error) error
+	ReceiveOwn(ctx context.Context, call gate.Call, org org.ID, keyID string, body []byte) error
+}
+
+var _ Enrollments = (*enroll.Service)(nil)
+
+// sealedForm is the media type of a private key that is sealed to a recipient.
+const sealedForm = "application/vnd.orgkeys.sealed+json"
+
+func (a *API) routesEnrollments(r gin.IRouter) {
+	all := r.Group("/organization/:idOrg/enrollment", a.whileServing, a.authenticate)
+	all.POST("", a.organization(authz.CreateEnrollment), a.createEnrollment)
+	all.GET("", a.organization(authz.ListEnrollments), a.withoutBody, a.listEnrollments)
+	one := all.Group("/:idEnrollment")
+	one.GET("", a.organization(authz.ListEnrollments), a.withoutBody, a.existing, a.getEnrollment)
+	one.DELETE("", a.organization(authz.RevokeEnrollment), a.withoutBody, a.existing, a.revokeEnrollment)
+	one.POST("/approve", a.organization(authz.ApproveEnrollment), a.existing, a.approveEnrollment)
+
+	nodes := r.Group("/enroll/:idEnrollment", a.whileServing, noStore)
+	nodes.POST("", a.claimEnrollment)
+	nodes.POST("/receipt", a.receiveEnrollment)
+
+	keys := r.Group("/organization/:idOrg/key/:idKey", a.whileServing, a.authenticate)
+	keys.GET("/sealed", a.organization(authz.FetchSealedKey), a.withoutBody, a.fetchSealed)
+	keys.POST("/receipt", a.organization(authz.FetchSealedKey), a.receiveSealed)
+}
+
+// existing refuses the ID of an enrollment that cannot exist.
+func (a *API) existing(c *gin.Context) {
+	if !isKeyID(c.Param("idEnrollment")) { // enrollments' IDs have the same form
+		a.reject(c, "not_found", enrollmentNotFound)
+	}
+}
+
+// adminBody reads the body of an authenticated request.
+func (a *API) adminBody(c *gin.Context) ([]byte, bool) {
+	body, refusal := readBody(c)
+	if refusal != nil {
+		a.reject(c, refusal.code, *refusal)
+	}
+	return body, refusal == nil
+}
+
+type mintedAnswer struct {
+	success
+	Data mintedEntry `json:"data"`
+}
+
+type mintedEntry struct {
+	enrollmentEntry
+	Token string `json:"token"`
+}
+
+type enrollmentAnswer struct {
+	Success bool            `json:"success"`
+	Data    enrollmentEntry `json:"data"`
+}
+
+type enrollmentList struct {
+	Success bool              `json:"success"`
+	Data    []enrollmentEntry `json:"data"`
+	Total   int               `json:"total"`
+}
+
+type enrollmentEntry struct {
+	ID        string       `json:"id"`
+	OrgID     string       `json:"orgId"`
+	State     string       `json:"state"`
+	Scope     string       `json:"scope"`
+	Origin    string       `json:"origin"`
+	Uses      int          `json:"uses"`
+	Bind      *bindEntry   `json:"bind,omitempty"`
+	Approval  bool         `json:"approval"`
+	IP        string       `json:"ip,omitempty"`
+	Note      string       `json:"note,omitempty"`
+	CreatedAt string       `json:"createdAt"`
+	ExpiresAt string       `json:"expiresAt"`
+	RevokedAt string       `json:"revokedAt,omitempty"`
+	Conflicts int          `json:"conflicts"`
+	Claims    []claimEntry `json:"claims"`
+	Warning   string       `json:"warning,omitempty"`
+}
+
+type bindEntry struct {
+	Recipient string `json:"recipient"`
+}
+
+type claimEntry struct {
+	KeyID        string `json:"keyId"`
+	State        string `json:"state"`
+	Recipient    string `json:"recipient"`
+	Address      string `json:"address"`
+	ClaimedAt    string `json:"claimedAt"`
+	Approved     bool   `json:"approved"`
+	Fingerprint  string `json:"fingerprint,omitempty"`
+	SHA256       string `json:"sha256,omitempty"`
+	Answers      int    `json:"answers"`
+	DeliverUntil string `json:"deliverUntil,omitempty"`
+	ReceivedAt   string `json:"receivedAt,omitempty"`
+}
+
+// manyUses warns of what a token with several uses cannot do.
+const manyUses = "This token lets several nodes in: a thief who uses it first is one of them. Compare the claims with your nodes."
+
+func enrollmentOf(e enroll.Enrollment, now time.Time) enrollmentEntry {
+	entry := enrollmentEntry{
+		ID: e.ID, OrgID: string(e.Org), State: enrollmentState(e, now), Scope: string(e.Scope), Origin: "backend", Uses: e.Uses, Approval: e.Approval,
+		Note: e.Note, CreatedAt: instant(e.Created), ExpiresAt: instant(e.Expires), Conflicts: e.Conflicts, Claims: make([]claimEntry, len(e.Claims)),
+	}
+	if e.Recipient != "" {
+		entry.Bind = &bindEntry{e.Recipient}
+	}
+	if e.Address.IsValid() {
+		entry.IP = e.Address.String()
+	}
+	if !e.Revoked.IsZero() {
+		entry.RevokedAt = instant(e.Revoked)
+	}
+	if e.Uses > 1 {
+		entry.Warning = manyUses
+	}
+	for i, d := range e.Claims {
+		entry.Claims[i] = claimOf(d)
+	}
+	return entry
+}
+
+// enrollmentState is that of the claim which has come least far, or what became
+// of uses that nobody claimed.
+func enrollmentState(e enroll.Enrollment, now time.Time) string {
+	switch {
+	case !e.Revoked.IsZero():
+		return "revoked"
+	case len(e.Claims) < e.Uses && !e.Expires.After(now):
+		return "expired"
+	case len(e.Claims) < e.Uses:
+		return "open"
+	}
+	state := "received"
+	for _, d := range e.Claims {
+		switch s := claimState(d); {
+		case s == "waiting":
+			return s
+		case s == "sealed":
+			state = s
+		}
+	}
+	return state
+}
+
+func claimOf(d enroll.Delivery) claimEntry {
+	entry := claimEntry{
+		KeyID: d.KeyID, State: claimState(d), Recipient: d.Recipient, Address: d.From, ClaimedAt: instant(d.ClaimedAt), Approved: d.Approved,
+		Fingerprint: d.Fingerprint, SHA256: d.Wrapped.SHA256, Answers: d.Answers,
+	}
+	if d.Stage == enroll.Available {
+		entry.DeliverUntil = instant(d.Until)
+	}
+	if !d.ReceivedAt.IsZero() {
+		entry.ReceivedAt = instant(d.ReceivedAt)
+	}
+	return entry
+}
+
+func claimState(d enroll.Delivery) string {
+	switch d.Stage {
+	case enroll.Available:
+		return "sealed"
+	case enroll.Received:
+		return "received"
+	case enroll.Ended:
+		return "ended"
+	default:
+		return "waiting"
+	}
+}
+
+func (a *API) createEnrollment(c *gin.Context) {
+	body, ok := a.adminBody(c)
+	if !ok {
+		return
+	}
+	x := exchangeOf(c)
+	err := a.Enrollments.Create(c.Request.Context(), x.call(), x.org, body, func(m enroll.Minted) error {
+		c.Header("Location", "/organization/"+string(m.Org)+"/enrollment/"+m.ID)
+		writeJSON(c, http.StatusCreated, mintedAnswer{
+			success{true, "Enrollment created. The token is shown this once."},
+			mintedEntry{enrollmentOf(m.Enrollment, m.Created), string(m.Token)},
+		})
+		return nil
+	})
+	if err != nil {
+		a.fail(c, err)
+	}
+}
+
+func (a *API) listEnrollments(c *gin.Context) {
+	x := exchangeOf(c)
+	all, err := a.Enrollments.List(c.Request.Context(), x.call(), x.org)
+	if err != nil {
+		a.fail(c, err)
+		return
+	}
+	list := enrollmentList{true, make([]enrollmentEntry, len(all)), len(all)}
+	for i, e := range all {
+		list.Data[i] = enrollmentOf(e, time.Now())
+	}
+	writeJSON(c, http.StatusOK, list)
+}
+
+func (a *API) getEnrollment(c *gin.Context) {
+	x := exchangeOf(c)
+	e, err := a.Enrollments.Get(c.Request.Context(), x.call(), x.org, c.Param("idEnrollment"))
+	if err != nil {
+		a.fail(c, err)
+		return
+	}
+	writeJSON(c, http.StatusOK, enrollmentAnswer{true, enrollmentOf(e, time.Now())})
+}
+
+func (a *API) approveEnrollment(c *gin.Context) {
+	body, ok := a.adminBody(c)
+	if !ok {
+		return
+	}
+	x := exchangeOf(c)
+	if err := a.Enrollments.Approve(c.Request.Context(), x.call(), x.org, c.Param("idEnrollment"), body); err != nil {
+		a.fail(c, err)
+		return
+	}
+	writeJSON(c, http.StatusOK, success{true, "Claim approved"})
+}
+
+func (a *API) revokeEnrollment(c *gin.Context) {
+	x := exchangeOf(c)
+	if err := a.Enrollments.Revoke(c.Request.Context(), x.call(), x.org, c.Param("idEnrollment")); err != nil {
+		a.fail(c, err)
+		return
+	}
+	writeJSON(c, http.StatusOK, success{true, "Enrollment revoked"})
+}
+
+// sealedAnswer is a sealed key on its way out.
+type sealedAnswer struct {
+	ID           string     `json:"id,omitempty"`
+	Org          string     `json:"org"`
+	Origin       string     `json:"origin"`
+	KeyID        string     `json:"keyId"`
+	Scope        string     `json:"scope"`
+	Algorithm    string     `json:"algorithm"`
+	Fingerprint  string     `json:"fingerprint"`
+	Recipient    string     `json:"recipient"`
+	Sealed       sealedBody `json:"sealed"`
+	SHA256       string     `json:"sha256"`
+	Event        string     `json:"event"`
+	DeliverUntil string     `json:"deliverUntil"`
+	MAC          []byte     `json:"mac,omitempty"`
+}
+
+type sealedBody struct {
+	Alg   string `json:"alg"`
+	Value []byte `json:"value"`
+}
+
+// writeSealed writes a sealed key out, and reports whether all of it was handed
+// to the connection.
+func writeSealed(c *gin.Context, a enroll.Answer) error {
+	connection := http.NewResponseController(underlying(c))
+	if err := connection.SetWriteDeadline(time.Now().Add(releaseTimeout)); err != nil {
+		return err
+	}
+	c.Header("X-Key-Id", a.KeyID)
+	c.Header("X-Key-Fingerprint", a.Fingerprint)
+	writeJSON(c, http.StatusOK, sealedAnswer{
+		ID: a.Enrollment, Org: a.Org, Origin: a.Origin, KeyID: a.KeyID, Scope: string(a.Scope), Algorithm: "rsa-2048",
+		Fingerprint: a.Fingerprint, Recipient: a.Recipient, Sealed: sealedBody(a.Sealed), SHA256: a.SHA256,
+		Event: string(a.Event), DeliverUntil: instant(a.Until), MAC: a.MAC,
+	})
+	return connection.Flush()
+}
+
+func (a *API) claimEnrollment(c *gin.Context) {
+	a.byEnrollment(c, func(ctx context.Context, from enroll.Origin, id string, body []byte) error {
+		return a.Enrollments.Claim(ctx, from, id, body, func(answer enroll.Answer) error { return writeSealed(c, answer) })
+	})
+}
+
+func (a *API) receiveEnrollment(c *gin.Context) {
+	a.byEnrollment(c, func(ctx context.Context, from enroll.Origin, id string, body []byte) error {
+		if err := a.Enrollments.Receive(ctx, from, id, body); err != nil {
+			return err
+		}
+		writeJSON(c, http.StatusOK, success{true, "Receipt recorded"})
+		return nil
+	})
+}
+
+// byEnrollment serves a node that only its token, or the key it was given, vouches for.
+func (a *API) byEnrollment(c *gin.Context, act func(context.Context, enroll.Origin, string, []byte) error) {
+	body, refusal := readBody(c)
+	if refusal != nil {
+		a.countNode(authn.ReasonNodeRequest)
+		a.refuse(c, *refusal)
+		return
+	}
+	id := c.Param("idEnrollment")
+	if !isKeyID(id) { // such an enrollment cannot exist
+		a.countNode(authn.ReasonEnrollment)
+		a.refuse(c, enrollmentUnknown)
+		return
+	}
+	x := exchangeOf(c)
+	err := act(c.Request.Context(), enroll.Origin{Request: x.id, Address: x.address}, id, body)
+	switch {
+	case err == nil:
+		return
+	case errors.As(err, new(*enroll.InputError)):
+		a.countNode(authn.ReasonNodeRequest)
+	case errors.Is(err, enroll.ErrUnknown):
+		a.countNode(authn.ReasonEnrollment)
+	case errors.Is(err, enroll.ErrSignature):
+		a.countNode(authn.ReasonNodeSignature)
+	}
+	a.fail(c, err)
+}
+
+func (a *API) generateSealed(c *gin.Context) {
+	body, ok := a.adminBody(c)
+	if !ok {
+		return
+	}
+	x := exchangeOf(c)
+	err := a.Enrollments.Generate(c.Request.Context(), x.call(), x.org, body, func(answer enroll.Answer) error {
+		c.Header("Location", "/organization/"+answer.Org+"/key/"+answer.KeyID)
+		return writeSealed(c, answer)
+	})
+	if err != nil {
+		a.fail(c, err)
+	}
+}
+
+func (a *API) fetchSealed(c *gin.Context) {
+	id := c.Param("idKey")
+	if !isKeyID(id) {
+		a.reject(c, "not_found", keyNotFound)
+		return
+	}
+	x := exchangeOf(c)
+	err := a.Enrollments.Fetch(c.Request.Context(), x.call(), x.org, id, func(answer enroll.Answer) error { return writeSealed(c, answer) })
+	if errors.Is(err, enroll.ErrNotFound) {
+		a.refuse(c, keyNotFound)
+		return
+	}
+	if err != nil {
+		a.fail(c, err)
+	}
+}
+
+func (a *API) receiveSealed(c *gin.Context) {
+	body, ok := a.adminBody(c)
+	if !ok {
+		return
+	}
+	id := c.Param("idKey")
+	if !isKeyID(id) {
+		a.reject(c, "not_found", keyNotFound)
+		return
+	}
+	x := exchangeOf(c)
+	err := a.Enrollments.ReceiveOwn(c.Request.Context(), x.call(), x.org, id, body)
+	if errors.Is(err, enroll.ErrNotFound) {
+		a.refuse(c, keyNotFound)
+		return
+	}
+	if err != nil {
+		a.fail(c, err)
+		return
+	}
+	writeJSON(c, http.StatusOK, success{true, "Receipt recorded"})
+}

@@ -1,0 +1,555 @@
+package enroll
+
+import (
+	"context"
+	"crypto"
+	"crypto/hmac"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// Origin is where a request came from that no bearer token vouches for.
+type Origin struct {
+	Request string // the request's ID
+	Address string // the client's IP address, as the transport observed it
+}
+
+// Answer is a wrapped key on its way out.
+type Answer struct {
+	envelope.Delivery
+	Scope  Scope
+	Sealed envelope.SealedKey
+	Event  []byte    // the log's leaf of orgkey.sealed, verbatim
+	Until  time.Time // when the key is withdrawn unless it was received
+	MAC    []byte    // nil for an administrator's own
+}
+
+// Claim answers a node that asks for the key of enrollment id: deliver writes
+// the wrapped key out. ErrPending says that it is to ask again.
+func (s *Service) Claim(ctx context.Context, from Origin, id string, body []byte, deliver func(Answer) error) error {
+	c, err := parseClaim(body)
+	if err != nil {
+		return err
+	}
+	p, k, err := s.known(ctx, from, id, func(k []byte) bool {
+		return hmac.Equal(c.mac, envelope.ClaimMAC(k, id, c.recipient.ID))
+	})
+	if err != nil {
+		return err
+	}
+	defer clear(k)
+	pass, err := s.Gate.Decide(ctx, s.call(from, p), authz.ClaimEnrollment, p.Org, id)
+	if err != nil {
+		return err
+	}
+	pass.Detail = map[string]string{"recipient": c.recipient.ID}
+	if err := c.recipient.Check(); err != nil {
+		return s.Gate.Failed(ctx, pass, audit.RequestFailed, "recipient_unacceptable", err)
+	}
+	// What was begun is finished although the node hung up: it will ask again.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.AttemptLife/2)
+	defer cancel()
+	d, err := s.claim(ctx, pass, id, c.recipient)
+	if err != nil {
+		return err
+	}
+	return s.serve(ctx, pass, d, k, deliver)
+}
+
+func (s *Service) call(from Origin, p Permission) gate.Call {
+	return gate.Call{
+		Caller:  authz.Caller{Kind: authz.Enrollment, Subject: p.ID, Org: p.Org},
+		Request: from.Request, Address: from.Address,
+	}
+}
+
+// known returns enrollment id and its K, which the caller clears, if proves
+// finds that the asker has K. An unknown one and a wrong MAC are the same
+// error, after the same time; only a known one costs an unsealing.
+func (s *Service) known(ctx context.Context, from Origin, id string, proves func(k []byte) bool) (Permission, []byte, error) {
+	started := time.Now()
+	leave, err := s.Enter(ctx, from.Address)
+	if err != nil {
+		return Permission{}, nil, err
+	}
+	p, k, err := s.open(ctx, id)
+	if err == nil && !proves(k) {
+		clear(k)
+		err = ErrUnknown
+	}
+	// Failing to look is no failure of the caller's.
+	if tooMany := leave(!errors.Is(err, ErrUnknown)); tooMany != nil {
+		err = tooMany
+	}
+	if err != nil {
+		pause(ctx, refusalTime-time.Since(started))
+		return Permission{}, nil, err
+	}
+	return p, k, nil
+}
+
+func (s *Service) open(ctx context.Context, id string) (Permission, []byte, error) {
+	p, err := s.Store.Permission(ctx, id)
+	if errors.Is(err, ErrNotFound) {
+		return Permission{}, nil, ErrUnknown
+	}
+	if err != nil {
+		return Permission{}, nil, fmt.Errorf("reading an enrollment: %w", err)
+	}
+	opened, err := s.Sealer.Open(ctx, []orgkey.Sealed{{Binding: tokenBinding(p.Org, id), Ciphertext: p.K}})
+	if err != nil {
+		return Permission{}, nil, fmt.Errorf("opening an enrollment: %w", err)
+	}
+	return p, opened[0], nil
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// claim gives the recipient its delivery, or records why not.
+func (s *Service) claim(ctx context.Context, pass gate.Pass, id string, recipient Recipient) (Delivery, error) {
+	conflict := pass.Event(audit.EnrollmentConflict)
+	conflict.Object, conflict.Outcome, conflict.Reason = id, audit.Denied, "claimed"
+	d, err := s.Store.Claim(ctx, id, recipient, pass.Call.Address, s.DeliverFor, func(keyID string) audit.Event {
+		event := pass.Event(audit.EnrollmentClaimed)
+		event.Object = id
+		event.Detail["key"] = keyID
+		return event
+	}, conflict)
+	switch {
+	case err == nil, errors.Is(err, ErrClaimed): // which has left its event, or was counted
+		return d, err
+	case errors.Is(err, ErrClosed):
+		return d, s.Gate.Failed(ctx, pass, audit.RequestFailed, "enrollment_closed", err)
+	default:
+		return d, s.Gate.Failed(ctx, pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), err)
+	}
+}
+
+// serve brings a delivery as far as it goes and has deliver write it out.
+func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k []byte, deliver func(Answer) error) error {
+	d, err := s.advance(ctx, pass, d)
+	if errors.Is(err, ErrPending) {
+		return err
+	}
+	if err != nil {
+		return s.Gate.Failed(ctx, pass, audit.RequestFailed, reasonOf(ctx, err), err)
+	}
+	answer, err := s.answer(ctx, d, k)
+	if err != nil {
+		return s.Gate.Failed(ctx, pass, audit.RequestFailed, reasonOf(ctx, err), err)
+	}
+	if err := deliver(answer); err != nil {
+		return fmt.Errorf("writing key %s out: %w", d.KeyID, err)
+	}
+	s.answered(ctx, pass, d)
+	return nil
+}
+
+func reasonOf(ctx context.Context, err error) string {
+	switch {
+	case errors.Is(err, orgkey.ErrOverloaded):
+		return "overloaded"
+	case errors.Is(err, orgkey.ErrSealedUnavailable):
+		return "sealed_unavailable"
+	case errors.Is(err, gate.ErrAudit):
+		return "audit_not_acknowledged"
+	case errors.Is(err, ErrClosed):
+		return "enrollment_closed"
+	default:
+		return gate.ReasonFor(ctx, "generation_failed")
+	}
+}
+
+// advance takes the steps that are left until d is available. Each is
+// conditional, so that two who take the same one do it once.
+func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery) (Delivery, error) {
+	// Which of this call's attempts destroyed the back end's copy already.
+	destroyed := ""
+	for {
+		var err error
+		switch d.Stage {
+		case Claimed:
+			if !d.Approved {
+				return d, ErrPending
+			}
+			destroyed, err = s.make(ctx, pass, d)
+			// CRASH: the delivery is claimed, and another attempt can begin when this one's
+			// life is over. What it left in the back end bears the attempt's name.
+		case Stored:
+			if d.Attempt != destroyed {
+				err = s.Keystore.DestroySealed(ctx, d.Attempt)
+			}
+			if err == nil {
+				err = s.Store.Seal(ctx, d.KeyID, sealedEvent(pass, d))
+			}
+			// CRASH: stored, and whoever asks next destroys and seals it; or sealed.
+		case Sealed:
+			err = s.offer(ctx, d)
+			// CRASH: sealed, and nobody has had it.
+		case Available:
+			return d, nil
+		default:
+			return d, ErrClosed
+		}
+		if err != nil {
+			return d, err
+		}
+		before := d.Stage
+		if d, err = s.Store.Delivery(ctx, d.KeyID); err != nil {
+			return d, fmt.Errorf("reading a delivery: %w", err)
+		}
+		if d.Stage == before {
+			return d, ErrPending // somebody else is at it
+		}
+	}
+}
+
+// make has the back end make and wrap a key, commits both, and destroys the
+// back end's copy. It returns the attempt whose copy is destroyed.
+func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (string, error) {
+	attempt := uuid.NewString()
+	mine, err := s.Store.Begin(ctx, d.KeyID, attempt, s.AttemptLife)
+	if err != nil {
+		return "", fmt.Errorf("beginning key %s: %w", d.KeyID, err)
+	}
+	if !mine {
+		return "", ErrPending
+	}
+	stored, err := s.attempt(ctx, pass, d, attempt)
+	if err != nil && !stored {
+		s.giveUp(ctx, d.KeyID, attempt)
+	}
+	if err != nil {
+		return "", err
+	}
+	return attempt, nil
+}
+
+func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attempt string) (stored bool, err error) {
+	leave, err := s.Admit()
+	if err != nil {
+		return false, err
+	}
+	defer leave()
+	key, err := s.Keystore.CreateSealed(ctx, attempt)
+	if err != nil {
+		return false, backEnd("making", d, err)
+	}
+	defer func() {
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+		defer cancel()
+		if kept := key.Destroy(ending); kept != nil {
+			s.Gate.Log.Warn("the back end may still have its copy of a sealed key", "key", d.KeyID, "error", kept)
+			err = errors.Join(err, backEnd("destroying", d, kept))
+		}
+	}()
+	recipient, err := recipientOf(d)
+	if err != nil {
+		return false, err
+	}
+	wrapped, err := key.Seal(ctx, recipient)
+	if err != nil {
+		return false, backEnd("wrapping", d, err)
+	}
+	return s.store(ctx, pass, d, attempt, key.Public(), wrapped)
+}
+
+func backEnd(doing string, d Delivery, err error) error {
+	if errors.Is(err, orgkey.ErrUnavailable) || errors.Is(err, orgkey.ErrSealedUnavailable) {
+		return fmt.Errorf("%s key %s: %w", doing, d.KeyID, err)
+	}
+	return fmt.Errorf("%s key %s: %w: %w", doing, d.KeyID, orgkey.ErrBackend, err)
+}
+
+func recipientOf(d Delivery) (*rsa.PublicKey, error) {
+	parsed, err := x509.ParsePKIXPublicKey(d.DER)
+	if err != nil {
+		return nil, fmt.Errorf("reading the recipient of key %s: %w", d.KeyID, err)
+	}
+	public, ok := parsed.(*rsa.PublicKey)
+	if !ok {
+		return nil, fmt.Errorf("reading the recipient of key %s: it is not an RSA key", d.KeyID)
+	}
+	// Whoever can write to the database must not choose who can read the key.
+	if id, err := envelope.Recipient(public); err != nil || id != d.Recipient {
+		return nil, fmt.Errorf("the recipient of key %s is not the one that claimed it", d.KeyID)
+	}
+	return public, nil
+}
+
+// store commits a wrapped key and its record. stored also says that they may
+// have been committed.
+func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt string, public *rsa.PublicKey, wrapped envelope.SealedKey) (stored bool, err error) {
+	der, err := x509.MarshalPKIXPublicKey(public)
+	if err != nil {
+		return false, fmt.Errorf("encoding key %s: %w", d.KeyID, err)
+	}
+	record, err := s.Sealer.Seal(ctx, orgkey.PublicKeyOf(d.Org, d.KeyID), der)
+	if err != nil {
+		return false, backEnd("sealing", d, err)
+	}
+	value, err := s.Sealer.Seal(ctx, wrappedBinding(d), wrapped.Value)
+	if err != nil {
+		return false, backEnd("sealing", d, err)
+	}
+	fingerprint := orgkey.Thumbprint(public)
+	created := pass.Event(audit.KeyCreated)
+	created.Object = d.KeyID
+	created.Detail = map[string]string{"fingerprint": fingerprint, "backend": s.Backend, "algorithm": "rsa-2048", "scope": string(d.Scope)}
+	if d.Enrollment != "" {
+		created.Detail["enrollment"] = d.Enrollment
+	}
+	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	err = s.Store.StoreWrapped(storing, d.KeyID, attempt, record,
+		Wrapped{wrapped.Alg, value, envelope.Digest(wrapped.Value)}, fingerprint, created)
+	if errors.Is(err, orgkey.ErrGone) {
+		return false, fmt.Errorf("storing key %s: %w", d.KeyID, err)
+	}
+	return true, err
+}
+
+// giveUp ends an attempt, so that the next one need not wait for its life.
+func (s *Service) giveUp(ctx context.Context, keyID, attempt string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	if err := s.Store.GiveUp(ctx, keyID, attempt); err != nil {
+		s.Gate.Log.Warn("a sealed delivery waits until its attempt's life is over", "key", keyID, "error", err)
+	}
+}
+
+func sealedEvent(pass gate.Pass, d Delivery) audit.Event {
+	event := pass.Event(audit.KeySealed)
+	event.Object = d.KeyID
+	event.Detail = map[string]string{
+		"recipient": d.Recipient, "alg": d.Wrapped.Alg, "sealed": d.Wrapped.SHA256, "fingerprint": d.Fingerprint,
+	}
+	if d.Enrollment != "" {
+		event.Detail["enrollment"] = d.Enrollment
+	}
+	return event
+}
+
+// offer waits until the sinks have the event of the sealing, and releases the key.
+func (s *Service) offer(ctx context.Context, d Delivery) error {
+	waiting, cancel := context.WithTimeout(ctx, s.AuditDeadline)
+	defer cancel()
+	if err := s.Gate.Trail.Acknowledged(waiting, d.Event); err != nil {
+		return fmt.Errorf("%w: %w", gate.ErrAudit, err)
+	}
+	if err := s.Store.Offer(ctx, d.KeyID, s.DeliverFor); err != nil {
+		return fmt.Errorf("releasing key %s: %w", d.KeyID, err)
+	}
+	return nil
+}
+
+// answer is what d's recipient gets: the same bytes each time.
+func (s *Service) answer(ctx context.Context, d Delivery, k []byte) (Answer, error) {
+	opened, err := s.Sealer.Open(ctx, []orgkey.Sealed{{Binding: wrappedBinding(d), Ciphertext: d.Wrapped.Value}})
+	if err != nil {
+		return Answer{}, fmt.Errorf("opening the delivery of key %s: %w", d.KeyID, err)
+	}
+	leaf, err := s.Store.Leaf(ctx, d.Event)
+	if err != nil {
+		return Answer{}, fmt.Errorf("reading the event of key %s: %w", d.KeyID, err)
+	}
+	a := Answer{
+		Delivery: s.vouched(d), Scope: d.Scope, Sealed: envelope.SealedKey{Alg: d.Wrapped.Alg, Value: opened[0]}, Event: leaf, Until: d.Until,
+	}
+	if envelope.Digest(opened[0]) != d.Wrapped.SHA256 {
+		return Answer{}, fmt.Errorf("the delivery of key %s is not what was sealed: %w", d.KeyID, orgkey.ErrSealBroken)
+	}
+	if k != nil {
+		a.MAC = a.Delivery.MAC(k)
+	}
+	return a, nil
+}
+
+func (s *Service) vouched(d Delivery) envelope.Delivery {
+	return envelope.Delivery{
+		Enrollment: d.Enrollment, Org: string(d.Org), Origin: s.Origin, KeyID: d.KeyID,
+		Recipient: d.Recipient, Fingerprint: d.Fingerprint, SHA256: d.Wrapped.SHA256,
+	}
+}
+
+// answered notes that a wrapped key went out. The asker has it by now, so a
+// failure is logged; the count is one too low then.
+func (s *Service) answered(ctx context.Context, pass gate.Pass, d Delivery) {
+	ctx, cancel := gate.Outlive(ctx)
+	defer cancel()
+	event := pass.Event(audit.KeyDelivered)
+	event.Object = d.KeyID
+	if err := s.Store.Answered(ctx, d.KeyID, event); err != nil {
+		s.Gate.Log.Warn("a delivery is not counted", "key", d.KeyID, "org", d.Org, "error", err)
+	}
+}
+
+// Receive takes a node's receipt for the key of enrollment id. The same receipt
+// again changes nothing.
+func (s *Service) Receive(ctx context.Context, from Origin, id string, body []byte) error {
+	r, err := parseReceipt(body)
+	if err != nil {
+		return err
+	}
+	leave, err := s.Enter(ctx, from.Address)
+	if err != nil {
+		return err
+	}
+	d, err := s.signed(ctx, r, func(ctx context.Context) (Delivery, error) { return s.Store.DeliveryTo(ctx, id, r.recipient) })
+	if tooMany := leave(!errors.Is(err, ErrUnknown) && !errors.Is(err, ErrSignature)); tooMany != nil {
+		err = tooMany
+	}
+	if err != nil {
+		return err
+	}
+	call := gate.Call{
+		Caller:  authz.Caller{Kind: authz.Enrollment, Subject: id, Org: d.Org},
+		Request: from.Request, Address: from.Address,
+	}
+	pass, err := s.Gate.Decide(ctx, call, authz.ReceiveKey, d.Org, d.KeyID)
+	if err != nil {
+		return err
+	}
+	return s.receive(ctx, pass, d, r)
+}
+
+// signed returns the delivery that find knows, if its key signed the receipt.
+func (s *Service) signed(ctx context.Context, r receipt, find func(context.Context) (Delivery, error)) (Delivery, error) {
+	d, err := find(ctx)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return d, ErrUnknown
+	case err != nil:
+		return d, fmt.Errorf("reading a delivery: %w", err)
+	case d.Stage != Available && d.Stage != Received:
+		return d, ErrClosed
+	}
+	opened, err := s.Opener.Open(ctx, d.Org, []orgkey.SealedKey{{ID: d.KeyID, Sealed: d.Public}})
+	if err != nil {
+		return d, fmt.Errorf("opening key %s: %w", d.KeyID, err)
+	}
+	digest := sha256.Sum256(s.vouched(d).ReceiptText())
+	if rsa.VerifyPKCS1v15(opened[d.KeyID], crypto.SHA256, digest[:], r.signature) != nil {
+		return d, ErrSignature
+	}
+	return d, nil
+}
+
+func (s *Service) receive(ctx context.Context, pass gate.Pass, d Delivery, r receipt) error {
+	ctx, cancel := gate.Outlive(ctx)
+	defer cancel()
+	err := s.Store.Receive(ctx, d.KeyID, func(answers int) audit.Event {
+		event := pass.Event(audit.KeyReceived)
+		event.Object = d.KeyID
+		event.Detail = map[string]string{
+			"recipient": d.Recipient, "sealed": d.Wrapped.SHA256, "answers": strconv.Itoa(answers),
+			"signature": base64.StdEncoding.EncodeToString(r.signature),
+		}
+		if d.Enrollment != "" {
+			event.Detail["enrollment"] = d.Enrollment
+		}
+		return event
+	})
+	if err != nil {
+		return s.Gate.Failed(ctx, pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), err)
+	}
+	return nil
+}
+
+// Generate has deliver write out a key for org, sealed to the recipient that
+// body names, to its administrator. The same recipient again, before its
+// receipt, gets the same key.
+func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, body []byte, deliver func(Answer) error) error {
+	pass, err := s.Gate.Decide(ctx, call, authz.GenerateKey, org, "")
+	if err != nil {
+		return err
+	}
+	recipient, err := parseOwn(body)
+	if err == nil {
+		err = recipient.Check()
+	}
+	if err != nil {
+		return s.Gate.Failed(ctx, pass, audit.KeyRefused, "recipient_unacceptable", err)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.AttemptLife/2)
+	defer cancel()
+	d, err := s.Store.ClaimOwn(ctx, org, uuid.NewString(), recipient, s.Limit, s.DeliverFor)
+	if err != nil {
+		reason := gate.ReasonFor(ctx, "unavailable")
+		if errors.As(err, new(*orgkey.QuotaError)) {
+			reason = "quota"
+		}
+		return s.Gate.Failed(ctx, pass, audit.KeyRefused, reason, err)
+	}
+	return s.serve(ctx, pass, d, nil, deliver)
+}
+
+// Fetch has deliver write out an unreceived key of org again.
+func (s *Service) Fetch(ctx context.Context, call gate.Call, org org.ID, keyID string, deliver func(Answer) error) error {
+	pass, err := s.Gate.Decide(ctx, call, authz.FetchSealedKey, org, keyID)
+	if err != nil {
+		return err
+	}
+	d, err := s.own(ctx, org, keyID)
+	if err != nil {
+		return s.failure(ctx, pass, err)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.AttemptLife/2)
+	defer cancel()
+	return s.serve(ctx, pass, d, nil, deliver)
+}
+
+// ReceiveOwn takes an administrator's receipt for key keyID of org.
+func (s *Service) ReceiveOwn(ctx context.Context, call gate.Call, org org.ID, keyID string, body []byte) error {
+	pass, err := s.Gate.Decide(ctx, call, authz.FetchSealedKey, org, keyID)
+	if err != nil {
+		return err
+	}
+	r, err := parseReceipt(body)
+	if err != nil {
+		return s.Gate.Failed(ctx, pass, audit.RequestFailed, "invalid", err)
+	}
+	d, err := s.signed(ctx, r, func(ctx context.Context) (Delivery, error) {
+		d, err := s.own(ctx, org, keyID)
+		if err == nil && d.Recipient != r.recipient {
+			err = ErrNotFound
+		}
+		return d, err
+	})
+	if errors.Is(err, ErrUnknown) {
+		err = ErrNotFound
+	}
+	if err != nil {
+		return s.failure(ctx, pass, err)
+	}
+	return s.receive(ctx, pass, d, r)
+}
+
+// own is an administrator's own delivery, or ErrNotFound.
+func (s *Service) own(ctx context.Context, org org.ID, keyID string) (Delivery, error) {
+	d, err := s.Store.Delivery(ctx, keyID)
+	if err == nil && (d.Org != org || d.Enrollment != "") {
+		err = ErrNotFound
+	}
+	return d, err
+}

@@ -1,0 +1,202 @@
+// Package enroll is how a node fetches its own key, and how an administrator
+// gets one that nobody in between can read: the private key leaves the back end
+// wrapped to a recipient, a public key whose private half only the asker has.
+//
+// # One delivery
+//
+// An administrator's permission, an enrollment, has as many deliveries as it has
+// uses; an administrator's own sealed key is one delivery without an
+// enrollment. Each has its place in the quota from the start, and goes through
+//
+//	open → claimed → stored → sealed → available → received
+//
+// claimed: a recipient has the use, by one conditional update. stored: the
+// wrapped key and the record are committed. sealed: the back end's copy is
+// gone, and the event that says so is in the log. available: every required
+// audit sink has that event; the key is released, and the wrapped bytes go out,
+// always the same, as often as they are asked for. received: the holder of the
+// private key has signed for it; the wrapped bytes are deleted.
+//
+// Every step is taken by whoever asks next, on whichever replica, from what the
+// database says; so a crash between any two of them is mended by asking again.
+//
+// # The token
+//
+// An enrollment's token holds a secret K that is never sent. The asker's
+// recipient and the answer carry MACs with K, so that nothing between node and
+// service, a proxy that ends TLS included, can put in a recipient or a key of
+// its own. The texts are in package envelope.
+package enroll
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/jsonbody"
+	"github.com/orgkeys/orgkeys/internal/org"
+)
+
+// The errors of the use cases. Each has one translation, at the edge.
+var (
+	// ErrUnknown: no such enrollment, or a MAC that K did not make; which, is nobody's business.
+	ErrUnknown = errors.New("enrollment not known")
+	// ErrClaimed: every use belongs to another recipient, or the enrollment is bound to another.
+	ErrClaimed = errors.New("enrollment is claimed by another recipient")
+	// ErrClosed: the enrollment expired, was revoked, or the key was received or withdrawn.
+	ErrClosed = errors.New("enrollment is closed")
+	// ErrNotFound: an administrator named an enrollment, delivery or claim that is not there.
+	ErrNotFound = errors.New("enrollment not found")
+	// ErrSignature: a receipt that the delivered key did not sign.
+	ErrSignature = errors.New("receipt's signature is not valid")
+	// ErrPending: approval, or somebody else's work on the same delivery, is awaited; ask again.
+	ErrPending = errors.New("the key is not ready yet")
+)
+
+// RecipientError says why a private key is not sealed to a recipient.
+type RecipientError struct{ Problem string }
+
+func (e *RecipientError) Error() string { return "recipient " + e.Problem }
+
+// InputError says what is wrong with a request, in words for its sender.
+type InputError = jsonbody.Error
+
+// Scope is what a key speaks for.
+type Scope string
+
+// The scopes of keys.
+const (
+	ForNode         Scope = "node"         // one node of the organization
+	ForOrganization Scope = "organization" // every node of the organization
+)
+
+// Stage is how far a delivery is.
+type Stage string
+
+// The stages of a delivery.
+const (
+	Open      Stage = "open"      // a place in the quota, for whoever has the token
+	Claimed   Stage = "claimed"   // a recipient has it
+	Stored    Stage = "stored"    // wrapped key and record are committed
+	Sealed    Stage = "sealed"    // the back end's copy is gone, and the event says so
+	Available Stage = "available" // the sinks have the event; the wrapped key goes out
+	Received  Stage = "received"  // its holder has signed for it, or used it
+	Ended     Stage = "ended"     // withdrawn, revoked, expired, or the key was deleted
+)
+
+// Enrollment is an administrator's permission for Uses nodes to have a key.
+type Enrollment struct {
+	ID        string
+	Org       org.ID
+	Scope     Scope
+	Uses      int
+	Recipient string     // the only recipient that may claim it; empty: any
+	Approval  bool       // each claim waits for an administrator
+	Address   netip.Addr // where the node registers first; zero: anywhere
+	Note      string
+	Created   time.Time
+	Expires   time.Time // for who has not claimed by then
+	Revoked   time.Time // zero: it was not
+	Conflicts int       // claims by other recipients that were refused
+	Claims    []Delivery
+}
+
+// Delivery is one key on its way to one recipient.
+type Delivery struct {
+	KeyID       string
+	Org         org.ID
+	Enrollment  string // empty: an administrator's own
+	Scope       Scope
+	Stage       Stage
+	Recipient   string // R, see envelope.Recipient; empty while open
+	DER         []byte // the recipient's SubjectPublicKeyInfo
+	From        string // the address that claimed it
+	ClaimedAt   time.Time
+	Approved    bool      // or needs no approval
+	Attempt     string    // names the key in the back end that was or is being made
+	Wrapped     Wrapped   // from Stored until Received
+	Public      []byte    // the public key, sealed; from Stored on
+	Fingerprint string    // RFC 7638 thumbprint
+	Event       string    // the ID of orgkey.sealed; from Sealed on
+	Until       time.Time // when it is withdrawn unless it was received
+	Answers     int       // how often the wrapped key was written out
+	ReceivedAt  time.Time
+}
+
+// Wrapped is a wrapped private key as the store holds it.
+type Wrapped struct {
+	Alg    string // of envelope.SealedKey
+	Value  []byte // the wrapped bytes, sealed at rest
+	SHA256 string // lower-case hex, of the wrapped bytes
+}
+
+// Permission is what the service needs of an enrollment to judge a claim.
+type Permission struct {
+	Enrollment
+	K []byte // the token's secret, sealed
+}
+
+// Store keeps enrollments and deliveries. Every method is one transaction, and
+// the events given are committed in it or nothing is. Its implementation is
+// sqlstore. Times are the database's.
+type Store interface {
+	// CreateEnrollment stores e, whose K is sealed, and takes a place in the
+	// quota of its scope for each of keys, or reports *orgkey.QuotaError.
+	CreateEnrollment(ctx context.Context, e Permission, life time.Duration, keys []string, limit int, event audit.Event) (Enrollment, error)
+	// Enrollments returns org's enrollments with their claims, newest first.
+	Enrollments(ctx context.Context, org org.ID, limit int) ([]Enrollment, error)
+	// Enrollment returns one of them, or ErrNotFound.
+	Enrollment(ctx context.Context, org org.ID, id string) (Enrollment, error)
+	// Permission returns an enrollment by its ID alone, or ErrNotFound.
+	Permission(ctx context.Context, id string) (Permission, error)
+	// Claim gives recipient an open use of enrollment id for deliverFor, and
+	// records claimed(keyID) if it is the first time. Another recipient than
+	// may have it is ErrClaimed; conflict is recorded once a recipient, and for
+	// no more than maxConflicts of them. An enrollment that is over is ErrClosed.
+	Claim(ctx context.Context, id string, recipient Recipient, from string, deliverFor time.Duration, claimed func(keyID string) audit.Event, conflict audit.Event) (Delivery, error)
+	// ClaimOwn begins an administrator's own delivery under keyID, a reserved
+	// place in the organization's quota, or returns the unreceived one of the
+	// same recipient.
+	ClaimOwn(ctx context.Context, org org.ID, keyID string, recipient Recipient, limit int, deliverFor time.Duration) (Delivery, error)
+	// Delivery returns a delivery as it is now, or ErrNotFound.
+	Delivery(ctx context.Context, keyID string) (Delivery, error)
+	// DeliveryTo returns enrollment id's delivery to a recipient, or ErrNotFound.
+	DeliveryTo(ctx context.Context, id, recipient string) (Delivery, error)
+	// Begin gives attempt the claimed delivery for life, and reports false while
+	// another attempt has it.
+	Begin(ctx context.Context, keyID, attempt string, life time.Duration) (bool, error)
+	// GiveUp ends an attempt that came to nothing; one that is over is no error.
+	GiveUp(ctx context.Context, keyID, attempt string) error
+	// StoreWrapped makes the delivery stored and its key pending, if attempt still
+	// has it, or reports orgkey.ErrGone.
+	StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w Wrapped, fingerprint string, created audit.Event) error
+	// Seal makes a stored delivery sealed; one that is further is let be.
+	Seal(ctx context.Context, keyID string, sealed audit.Event) error
+	// Offer makes a sealed delivery available for deliverFor and its key
+	// released; one that is further is let be.
+	Offer(ctx context.Context, keyID string, deliverFor time.Duration) error
+	// Answered counts an answer, and records delivered if it is the first.
+	Answered(ctx context.Context, keyID string, delivered audit.Event) error
+	// Receive makes an available delivery received and deletes the wrapped key;
+	// one that was received before is let be, and leaves no event.
+	Receive(ctx context.Context, keyID string, received func(answers int) audit.Event) error
+	// Approve lets recipient's claim of org's enrollment id go on, or reports ErrNotFound.
+	Approve(ctx context.Context, org org.ID, id, recipient string, deliverFor time.Duration, event audit.Event) error
+	// Revoke ends org's enrollment id: what was not claimed gives its place
+	// back, what was not received is withdrawn. It reports ErrNotFound.
+	Revoke(ctx context.Context, org org.ID, id string, event audit.Event, withdrawn func(keyID string) audit.Event) error
+	// SweepDeliveries ends what is past its time, at most limit deliveries and
+	// enrollments, and returns how many.
+	SweepDeliveries(ctx context.Context, limit int, events SweepEvents) (int, error)
+	// Leaf returns the leaf of an event.
+	Leaf(ctx context.Context, eventID string) ([]byte, error)
+}
+
+// SweepEvents makes the events of what the sweeper ends.
+type SweepEvents struct {
+	Expired   func(org org.ID, enrollment string, places int) audit.Event // an enrollment whose unclaimed places came back
+	Withdrawn func(org org.ID, keyID string) audit.Event                  // a key that nobody received
+	Used      func(org org.ID, keyID string) audit.Event                  // a key that was used without a receipt
+}

@@ -1,0 +1,266 @@
+package enroll
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+const (
+	maxUses         = 1000        // nodes that one enrollment lets in
+	shortestLife    = time.Minute // of an enrollment
+	longestLife     = 30 * 24 * time.Hour
+	usualLife       = 24 * time.Hour
+	listed          = 1000                  // enrollments in a list, the newest
+	maxConflicts    = 20                    // conflicts of an enrollment that leave an event; the rest are counted
+	cleanupDeadline = 5 * time.Second       // for giving up an attempt, or destroying a back end's key
+	refusalTime     = 50 * time.Millisecond // the least that a refusal takes, so that its time says nothing
+	sweepBatch      = 200
+)
+
+// Config is what a Service is made of. Every field is required.
+type Config struct {
+	Store    Store
+	Keystore orgkey.SealedKeystore
+	Sealer   orgkey.Sealer
+	Opener   *orgkey.Opener
+	Gate     gate.Gate
+	// Admit takes a place among the generations under way, or reports orgkey.ErrOverloaded.
+	Admit func() (leave func(), err error)
+	// Enter takes a place among the verifications for strangers under way. leave
+	// gives it back, says whether the caller proved to be known, and returns the
+	// error that one hears whose address failed too often.
+	Enter func(ctx context.Context, address string) (leave func(known bool) error, err error)
+
+	Origin        string        // the audit log's
+	Backend       string        // the keystore's name in audit events
+	Limit         int           // organization keys an organization may have
+	NodeLimit     int           // node keys an organization may have
+	AttemptLife   time.Duration // how long a crash may hold a delivery; a generation has half of it
+	AuditDeadline time.Duration // how long a release waits for the audit sinks
+	DeliverFor    time.Duration // how long a sealed key waits for its receipt
+}
+
+// Service is the use cases of enrollment. Each method leaves an audit event
+// whatever the outcome, once the caller is known.
+type Service struct{ Config }
+
+// New returns a Service, or an error that says what is wrong with c.
+func New(c Config) (*Service, error) {
+	if c.Limit < 0 || c.NodeLimit < 0 || c.AttemptLife < 2*time.Second || c.AuditDeadline <= 0 || c.DeliverFor < time.Minute {
+		return nil, fmt.Errorf("limits %d and %d, attempt life %s, audit deadline %s, delivery %s: out of range",
+			c.Limit, c.NodeLimit, c.AttemptLife, c.AuditDeadline, c.DeliverFor)
+	}
+	return &Service{c}, nil
+}
+
+// Minted is a new enrollment with its token, which is shown once.
+type Minted struct {
+	Enrollment
+	Token []byte // its text; cleared when the caller's deliver returns
+}
+
+// Create mints an enrollment. deliver writes it out with its token; when that
+// fails the enrollment stays, is listed, and gives its places back at its expiry.
+func (s *Service) Create(ctx context.Context, call gate.Call, org org.ID, body []byte, deliver func(Minted) error) error {
+	pass, err := s.Gate.Decide(ctx, call, authz.CreateEnrollment, org, "")
+	if err != nil {
+		return err
+	}
+	t, err := parseTerms(body)
+	if err != nil {
+		return s.Gate.Failed(ctx, pass, audit.RequestFailed, "invalid", err)
+	}
+	token := envelope.Token{ID: uuid.NewString(), K: make([]byte, envelope.TokenSecretSize)}
+	rand.Read(token.K) // never fails, crypto/rand
+	defer clear(token.K)
+	e, err := s.mint(ctx, pass, t, token)
+	if err != nil {
+		return s.failure(ctx, pass, err)
+	}
+	text := token.AppendText(make([]byte, 0, 128))
+	defer clear(text)
+	return deliver(Minted{e, text})
+}
+
+func (s *Service) mint(ctx context.Context, pass gate.Pass, t terms, token envelope.Token) (Enrollment, error) {
+	k, err := s.Sealer.Seal(ctx, tokenBinding(pass.Org, token.ID), token.K)
+	if err != nil {
+		return Enrollment{}, fmt.Errorf("sealing a token: %w", err)
+	}
+	p := Permission{K: k, Enrollment: Enrollment{
+		ID: token.ID, Org: pass.Org, Scope: t.scope, Uses: t.uses, Recipient: t.recipient,
+		Approval: t.approval, Address: t.address, Note: t.note,
+	}}
+	limit := s.NodeLimit
+	if t.scope == ForOrganization {
+		limit = s.Limit
+	}
+	keys := make([]string, t.uses)
+	for i := range keys {
+		keys[i] = uuid.NewString()
+	}
+	event := pass.Event(audit.EnrollmentCreated)
+	event.Object = token.ID
+	event.Detail = t.detail()
+	ctx, cancel := gate.Outlive(ctx)
+	defer cancel()
+	return s.Store.CreateEnrollment(ctx, p, t.life, keys, limit, event)
+}
+
+// failure records why an administrator's request came to nothing.
+func (s *Service) failure(ctx context.Context, pass gate.Pass, err error) error {
+	reason := gate.ReasonFor(ctx, "unavailable")
+	switch {
+	case errors.As(err, new(*orgkey.QuotaError)):
+		reason = "quota"
+	case errors.Is(err, ErrNotFound):
+		reason = "not_found"
+	}
+	return s.Gate.Failed(ctx, pass, audit.RequestFailed, reason, err)
+}
+
+// List returns org's enrollments with their claims, newest first.
+func (s *Service) List(ctx context.Context, call gate.Call, org org.ID) ([]Enrollment, error) {
+	pass, err := s.Gate.Decide(ctx, call, authz.ListEnrollments, org, "")
+	if err != nil {
+		return nil, err
+	}
+	all, err := s.Store.Enrollments(ctx, org, listed)
+	if err != nil {
+		return nil, s.failure(ctx, pass, fmt.Errorf("reading enrollments: %w", err))
+	}
+	return all, s.Gate.Record(ctx, pass.Event(audit.EnrollmentsListed))
+}
+
+// Get returns one of org's enrollments.
+func (s *Service) Get(ctx context.Context, call gate.Call, org org.ID, id string) (Enrollment, error) {
+	pass, err := s.Gate.Decide(ctx, call, authz.ListEnrollments, org, id)
+	if err != nil {
+		return Enrollment{}, err
+	}
+	e, err := s.Store.Enrollment(ctx, org, id)
+	if err != nil {
+		return Enrollment{}, s.failure(ctx, pass, fmt.Errorf("reading an enrollment: %w", err))
+	}
+	return e, s.Gate.Record(ctx, pass.Event(audit.EnrollmentsListed))
+}
+
+// Approve lets the claim of recipient, which body names, go on.
+func (s *Service) Approve(ctx context.Context, call gate.Call, org org.ID, id string, body []byte) error {
+	pass, err := s.Gate.Decide(ctx, call, authz.ApproveEnrollment, org, id)
+	if err != nil {
+		return err
+	}
+	recipient, err := parseApproval(body)
+	if err != nil {
+		return s.Gate.Failed(ctx, pass, audit.RequestFailed, "invalid", err)
+	}
+	event := pass.Event(audit.EnrollmentApproved)
+	event.Detail = map[string]string{"recipient": recipient}
+	ctx, cancel := gate.Outlive(ctx)
+	defer cancel()
+	if err := s.Store.Approve(ctx, org, id, recipient, s.DeliverFor, event); err != nil {
+		return s.failure(ctx, pass, err)
+	}
+	return nil
+}
+
+// Revoke ends an enrollment, and withdraws what it sealed and nobody received.
+func (s *Service) Revoke(ctx context.Context, call gate.Call, org org.ID, id string) error {
+	pass, err := s.Gate.Decide(ctx, call, authz.RevokeEnrollment, org, id)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := gate.Outlive(ctx)
+	defer cancel()
+	err = s.Store.Revoke(ctx, org, id, pass.Event(audit.EnrollmentRevoked), func(keyID string) audit.Event {
+		event := pass.Event(audit.KeyWithdrawn)
+		event.Object, event.Reason, event.Outcome = keyID, "enrollment_revoked", audit.Failure
+		return event
+	})
+	if err != nil {
+		return s.failure(ctx, pass, err)
+	}
+	return nil
+}
+
+// Sweep ends what is past its time, every interval until ctx ends. Several
+// replicas may do so at once.
+func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for {
+		if err := s.sweepOnce(ctx); err != nil && ctx.Err() == nil {
+			s.Gate.Log.Warn("sweeping enrollments", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+func (s *Service) sweepOnce(ctx context.Context) error {
+	for {
+		n, err := s.Store.SweepDeliveries(ctx, sweepBatch, SweepEvents{enrollmentExpired, keyNotReceived, keyUsed})
+		if err != nil || n < sweepBatch {
+			return err
+		}
+	}
+}
+
+func sweeperEvent(t audit.Type, org org.ID, object, reason string, outcome audit.Outcome) audit.Event {
+	event := audit.New(t, org)
+	event.Actor = audit.Actor{Kind: audit.System, ID: "sweeper"}
+	event.Object, event.Reason, event.Outcome = object, reason, outcome
+	return event
+}
+
+func enrollmentExpired(org org.ID, enrollment string, places int) audit.Event {
+	event := sweeperEvent(audit.EnrollmentExpired, org, enrollment, "expired", audit.Success)
+	event.Detail = map[string]string{"places": strconv.Itoa(places)}
+	return event
+}
+
+func keyNotReceived(org org.ID, keyID string) audit.Event {
+	return sweeperEvent(audit.KeyWithdrawn, org, keyID, "not_received", audit.Failure)
+}
+
+func keyUsed(org org.ID, keyID string) audit.Event {
+	return sweeperEvent(audit.KeyReceived, org, keyID, "used", audit.Success)
+}
+
+func tokenBinding(org org.ID, id string) orgkey.Binding {
+	return orgkey.Binding{Purpose: orgkey.EnrollmentToken, Org: string(org), ID: id}
+}
+
+// wrappedBinding binds wrapped bytes to key and recipient as well.
+func wrappedBinding(d Delivery) orgkey.Binding {
+	return orgkey.Binding{Purpose: orgkey.WrappedKey, Org: string(d.Org), ID: d.KeyID + "/" + d.Recipient}
+}
+
+// terms is what an administrator asks for, checked.
+type terms struct {
+	scope     Scope
+	uses      int
+	life      time.Duration
+	recipient string
+	approval  bool
+	address   netip.Addr
+	note      string
+}

@@ -1,0 +1,678 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/enroll"
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+var _ enroll.Store = (*DB)(nil)
+
+// maxConflicts is how many of an enrollment's conflicts leave an event; the rest
+// are counted.
+const maxConflicts = 20
+
+// keyTable is where keys of a scope are. Its names are this package's own.
+func keyTable(s enroll.Scope) string {
+	if s == enroll.ForNode {
+		return "keys_of_nodes"
+	}
+	return "org_keys"
+}
+
+// CreateEnrollment implements enroll.Store.
+func (d *DB) CreateEnrollment(ctx context.Context, e enroll.Permission, life time.Duration, keys []string, limit int, event audit.Event) (enroll.Enrollment, error) {
+	made := e.Enrollment
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
+		if err := d.lock(ctx, tx, "org:"+string(e.Org)); err != nil {
+			return err
+		}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		expires := now + life.Microseconds()
+		if err := d.takePlaces(ctx, tx, e.Enrollment, keys, limit, now, expires); err != nil {
+			return err
+		}
+		made.Created, made.Expires = time.UnixMicro(now).UTC(), time.UnixMicro(expires).UTC()
+		address := ""
+		if e.Address.IsValid() {
+			address = e.Address.String()
+		}
+		approval := 0
+		if e.Approval {
+			approval = 1
+		}
+		if _, err := exec(ctx, tx, `INSERT INTO enrollments (id, org_id, scope, uses, recipient, approval, address, note, secret, created_at, expires_at)
+			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)`,
+			e.ID, string(e.Org), string(e.Scope), e.Uses, e.Recipient, approval, address, e.Note, e.K, now, expires); err != nil {
+			return err
+		}
+		return d.record(ctx, tx, event)
+	})
+	return made, err
+}
+
+// takePlaces reserves a place in the quota for each key, and a delivery with it.
+func (d *DB) takePlaces(ctx context.Context, tx *txn, e enroll.Enrollment, keys []string, limit int, now, expires int64) error {
+	if err := d.sweepPlaces(ctx, tx, e.Org, e.Scope, now); err != nil {
+		return err
+	}
+	slots, err := freeSlots(ctx, tx, keyTable(e.Scope), e.Org, len(keys), limit)
+	if err != nil {
+		return err
+	}
+	for i, key := range keys {
+		if _, err := exec(ctx, tx, "INSERT INTO "+keyTable(e.Scope)+" (id, org_id, slot, state, expires_at) VALUES ($1, $2, $3, 'reserved', $4)",
+			key, string(e.Org), slots[i], expires); err != nil {
+			return err
+		}
+		if e.Address.IsValid() {
+			if _, err := exec(ctx, tx, "UPDATE keys_of_nodes SET address = $2 WHERE id = $1", key, e.Address.String()); err != nil {
+				return err
+			}
+		}
+		if _, err := exec(ctx, tx, "INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage) VALUES ($1, $2, $3, $4, 'open')",
+			key, string(e.Org), e.ID, string(e.Scope)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// freeSlots returns the n lowest free slots of org, or *orgkey.QuotaError.
+func freeSlots(ctx context.Context, tx *txn, table string, org org.ID, n, limit int) ([]int, error) {
+	taken, err := query(ctx, tx, scanInt, "SELECT slot FROM "+table+" WHERE org_id = $1 AND slot IS NOT NULL ORDER BY slot", org)
+	if err != nil {
+		return nil, err
+	}
+	if len(taken)+n > limit {
+		return nil, &orgkey.QuotaError{Limit: limit, NodeKeys: table == keyTable(enroll.ForNode)}
+	}
+	free := make([]int, 0, n)
+	for slot := 1; len(free) < n; slot++ {
+		if len(taken) > 0 && taken[0] == slot {
+			taken = taken[1:]
+			continue
+		}
+		free = append(free, slot)
+	}
+	return free, nil
+}
+
+// sweepPlaces gives back the places of org in the scope's quota that have expired.
+func (d *DB) sweepPlaces(ctx context.Context, tx *txn, org org.ID, scope enroll.Scope, now int64) error {
+	if scope == enroll.ForOrganization {
+		return d.sweepOrg(ctx, tx, org, now)
+	}
+	_, err := exec(ctx, tx, "DELETE FROM keys_of_nodes WHERE org_id = $1 AND state = 'reserved' AND expires_at <= $2", org, now)
+	return err
+}
+
+const enrollmentColumns = "id, org_id, scope, uses, recipient, approval, address, note, created_at, expires_at, revoked_at, conflicts"
+
+func scanEnrollment(scan func(...any) error, more ...any) (e enroll.Enrollment, err error) {
+	var created, expires, revoked sql.NullInt64
+	var approval int
+	var address string
+	err = scan(append([]any{&e.ID, &e.Org, &e.Scope, &e.Uses, &e.Recipient, &approval, &address, &e.Note, &created, &expires, &revoked, &e.Conflicts}, more...)...)
+	if err != nil {
+		return e, err
+	}
+	e.Approval = approval == 1
+	e.Created, e.Expires, e.Revoked = micros(created), micros(expires), micros(revoked)
+	if address != "" {
+		e.Address, err = netip.ParseAddr(address)
+	}
+	return e, err
+}
+
+// Enrollments implements enroll.Store.
+func (d *DB) Enrollments(ctx context.Context, org org.ID, limit int) ([]enroll.Enrollment, error) {
+	return d.enrollments(ctx, "org_id = $1 ORDER BY created_at DESC, id LIMIT $2", org, limit)
+}
+
+// Enrollment implements enroll.Store.
+func (d *DB) Enrollment(ctx context.Context, org org.ID, id string) (enroll.Enrollment, error) {
+	found, err := d.enrollments(ctx, "org_id = $1 AND id = $2", org, id)
+	if err == nil && len(found) == 0 {
+		err = enroll.ErrNotFound
+	}
+	if err != nil {
+		return enroll.Enrollment{}, err
+	}
+	return found[0], nil
+}
+
+func (d *DB) enrollments(ctx context.Context, where string, args ...any) ([]enroll.Enrollment, error) {
+	found, err := query(ctx, d.read, func(scan func(...any) error) (enroll.Enrollment, error) { return scanEnrollment(scan) },
+		"SELECT "+enrollmentColumns+" FROM enrollments WHERE "+where, args...)
+	if err != nil || len(found) == 0 {
+		return nil, err
+	}
+	places := make(map[string]*enroll.Enrollment, len(found))
+	for i := range found {
+		places[found[i].ID] = &found[i]
+	}
+	claims, err := query(ctx, d.read, scanDelivery, deliveryColumns+" WHERE d.recipient IS NOT NULL AND d.enrollment_id IN (SELECT id FROM enrollments WHERE "+where+") ORDER BY d.claimed_at, d.key_id", args...)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range claims {
+		if e := places[c.Enrollment]; e != nil {
+			e.Claims = append(e.Claims, c)
+		}
+	}
+	return found, nil
+}
+
+// Permission implements enroll.Store.
+func (d *DB) Permission(ctx context.Context, id string) (enroll.Permission, error) {
+	found, err := query(ctx, d.read, func(scan func(...any) error) (p enroll.Permission, err error) {
+		p.Enrollment, err = scanEnrollment(scan, &p.K)
+		return p, err
+	}, "SELECT "+enrollmentColumns+", secret FROM enrollments WHERE id = $1", id)
+	if err == nil && len(found) == 0 {
+		err = enroll.ErrNotFound
+	}
+	if err != nil {
+		return enroll.Permission{}, err
+	}
+	return found[0], nil
+}
+
+// deliveryColumns reads deliveries with the state of their keys: one whose key
+// was deleted is over, whatever its row says.
+const deliveryColumns = `SELECT d.key_id, d.org_id, d.enrollment_id, d.scope,
+	CASE WHEN d.stage <> 'ended' AND coalesce(k.state, n.state, 'deleted') = 'deleted' THEN 'ended' ELSE d.stage END,
+	coalesce(d.recipient, ''), d.recipient_key, d.claimed_from, d.claimed_at, d.approved_at IS NOT NULL, d.attempt,
+	d.alg, d.wrapped, d.digest, coalesce(k.sealed, n.sealed), d.fingerprint, d.event_id, d.until, d.answers, d.received_at
+	FROM deliveries d
+	LEFT JOIN org_keys k ON k.id = d.key_id AND d.scope = 'organization'
+	LEFT JOIN keys_of_nodes n ON n.id = d.key_id AND d.scope = 'node'`
+
+func scanDelivery(scan func(...any) error) (v enroll.Delivery, err error) {
+	var claimed, until, received sql.NullInt64
+	err = scan(&v.KeyID, &v.Org, &v.Enrollment, &v.Scope, &v.Stage, &v.Recipient, &v.DER, &v.From, &claimed, &v.Approved, &v.Attempt,
+		&v.Wrapped.Alg, &v.Wrapped.Value, &v.Wrapped.SHA256, &v.Public, &v.Fingerprint, &v.Event, &until, &v.Answers, &received)
+	v.ClaimedAt, v.Until, v.ReceivedAt = micros(claimed), micros(until), micros(received)
+	return v, err
+}
+
+func delivery(ctx context.Context, q querier, where string, args ...any) (enroll.Delivery, error) {
+	found, err := query(ctx, q, scanDelivery, deliveryColumns+" WHERE "+where, args...)
+	if err == nil && len(found) == 0 {
+		err = enroll.ErrNotFound
+	}
+	if err != nil {
+		return enroll.Delivery{}, err
+	}
+	return found[0], nil
+}
+
+// Delivery implements enroll.Store.
+func (d *DB) Delivery(ctx context.Context, keyID string) (enroll.Delivery, error) {
+	return delivery(ctx, d.read, "d.key_id = $1", keyID)
+}
+
+// DeliveryTo implements enroll.Store.
+func (d *DB) DeliveryTo(ctx context.Context, id, recipient string) (enroll.Delivery, error) {
+	return delivery(ctx, d.read, "d.enrollment_id = $1 AND d.recipient = $2", id, recipient)
+}
+
+// Claim implements enroll.Store. Claims of one enrollment come one at a time.
+func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from string, deliverFor time.Duration, claimed func(string) audit.Event, conflict audit.Event) (enroll.Delivery, error) {
+	var v enroll.Delivery
+	refused := false
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
+		refused = false
+		if err := d.lock(ctx, tx, "enrollment:"+id); err != nil {
+			return err
+		}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		e, err := enrollment(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		v, err = delivery(ctx, tx, "d.enrollment_id = $1 AND d.recipient = $2", id, r.ID)
+		switch {
+		case err == nil && (v.Stage == enroll.Received || v.Stage == enroll.Ended):
+			return enroll.ErrClosed
+		case err == nil:
+			return nil
+		case !errors.Is(err, enroll.ErrNotFound):
+			return err
+		case !e.Revoked.IsZero() || e.Expires.UnixMicro() <= now:
+			return enroll.ErrClosed
+		}
+		key, err := openPlace(ctx, tx, e, now)
+		if err != nil {
+			return err
+		}
+		if key == "" || e.Recipient != "" && e.Recipient != r.ID {
+			refused = true
+			return d.conflict(ctx, tx, id, r.ID, conflict)
+		}
+		if err := claim(ctx, tx, e, key, r, from, now, deliverFor); err != nil {
+			return err
+		}
+		if v, err = delivery(ctx, tx, "d.key_id = $1", key); err != nil {
+			return err
+		}
+		return d.record(ctx, tx, claimed(key))
+	})
+	if err == nil && refused {
+		err = enroll.ErrClaimed
+	}
+	return v, err
+}
+
+func enrollment(ctx context.Context, tx *txn, id string) (enroll.Enrollment, error) {
+	found, err := query(ctx, tx, func(scan func(...any) error) (enroll.Enrollment, error) { return scanEnrollment(scan) },
+		"SELECT "+enrollmentColumns+" FROM enrollments WHERE id = $1", id)
+	if err == nil && len(found) == 0 {
+		err = enroll.ErrNotFound
+	}
+	if err != nil {
+		return enroll.Enrollment{}, err
+	}
+	return found[0], nil
+}
+
+// openPlace returns the key of an unclaimed use, or nothing.
+func openPlace(ctx context.Context, tx *txn, e enroll.Enrollment, now int64) (string, error) {
+	found, err := query(ctx, tx, scanText, "SELECT d.key_id FROM deliveries d JOIN "+keyTable(e.Scope)+` k ON k.id = d.key_id
+		WHERE d.enrollment_id = $1 AND d.stage = 'open' AND k.state = 'reserved' AND k.expires_at > $2 ORDER BY k.slot LIMIT 1`, e.ID, now)
+	if err != nil || len(found) == 0 {
+		return "", err
+	}
+	return found[0], nil
+}
+
+// claim gives key's delivery to the recipient. One that needs no approval keeps
+// its place from now on until it could have been received.
+func claim(ctx context.Context, tx *txn, e enroll.Enrollment, key string, r enroll.Recipient, from string, now int64, deliverFor time.Duration) error {
+	until, approved := e.Expires.UnixMicro(), sql.NullInt64{}
+	if !e.Approval {
+		until, approved = now+deliverFor.Microseconds(), sql.NullInt64{Int64: now, Valid: true}
+	}
+	if err := one(exec(ctx, tx, `UPDATE deliveries SET stage = 'claimed', recipient = $2, recipient_key = $3, claimed_from = $4, claimed_at = $5, approved_at = $6, until = $7
+		WHERE key_id = $1 AND stage = 'open'`, key, r.ID, r.DER, from, now, approved, until)); err != nil {
+		return err
+	}
+	return one(exec(ctx, tx, "UPDATE "+keyTable(e.Scope)+" SET expires_at = $2 WHERE id = $1 AND state = 'reserved'", key, until))
+}
+
+// conflict counts a recipient that wanted what another has. The first ones leave
+// an event, once each.
+func (d *DB) conflict(ctx context.Context, tx *txn, id, recipient string, event audit.Event) error {
+	if _, err := exec(ctx, tx, "UPDATE enrollments SET conflicts = conflicts + 1 WHERE id = $1", id); err != nil {
+		return err
+	}
+	n, err := exec(ctx, tx, `INSERT INTO enrollment_conflicts (enrollment_id, recipient) SELECT $1, $2
+		WHERE (SELECT count(*) FROM enrollment_conflicts WHERE enrollment_id = $1) < $3 ON CONFLICT DO NOTHING`, id, recipient, maxConflicts)
+	if err != nil || n == 0 {
+		return err
+	}
+	return d.record(ctx, tx, event)
+}
+
+// ClaimOwn implements enroll.Store.
+func (d *DB) ClaimOwn(ctx context.Context, org org.ID, keyID string, r enroll.Recipient, limit int, deliverFor time.Duration) (enroll.Delivery, error) {
+	var v enroll.Delivery
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
+		if err := d.lock(ctx, tx, "org:"+string(org)); err != nil {
+			return err
+		}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		v, err = delivery(ctx, tx, "d.org_id = $1 AND d.recipient = $2 AND d.enrollment_id = '' AND d.stage NOT IN ('received', 'ended')", org, r.ID)
+		if err == nil && v.Stage != enroll.Ended {
+			return nil
+		}
+		if err == nil { // its key was deleted
+			_, err = exec(ctx, tx, endDelivery, v.KeyID)
+		}
+		if err != nil && !errors.Is(err, enroll.ErrNotFound) {
+			return err
+		}
+		if err := d.placeOwn(ctx, tx, org, keyID, r, limit, now, now+deliverFor.Microseconds()); err != nil {
+			return err
+		}
+		v, err = delivery(ctx, tx, "d.key_id = $1", keyID)
+		return err
+	})
+	return v, err
+}
+
+// endDelivery ends delivery $1 and keeps nothing of the wrapped key.
+const endDelivery = "UPDATE deliveries SET stage = 'ended', wrapped = NULL WHERE key_id = $1 AND stage NOT IN ('received', 'ended')"
+
+func (d *DB) placeOwn(ctx context.Context, tx *txn, org org.ID, keyID string, r enroll.Recipient, limit int, now, until int64) error {
+	if err := d.sweepOrg(ctx, tx, org, now); err != nil {
+		return err
+	}
+	slots, err := freeSlots(ctx, tx, "org_keys", org, 1, limit)
+	if err != nil {
+		return err
+	}
+	if _, err := exec(ctx, tx, "INSERT INTO org_keys (id, org_id, slot, state, expires_at) VALUES ($1, $2, $3, 'reserved', $4)",
+		keyID, org, slots[0], until); err != nil {
+		return err
+	}
+	_, err = exec(ctx, tx, `INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage, recipient, recipient_key, claimed_at, approved_at, until)
+		VALUES ($1, $2, '', 'organization', 'claimed', $3, $4, $5, $5, $6)`, keyID, org, r.ID, r.DER, now, until)
+	return err
+}
+
+// Begin implements enroll.Store.
+func (d *DB) Begin(ctx context.Context, keyID, attempt string, life time.Duration) (bool, error) {
+	var n int64
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		n, err = exec(ctx, tx, `UPDATE deliveries SET attempt = $2, attempt_until = $4
+			WHERE key_id = $1 AND stage = 'claimed' AND approved_at IS NOT NULL AND (attempt_until IS NULL OR attempt_until <= $3)`,
+			keyID, attempt, now, now+life.Microseconds())
+		return err
+	})
+	return err == nil && n == 1, err
+}
+
+// GiveUp implements enroll.Store.
+func (d *DB) GiveUp(ctx context.Context, keyID, attempt string) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		_, err := exec(ctx, tx, "UPDATE deliveries SET attempt = '', attempt_until = NULL WHERE key_id = $1 AND attempt = $2 AND stage = 'claimed'", keyID, attempt)
+		return err
+	})
+}
+
+// StoreWrapped implements enroll.Store. The attempt fences off one that was slow.
+func (d *DB) StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w enroll.Wrapped, fingerprint string, created audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if err := one(exec(ctx, tx, `UPDATE deliveries SET stage = 'stored', alg = $4, wrapped = $5, digest = $6, fingerprint = $7, attempt_until = NULL
+			WHERE key_id = $1 AND attempt = $2 AND stage = 'claimed' AND attempt_until > $3`,
+			keyID, attempt, now, w.Alg, w.Value, w.SHA256, fingerprint)); err != nil {
+			return err
+		}
+		v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
+		if err != nil {
+			return err
+		}
+		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = 'pending', sealed = $3, created_at = $2 WHERE id = $1 AND state = 'reserved' AND expires_at > $2",
+			keyID, now, public)); err != nil {
+			return err
+		}
+		return d.record(ctx, tx, created)
+	})
+}
+
+// Seal implements enroll.Store.
+func (d *DB) Seal(ctx context.Context, keyID string, sealed audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		n, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'sealed', event_id = $2 WHERE key_id = $1 AND stage = 'stored'", keyID, sealed.ID)
+		if err != nil || n == 0 {
+			return err
+		}
+		return d.record(ctx, tx, sealed)
+	})
+}
+
+// Offer implements enroll.Store.
+func (d *DB) Offer(ctx context.Context, keyID string, deliverFor time.Duration) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		n, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'available', until = $2 WHERE key_id = $1 AND stage = 'sealed'", keyID, now+deliverFor.Microseconds())
+		if err != nil || n == 0 {
+			return err
+		}
+		v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
+		if err != nil {
+			return err
+		}
+		return one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = 'released', released_at = $2, expires_at = NULL WHERE id = $1 AND state = 'pending' AND expires_at > $2", keyID, now))
+	})
+}
+
+// Answered implements enroll.Store.
+func (d *DB) Answered(ctx context.Context, keyID string, delivered audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if _, err := exec(ctx, tx, "UPDATE deliveries SET answers = answers + 1 WHERE key_id = $1", keyID); err != nil {
+			return err
+		}
+		first := int64(0)
+		for _, scope := range []enroll.Scope{enroll.ForNode, enroll.ForOrganization} {
+			n, err := exec(ctx, tx, "UPDATE "+keyTable(scope)+" SET delivered_at = $2 WHERE id = $1 AND delivered_at IS NULL AND released_at IS NOT NULL", keyID, now)
+			if err != nil {
+				return err
+			}
+			first += n
+		}
+		if first == 0 {
+			return nil
+		}
+		return d.record(ctx, tx, delivered)
+	})
+}
+
+// Receive implements enroll.Store.
+func (d *DB) Receive(ctx context.Context, keyID string, received func(int) audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		answers, err := query(ctx, tx, scanInt, "UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = $2 WHERE key_id = $1 AND stage = 'available' RETURNING answers", keyID, now)
+		if err != nil || len(answers) == 0 {
+			return err
+		}
+		return d.record(ctx, tx, received(answers[0]))
+	})
+}
+
+// Approve implements enroll.Store.
+func (d *DB) Approve(ctx context.Context, org org.ID, id, recipient string, deliverFor time.Duration, event audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		if err := d.lock(ctx, tx, "enrollment:"+id); err != nil {
+			return err
+		}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		v, err := delivery(ctx, tx, "d.org_id = $1 AND d.enrollment_id = $2 AND d.recipient = $3", org, id, recipient)
+		if err != nil {
+			return err
+		}
+		if v.Stage == enroll.Ended {
+			return enroll.ErrNotFound
+		}
+		if v.Approved {
+			return nil
+		}
+		until := now + deliverFor.Microseconds()
+		if err := one(exec(ctx, tx, "UPDATE deliveries SET approved_at = $2, until = $3 WHERE key_id = $1 AND approved_at IS NULL", v.KeyID, now, until)); err != nil {
+			return err
+		}
+		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET expires_at = $2 WHERE id = $1 AND state = 'reserved'", v.KeyID, until)); err != nil {
+			return err
+		}
+		return d.record(ctx, tx, event)
+	})
+}
+
+// Revoke implements enroll.Store.
+func (d *DB) Revoke(ctx context.Context, org org.ID, id string, event audit.Event, withdrawn func(string) audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		if err := d.lock(ctx, tx, "enrollment:"+id); err != nil {
+			return err
+		}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		n, err := exec(ctx, tx, "UPDATE enrollments SET revoked_at = $3, ended_at = coalesce(ended_at, $3) WHERE id = $2 AND org_id = $1 AND revoked_at IS NULL", org, id, now)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			there, err := query(ctx, tx, scanInt, "SELECT 1 FROM enrollments WHERE id = $2 AND org_id = $1", org, id)
+			if err == nil && len(there) == 0 {
+				err = enroll.ErrNotFound
+			}
+			return err
+		}
+		if err := d.record(ctx, tx, event); err != nil {
+			return err
+		}
+		open, err := query(ctx, tx, scanDelivery, deliveryColumns+" WHERE d.enrollment_id = $1 AND d.stage NOT IN ('received', 'ended') AND d.used_at IS NULL ORDER BY d.key_id", id)
+		if err != nil {
+			return err
+		}
+		for _, v := range open {
+			if err := d.endDelivery(ctx, tx, v, now, withdrawn); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// endDelivery ends a delivery with its key. A mere place is given back; a key
+// that was made is withdrawn, with its event.
+func (d *DB) endDelivery(ctx context.Context, tx *txn, v enroll.Delivery, now int64, withdrawn func(string) audit.Event) error {
+	if v.Stage == enroll.Open {
+		if _, err := exec(ctx, tx, "DELETE FROM deliveries WHERE key_id = $1", v.KeyID); err != nil {
+			return err
+		}
+	} else if _, err := exec(ctx, tx, endDelivery, v.KeyID); err != nil {
+		return err
+	}
+	table := keyTable(v.Scope)
+	if _, err := exec(ctx, tx, "DELETE FROM "+table+" WHERE id = $1 AND state = 'reserved'", v.KeyID); err != nil {
+		return err
+	}
+	n, err := exec(ctx, tx, "UPDATE "+table+endedKey+" AND state IN ('pending', 'released')", v.KeyID, now)
+	if err != nil || n == 0 {
+		return err
+	}
+	if err := dissociate(ctx, tx, v.KeyID); err != nil {
+		return err
+	}
+	return d.record(ctx, tx, withdrawn(v.KeyID))
+}
+
+// endedKey ends key $1 at $2.
+const endedKey = " SET state = 'deleted', slot = NULL, sealed = NULL, expires_at = NULL, deleted_at = $2 WHERE id = $1"
+
+// SweepDeliveries implements enroll.Store.
+func (d *DB) SweepDeliveries(ctx context.Context, limit int, events enroll.SweepEvents) (int, error) {
+	var n int
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		late, err := query(ctx, tx, scanText, `SELECT key_id FROM deliveries WHERE until <= $1 AND stage NOT IN ('open', 'received', 'ended')
+			ORDER BY until LIMIT $2`+d.forUpdate(" SKIP LOCKED"), now, limit)
+		if err != nil {
+			return err
+		}
+		for _, key := range late {
+			if err := d.sweepDelivery(ctx, tx, key, now, events); err != nil {
+				return err
+			}
+		}
+		expired, err := query(ctx, tx, scanText, "SELECT id FROM enrollments WHERE expires_at <= $1 AND ended_at IS NULL ORDER BY expires_at LIMIT $2"+d.forUpdate(" SKIP LOCKED"), now, limit)
+		if err != nil {
+			return err
+		}
+		for _, id := range expired {
+			if err := d.sweepEnrollment(ctx, tx, id, now, events.Expired); err != nil {
+				return err
+			}
+		}
+		n = max(len(late), len(expired))
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	return n, nil
+}
+
+func (d *DB) sweepDelivery(ctx context.Context, tx *txn, key string, now int64, events enroll.SweepEvents) error {
+	v, err := delivery(ctx, tx, "d.key_id = $1", key)
+	if err != nil {
+		return err
+	}
+	used, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = used_at WHERE key_id = $1 AND stage = 'available' AND used_at IS NOT NULL", key)
+	if err != nil {
+		return err
+	}
+	if used > 0 {
+		return d.record(ctx, tx, events.Used(v.Org, key))
+	}
+	return d.endDelivery(ctx, tx, v, now, func(key string) audit.Event { return events.Withdrawn(v.Org, key) })
+}
+
+// sweepEnrollment gives back what nobody claimed of an enrollment that expired.
+func (d *DB) sweepEnrollment(ctx context.Context, tx *txn, id string, now int64, expired func(org.ID, string, int) audit.Event) error {
+	if _, err := exec(ctx, tx, "UPDATE enrollments SET ended_at = $2 WHERE id = $1", id, now); err != nil {
+		return err
+	}
+	e, err := enrollment(ctx, tx, id)
+	if err != nil {
+		return err
+	}
+	places, err := query(ctx, tx, scanText, "SELECT key_id FROM deliveries WHERE enrollment_id = $1 AND stage = 'open'", id)
+	if err != nil || len(places) == 0 {
+		return err
+	}
+	for _, key := range places {
+		if _, err := exec(ctx, tx, "DELETE FROM "+keyTable(e.Scope)+" WHERE id = $1 AND state = 'reserved'", key); err != nil {
+			return err
+		}
+	}
+	if _, err := exec(ctx, tx, "DELETE FROM deliveries WHERE enrollment_id = $1 AND stage = 'open'", id); err != nil {
+		return err
+	}
+	return d.record(ctx, tx, expired(e.Org, id, len(places)))
+}
+
+// Leaf implements enroll.Store.
+func (d *DB) Leaf(ctx context.Context, eventID string) ([]byte, error) {
+	var leaf []byte
+	err := d.read.QueryRowContext(ctx, "SELECT leaf FROM events WHERE id = $1", eventID).Scan(&leaf)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, enroll.ErrNotFound
+	}
+	return slices.Clone(leaf), unavailable(err)
+}

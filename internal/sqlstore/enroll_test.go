@@ -1,0 +1,397 @@
+package sqlstore_test
+
+import (
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/enroll"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// recipient is one that nothing was sealed to; the store looks at its ID only.
+func recipient(t *testing.T) enroll.Recipient {
+	t.Helper()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := envelope.Recipient(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return enroll.Recipient{Public: &key.PublicKey, DER: der, ID: id}
+}
+
+// mint makes an enrollment of acme and returns its ID.
+func mint(t *testing.T, db *sqlstore.DB, e enroll.Enrollment, life time.Duration, limit int) (string, error) {
+	t.Helper()
+	e.ID, e.Org = uuid.NewString(), "acme"
+	if e.Scope == "" {
+		e.Scope = enroll.ForNode
+	}
+	keys := make([]string, max(e.Uses, 1))
+	for i := range keys {
+		keys[i] = uuid.NewString()
+	}
+	e.Uses = len(keys)
+	_, err := db.CreateEnrollment(t.Context(), enroll.Permission{Enrollment: e, K: []byte("sealed")}, life, keys, limit, event(audit.EnrollmentCreated, "acme", e.ID))
+	return e.ID, err
+}
+
+func claim(t *testing.T, db *sqlstore.DB, id string, r enroll.Recipient) (enroll.Delivery, error) {
+	t.Helper()
+	return db.Claim(t.Context(), id, r, "192.0.2.9", time.Hour,
+		func(string) audit.Event { return event(audit.EnrollmentClaimed, "acme", id) }, event(audit.EnrollmentConflict, "acme", id))
+}
+
+// offered takes a claimed delivery to the stage at which the key goes out.
+func offered(t *testing.T, db *sqlstore.DB, d enroll.Delivery) enroll.Delivery {
+	t.Helper()
+	attempt := uuid.NewString()
+	if mine, err := db.Begin(t.Context(), d.KeyID, attempt, time.Minute); err != nil || !mine {
+		t.Fatalf("beginning: %t, %v", mine, err)
+	}
+	err := db.StoreWrapped(t.Context(), d.KeyID, attempt, []byte("public"), enroll.Wrapped{Alg: envelope.WrapSHA256, Value: []byte("wrapped"), SHA256: "digest"}, "print", event(audit.KeyCreated, "acme", d.KeyID))
+	if err == nil {
+		err = db.Seal(t.Context(), d.KeyID, event(audit.KeySealed, "acme", d.KeyID))
+	}
+	if err == nil {
+		err = db.Offer(t.Context(), d.KeyID, time.Hour)
+	}
+	if err == nil {
+		d, err = db.Delivery(t.Context(), d.KeyID)
+	}
+	if err != nil || d.Stage != enroll.Available {
+		t.Fatalf("%+v, %v", d, err)
+	}
+	return d
+}
+
+func TestPromise13_OneEnrollmentIsUsedAsOftenAsItSays(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id, err := mint(t, db, enroll.Enrollment{Uses: 3}, time.Hour, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		recipients := make([]enroll.Recipient, 12)
+		for i := range recipients {
+			recipients[i] = recipient(t)
+		}
+		var got, refused atomic.Int32
+		var keys sync.Map
+		var all sync.WaitGroup
+		for i := range 4 * len(recipients) {
+			all.Go(func() {
+				r := recipients[i%len(recipients)]
+				d, err := claim(t, db, id, r)
+				switch {
+				case err == nil:
+					if before, loaded := keys.LoadOrStore(r.ID, d.KeyID); loaded && before != d.KeyID {
+						t.Errorf("one recipient got two keys")
+					} else if !loaded {
+						got.Add(1)
+					}
+				case errors.Is(err, enroll.ErrClaimed):
+					refused.Add(1)
+				default:
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		e, err := db.Enrollment(t.Context(), "acme", id)
+		if err != nil || got.Load() != 3 || len(e.Claims) != 3 || e.Conflicts != int(refused.Load()) {
+			t.Errorf("%d recipients got a key, %d claims, %d conflicts of %d refusals, %v", got.Load(), len(e.Claims), e.Conflicts, refused.Load(), err)
+		}
+	})
+}
+
+func TestConflictsLeaveTwentyEvents(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := claim(t, db, id, recipient(t)); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 25 {
+			r := enroll.Recipient{ID: fmt.Sprintf("%064x", i)}
+			for range 2 {
+				if _, err := claim(t, db, id, r); !errors.Is(err, enroll.ErrClaimed) {
+					t.Fatal(err)
+				}
+			}
+		}
+		e, err := db.Enrollment(t.Context(), "acme", id)
+		if n := recorded(t, db, audit.EnrollmentConflict); err != nil || e.Conflicts != 50 || n != 20 {
+			t.Errorf("%d conflicts counted, %d events, %v; want 50 and 20", e.Conflicts, n, err)
+		}
+	})
+}
+
+func TestEnrollmentsHoldTheirPlaces(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id, err := mint(t, db, enroll.Enrollment{Uses: 3}, time.Hour, 4)
+		if err != nil {
+			t.Fatal(err)
+		}
+		quota := new(*orgkey.QuotaError)
+		if _, err := mint(t, db, enroll.Enrollment{Uses: 2}, time.Hour, 4); !errors.As(err, quota) || !(*quota).NodeKeys {
+			t.Fatalf("a fifth place of four: %v", err)
+		}
+		d, err := claim(t, db, id, recipient(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		offered(t, db, d)
+		withdrawn := 0
+		if err := db.Revoke(t.Context(), "acme", id, event(audit.EnrollmentRevoked, "acme", id), func(key string) audit.Event {
+			withdrawn++
+			return event(audit.KeyWithdrawn, "acme", key)
+		}); err != nil || withdrawn != 1 {
+			t.Fatalf("%d keys withdrawn, %v; want the one that was sealed", withdrawn, err)
+		}
+		if _, err := mint(t, db, enroll.Enrollment{Uses: 4}, time.Hour, 4); err != nil {
+			t.Errorf("revoking gave not all places back: %v", err)
+		}
+		if _, err := claim(t, db, id, recipient(t)); !errors.Is(err, enroll.ErrClosed) {
+			t.Errorf("claiming what was revoked: %v", err)
+		}
+		// An organization's keys have a quota of their own, which enrollments for them share.
+		released(t, db, "acme", 2)
+		if _, err := mint(t, db, enroll.Enrollment{Scope: enroll.ForOrganization}, time.Hour, 2); err != nil {
+			t.Fatal(err)
+		}
+		if err := db.Reserve(t.Context(), "acme", uuid.NewString(), 2, time.Minute); !errors.As(err, quota) || (*quota).NodeKeys {
+			t.Errorf("a place that an enrollment holds was given away: %v", err)
+		}
+	})
+}
+
+func TestUnclaimedPlacesComeBack(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id, err := mint(t, db, enroll.Enrollment{Uses: 2}, 300*time.Millisecond, 2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := claim(t, db, id, recipient(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(400 * time.Millisecond)
+		places := 0
+		events := enroll.SweepEvents{
+			Expired: func(_ org.ID, id string, n int) audit.Event {
+				places += n
+				return event(audit.EnrollmentExpired, "acme", id)
+			},
+			Withdrawn: func(_ org.ID, key string) audit.Event { return event(audit.KeyWithdrawn, "acme", key) },
+			Used:      func(_ org.ID, key string) audit.Event { return event(audit.KeyReceived, "acme", key) },
+		}
+		for range 2 {
+			if _, err := db.SweepDeliveries(t.Context(), 100, events); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if places != 1 {
+			t.Errorf("%d places came back, want 1", places)
+		}
+		if _, err := claim(t, db, id, recipient(t)); !errors.Is(err, enroll.ErrClosed) {
+			t.Errorf("claiming what expired: %v", err)
+		}
+		// What was claimed in time goes on.
+		offered(t, db, d)
+	})
+}
+
+// A late attempt finds that it is late, and cannot replace what another stored.
+func TestALateAttemptStoresNothing(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := claim(t, db, id, recipient(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		late := uuid.NewString()
+		if mine, err := db.Begin(t.Context(), d.KeyID, late, 50*time.Millisecond); err != nil || !mine {
+			t.Fatal(mine, err)
+		}
+		if mine, err := db.Begin(t.Context(), d.KeyID, uuid.NewString(), time.Minute); err != nil || mine {
+			t.Fatalf("two attempts at once: %t, %v", mine, err)
+		}
+		time.Sleep(100 * time.Millisecond)
+		offered(t, db, d)
+		err = db.StoreWrapped(t.Context(), d.KeyID, late, []byte("x"), enroll.Wrapped{Value: []byte("other")}, "other", event(audit.KeyCreated, "acme", d.KeyID))
+		if !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("the late attempt: %v", err)
+		}
+	})
+}
+
+func TestPromise14_ANodeKeyActsForItsNodeOnly(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		nodeKey := func(address string) node.Signer {
+			t.Helper()
+			e := enroll.Enrollment{}
+			if address != "" {
+				e.Address = netip.MustParseAddr(address)
+			}
+			id, err := mint(t, db, e, time.Hour, 100)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d, err := claim(t, db, id, recipient(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return node.Signer{Key: offered(t, db, d).KeyID, OfNode: true}
+		}
+		message := byte(0)
+		register := func(by node.Signer, ip string) error {
+			message++
+			use := node.Use{Org: "acme", Signer: by, Message: [32]byte{message, 7}, Until: time.Now().Add(time.Hour)}
+			return db.Register(t.Context(), use, node.Node{ID: uuid.NewString(), IP: netip.MustParseAddr(ip)}, func(id string, _ node.Change) audit.Event {
+				return event(audit.NodeRegistered, "acme", id)
+			})
+		}
+		secrets := func(by node.Signer, ip string) error {
+			_, err := db.Secrets(t.Context(), "acme", by, netip.MustParseAddr(ip), func([]string) audit.Event { return event(audit.SecretsFetched, "acme", "") })
+			return err
+		}
+		must := func(err error, want error) {
+			t.Helper()
+			if !errors.Is(err, want) {
+				t.Errorf("%v, want %v", err, want)
+			}
+		}
+		a, b, bound := nodeKey(""), nodeKey(""), nodeKey("192.0.2.30")
+		must(register(a, "192.0.2.1"), nil)
+		must(register(b, "192.0.2.1"), node.ErrAddressInUse)
+		must(secrets(b, "192.0.2.1"), node.ErrAddressInUse)
+		must(register(b, "192.0.2.2"), nil)
+		must(register(a, "192.0.2.2"), node.ErrAddressInUse)
+		must(secrets(a, "192.0.2.2"), node.ErrAddressInUse)
+		must(register(bound, "192.0.2.31"), node.ErrAddressNotAllowed)
+		must(secrets(bound, "192.0.2.31"), node.ErrAddressNotAllowed)
+		must(register(bound, "192.0.2.30"), nil)
+		must(register(bound, "192.0.2.31"), nil) // its node moves
+
+		// The node moves and stays the same one.
+		must(register(a, "192.0.2.3"), nil)
+		nodes, err := db.Nodes(t.Context(), "acme")
+		if err != nil || len(nodes) != 3 {
+			t.Fatalf("%d nodes, %v; want 3", len(nodes), err)
+		}
+		// A node that an organization key registered can be given a key, but not be
+		// taken by one that has its node.
+		public := node.Signer{Key: released(t, db, "acme", 9)}
+		must(register(public, "192.0.2.40"), nil)
+		must(register(a, "192.0.2.40"), node.ErrAddressInUse)
+		must(register(nodeKey(""), "192.0.2.40"), nil)
+		must(register(public, "192.0.2.40"), nil)
+
+		// Its node deleted, it is over.
+		var id string
+		for _, n := range nodes {
+			if n.IP == netip.MustParseAddr("192.0.2.3") {
+				id = n.ID
+			}
+		}
+		ended := 0
+		must(db.DeleteNode(t.Context(), "acme", id, event(audit.NodeDeleted, "acme", id), func(key string) audit.Event {
+			ended++
+			return event(audit.KeyDeleted, "acme", key)
+		}), nil)
+		if ended != 1 {
+			t.Errorf("%d keys ended with their node, want 1", ended)
+		}
+		must(register(a, "192.0.2.3"), node.ErrKeyGone)
+		must(secrets(a, "192.0.2.3"), node.ErrKeyGone)
+		must(db.DeleteKey(t.Context(), "acme", b.Key, event(audit.KeyDeleted, "acme", b.Key)), nil)
+		must(register(b, "192.0.2.2"), node.ErrKeyGone)
+	})
+}
+
+// A key that signs was received, receipt or not, and is not withdrawn.
+func TestUseStandsForAReceipt(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := claim(t, db, id, recipient(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		d = offered(t, db, d)
+		found, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr("192.0.2.1"), d.KeyID, 5)
+		if err != nil || len(found) != 1 || !found[0].Unreceived || !found[0].OfNode {
+			t.Fatalf("%+v, %v", found, err)
+		}
+		if found, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr("192.0.2.1"), "", 5); err != nil || len(found) != 0 {
+			t.Fatalf("a node key that nobody named: %+v, %v", found, err)
+		}
+		use := node.Use{Org: "acme", Signer: found[0].Signer, Message: [32]byte{9}, Until: time.Now().Add(time.Hour)}
+		if err := db.Register(t.Context(), use, node.Node{ID: uuid.NewString(), IP: netip.MustParseAddr("192.0.2.1")}, func(id string, _ node.Change) audit.Event {
+			return event(audit.NodeRegistered, "acme", id)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		withdrawn := 0
+		if err := db.Revoke(t.Context(), "acme", id, event(audit.EnrollmentRevoked, "acme", id), func(key string) audit.Event {
+			withdrawn++
+			return event(audit.KeyWithdrawn, "acme", key)
+		}); err != nil || withdrawn != 0 {
+			t.Errorf("%d keys withdrawn, %v: it was used", withdrawn, err)
+		}
+		if found, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr("192.0.2.1"), "", 5); err != nil || len(found) != 1 || found[0].Unreceived {
+			t.Errorf("by its address: %+v, %v", found, err)
+		}
+	})
+}
+
+// recorded counts the events of a type in the log.
+func recorded(t *testing.T, db *sqlstore.DB, kind audit.Type) int {
+	t.Helper()
+	if _, err := db.Sequence(t.Context(), 1000, audit.Condition{}); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := db.Entries(t.Context(), 0, 1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, entry := range entries {
+		e, err := audit.Decode(entry.Leaf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Type == kind {
+			n++
+		}
+	}
+	return n
+}

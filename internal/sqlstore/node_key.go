@@ -1,0 +1,112 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"net/netip"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/org"
+)
+
+// nodeOf returns the ID of the node that a node key belongs to, which is empty
+// until it registered. It reports node.ErrAddressInUse or ErrAddressNotAllowed
+// unless the key may speak for ip. An organization key may speak for any.
+func (d *DB) nodeOf(ctx context.Context, tx *txn, org org.ID, k node.Signer, ip netip.Addr) (string, error) {
+	if !k.OfNode {
+		return "", nil
+	}
+	// Registrations with node keys come one at a time, so that no two take one address.
+	if err := d.lock(ctx, tx, "nodes:"+string(org)); err != nil {
+		return "", err
+	}
+	var own, allowed string
+	err := tx.QueryRowContext(ctx, "SELECT coalesce(node_id, ''), coalesce(address, '') FROM keys_of_nodes WHERE id = $1", k.Key).Scan(&own, &allowed)
+	if err != nil {
+		return "", unavailable(err)
+	}
+	if allowed != "" && allowed != ip.String() {
+		return "", node.ErrAddressNotAllowed
+	}
+	var there string
+	var keyed bool
+	err = tx.QueryRowContext(ctx, `SELECT n.id, EXISTS (SELECT 1 FROM keys_of_nodes k WHERE k.node_id = n.id AND k.id <> $3 AND `+isLive+`)
+		FROM nodes n WHERE n.org_id = $1 AND n.ip = $2 AND n.deleted_at IS NULL`, org, ip.String(), k.Key).Scan(&there, &keyed)
+	if errors.Is(err, sql.ErrNoRows) || err == nil && there == own {
+		return own, nil
+	}
+	if err != nil {
+		return "", unavailable(err)
+	}
+	// A node without a key of its own may be given one; but a key that has its
+	// node cannot take another's place.
+	if keyed || own != "" {
+		return "", node.ErrAddressInUse
+	}
+	return "", nil
+}
+
+// makeRoom lets the node of a node key be at ip: it moves there, and a deleted
+// node that was there is forgotten, so that two nodes are never one.
+func (d *DB) makeRoom(ctx context.Context, tx *txn, u node.Use, ip netip.Addr) error {
+	own, err := d.nodeOf(ctx, tx, u.Org, u.Signer, ip)
+	if err != nil || !u.OfNode {
+		return err
+	}
+	const former = "SELECT id FROM nodes WHERE org_id = $1 AND ip = $2 AND deleted_at IS NOT NULL AND id <> $3"
+	for _, statement := range []string{
+		"UPDATE keys_of_nodes SET node_id = NULL WHERE node_id IN (" + former + ")",
+		"DELETE FROM node_keys WHERE node_id IN (" + former + ")",
+		"DELETE FROM nodes WHERE id IN (" + former + ")",
+	} {
+		if _, err := exec(ctx, tx, statement, u.Org, ip.String(), own); err != nil {
+			return err
+		}
+	}
+	_, err = exec(ctx, tx, "UPDATE nodes SET ip = $2 WHERE id = $3 AND org_id = $1 AND ip <> $2", u.Org, ip.String(), own)
+	return err
+}
+
+// signedBy notes that a key signed: its node, if it is a node key that registered as
+// one, and that it arrived, if nobody has signed a receipt for it.
+func (d *DB) signedBy(ctx context.Context, tx *txn, k node.Signer, id string) error {
+	if k.OfNode && id != "" {
+		if _, err := exec(ctx, tx, "UPDATE keys_of_nodes SET node_id = $2, address = NULL WHERE id = $1 AND (node_id IS NULL OR node_id <> $2)", k.Key, id); err != nil {
+			return err
+		}
+	}
+	if !k.Unreceived {
+		return nil
+	}
+	now, err := d.now(ctx, tx)
+	if err != nil {
+		return err
+	}
+	_, err = exec(ctx, tx, "UPDATE deliveries SET used_at = $2 WHERE key_id = $1 AND used_at IS NULL", k.Key, now)
+	return err
+}
+
+// endNodeKeys ends the node keys of node id, and returns their events.
+func (d *DB) endNodeKeys(ctx context.Context, tx *txn, id string, deleted func(string) audit.Event) ([]audit.Event, error) {
+	now, err := d.now(ctx, tx)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := query(ctx, tx, scanText, "SELECT id FROM keys_of_nodes WHERE node_id = $1 AND "+isLive+" ORDER BY id"+d.forUpdate(""), id)
+	if err != nil {
+		return nil, err
+	}
+	events := make([]audit.Event, 0, len(keys)+1)
+	for _, key := range keys {
+		if _, err := exec(ctx, tx, "UPDATE keys_of_nodes"+endedKey, key, now); err != nil {
+			return nil, err
+		}
+		if _, err := exec(ctx, tx, endDelivery, key); err != nil {
+			return nil, err
+		}
+		events = append(events, deleted(key))
+	}
+	return events, nil
+}
