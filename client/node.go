@@ -32,6 +32,9 @@ type Node struct {
 	IP     string // the node's address, which identifies it
 	Region string
 	Key    PrivateKey
+	// KeyID is the ID of Key. A node key that has not registered yet is found by it
+	// only; the others are found without it, too.
+	KeyID string
 }
 
 // Registration is what a node reports about itself. Version and Status are required.
@@ -49,6 +52,7 @@ type signedFields struct {
 	Timestamp string `json:"timestamp"`
 	Signature string `json:"signature"`
 	Org       string `json:"id_org"`
+	KeyID     string `json:"key_id,omitempty"`
 }
 
 type registerFields struct {
@@ -81,7 +85,7 @@ func (n Node) Unregister(ctx context.Context) error {
 // milliseconds, so that no two attempts share a signature.
 func (n Node) request(path string, more func(signedFields) any, read func(*answer) error) request {
 	return request{method: http.MethodPost, path: path, typ: "application/json", read: read, body: func() ([]byte, error) {
-		f := signedFields{IP: n.IP, Region: n.Region, Timestamp: strconv.FormatInt(time.Now().UnixMilli(), 10), Org: n.Org}
+		f := signedFields{IP: n.IP, Region: n.Region, Timestamp: strconv.FormatInt(time.Now().UnixMilli(), 10), Org: n.Org, KeyID: n.KeyID}
 		var err error
 		if f.Signature, err = sign(n.Key, f.IP+"|"+f.Region+"|"+f.Timestamp+"|"+f.Org); err != nil {
 			return nil, err

@@ -2,7 +2,12 @@ package e2e
 
 import (
 	"context"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
@@ -12,6 +17,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/chaos/cluster"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
@@ -36,11 +42,13 @@ func eventTypes(t *testing.T) []string {
 func TestPromise5_TheIndependentVerifierKnowsEveryEventOfTheProgram(t *testing.T) {
 	t.Run("pkcs11", func(t *testing.T) {
 		// Nothing but Vault's sealing key has versions.
-		allHappens(t, []string{"seal.rewrapped"}, func(*testing.T) {})
+		allHappens(t, []string{"seal.rewrapped"}, nil)
 	})
 	t.Run("vault", func(t *testing.T) {
 		v, _, settings := throughVault(t)
-		allHappens(t, nil, func(t *testing.T) {
+		// Keys from Vault are not sealed to recipients yet.
+		enrollments := []string{"orgkey.sealed", "orgkey.received", "enrollment.claimed", "enrollment.conflict", "enrollment.approved", "enrollment.expired", "enrollment.revoked", "enrollment.created", "enrollment.listed"}
+		allHappens(t, enrollments, func(t *testing.T) {
 			_, err := root(t, v).WriteWithContext(context.WithoutCancel(t.Context()), "orgkeys-seal/keys/seal/rotate", nil)
 			must(t, err)
 		}, settings, harness.Set("ORGKEYS_RESERVATION_TTL", "10s"))
@@ -68,10 +76,13 @@ func allHappens(t *testing.T, except []string, rotate func(*testing.T), opts ...
 
 	s.Start(t)
 	byEverybody(t, s, ca)
+	if !slices.Contains(except, "orgkey.sealed") {
+		byEnrollment(t, s)
+	}
 	s.Stop(t) // writes the summary of callers whom nobody knows
 	s.Start(t)
 	succeeds(t, s, "audit", "erase", "--subject", "admin", "--reason", "a test")
-	if len(except) == 0 {
+	if rotate != nil {
 		rotate(t)
 		succeeds(t, s, "rewrap")
 	}
@@ -91,6 +102,46 @@ func succeeds(t *testing.T, s *harness.Server, args ...string) string {
 		t.Fatalf("orgkeys %s: exit code %d\n%s%s", strings.Join(args, " "), code, out, errs)
 	}
 	return out
+}
+
+// byEnrollment has everything happen that can happen to an enrollment.
+func byEnrollment(t *testing.T, s *harness.Server) {
+	t.Helper()
+	org := harness.Org()
+	owner := s.Token(t, org, "OWNER")
+	recipient := newRecipient(t)
+	fetched := enrollmentOver(t, s, mint(t, s, org, `{}`).Token, recipient)
+	fetch(t, fetched)
+	if _, err := enrollmentOver(t, s, mint(t, s, org, `{"bind":{"recipient":"`+strings.Repeat("0", 64)+`"}}`).Token, recipient).Fetch(t.Context()); !errors.Is(err, client.EnrollmentClaimed) {
+		t.Errorf("a recipient that it is not bound to: %v", err)
+	}
+	waiting := mint(t, s, org, `{"approval":true}`)
+	if _, err := enrollmentOver(t, s, waiting.Token, recipient).Fetch(t.Context()); !errors.Is(err, client.Pending) {
+		t.Errorf("before its approval: %v", err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(&recipient.PublicKey)
+	must(t, err)
+	at := "/organization/" + org + "/enrollment"
+	approval := fmt.Appendf(nil, `{"recipient":"%x"}`, sha256.Sum256(public))
+	do(t, s, 200, harness.Request{Method: "POST", Path: at + "/" + waiting.ID + "/approve", Token: owner, Body: approval, Header: http.Header{"Content-Type": {"application/json"}}})
+	do(t, s, 200, harness.Request{Method: "DELETE", Path: at + "/" + waiting.ID, Token: owner})
+	do(t, s, 200, harness.Request{Method: "GET", Path: at, Token: owner})
+	late := mint(t, s, org, `{}`)
+	db := s.Database(t)
+	harness.Exec(t, db, "UPDATE enrollments SET expires_at = 1 WHERE id = '"+late.ID+"'")
+	harness.Eventually(t, harness.Patience, "an enrollment expires", func() bool {
+		return show(t, s, org, late.ID).State == "expired" && harness.Number(t, db, "SELECT count(*) FROM events WHERE type = 'enrollment.expired'") == 1
+	})
+}
+
+// enrollmentOver is enrollment over the server's TLS.
+func enrollmentOver(t *testing.T, s *harness.Server, token string, recipient *rsa.PrivateKey) *client.Enrollment {
+	t.Helper()
+	c, err := client.New(client.Config{Server: s.API, Transport: s.HTTP.Transport})
+	must(t, err)
+	e, err := client.NewEnrollment(c, []byte(token), recipient)
+	must(t, err)
+	return e
 }
 
 // byEverybody does what users, nodes and strangers can do, well and wrongly.

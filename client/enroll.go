@@ -1,0 +1,234 @@
+package client
+
+import (
+	"context"
+	"crypto"
+	"crypto/hmac"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+
+	"github.com/go-json-experiment/json"
+
+	"github.com/orgkeys/orgkeys/internal/envelope"
+)
+
+// ErrToken means that a text is not an enrollment token.
+var ErrToken = envelope.ErrToken
+
+// ErrForged means that an answer to an enrollment was not made with its token:
+// it comes from something between client and server, and nothing of it may be used.
+var ErrForged = errors.New("the answer was not made by who minted the enrollment token")
+
+// ErrSealedDamaged means that a sealed key does not open to the key that its
+// answer vouches for. Asking again gets the same bytes.
+var ErrSealedDamaged = errors.New("the sealed key does not open to the key that the server vouches for")
+
+// Enrollment fetches one node's own key with a one-time token. docs/enrollment.md
+// describes the protocol.
+type Enrollment struct {
+	Client *Client
+	token  envelope.Token
+	// Recipient opens what the server sends, and must be stored durably before
+	// Fetch: the key is sealed to it once and for all. RSA of 3072 or 4096 bits.
+	Recipient crypto.Decrypter
+}
+
+// NewEnrollment reads a token's text, oke1.ID.SECRET, or reports ErrToken. The
+// caller clears text, and Close the enrollment after use.
+func NewEnrollment(c *Client, text []byte, recipient crypto.Decrypter) (*Enrollment, error) {
+	token, err := envelope.ParseToken(text)
+	if err != nil {
+		return nil, err
+	}
+	return &Enrollment{c, token, recipient}, nil
+}
+
+// Close clears the token's secret.
+func (e *Enrollment) Close() { clear(e.token.K) }
+
+// ID is the enrollment's.
+func (e *Enrollment) ID() string { return e.token.ID }
+
+// Delivered is a key that was sealed to a recipient, opened. The holder stores
+// PEM durably, sends the receipt, and clears PEM.
+type Delivered struct {
+	Delivery
+	PEM []byte // PKCS#1
+}
+
+// Delivery is what a receipt says of a sealed key. It is no secret.
+type Delivery struct {
+	Enrollment  string `json:"id,omitempty"` // empty for an administrator's own
+	Org         string `json:"org"`
+	Origin      string `json:"origin"` // the audit log's
+	KeyID       string `json:"keyId"`
+	Scope       string `json:"scope"` // "node" or "organization"
+	Recipient   string `json:"recipient"`
+	Fingerprint string `json:"fingerprint"` // RFC 7638
+	SHA256      string `json:"sha256"`      // hex, of the sealed bytes
+}
+
+func (d Delivery) wire() envelope.Delivery {
+	return envelope.Delivery{Enrollment: d.Enrollment, Org: d.Org, Origin: d.Origin, KeyID: d.KeyID, Recipient: d.Recipient, Fingerprint: d.Fingerprint, SHA256: d.SHA256}
+}
+
+// sealedAnswer is the API's answer with a sealed key.
+type sealedAnswer struct {
+	Delivery
+	Sealed envelope.SealedKey `json:"sealed"`
+	MAC    []byte             `json:"mac"`
+}
+
+// Fetch returns the key. It may be repeated until the receipt is taken, and
+// gets the same key each time. While the key is being made or awaits approval,
+// the error is Pending, which passes.
+func (e *Enrollment) Fetch(ctx context.Context) (*Delivered, error) {
+	public, text, err := recipientPEM(e.Recipient)
+	if err != nil {
+		return nil, err
+	}
+	recipient, err := envelope.Recipient(public)
+	if err != nil {
+		return nil, err
+	}
+	var key *Delivered
+	err = e.Client.do(ctx, request{
+		method: http.MethodPost, path: "/enroll/" + url.PathEscape(e.token.ID), typ: "application/json",
+		body: func() ([]byte, error) {
+			return json.Marshal(struct {
+				Recipient string `json:"recipient"`
+				MAC       []byte `json:"mac"`
+			}{string(text), envelope.ClaimMAC(e.token.K, e.token.ID, recipient)})
+		},
+		read: func(a *answer) (err error) {
+			key, err = e.read(a, recipient)
+			return err
+		},
+	})
+	return key, err
+}
+
+func (e *Enrollment) read(a *answer, recipient string) (*Delivered, error) {
+	var s sealedAnswer
+	if err := a.decode(&s); err != nil {
+		return nil, err
+	}
+	// Before anything of it is believed.
+	s.Enrollment, s.Recipient = e.token.ID, recipient
+	if !hmac.Equal(s.MAC, s.wire().MAC(e.token.K)) {
+		return nil, fmt.Errorf("%w: %w", a.foreign("JSON with a MAC that the token did not make"), ErrForged)
+	}
+	return open(s, e.Recipient)
+}
+
+// recipientPEM returns the public half of a recipient.
+func recipientPEM(recipient crypto.Decrypter) (*rsa.PublicKey, []byte, error) {
+	public, ok := recipient.Public().(*rsa.PublicKey)
+	if !ok {
+		return nil, nil, fmt.Errorf("%w: the recipient is not an RSA key", ErrRequest)
+	}
+	der, err := x509.MarshalPKIXPublicKey(public)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", ErrRequest, err)
+	}
+	return public, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), nil
+}
+
+// open unwraps a sealed key and checks that it is the one vouched for.
+func open(s sealedAnswer, recipient crypto.Decrypter) (*Delivered, error) {
+	if envelope.Digest(s.Sealed.Value) != s.SHA256 {
+		return nil, fmt.Errorf("%w: it was changed on the way", ErrSealedDamaged)
+	}
+	der, err := s.Sealed.Open(recipient)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrSealedDamaged, err)
+	}
+	defer clear(der)
+	parsed, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		return nil, fmt.Errorf("%w: it is not a PKCS#8 private key", ErrSealedDamaged)
+	}
+	key, ok := parsed.(*rsa.PrivateKey)
+	if !ok || Fingerprint(&key.PublicKey) != s.Fingerprint {
+		return nil, fmt.Errorf("%w: it is another key", ErrSealedDamaged)
+	}
+	private := x509.MarshalPKCS1PrivateKey(key)
+	defer clear(private)
+	return &Delivered{s.Delivery, pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: private})}, nil
+}
+
+// Receipt tells the server that the key of d, which signs for it, is stored. The
+// server deletes the sealed bytes then. Repeating it is harmless.
+func (c *Client) Receipt(ctx context.Context, d Delivery, key crypto.Signer) error {
+	path := "/enroll/" + url.PathEscape(d.Enrollment) + "/receipt"
+	if d.Enrollment == "" {
+		path = orgPath(d.Org, "key", d.KeyID, "receipt")
+	}
+	return c.do(ctx, request{
+		method: http.MethodPost, path: path, typ: "application/json", token: d.Enrollment == "", read: readDone,
+		body: func() ([]byte, error) {
+			signature, err := sign(key, string(d.wire().ReceiptText()))
+			if err != nil {
+				return nil, err
+			}
+			return json.Marshal(struct {
+				Recipient string `json:"recipient"`
+				Signature string `json:"signature"`
+			}{d.Recipient, signature})
+		},
+	})
+}
+
+// SealedKey has an organization key made for org that only the holder of
+// recipient can read: neither the server nor anything in between can. The same
+// recipient gets the same key until its receipt, so that a lost answer is not a
+// lost key. Its receipt is Client.Receipt.
+func (c *Client) SealedKey(ctx context.Context, org string, recipient crypto.Decrypter) (*Delivered, error) {
+	public, text, err := recipientPEM(recipient)
+	if err != nil {
+		return nil, err
+	}
+	id, err := envelope.Recipient(public)
+	if err != nil {
+		return nil, err
+	}
+	var key *Delivered
+	err = c.do(ctx, request{
+		method: http.MethodPost, path: orgPath(org, "key"), token: true, accept: sealedForm, typ: "application/json",
+		body: func() ([]byte, error) {
+			return json.Marshal(struct {
+				Recipient string `json:"recipient"`
+			}{string(text)})
+		},
+		read: func(a *answer) error {
+			var s sealedAnswer
+			if err := a.decode(&s); err != nil {
+				return err
+			}
+			if s.Recipient != id || s.Org != org {
+				return a.foreign("a key for somebody else")
+			}
+			key, err = open(s, recipient)
+			return err
+		},
+	})
+	return key, err
+}
+
+// OpenSealed opens the JSON text of a sealed answer that was saved, as
+// POST …/key gives it. The caller clears the result's PEM.
+func OpenSealed(text []byte, recipient crypto.Decrypter) (*Delivered, error) {
+	var s sealedAnswer
+	if err := json.Unmarshal(text, &s); err != nil {
+		return nil, fmt.Errorf("%w: it is not a sealed key's JSON", ErrSealedDamaged)
+	}
+	return open(s, recipient)
+}
+
+// sealedForm is the media type of a private key that is sealed to a recipient.
+const sealedForm = "application/vnd.orgkeys.sealed+json"

@@ -1,0 +1,178 @@
+#!/bin/sh
+# Fetches this node's own key with a one-time token. Needs sh, openssl 3, curl and jq.
+set -eu
+
+usage() {
+	cat <<'USAGE'
+Usage: enroll.sh --server URL --token-file FILE --dir DIR [--cacert FILE]
+
+Fetches this node's private key from orgkeys with the enrollment token in FILE,
+and writes DIR/private_key.pem (0600) and DIR/enrollment.json. Nobody between
+the HSM and this machine can read the key. Run it again after any interruption:
+it goes on where it was. When the receipt is taken, FILE is removed.
+
+  --server URL       as https://orgkeys.example
+  --token-file FILE  the token, oke1.ID.SECRET
+  --dir DIR          where the key goes; made 0700 if it is missing
+  --cacert FILE      authorities of the server's certificate; default the system's
+
+Exit codes: 0 the key is there; 75 try again later; 77 the enrollment is not
+good (any more): ask an administrator; 64 wrong arguments; 70 something is wrong
+with the answer.
+USAGE
+}
+
+server='' token_file='' dir='' cacert=''
+while [ $# -gt 0 ]; do
+	case $1 in
+	--server) server=$2 && shift 2 ;;
+	--token-file) token_file=$2 && shift 2 ;;
+	--dir) dir=$2 && shift 2 ;;
+	--cacert) cacert=$2 && shift 2 ;;
+	-h | --help) usage && exit ;;
+	*) usage >&2 && exit 64 ;;
+	esac
+done
+if [ -z "$server" ] || [ -z "$token_file" ] || [ -z "$dir" ]; then
+	usage >&2
+	exit 64
+fi
+
+fail() {
+	code=$1 && shift
+	echo "enroll.sh: $*" >&2
+	exit "$code"
+}
+
+umask 077
+mkdir -p "$dir"
+key=$dir/private_key.pem
+recipient=$dir/recipient.pem
+answer=$dir/enrollment.json
+work=$(mktemp -d "$dir/.work.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+if [ ! -e "$token_file" ]; then
+	[ -s "$key" ] || fail 77 "there is neither a token at $token_file nor a key at $key"
+	exit 0 # enrolled before
+fi
+token=$(tr -d ' \t\r\n' <"$token_file")
+id=$(printf %s "$token" | cut -d. -f2)
+case $token in
+oke1.????????-????-????-????-????????????.*) ;;
+*) fail 77 "$token_file does not hold a token of the form oke1.ID.SECRET" ;;
+esac
+# K as hex. printf is part of the shell, so that K is in no argument list.
+K=$(printf '%s=' "${token##*.}" | tr '_-' '/+' | openssl base64 -d -A | od -An -v -tx1 | tr -d ' \n')
+token=''
+[ ${#K} -eq 64 ] || fail 77 "$token_file does not hold a token of the form oke1.ID.SECRET"
+
+# bytes XOR prints K, filled up to a block, with each byte XORed.
+bytes() {
+	rest=$K text='' n=0
+	while [ $n -lt 64 ]; do
+		if [ -n "$rest" ]; then
+			tail=${rest#??}
+			byte=$((0x${rest%"$tail"}))
+			rest=$tail
+		else
+			byte=0
+		fi
+		byte=$((byte ^ $1))
+		text=$text\\$((byte / 64))$((byte / 8 % 8))$((byte % 8))
+		n=$((n + 1))
+	done
+	# shellcheck disable=SC2059 # the text is nothing but octal escapes
+	printf "$text"
+}
+
+# hmac prints HMAC-SHA-256 (RFC 2104) of standard input with K, as base64.
+# openssl would take K as an argument, which other processes can see.
+hmac() {
+	{ bytes 54 && cat; } | openssl dgst -sha256 -binary >"$work/inner"
+	{ bytes 92 && cat "$work/inner"; } | openssl dgst -sha256 -binary | openssl base64 -A
+}
+
+# The recipient is stored durably before it is sent: the key is sealed to it
+# once and for all.
+if [ ! -s "$recipient" ]; then
+	openssl genpkey -quiet -algorithm RSA -pkeyopt rsa_keygen_bits:3072 -out "$work/recipient.pem" 2>/dev/null ||
+		openssl genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:3072 -out "$work/recipient.pem" 2>/dev/null
+	sync "$work/recipient.pem"
+	mv "$work/recipient.pem" "$recipient"
+	sync "$dir"
+fi
+openssl pkey -in "$recipient" -pubout -out "$work/public.pem"
+R=$(openssl pkey -pubin -in "$work/public.pem" -outform DER | openssl dgst -sha256 -r | cut -d' ' -f1)
+
+# post PATH sends standard input, and leaves the body in $work/body.
+post() {
+	set -- "$server$1"
+	[ -z "$cacert" ] || set -- --cacert "$cacert" "$@"
+	status=$(curl --silent --show-error --proto '=https,http' --max-time 60 --output "$work/body" --write-out '%{http_code}' \
+		-H 'Content-Type: application/json' --data-binary @- "$@") || fail 75 "$server cannot be reached"
+	# Whatever is not our own errorCode is somebody else's answer, and passes.
+	reason=$(jq -r '.errorCode // empty' "$work/body" 2>/dev/null) || reason=''
+	case $status:$reason in
+	200:) ;;
+	202:*) fail 75 "the key is not ready yet" ;;
+	*:enrollment_unknown | *:enrollment_claimed | *:enrollment_closed | *:recipient_unacceptable | *:sealed_unavailable | *:bad_signature)
+		fail 77 "$(jq -r .message "$work/body")"
+		;;
+	*) fail 75 "$server answers $status $reason" ;;
+	esac
+}
+
+case $server in
+https://* | http://127.0.0.1:* | http://localhost:*) ;;
+*) fail 64 "--server: http:// is for loopback addresses only" ;;
+esac
+
+if [ ! -s "$key" ]; then
+	mac=$(printf 'orgkeys/enroll/v1\n%s\n%s\n' "$id" "$R" | hmac)
+	jq -n --rawfile recipient "$work/public.pem" --arg mac "$mac" '{recipient: $recipient, mac: $mac}' | post "/enroll/$id"
+
+	# Nothing in the answer is believed before its MAC is right.
+	field() { jq -er --arg name "$1" '.[$name] | strings' "$work/body" || fail 75 "the answer has no $1"; }
+	want=$(printf 'orgkeys/sealed/v1\n%s\n%s\n%s\n%s\n%s\n%s\n%s\n' "$id" "$(field org)" "$(field origin)" "$(field keyId)" "$R" \
+		"$(field fingerprint)" "$(field sha256)" | hmac)
+	[ "$(field mac)" = "$want" ] || fail 75 "the answer does not come from who minted the token"
+	jq -er .sealed.value "$work/body" | openssl base64 -d -A >"$work/sealed"
+	[ "$(openssl dgst -sha256 -r <"$work/sealed" | cut -d' ' -f1)" = "$(field sha256)" ] || fail 75 "the sealed key was changed on the way"
+
+	case $(jq -r .sealed.alg "$work/body") in
+	RSA_AES_KEY_WRAP_SHA_256) digest=sha256 ;;
+	RSA_AES_KEY_WRAP_SHA_1) digest=sha1 ;;
+	*) fail 70 "the sealed key has an algorithm that is not known" ;;
+	esac
+	head -c 384 "$work/sealed" >"$work/head"
+	tail -c +385 "$work/sealed" >"$work/tail"
+	# -K shows a key that opens nothing but this delivery to processes of this
+	# machine, for the moment that openssl runs.
+	aes=$(openssl pkeyutl -decrypt -inkey "$recipient" -in "$work/head" -pkeyopt rsa_padding_mode:oaep \
+		-pkeyopt "rsa_oaep_md:$digest" -pkeyopt "rsa_mgf1_md:$digest" | od -An -v -tx1 | tr -d ' \n')
+	openssl enc -d -id-aes256-wrap-pad -iv A65959A6 -K "$aes" -in "$work/tail" -out "$work/key.der" ||
+		fail 70 "the sealed key does not open"
+	openssl pkey -inform DER -in "$work/key.der" -traditional -out "$work/key.pem"
+
+	# The fingerprint is an RFC 7638 thumbprint.
+	n=$(openssl rsa -in "$work/key.pem" -noout -modulus | cut -d= -f2 | tr 'A-F' 'a-f')
+	# shellcheck disable=SC2059 # nothing but octal escapes
+	n64=$(printf "$(echo "$n" | sed 's/../0x& /g' | { read -r line; for b in $line; do printf '\\%03o' "$b"; done; })" | openssl base64 -A | tr '/+' '_-' | tr -d =)
+	print=$(printf '{"e":"AQAB","kty":"RSA","n":"%s"}' "$n64" | openssl dgst -sha256 -binary | openssl base64 -A | tr '/+' '_-' | tr -d =)
+	[ "$print" = "$(field fingerprint)" ] || fail 70 "the sealed key is another than the answer says"
+
+	jq '{id, org, origin, keyId, fingerprint, sha256}' "$work/body" >"$work/answer"
+	sync "$work/answer" "$work/key.pem"
+	mv "$work/answer" "$answer"
+	mv "$work/key.pem" "$key"
+	sync "$dir"
+fi
+
+# The receipt: the delivered key signs, as it signs everything else.
+value() { jq -er --arg name "$1" '.[$name]' "$answer"; }
+signature=$(printf 'orgkeys/receipt/v1\n%s\n%s\n%s\n%s\n%s\n' "$(value origin)" "$(value org)" "$(value keyId)" "$R" "$(value sha256)" |
+	openssl dgst -sha256 -sign "$key" | openssl base64 -A)
+jq -n --arg recipient "$R" --arg signature "$signature" '{recipient: $recipient, signature: $signature}' | post "/enroll/$id/receipt"
+rm -f "$token_file" "$recipient"
+echo "enroll.sh: key $(value keyId) of $(value org) is in $key"
