@@ -46,9 +46,7 @@ func TestPromise5_TheIndependentVerifierKnowsEveryEventOfTheProgram(t *testing.T
 	})
 	t.Run("vault", func(t *testing.T) {
 		v, _, settings := throughVault(t)
-		// Keys from Vault are not sealed to recipients yet.
-		enrollments := []string{"orgkey.sealed", "orgkey.received", "enrollment.claimed", "enrollment.conflict", "enrollment.approved", "enrollment.expired", "enrollment.revoked", "enrollment.created", "enrollment.listed"}
-		allHappens(t, enrollments, func(t *testing.T) {
+		allHappens(t, nil, func(t *testing.T) {
 			_, err := root(t, v).WriteWithContext(context.WithoutCancel(t.Context()), "orgkeys-seal/keys/seal/rotate", nil)
 			must(t, err)
 		}, settings, harness.Set("ORGKEYS_RESERVATION_TTL", "10s"))
@@ -76,9 +74,7 @@ func allHappens(t *testing.T, except []string, rotate func(*testing.T), opts ...
 
 	s.Start(t)
 	byEverybody(t, s, ca)
-	if !slices.Contains(except, "orgkey.sealed") {
-		byEnrollment(t, s)
-	}
+	byEnrollment(t, s)
 	s.Stop(t) // writes the summary of callers whom nobody knows
 	s.Start(t)
 	succeeds(t, s, "audit", "erase", "--subject", "admin", "--reason", "a test")

@@ -113,16 +113,6 @@ func HSMConfig(cfg config.Config, dir string) hsm.Config {
 	}
 }
 
-// noSealedKeys is a back end that does not seal private keys to recipients:
-// enrollments can be made there, and their keys not be fetched.
-type noSealedKeys struct{}
-
-func (noSealedKeys) CreateSealed(context.Context, string) (orgkey.SealableKey, error) {
-	return nil, orgkey.ErrSealedUnavailable
-}
-
-func (noSealedKeys) DestroySealed(context.Context, string) error { return nil }
-
 // openVaultClient logs in to Vault and refuses one that is not set up as it must be.
 func openVaultClient(ctx context.Context, cfg config.Config, log *slog.Logger) (*vault.Client, error) {
 	client, err := vault.Open(ctx, vault.Config{Login: VaultLogin(cfg), ReapGrace: cfg.ReservationTTL, Log: log})
@@ -169,7 +159,7 @@ func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slo
 		return backend{}, err
 	}
 	return backend{
-		name: config.KeystoreVault, keystore: client.Keystore(), sealed: noSealedKeys{}, sealer: client.Sealer(), sink: sink, signer: sink,
+		name: config.KeystoreVault, keystore: client.Keystore(), sealed: client.Keystore(), sealer: client.Sealer(), sink: sink, signer: sink,
 		healthy: client.Healthy, close: func() error { client.Close(); return nil },
 		reap: func(ctx context.Context) error { client.ReapEvery(ctx, reapInterval(cfg), db.Reserved); return nil },
 	}, nil
