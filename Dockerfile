@@ -4,6 +4,7 @@
 FROM golang:1.26.8-bookworm AS build
 WORKDIR /src
 COPY go.mod go.sum ./
+COPY client client
 COPY cmd cmd
 COPY internal internal
 COPY policies policies
@@ -11,7 +12,7 @@ COPY vault vault
 # --build-arg VERSION=v1.2.3; .git, from which go build would know it, is not in here.
 ARG VERSION
 RUN CGO_ENABLED=1 go build -trimpath -tags nomsgpack -ldflags="-s -w -X main.release=$VERSION" -o /out/ ./cmd/orgkeys
-RUN CGO_ENABLED=0 go build -trimpath -ldflags="-s -w" -o /out/ ./cmd/orgkeys-node
+RUN CGO_ENABLED=0 go build -trimpath -ldflags="-s -w -X main.release=$VERSION" -o /out/ ./cmd/orgkeys-node
 
 # What docker-compose.yml sets Vault up with: the vault command line, and this
 # project's policies and set-up script.

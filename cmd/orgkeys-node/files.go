@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,9 +13,18 @@ import (
 	"slices"
 	"syscall"
 	"time"
+
+	"github.com/orgkeys/orgkeys/client"
 )
 
-const lockName = ".orgkeys-node.lock"
+const (
+	lockName     = ".orgkeys-node.lock"
+	manifestName = ".orgkeys-node.json"
+	maxManifest  = 64 << 10
+)
+
+// lockPatience is how long an attempt waits for another run to give the lock back.
+const lockPatience = time.Minute
 
 // nameForm is what a secret's name must look like before a path is made of it.
 var nameForm = regexp.MustCompile(`^[a-z][a-z0-9_]{0,63}$`)
@@ -52,6 +62,8 @@ func openDir(ctx context.Context, path string) (*dir, error) {
 		return wrong(errors.Join(err, root.Close()), "check its owner")
 	}
 	d := &dir{root, lock}
+	ctx, cancel := context.WithTimeout(ctx, lockPatience)
+	defer cancel()
 	if err := d.wait(ctx); err != nil {
 		d.close()
 		return wrong(err, "another run holds it")
@@ -93,12 +105,102 @@ func (d *dir) close() {
 	_ = d.root.Close()
 }
 
-// write makes name hold value, mode 0600, and reports whether it did not
-// before. Whoever reads name sees the old value or the new one, whole.
+// manifest says which files in the directory come from the server. It names
+// each before it is written and until it is removed, so that a run that was
+// killed leaves none that the next one does not know.
+type manifest struct {
+	Secrets []string `json:"secrets"`
+}
+
+// readManifest returns the secrets that earlier runs wrote, nil if none ever did. One that
+// cannot be read as such names none: whatever it named stays.
+func readManifest(root *os.Root) ([]string, error) {
+	f, err := root.Open(manifestName)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxManifest))
+	if err != nil {
+		return nil, err
+	}
+	var m manifest
+	if json.Unmarshal(text, &m) != nil || m.Secrets == nil {
+		return []string{}, nil
+	}
+	return slices.DeleteFunc(m.Secrets, func(name string) bool { return !nameForm.MatchString(name) }), nil
+}
+
+// writeManifest makes names the secrets that come from the server.
+func (d *dir) writeManifest(names []string) error {
+	slices.Sort(names)
+	text, err := json.Marshal(manifest{slices.Compact(names)})
+	if err != nil {
+		return err
+	}
+	_, err = d.replace(manifestName, append(text, '\n'))
+	return err
+}
+
+// update makes the directory hold these secrets, and of what earlier runs wrote
+// nothing else. Files that were put there by others stay.
+func (d *dir) update(secrets []client.Secret, r *report) error {
+	written, err := readManifest(d.root)
+	if err != nil {
+		return err
+	}
+	var names []string
+	for _, s := range secrets {
+		names = append(names, s.Name)
+	}
+	if err := d.writeManifest(slices.Concat(names, written)); err != nil {
+		return err
+	}
+	for _, s := range secrets {
+		changed, err := d.write(s.Name, s.Value)
+		switch {
+		case err != nil:
+			return fmt.Errorf("%s: %w", s.Name, err)
+		case changed:
+			r.Changed = append(r.Changed, s.Name)
+		default:
+			r.Unchanged = append(r.Unchanged, s.Name)
+		}
+	}
+	for _, name := range written {
+		if slices.Contains(names, name) {
+			continue
+		}
+		if err := d.remove(name); err != nil {
+			return fmt.Errorf("removing %s: %w", name, err)
+		}
+		r.Removed = append(r.Removed, name)
+	}
+	return d.writeManifest(names)
+}
+
+// remove removes a file, and makes its absence last.
+func (d *dir) remove(name string) error {
+	if err := d.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return d.sync()
+}
+
+// write makes the secret name hold value and reports whether it did not before.
 func (d *dir) write(name string, value []byte) (changed bool, err error) {
 	if !nameForm.MatchString(name) {
 		return false, fmt.Errorf("%q is not a name", name)
 	}
+	return d.replace(name, value)
+}
+
+// replace makes name hold value, mode 0600, and reports whether it did not
+// before. Whoever reads name sees the old value or the new one, whole.
+func (d *dir) replace(name string, value []byte) (changed bool, err error) {
 	if d.holds(name, value) {
 		return false, nil
 	}
@@ -153,18 +255,40 @@ func (d *dir) sync() error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// listSecrets returns the names of the secrets in path, none if it is not there.
-func listSecrets(path string) ([]string, error) {
-	entries, err := os.ReadDir(path)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, &failure{exitCannotWrite, "secrets directory " + path, "check its owner", err}
+// listSecrets returns which of the secrets that earlier runs wrote are in path,
+// and which are not. Of a version without a manifest it returns all files.
+func listSecrets(path string) (found, missing []string, err error) {
+	wrong := func(err error) error {
+		return &failure{exitCannotWrite, "secrets directory " + path, "check its owner", err}
 	}
-	var names []string
+	root, err := os.OpenRoot(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, nil
+	}
+	if err != nil {
+		return nil, nil, wrong(err)
+	}
+	defer root.Close()
+	entries, err := fs.ReadDir(root.FS(), ".")
+	if err != nil {
+		return nil, nil, wrong(err)
+	}
 	for _, e := range entries {
 		if nameForm.MatchString(e.Name()) && e.Type().IsRegular() {
-			names = append(names, e.Name())
+			found = append(found, e.Name())
 		}
 	}
-	slices.Sort(names)
-	return names, nil
+	written, err := readManifest(root)
+	if err != nil {
+		return nil, nil, wrong(err)
+	}
+	if written == nil {
+		return found, nil, nil
+	}
+	for _, name := range written {
+		if !slices.Contains(found, name) {
+			missing = append(missing, name)
+		}
+	}
+	return slices.DeleteFunc(found, func(name string) bool { return !slices.Contains(written, name) }), missing, nil
 }

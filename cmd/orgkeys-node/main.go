@@ -2,34 +2,38 @@
 // organization's boot secrets, and registers the node, by signing with the
 // organization's key. It runs unattended, at first boot and at any later one,
 // and may be killed and run again at any point.
+//
+// A machine that boots may find its clock wrong, its network captive and its
+// files not there yet. So whatever may pass is waited for (run.go); only the
+// server's own refusals and wrong settings end a run at once.
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
-	"time"
 	"unicode"
 )
 
 // Exit codes, after sysexits.h, so that a unit file can tell what another
-// start may mend (69, 75) from what only somebody can.
+// start may mend from what only somebody can (64, 77).
 const (
 	exitUsage       = 64 // a setting is missing or wrong
 	exitUnavailable = 69 // the server cannot be reached, or cannot serve now
 	exitCannotWrite = 73 // a file cannot be written
 	exitTryLater    = 75 // the clock is off, or the run was interrupted
-	exitProtocol    = 76 // the server's answer makes no sense
+	exitProtocol    = 76 // something that is not orgkeys answers
 	exitRefused     = 77 // the server does not accept the key, or refuses the request
-	exitConfig      = 78 // the key file or a certificate is not as it must be
+	exitConfig      = 78 // a key file or a certificate is not as it must be
 )
 
 // failure is an error with what to do about it.
@@ -55,15 +59,27 @@ func (f *failure) Unwrap() error { return f.err }
 
 // report is what a run did, as --json prints it.
 type report struct {
-	Command      string   `json:"command"`
-	OK           bool     `json:"ok"`
-	ExitCode     int      `json:"exitCode"`
-	Message      string   `json:"message"`
-	Changed      []string `json:"changed,omitempty"`   // secrets written
-	Unchanged    []string `json:"unchanged,omitempty"` // secrets that were there already
-	Fingerprint  string   `json:"keyFingerprint,omitempty"`
-	ClockOffset  string   `json:"clockOffset,omitempty"`
-	SecretsFound []string `json:"secretsFound,omitempty"`
+	Command        string   `json:"command"`
+	OK             bool     `json:"ok"`
+	ExitCode       int      `json:"exitCode"`
+	Message        string   `json:"message"`
+	Changed        []string `json:"changed,omitempty"`   // secrets written
+	Unchanged      []string `json:"unchanged,omitempty"` // secrets that were there already
+	Removed        []string `json:"removed,omitempty"`   // secrets that the server has no more
+	Fingerprint    string   `json:"keyFingerprint,omitempty"`
+	ClockOffset    string   `json:"clockOffset,omitempty"`
+	SecretsFound   []string `json:"secretsFound,omitempty"`
+	SecretsMissing []string `json:"secretsMissing,omitempty"` // fetched once, and not there now
+}
+
+type commandHelp struct{ name, help string }
+
+var commands = []commandHelp{
+	{"boot", "fetch the secrets into --dir, then register; safe to run again"},
+	{"secrets", "only fetch the secrets"},
+	{"register", "only register"},
+	{"unregister", "take the node out of its organization"},
+	{"status", "show what is there and whether the server answers, once; signs nothing"},
 }
 
 const usage = `orgkeys-node registers a bridge node and fetches its boot secrets.
@@ -71,24 +87,34 @@ const usage = `orgkeys-node registers a bridge node and fetches its boot secrets
 Usage: orgkeys-node COMMAND [FLAGS]
 
 Commands:
-  boot        fetch the secrets into --dir, then register; safe to run again
-  secrets     only fetch the secrets
-  register    only register
-  unregister  take the node out of its organization
-  status      show what is there and whether the server answers; signs nothing
+%s  version     print the version and how this program was built
 
 Flags, or the environment variables in parentheses:
 %s
+Whatever may pass is waited for, for as long as --wait says: a server that
+cannot be reached or answers nothing of its own, a wrong clock, a file that is
+not there yet or not as it must be. Standard error says what is waited for.
+
 Exit codes:
   0   done
   64  a setting is missing or wrong
-  69  the server cannot be reached or cannot serve now; running again may help
+  69  the server cannot be reached or cannot serve now
   73  a file cannot be written
-  75  the clock is off, or the run was interrupted; running again may help
-  76  the server's answer makes no sense
+  75  the clock is off, or the run was interrupted
+  76  something that is not orgkeys answers
   77  the server does not accept the key, or refuses the request
-  78  the key file or a certificate is not as it must be
+  78  a key file or a certificate is not as it must be
+
+64 and 77 end a run at once, the others when --wait is over; running again may help.
 `
+
+func printUsage(w io.Writer) {
+	var list strings.Builder
+	for _, c := range commands {
+		fmt.Fprintf(&list, "  %-10s  %s\n", c.name, c.help)
+	}
+	fmt.Fprintf(w, usage, list.String(), flagHelp())
+}
 
 func main() {
 	syscall.Umask(0o077)
@@ -99,38 +125,40 @@ func main() {
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	if len(args) == 0 || args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
-		fmt.Fprintf(stdout, usage, flagHelp())
-		if len(args) == 0 {
+	switch first := strings.Join(args[:min(len(args), 1)], ""); first {
+	case "", "help", "-h", "--help":
+		printUsage(stdout)
+		if first == "" {
 			return exitUsage
 		}
 		return 0
+	case "version", "--version":
+		fmt.Fprintln(stdout, version())
+		return 0
 	}
-	s, err := parseSettings(args[0], args[1:])
+	s, err := parseSettings(ctx, args[0], args[1:], stderr)
 	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintf(stdout, usage, flagHelp())
+		printUsage(stdout)
 		return 0
 	}
 	r := report{Command: args[0]}
 	if err == nil {
-		err = execute(ctx, s, &r)
+		err = execute(ctx, s, &r, stderr)
 	}
 	if err != nil {
-		r.ExitCode, r.Message = explain(ctx, err)
+		r.ExitCode, r.Message = explain(ctx, s, err)
 	}
 	r.OK, r.Message = err == nil, oneLine(r.Message)
 	return r.print(s.json, stdout, stderr)
 }
 
 // explain returns an error's exit code and its one line.
-func explain(ctx context.Context, err error) (int, string) {
+func explain(ctx context.Context, s settings, err error) (int, string) {
 	if ctx.Err() != nil {
 		return exitTryLater, "interrupted; run it again, nothing is half done"
 	}
-	if f, ok := errors.AsType[*failure](err); ok {
-		return f.exit, f.Error()
-	}
-	return exitCannotWrite, err.Error()
+	f := diagnose(s, err)
+	return f.exit, f.Error()
 }
 
 func (r *report) print(asJSON bool, stdout, stderr io.Writer) int {
@@ -161,87 +189,20 @@ func oneLine(text string) string {
 	}, text)
 }
 
-func execute(ctx context.Context, s settings, r *report) error {
-	k, err := readKey(s.keyFile)
-	if err != nil {
-		return err
-	}
-	c, err := newClient(s, k)
-	if err != nil {
-		return err
-	}
-	// The server has a bound on connections, and others are waiting.
-	defer c.http.CloseIdleConnections()
-	ctx, cancel := context.WithTimeout(ctx, 2*(s.wait+attemptTimeout))
-	defer cancel()
-	switch s.command {
-	case "boot":
-		if err := fetch(ctx, c, s, r); err != nil {
-			return err
-		}
-		r.Message += ", registered " + s.ip
-		return c.register(ctx)
-	case "secrets":
-		return fetch(ctx, c, s, r)
-	case "register":
-		r.Message = "registered " + s.ip
-		return c.register(ctx)
-	case "unregister":
-		r.Message = "unregistered " + s.ip
-		return c.unregister(ctx)
-	default:
-		return status(ctx, c, s, r)
-	}
-}
+// release is the version that an image's build gives to the linker, where there
+// is no repository to know it from.
+var release string
 
-// fetch brings the files in s.dir up to date. Nothing is written before every
-// secret of the answer is known to be good.
-func fetch(ctx context.Context, c *client, s settings, r *report) error {
-	d, err := openDir(ctx, s.dir)
-	if err != nil {
-		return err
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "orgkeys-node (unknown build)"
 	}
-	defer d.close()
-	secrets, err := c.secrets(ctx)
-	if err != nil {
-		return err
-	}
-	for _, secret := range secrets {
-		changed, err := d.write(secret.name, secret.value)
-		clear(secret.value)
-		if err != nil {
-			return &failure{exitCannotWrite, "writing " + secret.name + " into " + s.dir, "check the directory's owner and free space", err}
-		}
-		if changed {
-			r.Changed = append(r.Changed, secret.name)
-		} else {
-			r.Unchanged = append(r.Unchanged, secret.name)
+	revision := ""
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			revision = s.Value
 		}
 	}
-	r.Message = fmt.Sprintf("%d secrets written, %d unchanged", len(r.Changed), len(r.Unchanged))
-	return nil
-}
-
-func status(ctx context.Context, c *client, s settings, r *report) error {
-	r.Fingerprint = c.key.fingerprint
-	found, err := listSecrets(s.dir)
-	if err != nil {
-		return err
-	}
-	r.SecretsFound = found
-	resp, err := c.retry(ctx, maxSmallAnswer, func(ctx context.Context) (*http.Request, error) {
-		return http.NewRequestWithContext(ctx, http.MethodGet, c.base+"/healthz", nil)
-	})
-	if err != nil {
-		return err
-	}
-	if resp.status != http.StatusOK {
-		return resp.refusal(s)
-	}
-	r.ClockOffset = resp.offset.Round(time.Second).String()
-	if resp.offset.Abs() > clockTolerance {
-		return resp.clockIsOff()
-	}
-	r.Message = fmt.Sprintf("key %s, %d secrets in %s, server answers, clock within %s", r.Fingerprint, len(found), s.dir, resp.offset.Abs().Round(time.Second))
-	return nil
+	return strings.Join(strings.Fields(fmt.Sprintf("orgkeys-node %s %s %s", cmp.Or(release, info.Main.Version), revision, info.GoVersion)), " ")
 }

@@ -117,12 +117,26 @@ func (m *machine) run(command string, more ...string) (int, string) {
 	return 0, string(out)
 }
 
+// want checks a run's exit code and outcome, which is its last line. Those
+// before it say what it waited for.
 func (m *machine) want(code int, text, command string, more ...string) {
 	m.t.Helper()
 	got, out := m.run(command, more...)
-	if got != code || !strings.Contains(out, text) || strings.Count(out, "\n") != 1 {
-		m.t.Errorf("%s %q: exit code %d, printed %q; want %d and %q on one line", command, more, got, out, code, text)
+	lines := strings.SplitAfter(strings.TrimSuffix(out, "\n"), "\n")
+	for _, line := range lines[:len(lines)-1] {
+		if !strings.HasPrefix(line, "orgkeys-node: "+command+": waiting: ") {
+			m.t.Errorf("%s %q printed %q", command, more, line)
+		}
 	}
+	if last := lines[len(lines)-1]; got != code || !strings.Contains(last+"\n", text) {
+		m.t.Errorf("%s %q: exit code %d, printed %q; want %d and %q on the last line", command, more, got, out, code, text)
+	}
+}
+
+// wantAtOnce is want of a run that makes one attempt.
+func (m *machine) wantAtOnce(code int, text, command string, more ...string) {
+	m.t.Helper()
+	m.want(code, text, command, append([]string{"--wait", "0s"}, more...)...)
 }
 
 // holds checks that the secrets directory has exactly these files, whole and 0600.
@@ -134,7 +148,7 @@ func (m *machine) holds(files map[string]string) {
 	}
 	found := 0
 	for _, e := range entries {
-		if e.Name() == ".orgkeys-node.lock" {
+		if strings.HasPrefix(e.Name(), ".orgkeys-node.") {
 			continue
 		}
 		found++
@@ -182,22 +196,35 @@ func sealed(t *testing.T, secrets map[string]string) []byte {
 // serving answers as orgkeys does where all is well.
 func serving(answer []byte) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != "/secrets" {
-			answer := `{"success":true,"message":"done"}`
-			fmt.Fprint(w, answer)
-			return
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("X-Request-Id", "r")
+		switch r.URL.Path {
+		case "/secrets":
+			w.Write(answer)
+		case "/healthz":
+			fmt.Fprint(w, `{"status":"ok"}`)
+		default:
+			fmt.Fprint(w, `{"success":true,"message":"done"}`)
 		}
-		w.Write(answer)
 	}
 }
 
+// refusing answers as orgkeys does when it refuses.
 func refusing(status int, code string, headers ...string) http.HandlerFunc {
+	return answering(status, "application/json", fmt.Sprintf(`{"success":false,"message":"as told\nsecond line","errorCode":%q,"requestId":"r"}`, code), headers...)
+}
+
+func answering(status int, mediaType, body string, headers ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header()["Content-Type"] = nil // no guessing
+		if mediaType != "" {
+			w.Header().Set("Content-Type", mediaType)
+		}
 		for i := 0; i < len(headers); i += 2 {
 			w.Header().Set(headers[i], headers[i+1])
 		}
 		w.WriteHeader(status)
-		fmt.Fprintf(w, `{"success":false,"message":"as told\nsecond line","errorCode":%q}`, code)
+		io.WriteString(w, body)
 	}
 }
 
@@ -387,35 +414,27 @@ func TestRetryAfterBeyondWait(t *testing.T) {
 	}
 }
 
-func TestRefusalsSayWhatToDo(t *testing.T) {
-	hourAgo := time.Now().Add(-time.Hour - 2*time.Minute).UTC().Format(http.TimeFormat)
-	inAnHour := time.Now().Add(time.Hour + 2*time.Minute).UTC().Format(http.TimeFormat)
+// What the server itself refuses is final, and said with what to do about it.
+func TestRefusalsAreFinalAndSayWhatToDo(t *testing.T) {
+	message := func(text string) http.HandlerFunc {
+		return answering(403, "application/json", `{"success":false,"errorCode":"access_denied","message":"`+text+`"}`)
+	}
 	for name, c := range map[string]struct {
 		h    http.HandlerFunc
-		code int
 		text string
 	}{
-		"clock ahead":        {refusing(400, "stale_timestamp", "Date", hourAgo), 75, "clock is off by 1h2m, ahead of the server's; set it"},
-		"clock behind":       {refusing(400, "stale_timestamp", "Date", inAnHour), 75, "clock is off by 1h2m, behind the server's; set it"},
-		"clock, older codes": {refusing(400, "invalid_request", "Date", hourAgo), 75, "clock is off by 1h2m"},
-		"key deleted":        {refusing(400, "bad_signature"), 77, "does not accept this key for organization acme"},
-		"refused":            {refusing(403, "access_denied"), 77, "refuses (403): as told second line"},
-		"redirect":           {refusing(302, "", "Location", "https://evil.example/"), 76, "redirects (302)"},
-		"another server":     {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) }, 76, "is http://127.0.0.1"},
-		"a long message": {func(w http.ResponseWriter, _ *http.Request) {
-			w.WriteHeader(403)
-			io.WriteString(w, `{"message":"x`+strings.Repeat("ü", 200)+`"}`)
-		}, 77, ": x" + strings.Repeat("ü", 149) + "\n"},
-		"a message in disguise": {func(w http.ResponseWriter, _ *http.Request) {
-			w.WriteHeader(403)
-			io.WriteString(w, "{\"message\":\"a\u202eb\u2028c\"}")
-		}, 77, ": a b c\n"},
-		"a page": {func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "<html>") }, 76, "orgkeys server?"},
+		"key deleted":           {refusing(400, "bad_signature"), "does not accept this key for organization acme"},
+		"refused":               {refusing(403, "access_denied"), "refuses (403): as told second line"},
+		"path":                  {refusing(404, "not_found"), "is the path of --server right?"},
+		"invalid":               {refusing(400, "invalid_request"), "refuses (400)"},
+		"a code of the future":  {refusing(409, "address_in_use"), "refuses (409)"},
+		"a long message":        {message("x" + strings.Repeat("ü", 200)), ": x" + strings.Repeat("ü", 149) + "\n"},
+		"a message in disguise": {message("a\u202eb\u2028c"), ": a b c\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t, stub(t, c.h))
-			m.want(c.code, c.text, "boot")
-			m.want(c.code, c.text, "register")
+			m.want(77, c.text, "boot", "--wait", "forever")
+			m.want(77, c.text, "register", "--wait", "forever")
 			m.holds(nil)
 		})
 	}
@@ -452,7 +471,7 @@ func TestHostileServer(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t, stub(t, serving(answer)))
-			m.want(76, "orgkeys server?", "boot")
+			m.wantAtOnce(76, "something that is not orgkeys", "boot")
 			m.holds(nil)
 		})
 	}
@@ -469,12 +488,13 @@ func TestAnswerMayHaveAsManySecretsAsTheServerKeeps(t *testing.T) {
 	m.want(0, "64 secrets written", "secrets")
 	secrets["one_more"] = "A=1"
 	over := newMachine(t, stub(t, serving(sealed(t, secrets))))
-	over.want(76, "more than 64 secrets", "secrets")
+	over.wantAtOnce(76, "more than 64 secrets", "secrets")
 	over.holds(nil)
 }
 
 func TestAnswersWithoutEndAreCutOff(t *testing.T) {
 	endless := stub(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
 		chunk := bytes.Repeat([]byte(" "), 1<<20)
 		for range 1 << 10 {
 			if _, err := w.Write(chunk); err != nil {
@@ -489,7 +509,7 @@ func TestAnswersWithoutEndAreCutOff(t *testing.T) {
 	idle := m.command("acme", "--help")
 	_ = idle.Run() // only for its memory
 	for _, command := range []string{"secrets", "register", "status"} {
-		cmd := m.command("acme", command)
+		cmd := m.command("acme", command, "--wait", "0s")
 		out, err := cmd.CombinedOutput()
 		if exitCode(err) != 76 || !strings.Contains(string(out), "longer than") {
 			t.Errorf("%s: %v, %q", command, err, out)
@@ -527,7 +547,7 @@ func TestAnswersThatTrickleAreCutOff(t *testing.T) {
 				}
 			}))
 			started := time.Now()
-			m.want(69, "cannot serve", "secrets", "--wait", "0s")
+			m.want(69, "cannot be reached", "secrets", "--wait", "0s")
 			if took := time.Since(started); took > 20*time.Second {
 				t.Errorf("took %s", took)
 			}
@@ -561,19 +581,19 @@ func TestDoubtfulSettingsAreRefused(t *testing.T) {
 		if err := os.Chmod(m.key, mode); err != nil {
 			t.Fatal(err)
 		}
-		m.want(78, "chmod 600", "boot")
+		m.wantAtOnce(78, "chmod 600", "boot")
 	}
 	for _, text := range []string{"", "x", "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"} {
 		os.Remove(m.key)
 		m.install([]byte(text))
-		m.want(78, "copy the PEM again", "boot")
+		m.wantAtOnce(78, "copy the PEM again", "boot")
 	}
 	os.Remove(m.key)
-	m.want(78, "put the organization key there", "boot")
+	m.wantAtOnce(78, "put the private key there", "boot")
 	if err := syscall.Mkfifo(m.key, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	m.want(78, "not a file", "boot")
+	m.wantAtOnce(78, "not a regular file", "boot")
 }
 
 // Numbers are sent as numbers, however they were written.
@@ -636,25 +656,25 @@ func TestOwnersAreChecked(t *testing.T) {
 	m.want(0, "registered", "boot")
 	if os.Geteuid() != 0 {
 		m.key = "/etc/passwd"
-		m.want(78, "others may read it", "boot")
+		m.wantAtOnce(78, "may be read or written by others", "boot")
 		return
 	}
 	for path, want := range map[string]int{m.dir: 73, m.key: 78} {
 		if err := os.Chown(path, 65534, 65534); err != nil {
 			t.Fatal(err)
 		}
-		m.want(want, "belongs to user 65534, and this runs as user 0", "boot")
+		m.wantAtOnce(want, "belongs to user 65534, and this runs as user 0", "boot")
 		if err := os.Chown(path, 0, 0); err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-func TestUntrustedCertificateIsNotRetried(t *testing.T) {
+func TestUntrustedCertificateIsWaitedFor(t *testing.T) {
 	s := httptest.NewTLSServer(serving(nil))
 	t.Cleanup(s.Close)
 	m := newMachine(t, s.URL)
-	m.want(78, "certificate is not trusted", "register")
+	m.wantAtOnce(78, "certificate is not trusted", "register")
 	ca := filepath.Join(t.TempDir(), "ca.pem")
 	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw}), 0o644); err != nil {
 		t.Fatal(err)
@@ -662,7 +682,7 @@ func TestUntrustedCertificateIsNotRetried(t *testing.T) {
 	m.want(0, "registered", "register", "--ca-file", ca)
 	t.Run("another host", func(t *testing.T) {
 		m.server = strings.Replace(s.URL, "127.0.0.1", "localhost", 1)
-		m.want(78, "certificate is not trusted", "register", "--ca-file", ca)
+		m.wantAtOnce(78, "certificate is not trusted", "register", "--ca-file", ca)
 	})
 }
 
@@ -742,7 +762,7 @@ func TestFilesThatAreNotAsTheyMustBeAreReplaced(t *testing.T) {
 	if err := os.Chmod(m.dir, 0o777); err != nil {
 		t.Fatal(err)
 	}
-	m.want(73, "others may write to it", "secrets")
+	m.wantAtOnce(73, "others may write to it", "secrets")
 }
 
 func TestOutcomeAsJSON(t *testing.T) {
@@ -773,7 +793,7 @@ func TestOutcomeAsJSON(t *testing.T) {
 // A unit file that names an exit code this program does not have would not restart as it says.
 func TestUnitFileNamesExitCodesThatMendingNeeds(t *testing.T) {
 	unit, err := os.ReadFile("orgkeys-node.service")
-	if err != nil || !bytes.Contains(unit, []byte("RestartPreventExitStatus=64 76 77 78\n")) {
+	if err != nil || !bytes.Contains(unit, []byte("RestartPreventExitStatus=64 77\n")) {
 		t.Errorf("the unit restarts on other codes: %v", err)
 	}
 	code, help := newMachine(t, "").run("help")

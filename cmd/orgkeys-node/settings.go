@@ -1,17 +1,22 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
+	"math"
 	"net/netip"
-	"net/url"
 	"os"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
@@ -28,37 +33,66 @@ type settings struct {
 	services string
 	keyFile  string
 	caFile   string
+	tlsCert  string
+	tlsKey   string
 	dir      string
-	wait     time.Duration
+	config   string
+	wait     patience
 	json     bool
 
-	base           *url.URL // server, checked
-	servicesNumber int64    // services, read
+	servicesNumber int64 // services, read
 }
 
-// flags declares every flag over s, each with its environment variable as the default.
-func (s *settings) flags(f *flag.FlagSet) {
-	text := func(p *string, name, fallback, doc string) {
-		variable := "ORGKEYS_NODE_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
-		if v, ok := os.LookupEnv(variable); ok {
-			fallback = v
-		}
-		f.StringVar(p, name, fallback, doc+" ("+variable+")")
+// patience is a duration, or client.Forever.
+type patience time.Duration
+
+func (p *patience) String() string {
+	if time.Duration(*p) == client.Forever {
+		return "forever"
 	}
-	text(&s.server, "server", "", "the server's URL, https://…")
-	text(&s.org, "org", "", "the organization's ID")
-	text(&s.ip, "ip", "", "this node's IP address, which identifies it")
-	text(&s.region, "region", "", "this node's region")
-	text(&s.version, "version", "1", "the version that the node reports")
-	text(&s.status, "status", "active", "the status that the node reports")
-	text(&s.url, "url", "", "the URL that the node reports")
-	text(&s.provider, "provider", "", "S3, GCS, AZURE, AWS or GCP")
-	text(&s.services, "services", "", "the number of services that the node reports")
-	text(&s.keyFile, "key-file", "/etc/orgkeys-node/key.pem", "the organization key, PEM, mode 0600")
-	text(&s.caFile, "ca-file", "", "certificates to trust instead of the system's, PEM")
-	text(&s.dir, "dir", "/var/lib/orgkeys-node", "where secrets go, a file each")
-	f.DurationVar(&s.wait, "wait", 5*time.Minute, "how long to go on trying while the server cannot be reached")
+	return time.Duration(*p).String()
+}
+
+func (p *patience) Set(text string) error {
+	if text == "forever" {
+		*p = patience(client.Forever)
+		return nil
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d < 0 {
+		return errors.New("want a duration such as 5m, or forever")
+	}
+	*p = patience(d)
+	return nil
+}
+
+// flags declares every flag over s, each with its default.
+func (s *settings) flags(f *flag.FlagSet) {
+	f.StringVar(&s.server, "server", "", "the server's `URL`, https://…")
+	f.StringVar(&s.org, "org", "", "the organization's `ID`")
+	f.StringVar(&s.ip, "ip", "", "this node's IP `address`, which identifies it")
+	f.StringVar(&s.region, "region", "", "this node's `region`")
+	f.StringVar(&s.version, "version", "1", "the `version` that the node reports")
+	f.StringVar(&s.status, "status", "active", "the `status` that the node reports")
+	f.StringVar(&s.url, "url", "", "the `URL` that the node reports")
+	f.StringVar(&s.provider, "provider", "", "the storage `provider` that the node reports, such as S3, GCS or AZURE")
+	f.StringVar(&s.services, "services", "", "the services that the node reports, a `number`: the sum of 1 (storage), 2 (AI and language models) and 4 (chat)")
+	f.StringVar(&s.keyFile, "key-file", "/etc/orgkeys-node/key.pem", "the `file` with the private key, PEM, which only its owner may read")
+	f.StringVar(&s.caFile, "ca-file", "", "a `file` with certificates to trust instead of the system's, PEM")
+	f.StringVar(&s.tlsCert, "tls-cert", "", "a `file` with the client certificate for a server that asks for one, PEM")
+	f.StringVar(&s.tlsKey, "tls-key", "", "the `file` with the client certificate's private key, PEM, which only its owner may read")
+	f.StringVar(&s.dir, "dir", "/var/lib/orgkeys-node", "the `directory` for secrets, a file each")
+	f.StringVar(&s.config, "config", "", "a `file` with the variables below, a line each as NAME=VALUE; the environment and flags win over it")
+	s.wait = patience(5 * time.Minute)
+	f.Var(&s.wait, "wait", "how long to go on while something that may pass is in the way: a `duration` such as 5m, or forever")
 	f.BoolVar(&s.json, "json", false, "print the outcome as one line of JSON")
+}
+
+const variablePrefix = "ORGKEYS_NODE_"
+
+// variable is the environment variable of a flag.
+func variable(flagName string) string {
+	return variablePrefix + strings.ToUpper(strings.ReplaceAll(flagName, "-", "_"))
 }
 
 func flagHelp() string {
@@ -66,6 +100,7 @@ func flagHelp() string {
 	f := flag.NewFlagSet("", flag.ContinueOnError)
 	f.SetOutput(&b)
 	(&settings{}).flags(f)
+	f.VisitAll(func(one *flag.Flag) { one.Usage += " (" + variable(one.Name) + ")" })
 	f.PrintDefaults()
 	return b.String()
 }
@@ -74,8 +109,11 @@ func usageError(format string, args ...any) error {
 	return &failure{exit: exitUsage, what: fmt.Sprintf(format, args...), hint: "orgkeys-node --help lists commands and settings"}
 }
 
-func parseSettings(command string, args []string) (settings, error) {
+func parseSettings(ctx context.Context, command string, args []string, progress io.Writer) (settings, error) {
 	s := settings{command: command}
+	if !slices.ContainsFunc(commands, func(c commandHelp) bool { return c.name == command }) {
+		return s, usageError("there is no command %q", command)
+	}
 	f := flag.NewFlagSet(command, flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	s.flags(f)
@@ -85,24 +123,140 @@ func parseSettings(command string, args []string) (settings, error) {
 		}
 		return s, usageError("%s", err)
 	}
-	switch command {
-	case "boot", "secrets", "register", "unregister", "status":
-	default:
-		return s, usageError("there is no command %q", command)
-	}
 	if f.NArg() > 0 {
 		return s, usageError("%q is one argument too many", f.Arg(0))
+	}
+	given := map[string]bool{}
+	f.Visit(func(one *flag.Flag) { given[one.Name] = true })
+	if err := readEnvironment(f, given); err != nil {
+		return s, err
+	}
+	if s.config != "" {
+		if err := s.awaitConfig(ctx, progress); err != nil {
+			return s, err
+		}
+		if err := readEnvironment(f, given); err != nil {
+			return s, err
+		}
 	}
 	return s, s.check()
 }
 
-func (s *settings) check() error {
-	var err error
-	if s.base, err = checkServer(s.server); err != nil {
-		return err
+// awaitConfig adds the variables of the settings file to the environment. The
+// file may come after the machine's start, as keys may.
+func (s *settings) awaitConfig(ctx context.Context, progress io.Writer) error {
+	retry := client.Retry{For: time.Duration(s.wait), Waiting: waiting(*s, progress)}
+	retry.Temporary = func(err error) bool { return errors.Is(err, fs.ErrNotExist) }
+	return retry.Do(ctx, func(context.Context) error {
+		text, err := os.ReadFile(s.config)
+		if err != nil {
+			return &failure{exitConfig, "settings file " + s.config, "put the settings there", err}
+		}
+		return addEnvironment(s.config, string(text))
+	})
+}
+
+// addEnvironment sets the variables in a text as systemd's EnvironmentFile
+// would, where they are not set already.
+func addEnvironment(path, text string) error {
+	for i, line := range strings.Split(text, "\n") {
+		line = strings.TrimSpace(line)
+		if line == "" || line[0] == '#' || line[0] == ';' {
+			continue
+		}
+		name, value, ok := strings.Cut(line, "=")
+		if !ok || !variableForm.MatchString(name) {
+			return usageError("%s, line %d: not NAME=VALUE", path, i+1)
+		}
+		if _, set := os.LookupEnv(name); set {
+			continue
+		}
+		if err := os.Setenv(name, unquoted(value)); err != nil {
+			return usageError("%s, line %d: %s", path, i+1, err)
+		}
 	}
-	if s.wait < 0 {
-		return usageError("--wait %s is in the past", s.wait)
+	return nil
+}
+
+var variableForm = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+func unquoted(value string) string {
+	for _, quote := range []string{`"`, `'`} {
+		if len(value) > 1 && strings.HasPrefix(value, quote) && strings.HasSuffix(value, quote) {
+			return value[1 : len(value)-1]
+		}
+	}
+	return value
+}
+
+// readEnvironment sets the flags that were not given on the command line from
+// their variables, and refuses variables of orgkeys-node that there are not: a
+// misspelt one would be a setting without effect.
+func readEnvironment(f *flag.FlagSet, given map[string]bool) error {
+	names := map[string]string{}
+	f.VisitAll(func(one *flag.Flag) { names[variable(one.Name)] = one.Name })
+	for _, entry := range os.Environ() {
+		name, value, _ := strings.Cut(entry, "=")
+		if !strings.HasPrefix(name, variablePrefix) || ofKubernetes.MatchString(name) {
+			continue
+		}
+		flagName, known := names[name]
+		if !known {
+			return usageError("%s is no setting; did you mean %s?", name, nearest(strings.ToUpper(name), names))
+		}
+		if given[flagName] {
+			continue
+		}
+		if err := f.Set(flagName, value); err != nil {
+			return usageError("%s is %q: %s", name, value, err)
+		}
+	}
+	return nil
+}
+
+// ofKubernetes are the variables that Kubernetes adds to every pod beside a
+// Service called orgkeys-node, or orgkeys-node-….
+var ofKubernetes = regexp.MustCompile(`^ORGKEYS_NODE_([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$`)
+
+// nearest is the known name that takes the fewest changes to get from name.
+func nearest(name string, known map[string]string) (best string) {
+	fewest := math.MaxInt
+	for k := range known {
+		if n := changes(name, k); n < fewest || n == fewest && k < best {
+			best, fewest = k, n
+		}
+	}
+	return best
+}
+
+// changes is the Levenshtein distance between two texts.
+func changes(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			substituted := diagonal
+			if a[i] != b[j] {
+				substituted++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(substituted, row[j+1]+1, row[j]+1)
+		}
+	}
+	return row[len(b)]
+}
+
+func (s *settings) check() error {
+	// What New refuses is the URL alone.
+	if _, err := client.New(client.Config{Server: s.server}); err != nil {
+		return usageError("--server: %s", err)
+	}
+	if (s.tlsCert == "") != (s.tlsKey == "") {
+		return usageError("--tls-cert and --tls-key belong together")
 	}
 	if s.command == "status" {
 		return nil
@@ -119,27 +273,9 @@ func (s *settings) check() error {
 	if s.services == "" {
 		return nil
 	}
+	var err error
 	if s.servicesNumber, err = strconv.ParseInt(s.services, 10, 64); err != nil {
 		return usageError("--services %q is not a number", s.services)
 	}
 	return nil
-}
-
-// checkServer refuses to send secrets or signatures over a network in the clear.
-func checkServer(server string) (*url.URL, error) {
-	u, err := url.Parse(server)
-	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" {
-		return nil, usageError("--server %q is not of the form https://host or https://host:port", server)
-	}
-	u.Path = strings.TrimRight(u.Path, "/")
-	switch u.Scheme {
-	case "https":
-		return u, nil
-	case "http":
-		addr, err := netip.ParseAddr(u.Hostname())
-		if u.Hostname() == "localhost" || (err == nil && addr.Unmap().IsLoopback()) {
-			return u, nil
-		}
-	}
-	return nil, usageError("--server %q is not https, and http is for this machine only", server)
 }

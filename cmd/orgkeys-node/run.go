@@ -1,0 +1,132 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/orgkeys/orgkeys/client"
+)
+
+// step is one thing to do at the server. It starts anew at each attempt.
+type step func(ctx context.Context, n client.Node, s settings, r *report) error
+
+// execute does the command's steps, each until it is done, fails for good, or
+// --wait is over. A step that is done is not repeated for a later one's sake.
+func execute(ctx context.Context, s settings, r *report, progress io.Writer) error {
+	steps := map[string][]step{
+		"boot": {fetch, register}, "secrets": {fetch}, "register": {register}, "unregister": {unregister}, "status": {status},
+	}[s.command]
+	retry := client.Retry{For: time.Duration(s.wait), Waiting: waiting(s, progress)}
+	if s.command == "status" {
+		retry.For = 0
+	}
+	begun := time.Now()
+	for _, do := range steps {
+		err := retry.Do(ctx, func(ctx context.Context) error {
+			n, err := connect(s)
+			if err != nil {
+				return err
+			}
+			// The server has a bound on connections, and others are waiting.
+			defer n.Client.CloseIdleConnections()
+			return do(ctx, n, s, r)
+		})
+		if err != nil {
+			return err
+		}
+		retry.For = max(time.Duration(s.wait)-time.Since(begun), 0)
+	}
+	return nil
+}
+
+// sayAgain is the time after which the same reason to wait is printed again.
+const sayAgain = 10 * time.Minute
+
+// waiting prints what is waited for, once for each reason and sayAgain.
+func waiting(s settings, progress io.Writer) func(error, time.Duration) {
+	var last string
+	var said time.Time
+	return func(err error, _ time.Duration) {
+		text := oneLine(diagnose(s, err).Error())
+		if text == last && time.Since(said) < sayAgain {
+			return
+		}
+		last, said = text, time.Now()
+		// Whoever does not read it may see the outcome.
+		_, _ = fmt.Fprintf(progress, "orgkeys-node: %s: waiting: %s\n", s.command, text)
+		notify("STATUS=Waiting: " + text)
+	}
+}
+
+// fetch brings the files in s.dir up to date. Nothing is written before every
+// secret of the answer is known to be good.
+func fetch(ctx context.Context, n client.Node, s settings, r *report) error {
+	d, err := openDir(ctx, s.dir)
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	secrets, err := n.Secrets(ctx)
+	if err != nil {
+		return err
+	}
+	r.Changed, r.Unchanged, r.Removed = nil, nil, nil
+	err = d.update(secrets, r)
+	for _, secret := range secrets {
+		clear(secret.Value)
+	}
+	if err != nil {
+		return &failure{exitCannotWrite, "writing into " + s.dir, "check the directory's owner and free space", err}
+	}
+	r.Message = fmt.Sprintf("%d secrets written, %d unchanged", len(r.Changed), len(r.Unchanged))
+	if len(r.Removed) > 0 {
+		r.Message += fmt.Sprintf(", %d removed", len(r.Removed))
+	}
+	return nil
+}
+
+func register(ctx context.Context, n client.Node, s settings, r *report) error {
+	registration := client.Registration{Version: s.version, Status: s.status, URL: s.url, Provider: s.provider}
+	if s.services != "" {
+		registration.Services = &s.servicesNumber
+	}
+	if err := n.Register(ctx, registration); err != nil {
+		return err
+	}
+	if r.Message != "" {
+		r.Message += ", "
+	}
+	r.Message += "registered " + s.ip
+	return nil
+}
+
+func unregister(ctx context.Context, n client.Node, s settings, r *report) error {
+	r.Message = "unregistered " + s.ip
+	return n.Unregister(ctx)
+}
+
+// status shows what is there. It asks the server once, and signs nothing.
+func status(ctx context.Context, n client.Node, s settings, r *report) error {
+	r.Fingerprint = n.Fingerprint()
+	var err error
+	if r.SecretsFound, r.SecretsMissing, err = listSecrets(s.dir); err != nil {
+		return err
+	}
+	health, err := n.Client.Health(ctx)
+	if err != nil {
+		return err
+	}
+	r.ClockOffset = health.ClockOffset.Round(time.Second).String()
+	if health.ClockOffset.Abs() > clockTolerance {
+		return clockIsOff(health.ClockOffset)
+	}
+	missing := ""
+	if len(r.SecretsMissing) > 0 {
+		missing = fmt.Sprintf(" and %d missing", len(r.SecretsMissing))
+	}
+	r.Message = fmt.Sprintf("key %s, %d secrets in %s%s, server answers, clock within %s",
+		r.Fingerprint, len(r.SecretsFound), s.dir, missing, health.ClockOffset.Abs().Round(time.Second))
+	return nil
+}
