@@ -7,7 +7,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -45,10 +44,7 @@ func TestAFleetBootsAtOnce(t *testing.T) {
 	owner := s.Token(t, org, "OWNER")
 	secrets := map[string]string{"env_s3": "S3_BUCKET=b\n", "env_gcs": "GCS_BUCKET=g\n"}
 	for name, value := range secrets {
-		s.Do(t, harness.Request{
-			Method: "PUT", Path: "/organization/" + org + "/secret/" + name, Token: owner, Body: []byte(value),
-			Header: http.Header{"Content-Type": {"application/octet-stream"}},
-		}).Want(t, 200, "Secret stored successfully")
+		s.PutSecret(t, org, name, []byte(value))
 	}
 
 	var parts []*part

@@ -235,9 +235,7 @@ func TestBootAgainstTheRealServer(t *testing.T) {
 	k := s.Generate(t, org)
 	put := func(name, value string) {
 		t.Helper()
-		r := harness.Request{Method: "PUT", Path: "/organization/" + org + "/secret/" + name, Token: owner, Body: []byte(value)}
-		r.Header = http.Header{"Content-Type": {"application/octet-stream"}}
-		s.Do(t, r).Want(t, 200, "Secret stored successfully")
+		s.PutSecret(t, org, name, []byte(value))
 	}
 	nodes := func() string {
 		t.Helper()
@@ -302,9 +300,7 @@ func TestShellClientAgainstTheRealServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	value := "A='1'\nB=\x00\xff\n"
-	r := harness.Request{Method: "PUT", Path: "/organization/" + org + "/secret/env_s3", Token: s.Token(t, org, "OWNER"), Body: []byte(value)}
-	r.Header = http.Header{"Content-Type": {"application/octet-stream"}}
-	s.Do(t, r).Want(t, 200, "Secret stored successfully")
+	s.PutSecret(t, org, "env_s3", []byte(value))
 	cmd := exec.Command("../../internal/node/testdata/client.sh", s.API, org, key, "192.0.2.9", "eu-west-1", dir)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)

@@ -238,10 +238,7 @@ func newFront(t *testing.T, s *harness.Server) *front {
 
 func (f *front) putSecret(t *testing.T, name, value string) {
 	t.Helper()
-	f.Do(t, harness.Request{
-		Method: "PUT", Path: "/organization/" + f.org + "/secret/" + name, Token: f.Token(t, f.org, "OWNER"), Body: []byte(value),
-		Header: http.Header{"Content-Type": {"application/octet-stream"}},
-	}).Want(t, 200, "Secret stored successfully")
+	f.PutSecret(t, f.org, name, []byte(value))
 }
 
 func (f *front) serve(t *testing.T, l net.Listener) {
@@ -431,7 +428,10 @@ func TestRefreshRestartsNothing(t *testing.T) {
 	next := f.Generate(t, f.org)
 	b.put("orgkeys-node/key.pem", string(next.PEM), 0o600, nodeUser)
 	f.putSecret(t, "env_s3", "v1 and more")
-	f.Do(t, harness.Request{Method: "DELETE", Path: "/organization/" + f.org + "/secret/env_gcs", Token: f.Token(t, f.org, "OWNER")})
+	owner := f.Client(t, f.org, "OWNER")
+	if err := owner.DeleteSecret(t.Context(), f.org, "env_gcs"); err != nil {
+		t.Fatal(err)
+	}
 	if out, err := b.inside("systemctl", "reload", "orgkeys-node"); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -443,7 +443,9 @@ func TestRefreshRestartsNothing(t *testing.T) {
 	holds(map[string]string{"env_s3": "v1 of the timer"})
 
 	// One that fails leaves everything as it is.
-	f.Do(t, harness.Request{Method: "DELETE", Path: harness.KeyPath(f.org), Token: f.Token(t, f.org, "OWNER")})
+	if err := owner.DeleteKeys(t.Context(), f.org); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := b.inside("systemctl", "reload", "orgkeys-node"); err == nil {
 		t.Error("a refresh with a deleted key succeeded")
 	}

@@ -2,7 +2,7 @@
 // builds it once, starts it on a fresh data directory, speaks HTTP to it, and
 // reads what it leaves behind. It knows the program by its contract only
 // (documents, settings, log lines, tables) and imports none of its code but the
-// checker of its OpenAPI document, so that a test cannot share a mistake with
+// public client and the checker of its OpenAPI document, so that a test cannot share a mistake with
 // what it tests.
 package harness
 

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/api/openapitest"
 )
 
@@ -175,14 +176,71 @@ type Key struct {
 	Private     *rsa.PrivateKey
 }
 
+// Client is the public client, for a member of org with the role. Each of its
+// exchanges is checked as Do checks them.
+func (s *Server) Client(t testing.TB, org, role string) *client.Client {
+	t.Helper()
+	token := s.Token(t, org, role)
+	c, err := client.New(client.Config{
+		Server: s.API, Transport: checked{t, s}, Attempt: 2 * Patience,
+		Token: func(context.Context) (string, error) { return token, nil },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// checked is the server's transport, and checks what every answer owes.
+type checked struct {
+	t testing.TB
+	s *Server
+}
+
+func (c checked) RoundTrip(req *http.Request) (*http.Response, error) {
+	var body []byte
+	if req.Body != nil && req.Body != http.NoBody {
+		var err error
+		if body, err = io.ReadAll(req.Body); err != nil {
+			return nil, err
+		}
+		req.Body.Close()
+	}
+	sent := req.Clone(req.Context())
+	if body != nil {
+		sent.Body = io.NopCloser(bytes.NewReader(body))
+	}
+	resp, err := c.s.HTTP.Transport.RoundTrip(sent)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return nil, err
+	}
+	resp.Body = io.NopCloser(bytes.NewReader(answer))
+	c.s.Check(c.t, Request{Method: req.Method, Path: req.URL.RequestURI(), Header: req.Header, Body: body},
+		Response{Status: resp.StatusCode, Header: resp.Header, Body: answer})
+	return resp, nil
+}
+
 // Generate has a key made for an organization by its owner.
 func (s *Server) Generate(t testing.TB, org string) Key {
 	t.Helper()
-	resp := s.Do(t, Request{Method: "POST", Path: KeyPath(org), Token: s.Token(t, org, "OWNER")})
-	if resp.Status != http.StatusOK {
-		t.Fatalf("generating a key: status %d, body %q", resp.Status, resp.Body)
+	key, err := s.Client(t, org, "OWNER").GenerateKey(context.Background(), org)
+	if err != nil {
+		t.Fatalf("generating a key: %v", err)
 	}
-	return ReadKey(t, org, resp)
+	return Key{ID: key.ID, Org: org, Fingerprint: key.Fingerprint, Location: KeyPath(org) + "/" + key.ID, PEM: key.PEM, Private: ParsePrivate(t, key.PEM)}
+}
+
+// PutSecret stores a boot secret of an organization as its owner.
+func (s *Server) PutSecret(t testing.TB, org, name string, value []byte) {
+	t.Helper()
+	if err := s.Client(t, org, "OWNER").PutSecret(context.Background(), org, name, value); err != nil {
+		t.Fatalf("storing secret %s: %v", name, err)
+	}
 }
 
 // ReadKey reads a released key from the answer that released it as PEM.

@@ -77,7 +77,7 @@ func TLS(ca *CA, cert CertFiles) Option {
 	return func(s *Server) {
 		s.env["ORGKEYS_TLS_CERT_FILE"] = cert.Cert
 		s.env["ORGKEYS_TLS_KEY_FILE"] = cert.Key
-		s.HTTP = client(&tls.Config{RootCAs: ca.Pool()})
+		s.HTTP = httpClient(&tls.Config{RootCAs: ca.Pool()})
 	}
 }
 
@@ -99,7 +99,7 @@ func Configure(t testing.TB, opts ...Option) *Server {
 
 func newServer(binary, dir string, opts ...Option) *Server {
 	s := &Server{
-		Dir: dir, binary: binary, args: []string{"serve"}, HTTP: client(nil),
+		Dir: dir, binary: binary, args: []string{"serve"}, HTTP: httpClient(nil),
 		env: map[string]string{"ORGKEYS_LISTEN": "127.0.0.1:0"}, tokens: map[string]string{}, out: &Output{},
 	}
 	for _, o := range opts {
@@ -108,7 +108,7 @@ func newServer(binary, dir string, opts ...Option) *Server {
 	return s
 }
 
-func client(c *tls.Config) *http.Client {
+func httpClient(c *tls.Config) *http.Client {
 	return &http.Client{
 		Transport:     &http.Transport{TLSClientConfig: c, DisableCompression: true, MaxIdleConnsPerHost: 64, ForceAttemptHTTP2: c != nil},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
