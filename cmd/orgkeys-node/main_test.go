@@ -604,7 +604,7 @@ func TestServicesAreSentAsANumber(t *testing.T) {
 	m := newMachine(t, s.URL)
 	for text, want := range map[string]string{"3": "3", "007": "7", "+5": "5", "-1": "-1", "9007199254740991": "9007199254740991"} {
 		m.want(0, "registered", "register", "--services", text)
-		if body, _ := got.Load().(string); !strings.Contains(body, `"nodeServices":`+want+`,`) {
+		if body, _ := got.Load().(string); !strings.Contains(body, `"nodeServices":`+want+`}`) {
 			t.Errorf("--services %s: sent %s", text, body)
 		}
 	}
