@@ -38,6 +38,21 @@ type box struct {
 	front *front
 }
 
+// ranAsRoot runs the test by another process as root, unless this one is: only
+// root has machines.
+func ranAsRoot(t *testing.T) bool {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return false
+	}
+	cmd := exec.Command("sudo", "-n", "env", "PATH="+os.Getenv("PATH"), "HOME="+os.Getenv("HOME"), "GOFLAGS="+os.Getenv("GOFLAGS"),
+		"ORGKEYS_TEST_LONG="+os.Getenv("ORGKEYS_TEST_LONG"), os.Args[0], "-test.v", "-test.run=^"+t.Name()+"$")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return true
+}
+
 // newBox prepares a machine that is as a node's should be: settings, key, and
 // dependents of the unit. What a test takes away it puts back with put.
 func newBox(t *testing.T, f *front) *box {
@@ -383,6 +398,9 @@ var conditions = map[string]condition{
 // A node that boots into a bad minute boots all the same, and so do the units
 // that need its secrets: whatever passes is waited for within the one start job.
 func TestABadMinuteAtBootPasses(t *testing.T) {
+	if ranAsRoot(t) {
+		return
+	}
 	s := harness.Start(t)
 	for name, c := range conditions {
 		if !c.short && os.Getenv("ORGKEYS_TEST_LONG") == "" {
@@ -407,6 +425,9 @@ func TestABadMinuteAtBootPasses(t *testing.T) {
 
 // Changed secrets and a new key come without a restart of what needs them.
 func TestRefreshRestartsNothing(t *testing.T) {
+	if ranAsRoot(t) {
+		return
+	}
 	f := newFront(t, harness.Start(t))
 	f.putSecret(t, "env_gcs", "v1")
 	b := newBox(t, f)
