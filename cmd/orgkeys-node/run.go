@@ -49,14 +49,17 @@ func waiting(s settings, progress io.Writer) func(error, time.Duration) {
 	var last string
 	var said time.Time
 	return func(err error, _ time.Duration) {
-		text := oneLine(diagnose(s, err).Error())
-		if text == last && time.Since(said) < sayAgain {
+		f := diagnose(s, err)
+		text := oneLine(f.Error())
+		notify("STATUS=Waiting: " + text)
+		// The cause may hold a port that is another one each time.
+		reason := f.what + f.hint
+		if reason == last && time.Since(said) < sayAgain {
 			return
 		}
-		last, said = text, time.Now()
+		last, said = reason, time.Now()
 		// Whoever does not read it may see the outcome.
 		_, _ = fmt.Fprintf(progress, "orgkeys-node: %s: waiting: %s\n", s.command, text)
-		notify("STATUS=Waiting: " + text)
 	}
 }
 

@@ -231,6 +231,10 @@ func TestClientCertificates(t *testing.T) {
 	ca := harness.NewCA(t)
 	s := harness.Start(t, harness.TLS(ca, ca.Issue(t, "server")), harness.Set("ORGKEYS_TLS_CLIENT_CA_FILE", ca.File))
 	s.HTTP.Transport.(*http.Transport).TLSClientConfig.Certificates = []tls.Certificate{ca.Issue(t, "administrator").Pair(t)}
+	// Probes, which have no certificate, ask the admin listener.
+	harness.Eventually(t, harness.Patience, "the admin listener says that the server is ready", func() bool {
+		return strings.Contains(s.AskAdmin(t, "/readyz"), `"status":"ready"`)
+	})
 	org := harness.Org()
 	m := newMachine(t, s.API)
 	m.install(s.Generate(t, org).PEM)
