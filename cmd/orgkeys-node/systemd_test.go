@@ -447,7 +447,11 @@ func TestRefreshRestartsNothing(t *testing.T) {
 	}
 	// The key is replaced as docs/nodes.md says.
 	next := f.Generate(t, f.org)
-	b.put("orgkeys-node/key.pem", string(next.PEM), 0o600, nodeUser)
+	b.put("orgkeys-node/key.pem", string(next.PEM), 0o440, nodeUser)
+	// As something else on the machine would provide it, for the group to read.
+	if err := os.Chown(b.root("/etc/orgkeys-node/key.pem"), 0, nodeUser); err != nil {
+		t.Fatal(err)
+	}
 	f.putSecret(t, "env_s3", "v1 and more")
 	owner := f.Client(t, f.org, "OWNER")
 	if err := owner.DeleteSecret(t.Context(), f.org, "env_gcs"); err != nil {
