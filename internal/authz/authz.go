@@ -60,6 +60,7 @@ const (
 	ListSecrets    Action = "secret.list"
 	DeleteSecret   Action = "secret.delete"
 	ReadEvents     Action = "event.read"
+	MarkEvents     Action = "event.mark" // as read or unread, for the caller alone
 )
 
 // Request is everything a decision is made from.
@@ -81,10 +82,10 @@ const (
 	MalformedRequest  Reason = "malformed_request"
 )
 
-// Scope narrows an allowed read.
+// Scope narrows what an allowed request is about.
 type Scope string
 
-// The scopes of an allowed read.
+// The scopes of an allowed request.
 const (
 	WholeOrganization Scope = "organization"
 	OwnOnly           Scope = "own" // only what the caller did
