@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -191,12 +192,14 @@ func TestSystemEventsAreFoundByTheIndexAlone(t *testing.T) {
 				t.Errorf("%s:\n%s", name, plan)
 			}
 			if sqlite := !strings.HasPrefix(location, "postgres"); sqlite && strings.Count(plan, "COVERING INDEX events_changes") != 2 ||
-				!sqlite && strings.Count(plan, "Index Only Scan") != 2 {
+				!sqlite && len(indexOnly.FindAllString(plan, -1)) != 2 {
 				t.Errorf("%s reads more than the index:\n%s", name, plan)
 			}
 		}
 	})
 }
+
+var indexOnly = regexp.MustCompile(`Index Only Scan (Backward )?using events_changes`)
 
 // fill adds 20,000 events of 100 organizations past sqlstore, and returns the
 // connection that did it.
