@@ -211,7 +211,7 @@ TYPES = {
     "orgkey.created", "orgkey.delivered", "orgkey.withdrawn", "orgkey.refused", "orgkey.deleted", "orgkey.all_deleted", "orgkey.listed",
     "node.registered", "node.unregistered", "node.deleted", "node.listed",
     "secret.fetched", "secret.put", "secret.deleted", "secret.listed",
-    "event.read", "request.failed", "access.denied", "authn.failed",
+    "event.read", "event.marked", "request.failed", "access.denied", "authn.failed",
     "seal.rewrapped", "log.rollback_accepted", "person.erased",
 }
 
