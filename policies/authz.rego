@@ -30,6 +30,7 @@ grants := {
 	"secret.list": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"secret.delete": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"event.read": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "own", "BILLING": "own", "USER": "own"},
+	"event.mark": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "own", "BILLING": "own", "USER": "own"},
 }
 
 # Nobody else may do these, and nodes may do nothing else.

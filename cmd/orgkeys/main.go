@@ -81,7 +81,6 @@ Settings are environment variables; "orgkeys serve --help" lists them all.`,
 		SilenceErrors: true,
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.CompletionOptions.DisableDefaultCmd = true
 	root.PersistentFlags().String("config", "", "file of NAME=VALUE lines with settings; the environment comes first")
 	root.AddCommand(newServe(), newToken(), newAudit(), newMigrate(), newDoctor(), newRewrap(), newVersion())
 	return root

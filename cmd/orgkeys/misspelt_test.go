@@ -1,10 +1,14 @@
 package main
 
 import (
+	"os/exec"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/spf13/cobra"
+
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
 // misspelt are words that somebody may type in place of a name.
@@ -77,5 +81,26 @@ func TestRightlySpeltCommandsSucceed(t *testing.T) {
 		if code := run(args); code != 0 {
 			t.Errorf("orgkeys %q ends with %d", args, code)
 		}
+	}
+}
+
+// Every shell gets a script that the shell itself accepts, and bash completes by it.
+func TestCompletion(t *testing.T) {
+	orgkeys := harness.Binary(t)
+	for _, shell := range []string{"bash", "zsh", "fish", "powershell"} {
+		out, err := exec.Command(orgkeys, "completion", shell).Output()
+		if err != nil || !strings.Contains(string(out), "orgkeys") {
+			t.Errorf("%s: %v, %d bytes", shell, err, len(out))
+		}
+	}
+	script := `set -euo pipefail
+		source <("$1" completion bash)
+		"$1" __complete audit ver`
+	out, err := exec.Command("bash", "-c", script, "bash", orgkeys).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "verify-export") {
+		t.Errorf("audit ver<TAB>: %v\n%s", err, out)
+	}
+	if err := exec.Command(orgkeys, "completion", "bsh").Run(); err == nil {
+		t.Error("completion for a shell that is none succeeds")
 	}
 }

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
+	"strconv"
 	"time"
 
 	"github.com/gin-gonic/gin"
@@ -36,6 +38,8 @@ func (a *API) routesNodes(r gin.IRouter) {
 	signed.POST("/register", a.signed("Node registered successfully", a.Nodes.Register))
 	signed.POST("/unregister", a.signed("Node unregistered successfully", a.Nodes.Unregister))
 	signed.POST("/secrets", a.fetchSecrets)
+
+	r.GET("/node", a.whileServing, a.authenticate, a.withoutBody, a.listNodesByService)
 
 	org := r.Group("/organization/:idOrg", a.whileServing, a.authenticate)
 	org.GET("/nodes", a.organization(authz.ListNodes), a.withoutBody, a.listNodes)
@@ -172,20 +176,58 @@ type nodeEntry struct {
 	Provider     string `json:"provider,omitempty"`
 }
 
-func (a *API) listNodes(c *gin.Context) {
+func (a *API) listNodes(c *gin.Context) { a.answerNodes(c, 0) }
+
+// listNodesByService lists the nodes of the caller's own organization that offer
+// every service of a bit mask, as the platform's client asks for them.
+func (a *API) listNodesByService(c *gin.Context) {
+	x := exchangeOf(c)
+	x.org, x.action = x.caller.Org, authz.ListNodes
+	services, err := servicesAsked(c.Request.URL.RawQuery)
+	if err != nil {
+		a.reject(c, "invalid", problem{http.StatusBadRequest, "invalid_request", err.Error(), 0})
+		return
+	}
+	a.answerNodes(c, services)
+}
+
+// servicesAsked is the bit mask of a query; without one it has no bits.
+func servicesAsked(query string) (int64, error) {
+	wrong := &node.InputError{Field: "nodeServices", Problem: "is not one whole number from 0 to 2147483647"}
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return 0, wrong
+	}
+	asked, given := values["nodeServices"]
+	if !given {
+		return 0, nil
+	}
+	services, err := strconv.ParseUint(asked[0], 10, 31)
+	if err != nil || len(asked) != 1 {
+		return 0, wrong
+	}
+	return int64(services), nil
+}
+
+// answerNodes lists the organization's nodes that have all bits of services.
+func (a *API) answerNodes(c *gin.Context, services int64) {
 	x := exchangeOf(c)
 	nodes, err := a.Nodes.List(c.Request.Context(), x.call(), x.org)
 	if err != nil {
 		a.fail(c, err)
 		return
 	}
-	list := nodeList{true, make([]nodeEntry, len(nodes)), len(nodes)}
-	for i, n := range nodes {
-		list.Data[i] = nodeEntry{
+	list := nodeList{Success: true, Data: make([]nodeEntry, 0, len(nodes))}
+	for _, n := range nodes {
+		if max(n.Services, 0)&services != services { // a negative number is no mask
+			continue
+		}
+		list.Data = append(list.Data, nodeEntry{
 			ID: n.ID, IP: n.IP.String(), Region: n.Region, Version: n.Version, Status: n.Status, URL: n.URL, IDOrg: n.Org,
 			NodeServices: n.Services, LastUpdated: instant(n.Updated), LastSeen: instant(n.Seen), Provider: n.Provider,
-		}
+		})
 	}
+	list.Total = len(list.Data)
 	writeJSON(c, http.StatusOK, list)
 }
 

@@ -211,3 +211,19 @@ func TestNodesNeedNoTokenAndPeopleDo(t *testing.T) {
 		}
 	}
 }
+
+func TestTheQueryForServices(t *testing.T) {
+	for query, want := range map[string]int64{
+		"": 0, "nodeServices=0": 0, "nodeServices=7": 7, "other=1": 0, "nodeServices=2147483647": 2147483647,
+		"nodeServices=": -1, "nodeServices=-1": -1, "nodeServices=1.5": -1, "nodeServices=0x1": -1, "nodeServices=2147483648": -1,
+		"nodeServices=1&nodeServices=2": -1, "nodeServices=%zz": -1, "nodeServices=+1": -1, "a;b=1": -1,
+	} {
+		got, err := servicesAsked(query)
+		if err != nil {
+			got = -1
+		}
+		if got != want {
+			t.Errorf("%q: %d, want %d", query, got, want)
+		}
+	}
+}

@@ -15,12 +15,15 @@ import (
 // SystemEvents is what the routes need of *systemevent.Service.
 type SystemEvents interface {
 	Read(ctx context.Context, call gate.Call, body []byte) (systemevent.Page, error)
+	Mark(ctx context.Context, call gate.Call, body []byte, asRead bool) error
 }
 
 var _ SystemEvents = (*systemevent.Service)(nil)
 
 func (a *API) routesSystemEvents(r gin.IRouter) {
 	r.POST("/systemevent", a.whileServing, a.authenticate, a.readSystemEvents)
+	r.POST("/systemevent/read", a.whileServing, a.authenticate, a.markSystemEvents(true))
+	r.DELETE("/systemevent/read", a.whileServing, a.authenticate, a.markSystemEvents(false))
 }
 
 type eventPage struct {
@@ -31,18 +34,18 @@ type eventPage struct {
 }
 
 type eventEntry struct {
-	ID          string  `json:"id"`
+	ID          int64   `json:"id"`
 	Timestamp   string  `json:"timestamp"`
 	ContextID   string  `json:"contextId"` // the ID of the key or node
-	Context     int     `json:"context"`
-	Event       int     `json:"event"`
+	Context     string  `json:"context"`
+	Event       string  `json:"event"`
 	OrgID       org.ID  `json:"orgId"`
 	UserID      string  `json:"userId"` // whoever did it: of a node, the ID of its key
 	UserName    string  `json:"userName"`
 	UserEmail   string  `json:"userEmail"`
 	WorkspaceID *string `json:"workspaceId"` // always null: keys and nodes belong to no workspace
 	JSONData    string  `json:"jsonData"`    // the event as the audit log holds it
-	ShowUnread  bool    `json:"showUnread"`  // always false: nobody's reading is kept
+	ShowUnread  bool    `json:"showUnread"`  // the caller has not marked it as read
 }
 
 func (a *API) readSystemEvents(c *gin.Context) {
@@ -61,9 +64,28 @@ func (a *API) readSystemEvents(c *gin.Context) {
 	answer := eventPage{Events: make([]eventEntry, len(page.Events)), Total: page.Total, Skip: page.Skip, Take: page.Take}
 	for i, e := range page.Events {
 		answer.Events[i] = eventEntry{
-			ID: e.ID, Timestamp: instant(e.Time), ContextID: e.Object, Context: int(e.Context), Event: int(e.Change),
-			OrgID: e.Org, UserID: e.Actor.ID, UserName: e.Person.Name, UserEmail: e.Person.Email, JSONData: e.Leaf,
+			ID: e.Number, Timestamp: instant(e.Time), ContextID: e.Object, Context: e.Context.String(), Event: e.Change.String(),
+			OrgID: e.Org, UserID: e.Actor.ID, UserName: e.Person.Name, UserEmail: e.Person.Email, JSONData: e.Leaf, ShowUnread: e.Unread,
 		}
 	}
 	writeJSON(c, http.StatusOK, answer)
+}
+
+func (a *API) markSystemEvents(asRead bool) gin.HandlerFunc {
+	return func(c *gin.Context) {
+		x := exchangeOf(c)
+		x.org, x.action = x.caller.Org, authz.MarkEvents
+		body, refusal := readBody(c)
+		if refusal != nil {
+			a.reject(c, refusal.code, *refusal)
+			return
+		}
+		if err := a.SystemEvents.Mark(c.Request.Context(), x.call(), body, asRead); err != nil {
+			a.fail(c, err)
+			return
+		}
+		writeJSON(c, http.StatusOK, struct {
+			Success bool `json:"success"`
+		}{true})
+	}
 }

@@ -33,6 +33,36 @@ func (u *eventUseCase) Read(_ context.Context, call gate.Call, body []byte) (sys
 	return u.page, u.err
 }
 
+func (u *eventUseCase) Mark(_ context.Context, call gate.Call, body []byte, asRead bool) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.asked, u.call = append(u.asked, fmt.Sprintf("read=%v %s", asRead, body)), call
+	return u.err
+}
+
+func TestMarkingSystemEvents(t *testing.T) {
+	b := newBench(t, nil)
+	for method, want := range map[string]string{"POST": `read=true {"id":7}`, "DELETE": `read=false {"id":7}`} {
+		a := b.send(method, b.url+"/systemevent/read", []byte(`{"id":7}`), "Content-Type", "application/json")
+		if a.StatusCode != 200 || string(a.body) != `{"success":true}` {
+			t.Errorf("%s: %d %s", method, a.StatusCode, a.body)
+		}
+		if asked := b.events.asked[len(b.events.asked)-1]; asked != want {
+			t.Errorf("asked %q, want %q", asked, want)
+		}
+	}
+	b.events.err = &jsonbody.Error{Field: "id", Problem: "or ids is needed, and not both"}
+	if a := b.send("POST", b.url+"/systemevent/read", []byte(`{}`)); a.StatusCode != 400 {
+		t.Errorf("without id: %d", a.StatusCode)
+	}
+	if a := b.ask("POST", "/systemevent/read", "Authorization", ""); a.StatusCode != 401 {
+		t.Errorf("without a token: %d", a.StatusCode)
+	}
+	if a := b.ask("GET", "/systemevent/read"); a.StatusCode != 405 || a.Header.Get("Allow") != "POST, DELETE" {
+		t.Errorf("GET: %d, Allow %q", a.StatusCode, a.Header.Get("Allow"))
+	}
+}
+
 func TestAnswersAboutSystemEvents(t *testing.T) {
 	b := newBench(t, nil)
 	b.events.page = systemevent.Page{Total: 7, Skip: 3, Take: 2, Events: []systemevent.Event{{
@@ -40,10 +70,10 @@ func TestAnswersAboutSystemEvents(t *testing.T) {
 			ID: "8f0e6a52-3c1d-4d0b-9a43-8b9f0f7d2c11", Time: time.Date(2026, 3, 1, 12, 0, 0, 123456789, time.UTC),
 			Org: "acme", Actor: audit.Actor{Kind: authz.Person, ID: "u-1"}, Object: keyID,
 		},
-		Context: systemevent.OrgKey, Change: systemevent.Deleted, Person: audit.Personal{Name: "Ada", Email: "ada@example.org", Address: "192.0.2.1"}, Leaf: `{"v":1,"reason":"\"<é>"}`,
+		Number: 1<<53 - 1, Unread: true, Context: systemevent.OrgKey, Change: systemevent.Deleted, Person: audit.Personal{Name: "Ada", Email: "ada@example.org", Address: "192.0.2.1"}, Leaf: `{"v":1,"reason":"\"<é>"}`,
 	}}}
-	const want = `{"events":[{"id":"8f0e6a52-3c1d-4d0b-9a43-8b9f0f7d2c11","timestamp":"2026-03-01T12:00:00.123Z","contextId":"` + keyID + `","context":10,"event":2,` +
-		`"orgId":"acme","userId":"u-1","userName":"Ada","userEmail":"ada@example.org","workspaceId":null,"jsonData":"{\"v\":1,\"reason\":\"\\\"\u003cé\u003e\"}","showUnread":false}],"total":7,"skip":3,"take":2}`
+	const want = `{"events":[{"id":9007199254740991,"timestamp":"2026-03-01T12:00:00.123Z","contextId":"` + keyID + `","context":"orgkey","event":"deleted",` +
+		`"orgId":"acme","userId":"u-1","userName":"Ada","userEmail":"ada@example.org","workspaceId":null,"jsonData":"{\"v\":1,\"reason\":\"\\\"\u003cé\u003e\"}","showUnread":true}],"total":7,"skip":3,"take":2}`
 	for _, body := range []string{"", `{"take":2}`} {
 		a := b.send("POST", b.url+"/systemevent", []byte(body), "Content-Type", "application/json")
 		if a.StatusCode != 200 || string(a.body) != want || a.Header.Get("Cache-Control") != "no-store" {

@@ -47,6 +47,7 @@ const (
 	SecretDeleted    Type = "secret.deleted"
 	SecretsListed    Type = "secret.listed"
 	EventsRead       Type = "event.read"
+	EventsMarked     Type = "event.marked"
 
 	RequestFailed    Type = "request.failed" // an authenticated request that was malformed or impossible, or on which the policy did not decide
 	AccessDenied     Type = "access.denied"  // the policy said no

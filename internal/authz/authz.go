@@ -70,6 +70,7 @@ const (
 	FetchSealedKey    Action = "orgkey.fetch_sealed"
 	ClaimEnrollment   Action = "enrollment.claim"
 	ReceiveKey        Action = "enrollment.receive"
+	MarkEvents        Action = "event.mark" // as read or unread, for the caller alone
 )
 
 // Request is everything a decision is made from.
@@ -91,10 +92,10 @@ const (
 	MalformedRequest  Reason = "malformed_request"
 )
 
-// Scope narrows an allowed read.
+// Scope narrows what an allowed request is about.
 type Scope string
 
-// The scopes of an allowed read.
+// The scopes of an allowed request.
 const (
 	WholeOrganization Scope = "organization"
 	OwnOnly           Scope = "own" // only what the caller did

@@ -46,7 +46,7 @@ func impossible() map[string]ast.Value {
 	}
 	for _, action := range []Action{
 		GenerateKey, ListKeys, DeleteKey, DeleteAllKeys, ListNodes, DeleteNode, RegisterNode,
-		UnregisterNode, FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents,
+		UnregisterNode, FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents, MarkEvents,
 	} {
 		for _, caller := range []Caller{person(""), {Kind: Node, Subject: "canary"}} {
 			name := fmt.Sprintf("two empty organizations (%s, %s)", caller.Kind, action)

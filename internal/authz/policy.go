@@ -139,7 +139,7 @@ func (p *Policy) Decide(ctx context.Context, r Request) (Decision, error) {
 	if err != nil {
 		return Decision{Revision: p.revision}, err
 	}
-	if d.Scope == OwnOnly && r.Action != ReadEvents {
+	if d.Scope == OwnOnly && r.Action != ReadEvents && r.Action != MarkEvents {
 		return Decision{Revision: p.revision}, fmt.Errorf("%w: scope %q for %s, which has no owner", ErrNoDecision, d.Scope, r.Action)
 	}
 	return d, nil

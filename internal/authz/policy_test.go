@@ -81,7 +81,7 @@ func TestEveryActionOfTheCodeIsInTheDecisionTable(t *testing.T) {
 func allActions() []Action {
 	return []Action{
 		GenerateKey, ListKeys, DeleteKey, DeleteAllKeys, ListNodes, DeleteNode, RegisterNode,
-		UnregisterNode, FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents,
+		UnregisterNode, FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents, MarkEvents,
 	}
 }
 
@@ -131,7 +131,7 @@ func oracle(r Request) Decision {
 	switch {
 	case byNode && c.Kind == Node, !byNode && manager, r.Action == ListNodes && member:
 		return yes(WholeOrganization)
-	case r.Action == ReadEvents && member:
+	case (r.Action == ReadEvents || r.Action == MarkEvents) && member:
 		return yes(OwnOnly)
 	}
 	return no(InsufficientRole)

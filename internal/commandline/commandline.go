@@ -15,6 +15,7 @@ import (
 // Execute runs the command that args name below root.
 func Execute(ctx context.Context, root *cobra.Command, args []string) error {
 	root.SetHelpCommand(newHelp(root))
+	root.InitDefaultCompletionCmd(args...) // before group, so that its words are known too
 	group(root)
 	if err := check(root, args); err != nil {
 		return err

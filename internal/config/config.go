@@ -4,7 +4,6 @@
 package config
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,8 +16,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/hashicorp/go-envparse"
 
 	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
@@ -105,10 +102,10 @@ const (
 // Load reads environ, as os.Environ gives it, and the file if it is named; the
 // environment comes first.
 func Load(environ []string, file string) (Config, error) {
-	given := map[string]string{}
+	given, from := map[string]string{}, origin{}
 	if file != "" {
 		var err error
-		if given, err = readFile(file); err != nil {
+		if given, from, err = fromFile(file); err != nil {
 			return Config{}, err
 		}
 	}
@@ -116,16 +113,18 @@ func Load(environ []string, file string) (Config, error) {
 	for _, pair := range environ {
 		name, value, _ := strings.Cut(pair, "=")
 		delete(libraries, name)
-		if strings.HasPrefix(name, prefix) && !forScripts(name) {
+		if strings.HasPrefix(name, prefix) && !forScripts(name) && !byKubernetes(name, value) {
 			given[name] = value
+			delete(from, name)
 		}
 	}
-	c, err := parse(given)
+	names := slices.Collect(maps.Keys(given))
+	c, err := parse(given, from)
 	if err != nil {
 		return Config{}, err
 	}
 	c.Libraries = libraries
-	return c, c.check()
+	return c, from.locate(errors.Join(c.check(), c.ignored(names)))
 }
 
 // forLibraries are the variables that libraries which orgkeys loads or links
@@ -166,33 +165,9 @@ func forScripts(name string) bool {
 	return name == "ORGKEYS_CACHE" || strings.HasPrefix(name, "ORGKEYS_TEST_")
 }
 
-func readFile(path string) (map[string]string, error) {
-	b, err := privatefile.Read(path, maxFile, privatefile.Owner)
-	if err != nil {
-		return nil, fmt.Errorf("reading the settings: %w", err)
-	}
-	given := map[string]string{}
-	for line := range bytes.Lines(b) { // one at a time, since the last of two would win
-		pairs, err := envparse.Parse(bytes.NewReader(line))
-		if err != nil {
-			return nil, fmt.Errorf("reading the settings in %s: not lines of NAME=VALUE", path)
-		}
-		for name, value := range pairs {
-			if !strings.HasPrefix(name, prefix) && !forLibrary(name) {
-				return nil, fmt.Errorf("%s: %s is neither a setting of orgkeys, which begin with %s, nor a variable of a library that docs/settings.md names", path, name, prefix)
-			}
-			if _, twice := given[name]; twice {
-				return nil, fmt.Errorf("%s: %s is given twice", path, name)
-			}
-			given[name] = value
-		}
-	}
-	return given, nil
-}
-
-// parse sets defaults, then what is given. Errors name settings, never values:
-// a value may be a secret.
-func parse(given map[string]string) (Config, error) {
+// parse sets defaults, then what is given. Errors name the setting, where it was
+// given, and its value unless that may be a secret.
+func parse(given map[string]string, from origin) (Config, error) {
 	var c Config
 	var errs []error
 	names := slices.Collect(maps.Keys(given))
@@ -202,7 +177,7 @@ func parse(given map[string]string) (Config, error) {
 			err = s.set(&c, value)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", s.Name, err))
+			errs = append(errs, from.locate(fmt.Errorf("%s: %w", s.shown(given), err)))
 		}
 		delete(given, s.Name)
 		if s.Secret {
@@ -210,11 +185,11 @@ func parse(given map[string]string) (Config, error) {
 		}
 	}
 	for name := range given {
-		errs = append(errs, fmt.Errorf("%s is not a setting: see orgkeys serve --help", name))
+		errs = append(errs, from.locate(fmt.Errorf("%s is not a setting: see orgkeys serve --help", name)))
 	}
 	for _, name := range names {
 		if k := keystoreOf(name); k != "" && c.Keystore != "" && k != c.Keystore {
-			errs = append(errs, fmt.Errorf("%s is for ORGKEYS_KEYSTORE=%s, and that is %s", name, k, c.Keystore))
+			errs = append(errs, from.locate(fmt.Errorf("%s is for ORGKEYS_KEYSTORE=%s, and that is %s", name, k, c.Keystore)))
 		}
 	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
@@ -230,6 +205,16 @@ func keystoreOf(name string) string {
 		return KeystoreVault
 	}
 	return ""
+}
+
+// shown is the setting with its value, unless that is none or may hold a secret,
+// as an address with a user name does.
+func (s Setting) shown(given map[string]string) string {
+	value := given[s.Name]
+	if s.Secret || strings.TrimSpace(value) == "" || strings.Contains(value, "@") {
+		return s.Name
+	}
+	return fmt.Sprintf("%s=%q", s.Name, value)
 }
 
 var errEmpty = errors.New("is set but empty: give it a value, or unset it for the default")
@@ -369,10 +354,57 @@ func (c *Config) checkStorage() error {
 	return nil
 }
 
+// ignored reports what was given and would have no effect.
+func (c *Config) ignored(given []string) error {
+	var errs []error
+	for _, i := range []struct {
+		name    string
+		without bool
+		why     string
+	}{
+		{"ORGKEYS_AUDIT_FILE", !slices.Contains(c.AuditSinks, SinkFile), "ORGKEYS_AUDIT_SINKS does not name file"},
+		{"ORGKEYS_JWKS_INTERVAL", c.Development(), "the development issuer has no JWKS"},
+		{"ORGKEYS_VAULT_TOKEN_FILE", c.VaultAuth == VaultAppRole, "ORGKEYS_VAULT_AUTH is approle"},
+		{"ORGKEYS_VAULT_ROLE_ID_FILE", c.VaultAuth == VaultTokenFile, "ORGKEYS_VAULT_AUTH is token_file"},
+		{"ORGKEYS_VAULT_SECRET_ID_FILE", c.VaultAuth == VaultTokenFile, "ORGKEYS_VAULT_AUTH is token_file"},
+		{"ORGKEYS_VAULT_SECRET_ID_PATH", c.VaultAuth == VaultTokenFile, "ORGKEYS_VAULT_AUTH is token_file"},
+		{"ORGKEYS_TLS_KEY_FILE", c.TLSCertFile == "", "ORGKEYS_TLS_CERT_FILE is not given"},
+		{"ORGKEYS_TLS_CLIENT_CA_FILE", c.TLSCertFile == "", "ORGKEYS_TLS_CERT_FILE is not given"},
+	} {
+		if i.without && slices.Contains(given, i.name) {
+			errs = append(errs, fmt.Errorf("%s would have no effect, since %s: unset one, or change the other", i.name, i.why))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// checkFile reports a path at which no file can be: the log of a service that
+// started would be the only place that says so.
+func checkFile(setting, path string) error {
+	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
+		return fmt.Errorf("%s: %s is not a regular file", setting, path)
+	}
+	dir := filepath.Dir(path)
+	switch info, err := os.Stat(dir); {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%s: there is no directory %s", setting, dir)
+	case err != nil:
+		return fmt.Errorf("%s: %w", setting, err)
+	case !info.IsDir():
+		return fmt.Errorf("%s: %s is not a directory", setting, dir)
+	}
+	return nil
+}
+
 func (c *Config) checkSinks() error {
 	for i, s := range c.AuditSinks {
 		if s != SinkFile && s != SinkVault || slices.Contains(c.AuditSinks[:i], s) {
 			return fmt.Errorf("ORGKEYS_AUDIT_SINKS: %q: it is a list of %s and %s, each at most once", s, SinkFile, SinkVault)
+		}
+	}
+	if filepath.Dir(c.AuditFile) != filepath.Clean(c.DataDir) && slices.Contains(c.AuditSinks, SinkFile) {
+		if err := checkFile("ORGKEYS_AUDIT_FILE", c.AuditFile); err != nil {
+			return err
 		}
 	}
 	if slices.Contains(c.AuditSinks, SinkVault) && c.Keystore != KeystoreVault {

@@ -84,6 +84,14 @@ func TestDoubtfulSettingsAreRefusedByName(t *testing.T) {
 		"HSM's setting with Vault":        {[]string{"ORGKEYS_KEYSTORE=vault", "ORGKEYS_VAULT_AUTH=token_file", "ORGKEYS_VAULT_TOKEN_FILE=x", "ORGKEYS_PKCS11_TOKEN_LABEL=orgkeys"}, "ORGKEYS_PKCS11_TOKEN_LABEL"},
 		"policy directory that is gone":   {[]string{"ORGKEYS_POLICY_DIR=/nowhere"}, "ORGKEYS_POLICY_DIR"},
 		"not a boolean":                   {[]string{"ORGKEYS_TLS_BY_PROXY=yes"}, "ORGKEYS_TLS_BY_PROXY"},
+		"audit file in no directory":      {[]string{"ORGKEYS_AUDIT_FILE=/nope/x"}, "ORGKEYS_AUDIT_FILE: there is no directory /nope"},
+		"audit file that is a directory":  {[]string{"ORGKEYS_AUDIT_FILE=" + dir}, "ORGKEYS_AUDIT_FILE: " + dir + " is not a regular file"},
+		"audit file below a file":         {[]string{"ORGKEYS_AUDIT_FILE=" + empty + "/x"}, "ORGKEYS_AUDIT_FILE"},
+		"audit file without its sink":     {[]string{"ORGKEYS_KEYSTORE=vault", "ORGKEYS_VAULT_AUTH=token_file", "ORGKEYS_VAULT_TOKEN_FILE=x", "ORGKEYS_AUDIT_SINKS=vault", "ORGKEYS_AUDIT_FILE=" + dir + "/x"}, "ORGKEYS_AUDIT_FILE would have no effect"},
+		"JWKS interval without JWKS":      {[]string{"ORGKEYS_JWKS_INTERVAL=1m"}, "ORGKEYS_JWKS_INTERVAL would have no effect"},
+		"Vault's token for AppRole":       {[]string{"ORGKEYS_KEYSTORE=vault", "ORGKEYS_VAULT_ROLE_ID_FILE=x", "ORGKEYS_VAULT_SECRET_ID_FILE=x", "ORGKEYS_VAULT_TOKEN_FILE=x"}, "ORGKEYS_VAULT_TOKEN_FILE would have no effect"},
+		"AppRole for Vault's token":       {[]string{"ORGKEYS_KEYSTORE=vault", "ORGKEYS_VAULT_AUTH=token_file", "ORGKEYS_VAULT_TOKEN_FILE=x", "ORGKEYS_VAULT_SECRET_ID_PATH=x"}, "ORGKEYS_VAULT_SECRET_ID_PATH would have no effect"},
+		"client authorities without TLS":  {[]string{"ORGKEYS_TLS_CLIENT_CA_FILE=x"}, "ORGKEYS_TLS_CLIENT_CA_FILE would have no effect"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := load(t, c.settings...)
@@ -152,5 +160,89 @@ func TestTheLimitIsWhatSignaturesAreTriedAgainst(t *testing.T) {
 	}
 	if _, err := load(t, fmt.Sprintf("ORGKEYS_MAX=%d", node.MaxKeys+1)); err == nil {
 		t.Errorf("more than %d keys are allowed", node.MaxKeys)
+	}
+}
+
+// What is in a file is what it would be in the environment, or is refused.
+func TestValuesInTheFileAreNotCut(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "env")
+	for line, want := range map[string]string{ // ORGKEYS_PKCS11_TOKEN_LABEL; empty: refused
+		`a#b`: "a#b", `a"b"c`: `a"b"c`, `a'b'`: `a'b'`, `a b`: "a b", `  a  `: "a", `a\nb`: `a\nb`, `a$B`: "a$B", `a=b`: "a=b", "`a`": "`a`",
+		`"a #b"`: "a #b", `'a #b'`: "a #b", `"a#b" # why`: "a#b", `'a"b'`: `a"b`, `"a\"b"`: `a"b`, `'a'#b`: "a",
+		`a #b`: "", "a\t#b": "", `"a" b`: "", `"a`: "", `'a'b'`: "", `"a"b"`: "", ``: "", `#b`: "#b",
+	} {
+		text := "# a comment\n\n  # another\nexport ORGKEYS_MAX=7\nORGKEYS_PKCS11_PIN_FILE=x\nORGKEYS_PKCS11_TOKEN_LABEL=" + line + "\n"
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := config.Load(nil, path)
+		switch {
+		case want == "" && (err == nil || !strings.Contains(err.Error(), "line 6 of "+path) || !strings.Contains(err.Error(), "ORGKEYS_PKCS11_TOKEN_LABEL")):
+			t.Errorf("%q: %q, %v: want an error about line 6", line, c.Token.Label, err)
+		case want != "" && (err != nil || c.Token.Label != want || c.Max != 7):
+			t.Errorf("%q: %q, %v; want %q", line, c.Token.Label, err, want)
+		}
+	}
+}
+
+// Errors say where to look, and what is there unless it may be a secret.
+func TestErrorsShowLineAndValue(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "env")
+	for line, want := range map[string]string{
+		"ORGKEYS_MAX=five":                               `ORGKEYS_MAX="five": is not a number`,
+		"ORGKEYS_MAXX=5":                                 "ORGKEYS_MAXX is not a setting",
+		"ORGKEYS_LISTEN=0.0.0.0:3000":                    "ORGKEYS_LISTEN is 0.0.0.0:3000",
+		"ORGKEYS_AUDIT_FILE=/nope/x":                     "there is no directory /nope",
+		"ORGKEYS_DATABASE_URL=mysql://u:canary@h/d":      "ORGKEYS_DATABASE_URL: is not",
+		"ORGKEYS_ISSUER=https://canary:canary@i ":        "ORGKEYS_ISSUER",
+		"ORGKEYS_TRUSTED_PROXIES=canary@x":               "ORGKEYS_TRUSTED_PROXIES",
+		"ORGKEYS_VAULT_TOKEN_FILE=x":                     "ORGKEYS_VAULT_TOKEN_FILE is for ORGKEYS_KEYSTORE=vault",
+		"MAX=5":                                          "MAX is not a setting",
+		"just text":                                      "not a line of NAME=VALUE",
+		"ORGKEYS_LOG_LEVEL=info\nORGKEYS_LOG_LEVEL=info": "ORGKEYS_LOG_LEVEL is given twice (line 2",
+	} {
+		if err := os.WriteFile(path, []byte("\n"+line+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := config.Load(nil, path)
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), " of "+path) || !strings.Contains(err.Error(), "line 2") {
+			t.Errorf("%q: %v; want %q and line 2", line, err, want)
+		}
+		if err != nil && strings.Contains(err.Error(), "canary") && !strings.Contains(line, "TRUSTED") {
+			t.Errorf("%q: the error shows a secret: %v", line, err)
+		}
+	}
+	if _, err := load(t, "ORGKEYS_MAX=five"); err == nil || strings.Contains(err.Error(), "line") {
+		t.Errorf("from the environment: %v", err)
+	}
+}
+
+// Beside a Service called orgkeys, or orgkeys-redis, every pod has these.
+func TestWhatKubernetesInjectsIsNoSetting(t *testing.T) {
+	var environ []string
+	for _, service := range []string{"ORGKEYS", "ORGKEYS_REDIS", "ORGKEYS_VAULT", "ORGKEYS_2"} {
+		for name, value := range map[string]string{
+			"_SERVICE_HOST": "10.0.0.7", "_SERVICE_PORT": "3000", "_SERVICE_PORT_HTTP": "3000", "_SERVICE_PORT_ADMIN_2": "4000",
+			"_PORT": "tcp://10.0.0.7:3000", "_PORT_3000_TCP": "tcp://10.0.0.7:3000", "_PORT_3000_TCP_PROTO": "tcp",
+			"_PORT_3000_TCP_PORT": "3000", "_PORT_3000_TCP_ADDR": "10.0.0.7", "_PORT_53_UDP": "udp://[fd00::7]:53", "_PORT_53_UDP_ADDR": "fd00::7",
+		} {
+			environ = append(environ, service+name+"="+value)
+		}
+	}
+	if _, err := load(t, environ...); err != nil {
+		t.Error(err)
+	}
+	for _, misspelt := range []string{
+		"ORGKEYS_PORT=3000", "ORGKEYS_PORT=127.0.0.1:3000", "ORGKEYS_PORT=https://h:1", "ORGKEYS_PORTS=tcp://10.0.0.7:3000", "ORGKEYS_SERVICE_HOST=orgkeys.example",
+		"ORGKEYS_SERVICE_PORT=", "ORGKEYS_PORT_3000=tcp://10.0.0.7:3000", "ORGKEYS_PORT_3000_TCP_NAME=tcp", "ORGKEYS_SERVICE_HOSTS=10.0.0.7", "ORGKEYS_HOST=10.0.0.7",
+	} {
+		if _, err := load(t, misspelt); err == nil {
+			t.Errorf("%s is accepted", misspelt)
+		}
+	}
+	for _, s := range config.Settings() {
+		if strings.HasSuffix(s.Name, "_PORT") || strings.HasSuffix(s.Name, "_SERVICE_HOST") || strings.Contains(s.Name, "_SERVICE_PORT") {
+			t.Errorf("%s is a name that Kubernetes gives", s.Name)
+		}
 	}
 }

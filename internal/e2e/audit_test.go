@@ -86,6 +86,11 @@ func TestPromise5_EveryOperationLeavesItsOwnEvent(t *testing.T) {
 		{"a secret's deletion again", harness.Request{Method: "DELETE", Path: secret + "/env_s3"}, org, "OWNER", 404, "request.failed", "failure", "not_found", "*", 0},
 		{"a reading of events", harness.Request{Method: "POST", Path: "/systemevent", Body: []byte("{}")}, org, "USER", 200, "event.read", "success", "", "", 0},
 		{"a reading of events that is malformed", harness.Request{Method: "POST", Path: "/systemevent", Body: []byte(`{"take":0}`)}, org, "USER", 400, "request.failed", "failure", "invalid", "", 0},
+		{"marks", harness.Request{Method: "POST", Path: "/systemevent/read", Body: []byte(`{"ids":[1]}`)}, org, "USER", 200, "event.marked", "success", "", "", 0},
+		{"marks that are taken back", harness.Request{Method: "DELETE", Path: "/systemevent/read", Body: []byte(`{"id":1}`), Header: http.Header{"Content-Type": {"application/json"}}}, org, "USER", 200, "event.marked", "success", "", "", 0},
+		{"marks that are malformed", harness.Request{Method: "POST", Path: "/systemevent/read", Body: []byte(`{"id":"1"}`)}, org, "USER", 400, "request.failed", "failure", "invalid", "", 0},
+		{"nodes by their services", harness.Request{Method: "GET", Path: "/node?nodeServices=1"}, org, "USER", 200, "node.listed", "success", "", "", 0},
+		{"nodes by malformed services", harness.Request{Method: "GET", Path: "/node?nodeServices=x"}, org, "USER", 400, "request.failed", "failure", "invalid", "", 0},
 		{"a deletion", harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + key.ID}, org, "ADMINISTRATOR", 200, "orgkey.deleted", "success", "", key.ID, 0},
 		{"a key", harness.Request{Method: "POST", Path: harness.KeyPath(org)}, org, "OWNER", 200, "orgkey.created", "success", "", "*", 1},
 		{"deleting all", harness.Request{Method: "DELETE", Path: harness.KeyPath(org)}, org, "OWNER", 200, "orgkey.all_deleted", "success", "", "", 1},
@@ -96,7 +101,9 @@ func TestPromise5_EveryOperationLeavesItsOwnEvent(t *testing.T) {
 				c.request.Header = http.Header{}
 			}
 			c.request.Header.Set("X-Request-Id", id)
-			c.request.Header.Set("Content-Type", map[string]string{"POST": "application/json", "PUT": "application/octet-stream"}[c.request.Method])
+			if c.request.Header.Get("Content-Type") == "" {
+				c.request.Header.Set("Content-Type", map[string]string{"POST": "application/json", "PUT": "application/octet-stream"}[c.request.Method])
+			}
 			actor, kind := "admin", "user"
 			if c.role == aNode {
 				actor, kind, c.request.Body = key.ID, "node", signed()

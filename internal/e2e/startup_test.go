@@ -1,10 +1,12 @@
 package e2e
 
 import (
+	"bytes"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
@@ -46,6 +48,8 @@ func TestPromise10_DoubtfulConfigurationsAreRefused(t *testing.T) {
 		{"an audience of blanks", with(configured, "ORGKEYS_AUDIENCE", "  "), "ORGKEYS_AUDIENCE"},
 		{"an issuer without keys, and no address to find them by", with(nil, "ORGKEYS_ISSUER", "urn:issuer", "ORGKEYS_AUDIENCE", "a"), "ORGKEYS_JWKS"},
 		{"keys without an issuer", with(nil, "ORGKEYS_JWKS", issuer.JWKS), "ORGKEYS_ISSUER"},
+		{"an audit file in no directory", with(nil, "ORGKEYS_AUDIT_FILE", "/nonexistent/audit.jsonl"), "ORGKEYS_AUDIT_FILE"},
+		{"an audit file that cannot be written", with(nil, "ORGKEYS_AUDIT_FILE", "/proc/audit.jsonl"), "ORGKEYS_AUDIT_FILE"},
 		{"keys by http", with(configured, "ORGKEYS_JWKS", "http://127.0.0.1:1/jwks"), "ORGKEYS_JWKS"},
 		{"keys from a file that is not there", with(configured, "ORGKEYS_JWKS", "/nonexistent/jwks.json"), "jwks.json"},
 		{"a PIN file that others may read", with(nil, "ORGKEYS_PKCS11_MODULE", harness.SoftHSM, "ORGKEYS_PKCS11_PIN_FILE", open), "600"},
@@ -240,6 +244,22 @@ func TestAnotherTokenIsRefused(t *testing.T) {
 				t.Errorf("%s sealed, %s gone: exit code %d\n%s", name, gone, code, stderr)
 			}
 		}
+	}
+}
+
+// A terminal that goes away, or an operator who means "reload", ends nothing.
+func TestHangupEndsNothing(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	if err := syscall.Kill(s.PID(), syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	harness.Eventually(t, harness.Patience, "the log tells of it", func() bool {
+		return bytes.Contains(s.Output(), []byte("SIGHUP changes nothing"))
+	})
+	s.Generate(t, harness.Org())
+	if code := s.Stop(t); code != 0 {
+		t.Errorf("exit code %d", code)
 	}
 }
 

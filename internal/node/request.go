@@ -17,6 +17,7 @@ import (
 const (
 	maxSignature = 1368 // base64 of an 8192-bit signature
 	maxServices  = 1<<53 - 1
+	maxProvider  = 64 // bytes of free text: whatever an operator called it
 )
 
 type endpoint string
@@ -184,13 +185,11 @@ func (f registerFields) node(r request) (Node, error) {
 	if n.URL, err = jsonbody.Text("url", f.URL); err != nil {
 		return Node{}, err
 	}
-	if f.Provider != nil {
-		n.Provider = *f.Provider
-		switch n.Provider {
-		case "S3", "GCS", "AZURE", "AWS", "GCP":
-		default:
-			return Node{}, &InputError{Field: "provider", Problem: "is none of S3, GCS, AZURE, AWS, GCP"}
-		}
+	if f.Provider != nil && len(*f.Provider) > maxProvider {
+		return Node{}, &InputError{Field: "provider", Problem: "is longer than 64 bytes"}
+	}
+	if n.Provider, err = jsonbody.Text("provider", f.Provider); err != nil {
+		return Node{}, err
 	}
 	if f.NodeServices != nil {
 		n.Services = *f.NodeServices

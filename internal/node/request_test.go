@@ -40,6 +40,10 @@ func TestAcceptedRegistrations(t *testing.T) {
 	for name, changes := range map[string]map[string]any{
 		"as deployed scripts send it":    {"provider": "AWS", "status": "running"},
 		"GCP":                            {"provider": "GCP"},
+		"a provider in lower case":       {"provider": "aws"},
+		"a provider that is a company":   {"provider": "OVHcloud (Gravelines 3), Größe M"},
+		"a provider of 64 bytes":         {"provider": strings.Repeat("a", 64)},
+		"a provider that is not named":   {"provider": ""},
 		"every field":                    {"provider": "S3", "url": "https://n.example", "nodeServices": 7},
 		"org_id":                         {"id_org": nil, "org_id": "acme"},
 		"both organizations, the same":   {"org_id": "acme"},
@@ -80,7 +84,9 @@ func TestRefusedRegistrations(t *testing.T) {
 		{"organizations differ", map[string]any{"org_id": "other"}, InputError{Field: "id_org", Problem: "and org_id differ"}},
 		{"organizations differ, one empty", map[string]any{"org_id": ""}, InputError{Field: "id_org", Problem: "and org_id differ"}},
 		{"malformed organization", map[string]any{"id_org": "a b"}, InputError{Field: "id_org", Problem: "is not an organization ID"}},
-		{"unknown provider", map[string]any{"provider": "s3"}, InputError{Field: "provider", Problem: "is none of S3, GCS, AZURE, AWS, GCP"}},
+		{"long provider", map[string]any{"provider": strings.Repeat("a", 65)}, InputError{Field: "provider", Problem: "is longer than 64 bytes"}},
+		{"longer provider", map[string]any{"provider": strings.Repeat("a", 300)}, InputError{Field: "provider", Problem: "is longer than 64 bytes"}},
+		{"hidden text in provider", map[string]any{"provider": "AW\u202eS"}, InputError{Field: "provider", Problem: "has a control character in it"}},
 		{"nodeServices as text", map[string]any{"nodeServices": "1"}, InputError{Field: "nodeServices", Problem: wrongType}},
 		{"nodeServices with a fraction", map[string]any{"nodeServices": 1.5}, InputError{Field: "nodeServices", Problem: wrongType}},
 		{"nodeServices beyond JavaScript", map[string]any{"nodeServices": raw("9007199254740992")}, InputError{Field: "nodeServices", Problem: "is out of range"}},
@@ -171,7 +177,7 @@ func TestRefusedBodies(t *testing.T) {
 // What an endpoint has no use for is unknown to it.
 func TestSecretsAndUnregisterIgnoreTheFieldsOfRegister(t *testing.T) {
 	for _, e := range []endpoint{unregister, fetch} {
-		if _, err := parse(e, body(t, map[string]any{"version": nil, "status": 5, "provider": "?"})); err != nil {
+		if _, err := parse(e, body(t, map[string]any{"version": nil, "status": 5, "provider": 7})); err != nil {
 			t.Errorf("%s: %v", e, err)
 		}
 	}

@@ -2,6 +2,7 @@ package packaging
 
 import (
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -52,5 +53,40 @@ func TestUnitGivesAStoppingServerItsTime(t *testing.T) {
 func TestUnitDoesNotRestartOnARefusedPIN(t *testing.T) {
 	if !strings.Contains(read(t, "cmd/orgkeys/orgkeys.service"), "\nRestartPreventExitStatus=77\n") {
 		t.Error("the unit starts the server again after the token refused its PIN")
+	}
+}
+
+// Whatever path below /var or /run a document or the unit's own comments advise for
+// the service to write to, the unit's sandbox lets it.
+func TestUnitLetsTheServiceWriteWhereDocumentsSay(t *testing.T) {
+	unit := read(t, "cmd/orgkeys/orgkeys.service")
+	var writable []string
+	for _, m := range regexp.MustCompile(`(?m)^(StateDirectory|LogsDirectory|ReadWritePaths)=(.*)$`).FindAllStringSubmatch(unit, -1) {
+		for _, path := range strings.Fields(m[2]) {
+			below := map[string]string{"StateDirectory": "/var/lib/", "LogsDirectory": "/var/log/"}[m[1]]
+			writable = append(writable, below+strings.TrimPrefix(path, "-"))
+		}
+	}
+	// Paths of other programs and of the node, whose unit is another.
+	others := regexp.MustCompile(`^(/var/log/vault|/var/lib/orgkeys-node|/run/credentials|/var/run/secrets)(/|$)`)
+	advised := regexp.MustCompile(`/(var|run)/[a-z][\w./-]*\w`)
+	checked := 0
+	text := unit
+	for _, document := range documents(t) {
+		if document != "CHANGELOG.md" {
+			text += read(t, document)
+		}
+	}
+	for _, path := range advised.FindAllString(text, -1) {
+		if others.MatchString(path) {
+			continue
+		}
+		checked++
+		if !slices.ContainsFunc(writable, func(w string) bool { return path == w || strings.HasPrefix(path, w+"/") }) {
+			t.Errorf("a document advises %s, and the unit lets the service write to %q only", path, writable)
+		}
+	}
+	if checked < 6 {
+		t.Errorf("%d paths were found", checked)
 	}
 }

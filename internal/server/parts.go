@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -43,6 +44,9 @@ func (b backend) sinks(cfg config.Config) ([]audit.Sink, error) {
 	for _, name := range cfg.AuditSinks {
 		switch {
 		case name == config.SinkFile:
+			if err := checkSinkFile(cfg.AuditFile); err != nil {
+				return nil, err
+			}
 			all = append(all, audit.NewFileSink(cfg.AuditFile))
 		case b.sink != nil && name == b.sink.Name():
 			all = append(all, b.sink)
@@ -51,6 +55,23 @@ func (b backend) sinks(cfg config.Config) ([]audit.Sink, error) {
 		}
 	}
 	return all, nil
+}
+
+// checkSinkFile reports a file that this process cannot write: no key would ever
+// leave. One for which the disk has no room passes, since that may end.
+func checkSinkFile(path string) error {
+	_, missing := os.Stat(path)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	switch {
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return nil
+	case err != nil:
+		return fmt.Errorf("ORGKEYS_AUDIT_FILE cannot be written: %w; under systemd, ReadWritePaths= of the unit has to name its directory", err)
+	}
+	if missing != nil { // the sink makes its file itself, with the first event
+		err = os.Remove(path)
+	}
+	return errors.Join(err, f.Close())
 }
 
 func openBackend(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB, log *slog.Logger) (backend, error) {

@@ -45,6 +45,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	defer runtime.KeepAlive(make([]byte, heapFloor))
 	closeAll := closers{}
 	defer func() { err = errors.Join(err, closeAll.close()) }()
+	closeAll.add(outliveHangups(log))
 
 	edge := api.ServerConfig{
 		Address: cfg.Listen, TLS: api.TLSFiles{Cert: cfg.TLSCertFile, Key: cfg.TLSKeyFile, ClientCA: cfg.ClientCAFile},

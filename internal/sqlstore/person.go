@@ -46,7 +46,8 @@ func (d *DB) Erasable(ctx context.Context, subject string) (int, error) {
 }
 
 // Erase deletes what is known of a person: the personal part of the events whose
-// actor is subject, or is the pseudonym of subject, and that pseudonym. It returns
+// actor is subject, or is the pseudonym of subject, which events that person has
+// marked as read, and that pseudonym. It returns
 // how many events had one. event says so in the log, of each ID that events
 // have of the person, and goes with it in one transaction; of a subject that has a
 // pseudonym and is in no event itself, the log is told the pseudonym alone.
@@ -63,6 +64,9 @@ func (d *DB) Erase(ctx context.Context, subject string, event func(id string, co
 		for _, id := range []string{pseudonym, subject} {
 			n, err := exec(ctx, tx, "DELETE FROM event_persons WHERE event_id IN (SELECT id FROM events WHERE actor = $1)", id)
 			if err != nil {
+				return err
+			}
+			if _, err := exec(ctx, tx, "DELETE FROM event_reads WHERE reader = $1", id); err != nil {
 				return err
 			}
 			total += n

@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/systemevent"
 )
 
@@ -25,10 +26,11 @@ func (d *DB) SystemEvents(ctx context.Context, f systemevent.Filter) ([]systemev
 	err := each(ctx, d.read, func(scan func(...any) error) error {
 		var s systemevent.Stored
 		var seq sql.NullInt64
-		if err := scan(&total, &seq, &s.Leaf, &s.Personal); err != nil {
+		if err := scan(&total, &seq, &s.Unread, &s.Leaf, &s.Personal); err != nil {
 			return err
 		}
 		if seq.Valid {
+			s.Number = seq.Int64
 			found = append(found, s)
 		}
 		return nil
@@ -55,14 +57,56 @@ func systemEvents(f systemevent.Filter) (string, []any) {
 	if f.Person != "" {
 		c.add("actor_kind = 'user' AND actor = ?", f.Person)
 	}
+	marked := "EXISTS (SELECT 1 FROM event_reads r WHERE r.org_id = " + c.arg(f.Org) + " AND r.reader = " + c.arg(f.Reader) + " AND r.seq = "
+	if f.Unread {
+		c.terms = append(c.terms, "NOT "+marked+"events.seq)")
+	}
 	matching := "FROM events WHERE " + strings.Join(c.terms, " AND ")
 	page := "SELECT occurred_at, seq " + matching + " ORDER BY occurred_at DESC, seq DESC LIMIT " + c.arg(f.Take) + " OFFSET " + c.arg(f.Skip)
-	return `SELECT n.total, page.seq, e.leaf, p.personal
+	return `SELECT n.total, page.seq, NOT ` + marked + `page.seq), e.leaf, p.personal
 		FROM (SELECT count(*) AS total ` + matching + `) n
 		LEFT JOIN (` + page + `) page ON TRUE
 		LEFT JOIN events e ON e.seq = page.seq
 		LEFT JOIN event_persons p ON p.event_id = e.id
 		ORDER BY page.occurred_at DESC, page.seq DESC`, c.args
+}
+
+// MarkSystemEvents implements systemevent.Store.
+func (d *DB) MarkSystemEvents(ctx context.Context, m systemevent.Marks, kinds []systemevent.Kind, event func(int64) audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		var changed int64
+		if len(m.Numbers) > 0 {
+			statement, args := unmark(m)
+			if m.Read {
+				statement, args = markRead(m, kinds)
+			}
+			var err error
+			if changed, err = exec(ctx, tx, statement, args...); err != nil {
+				return err
+			}
+		}
+		return d.record(ctx, tx, event(changed))
+	})
+}
+
+// markRead marks those of m's events that the reader may see.
+func markRead(m systemevent.Marks, kinds []systemevent.Kind) (string, []any) {
+	var c conditions
+	c.add("org_id = ?", m.Org)
+	into := "INSERT INTO event_reads (org_id, reader, seq) SELECT org_id, CAST(" + c.arg(m.Reader) + " AS TEXT), seq FROM events WHERE "
+	c.terms = append(c.terms, changes, c.anyKind(kinds), c.anyOf("seq", m.Numbers))
+	if m.Person != "" {
+		c.add("actor_kind = 'user' AND actor = ?", m.Person)
+	}
+	return into + strings.Join(c.terms, " AND ") + " ON CONFLICT DO NOTHING", c.args
+}
+
+func unmark(m systemevent.Marks) (string, []any) {
+	var c conditions
+	c.add("org_id = ?", m.Org)
+	c.add("reader = ?", m.Reader)
+	c.terms = append(c.terms, c.anyOf("seq", m.Numbers))
+	return "DELETE FROM event_reads WHERE " + strings.Join(c.terms, " AND "), c.args
 }
 
 // conditions collects the terms of a WHERE clause and their parameters.
@@ -80,6 +124,14 @@ func (c *conditions) add(term string, value any) {
 func (c *conditions) arg(value any) string {
 	c.args = append(c.args, value)
 	return "$" + strconv.Itoa(len(c.args))
+}
+
+func (c *conditions) anyOf(column string, values []int64) string {
+	names := make([]string, len(values))
+	for i, v := range values {
+		names[i] = c.arg(v)
+	}
+	return column + " IN (" + strings.Join(names, ", ") + ")"
 }
 
 func (c *conditions) anyKind(kinds []systemevent.Kind) string {

@@ -15,6 +15,10 @@ const (
 	maxTake       = 100
 	// maxSkip bounds the work on a page. Beyond it, to_timestamp leads further.
 	maxSkip = 100_000
+	// maxMarks bounds what one request marks: ten of the longest pages.
+	maxMarks = 10 * maxTake
+	// maxNumber is the largest integer that JavaScript has exactly.
+	maxNumber = 1<<53 - 1
 )
 
 type fields struct {
@@ -25,6 +29,8 @@ type fields struct {
 	Event     *Change        `json:"event"`
 	ContextID *string        `json:"contextId"`
 	UserID    *string        `json:"userId"`
+	Workspace *string        `json:"workspaceId"`
+	Unread    *bool          `json:"showUnread"`
 	Skip      *int           `json:"skip"`
 	Take      *int           `json:"take"`
 }
@@ -82,14 +88,21 @@ func (sent fields) window(f *Filter, now time.Time) error {
 }
 
 func (sent fields) selection(f *Filter) error {
-	if c := sent.Context; c != nil && *c != FlashbackNode && *c != OrgKey {
-		return &jsonbody.Error{Field: "context", Problem: "is neither 9 nor 10"}
+	if c := sent.Context; c != nil && (*c < 0 || int(*c) >= len(contexts)) {
+		return &jsonbody.Error{Field: "context", Problem: "is not from 0 to 13"}
 	}
-	if e := sent.Event; e != nil && (*e < Created || *e > Deleted) {
+	if e := sent.Event; e != nil && (*e < 0 || int(*e) >= len(changes)) {
 		return &jsonbody.Error{Field: "event", Problem: "is none of 0, 1, 2"}
 	}
 	f.Kinds = kinds(sent.Context, sent.Event)
-	var err error
+	workspace, err := jsonbody.Text("workspaceId", sent.Workspace)
+	if err != nil {
+		return err
+	}
+	if workspace != "" { // keys and nodes belong to none
+		f.Kinds = nil
+	}
+	f.Unread = sent.Unread != nil && *sent.Unread
 	if f.Object, err = jsonbody.Text("contextId", sent.ContextID); err != nil {
 		return err
 	}
@@ -112,4 +125,30 @@ func (sent fields) part(f *Filter) error {
 		return &jsonbody.Error{Field: "skip", Problem: "is not from 0 to 100000: further back, ask with an earlier to_timestamp"}
 	}
 	return nil
+}
+
+// parseMarks reads the numbers of the events to mark: one as id, or any as ids.
+func parseMarks(body []byte) ([]int64, error) {
+	var sent struct {
+		ID  *int64  `json:"id"`
+		IDs []int64 `json:"ids"`
+	}
+	if err := jsonbody.Decode(body, &sent); err != nil {
+		return nil, err
+	}
+	numbers := sent.IDs
+	switch {
+	case (sent.ID == nil) == (sent.IDs == nil):
+		return nil, &jsonbody.Error{Field: "id", Problem: "or ids is needed, and not both"}
+	case sent.ID != nil:
+		numbers = []int64{*sent.ID}
+	case len(numbers) > maxMarks:
+		return nil, &jsonbody.Error{Field: "ids", Problem: "has more than 1000 numbers: mark them in several requests"}
+	}
+	for _, n := range numbers {
+		if n < 1 || n > maxNumber {
+			return nil, &jsonbody.Error{Field: "id", Problem: "is not the id of an event"}
+		}
+	}
+	return numbers, nil
 }

@@ -144,12 +144,16 @@ func TestWhatTheFeedHolds(t *testing.T) {
 		`{"event":2}`:              {nodes[0], nodes[1], keys[0], keys[1]},
 		`{"context":9,"event":1}`:  {nodes[2]},
 		`{"context":10,"event":2}`: keys[:2],
-		`{"context":null,"event":null,"contextId":"","userId":null,"skip":null,"take":null,"workspaceId":3}`: slices.Concat(nodes, keys),
+		`{"context":null,"event":null,"contextId":"","userId":null,"skip":null,"take":null,"workspaceId":"","showUnread":false}`: slices.Concat(nodes, keys),
 		`{"contextId":"orgkey.deleted"}`: keys[:1],
 		`{"contextId":"orgkey.delete"}`:  {},
 		`{"userId":"eve"}`:               {},
 		`{"skip":2,"take":3}`:            {nodes[2], nodes[3], keys[0]},
 		`{"skip":100000}`:                {},
+		`{"workspaceId":"w-1"}`:          {},
+		`{"context":0}`:                  {},
+		`{"context":13,"event":0}`:       {},
+		`{"showUnread":true}`:            slices.Concat(nodes, keys),
 	} {
 		page, err := f.service.Read(t.Context(), by("o", "acme", authz.Owner), []byte(body))
 		if err != nil {
@@ -218,15 +222,120 @@ func TestAnEventIsWhatTheLogHolds(t *testing.T) {
 	}
 }
 
+func (f feed) numbers(call gate.Call, body string) []int64 {
+	f.t.Helper()
+	page, err := f.service.Read(f.t.Context(), call, []byte(body))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	var all []int64
+	for _, e := range page.Events {
+		all = append(all, e.Number)
+	}
+	if page.Total != len(all) {
+		f.t.Errorf("%s: %d events of %d", body, len(all), page.Total)
+	}
+	return all
+}
+
+func (f feed) mark(call gate.Call, asRead bool, numbers ...int64) {
+	f.t.Helper()
+	body, err := json.Marshal(map[string]any{"ids": append([]int64{}, numbers...)})
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	if err := f.service.Mark(f.t.Context(), call, body, asRead); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+func TestMarksAreTheReadersOwn(t *testing.T) {
+	f := newFeed(t)
+	f.happened(3*time.Minute, audit.KeyCreated, "", "bob", "k-1")
+	f.happened(2*time.Minute, audit.KeyDeleted, "", "ada", "k-1")
+	f.happened(time.Minute, audit.KeysListed, "", "ada", "") // no event of the feed
+	ada, eve, bob := by("ada", "acme", authz.Owner), by("eve", "acme", authz.Owner), by("bob", "acme", authz.User)
+	stranger := by("ada", "other", authz.Owner) // of the same name
+	all := f.numbers(ada, ``)
+	if len(all) != 2 || all[0] <= all[1] {
+		t.Fatalf("numbers %v", all)
+	}
+	unread := func(call gate.Call) []int64 { return f.numbers(call, `{"showUnread":true}`) }
+
+	for range 2 { // the second time changes nothing
+		f.mark(ada, true, all[0], all[0], all[0]+1, 1<<53-1)
+		if got := unread(ada); !slices.Equal(got, all[1:]) {
+			t.Errorf("unread %v, want %v", got, all[1:])
+		}
+	}
+	if e := f.last(); e.Type != audit.EventsRead {
+		t.Errorf("the last event is %s", e.Type)
+	}
+	f.mark(ada, true, all[0])
+	if e := f.last(); e.Type != audit.EventsMarked || e.Action != authz.MarkEvents || e.Org != "acme" || e.Detail["as"] != "read" || e.Detail["asked"] != "1" || e.Detail["changed"] != "0" {
+		t.Errorf("%+v", e)
+	}
+	if got := unread(eve); !slices.Equal(got, all) {
+		t.Errorf("another owner's are %v, want %v", got, all)
+	}
+	f.mark(bob, true, all...) // who sees only the older one
+	if got := f.last().Detail["changed"]; got != "1" {
+		t.Errorf("a member marked %s events, one of which is his to see", got)
+	}
+	f.mark(stranger, true, all...)
+	if got := f.last().Detail["changed"]; got != "0" {
+		t.Errorf("another organization's owner marked %s events", got)
+	}
+	f.mark(ada, false, all...)
+	if got := unread(ada); !slices.Equal(got, all) {
+		t.Errorf("unmarked, unread are %v", got)
+	}
+	f.mark(ada, false, []int64{}...)
+}
+
+func TestMarksThatAreRefused(t *testing.T) {
+	f := newFeed(t)
+	for _, body := range []string{
+		``, `{}`, `null`, `{"id":null}`, `{"id":1,"ids":[2]}`, `{"id":"1"}`, `{"id":1.5}`, `{"id":0}`, `{"id":-1}`, `{"id":9007199254740992}`,
+		`{"ids":1}`, `{"ids":["1"]}`, `{"ids":[1,null,0]}`, `{"ids":[1],"ids":[2]}`, `{"ids":[1` + strings.Repeat(",1", 1000) + `]}`,
+	} {
+		err := f.service.Mark(t.Context(), by("o", "acme", authz.Owner), []byte(body), true)
+		if _, ok := errors.AsType[*jsonbody.Error](err); !ok {
+			t.Errorf("%.40s: %v", body, err)
+		}
+		if e := f.last(); e.Type != audit.RequestFailed || e.Action != authz.MarkEvents {
+			t.Errorf("%.40s: the last event is %s", body, e.Type)
+		}
+	}
+	err := f.service.Mark(t.Context(), by("o", "acme", "GUEST"), []byte(`{"id":1}`), true)
+	if _, ok := errors.AsType[*gate.DeniedError](err); !ok {
+		t.Errorf("without a role: %v", err)
+	}
+}
+
+func TestAnErasedPersonsMarksAreForgotten(t *testing.T) {
+	f := newFeed(t)
+	f.happened(time.Minute, audit.KeyCreated, "", "eve", "k-1")
+	ada := by("ada", "acme", authz.Owner)
+	f.mark(ada, true, f.numbers(ada, ``)...)
+	if _, err := f.db.Erase(t.Context(), "ada", func(string, int64) audit.Event { return audit.New(audit.PersonErased, "acme") }); err != nil {
+		t.Fatal(err)
+	}
+	if got := f.numbers(ada, `{"showUnread":true}`); len(got) != 1 {
+		t.Errorf("unread %v", got)
+	}
+}
+
 func TestBodiesThatAreRefused(t *testing.T) {
 	f := newFeed(t)
 	for _, body := range []string{
 		`null`, `[]`, `7`, `{`, `{}{}`, ` `, "\x00", `{"take":1,"take":2}`, `{"x":{"y":1,"y":2}}`, "{\"userId\":\"\xff\"}",
 		`{"take":0}`, `{"take":101}`, `{"take":-1}`, `{"take":"20"}`, `{"take":1.5}`, `{"take":1e400}`, `{"take":[]}`,
 		`{"skip":-1}`, `{"skip":100001}`, `{"skip":9223372036854775808}`, `{"skip":true}`,
-		`{"context":0}`, `{"context":11}`, `{"context":"10"}`, `{"context":[9,10]}`, `{"event":3}`, `{"event":-1}`, `{"event":"created"}`,
+		`{"context":-1}`, `{"context":14}`, `{"context":"10"}`, `{"context":[9,10]}`, `{"event":3}`, `{"event":-1}`, `{"event":"created"}`,
 		`{"from_timestamp":"yesterday"}`, `{"from_timestamp":0}`, `{"from_timestamp":{}}`, `{"to_timestamp":"2026-03-01"}`, `{"to_timestamp":true}`, `{"to_timestamp":""}`,
 		`{"from_timestamp":1700000001,"to_timestamp":1700000000}`,
+		`{"workspaceId":3}`, `{"workspaceId":"a\u0000"}`, `{"showUnread":"true"}`, `{"showUnread":1}`,
 		`{"orgId":""}`, `{"orgId":"a b"}`, `{"orgId":7}`, `{"orgId":"` + strings.Repeat("a", 129) + `"}`,
 		`{"contextId":7}`, `{"contextId":"a\u0000"}`, `{"userId":"\u202e"}`, `{"userId":"` + strings.Repeat("a", 257) + `"}`,
 		`{"x":` + strings.Repeat("[", 60000),

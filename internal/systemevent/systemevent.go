@@ -17,7 +17,8 @@ import (
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
-// Context is what an event is about, by the platform's number.
+// Context is what an event is about. The platform's client asks by number, and
+// is answered with the name.
 type Context int
 
 // The contexts that this service has events of.
@@ -26,7 +27,16 @@ const (
 	OrgKey        Context = 10
 )
 
-// Change is what became of it, by the platform's number.
+// contexts are the platform's names of its contexts, by their numbers.
+var contexts = []string{
+	"workspace", "bucket", "repo", "user", "org", "workspaceuser", "apikey", "usersettings", "orgsettings",
+	"flashbacknode", "orgkey", "aillm", "aillmapikey", "conversation",
+}
+
+// String is the platform's name.
+func (c Context) String() string { return contexts[c] }
+
+// Change is what became of it, asked for and answered like a Context.
 type Change int
 
 // The changes.
@@ -36,9 +46,16 @@ const (
 	Deleted Change = 2
 )
 
+var changes = []string{"created", "updated", "deleted"}
+
+// String is the platform's name.
+func (c Change) String() string { return changes[c] }
+
 // Event is one change.
 type Event struct {
 	audit.Event
+	Number  int64 // identifies it in this database, and fits a JavaScript number
+	Unread  bool  // the caller has not marked it as read
 	Context Context
 	Change  Change
 	Person  audit.Personal // empty if the event knows no person, or that was erased
@@ -54,6 +71,8 @@ type Page struct {
 
 // Stored is an event as the store holds it.
 type Stored struct {
+	Number   int64
+	Unread   bool
 	Leaf     []byte
 	Personal []byte // nil if there is none
 }
@@ -62,7 +81,9 @@ type Stored struct {
 // field that is not empty.
 type Filter struct {
 	Org    org.ID // required
-	Kinds  []Kind // any of which
+	Reader string // required: whose marks decide what is unread
+	Unread bool   // only what Reader has not marked as read
+	Kinds  []Kind // any of which; without one nothing matches
 	From   time.Time
 	Before time.Time // exclusive
 	Object string
@@ -70,6 +91,15 @@ type Filter struct {
 	Person string // the subject of the person who did it
 	Skip   int
 	Take   int
+}
+
+// Marks says which events a reader has read, or has not.
+type Marks struct {
+	Org     org.ID
+	Reader  string
+	Numbers []int64 // of Events; those that are not the reader's to see are passed over
+	Person  string  // as in Filter
+	Read    bool
 }
 
 // Kind selects events by their type, and by their reason unless that is empty.
@@ -84,6 +114,9 @@ type Store interface {
 	// f.Skip others, and how many match in all. Whether they have their place
 	// in the log yet does not matter: the changes are made.
 	SystemEvents(ctx context.Context, f Filter) (events []Stored, total int, err error)
+	// MarkSystemEvents sets or removes m's marks, and commits with them the event
+	// that it is given how many that changed.
+	MarkSystemEvents(ctx context.Context, m Marks, kinds []Kind, event func(changed int64) audit.Event) error
 }
 
 // feed is every kind of event in the feed, and what the platform calls it. A
@@ -121,7 +154,7 @@ func read(s Stored) (Event, error) {
 	if err != nil {
 		return Event{}, err
 	}
-	e := Event{Event: leaf, Leaf: string(s.Leaf)}
+	e := Event{Event: leaf, Number: s.Number, Unread: s.Unread, Leaf: string(s.Leaf)}
 	if s.Personal != nil {
 		if e.Person, err = audit.DecodePersonal(s.Personal); err != nil {
 			return Event{}, err
@@ -157,10 +190,7 @@ func (s *Service) Read(ctx context.Context, call gate.Call, body []byte) (Page, 
 	if wrong != nil {
 		return Page{}, s.gate.Failed(ctx, pass, audit.RequestFailed, "invalid", wrong)
 	}
-	// Any scope but the whole organization is the narrow one.
-	if pass.Decision.Scope != authz.WholeOrganization {
-		f.Person = call.Caller.Subject
-	}
+	f.Reader, f.Person = call.Caller.Subject, onlyOf(pass)
 	page, err := s.page(ctx, f)
 	if err != nil {
 		return Page{}, s.gate.Failed(ctx, pass, audit.EventsRead, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("reading events: %w", err))
@@ -169,6 +199,45 @@ func (s *Service) Read(ctx context.Context, call gate.Call, body []byte) (Page, 
 		return Page{}, err
 	}
 	return page, nil
+}
+
+// onlyOf is the person whose events alone pass allows, or empty. Any scope but
+// the whole organization is the narrow one.
+func onlyOf(pass gate.Pass) string {
+	if pass.Decision.Scope == authz.WholeOrganization {
+		return ""
+	}
+	return pass.Call.Caller.Subject
+}
+
+// Mark marks events of the caller's organization as read or unread, for the
+// caller alone. Numbers of events that the caller may not see, or that there are
+// not, are passed over, so that nobody learns which there are. What is wrong with
+// body is a *jsonbody.Error.
+func (s *Service) Mark(ctx context.Context, call gate.Call, body []byte, asRead bool) error {
+	numbers, wrong := parseMarks(body)
+	pass, err := s.gate.Decide(ctx, call, authz.MarkEvents, call.Caller.Org, "")
+	if err != nil {
+		return err
+	}
+	if wrong != nil {
+		return s.gate.Failed(ctx, pass, audit.RequestFailed, "invalid", wrong)
+	}
+	m := Marks{Org: pass.Org, Reader: call.Caller.Subject, Person: onlyOf(pass), Numbers: numbers, Read: asRead}
+	err = s.store.MarkSystemEvents(ctx, m, kinds(nil, nil), func(changed int64) audit.Event { return markEvent(pass, m, changed) })
+	if err != nil {
+		return s.gate.Failed(ctx, pass, audit.EventsMarked, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("marking events: %w", err))
+	}
+	return nil
+}
+
+func markEvent(pass gate.Pass, m Marks, changed int64) audit.Event {
+	e := pass.Event(audit.EventsMarked)
+	e.Detail = map[string]string{"asked": strconv.Itoa(len(m.Numbers)), "changed": strconv.FormatInt(changed, 10), "as": "unread"}
+	if m.Read {
+		e.Detail["as"] = "read"
+	}
+	return e
 }
 
 func (s *Service) page(ctx context.Context, f Filter) (Page, error) {
