@@ -45,8 +45,12 @@ type Config struct {
 	VaultSecretIDPath string
 	VaultTokenFile    string
 
-	DatabaseURL string // empty: SQLite in DataDir
-	RedisURL    string // empty: the lock is in the process
+	DatabaseURL         string // empty: SQLite in DataDir
+	DatabaseConnections int    // at most
+	RedisURL            string // empty: the lock is in the process
+	RedisCAFile         string // empty: the system's authorities
+	RedisCertFile       string // empty: no client certificate
+	RedisKeyFile        string
 
 	Issuer       string // empty: the development issuer
 	Audience     string
@@ -336,6 +340,14 @@ func Loopback(listen string) bool {
 func (c *Config) checkStorage() error {
 	if c.DatabaseURL != "" && c.RedisURL == "" {
 		return errors.New("with ORGKEYS_DATABASE_URL several replicas may share the database, so ORGKEYS_REDIS_URL must be given too")
+	}
+	for name, file := range map[string]string{"ORGKEYS_REDIS_CA_FILE": c.RedisCAFile, "ORGKEYS_REDIS_CERT_FILE": c.RedisCertFile} {
+		if file != "" && !strings.HasPrefix(c.RedisURL, "rediss://") {
+			return fmt.Errorf("%s is for TLS, which needs ORGKEYS_REDIS_URL=rediss://…", name)
+		}
+	}
+	if (c.RedisCertFile == "") != (c.RedisKeyFile == "") {
+		return errors.New("ORGKEYS_REDIS_CERT_FILE and ORGKEYS_REDIS_KEY_FILE belong together: give both, or neither")
 	}
 	if c.PKCS11Module != "" && c.PINFile == "" {
 		return errors.New("ORGKEYS_PKCS11_MODULE needs ORGKEYS_PKCS11_PIN_FILE: only SoftHSM's own default token is set up by itself")

@@ -211,9 +211,9 @@ func (d *doctor) redis(ctx context.Context) {
 		return
 	}
 	const without = "; until then replicas collide more often, and the quota holds all the same"
-	lock, err := redislock.Open(d.cfg.RedisURL, d.log)
+	lock, err := redislock.Open(server.RedisConfig(d.cfg), d.log)
 	if err != nil {
-		d.fail("Redis", "mend ORGKEYS_REDIS_URL", "%v", err)
+		d.fail("Redis", "mend ORGKEYS_REDIS_URL, or the TLS files", "%v", err)
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
@@ -224,11 +224,17 @@ func (d *doctor) redis(ctx context.Context) {
 	case errors.Is(err, redislock.ErrLogin):
 		d.warn("Redis", "mend user and password in ORGKEYS_REDIS_URL"+without, "%v", err)
 	case errors.Is(err, redislock.ErrPermission):
-		d.warn("Redis", "ACL SETUSER … ~orgkeys:quota:* +set +get +del +eval +evalsha"+without, "%v", err)
+		d.warn("Redis", "ACL SETUSER … ~orgkeys:quota:* "+redislock.Commands+without, "%v", err)
+	case errors.Is(err, redislock.ErrMoved):
+		d.warn("Redis", "it is a cluster: name another node in ORGKEYS_REDIS_URL with ?addr=HOST:PORT"+without, "%v", err)
+	case errors.Is(err, redislock.ErrMemory):
+		d.warn("Redis", "raise maxmemory, or set maxmemory-policy to one that evicts (volatile-ttl)"+without, "%v", err)
+	case errors.Is(err, redislock.ErrTLS):
+		d.warn("Redis", "use rediss:// exactly if Redis listens with TLS; ORGKEYS_REDIS_CA_FILE names the authority of its certificate, ORGKEYS_REDIS_CERT_FILE a client certificate if it wants one"+without, "%v", err)
 	case errors.Is(err, redislock.ErrReadOnly):
 		d.warn("Redis", "have ORGKEYS_REDIS_URL lead to the primary, or to the sentinels that know it"+without, "%v", err)
 	default:
-		d.warn("Redis", "start Redis, or mend ORGKEYS_REDIS_URL"+without, "it does not answer, or not as it must: %v", err)
+		d.warn("Redis", "start Redis, or mend ORGKEYS_REDIS_URL (rediss:// only where it listens with TLS)"+without, "it does not answer, or not as it must: %v", err)
 	}
 }
 
@@ -620,12 +626,17 @@ func (d *doctor) connections(ctx context.Context, db *sqlstore.DB, replicas int)
 		return
 	}
 	replicas = max(replicas, 1)
-	if wanted := replicas * sqlstore.PoolSize; wanted > given {
-		d.warn("connections", "raise max_connections in postgresql.conf, or run fewer replicas; a rolling restart needs room for one more",
+	wanted := replicas * d.cfg.DatabaseConnections
+	if db.ThroughPooler() {
+		d.ok("connections", "%d replicas may open %d to the pooler: see that its max_client_conn and pool sizes suffice", replicas, wanted)
+		return
+	}
+	if wanted > given {
+		d.warn("connections", "raise max_connections in postgresql.conf, lower ORGKEYS_DATABASE_CONNECTIONS, or run fewer replicas; a rolling restart needs room for one more",
 			"%d replicas may open %d, and PostgreSQL gives %d", replicas, wanted, given)
 		return
 	}
-	d.ok("connections", "%d replicas may open %d of the %d that PostgreSQL gives", replicas, replicas*sqlstore.PoolSize, given)
+	d.ok("connections", "%d replicas may open %d of the %d that PostgreSQL gives", replicas, wanted, given)
 }
 
 func differ(r, mine sqlstore.Replica) []string {

@@ -220,7 +220,7 @@ func TestTheSequencersPlaceIsTakenOver(t *testing.T) {
 		role := fmt.Sprintf("replica_%d", i)
 		_, err := admin.Exec("CREATE ROLE " + role + " SUPERUSER LOGIN")
 		must(t, err)
-		r.Configured("ORGKEYS_DATABASE_URL", strings.Replace(c.Database, "orgkeys@", role+"@", 1))
+		r.Configured("ORGKEYS_DATABASE_URL", strings.Replace(c.Behind, "orgkeys@", role+"@", 1))
 		byRole[role] = r
 		r.Start(t)
 	}
@@ -329,7 +329,7 @@ func TestDoctorNamesWhatIsWrong(t *testing.T) {
 			must(t, err)
 			_, err = admin.Exec("CREATE ROLE reader LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
 			must(t, errors.Join(err, admin.Close()))
-			return setting("ORGKEYS_DATABASE_URL", strings.Replace(c.Database, "orgkeys@", "reader@", 1))()
+			return setting("ORGKEYS_DATABASE_URL", strings.Replace(c.Behind, "orgkeys@", "reader@", 1))()
 		}, "fail", "database", "lacks INSERT on events"},
 		{"fewer connections than the replicas may open", func() func() {
 			must(t, c.Postgres.Restart("max_connections=30"))

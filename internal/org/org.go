@@ -23,3 +23,7 @@ func Parse(text string) (ID, error) {
 	}
 	return ID(text), nil
 }
+
+// String returns the ID as text. What takes a fmt.Stringer and no other type of
+// kind string, as pgx does where it is told nothing of a statement, needs it.
+func (id ID) String() string { return string(id) }

@@ -10,19 +10,27 @@ package redislock
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	mathrand "math/rand/v2"
 	"net/url"
+	"os"
+	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
 
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
 const (
@@ -34,6 +42,8 @@ const (
 	respite      = time.Second // how long a Redis that failed is left alone
 	releaseLimit = time.Second
 	quiet        = time.Minute // between warnings that it cannot be had
+
+	maxKeyFile = 64 << 10
 
 	prefix = "orgkeys:quota:"
 	probe  = prefix + "{.probe}:" // no organization's: their IDs begin with a letter or digit
@@ -52,9 +62,10 @@ var release = redis.NewScript(`if redis.call("GET", KEYS[1]) == ARGV[1] then ret
 
 // Lock is a Locker on Redis.
 type Lock struct {
-	client   redis.UniversalClient
-	log      *slog.Logger
-	outcomes *prometheus.CounterVec
+	client    redis.UniversalClient
+	encrypted bool
+	log       *slog.Logger
+	outcomes  *prometheus.CounterVec
 
 	mu      sync.Mutex
 	failed  time.Time // when Redis last failed
@@ -72,16 +83,35 @@ var (
 	ErrLogin      = errors.New("the Redis server refuses the user or the password")
 	ErrPermission = errors.New("the Redis user may not do what a lock needs")
 	ErrReadOnly   = errors.New("the Redis server is a read-only replica")
+	ErrMoved      = errors.New("the Redis server is a node of a cluster, and keeps other keys")
+	ErrMemory     = errors.New("the Redis server's memory is full")
+	ErrTLS        = errors.New("no TLS connection to the Redis server comes about")
 )
+
+// Commands are what a lock needs of an access control list, on keys that begin
+// with orgkeys:quota:, with a server, sentinels or a cluster.
+const Commands = "+set +get +del +eval +evalsha +hello +cluster|slots +command"
+
+// Config says how Redis is reached.
+type Config struct {
+	URL      string // see Open
+	CAFile   string // authorities of its certificate, PEM; empty: the system's
+	CertFile string // a client certificate, PEM; empty: none
+	KeyFile  string // its key
+}
 
 // Open reads a URL of one of go-redis' forms: redis://[user:password@]host:port[/db]
 // (rediss:// for TLS), with ?addr=host:port&… further nodes of a cluster, or
 // with ?master_name=NAME&addr=… sentinels. It does not connect.
-func Open(location string, log *slog.Logger) (*Lock, error) {
-	client, err := newClient(location)
+func Open(c Config, log *slog.Logger) (*Lock, error) {
+	trust, err := c.tls()
+	if err != nil {
+		return nil, err
+	}
+	client, err := newClient(c.URL, trust)
 	if err != nil {
 		// go-redis' own text may repeat the URL with its password.
-		return nil, errors.New("the Redis URL cannot be read: it has the form redis://[user:password@]host:port[/db], or rediss:// for TLS")
+		return nil, errors.New("ORGKEYS_REDIS_URL cannot be read: it has the form redis://[user:password@]host:port[/db], or rediss:// for TLS, with ?addr=host:port… for a cluster, with ?master_name=NAME&addr=host:port… for sentinels")
 	}
 	outcomes := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "orgkeys_quota_lock_total", Help: "What became of asking Redis for a quota lock, and of giving it back.",
@@ -89,10 +119,50 @@ func Open(location string, log *slog.Logger) (*Lock, error) {
 	for _, outcome := range []string{held, timeout, unavailable, unreleased} {
 		outcomes.WithLabelValues(outcome) // shown from the start, as 0
 	}
-	return &Lock{client: client, log: log, outcomes: outcomes}, nil
+	return &Lock{client: client, encrypted: strings.HasPrefix(c.URL, "rediss://"), log: log, outcomes: outcomes}, nil
 }
 
-func newClient(location string) (redis.UniversalClient, error) {
+// tls adds authorities and a client certificate to what a rediss:// URL says.
+func (c Config) tls() (func(*tls.Config), error) {
+	var roots *x509.CertPool
+	if c.CAFile != "" {
+		text, err := os.ReadFile(c.CAFile)
+		if err != nil {
+			return nil, fmt.Errorf("reading the authorities for Redis: %w", err)
+		}
+		roots = x509.NewCertPool()
+		if !roots.AppendCertsFromPEM(text) {
+			return nil, fmt.Errorf("reading the authorities for Redis: no certificate in %s", c.CAFile)
+		}
+	}
+	var own []tls.Certificate
+	if c.CertFile != "" {
+		key, err := privatefile.Read(c.KeyFile, maxKeyFile, privatefile.Group)
+		if err != nil {
+			return nil, fmt.Errorf("reading the key of the client certificate for Redis: %w", err)
+		}
+		defer clear(key)
+		chain, err := os.ReadFile(c.CertFile)
+		if err != nil {
+			return nil, fmt.Errorf("reading the client certificate for Redis: %w", err)
+		}
+		pair, err := tls.X509KeyPair(chain, key)
+		if err != nil {
+			return nil, fmt.Errorf("reading the client certificate for Redis: %w", err)
+		}
+		own = []tls.Certificate{pair}
+	}
+	return func(t *tls.Config) {
+		if t != nil { // rediss://
+			t.MinVersion, t.RootCAs, t.Certificates = tls.VersionTLS12, roots, own
+		}
+	}, nil
+}
+
+func newClient(location string, trust func(*tls.Config)) (redis.UniversalClient, error) {
+	// Neither who the client is nor whether a managed server is maintained is said:
+	// old servers know no such commands, and each would be one more right.
+	quiet := &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	redis.SetLogger(silent{}) // it would write to standard error whatever fails; errors are returned too
 	parsed, err := url.Parse(location)
 	if err != nil {
@@ -105,6 +175,8 @@ func newClient(location string) (redis.UniversalClient, error) {
 			return nil, err
 		}
 		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
+		o.DisableIdentity = true
+		trust(o.TLSConfig)
 		return redis.NewFailoverClient(o), nil
 	case query.Has("addr"):
 		o, err := redis.ParseClusterURL(location)
@@ -112,6 +184,8 @@ func newClient(location string) (redis.UniversalClient, error) {
 			return nil, err
 		}
 		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
+		o.DisableIdentity, o.MaintNotificationsConfig = true, quiet
+		trust(o.TLSConfig)
 		return redis.NewClusterClient(o), nil
 	default:
 		o, err := redis.ParseURL(location)
@@ -119,6 +193,8 @@ func newClient(location string) (redis.UniversalClient, error) {
 			return nil, err
 		}
 		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
+		o.DisableIdentity, o.MaintNotificationsConfig = true, quiet
+		trust(o.TLSConfig)
 		return redis.NewClient(o), nil
 	}
 }
@@ -151,9 +227,32 @@ func (l *Lock) Healthy(ctx context.Context) error {
 		return fmt.Errorf("%w: %w", ErrPermission, err)
 	case redis.IsReadOnlyError(err):
 		return fmt.Errorf("%w: %w", ErrReadOnly, err)
+	case redis.HasErrorPrefix(err, "MOVED "), redis.HasErrorPrefix(err, "ASK "), redis.HasErrorPrefix(err, "CLUSTERDOWN"):
+		return fmt.Errorf("%w: %w", ErrMoved, err)
+	case redis.IsOOMError(err):
+		return fmt.Errorf("%w: %w", ErrMemory, err)
+	case l.tlsMismatch(err):
+		return fmt.Errorf("%w: %w", ErrTLS, err)
 	default:
 		return err
 	}
+}
+
+// tlsMismatch reports whether one side speaks TLS and the other does not, or one
+// does not accept the other's certificate.
+func (l *Lock) tlsMismatch(err error) bool {
+	if _, ok := errors.AsType[tls.AlertError](err); ok {
+		return true
+	}
+	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+		return true
+	}
+	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+		return true
+	}
+	// A server that wants TLS hangs up on a greeting without.
+	return !l.encrypted && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) ||
+		l.encrypted && strings.Contains(err.Error(), "remote error: tls:") // net.OpError hides the alert
 }
 
 // Lock implements orgkey.Locker.

@@ -35,7 +35,7 @@ func start(t *testing.T, args ...string) *redistest.Server {
 
 func open(t *testing.T, url string) *redislock.Lock {
 	t.Helper()
-	l, err := redislock.Open(url, slog.New(slog.DiscardHandler))
+	l, err := redislock.Open(redislock.Config{URL: url}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -211,7 +211,7 @@ func outcomes(t *testing.T, l *redislock.Lock) string {
 func TestWhatBecomesOfLocksIsCounted(t *testing.T) {
 	s := start(t, "--user", "orgkeys", "on", ">canary-password", "~orgkeys:*", "+set", "+hello")
 	var log strings.Builder
-	l, err := redislock.Open(strings.Replace(s.URL(), "redis://", "redis://orgkeys:canary-password@", 1), slog.New(slog.NewTextHandler(&log, nil)))
+	l, err := redislock.Open(redislock.Config{URL: strings.Replace(s.URL(), "redis://", "redis://orgkeys:canary-password@", 1)}, slog.New(slog.NewTextHandler(&log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -237,13 +237,13 @@ func TestWhatBecomesOfLocksIsCounted(t *testing.T) {
 
 func TestURLForms(t *testing.T) {
 	for _, good := range []string{"redis://h:1", "rediss://u:p@h:1/2", "redis://h:1?addr=h:2&addr=h:3", "redis://h:1?master_name=m&addr=h:2"} {
-		if l, err := redislock.Open(good, slog.New(slog.DiscardHandler)); err != nil {
+		if l, err := redislock.Open(redislock.Config{URL: good}, slog.New(slog.DiscardHandler)); err != nil {
 			t.Errorf("%s: %v", good, err)
 		} else {
 			l.Close()
 		}
 	}
-	_, err := redislock.Open("redis://u:canary-password@h:notaport?db=x", slog.New(slog.DiscardHandler))
+	_, err := redislock.Open(redislock.Config{URL: "redis://u:canary-password@h:notaport?db=x"}, slog.New(slog.DiscardHandler))
 	if err == nil || strings.Contains(err.Error(), "canary") {
 		t.Errorf("a bad URL: %v", err)
 	}

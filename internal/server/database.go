@@ -24,6 +24,7 @@ func OpenDatabase(ctx context.Context, cfg config.Config) (*sqlstore.DB, error) 
 	if err != nil {
 		return nil, err
 	}
+	db.LimitConnections(cfg.DatabaseConnections)
 	migrating, cancel := context.WithTimeout(ctx, migrateTimeout)
 	defer cancel()
 	if err := db.Migrate(migrating); err != nil {

@@ -268,6 +268,11 @@ func tokenIssuers(cfg config.Config, dir string, log *slog.Logger) ([]authn.Issu
 	return authn.Open(configured, cfg.JWKSInterval, log)
 }
 
+// RedisConfig is how the settings say that Redis is reached.
+func RedisConfig(cfg config.Config) redislock.Config {
+	return redislock.Config{URL: cfg.RedisURL, CAFile: cfg.RedisCAFile, CertFile: cfg.RedisCertFile, KeyFile: cfg.RedisKeyFile}
+}
+
 // locker keeps concurrent reservations of an organization in order: within the
 // process, or on Redis among replicas.
 type locker struct {
@@ -281,9 +286,9 @@ func openLocker(cfg config.Config, log *slog.Logger) (locker, error) {
 	if cfg.RedisURL == "" {
 		return locker{Locker: orgkey.NewLocalLock(), close: func() error { return nil }}, nil
 	}
-	l, err := redislock.Open(cfg.RedisURL, log)
+	l, err := redislock.Open(RedisConfig(cfg), log)
 	if err != nil {
-		return locker{}, fmt.Errorf("ORGKEYS_REDIS_URL: %w", err)
+		return locker{}, fmt.Errorf("Redis: %w", err)
 	}
 	return locker{l, []api.Check{{Name: "redis", Ask: l.Healthy, Optional: true}}, []prometheus.Collector{l.Outcomes()}, l.Close}, nil
 }

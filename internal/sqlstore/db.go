@@ -14,7 +14,6 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"net/url"
 	"slices"
@@ -24,7 +23,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/stdlib"
 	_ "modernc.org/sqlite" // registers the driver "sqlite"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -35,6 +33,7 @@ import (
 const (
 	connectTimeout   = 3 * time.Second
 	statementTimeout = 5 * time.Second
+	silenceTimeout   = 3 * time.Second // of a transaction, shorter than statementTimeout: what waits for its locks gets them in time
 	answerTimeout    = 8 * time.Second // for a whole transaction or query, by this process's clock: a server that hangs keeps no time
 	idleTime         = 5 * time.Minute
 	durableFor       = time.Second     // between two looks at whether PostgreSQL keeps what it acknowledges
@@ -44,35 +43,28 @@ const (
 	firstRetry       = 5 * time.Millisecond
 )
 
-// PoolSize is how many connections a process opens at most.
-const PoolSize = 20
-
-// sessionSettings are those of every PostgreSQL connection. The server ends a
-// transaction whose client is stopped, and notices within seconds one whose
-// host is gone: until then it would keep its locks.
-var sessionSettings = map[string]string{
-	"application_name":                    "orgkeys",
-	"statement_timeout":                   fmt.Sprint(statementTimeout.Milliseconds()),
-	"idle_in_transaction_session_timeout": fmt.Sprint(statementTimeout.Milliseconds()),
-	"tcp_keepalives_idle":                 "3",
-	"tcp_keepalives_interval":             "1",
-	"tcp_keepalives_count":                "3",
-	"tcp_user_timeout":                    "6000",
-}
+// DefaultConnections is how many connections a process opens at most, unless
+// LimitConnections says otherwise, and MinConnections how many it needs: what is
+// done under a lock for all replicas keeps one for as long as it takes.
+const (
+	DefaultConnections = 20
+	MinConnections     = 5
+)
 
 // DB is the database. It implements orgkey.Store and audit.Store.
 type DB struct {
-	snapshot         // the log as it is at each moment
-	read     *pool   // PostgreSQL: everything; SQLite: readers
-	writer   *writer // SQLite only
-	postgres bool
-	recorded chan struct{}
-	eventKey *audit.EventKey // nil until UseEventKey
-	standbys atomic.Value    // of string: PostgreSQL's synchronous_standby_names, as last seen
-	timeline string          // PostgreSQL's expression for it
-	replica  atomic.Value    // of string: this process's ID among the replicas
-	holder   string          // see UseHolder
-	evidence evidence
+	snapshot          // the log as it is at each moment
+	read      *pool   // PostgreSQL: everything; SQLite: readers
+	writer    *writer // SQLite only
+	postgres  bool
+	connector *connector // PostgreSQL only
+	recorded  chan struct{}
+	eventKey  *audit.EventKey // nil until UseEventKey
+	standbys  atomic.Value    // of string: PostgreSQL's synchronous_standby_names, as last seen
+	timeline  string          // PostgreSQL's expression for it
+	replica   atomic.Value    // of string: this process's ID among the replicas
+	holder    string          // see UseHolder
+	evidence  evidence
 }
 
 // Open opens the database at location: a postgres:// URL, or a SQLite file's
@@ -101,9 +93,8 @@ func openSQLite(ctx context.Context, path string) (*DB, error) {
 		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), single.Close())
 	}
 	readers := &pool{DB: opened, prepared: map[string]*sql.Stmt{}}
-	readers.SetMaxOpenConns(PoolSize)
-	readers.SetMaxIdleConns(PoolSize)
 	d := &DB{snapshot: snapshot{readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
+	d.LimitConnections(DefaultConnections)
 	// The first connection to write creates the file and turns on its WAL.
 	if err := errors.Join(single.PingContext(ctx), readers.PingContext(ctx)); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), d.Close())
@@ -117,15 +108,16 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 		// pgx's own text may repeat the URL with its password.
 		return nil, errors.New("the PostgreSQL URL cannot be read: it has the form postgres://user@host:5432/database?sslmode=verify-full")
 	}
+	if err := checkMode(config.DefaultQueryExecMode); err != nil {
+		return nil, err
+	}
 	config.ConnectTimeout = connectTimeout
 	config.OnNotice = noteNotice
-	maps.Copy(config.RuntimeParams, sessionSettings)
 	if config.ValidateConnect == nil { // the URL has no target_session_attrs
-		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+		config.ValidateConnect = writable
 	}
-	all := &pool{DB: stdlib.OpenDB(*config, stdlib.OptionAfterConnect(checkDurable), stdlib.OptionResetSession(stillDurable()))}
-	all.SetMaxOpenConns(PoolSize)
-	all.SetMaxIdleConns(PoolSize)
+	connector := newConnector(*config)
+	all := &pool{DB: sql.OpenDB(connector)}
 	all.SetConnMaxIdleTime(idleTime)
 	all.SetConnMaxLifetime(connectionLife)
 	if err := all.PingContext(ctx); err != nil {
@@ -139,8 +131,9 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 	if err != nil {
 		return nil, errors.Join(err, all.Close())
 	}
-	d := &DB{snapshot: snapshot{all}, read: all, postgres: true, timeline: timeline, recorded: make(chan struct{}, 1)}
+	d := &DB{snapshot: snapshot{all}, read: all, postgres: true, connector: connector, timeline: timeline, recorded: make(chan struct{}, 1)}
 	d.standbys.Store(standbys)
+	d.LimitConnections(DefaultConnections)
 	return d, nil
 }
 
@@ -180,13 +173,26 @@ func stillDurable() func(context.Context, *pgx.Conn) error {
 	}
 }
 
-// Close waits for writes under way and closes the database.
+// LimitConnections has the process open at most n connections (on SQLite, for
+// reading), from MinConnections on. Idle ones are kept for a while.
+func (d *DB) LimitConnections(n int) {
+	d.read.SetMaxOpenConns(n)
+	d.read.SetMaxIdleConns(n)
+}
+
+// ThroughPooler reports whether the last connection led to a pooler and not to
+// PostgreSQL itself.
+func (d *DB) ThroughPooler() bool { return d.connector != nil && d.connector.viaPooler.Load() }
+
+// Close waits for writes under way and closes the database. On SQLite the last
+// connection to close, if it may write, moves what the write-ahead log holds into
+// the database's file, and removes the log.
 func (d *DB) Close() error {
-	var err error
+	err := d.read.close()
 	if d.writer != nil {
-		err = d.writer.close()
+		err = errors.Join(err, d.writer.close())
 	}
-	return errors.Join(err, d.read.Close())
+	return err
 }
 
 // rewriteHead changes nothing, and has SQLite write and commit a page all the
@@ -317,7 +323,7 @@ func unavailable(err error) error {
 	if err == nil || errors.Is(err, orgkey.ErrUnavailable) {
 		return err
 	}
-	return fmt.Errorf("%w: %w", orgkey.ErrUnavailable, err)
+	return fmt.Errorf("%w: %w", orgkey.ErrUnavailable, explain(err))
 }
 
 // exec runs a statement and returns how many rows it touched.

@@ -6,8 +6,8 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/stdlib"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 )
@@ -41,7 +41,7 @@ func noteNotice(conn *pgconn.PgConn, n *pgconn.Notice) {
 // the commit that conn has just made.
 func replicated(conn *sql.Conn) error {
 	return conn.Raw(func(driver any) error {
-		data := driver.(*stdlib.Conn).Conn().PgConn().CustomData()
+		data := driver.(interface{ Conn() *pgx.Conn }).Conn().PgConn().CustomData()
 		if _, cancelled := data[notReplicated]; cancelled {
 			delete(data, notReplicated)
 			return unavailable(ErrNotReplicated)

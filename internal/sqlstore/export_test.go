@@ -27,9 +27,25 @@ func (d *DB) Hold(ctx context.Context, name string) (*sql.Tx, error) {
 	if err != nil {
 		return nil, err
 	}
-	mine, err := d.tryLock(ctx, &txn{Tx: tx}, name)
+	mine, err := d.tryLock(ctx, &txn{Tx: tx}, name, holderIdle)
 	if err == nil && !mine {
 		err = errors.New("another has it")
 	}
 	return tx, err
+}
+
+// BeginAndLock takes a lock in a transaction and is then silent, as a process
+// that is stopped.
+func (d *DB) BeginAndLock(ctx context.Context, name string) (*sql.Tx, error) {
+	tx, err := d.read.BeginTx(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	return tx, d.lock(ctx, &txn{Tx: tx}, name)
+}
+
+// SessionSetting is a setting of a session as it is.
+func (d *DB) SessionSetting(ctx context.Context, name string) (value string, err error) {
+	err = d.read.QueryRowContext(ctx, "SELECT current_setting($1)", name).Scan(&value)
+	return value, err
 }

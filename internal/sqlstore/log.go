@@ -108,7 +108,7 @@ func (d *DB) Sequence(ctx context.Context, limit int, only audit.Condition) (int
 	}
 	n, refused := 0, 0
 	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
-		mine, err := d.tryLock(ctx, tx, "sequencer")
+		mine, err := d.tryLock(ctx, tx, "sequencer", holderIdle)
 		if err != nil || !mine {
 			return err
 		}
@@ -135,14 +135,14 @@ const (
 )
 
 // tryLock is lock without waiting. The transaction does not outlive its
-// holder's silence by more than holderIdle.
-func (d *DB) tryLock(ctx context.Context, tx *txn, name string) (bool, error) {
+// holder's silence by more than idle.
+func (d *DB) tryLock(ctx context.Context, tx *txn, name string, idle time.Duration) (bool, error) {
 	if !d.postgres {
 		return true, nil
 	}
 	var mine bool
 	err := tx.QueryRowContext(ctx, `SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))
-		FROM set_config('idle_in_transaction_session_timeout', $2, true)`, name, strconv.FormatInt(holderIdle.Milliseconds(), 10)).Scan(&mine)
+		FROM set_config('idle_in_transaction_session_timeout', $2, true)`, name, strconv.FormatInt(idle.Milliseconds(), 10)).Scan(&mine)
 	return mine, unavailable(err)
 }
 
@@ -347,6 +347,10 @@ func (d *DB) Index(ctx context.Context, eventID string) (int64, bool, error) {
 // transaction, so it goes with a process that dies, and with one that is
 // stopped; then do's context ends when that process goes on.
 func (d *DB) Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error) {
+	return d.exclusive(ctx, name, holderIdle, do)
+}
+
+func (d *DB) exclusive(ctx context.Context, name string, idle time.Duration, do func(context.Context) error) (bool, error) {
 	if !d.postgres {
 		return true, do(ctx)
 	}
@@ -355,7 +359,7 @@ func (d *DB) Exclusive(ctx context.Context, name string, do func(context.Context
 		return false, unavailable(err)
 	}
 	tx := &txn{Tx: begun}
-	mine, err := d.tryLock(ctx, tx, name)
+	mine, err := d.tryLock(ctx, tx, name, idle)
 	if err != nil || !mine {
 		return false, errors.Join(err, ignoreDone(tx.Rollback()))
 	}

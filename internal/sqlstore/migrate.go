@@ -11,7 +11,6 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/pressly/goose/v3"
-	"github.com/pressly/goose/v3/lock"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -29,7 +28,7 @@ func (d *DB) Migrate(ctx context.Context) error {
 	}
 	// A start need not wait for its turn to migrate to find that it is done. In doubt it does.
 	if done, err := d.migrated(ctx, provider); err != nil || !done {
-		if err := d.migrate(ctx, provider); err != nil {
+		if err := d.migrateAlone(ctx, provider); err != nil {
 			return fmt.Errorf("migrating the database: %w", unavailable(err))
 		}
 	}
@@ -108,30 +107,44 @@ func (d *DB) migrated(ctx context.Context, provider *goose.Provider) (bool, erro
 	return err == nil && applied[0] > 0, err
 }
 
-// A replica that finds another migrating tries again after migrateRetry
-// seconds, migrateRetries times.
 const (
-	migrateRetry   = 1
-	migrateRetries = 60
+	migrateRetry = 250 * time.Millisecond // before a replica that finds another migrating looks again
+	migrateIdle  = 30 * time.Second       // how long one that migrates may be silent
 )
+
+// migrateAlone migrates unless another replica does, and else waits until it has,
+// or has died. The lock belongs to a transaction and not to a session, so it
+// holds behind a pooler and is never left over.
+func (d *DB) migrateAlone(ctx context.Context, provider *goose.Provider) error {
+	for {
+		mine, err := d.exclusive(ctx, "migrate", migrateIdle, func(ctx context.Context) error { return d.migrate(ctx, provider) })
+		if err != nil || mine {
+			return err
+		}
+		select {
+		case <-time.After(migrateRetry):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if done, err := d.migrated(ctx, provider); err != nil || done {
+			return err
+		}
+	}
+}
 
 func (d *DB) provider() (*goose.Provider, error) {
 	if d.postgres {
-		locker, err := lock.NewPostgresSessionLocker(lock.WithLockTimeout(migrateRetry, migrateRetries))
-		if err != nil {
-			return nil, err
-		}
-		return newProvider(goose.DialectPostgres, d.read.DB, "migrations/postgres", goose.WithSessionLocker(locker))
+		return newProvider(goose.DialectPostgres, d.read.DB, "migrations/postgres")
 	}
 	return newProvider(goose.DialectSQLite3, d.writer.db, "migrations/sqlite")
 }
 
-func newProvider(dialect goose.Dialect, db *sql.DB, dir string, options ...goose.ProviderOption) (*goose.Provider, error) {
+func newProvider(dialect goose.Dialect, db *sql.DB, dir string) (*goose.Provider, error) {
 	files, err := fs.Sub(migrations, dir)
 	if err != nil {
 		return nil, err
 	}
-	return goose.NewProvider(dialect, db, files, options...)
+	return goose.NewProvider(dialect, db, files)
 }
 
 // ErrNotMigrated: the database has no schema yet, or an older one.

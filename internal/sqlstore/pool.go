@@ -3,6 +3,7 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"sync"
 )
 
@@ -33,6 +34,18 @@ func (p *pool) statement(ctx context.Context, text string) (*sql.Stmt, error) {
 		p.prepared[text] = s
 	}
 	return s, err
+}
+
+// close closes the statements too: SQLite keeps a connection open for as long as
+// one of its statements is.
+func (p *pool) close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	for _, s := range p.prepared {
+		errs = append(errs, s.Close())
+	}
+	return errors.Join(append(errs, p.DB.Close())...)
 }
 
 func (p *pool) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {

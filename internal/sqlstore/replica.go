@@ -78,7 +78,7 @@ func (d *DB) Replicas(ctx context.Context) ([]Replica, error) {
 }
 
 // Connections is how many connections PostgreSQL gives to all who are not its
-// superusers, of which each replica may take PoolSize.
+// superusers, of which each replica may take as many as LimitConnections says.
 func (d *DB) Connections(ctx context.Context) (n int, err error) {
 	err = d.read.QueryRowContext(ctx, "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int").Scan(&n)
 	return n, unavailable(err)

@@ -101,9 +101,13 @@ func (w *writer) forget() error {
 	if w.conn == nil {
 		return nil
 	}
+	var errs []error
+	for _, s := range w.prepared {
+		errs = append(errs, s.Close()) // the connection would stay open for it
+	}
 	conn := w.conn
-	w.conn = nil
-	return conn.Close()
+	w.conn, w.prepared = nil, nil
+	return errors.Join(append(errs, conn.Close())...)
 }
 
 // statement prepares each statement once: parsing was a third of the writer's time.

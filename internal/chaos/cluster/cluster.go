@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -23,6 +24,10 @@ import (
 	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
 )
 
+// PoolerMode is the environment variable that puts a PgBouncer in this pool_mode
+// between the replicas and PostgreSQL.
+const PoolerMode = "ORGKEYS_TEST_POOLER"
+
 // Cluster is what the replicas share, and the replicas.
 type Cluster struct {
 	Postgres *pgtest.Server
@@ -30,7 +35,8 @@ type Cluster struct {
 	Vault    *vaulttest.Server
 	Issuer   *harness.Issuer
 	Replicas []*harness.Server
-	Database string // URL
+	Database string // URL of the database itself
+	Behind   string // URL by which the replicas reach it: the same, or a pooler's
 }
 
 // Start starts what n replicas share and then the replicas, each on a port of
@@ -52,7 +58,7 @@ func Configure(t testing.TB, n int, more ...harness.Option) *Cluster {
 	c.startRedis(t)
 	options := append(c.startVault(t),
 		harness.TrustedBy(c.Issuer), harness.Set("ORGKEYS_KEYSTORE", "vault"),
-		harness.Set("ORGKEYS_DATABASE_URL", c.Database), harness.Set("ORGKEYS_REDIS_URL", c.Redis.URL()))
+		harness.Set("ORGKEYS_DATABASE_URL", c.Behind), harness.Set("ORGKEYS_REDIS_URL", c.Redis.URL()))
 	for i := range n {
 		own := append(options, harness.In(filepath.Join(t.TempDir(), fmt.Sprintf("replica-%d", i+1))),
 			harness.Set("ORGKEYS_LISTEN", freeAddress(t)), harness.Set("ORGKEYS_ADMIN_LISTEN", freeAddress(t)))
@@ -94,6 +100,15 @@ func (c *Cluster) startPostgres(t testing.TB) {
 	t.Cleanup(func() { atEnd(t, c.Postgres.Close) })
 	if c.Database, err = c.Postgres.NewDatabase("orgkeys"); err != nil {
 		t.Fatal(err)
+	}
+	c.Behind = c.Database
+	if mode := os.Getenv(PoolerMode); mode != "" {
+		p, err := c.Postgres.Pooler(mode, "default_pool_size = 60", "max_client_conn = 500")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { atEnd(t, p.Close) })
+		c.Behind = p.URL("orgkeys")
 	}
 }
 

@@ -1,0 +1,85 @@
+package pgtest
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/freeport"
+)
+
+// logins are the roles that tests log in with, without passwords.
+const logins = `"orgkeys" ""
+"reader" ""
+"replica_0" ""
+"replica_1" ""
+"replica_2" ""
+`
+
+// Pooler is a running PgBouncer before a Server.
+type Pooler struct {
+	port int
+	cmd  *exec.Cmd
+}
+
+// Pooler starts a PgBouncer in a pool_mode: session, transaction or statement.
+// Settings are further lines of its [pgbouncer] section, such as
+// "default_pool_size = 5".
+func (s *Server) Pooler(mode string, settings ...string) (*Pooler, error) {
+	if _, err := exec.LookPath("pgbouncer"); err != nil {
+		return nil, errors.New("PgBouncer is not installed: apt install pgbouncer")
+	}
+	port, err := freeport.Find()
+	if err != nil {
+		return nil, err
+	}
+	users, file := filepath.Join(s.dir, "users.txt"), filepath.Join(s.dir, fmt.Sprintf("pgbouncer-%d.ini", port))
+	text := fmt.Sprintf("[databases]\n* = host=127.0.0.1 port=%d\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = %d\nunix_socket_dir =\n"+
+		"auth_type = trust\nauth_file = %s\npool_mode = %s\n", s.port, port, users, mode)
+	for _, line := range settings {
+		text += line + "\n"
+	}
+	if err := errors.Join(os.WriteFile(users, []byte(logins), 0o644), os.WriteFile(file, []byte(text), 0o644)); err != nil {
+		return nil, err
+	}
+	cmd := exec.Command("pgbouncer", "-q", file)
+	cmd.Dir = s.dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.as, Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	p := &Pooler{port, cmd}
+	return p, p.ready()
+}
+
+// ready waits until the pooler listens.
+func (p *Pooler) ready() error {
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", p.port))
+		if err == nil {
+			return conn.Close()
+		}
+		if time.Now().After(deadline) {
+			return errors.Join(fmt.Errorf("PgBouncer did not start within 10 s: %w", err), p.Close())
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// URL is a database's location behind the pooler.
+func (p *Pooler) URL(database string) string {
+	return fmt.Sprintf("postgres://orgkeys@127.0.0.1:%d/%s?sslmode=disable", p.port, database)
+}
+
+// Close ends the pooler.
+func (p *Pooler) Close() error {
+	err := p.cmd.Process.Kill()
+	_ = p.cmd.Wait() // it was killed
+	return err
+}
