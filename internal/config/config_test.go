@@ -197,7 +197,7 @@ func TestErrorsShowLineAndValue(t *testing.T) {
 		"ORGKEYS_ISSUER=https://canary:canary@i ":        "ORGKEYS_ISSUER",
 		"ORGKEYS_TRUSTED_PROXIES=canary@x":               "ORGKEYS_TRUSTED_PROXIES",
 		"ORGKEYS_VAULT_TOKEN_FILE=x":                     "ORGKEYS_VAULT_TOKEN_FILE is for ORGKEYS_KEYSTORE=vault",
-		"MAX=5":                                          "MAX is not a setting",
+		"MAX=5":                                          "MAX is neither a setting",
 		"just text":                                      "not a line of NAME=VALUE",
 		"ORGKEYS_LOG_LEVEL=info\nORGKEYS_LOG_LEVEL=info": "ORGKEYS_LOG_LEVEL is given twice (line 2",
 	} {
