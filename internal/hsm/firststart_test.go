@@ -43,7 +43,7 @@ func firstStart(ctx context.Context) (err error) {
 		return err
 	}
 	cfg := configFromEnv()
-	cfg.Register, cfg.CreateSealingKey = db, !sealed
+	cfg.Register, cfg.CreateSealingKey = lingering{db}, !sealed
 	cfg.noGCM = os.Getenv(kind) == "SoftHSM, CBC and HMAC"
 	token, err := Open(ctx, cfg)
 	if err != nil {
@@ -72,6 +72,15 @@ func firstStart(ctx context.Context) (err error) {
 		return err
 	}
 	_, err = fmt.Printf("%x %x\n", token.sealID, token.signID)
+	return err
+}
+
+// lingering is a register that has others come to the same point before a key is made.
+type lingering struct{ *sqlstore.DB }
+
+func (l lingering) AnnounceKey(ctx context.Context, purpose string, id []byte) error {
+	err := l.DB.AnnounceKey(ctx, purpose, id)
+	time.Sleep(300 * time.Millisecond)
 	return err
 }
 
@@ -168,7 +177,9 @@ func (f *firstStarts) keep() {
 // start runs one, and kills it after the given time; 0: not at all.
 func (f *firstStarts) start(life time.Duration) (said string, killed bool, err error) {
 	var out, trouble bytes.Buffer
-	cmd := childCommand(f.t, "first start", "", append(configEnv(f.cfg), childDatabase+"="+f.location)...)
+	replica := f.cfg
+	replica.AttemptFile = AttemptFile(f.t.TempDir()) // each has a data directory of its own
+	cmd := childCommand(f.t, "first start", "", append(configEnv(replica), childDatabase+"="+f.location)...)
 	cmd.Stdout, cmd.Stderr = &out, &trouble
 	if err := cmd.Start(); err != nil {
 		return "", false, err
