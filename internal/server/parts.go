@@ -288,7 +288,7 @@ func openLocker(cfg config.Config, log *slog.Logger) (locker, error) {
 	}
 	l, err := redislock.Open(RedisConfig(cfg), log)
 	if err != nil {
-		return locker{}, fmt.Errorf("Redis: %w", err)
+		return locker{}, fmt.Errorf("opening the lock on Redis: %w", err)
 	}
 	return locker{l, []api.Check{{Name: "redis", Ask: l.Healthy, Optional: true}}, []prometheus.Collector{l.Outcomes()}, l.Close}, nil
 }
