@@ -138,6 +138,7 @@ func swept(org org.ID, id string) audit.Event { return orgkey.SweptEvent(org, id
 func TestHasSealedSeesEveryTable(t *testing.T) {
 	inserts := map[string]string{
 		"org_keys":        `INSERT INTO org_keys (id, org_id, slot, state, sealed) VALUES ('k', 'acme', 1, 'released', '\x00')`,
+		"keys_of_nodes":   `INSERT INTO keys_of_nodes (id, org_id, slot, state, sealed) VALUES ('k', 'acme', 1, 'released', '\x00')`,
 		"boot_secrets":    `INSERT INTO boot_secrets (org_id, name, sealed, created_at, updated_at) VALUES ('acme', 'env', '\x00', 1, 1)`,
 		"checkpoint_keys": `INSERT INTO checkpoint_keys (vkey, sealed) VALUES ('v', '\x00')`,
 		"event_keys":      `INSERT INTO event_keys (origin, sealed) VALUES ('o', '\x00')`,

@@ -38,7 +38,8 @@ func (s *Server) Pooler(mode string, settings ...string) (*Pooler, error) {
 	if err != nil {
 		return nil, err
 	}
-	users, file := filepath.Join(s.dir, "users.txt"), filepath.Join(s.dir, fmt.Sprintf("pgbouncer-%d.ini", port))
+	// Files of its own: another pooler may just be reading what this one writes.
+	users, file := filepath.Join(s.dir, fmt.Sprintf("users-%d.txt", port)), filepath.Join(s.dir, fmt.Sprintf("pgbouncer-%d.ini", port))
 	text := fmt.Sprintf("[databases]\n* = host=127.0.0.1 port=%d\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = %d\nunix_socket_dir =\n"+
 		"auth_type = trust\nauth_file = %s\npool_mode = %s\n", s.port, port, users, mode)
 	for _, line := range settings {
