@@ -158,8 +158,10 @@ func TestAProviderWhoseReplicasDisagree(t *testing.T) {
 				s.set.Store(&b)
 			}
 			_ = findKey(k, fmt.Sprintf("unknown-%d", i))
+			time.Sleep(time.Second)
 		}
-		if n := s.reads.Load(); n > unknownBurst+3 {
+		// The burst, three more in 100 s, and those that first showed a key.
+		if n := s.reads.Load(); n > unknownBurst+3+3 {
 			t.Errorf("%d readings", n)
 		}
 	})
