@@ -46,8 +46,27 @@ type fault struct {
 	mend   func(context.Context, *vaulttest.Cluster, *vaulttest.Server) error
 }
 
+// stepDown has n hand over, again if the others elect it once more.
+func stepDown(ctx context.Context, c *vaulttest.Cluster, n *vaulttest.Server) error {
+	for {
+		if err := c.StepDown(ctx, n); err != nil {
+			return err
+		}
+		for range 150 {
+			if active := c.Active(ctx); active != nil && active != n {
+				return nil
+			}
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(100 * time.Millisecond):
+			}
+		}
+	}
+}
+
 var clusterFaults = []fault{
-	{"it steps down", func(ctx context.Context, c *vaulttest.Cluster, n *vaulttest.Server) error { return c.StepDown(ctx, n) }, nil},
+	{"it steps down", stepDown, nil},
 	{"it is killed", func(_ context.Context, _ *vaulttest.Cluster, n *vaulttest.Server) error { return n.Kill() }, func(ctx context.Context, c *vaulttest.Cluster, n *vaulttest.Server) error {
 		return c.Rejoin(ctx, n)
 	}},
