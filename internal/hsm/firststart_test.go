@@ -119,7 +119,9 @@ func TestFirstStartsOfReplicasMakeOneKey(t *testing.T) {
 	f := &firstStarts{t: t, raw: raw, cfg: cfg, location: location, took: time.Second}
 	for round := range rounds {
 		f.reset()
-		f.round(round%2 == 1)
+		// opencryptoki's processes share memory that a kill may leave half
+		// changed: docs/hsm.md. So its kills are in the long form alone.
+		f.round(round%2 == 1 && (long() || os.Getenv(kind) != "opencryptoki"))
 		if t.Failed() {
 			t.Fatalf("in round %d", round)
 		}
@@ -216,9 +218,9 @@ func (f *firstStarts) round(kills bool) {
 			switch {
 			case killed:
 				f.killed++
-			// SoftHSM empties the token's record during a login, and who looks at
-			// that moment sees no token: the unit starts it again.
-			case err != nil && strings.HasSuffix(f.cfg.Module, "softhsm2.so") && strings.Contains(err.Error(), "CKR_TOKEN_NOT_PRESENT"):
+			// SoftHSM empties the token's record during a login, and opencryptoki
+			// gives no slots for a moment after a kill: the unit starts it again.
+			case err != nil && strings.Contains(err.Error(), "CKR_TOKEN_NOT_PRESENT"):
 			case err != nil && !kills:
 				f.t.Errorf("a start: %v", err)
 			case err == nil:
@@ -232,6 +234,14 @@ func (f *firstStarts) round(kills bool) {
 	f.repair()
 	said, _, err := f.start(0)
 	if err != nil {
+		inToken(f.t, f.cfg, func(lib *module, h pkcs11.SessionHandle) {
+			found, err := find(lib, h, 100, pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true))
+			for _, object := range found {
+				id, _ := readAttribute(lib, h, object, pkcs11.CKA_ID)
+				label, _ := readAttribute(lib, h, object, pkcs11.CKA_LABEL)
+				f.t.Logf("in the token: %s with CKA_ID %x, %v", label, id, err)
+			}
+		})
 		f.t.Fatalf("the last start: %v", err)
 	}
 	all[said]++

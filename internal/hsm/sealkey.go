@@ -176,8 +176,11 @@ func (t *Token) keyByID(h pkcs11.SessionHandle, id []byte) (sealingKey, error) {
 		return sealingKey{}, fmt.Errorf("%w: more than one has the CKA_ID %x; delete those that sealed nothing", errSealingKey, id)
 	}
 	key := sealingKey{format: formatGCM, cipher: ciphers[0]}
-	if len(macs) == 1 {
+	switch {
+	case len(macs) == 1:
 		key.format, key.mac = formatCBCHMAC, macs[0]
+	case t.format == formatCBCHMAC:
+		return sealingKey{}, fmt.Errorf("%w: the one with CKA_ID %x has lost its HMAC key, without which a token that has no CKM_AES_GCM opens nothing: restore the token's backup", errSealingKey, id)
 	}
 	return key, nil
 }
@@ -314,7 +317,8 @@ func (t *Token) makeSealingKey(ctx context.Context, h pkcs11.SessionHandle) ([]b
 	if err != nil {
 		return nil, err
 	}
-	if err = errors.Join(t.checkSealingKey(h, key), key.checkWorks(t.lib, h)); err != nil {
+	_, seen := t.keyByID(h, id) // as every other start will look for it
+	if err = errors.Join(seen, t.checkSealingKey(h, key), key.checkWorks(t.lib, h)); err != nil {
 		err = errors.Join(err, key.destroy(t.lib, h))
 		// Who was chosen meanwhile may have taken this one for a crash's.
 		if chosen, asked := t.cfg.Register.ChosenKey(ctx, purposeSeal); asked == nil && chosen != nil {
