@@ -8,6 +8,9 @@ import (
 
 // The replicas' suite once more, behind a real PgBouncer in each mode that works.
 func TestReplicasBehindPgBouncer(t *testing.T) {
+	if !long() { // it takes minutes, and runs other tests once more
+		return
+	}
 	for _, mode := range []string{"transaction", "session"} {
 		t.Run(mode, func(t *testing.T) {
 			t.Setenv(cluster.PoolerMode, mode)
