@@ -211,11 +211,12 @@ func keystoreOf(name string) string {
 	return ""
 }
 
-// shown is the setting with its value, unless that is none or may hold a secret,
-// as an address with a user name does.
+// shown is the setting with its value, unless that is none or may hold a secret:
+// as an address with a user name does, or what was pasted into the wrong line.
 func (s Setting) shown(given map[string]string) string {
+	const longest = 16
 	value := given[s.Name]
-	if s.Secret || strings.TrimSpace(value) == "" || strings.Contains(value, "@") {
+	if s.Secret || strings.TrimSpace(value) == "" || strings.Contains(value, "@") || len(value) > longest {
 		return s.Name
 	}
 	return fmt.Sprintf("%s=%q", s.Name, value)
@@ -411,7 +412,7 @@ func checkFile(setting, path string) error {
 func (c *Config) checkSinks() error {
 	for i, s := range c.AuditSinks {
 		if s != SinkFile && s != SinkVault || slices.Contains(c.AuditSinks[:i], s) {
-			return fmt.Errorf("ORGKEYS_AUDIT_SINKS: %q: it is a list of %s and %s, each at most once", s, SinkFile, SinkVault)
+			return fmt.Errorf("ORGKEYS_AUDIT_SINKS: item %d: it is a list of %s and %s, each at most once", i+1, SinkFile, SinkVault)
 		}
 	}
 	if filepath.Dir(c.AuditFile) != filepath.Clean(c.DataDir) && slices.Contains(c.AuditSinks, SinkFile) {

@@ -175,16 +175,16 @@ func prefixes(c *Config, v string) error {
 	if err := list(func(*Config) *[]string { return &items })(c, v); err != nil {
 		return err
 	}
-	for _, item := range items {
+	for i, item := range items {
 		p, err := netip.ParsePrefix(item)
 		if addr, addrErr := netip.ParseAddr(item); addrErr == nil {
 			p, err = addr.Prefix(addr.BitLen())
 		}
 		if err != nil {
-			return fmt.Errorf("%q is not an address or CIDR of a proxy", item)
+			return fmt.Errorf("item %d is not an address or CIDR of a proxy", i+1)
 		}
 		if p.Addr().Is4In6() {
-			return fmt.Errorf("%q is an IPv4 address in IPv6's form: write it as IPv4", item)
+			return fmt.Errorf("item %d is an IPv4 address in IPv6's form: write it as IPv4", i+1)
 		}
 		c.TrustedProxies = append(c.TrustedProxies, p.Masked())
 	}
