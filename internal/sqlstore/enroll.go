@@ -552,7 +552,7 @@ func (d *DB) Revoke(ctx context.Context, org org.ID, id string, event audit.Even
 		if err := d.record(ctx, tx, event); err != nil {
 			return err
 		}
-		open, err := query(ctx, tx, scanDelivery, deliveryColumns+" WHERE d.enrollment_id = $1 AND d.stage NOT IN ('received', 'ended') AND d.used_at IS NULL ORDER BY d.key_id", id)
+		open, err := query(ctx, tx, scanDelivery, deliveryColumns+" WHERE d.enrollment_id = $1 AND d.stage NOT IN ('received', 'ended') AND d.used_at IS NULL ORDER BY d.key_id"+d.forUpdate(" OF d"), id)
 		if err != nil {
 			return err
 		}
@@ -610,7 +610,7 @@ func (d *DB) SweepDeliveries(ctx context.Context, limit int, events enroll.Sweep
 				return err
 			}
 		}
-		expired, err := query(ctx, tx, scanText, "SELECT id FROM enrollments WHERE expires_at <= $1 AND ended_at IS NULL ORDER BY expires_at LIMIT $2"+d.forUpdate(" SKIP LOCKED"), now, limit)
+		expired, err := query(ctx, tx, scanText, "SELECT id FROM enrollments WHERE expires_at <= $1 AND ended_at IS NULL ORDER BY expires_at, id LIMIT $2", now, limit)
 		if err != nil {
 			return err
 		}
@@ -644,8 +644,13 @@ func (d *DB) sweepDelivery(ctx context.Context, tx *txn, key string, now int64, 
 }
 
 // sweepEnrollment gives back what nobody claimed of an enrollment that expired.
+// A claim that began in time is waited for.
 func (d *DB) sweepEnrollment(ctx context.Context, tx *txn, id string, now int64, expired func(org.ID, string, int) audit.Event) error {
-	if _, err := exec(ctx, tx, "UPDATE enrollments SET ended_at = $2 WHERE id = $1", id, now); err != nil {
+	if err := d.lock(ctx, tx, "enrollment:"+id); err != nil {
+		return err
+	}
+	n, err := exec(ctx, tx, "UPDATE enrollments SET ended_at = $2 WHERE id = $1 AND ended_at IS NULL", id, now)
+	if err != nil || n == 0 {
 		return err
 	}
 	e, err := enrollment(ctx, tx, id)

@@ -13,6 +13,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
@@ -434,4 +435,91 @@ func TestMigratingConcurrently(t *testing.T) {
 	if err := raw(t, location).QueryRow("SELECT count(*) FROM log_head").Scan(&heads); err != nil || heads != 1 {
 		t.Errorf("%d heads of the log, %v", heads, err)
 	}
+}
+
+// A claim that began before its enrollment expired, and ends after the sweeper
+// looked, keeps its place.
+func TestASweeperWaitsForAClaim(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db := open(t, location)
+	id, err := mint(t, db, enroll.Enrollment{}, 200*time.Millisecond, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	claiming, err := db.BeginAndLock(t.Context(), "enrollment:"+id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	later := time.Now().Add(time.Hour).UnixMicro()
+	statement(t, claiming, "UPDATE deliveries SET stage = 'claimed', recipient = 'r', claimed_at = 1, until = $2 WHERE enrollment_id = $1", id, later)
+	statement(t, claiming, "UPDATE keys_of_nodes SET expires_at = $2 WHERE id IN (SELECT key_id FROM deliveries WHERE enrollment_id = $1)", id, later)
+	time.Sleep(250 * time.Millisecond)
+	places, done := 0, make(chan error, 1)
+	go func() {
+		_, err := db.SweepDeliveries(context.Background(), 10, enroll.SweepEvents{Expired: func(org org.ID, id string, n int) audit.Event {
+			places += n
+			return event(audit.EnrollmentExpired, org, id)
+		}})
+		done <- err
+	}()
+	untilWaiting(t, raw(t, location))
+	if err := claiming.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil || places != 0 {
+		t.Errorf("%d places came back, %v", places, err)
+	}
+	if d, err := db.DeliveryTo(t.Context(), id, "r"); err != nil || d.Stage != enroll.Claimed {
+		t.Errorf("the delivery is %q, %v", d.Stage, err)
+	}
+}
+
+// A key whose receipt is being recorded while its enrollment is revoked was received.
+func TestARevocationWaitsForAReceipt(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db := open(t, location)
+	id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := recipient(t)
+	d, err := claim(t, db, id, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	offered(t, db, d)
+	receiving, err := raw(t, location).Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	statement(t, receiving, "UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = 1 WHERE key_id = $1", d.KeyID)
+	withdrawn, done := 0, make(chan error, 1)
+	go func() {
+		done <- db.Revoke(context.Background(), "acme", id, event(audit.EnrollmentRevoked, "acme", id), func(key string) audit.Event {
+			withdrawn++
+			return event(audit.KeyWithdrawn, "acme", key)
+		})
+	}()
+	untilWaiting(t, raw(t, location))
+	if err := receiving.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil || withdrawn != 0 {
+		t.Errorf("%d keys withdrawn, %v", withdrawn, err)
+	}
+	if d, err := db.DeliveryTo(t.Context(), id, r.ID); err != nil || d.Stage != enroll.Received {
+		t.Errorf("the delivery is %q, %v", d.Stage, err)
+	}
+}
+
+// untilWaiting returns when a session of the database waits for a lock.
+func untilWaiting(t *testing.T, other *sql.DB) {
+	t.Helper()
+	until(t, "a session waits for a lock", func() bool {
+		var n int
+		if err := other.QueryRow("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'").Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n > 0
+	})
 }
