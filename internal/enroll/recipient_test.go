@@ -82,7 +82,7 @@ func TestRecipients(t *testing.T) {
 func TestTerms(t *testing.T) {
 	zero := strings.Repeat("0", 64)
 	for _, good := range []string{
-		``, `{}`, `{"unknown":1}`, `{"uses":1000}`, `{"ttlSeconds":60}`, `{"ttlSeconds":2592000}`, `{"scope":"organization"}`,
+		``, `{}`, `{"uses":1000}`, `{"ttlSeconds":60}`, `{"ttlSeconds":2592000}`, `{"scope":"organization"}`,
 		`{"bind":{"recipient":"` + zero + `"}}`, `{"ip":"::ffff:192.0.2.1"}`, `{"origin":"backend"}`, `{"note":"rack 12"}`,
 	} {
 		if _, err := parseTerms([]byte(good)); err != nil {
@@ -90,6 +90,7 @@ func TestTerms(t *testing.T) {
 		}
 	}
 	for _, bad := range []string{
+		`{"unknown":1}`, `{"aproval":true}`, `{"Approval":true}`, `{"bind":{"recipent":"x"}}`,
 		`[]`, `null`, `{"uses":0}`, `{"uses":1001}`, `{"uses":1.5}`, `{"uses":"2"}`, `{"ttlSeconds":59}`, `{"ttlSeconds":2592001}`, `{"ttlSeconds":-1}`,
 		`{"scope":"Node"}`, `{"scope":"organization","uses":2}`, `{"origin":"node"}`, `{"bind":{}}`, `{"bind":{"recipient":"X"}}`, `{"bind":{"ek":"sha256-x"}}`,
 		`{"uses":2,"bind":{"recipient":"` + zero + `"}}`, `{"ip":"fe80::1%eth0"}`, `{"ip":"host"}`, `{"uses":2,"ip":"192.0.2.1"}`, `{"note":"a\u202eb"}`,

@@ -34,7 +34,7 @@ type termsFields struct {
 func parseTerms(body []byte) (terms, error) {
 	var f termsFields
 	if len(bytes.TrimSpace(body)) > 0 {
-		if err := jsonbody.Decode(body, &f); err != nil {
+		if err := jsonbody.DecodeStrict(body, &f); err != nil {
 			return terms{}, err
 		}
 	}

@@ -1,5 +1,5 @@
-// Package jsonbody reads the JSON bodies of requests by one set of rules:
-// unknown fields are ignored, names are case-sensitive, and duplicate names,
+// Package jsonbody reads the JSON bodies of requests by one set of rules: names
+// are case-sensitive, unknown fields are ignored (or refused, DecodeStrict), and duplicate names,
 // trailing data, invalid UTF-8, wrong types, overlong texts and characters that
 // make a text look like another one are refused.
 package jsonbody
@@ -36,14 +36,25 @@ const wrongType = "is of the wrong type"
 var notObject = &Error{"", "the body is not one JSON object in UTF-8"}
 
 // Decode reads a body into a struct. What it refuses is an *Error.
-func Decode(body []byte, into any) error {
+func Decode(body []byte, into any) error { return decode(body, into) }
+
+// DecodeStrict refuses unknown fields too. It is for bodies that grant
+// something: a misspelt restriction must not be taken for none.
+func DecodeStrict(body []byte, into any) error {
+	return decode(body, into, json.RejectUnknownMembers(true))
+}
+
+func decode(body []byte, into any, options ...json.Options) error {
 	// A null would decode into any struct without an error.
 	if !bytes.HasPrefix(bytes.TrimLeft(body, " \t\r\n"), []byte("{")) {
 		return notObject
 	}
-	err := json.Unmarshal(body, into)
+	err := json.Unmarshal(body, into, options...)
 	if err == nil {
 		return nil
+	}
+	if errors.Is(err, json.ErrUnknownName) {
+		return &Error{"", "the body has a field that is not known"}
 	}
 	if wrong, ok := errors.AsType[*json.SemanticError](err); ok && wrong.JSONPointer != "" {
 		return &Error{strings.TrimPrefix(string(wrong.JSONPointer), "/"), wrongType}

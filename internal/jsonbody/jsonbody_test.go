@@ -42,6 +42,10 @@ func TestWhatABodyMayBe(t *testing.T) {
 			Text   *string `json:"text"`
 		}
 		wantError(t, body, jsonbody.Decode([]byte(body), &fields), want)
+		if body == `{"unknown":[{"a":1}]}` || body == `{"NUMBER":"in capitals"}` || strings.HasPrefix(body, `{"x"`) {
+			want = jsonbody.Error{Problem: "the body has a field that is not known"}
+		}
+		wantError(t, body, jsonbody.DecodeStrict([]byte(body), &fields), want)
 	}
 }
 
