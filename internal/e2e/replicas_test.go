@@ -220,7 +220,7 @@ func TestTheSequencersPlaceIsTakenOver(t *testing.T) {
 		role := fmt.Sprintf("replica_%d", i)
 		_, err := admin.Exec("CREATE ROLE " + role + " SUPERUSER LOGIN")
 		must(t, err)
-		r.Configured("ORGKEYS_DATABASE_URL", strings.Replace(c.Behind, "orgkeys@", role+"@", 1))
+		r.Configured("ORGKEYS_DATABASE_URL", strings.Replace(c.Behind, "//orgkeys", "//"+role, 1))
 		byRole[role] = r
 		r.Start(t)
 	}

@@ -103,13 +103,34 @@ func (c *Cluster) startPostgres(t testing.TB) {
 	}
 	c.Behind = c.Database
 	if mode := os.Getenv(PoolerMode); mode != "" {
-		p, err := c.Postgres.Pooler(mode, "default_pool_size = 60", "max_client_conn = 500")
+		p, err := c.Postgres.PoolerOf(documentedPooler(t, mode))
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { atEnd(t, p.Close) })
 		c.Behind = p.URL("orgkeys")
 	}
+}
+
+// documentedPooler is the pgbouncer.ini that docs/operations.md shows, in this
+// mode. The document asks for more server sessions in session mode.
+func documentedPooler(t testing.TB, mode string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(harness.ModuleRoot(t), "docs", "operations.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, found := strings.Cut(string(text), "\n## PostgreSQL behind PgBouncer\n")
+	_, ini, shown := strings.Cut(section, "```ini\n")
+	ini, _, _ = strings.Cut(ini, "```")
+	if !found || !shown || !strings.Contains(ini, "\npool_mode = transaction\n") || !strings.Contains(ini, "\ndefault_pool_size = 20\n") {
+		t.Fatalf("docs/operations.md shows no pgbouncer.ini that this test can put into a mode: %s", ini)
+	}
+	if mode == "transaction" {
+		return ini
+	}
+	ini = strings.Replace(ini, "pool_mode = transaction", "pool_mode = "+mode, 1)
+	return strings.Replace(ini, "default_pool_size = 20", "default_pool_size = 60", 1) // three replicas' connections
 }
 
 func (c *Cluster) startRedis(t testing.TB) {

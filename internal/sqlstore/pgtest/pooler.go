@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"syscall"
 	"time"
 
@@ -24,6 +26,7 @@ const logins = `"orgkeys" ""
 // Pooler is a running PgBouncer before a Server.
 type Pooler struct {
 	port int
+	user string // and password, of its URLs
 	cmd  *exec.Cmd
 }
 
@@ -31,6 +34,25 @@ type Pooler struct {
 // Settings are further lines of its [pgbouncer] section, such as
 // "default_pool_size = 5".
 func (s *Server) Pooler(mode string, settings ...string) (*Pooler, error) {
+	return s.pooler("orgkeys", logins, func(port int, users string) string {
+		return fmt.Sprintf("[databases]\n* = host=127.0.0.1 port=%d\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = %d\nunix_socket_dir =\n"+
+			"auth_type = trust\nauth_file = %s\npool_mode = %s\n%s\n", s.port, port, users, mode, strings.Join(settings, "\n"))
+	})
+}
+
+// PoolerOf starts a PgBouncer with somebody's pgbouncer.ini, in which only what
+// belongs to a machine is another: where the server is, the port, the users' file.
+// Its users have a password.
+func (s *Server) PoolerOf(ini string) (*Pooler, error) {
+	const password = "of-the-pooler"
+	return s.pooler("orgkeys:"+password, strings.ReplaceAll(logins, `""`, `"`+password+`"`), func(port int, users string) string {
+		text := regexp.MustCompile(`host=\S+ port=\d+`).ReplaceAllString(ini, fmt.Sprintf("host=127.0.0.1 port=%d", s.port))
+		text = regexp.MustCompile(`(?m)^listen_port = .*`).ReplaceAllString(text, fmt.Sprintf("listen_port = %d\nunix_socket_dir =", port))
+		return regexp.MustCompile(`(?m)^auth_file = .*`).ReplaceAllString(text, "auth_file = "+users)
+	})
+}
+
+func (s *Server) pooler(user, logins string, ini func(port int, users string) string) (*Pooler, error) {
 	if _, err := exec.LookPath("pgbouncer"); err != nil {
 		return nil, errors.New("PgBouncer is not installed: apt install pgbouncer")
 	}
@@ -40,12 +62,7 @@ func (s *Server) Pooler(mode string, settings ...string) (*Pooler, error) {
 	}
 	// Files of its own: another pooler may just be reading what this one writes.
 	users, file := filepath.Join(s.dir, fmt.Sprintf("users-%d.txt", port)), filepath.Join(s.dir, fmt.Sprintf("pgbouncer-%d.ini", port))
-	text := fmt.Sprintf("[databases]\n* = host=127.0.0.1 port=%d\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = %d\nunix_socket_dir =\n"+
-		"auth_type = trust\nauth_file = %s\npool_mode = %s\n", s.port, port, users, mode)
-	for _, line := range settings {
-		text += line + "\n"
-	}
-	if err := errors.Join(os.WriteFile(users, []byte(logins), 0o644), os.WriteFile(file, []byte(text), 0o644)); err != nil {
+	if err := errors.Join(os.WriteFile(users, []byte(logins), 0o644), os.WriteFile(file, []byte(ini(port, users)), 0o644)); err != nil {
 		return nil, err
 	}
 	cmd := exec.Command("pgbouncer", "-q", file)
@@ -54,7 +71,7 @@ func (s *Server) Pooler(mode string, settings ...string) (*Pooler, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	p := &Pooler{port, cmd}
+	p := &Pooler{port, user, cmd}
 	return p, p.ready()
 }
 
@@ -75,7 +92,7 @@ func (p *Pooler) ready() error {
 
 // URL is a database's location behind the pooler.
 func (p *Pooler) URL(database string) string {
-	return fmt.Sprintf("postgres://orgkeys@127.0.0.1:%d/%s?sslmode=disable", p.port, database)
+	return fmt.Sprintf("postgres://%s@127.0.0.1:%d/%s?sslmode=disable", p.user, p.port, database)
 }
 
 // Close ends the pooler.
