@@ -1,85 +1,50 @@
 package main_test
 
 import (
-	"bytes"
-	"context"
 	"crypto/tls"
-	"errors"
-	"fmt"
-	"io/fs"
 	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/e2e/systemd"
 )
 
 // nodeUser is the user that the unit runs as, in the machines of these tests.
 const nodeUser = 990
 
-// box is a machine whose process 1 is the real systemd, with the shipped units
-// and the shipped program (testdata/machine.sh).
+// box is a machine with the shipped units and the shipped program.
 type box struct {
+	*systemd.Machine
 	t     *testing.T
-	etc   string // what its /etc is made of
-	pid   int    // its process 1, seen from here
 	front *front
-}
-
-// ranAsRoot runs the test by another process as root, unless this one is: only
-// root has machines.
-func ranAsRoot(t *testing.T) bool {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		return false
-	}
-	cmd := exec.Command("sudo", "-n", "env", "PATH="+os.Getenv("PATH"), "HOME="+os.Getenv("HOME"), "GOFLAGS="+os.Getenv("GOFLAGS"),
-		"ORGKEYS_TEST_LONG="+os.Getenv("ORGKEYS_TEST_LONG"), os.Args[0], "-test.v", "-test.run=^"+t.Name()+"$")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	return true
 }
 
 // newBox prepares a machine that is as a node's should be: settings, key, and
 // dependents of the unit. What a test takes away it puts back with put.
 func newBox(t *testing.T, f *front) *box {
 	t.Helper()
-	b := &box{t: t, etc: filepath.Join(t.TempDir(), "etc"), front: f}
-	for path, text := range map[string]string{
-		"passwd":     fmt.Sprintf("root:x:0:0::/root:/bin/sh\norgkeys-node:x:%d:%d::/nonexistent:/usr/sbin/nologin\n", nodeUser, nodeUser),
-		"group":      fmt.Sprintf("root:x:0:\norgkeys-node:x:%d:\n", nodeUser),
-		"machine-id": "0123456789abcdef0123456789abcdef\n",
-		"hosts":      "127.0.0.1 localhost\n",
-		"systemd/system/machine.target": "[Unit]\nWants=systemd-journald.service systemd-journald.socket systemd-journald-dev-log.socket\n" +
-			"Wants=orgkeys-node.service " + strings.Join(dependents(), " ") + "\n",
-	} {
-		b.put(path, text, 0o644, 0)
-	}
+	b := &box{systemd.New(t, []systemd.User{{Name: "orgkeys-node", ID: nodeUser}}, append(dependents(), "orgkeys-node.service")...), t, f}
 	for name, text := range dependentUnits {
-		b.put("systemd/system/"+name, text+"RemainAfterExit=yes\nExecStartPre=/bin/grep -q v1 /var/lib/orgkeys-node/env_s3\n", 0o644, 0)
+		b.Put("systemd/system/"+name, text+"RemainAfterExit=yes\nExecStartPre=/bin/grep -q v1 /var/lib/orgkeys-node/env_s3\n", 0o644, 0)
 	}
 	for _, unit := range []string{"orgkeys-node.service", "orgkeys-node-refresh.service", "orgkeys-node-refresh.timer"} {
 		text, err := os.ReadFile(unit)
 		if err != nil {
 			t.Fatal(err)
 		}
-		b.put("systemd/system/"+unit, string(text), 0o644, 0)
+		b.Put("systemd/system/"+unit, string(text), 0o644, 0)
 	}
 	b.settings(f.url)
-	b.put("orgkeys-node/key.pem", string(f.key), 0o600, nodeUser)
+	b.Put("orgkeys-node/key.pem", string(f.key), 0o600, nodeUser)
 	return b
 }
 
@@ -95,118 +60,21 @@ var dependentUnits = map[string]string{
 func dependents() []string { return slices.Sorted(maps.Keys(dependentUnits)) }
 
 func (b *box) settings(server string, more ...string) {
-	b.put("orgkeys-node/env", strings.Join(append([]string{
+	b.Put("orgkeys-node/env", strings.Join(append([]string{
 		"ORGKEYS_NODE_SERVER=" + server, "ORGKEYS_NODE_ORG=" + b.front.org, "ORGKEYS_NODE_IP=192.0.2.7", "ORGKEYS_NODE_REGION=eu",
 	}, more...), "\n")+"\n", 0o644, 0)
 }
 
-// root is a path on the machine, seen from here.
-func (b *box) root(path string) string {
-	if b.pid == 0 {
-		return filepath.Join(b.etc, strings.TrimPrefix(path, "/etc"))
-	}
-	return fmt.Sprintf("/proc/%d/root%s", b.pid, path)
-}
-
-// put writes a file under /etc, whole or not at all, before the machine boots or while it runs.
-func (b *box) put(path, text string, mode fs.FileMode, owner int) {
-	b.t.Helper()
-	to := b.root("/etc/" + path)
-	if err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to+".new", []byte(text), mode), os.Chmod(to+".new", mode),
-		os.Chown(to+".new", owner, owner), os.Rename(to+".new", to)); err != nil {
-		b.t.Fatal(err)
-	}
-}
-
-func (b *box) remove(path string) {
-	b.t.Helper()
-	if err := os.Remove(b.root("/etc/" + path)); err != nil {
-		b.t.Fatal(err)
-	}
-}
-
-// boot starts the machine. The test's end takes its power away.
-func (b *box) boot() {
-	b.t.Helper()
-	dir := filepath.Dir(b.etc)
-	if err := errors.Join(os.Mkdir(filepath.Join(dir, "root"), 0o755), os.Mkdir(filepath.Join(dir, "bin"), 0o755),
-		os.Link(binary, filepath.Join(dir, "bin", "orgkeys-node"))); err != nil {
-		b.t.Fatal(err)
-	}
-	cmd := exec.Command("unshare", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child", "--", "testdata/machine.sh", dir, controlGroup(b.t))
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		b.t.Fatal(err)
-	}
-	b.t.Cleanup(func() {
-		if b.t.Failed() && b.pid != 0 {
-			log, _ := b.inside("journalctl", "--no-pager", "--output=short-monotonic")
-			b.t.Logf("%s\n%s", log, out.String())
-		}
-		cmd.Process.Kill() // takes its child along, and that all processes of the machine
-		cmd.Wait()
-	})
-	harness.Eventually(b.t, harness.Patience, "systemd answers", func() bool {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", cmd.Process.Pid, cmd.Process.Pid))
-		if _, scanErr := fmt.Sscan(string(text), &b.pid); err != nil || scanErr != nil {
-			return false
-		}
-		_, err = b.inside("systemctl", "show", "--property=Version")
-		return err == nil
-	})
-}
-
-// controlGroup makes a control group for a machine, and removes it with what
-// systemd made in it.
-func controlGroup(t *testing.T) string {
-	t.Helper()
-	parent := "/sys/fs/cgroup"
-	if _, err := os.Stat(parent + "/unified"); err == nil { // beside version 1
-		parent += "/unified"
-	}
-	group, err := os.MkdirTemp(parent, "orgkeys-machine-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		var all []string
-		filepath.WalkDir(group, func(path string, d fs.DirEntry, err error) error {
-			if err == nil && d.IsDir() {
-				all = append(all, path)
-			}
-			return nil
-		})
-		for _, path := range slices.Backward(all) {
-			harness.Eventually(t, harness.Patience, path+" is removed", func() bool { return syscall.Rmdir(path) == nil })
-		}
-	})
-	return group
-}
-
-// inside runs a program on the machine.
-func (b *box) inside(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target", fmt.Sprint(b.pid), "--mount", "--pid", "--cgroup", "--root", "--"}, args...)...)
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin"}
-	out, err := cmd.CombinedOutput()
-	return string(out), err
-}
-
-func (b *box) property(unit, name string) string {
-	out, _ := b.inside("systemctl", "show", "--value", "--property="+name, unit)
-	return strings.TrimSpace(out)
-}
+// boot starts the machine.
+func (b *box) boot() { b.Boot(binary, "orgkeys-node") }
 
 // waits waits until the unit's one start job waits for something.
 func (b *box) waits() {
 	b.t.Helper()
 	harness.Eventually(b.t, harness.Patience, "the unit waits", func() bool {
-		return strings.HasPrefix(b.property("orgkeys-node.service", "StatusText"), "Waiting")
+		return strings.HasPrefix(b.Property("orgkeys-node.service", "StatusText"), "Waiting")
 	})
-	if state := b.property("orgkeys-node.service", "SubState"); state != "start" {
+	if state := b.Property("orgkeys-node.service", "SubState"); state != "start" {
 		b.t.Errorf("the unit is in %q while it waits", state)
 	}
 }
@@ -215,8 +83,8 @@ func (b *box) waits() {
 func (b *box) isUp() {
 	b.t.Helper()
 	for _, unit := range append(dependents(), "orgkeys-node.service") {
-		harness.Eventually(b.t, 2*harness.Patience, unit+" is active", func() bool { return b.property(unit, "ActiveState") == "active" })
-		if n := b.property(unit, "NRestarts"); n != "0" {
+		harness.Eventually(b.t, 2*harness.Patience, unit+" is active", func() bool { return b.Property(unit, "ActiveState") == "active" })
+		if n := b.Property(unit, "NRestarts"); n != "0" {
 			b.t.Errorf("%s was started again %s times", unit, n)
 		}
 	}
@@ -323,7 +191,7 @@ func overTLS(t *testing.T, b *box, first *tls.Config) func() {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.put("orgkeys-node/ca.pem", string(authority), 0o644, 0)
+	b.Put("orgkeys-node/ca.pem", string(authority), 0o644, 0)
 	b.front.tls.Store(first)
 	return func() { b.front.tls.Store(&tls.Config{Certificates: []tls.Certificate{pair}}) }
 }
@@ -351,26 +219,26 @@ var conditions = map[string]condition{
 	"draining":              {false, foreign(refusing(503, "draining", "Retry-After", "1"))},
 	"stale timestamp":       {true, foreign(refusing(400, "stale_timestamp"))},
 	"key comes later": {true, func(t *testing.T, b *box) func() {
-		b.remove("orgkeys-node/key.pem")
-		return func() { b.put("orgkeys-node/key.pem", string(b.front.key), 0o600, nodeUser) }
+		b.Remove("orgkeys-node/key.pem")
+		return func() { b.Put("orgkeys-node/key.pem", string(b.front.key), 0o600, nodeUser) }
 	}},
 	"half a key": {false, func(t *testing.T, b *box) func() {
-		b.put("orgkeys-node/key.pem", string(b.front.key[:500]), 0o600, nodeUser)
-		return func() { b.put("orgkeys-node/key.pem", string(b.front.key), 0o600, nodeUser) }
+		b.Put("orgkeys-node/key.pem", string(b.front.key[:500]), 0o600, nodeUser)
+		return func() { b.Put("orgkeys-node/key.pem", string(b.front.key), 0o600, nodeUser) }
 	}},
 	"key of another user": {false, func(t *testing.T, b *box) func() {
-		b.put("orgkeys-node/key.pem", string(b.front.key), 0o644, 1)
-		return func() { b.put("orgkeys-node/key.pem", string(b.front.key), 0o600, nodeUser) }
+		b.Put("orgkeys-node/key.pem", string(b.front.key), 0o644, 1)
+		return func() { b.Put("orgkeys-node/key.pem", string(b.front.key), 0o600, nodeUser) }
 	}},
 	"settings come later": {false, func(t *testing.T, b *box) func() {
-		b.remove("orgkeys-node/env")
+		b.Remove("orgkeys-node/env")
 		return func() { b.settings(b.front.url) }
 	}},
 	"no name service": {false, func(t *testing.T, b *box) func() {
 		b.settings("http://localhost:" + port(b.front.address))
-		b.put("nsswitch.conf", "hosts: files dns\n", 0o644, 0)
-		b.put("hosts", "", 0o644, 0)
-		return func() { b.put("hosts", "127.0.0.1 localhost\n", 0o644, 0) }
+		b.Put("nsswitch.conf", "hosts: files dns\n", 0o644, 0)
+		b.Put("hosts", "", 0o644, 0)
+		return func() { b.Put("hosts", "127.0.0.1 localhost\n", 0o644, 0) }
 	}},
 	"untrusted certificate": {false, func(t *testing.T, b *box) func() {
 		return overTLS(t, b, &tls.Config{Certificates: []tls.Certificate{harness.NewCA(t).Issue(t, "localhost").Pair(t)}})
@@ -378,17 +246,17 @@ var conditions = map[string]condition{
 	"TLS not yet up": {false, func(t *testing.T, b *box) func() { return overTLS(t, b, nil) }},
 	"authority comes later": {false, func(t *testing.T, b *box) func() {
 		overTLS(t, b, nil)()
-		ca, err := os.ReadFile(b.root("/etc/orgkeys-node/ca.pem"))
+		ca, err := os.ReadFile(b.Path("/etc/orgkeys-node/ca.pem"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		b.remove("orgkeys-node/ca.pem")
-		return func() { b.put("orgkeys-node/ca.pem", string(ca), 0o644, 0) }
+		b.Remove("orgkeys-node/ca.pem")
+		return func() { b.Put("orgkeys-node/ca.pem", string(ca), 0o644, 0) }
 	}},
 	"disk full": {false, func(t *testing.T, b *box) func() {
-		b.put(`systemd/system/var-lib-orgkeys\x2dnode.mount`, "[Mount]\nWhat=tmpfs\nWhere=/var/lib/orgkeys-node\nType=tmpfs\nOptions=size=8k,mode=700\n", 0o644, 0)
+		b.Put(`systemd/system/var-lib-orgkeys\x2dnode.mount`, "[Mount]\nWhat=tmpfs\nWhere=/var/lib/orgkeys-node\nType=tmpfs\nOptions=size=8k,mode=700\n", 0o644, 0)
 		return func() {
-			if out, err := b.inside("mount", "-o", "remount,size=1m", "/var/lib/orgkeys-node"); err != nil {
+			if out, err := b.Inside("mount", "-o", "remount,size=1m", "/var/lib/orgkeys-node"); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
 		}
@@ -398,7 +266,7 @@ var conditions = map[string]condition{
 // A node that boots into a bad minute boots all the same, and so do the units
 // that need its secrets: whatever passes is waited for within the one start job.
 func TestABadMinuteAtBootPasses(t *testing.T) {
-	if ranAsRoot(t) {
+	if systemd.AsRoot(t) {
 		return
 	}
 	s := harness.Start(t)
@@ -413,7 +281,7 @@ func TestABadMinuteAtBootPasses(t *testing.T) {
 			b.boot()
 			b.waits()
 			for _, unit := range dependents() {
-				if state := b.property(unit, "ActiveState"); state == "active" || state == "failed" {
+				if state := b.Property(unit, "ActiveState"); state == "active" || state == "failed" {
 					t.Errorf("%s is %s before the secrets are there", unit, state)
 				}
 			}
@@ -425,7 +293,7 @@ func TestABadMinuteAtBootPasses(t *testing.T) {
 
 // Changed secrets and a new key come without a restart of what needs them.
 func TestRefreshRestartsNothing(t *testing.T) {
-	if ranAsRoot(t) {
+	if systemd.AsRoot(t) {
 		return
 	}
 	f := newFront(t, harness.Start(t))
@@ -435,21 +303,21 @@ func TestRefreshRestartsNothing(t *testing.T) {
 	b.isUp()
 	invocations := func() (all string) {
 		for _, unit := range dependents() {
-			all += b.property(unit, "InvocationID") + "\n"
+			all += b.Property(unit, "InvocationID") + "\n"
 		}
 		return all
 	}
 	before := invocations()
 	holds := func(want map[string]string) {
 		t.Helper()
-		m := machine{t: t, dir: b.root("/var/lib/orgkeys-node")}
+		m := machine{t: t, dir: b.Path("/var/lib/orgkeys-node")}
 		m.holds(want)
 	}
 	// The key is replaced as docs/nodes.md says.
 	next := f.Generate(t, f.org)
-	b.put("orgkeys-node/key.pem", string(next.PEM), 0o440, nodeUser)
+	b.Put("orgkeys-node/key.pem", string(next.PEM), 0o440, nodeUser)
 	// As something else on the machine would provide it, for the group to read.
-	if err := os.Chown(b.root("/etc/orgkeys-node/key.pem"), 0, nodeUser); err != nil {
+	if err := os.Chown(b.Path("/etc/orgkeys-node/key.pem"), 0, nodeUser); err != nil {
 		t.Fatal(err)
 	}
 	f.putSecret(t, "env_s3", "v1 and more")
@@ -457,12 +325,12 @@ func TestRefreshRestartsNothing(t *testing.T) {
 	if err := owner.DeleteSecret(t.Context(), f.org, "env_gcs"); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := b.inside("systemctl", "reload", "orgkeys-node"); err != nil {
+	if out, err := b.Inside("systemctl", "reload", "orgkeys-node"); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	holds(map[string]string{"env_s3": "v1 and more"})
 	f.putSecret(t, "env_s3", "v1 of the timer")
-	if out, err := b.inside("systemctl", "start", "orgkeys-node-refresh.service"); err != nil {
+	if out, err := b.Inside("systemctl", "start", "orgkeys-node-refresh.service"); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	holds(map[string]string{"env_s3": "v1 of the timer"})
@@ -471,7 +339,7 @@ func TestRefreshRestartsNothing(t *testing.T) {
 	if err := owner.DeleteKeys(t.Context(), f.org); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.inside("systemctl", "reload", "orgkeys-node"); err == nil {
+	if _, err := b.Inside("systemctl", "reload", "orgkeys-node"); err == nil {
 		t.Error("a refresh with a deleted key succeeded")
 	}
 	b.isUp()
