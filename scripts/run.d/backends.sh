@@ -30,7 +30,7 @@ forget_child() {
 
 # stop_children ends what start started, the youngest first.
 stop_children() {
-	trap '' INT TERM
+	trap '' HUP INT TERM
 	local i pid deadline
 	for ((i = ${#names[@]} - 1; i >= 0; i--)); do
 		[[ -n ${children[i]:-} ]] || continue
