@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -42,11 +43,16 @@ func (a *authority) file(name string) string { return filepath.Join(a.dir, name)
 
 func (a *authority) sign(t *testing.T, name string, isCA bool) {
 	t.Helper()
+	a.signFor(t, name, isCA, net.IPv4(127, 0, 0, 1))
+}
+
+func (a *authority) signFor(t *testing.T, name string, isCA bool, ip net.IP) {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, IsCA: isCA, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{ip},
 		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
 	}
 	parent, by := template, key
@@ -74,23 +80,30 @@ func must(t *testing.T, err error) {
 }
 
 // run starts a Redis program and waits until its port is open.
-func run(t *testing.T, port int, name string, args ...string) {
+func run(t *testing.T, port int, name string, args ...string) (kill func()) {
+	t.Helper()
+	return runAt(t, fmt.Sprintf("127.0.0.1:%d", port), name, args...)
+}
+
+func runAt(t *testing.T, address, name string, args ...string) (kill func()) {
 	t.Helper()
 	cmd := exec.Command(name, args...)
 	cmd.Dir = t.TempDir()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	must(t, cmd.Start())
-	t.Cleanup(func() {
+	kill = sync.OnceFunc(func() {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait() // it was killed
 	})
+	t.Cleanup(kill)
 	eventually(t, name+" listens", func() error {
-		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		conn, err := net.Dial("tcp", address)
 		if err == nil {
 			conn.Close()
 		}
 		return err
 	})
+	return kill
 }
 
 func eventually(t *testing.T, what string, try func() error) {
@@ -226,23 +239,96 @@ func TestCluster(t *testing.T) {
 	}
 }
 
-// Sentinels know the primary, also the next one.
-func TestSentinels(t *testing.T) {
-	primary := port(t)
-	run(t, primary, "redis-server", "--port", fmt.Sprint(primary), "--bind", "127.0.0.1", "--save", "")
-	replica := port(t)
-	run(t, replica, "redis-server", "--port", fmt.Sprint(replica), "--bind", "127.0.0.1", "--save", "", "--replicaof", "127.0.0.1", fmt.Sprint(primary))
-	var addrs []string
-	for range 2 {
-		p := port(t)
-		file := filepath.Join(t.TempDir(), "sentinel.conf")
-		must(t, os.WriteFile(file, fmt.Appendf(nil, "port %d\nbind 127.0.0.1\nsentinel monitor orgkeys 127.0.0.1 %d 1\nsentinel down-after-milliseconds orgkeys 500\n", p, primary), 0o600))
-		run(t, p, "redis-sentinel", file)
-		addrs = append(addrs, fmt.Sprintf("127.0.0.1:%d", p))
+// Each node of a cluster has a certificate of its own host.
+func TestAClusterWithTLSOnSeveralHosts(t *testing.T) {
+	a := newAuthority(t)
+	files := func(name string) []string {
+		return []string{"--tls-cert-file", a.file(name + ".crt"), "--tls-key-file", a.file(name + ".key"), "--tls-ca-cert-file", a.file("ca.crt"), "--tls-auth-clients", "no"}
 	}
-	url := "redis://" + addrs[0] + "?master_name=orgkeys&addr=" + addrs[1]
-	eventually(t, "a lock by sentinels", func() error { return check(t, redislock.Config{URL: url}) })
-	if err := check(t, redislock.Config{URL: fmt.Sprintf("redis://127.0.0.1:%d", replica)}); !errors.Is(err, redislock.ErrReadOnly) {
-		t.Errorf("the replica: %v", err)
+	var addrs []string
+	for i := range 3 {
+		host, name := net.IPv4(127, 0, 0, byte(i+1)), fmt.Sprintf("node-%d", i)
+		a.signFor(t, name, false, host)
+		addr := fmt.Sprintf("%s:%d", host, port(t))
+		_, p, _ := net.SplitHostPort(addr)
+		runAt(t, addr, "redis-server", append([]string{"--port", "0", "--tls-port", p, "--bind", host.String(), "--save", "", "--cluster-enabled", "yes",
+			"--cluster-port", fmt.Sprint(port(t)), "--tls-cluster", "yes"}, files(name)...)...)
+		addrs = append(addrs, addr)
+	}
+	create := append([]string{"--tls", "--cacert", a.file("ca.crt"), "--cluster", "create"}, append(addrs, "--cluster-yes")...)
+	if out, err := exec.Command("redis-cli", create...).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	c := redislock.Config{URL: "rediss://" + addrs[0] + "?addr=" + addrs[1], CAFile: a.file("ca.crt")}
+	eventually(t, "a lock in the cluster", func() error { return check(t, c) })
+	for range 10 { // probes are spread over the nodes
+		if err := check(t, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Sentinels know the primary, also the next one. The URL's user is the primary's,
+// unless that one is given apart; with TLS each host has a certificate of its own.
+func TestSentinels(t *testing.T) {
+	for name, tt := range map[string]struct {
+		theirs string // the sentinels' password
+		tls    bool
+		user   string
+		more   string
+	}{
+		"without a password of their own": {"", false, "orgkeys:password@", ""},
+		"with one":                        {"theirs", false, ":theirs@", "&username=orgkeys&password=password"},
+		"with TLS":                        {"", true, "orgkeys:password@", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := newAuthority(t)
+			listen := func(host net.IP, port int) (text string) {
+				if !tt.tls {
+					return fmt.Sprintf("port %d\nbind %s\n", port, host)
+				}
+				name := fmt.Sprintf("host-%d", port)
+				a.signFor(t, name, false, host)
+				return fmt.Sprintf("port 0\ntls-port %d\nbind %s\ntls-cert-file %s\ntls-key-file %s\ntls-ca-cert-file %s\ntls-auth-clients no\ntls-replication yes\n",
+					port, host, a.file(name+".crt"), a.file(name+".key"), a.file("ca.crt"))
+			}
+			runWith := func(program string, host net.IP, port int, text string) (kill func()) {
+				file := filepath.Join(t.TempDir(), "redis.conf")
+				must(t, os.WriteFile(file, []byte(listen(host, port)+text), 0o600))
+				return runAt(t, fmt.Sprintf("%s:%d", host, port), program, file)
+			}
+			server := "save \"\"\nrequirepass secret\nmasterauth secret\nuser orgkeys on >password ~orgkeys:quota:* resetchannels -@all " + redislock.Commands + "\n"
+			first, second := net.IPv4(127, 0, 0, 2), net.IPv4(127, 0, 0, 3)
+			primary, replica := port(t), port(t)
+			kill := runWith("redis-server", first, primary, server)
+			runWith("redis-server", second, replica, server+fmt.Sprintf("replicaof %s %d\n", first, primary))
+			sentinel := fmt.Sprintf("sentinel monitor orgkeys %s %d 1\nsentinel auth-pass orgkeys secret\nsentinel down-after-milliseconds orgkeys 500\nsentinel failover-timeout orgkeys 3000\n", first, primary)
+			if tt.theirs != "" {
+				sentinel += "requirepass " + tt.theirs + "\nsentinel sentinel-pass " + tt.theirs + "\n"
+			}
+			var addrs []string
+			for i := range 2 {
+				host, p := net.IPv4(127, 0, 0, byte(4+i)), port(t)
+				runWith("redis-sentinel", host, p, sentinel)
+				addrs = append(addrs, fmt.Sprintf("%s:%d", host, p))
+			}
+			c := redislock.Config{URL: "redis://" + tt.user + addrs[0] + "?master_name=orgkeys&addr=" + addrs[1] + tt.more}
+			alone := redislock.Config{URL: fmt.Sprintf("redis://orgkeys:password@%s:%d", second, replica)}
+			if tt.tls {
+				c.URL, c.CAFile = strings.Replace(c.URL, "redis:", "rediss:", 1), a.file("ca.crt")
+				alone.URL, alone.CAFile = strings.Replace(alone.URL, "redis:", "rediss:", 1), c.CAFile
+			}
+			eventually(t, "a lock by sentinels", func() error { return check(t, c) })
+			eventually(t, "the replica is one", func() error {
+				if err := check(t, alone); !errors.Is(err, redislock.ErrReadOnly) {
+					return fmt.Errorf("the replica: %w", err)
+				}
+				return nil
+			})
+			time.Sleep(time.Second) // the sentinels know each other and the replica
+			kill()
+			eventually(t, "a lock of the next primary", func() error { return check(t, c) })
+		})
 	}
 }

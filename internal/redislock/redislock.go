@@ -154,7 +154,8 @@ func (c Config) tls() (func(*tls.Config), error) {
 	}
 	return func(t *tls.Config) {
 		if t != nil { // rediss://
-			t.MinVersion, t.RootCAs, t.Certificates = tls.VersionTLS12, roots, own
+			// No name: go-redis has the first node's here, for all of them.
+			t.MinVersion, t.RootCAs, t.Certificates, t.ServerName = tls.VersionTLS12, roots, own, ""
 		}
 	}, nil
 }
@@ -176,6 +177,11 @@ func newClient(location string, trust func(*tls.Config)) (redis.UniversalClient,
 		}
 		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
 		o.DisableIdentity = true
+		// go-redis has the URL's user for the sentinels'. Here it is the primary's, as
+		// where there are none, unless that one is given apart.
+		if !query.Has("username") && !query.Has("password") {
+			o.Username, o.Password, o.SentinelUsername, o.SentinelPassword = o.SentinelUsername, o.SentinelPassword, "", ""
+		}
 		trust(o.TLSConfig)
 		return redis.NewFailoverClient(o), nil
 	case query.Has("addr"):
