@@ -4,6 +4,7 @@ import (
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/base64"
 	"fmt"
 )
 
@@ -29,6 +30,31 @@ func (k EventKey) MAC(leaf []byte) []byte {
 
 // Authentic reports whether mac is that of leaf.
 func (k EventKey) Authentic(leaf, mac []byte) bool { return hmac.Equal(k.MAC(leaf), mac) }
+
+// DatabaseChange returns the event that the log goes on, from its checkpoint then on,
+// in another database than before. from and to name the two.
+func (k EventKey) DatabaseChange(then Checkpoint, from, to string) Event {
+	e := New(DatabaseChanged, "")
+	e.Actor = Actor{System, "orgkeys"}
+	e.Detail = map[string]string{"from": from, "to": to}
+	e.Detail["mac"] = base64.StdEncoding.EncodeToString(k.changeMAC(then, e.Detail))
+	return e
+}
+
+// Changed reports whether e, which comes right behind then in a log, is the event
+// of DatabaseChange. An event that has its place bears no other MAC, and whoever
+// can write to the database could put one here, to have a rewritten log taken for
+// one that was cut short by a failover.
+func (k EventKey) Changed(then Checkpoint, e Event) bool {
+	mac, err := base64.StdEncoding.DecodeString(e.Detail["mac"])
+	return err == nil && e.Type == DatabaseChanged && hmac.Equal(mac, k.changeMAC(then, e.Detail))
+}
+
+// changeMAC is by a key of its own, so that it is no leaf's MAC.
+func (k EventKey) changeMAC(then Checkpoint, detail map[string]string) []byte {
+	own := EventKey(k.MAC([]byte(DatabaseChanged)))
+	return own.MAC(fmt.Appendf(nil, "%q %q %q", then.Text(), detail["from"], detail["to"]))
+}
 
 // UnauthenticatedError says that events were set aside, whose rows nobody who
 // has the key has written.

@@ -53,8 +53,9 @@ const (
 	AccessDenied     Type = "access.denied"  // the policy said no
 	UnknownCallers   Type = "authn.failed"   // one summary a reason and minute
 	RollbackAccepted Type = "log.rollback_accepted"
-	SealsRewrapped   Type = "seal.rewrapped" // a run of "orgkeys rewrap"
-	PersonErased     Type = "person.erased"  // what events knew of a person, deleted from beside the log
+	DatabaseChanged  Type = "log.database_changed" // the log goes on in another database than before: after a failover, a recovery, a move
+	SealsRewrapped   Type = "seal.rewrapped"       // a run of "orgkeys rewrap"
+	PersonErased     Type = "person.erased"        // what events knew of a person, deleted from beside the log
 )
 
 // Outcome says how it ended.

@@ -139,6 +139,21 @@ func openEventKey(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB) er
 	return nil
 }
 
+// openEventKeyIfAny is openEventKey without making one.
+func openEventKeyIfAny(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB) error {
+	head, err := db.Head(ctx)
+	if err != nil {
+		return err
+	}
+	key, err := eventKey(db).open(ctx, sealer, head.Origin)
+	if err != nil || key == nil {
+		return err
+	}
+	defer clear(key)
+	db.UseEventKey(audit.EventKey(key))
+	return nil
+}
+
 // OpensEventKey reports whether the database holds an event key that the sealer
 // opens; false without an error if it holds none.
 func OpensEventKey(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB) (bool, error) {

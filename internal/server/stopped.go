@@ -74,10 +74,12 @@ func AcceptRollback(ctx context.Context, cfg config.Config, request rollback.Req
 		return err
 	}
 	defer func() { err = errors.Join(err, o.close()) }()
-	if !request.DryRun {
-		if err := openEventKey(ctx, o.backend.sealer, o.db); err != nil {
-			return err
-		}
+	openKey := openEventKey
+	if request.DryRun {
+		openKey = openEventKeyIfAny
+	}
+	if err := openKey(ctx, o.backend.sealer, o.db); err != nil {
+		return err
 	}
 	request.Sinks = o.sinks
 	if slices.Contains(cfg.AuditSinks, config.SinkFile) {

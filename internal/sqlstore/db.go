@@ -62,6 +62,7 @@ type DB struct {
 	eventKey  *audit.EventKey // nil until UseEventKey
 	standbys  atomic.Value    // of string: PostgreSQL's synchronous_standby_names, as last seen
 	timeline  string          // PostgreSQL's expression for it
+	history   string          // likewise: the timeline, and whose it is
 	replica   atomic.Value    // of string: this process's ID among the replicas
 	holder    string          // see UseHolder
 	evidence  evidence
@@ -131,7 +132,11 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 	if err != nil {
 		return nil, errors.Join(err, all.Close())
 	}
-	d := &DB{snapshot: snapshot{all}, read: all, postgres: true, connector: connector, timeline: timeline, recorded: make(chan struct{}, 1)}
+	history, err := historyExpression(ctx, all, timeline)
+	if err != nil {
+		return nil, errors.Join(err, all.Close())
+	}
+	d := &DB{snapshot: snapshot{all}, read: all, postgres: true, connector: connector, timeline: timeline, history: history, recorded: make(chan struct{}, 1)}
 	d.standbys.Store(standbys)
 	d.LimitConnections(DefaultConnections)
 	return d, nil

@@ -26,14 +26,88 @@ const unknownTimeline = "''"
 func timelineExpression(ctx context.Context, q rowQuerier) (string, error) {
 	var now string
 	err := q.QueryRowContext(ctx, "SELECT "+timelineID).Scan(&now)
-	failure, ok := errors.AsType[*pgconn.PgError](err)
 	switch {
 	case err == nil:
 		return timelineID, nil
-	case ok && (failure.Code == "42501" || failure.Code == "42883" || failure.Code == "0A000"): // no right, no such function, not supported
+	case untold(err):
 		return unknownTimeline, nil
 	}
 	return "", unavailable(fmt.Errorf("asking PostgreSQL for its timeline: %w", err))
+}
+
+// historyExpression names the database's history: which initdb made it, where
+// PostgreSQL tells that, and its timeline.
+func historyExpression(ctx context.Context, q rowQuerier, timeline string) (string, error) {
+	const system = "(SELECT system_identifier::text FROM pg_control_system())"
+	var now string
+	err := q.QueryRowContext(ctx, "SELECT "+system).Scan(&now)
+	switch {
+	case timeline == unknownTimeline:
+		return unknownTimeline, nil
+	case err == nil:
+		return system + " || '/' || " + timeline, nil
+	case untold(err):
+		return timeline, nil
+	}
+	return "", unavailable(fmt.Errorf("asking PostgreSQL which system it is: %w", err))
+}
+
+// untold reports whether PostgreSQL has no such function, does not support it, or
+// gives no right to it.
+func untold(err error) bool {
+	failure, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (failure.Code == "42501" || failure.Code == "42883" || failure.Code == "0A000")
+}
+
+// noteChange has the log say that it goes on in another database than the one in
+// which its last event got its index. tx has the sequencer's lock.
+//
+// A replica that was away during a failover may have a sink that is ahead of the
+// log, and nobody knows: the log goes on. This event is then where the sink and
+// the log part, which tells the failover from a forgery.
+func (d *DB) noteChange(ctx context.Context, tx *txn) error {
+	if !d.postgres {
+		return nil
+	}
+	var now string
+	var before sql.NullString
+	if err := tx.QueryRowContext(ctx, "SELECT history, "+d.history+" FROM log_head").Scan(&before, &now); err != nil {
+		return unavailable(fmt.Errorf("asking which database the log is in: %w", err))
+	}
+	if now == "" || before.String == now {
+		return nil
+	}
+	if before.Valid {
+		head, err := readHead(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if d.eventKey == nil {
+			return errNoEventKey
+		}
+		if err := d.recordNext(ctx, tx, d.eventKey.DatabaseChange(head, before.String, now)); err != nil {
+			return err
+		}
+	}
+	return one(exec(ctx, tx, "UPDATE log_head SET history = $1", now))
+}
+
+// ChangedAt reports whether the log's event at an index says that the log went on
+// in another database from there, as noteChange had it.
+func (d *DB) ChangedAt(ctx context.Context, index int64) (bool, error) {
+	if d.eventKey == nil {
+		return false, nil // no key, no such word
+	}
+	entries, err := d.Entries(ctx, index, 1)
+	if err != nil || len(entries) == 0 {
+		return false, err
+	}
+	e, err := audit.Decode(entries[0].Leaf)
+	if err != nil || e.Type != audit.DatabaseChanged {
+		return false, err
+	}
+	then, err := d.At(ctx, index)
+	return err == nil && d.eventKey.Changed(then, e), err
 }
 
 // Timeline implements audit.Store. SQLite's file has none.

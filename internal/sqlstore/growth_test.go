@@ -133,3 +133,41 @@ func TestAnAcceptedRollbackComesFirst(t *testing.T) {
 		}
 	})
 }
+
+// The first event behind a failover says so; what somebody else writes there does not.
+func TestTheLogSaysWhereItWentOnInAnotherDatabase(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db, admin := open(t, location), raw(t, location)
+	only := underway(t, db)
+	var history string
+	must(t, admin.QueryRow("SELECT history FROM log_head").Scan(&history))
+	if system, timeline, _ := strings.Cut(history, "/"); len(system) < 10 || timeline != only.Timeline {
+		t.Errorf("the log is in %q", history)
+	}
+	must(t, grows(t, db, only)) // the fourth, in the same database
+	statement(t, admin, "UPDATE log_head SET history = 'before'")
+	must(t, db.Record(t.Context(), event(audit.KeysListed, "acme", "")))
+	must(t, grows(t, db, only))
+	must(t, db.Record(t.Context(), event(audit.KeysListed, "acme", "")))
+	must(t, grows(t, db, only))
+	changed := func() (at []int64) {
+		for index := range int64(7) {
+			is, err := db.ChangedAt(t.Context(), index)
+			must(t, err)
+			if is {
+				at = append(at, index)
+			}
+		}
+		return at
+	}
+	if at := changed(); len(at) != 1 || at[0] != 4 {
+		t.Fatalf("it went on in another database at %v", at)
+	}
+	var leaf []byte
+	must(t, admin.QueryRow("SELECT leaf FROM events WHERE idx = 4").Scan(&leaf))
+	statement(t, admin, "UPDATE events SET leaf = $1 WHERE idx = 6", leaf)
+	statement(t, admin, "UPDATE events SET leaf = replace(encode(leaf, 'escape'), 'before', 'behind')::bytea WHERE idx = 4")
+	if at := changed(); len(at) != 0 {
+		t.Errorf("forged and moved ones are believed at %v", at)
+	}
+}

@@ -42,20 +42,26 @@ func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.
 		if now != head {
 			return ErrGrown
 		}
-		if err := d.record(ctx, tx, e); err != nil {
-			return err
-		}
-		recorded, err := query(ctx, tx, scanUnsequenced, "SELECT seq, leaf, mac FROM events WHERE id = $1", e.ID)
-		if err != nil {
-			return err
-		}
-		given, _, err := d.place(ctx, tx, recorded)
-		if err := one(int64(given), err); err != nil {
+		if err := d.recordNext(ctx, tx, e); err != nil {
 			return err
 		}
 		_, err = exec(ctx, tx, "DELETE FROM sinks_ahead")
 		return err
 	})
+}
+
+// recordNext records an event and gives it the next index, before all that is
+// waiting for one. tx has the sequencer's lock.
+func (d *DB) recordNext(ctx context.Context, tx *txn, e audit.Event) error {
+	if err := d.record(ctx, tx, e); err != nil {
+		return err
+	}
+	recorded, err := query(ctx, tx, scanUnsequenced, "SELECT seq, leaf, mac FROM events WHERE id = $1", e.ID)
+	if err != nil {
+		return err
+	}
+	given, _, err := d.place(ctx, tx, recorded)
+	return one(int64(given), err)
 }
 
 // UseEventKey says what authenticates the log's events. Nothing is recorded or
@@ -113,6 +119,9 @@ func (d *DB) Sequence(ctx context.Context, limit int, only audit.Condition) (int
 			return err
 		}
 		if err := d.mayGrow(ctx, tx, only); err != nil {
+			return err
+		}
+		if err := d.noteChange(ctx, tx); err != nil {
 			return err
 		}
 		n, refused, err = d.sequence(ctx, tx, limit)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"syscall"
@@ -97,6 +98,21 @@ func (s *Server) Streaming(standbys int) error {
 		}
 	}
 }
+
+// Shell runs lines as the server's user, in a directory of its own, with PGDATA.
+func (s *Server) Shell(lines string, env ...string) error {
+	cmd := exec.Command("/bin/sh", "-euc", lines)
+	cmd.Dir = s.dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.as, Pdeathsig: syscall.SIGKILL}
+	cmd.Env = append(env, "PATH="+s.bin+":"+os.Getenv("PATH"), "PGDATA="+s.data(), "PGHOST=127.0.0.1", fmt.Sprintf("PGPORT=%d", s.port), "PGUSER=orgkeys")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", lines, err, out)
+	}
+	return nil
+}
+
+// Dir is the directory that Shell runs in.
+func (s *Server) Dir() string { return s.dir }
 
 // Port is the loopback port that the server listens on.
 func (s *Server) Port() int { return s.port }

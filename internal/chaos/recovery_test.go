@@ -1,0 +1,202 @@
+package chaos
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/chaos/cluster"
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+)
+
+// inSink waits until the replica's own sink holds the key's delivery.
+func inSink(t *testing.T, r *harness.Server, id string) {
+	t.Helper()
+	harness.Eventually(t, harness.Patience, "the sink holds the key's delivery", func() bool {
+		return len(r.Sink(t).Find(func(l harness.Leaf) bool { return l.Type == "orgkey.delivered" && l.Object == id })) > 0
+	})
+}
+
+// accepts runs the documented command with a replica's data directory.
+func accepts(t *testing.T, r *harness.Server, command string) (said string) {
+	t.Helper()
+	said, code := r.Script(t, command, "REASON=a test")
+	if code != 0 {
+		t.Fatalf("accepting: exit code %d\n%s", code, said)
+	}
+	return said
+}
+
+// serveAndVerify starts the replicas, has each make a key, and verifies the log
+// with each one's sink, by the documented command, and an export by the
+// independent verifier.
+func serveAndVerify(t *testing.T, c *cluster.Cluster, verify string) {
+	t.Helper()
+	org := harness.Org()
+	for _, r := range c.Replicas {
+		r.Start(t)
+	}
+	for _, r := range c.Replicas {
+		inSink(t, r, r.Generate(t, org).ID)
+	}
+	for _, r := range c.Replicas {
+		if out, code := r.Script(t, verify); code != 0 {
+			t.Errorf("verifying: exit code %d\n%s", code, out)
+		}
+	}
+	r := c.Replicas[0]
+	export := filepath.Join(t.TempDir(), "export.tar.gz")
+	if out, code := r.Script(t, `orgkeys audit checkpoint >/dev/null 2>&1 || true; orgkeys audit export "$EXPORT"; orgkeys audit key > "$EXPORT.keys"`, "EXPORT="+export); code != 0 {
+		t.Fatalf("exporting: exit code %d\n%s", code, out)
+	}
+	out, err := exec.Command("python3", filepath.Join(harness.ModuleRoot(t), "contrib", "verify_export.py"), export, "--key", export+".keys", "--checkpoint", r.AuditFile()).CombinedOutput()
+	if err != nil {
+		t.Errorf("the independent verifier: %v\n%s", err, out)
+	}
+}
+
+// Promise 8: a replica that is away during an asynchronous failover may alone have
+// a sink that is ahead of the log, and the log goes on. When it comes back it
+// refuses to start, and the documented step names what was lost: it was no
+// rewriting.
+func TestPromise8_AReplicaThatIsAwayDuringAFailover(t *testing.T) {
+	f := newFailovers(t, "Asynchronous standby")
+	stays, away := f.Replicas[0], f.Replicas[1]
+	org := harness.Org()
+	kept := away.Generate(t, org)
+	inSink(t, stays, kept.ID)
+	f.must(t, f.primary.Streaming(1))
+	time.Sleep(time.Second) // the standby has it
+	stays.Stop(t)
+	f.must(t, f.standby.Stop())
+	lost := away.Generate(t, org)
+	inSink(t, away, lost.ID)
+	away.Kill()
+	f.must(t, f.primary.Kill())
+	f.must(t, f.standby.Restart())
+	f.promote(t)
+	if os.Getenv("ORGKEYS_TEST_LONG") == "" { // otherwise half a minute has to pass
+		change(t, f.Cluster, "UPDATE replicas SET seen_at = seen_at - 31000000")
+	}
+
+	stays.StartFor(t, 2*time.Minute)
+	for range 3 {
+		inSink(t, stays, stays.Generate(t, harness.Org()).ID)
+	}
+	if n := number(t, database(t, f.Cluster), "SELECT count(*) FROM events WHERE type = 'log.database_changed'"); n != 1 {
+		t.Errorf("%d events say that the database is another one, want 1", n)
+	}
+	if err := away.Launch(); err != nil {
+		t.Fatal(err)
+	}
+	if code := away.Ended(t, harness.Patience); code == 0 || !strings.Contains(string(away.Output()), "accept-rollback") {
+		t.Errorf("the replica that was away ended with %d:\n%s", code, away.Output())
+	}
+	stays.Stop(t)
+
+	said := accepts(t, away, f.steps[1])
+	if !strings.Contains(said, lost.ID) || strings.Contains(said, kept.ID) || !strings.Contains(said, "went on without them") {
+		t.Errorf("of %s, which was lost, it says:\n%s", lost.ID, said)
+	}
+	if said := accepts(t, stays, f.steps[1]); !strings.Contains(said, "nothing to accept") {
+		t.Errorf("with the sink of the replica that went on: %s", said)
+	}
+	serveAndVerify(t, f.Cluster, f.steps[2])
+}
+
+func change(t *testing.T, c *cluster.Cluster, statement string) {
+	t.Helper()
+	if _, err := database(t, c).Exec(statement); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Promise 8: the documented steps of a point-in-time recovery name what was lost,
+// and end in a log that verifies.
+func TestPromise8_PointInTimeRecovery(t *testing.T) {
+	c := cluster.ConfigureOnHSM(t, 2)
+	steps := documentedSteps(t, "Point-in-time recovery")
+	outside := t.TempDir()
+	for i, r := range c.Replicas {
+		r.Configured("ORGKEYS_AUDIT_FILE", filepath.Join(outside, fmt.Sprintf("sink-%d.jsonl", i)))
+	}
+	archive := filepath.Join(c.Postgres.Dir(), "archive")
+	settings := archiving(t, archive)
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(c.Postgres.Shell("mkdir archive"))
+	must(c.Postgres.Restart(settings...))
+	for _, r := range c.Replicas {
+		r.Start(t)
+	}
+	org := harness.Org()
+	before := c.Replicas[0].Generate(t, org)
+	must(c.Postgres.Shell("pg_basebackup -D base --checkpoint=fast --no-sync"))
+	kept := c.Replicas[0].Generate(t, org)
+	inSink(t, c.Replicas[1], kept.ID)
+	time.Sleep(1500 * time.Millisecond)
+	var point string
+	must(c.Postgres.Query("SELECT clock_timestamp()::text", &point))
+	time.Sleep(100 * time.Millisecond)
+	lost := c.Replicas[1].Generate(t, org)
+	for _, r := range c.Replicas {
+		inSink(t, r, lost.ID)
+	}
+	for _, r := range c.Replicas {
+		r.Stop(t)
+	}
+	must(c.Postgres.Stop())
+
+	must(c.Postgres.Shell(steps[0], "BASE="+filepath.Join(c.Postgres.Dir(), "base"), "ARCHIVE="+archive, "POINT="+point))
+	must(c.Postgres.Restart(settings...))
+	harness.Eventually(t, harness.Patience, "PostgreSQL takes writes", func() bool {
+		var recovering bool
+		return c.Postgres.Query("SELECT pg_is_in_recovery()", &recovering) == nil && !recovering
+	})
+	if err := c.Replicas[0].Launch(); err != nil {
+		t.Fatal(err)
+	}
+	if code := c.Replicas[0].Ended(t, harness.Patience); code == 0 {
+		t.Error("a replica whose sink is ahead started")
+	}
+	for i, r := range c.Replicas {
+		said := accepts(t, r, steps[1])
+		if !strings.Contains(said, lost.ID) || strings.Contains(said, kept.ID) || strings.Contains(said, before.ID) {
+			t.Errorf("replica %d: of %s, which was lost, it says:\n%s", i, lost.ID, said)
+		}
+	}
+	serveAndVerify(t, c, steps[2])
+	live := map[string]bool{}
+	for _, l := range c.Replicas[1].List(t, org) {
+		live[l.ID] = true
+	}
+	if len(live) != 2 || !live[before.ID] || !live[kept.ID] {
+		t.Errorf("after the recovery there are %v", live)
+	}
+}
+
+// archiving is what docs/operations.md asks of postgresql.conf, with an archive of
+// this test's.
+func archiving(t *testing.T, archive string) (settings []string) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(harness.ModuleRoot(t), "docs", "operations.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`(?m)^(archive_mode|archive_command) = '?(.*?)'?$`).FindAllStringSubmatch(string(text), -1) {
+		settings = append(settings, m[1]+"="+strings.ReplaceAll(m[2], "/srv/archive", archive))
+	}
+	if len(settings) != 2 {
+		t.Fatalf("docs/operations.md asks for %v", settings)
+	}
+	return settings
+}

@@ -1,0 +1,4 @@
+-- +goose Up
+-- Which database the log's newest event got its index in: the system that initdb
+-- made, and the timeline. NULL: not noted yet, or the database does not tell.
+ALTER TABLE log_head ADD COLUMN history TEXT;
