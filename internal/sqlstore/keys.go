@@ -38,6 +38,9 @@ func (d *DB) Reserve(ctx context.Context, org org.ID, id string, limit int, life
 		if err != nil {
 			return err
 		}
+		if err := d.shorten(ctx, tx, org, now+life.Microseconds()); err != nil {
+			return err
+		}
 		if err := d.sweepOrg(ctx, tx, org, now); err != nil {
 			return err
 		}
@@ -52,6 +55,19 @@ func (d *DB) Reserve(ctx context.Context, org org.ID, id string, limit int, life
 			id, org, slot, now+life.Microseconds())
 		return err
 	})
+}
+
+// shorten has what was reserved by a clock that was set back since expire no later
+// than what is reserved now: a crash must not hold a place for as long as the clock
+// was wrong. Places of enrollments last as long as the enrollment says, whose end
+// people were told. Only SQLite's one process knows how long its own reservations
+// last; PostgreSQL's clock is the operator's to keep.
+func (d *DB) shorten(ctx context.Context, tx *txn, org org.ID, latest int64) error {
+	if d.postgres {
+		return nil
+	}
+	_, err := exec(ctx, tx, "UPDATE org_keys SET expires_at = $2 WHERE org_id = $1 AND slot IS NOT NULL AND expires_at > $2 AND id NOT IN (SELECT key_id FROM deliveries)", org, latest)
+	return err
 }
 
 // freeSlot returns org's lowest free slot and how many are occupied.

@@ -70,12 +70,21 @@ func (d *DB) UseEventKey(k audit.EventKey) { d.eventKey = &k }
 
 var errNoEventKey = errors.New("the key that authenticates events is not open")
 
-// record inserts events in the transaction of the change they describe.
+// record inserts events in the transaction of the change they describe. Their
+// time is the database's: a replica's clock that is wrong must not put what
+// happened into another order, or at another hour.
 func (d *DB) record(ctx context.Context, tx *txn, events ...audit.Event) error {
 	if d.eventKey == nil {
 		return errNoEventKey
 	}
+	now, err := d.now(ctx, tx)
+	if err != nil {
+		return err
+	}
 	for _, e := range events {
+		if d.postgres { // SQLite's clock is the one that the event has its time from
+			e.Time = time.UnixMicro(now).UTC()
+		}
 		r, err := e.Encode()
 		if err != nil {
 			return err
