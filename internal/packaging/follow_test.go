@@ -123,8 +123,8 @@ func (r *reader) shell(document string, blocks []block) ([]string, error) {
 	var seen bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &seen, &seen
 	err := cmd.Run()
-	before, rest, _ := strings.Cut(seen.String(), begins)
-	if rest == "" {
+	before, rest, begun := strings.Cut(seen.String(), begins)
+	if !begun {
 		return nil, fmt.Errorf("%w\n%s", err, before)
 	}
 	return strings.Split(rest, begins), err
