@@ -14,6 +14,13 @@ var SystemEventsStatement = systemEvents
 // It must be called while nothing writes.
 func (d *DB) LimitWrites(limit time.Duration) { d.writer.limit = limit }
 
+// Backdate has an event be of another time: PostgreSQL's clock dates them.
+func (d *DB) Backdate(ctx context.Context, eventID string, at time.Time) error {
+	return d.transact(ctx, func(ctx context.Context, tx *txn) error {
+		return one(exec(ctx, tx, "UPDATE events SET occurred_at = $2 WHERE id = $1", eventID, at.UnixMicro()))
+	})
+}
+
 // Waiting is how many changes wait for SQLite's writer.
 func (d *DB) Waiting() int { return len(d.writer.queue) }
 

@@ -30,7 +30,9 @@ const isLive = "slot IS NOT NULL AND state = " + released
 // organization's lock; UNIQUE (org_id, slot) refuses a second taker even if
 // two got here at once.
 func (d *DB) Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) error {
-	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+	var full error
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
+		full = nil
 		if err := d.lock(ctx, tx, "org:"+string(org)); err != nil {
 			return err
 		}
@@ -49,12 +51,17 @@ func (d *DB) Reserve(ctx context.Context, org org.ID, id string, limit int, life
 			return err
 		}
 		if occupied >= limit {
-			return &orgkey.QuotaError{Limit: limit}
+			full = &orgkey.QuotaError{Limit: limit} // what shorten did is to stay
+			return nil
 		}
 		_, err = exec(ctx, tx, "INSERT INTO org_keys (id, org_id, slot, state, expires_at) VALUES ($1, $2, $3, "+reserved+", $4)",
 			id, org, slot, now+life.Microseconds())
 		return err
 	})
+	if err != nil {
+		return err
+	}
+	return full
 }
 
 // shorten has what was reserved by a clock that was set back since expire no later

@@ -178,6 +178,50 @@ func TestATransactionThatIsSilentEndsThroughPgBouncer(t *testing.T) {
 	})
 }
 
+// Sessions that the pooler ends, as server_lifetime and server_idle_timeout have it
+// do, and transactions that wait for one, are nothing that a request hears of.
+func TestAPoolerThatEndsSessionsLosesNothing(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"session", "transaction"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			size := map[string]string{"session": "20", "transaction": "6"}[mode]
+			p, err := postgres.Pooler(mode, "server_lifetime = 1", "server_idle_timeout = 1", "query_wait_timeout = 10", "default_pool_size = "+size)
+			must(t, err)
+			t.Cleanup(func() { p.Close() })
+			location := p.URL(databaseOf(newDatabase(t, postgres)))
+			replicas := []*sqlstore.DB{opened(t, location), opened(t, location)}
+			must(t, replicas[0].Migrate(t.Context()))
+			made := make([]int, len(replicas))
+			var all sync.WaitGroup
+			for i, db := range replicas {
+				db.UseEventKey(audit.EventKey{})
+				all.Go(func() {
+					acme := org.ID("org" + string(rune('a'+i)))
+					for began := time.Now(); time.Since(began) < 4*time.Second; time.Sleep(400 * time.Millisecond) {
+						id := uuid.NewString()
+						if err := errors.Join(db.Reserve(t.Context(), acme, id, 100, life),
+							db.StorePending(t.Context(), id, []byte("sealed"), event(audit.KeyCreated, acme, id)), db.Release(t.Context(), id)); err != nil {
+							t.Errorf("after %s: %v", time.Since(began), err)
+						}
+						if _, err := db.Sequence(t.Context(), 100, audit.Condition{}); err != nil {
+							t.Error(err)
+						}
+						made[i]++
+					}
+				})
+			}
+			all.Wait()
+			for i, db := range replicas {
+				keys, err := db.Keys(t.Context(), org.ID("org"+string(rune('a'+i))))
+				if err != nil || len(keys) != made[i] || made[i] == 0 {
+					t.Errorf("%d keys are there of %d, %v", len(keys), made[i], err)
+				}
+			}
+		})
+	}
+}
+
 func TestWhatCannotWorkBehindPgBouncerIsRefusedByName(t *testing.T) {
 	direct := newDatabase(t, postgres)
 	p, err := postgres.Pooler("statement")

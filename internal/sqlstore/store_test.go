@@ -303,17 +303,17 @@ func TestAKeyIsReleasedOnce(t *testing.T) {
 // released it, or its time is up.
 func TestOnlyGenerationsUnderWayAreReserved(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
-		pending := func(life time.Duration) string {
+		pending := func(org org.ID, life time.Duration) string {
 			id := uuid.NewString()
 			if err := errors.Join(
-				db.Reserve(t.Context(), "acme", id, 9, life),
-				db.StorePending(t.Context(), id, []byte("x"), event(audit.KeyCreated, "acme", id)),
+				db.Reserve(t.Context(), org, id, 9, life),
+				db.StorePending(t.Context(), id, []byte("x"), event(audit.KeyCreated, org, id)),
 			); err != nil {
 				t.Fatal(err)
 			}
 			return id
 		}
-		reserved, underWay, done, late := reserve(t, db, "acme", 9), pending(time.Minute), pending(time.Minute), pending(50*time.Millisecond)
+		reserved, underWay, done, late := reserve(t, db, "acme", 9), pending("acme", time.Minute), pending("acme", time.Minute), pending("late", 50*time.Millisecond)
 		if err := db.Release(t.Context(), done); err != nil {
 			t.Fatal(err)
 		}

@@ -3,6 +3,7 @@ package sqlstore_test
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"regexp"
 	"slices"
@@ -29,7 +30,7 @@ func at(t *testing.T, db *sqlstore.DB, minutes int, kind audit.Type, reason stri
 	if who.Kind == authz.Person {
 		e.Personal = audit.Personal{Name: "Ada", Email: "ada@example.org"}
 	}
-	if err := db.Record(t.Context(), e); err != nil {
+	if err := errors.Join(db.Record(t.Context(), e), db.Backdate(t.Context(), e.ID, e.Time)); err != nil {
 		t.Fatal(err)
 	}
 	return e.ID
