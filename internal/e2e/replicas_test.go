@@ -158,7 +158,12 @@ func TestPromise6_DeletedOnOneReplicaRefusedOnAnother(t *testing.T) {
 	if long() {
 		rounds = 1000
 	}
-	const workers = 4
+	deletedAndRefused(t, c, 4, rounds)
+}
+
+// deletedAndRefused has workers delete keys on one replica that the other has opened.
+func deletedAndRefused(t *testing.T, c *cluster.Cluster, workers, rounds int) {
+	t.Helper()
 	inParallel(workers, func(worker int) {
 		a, b := c.Replicas[worker%2], c.Replicas[1-worker%2]
 		org := harness.Org()

@@ -251,12 +251,13 @@ func TestAClusterWithTLSOnSeveralHosts(t *testing.T) {
 		a.signFor(t, name, false, host)
 		addr := fmt.Sprintf("%s:%d", host, port(t))
 		_, p, _ := net.SplitHostPort(addr)
-		runAt(t, addr, "redis-server", append([]string{"--port", "0", "--tls-port", p, "--bind", host.String(), "--save", "", "--cluster-enabled", "yes",
+		runAt(t, addr, "redis-server", append([]string{"--port", "0", "--tls-port", p, "--bind", host.String(), "--bind-source-addr", host.String(), "--cluster-announce-ip", host.String(),
+			"--save", "", "--cluster-enabled", "yes",
 			"--cluster-port", fmt.Sprint(port(t)), "--tls-cluster", "yes"}, files(name)...)...)
 		addrs = append(addrs, addr)
 	}
-	create := append([]string{"--tls", "--cacert", a.file("ca.crt"), "--cluster", "create"}, append(addrs, "--cluster-yes")...)
-	if out, err := exec.Command("redis-cli", create...).CombinedOutput(); err != nil {
+	create := append([]string{"20", "redis-cli", "--tls", "--cacert", a.file("ca.crt"), "--cluster", "create"}, append(addrs, "--cluster-yes")...)
+	if out, err := exec.Command("timeout", create...).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	c := redislock.Config{URL: "rediss://" + addrs[0] + "?addr=" + addrs[1], CAFile: a.file("ca.crt")}

@@ -78,7 +78,7 @@ func ConfigureOnHSM(t testing.TB, n int, more ...harness.Option) *Cluster {
 	first := filepath.Join(t.TempDir(), "replica-1")
 	for i := range n {
 		own := []harness.Option{
-			harness.TrustedBy(c.Issuer), harness.Set("ORGKEYS_DATABASE_URL", c.Database), harness.Set("ORGKEYS_REDIS_URL", c.Redis.URL()),
+			harness.TrustedBy(c.Issuer), harness.Set("ORGKEYS_DATABASE_URL", c.Behind), harness.Set("ORGKEYS_REDIS_URL", c.Redis.URL()),
 			harness.Set("ORGKEYS_LISTEN", freeAddress(t)), harness.Set("ORGKEYS_ADMIN_LISTEN", freeAddress(t)), harness.In(first),
 		}
 		if i > 0 {
