@@ -287,12 +287,12 @@ func TestSentinels(t *testing.T) {
 			a := newAuthority(t)
 			listen := func(host net.IP, port int) (text string) {
 				if !tt.tls {
-					return fmt.Sprintf("port %d\nbind %s\n", port, host)
+					return fmt.Sprintf("port %d\nbind %s\nbind-source-addr %s\n", port, host, host)
 				}
 				name := fmt.Sprintf("host-%d", port)
 				a.signFor(t, name, false, host)
-				return fmt.Sprintf("port 0\ntls-port %d\nbind %s\ntls-cert-file %s\ntls-key-file %s\ntls-ca-cert-file %s\ntls-auth-clients no\ntls-replication yes\n",
-					port, host, a.file(name+".crt"), a.file(name+".key"), a.file("ca.crt"))
+				return fmt.Sprintf("port 0\ntls-port %d\nbind %s\nbind-source-addr %s\ntls-cert-file %s\ntls-key-file %s\ntls-ca-cert-file %s\ntls-auth-clients no\ntls-replication yes\n",
+					port, host, host, a.file(name+".crt"), a.file(name+".key"), a.file("ca.crt"))
 			}
 			runWith := func(program string, host net.IP, port int, text string) (kill func()) {
 				file := filepath.Join(t.TempDir(), "redis.conf")
