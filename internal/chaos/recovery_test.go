@@ -84,7 +84,7 @@ func TestPromise8_AReplicaThatIsAwayDuringAFailover(t *testing.T) {
 		change(t, f.Cluster, "UPDATE replicas SET seen_at = seen_at - 31000000")
 	}
 
-	stays.StartFor(t, 2*time.Minute)
+	stays.Start(t)
 	for range 3 {
 		inSink(t, stays, stays.Generate(t, harness.Org()).ID)
 	}
