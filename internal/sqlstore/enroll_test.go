@@ -190,7 +190,7 @@ func TestEnrollmentsHoldTheirPlaces(t *testing.T) {
 
 func TestUnclaimedPlacesComeBack(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
-		id, err := mint(t, db, enroll.Enrollment{Uses: 2}, 300*time.Millisecond, 2)
+		id, err := mint(t, db, enroll.Enrollment{Uses: 2}, time.Second, 2)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -198,7 +198,7 @@ func TestUnclaimedPlacesComeBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(400 * time.Millisecond)
+		time.Sleep(1100 * time.Millisecond)
 		places := 0
 		events := enroll.SweepEvents{
 			Expired: func(_ org.ID, id string, n int) audit.Event {
