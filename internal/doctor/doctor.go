@@ -19,6 +19,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 	vaultapi "github.com/hashicorp/vault/api"
+	"golang.org/x/sys/unix"
 
 	"github.com/orgkeys/orgkeys/internal/api"
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -131,6 +132,8 @@ func (d *doctor) configuration() {
 		d.fail("data directory", "see that the user that runs orgkeys can read it", "%v", err)
 	case err != nil:
 		d.fail("data directory", "chmod 700 "+d.cfg.DataDir, "%v", err)
+	case unix.Access(d.cfg.DataDir, unix.W_OK) != nil:
+		d.fail("data directory", "see that the user that runs orgkeys may write there, and that a unit's sandbox lets it (ReadWritePaths=)", "%s cannot be written to", d.cfg.DataDir)
 	default:
 		d.ok("data directory", "%s cannot be entered by others", d.cfg.DataDir)
 	}

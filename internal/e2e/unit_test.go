@@ -139,6 +139,24 @@ func TestTheUnitServes(t *testing.T) {
 	m.systemctl("start", "orgkeys.service")
 	m.serves()
 
+	t.Run("with a data directory that the sandbox closes", func(t *testing.T) {
+		m.systemctl("stop", "orgkeys.service")
+		m.Put("systemd/system/orgkeys.service.d/closed.conf", "[Service]\nReadOnlyPaths=/var/lib/orgkeys\nExecStartPre=-/usr/local/bin/orgkeys --config /etc/orgkeys/env doctor\n", 0o644, 0)
+		m.systemctl("daemon-reload")
+		m.systemctl("start", "orgkeys.service")
+		for _, said := range []string{"fail  data directory  /var/lib/orgkeys cannot be written to", "ORGKEYS_DATA_DIR must be a directory that can be written to"} {
+			harness.Eventually(t, harness.Patience, said, func() bool {
+				log, err := m.Inside("journalctl", "--no-pager", "--unit=orgkeys.service")
+				return err == nil && strings.Contains(log, said)
+			})
+		}
+		m.systemctl("stop", "orgkeys.service")
+		m.Remove("systemd/system/orgkeys.service.d/closed.conf")
+		m.systemctl("daemon-reload")
+		m.systemctl("start", "orgkeys.service")
+		m.serves()
+	})
+
 	t.Run("with Debian's SoftHSM, named in the file of settings", func(t *testing.T) {
 		m.systemctl("stop", "orgkeys.service")
 		m.Put("softhsm/softhsm2.conf", "directories.tokendir = /var/lib/softhsm/tokens\nobjectstore.backend = file\n", 0o644, 0)

@@ -45,7 +45,7 @@ func OpenDataDir(path string) (*DataDir, error) {
 	}
 	lock, err := os.OpenFile(filepath.Join(path, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("ORGKEYS_DATA_DIR must be a directory that can be written to (a unit's sandbox names those in ReadWritePaths=): %w", err)
 	}
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		if errors.Is(err, unix.EWOULDBLOCK) {
