@@ -10,6 +10,9 @@
 // to another user. Entries of an access control list are judged the same way:
 // there the mode's group bits are the list's mask (acl(5)) and say nothing of
 // the group.
+//
+// On Windows modes say nothing, and access lists are not read: who may read a
+// file there is left to the directory that it is in.
 package privatefile
 
 import (
@@ -100,10 +103,8 @@ func CheckDir(path string) error {
 	if err != nil {
 		return err
 	}
-	mode, owner, group := info.Mode().Perm(), -1, -1
-	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
-		owner, group = int(stat.Uid), int(stat.Gid)
-	}
+	mode := modeOf(info)
+	owner, group := ownersOf(info)
 	me := self()
 	if mode&0o077 == 0 || mode&0o007 == 0 && owner != me.user && me.in(group) {
 		return nil

@@ -1,0 +1,118 @@
+// Package durable writes small files so that a crash at any moment leaves the
+// old content or the new one, whole, and nothing that was reported as written is
+// lost. Files are readable by their owner alone; on Windows the directory's access
+// list decides that.
+package durable
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// New is a file that is to come about under a name that nothing has yet.
+type New struct {
+	path      string
+	temporary *os.File
+}
+
+// Create makes sure that a file can be written at path, before there is
+// anything to write. What is there already is fs.ErrExist, and stays.
+func Create(path string) (*New, error) {
+	if _, err := os.Lstat(path); err == nil {
+		return nil, &fs.PathError{Op: "create", Path: path, Err: fs.ErrExist}
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*") // mode 0600
+	if err != nil {
+		return nil, err
+	}
+	return &New{path, f}, nil
+}
+
+// Write gives the file its content and its name, unless something has taken the
+// name meanwhile.
+func (n *New) Write(content []byte) error {
+	_, err := n.temporary.Write(content)
+	if err == nil {
+		err = n.temporary.Sync()
+	}
+	if err == nil {
+		// Unlike a rename, a link is never made in place of another file.
+		err = os.Link(n.temporary.Name(), n.path)
+	}
+	if err := errors.Join(err, n.Discard()); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(n.path))
+}
+
+// Discard removes what Create made. After Write it does nothing.
+func (n *New) Discard() error {
+	if n.temporary == nil {
+		return nil
+	}
+	name := n.temporary.Name()
+	err := n.temporary.Close()
+	n.temporary = nil
+	return errors.Join(err, os.Remove(name))
+}
+
+// Replace makes path hold content, whatever it held before.
+func Replace(path string, content []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err == nil {
+		err = f.Sync()
+	}
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// Remove removes path, if it is there, for good.
+func Remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// ErrLocked means that another process held a lock for as long as the caller waited.
+var ErrLocked = errors.New("another process holds the lock")
+
+const lockPause = 50 * time.Millisecond
+
+// Lock takes the lock that the file at path stands for, and waits for it until
+// ctx ends. A process that ends, however it does, gives its locks back.
+func Lock(ctx context.Context, path string) (unlock func() error, err error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		taken, err := tryLock(f)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("locking %s: %w", path, err), f.Close())
+		}
+		if taken {
+			return f.Close, nil // which gives the lock back
+		}
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(fmt.Errorf("%s: %w: %w", path, ErrLocked, ctx.Err()), f.Close())
+		case <-time.After(lockPause):
+		}
+	}
+}
