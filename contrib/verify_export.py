@@ -213,7 +213,7 @@ TYPES = {
     "enrollment.created", "enrollment.listed", "enrollment.claimed", "enrollment.conflict", "enrollment.approved", "enrollment.expired", "enrollment.revoked",
     "node.registered", "node.unregistered", "node.deleted", "node.listed",
     "secret.fetched", "secret.put", "secret.deleted", "secret.listed",
-    "event.read", "event.marked", "request.failed", "access.denied", "authn.failed",
+    "event.read", "event.marked", "policy.asked", "request.failed", "access.denied", "authn.failed",
     "seal.rewrapped", "log.rollback_accepted", "log.database_changed", "person.erased",
 }
 

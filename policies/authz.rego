@@ -31,6 +31,7 @@ grants := {
 	"secret.delete": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"event.read": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "own", "BILLING": "own", "USER": "own"},
 	"event.mark": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "own", "BILLING": "own", "USER": "own"},
+	"policy.ask": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "organization", "BILLING": "organization", "USER": "organization"},
 }
 
 # Nobody else may do these, and nodes may do nothing else.

@@ -55,6 +55,7 @@ type Config struct {
 	SystemEvents SystemEvents
 	Rejections   Rejections
 	Enrollments  Enrollments
+	DryRuns      DryRuns
 	Authenticate Authenticator
 	// Unauthenticated counts a refused caller for the audit trail's summaries;
 	// authn.Failures.Count does that.
@@ -80,7 +81,7 @@ type API struct {
 
 // New returns an API, or an error that says what is wrong with c.
 func New(c Config) (*API, error) {
-	if c.Keys == nil || c.Nodes == nil || c.SystemEvents == nil || c.Enrollments == nil || c.Rejections == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
+	if c.Keys == nil || c.Nodes == nil || c.SystemEvents == nil || c.Enrollments == nil || c.DryRuns == nil || c.Rejections == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
 		return nil, errors.New("the API lacks its use cases, its gate, authentication, metrics or log")
 	}
 	crossOrigin, err := newCORS(c.CORSOrigins)
@@ -98,6 +99,7 @@ func New(c Config) (*API, error) {
 	a.routesNodes(a.public)
 	a.routesSystemEvents(a.public)
 	a.routesEnrollments(a.public)
+	a.routesDryRuns(a.public)
 	a.routesHealth(a.public)
 	a.public.GET("/openapi.yaml", serveDocument)
 	a.admin = a.engine()

@@ -200,6 +200,8 @@ func deniedProblem(d *gate.DeniedError) problem {
 		what, area = "enrollments of your own organization", "enrollments"
 	case strings.HasPrefix(string(d.Action), "event."):
 		what, area = "events of your own organization", "events"
+	case strings.HasPrefix(string(d.Action), "policy."):
+		what, area = "your own organization", "organizations"
 	}
 	p := problem{status: http.StatusForbidden, code: "access_denied", message: "Access denied"}
 	switch d.Reason {

@@ -48,6 +48,7 @@ const (
 	SecretsListed    Type = "secret.listed"
 	EventsRead       Type = "event.read"
 	EventsMarked     Type = "event.marked"
+	PolicyAsked      Type = "policy.asked" // what it would say to the caller
 
 	RequestFailed    Type = "request.failed" // an authenticated request that was malformed or impossible, or on which the policy did not decide
 	AccessDenied     Type = "access.denied"  // the policy said no

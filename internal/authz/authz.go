@@ -71,6 +71,7 @@ const (
 	ClaimEnrollment   Action = "enrollment.claim"
 	ReceiveKey        Action = "enrollment.receive"
 	MarkEvents        Action = "event.mark" // as read or unread, for the caller alone
+	AskPolicy         Action = "policy.ask" // what it would say to the caller
 )
 
 // Request is everything a decision is made from.

@@ -46,7 +46,7 @@ func impossible() map[string]ast.Value {
 	}
 	for _, action := range []Action{
 		GenerateKey, ListKeys, DeleteKey, DeleteAllKeys, ListNodes, DeleteNode, RegisterNode,
-		UnregisterNode, FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents, MarkEvents,
+		UnregisterNode, FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents, MarkEvents, AskPolicy,
 	} {
 		for _, caller := range []Caller{person(""), {Kind: Node, Subject: "canary"}} {
 			name := fmt.Sprintf("two empty organizations (%s, %s)", caller.Kind, action)

@@ -81,7 +81,7 @@ func TestEveryActionOfTheCodeIsInTheDecisionTable(t *testing.T) {
 func allActions() []Action {
 	return []Action{
 		GenerateKey, ListKeys, DeleteKey, DeleteAllKeys, ListNodes, DeleteNode, RegisterNode,
-		UnregisterNode, FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents, MarkEvents,
+		UnregisterNode, FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents, MarkEvents, AskPolicy,
 	}
 }
 
@@ -129,7 +129,7 @@ func oracle(r Request) Decision {
 	}
 	byNode := r.Action == RegisterNode || r.Action == UnregisterNode || r.Action == FetchSecrets
 	switch {
-	case byNode && c.Kind == Node, !byNode && manager, r.Action == ListNodes && member:
+	case byNode && c.Kind == Node, !byNode && manager, (r.Action == ListNodes || r.Action == AskPolicy) && member:
 		return yes(WholeOrganization)
 	case (r.Action == ReadEvents || r.Action == MarkEvents) && member:
 		return yes(OwnOnly)

@@ -172,6 +172,7 @@ func byEverybody(t *testing.T, s *harness.Server, ca *harness.CA) {
 		{400, harness.Request{Method: "POST", Path: "/systemevent", Token: user, Body: []byte(`{"take":0}`), Header: inJSON}},
 		{200, harness.Request{Method: "POST", Path: "/systemevent", Token: user, Body: []byte(`{}`), Header: inJSON}},
 		{200, harness.Request{Method: "POST", Path: "/systemevent/read", Token: user, Body: []byte(`{"ids":[1]}`), Header: inJSON}},
+		{200, harness.Request{Method: "GET", Path: "/organization/" + org + "/decision/orgkey.generate", Token: user}},
 		{200, harness.Request{Method: "PUT", Path: "/organization/" + org + "/secret/env_s3", Token: owner, Body: []byte("s"), Header: plain}},
 		{200, harness.Request{Method: "GET", Path: "/organization/" + org + "/secret", Token: owner}},
 		{200, harness.Request{Method: "DELETE", Path: "/organization/" + org + "/secret/env_s3", Token: owner}},

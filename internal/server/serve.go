@@ -18,6 +18,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/dryrun"
 	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/node"
@@ -148,7 +149,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	failures := &authn.Failures{}
 	surface, err := api.New(api.Config{
 		Keys: service, Nodes: nodes, Enrollments: enrollments,
-		SystemEvents: systemevent.New(guard, db),
+		SystemEvents: systemevent.New(guard, db), DryRuns: dryrun.New(guard),
 		Rejections:   guard,
 		Authenticate: tokens.Authenticate, Unauthenticated: failures.Count,
 		Checks: append([]api.Check{
