@@ -65,8 +65,8 @@ type Key struct {
 	PublicKey   string     `json:"publicKey"`   // PKIX (SubjectPublicKeyInfo), PEM
 	Fingerprint string     `json:"fingerprint"` // RFC 7638
 	Created     time.Time  `json:"createdAt"`
-	LastUsed    time.Time  `json:"lastUsed"` // when a node signed with it last; zero if none did
-	Delivery    string     `json:"delivery"` // "unconfirmed" if nobody knows whether the private half arrived
+	LastUsed    time.Time  `json:"lastUsed,omitzero"`  // when a node signed with it last; zero if none did
+	Delivery    string     `json:"delivery,omitempty"` // "unconfirmed" if nobody knows whether the private half arrived
 	Nodes       []KeyOwner `json:"nodeKeys"`
 }
 
@@ -101,10 +101,10 @@ type RegisteredNode struct {
 	Status      string    `json:"status"`
 	URL         string    `json:"url"`
 	Org         string    `json:"id_org"`
-	Services    int64     `json:"nodeServices"` // a bit mask, as in Registration
-	LastUpdated time.Time `json:"lastUpdated"`  // when it registered last
-	LastSeen    time.Time `json:"lastSeen"`     // when it signed anything last, to within some seconds
-	Provider    string    `json:"provider"`
+	Services    int64     `json:"nodeServices"`      // a bit mask, as in Registration
+	LastUpdated time.Time `json:"lastUpdated"`       // when it registered last
+	LastSeen    time.Time `json:"lastSeen,omitzero"` // when it signed anything last, to within some seconds
+	Provider    string    `json:"provider,omitempty"`
 }
 
 // Nodes lists the organization's nodes, newest first, without deleted ones.

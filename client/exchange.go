@@ -2,6 +2,7 @@ package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,9 +27,10 @@ type request struct {
 	token  bool   // whether it goes with the bearer token
 	limit  int64  // bytes of the answer; maxAnswer if 0
 	typ    string // of the body
+	status int    // of a success; 200 if 0
 	// body is asked for each attempt: signed ones hold the present time.
 	body func() ([]byte, error)
-	// read takes what it needs from an answer of status 200. Its error says that
+	// read takes what it needs from an answer that is a success. Its error says that
 	// the answer is none of orgkeys.
 	read func(*answer) error
 	// temporary replaces Temporary for calls that are not repeated after every failure.
@@ -82,7 +84,7 @@ func (c *Client) attempt(ctx context.Context, r request) error {
 	if a.body, err = readBody(resp, max(r.limit, maxAnswer)); err != nil {
 		return a.unreadable(err)
 	}
-	if a.status != http.StatusOK {
+	if a.status != cmp.Or(r.status, http.StatusOK) {
 		return a.refusal()
 	}
 	return r.read(a)
