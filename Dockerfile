@@ -12,7 +12,7 @@ COPY vault vault
 # --build-arg VERSION=v1.2.3; .git, from which go build would know it, is not in here.
 ARG VERSION
 RUN CGO_ENABLED=1 go build -trimpath -tags nomsgpack -ldflags="-s -w -X main.release=$VERSION" -o /out/ ./cmd/orgkeys
-RUN CGO_ENABLED=0 go build -trimpath -ldflags="-s -w -X main.release=$VERSION" -o /out/ ./cmd/orgkeys-node
+RUN CGO_ENABLED=0 go build -trimpath -ldflags="-s -w -X main.release=$VERSION" -o /out/ ./cmd/orgkeys-node ./cmd/orgkeysctl
 
 # What docker-compose.yml sets Vault up with: the vault command line, and this
 # project's policies and set-up script.
@@ -35,6 +35,8 @@ RUN apt-get update \
 COPY --from=build /out/orgkeys /usr/local/bin/orgkeys
 # For bridge nodes, which take it from here: static, it runs on any Linux.
 COPY --from=build /out/orgkeys-node /usr/local/bin/orgkeys-node
+# For administrators, likewise.
+COPY --from=build /out/orgkeysctl /usr/local/bin/orgkeysctl
 COPY LICENSE /usr/share/doc/orgkeys/LICENSE
 ENV ORGKEYS_DATA_DIR=/var/lib/orgkeys
 VOLUME /var/lib/orgkeys

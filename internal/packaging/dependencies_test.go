@@ -15,7 +15,7 @@ import (
 
 // The sections of docs/dependencies.md.
 const (
-	inPrograms = "In the server and the node's program"
+	inPrograms = "In the server, the node's program and the command line"
 	inTests    = "In tests only"
 	asTools    = "Tools"
 )

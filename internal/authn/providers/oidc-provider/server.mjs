@@ -1,5 +1,6 @@
-// A real OpenID provider for tests: node-oidc-provider over https, with one client, whose
-// access tokens are JWTs. POST /test/rotate adds a signing key and keeps the last one.
+// A real OpenID provider for tests: node-oidc-provider over https, whose access tokens are JWTs.
+// "client" is a server; "orgkeysctl" is a command line, a public client: it must use PKCE, and its
+// tokens are opaque unless each request for one names the resource. POST /test/rotate adds a signing key and keeps the last one.
 //
 //   node server.mjs CERT KEY     prints the issuer when it listens
 import { readFileSync } from 'node:fs'
@@ -21,18 +22,23 @@ async function rotate() {
     clients: [{
       client_id: 'client', client_secret: 'secret', redirect_uris: [`${issuer}/callback`],
       grant_types: ['client_credentials', 'authorization_code'], token_endpoint_auth_method: 'client_secret_post', id_token_signed_response_alg: 'ES256',
+    }, {
+      client_id: 'orgkeysctl', application_type: 'native', token_endpoint_auth_method: 'none', redirect_uris: ['http://127.0.0.1/callback'],
+      grant_types: ['authorization_code', 'refresh_token', 'urn:ietf:params:oauth:grant-type:device_code'], id_token_signed_response_alg: 'ES256',
     }],
-    pkce: { required: () => false },
+    pkce: { required: (ctx, client) => client.clientId === 'orgkeysctl' },
     cookies: { keys: ['of the test'] },
     findAccount: (ctx, id) => ({ accountId: id, claims: () => ({ sub: id }) }),
     extraTokenClaims: () => ({ org_id: ['acme'], realm_access: { roles: ['offline_access', 'org-admins'] } }),
     features: {
       devInteractions: { enabled: false },
       clientCredentials: { enabled: true },
+      deviceFlow: { enabled: true },
+      revocation: { enabled: true },
       resourceIndicators: {
         enabled: true,
-        defaultResource: () => resource,
-        useGrantedResource: () => true,
+        defaultResource: (ctx, client) => (client.clientId === 'orgkeysctl' ? undefined : resource),
+        useGrantedResource: (ctx) => ctx.oidc.client.clientId !== 'orgkeysctl',
         getResourceServerInfo: () => ({ scope: 'keys', audience: 'orgkeys', accessTokenFormat: 'jwt', jwt: { sign: { alg: 'ES256' } } }),
       },
     },
@@ -46,7 +52,7 @@ async function interact(req, res) {
     return provider.interactionFinished(req, res, { login: { accountId: 'ada-1' } })
   }
   const grant = new provider.Grant({ accountId: session.accountId, clientId: params.client_id })
-  grant.addOIDCScope('openid')
+  grant.addOIDCScope('openid offline_access')
   grant.addResourceScope(resource, 'keys')
   return provider.interactionFinished(req, res, { consent: { grantId: await grant.save() } })
 }
