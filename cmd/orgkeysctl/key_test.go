@@ -118,13 +118,16 @@ type cutter struct {
 	cut   atomic.Bool
 }
 
-func (c *cutter) start(t *testing.T) (url_ string) {
+func (c *cutter) start(t *testing.T) string {
 	t.Helper()
 	to, err := url.Parse(server.API)
 	if err != nil {
 		t.Fatal(err)
 	}
-	forward := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(to) }}
+	// One of its own: the end of another test's server closes connections of the default one.
+	transport := &http.Transport{}
+	t.Cleanup(transport.CloseIdleConnections)
+	forward := &httputil.ReverseProxy{Transport: transport, Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(to) }}
 	between := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost || !strings.HasSuffix(r.URL.Path, c.path) || c.cut.Swap(true) {
 			forward.ServeHTTP(w, r)
