@@ -129,9 +129,9 @@ type claimEntry struct {
 // manyUses warns of what a token with several uses cannot do.
 const manyUses = "This token lets several nodes in: a thief who uses it first is one of them. Compare the claims with your nodes."
 
-func enrollmentOf(e enroll.Enrollment, now time.Time) enrollmentEntry {
+func enrollmentOf(e enroll.Enrollment) enrollmentEntry {
 	entry := enrollmentEntry{
-		ID: e.ID, OrgID: string(e.Org), State: enrollmentState(e, now), Scope: string(e.Scope), Origin: "backend", Uses: e.Uses, Approval: e.Approval,
+		ID: e.ID, OrgID: string(e.Org), State: enrollmentState(e), Scope: string(e.Scope), Origin: "backend", Uses: e.Uses, Approval: e.Approval,
 		Note: e.Note, CreatedAt: instant(e.Created), ExpiresAt: instant(e.Expires), Conflicts: e.Conflicts, Claims: make([]claimEntry, len(e.Claims)),
 	}
 	if e.Recipient != "" {
@@ -154,11 +154,11 @@ func enrollmentOf(e enroll.Enrollment, now time.Time) enrollmentEntry {
 
 // enrollmentState is that of the claim which has come least far, or what became
 // of uses that nobody claimed.
-func enrollmentState(e enroll.Enrollment, now time.Time) string {
+func enrollmentState(e enroll.Enrollment) string {
 	switch {
 	case !e.Revoked.IsZero():
 		return "revoked"
-	case len(e.Claims) < e.Uses && !e.Expires.After(now):
+	case len(e.Claims) < e.Uses && e.Over:
 		return "expired"
 	case len(e.Claims) < e.Uses:
 		return "open"
@@ -212,7 +212,7 @@ func (a *API) createEnrollment(c *gin.Context) {
 		c.Header("Location", "/organization/"+string(m.Org)+"/enrollment/"+m.ID)
 		writeJSON(c, http.StatusCreated, mintedAnswer{
 			success{true, "Enrollment created. The token is shown this once."},
-			mintedEntry{enrollmentOf(m.Enrollment, m.Created), string(m.Token)},
+			mintedEntry{enrollmentOf(m.Enrollment), string(m.Token)},
 		})
 		return nil
 	})
@@ -230,7 +230,7 @@ func (a *API) listEnrollments(c *gin.Context) {
 	}
 	list := enrollmentList{true, make([]enrollmentEntry, len(all)), len(all)}
 	for i, e := range all {
-		list.Data[i] = enrollmentOf(e, time.Now())
+		list.Data[i] = enrollmentOf(e)
 	}
 	writeJSON(c, http.StatusOK, list)
 }
@@ -242,7 +242,7 @@ func (a *API) getEnrollment(c *gin.Context) {
 		a.fail(c, err)
 		return
 	}
-	writeJSON(c, http.StatusOK, enrollmentAnswer{true, enrollmentOf(e, time.Now())})
+	writeJSON(c, http.StatusOK, enrollmentAnswer{true, enrollmentOf(e)})
 }
 
 func (a *API) approveEnrollment(c *gin.Context) {

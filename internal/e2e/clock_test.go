@@ -41,8 +41,8 @@ func TestPromise7_AReplicasClockEndsNoEnrollment(t *testing.T) {
 	if claims := show(t, s, org, m.ID).Claims; len(claims) != 1 || claims[0].KeyID != enrolled.KeyID || claims[0].State != "received" {
 		t.Errorf("after the receipt: %+v", claims)
 	}
-	if n := len(s.List(t, org)); n != 2 {
-		t.Errorf("%d keys are listed, want 2", n)
+	if n := len(s.List(t, org)); n != 1 {
+		t.Errorf("%d keys are listed, want 1", n)
 	}
 	nodes := from(net.IPv4(127, 0, 0, 9))
 	for _, path := range []string{"/secrets", "/register"} {

@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"fmt"
+	"path/filepath"
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/chaos/cluster"
@@ -16,11 +18,16 @@ func TestReplicasBehindPgBouncer(t *testing.T) {
 			t.Setenv(cluster.PoolerMode, mode)
 			if !long() {
 				c := cluster.ConfigureOnHSM(t, 2)
-				for _, r := range c.Replicas {
+				outside := t.TempDir()
+				for i, r := range c.Replicas {
+					r.Configured("ORGKEYS_AUDIT_FILE", filepath.Join(outside, fmt.Sprintf("sink-%d.jsonl", i)))
 					r.Start(t) // one after the other: the first makes the token
 				}
 				deletedAndRefused(t, c, 1, 1)
 				for _, r := range c.Replicas {
+					r.Stop(t)
+				}
+				for _, r := range c.Replicas[1:] { // which stopped last, so that its sink has all
 					succeeds(t, r, "audit", "verify")
 				}
 				return

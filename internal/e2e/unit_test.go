@@ -184,7 +184,7 @@ func TestTheUnitServesWithOpencryptoki(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join(harness.ModuleRoot(t), "docs", "hsm.md"))
 	must(t, err)
 	_, section, _ := strings.Cut(string(text), "\n### opencryptoki\n")
-	_, dropIn, found := strings.Cut(section, "```systemd\n")
+	_, dropIn, found := strings.Cut(section, "```ini\n")
 	dropIn, _, _ = strings.Cut(dropIn, "```")
 	if !found {
 		t.Fatal("docs/hsm.md says nothing of the unit")

@@ -98,6 +98,7 @@ type Enrollment struct {
 	Note      string
 	Created   time.Time
 	Expires   time.Time // for who has not claimed by then
+	Over      bool      // whether that has come, by the database's clock
 	Revoked   time.Time // zero: it was not
 	Conflicts int       // claims by other recipients that were refused
 	Claims    []Delivery

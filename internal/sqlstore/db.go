@@ -303,13 +303,18 @@ func (d *DB) now(ctx context.Context, tx *txn) (int64, error) {
 	return now, unavailable(err)
 }
 
+// present is the expression for the database's clock.
+func (d *DB) present() string {
+	if d.postgres {
+		return postgresNow
+	}
+	return "CAST(unixepoch('subsec') * 1000000 AS INTEGER)"
+}
+
 // past is the expression for a column's time, and for the present where that is
 // in the future: a clock has been set back since it was written.
 func (d *DB) past(column string) string {
-	now := "CAST(unixepoch('subsec') * 1000000 AS INTEGER)"
-	if d.postgres {
-		now = postgresNow
-	}
+	now := d.present()
 	return "CASE WHEN " + column + " > " + now + " THEN " + now + " ELSE " + column + " END"
 }
 

@@ -154,8 +154,12 @@ func (d *DB) Enrollment(ctx context.Context, org org.ID, id string) (enroll.Enro
 }
 
 func (d *DB) enrollments(ctx context.Context, where string, args ...any) ([]enroll.Enrollment, error) {
-	found, err := query(ctx, d.read, func(scan func(...any) error) (enroll.Enrollment, error) { return scanEnrollment(scan) },
-		"SELECT "+enrollmentColumns+" FROM enrollments WHERE "+where, args...)
+	found, err := query(ctx, d.read, func(scan func(...any) error) (e enroll.Enrollment, err error) {
+		var over int
+		e, err = scanEnrollment(scan, &over)
+		e.Over = over == 1
+		return e, err
+	}, "SELECT "+enrollmentColumns+", CASE WHEN expires_at <= "+d.present()+" THEN 1 ELSE 0 END FROM enrollments WHERE "+where, args...)
 	if err != nil || len(found) == 0 {
 		return nil, err
 	}

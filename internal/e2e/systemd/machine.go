@@ -175,7 +175,7 @@ func controlGroup(t *testing.T) string {
 func (m *Machine) Inside(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target", fmt.Sprint(m.pid), "--mount", "--pid", "--cgroup", "--root", "--"}, args...)...)
+	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target", fmt.Sprint(m.pid), "--mount", "--pid", "--ipc", "--cgroup", "--root", "--"}, args...)...)
 	cmd.Env = []string{"PATH=/usr/local/bin:/usr/sbin:/usr/bin"}
 	out, err := cmd.CombinedOutput()
 	return string(out), err
