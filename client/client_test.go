@@ -176,6 +176,7 @@ var foreignAnswers = map[string]http.HandlerFunc{
 	"403":                  answering(403, "application/json", `{"message":"Forbidden"}`),
 	"404":                  answering(404, "text/plain", "default backend - 404"),
 	"404 in JSON":          answering(404, "application/json", `{"success":false,"message":"no Route matched"}`),
+	"no requestId":         answering(403, "application/json", `{"success":false,"message":"no","errorCode":"forbidden"}`),
 	"another's code":       answering(400, "application/json", `{"success":false,"message":"x","errorCode":"NO_ROUTE"}`),
 	"407":                  answering(407, "text/html", ""),
 	"421":                  answering(421, "", ""),

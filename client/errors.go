@@ -150,6 +150,11 @@ func (a *answer) refusal() error {
 	if err := json.Unmarshal(a.body, &body); err != nil || body.Success == nil || *body.Success || !codeForm.MatchString(body.ErrorCode) {
 		return a.foreign("JSON without an errorCode")
 	}
+	// Others have codes of that form, too. Whether orgkeys knows the code is no
+	// question: a newer one may have more.
+	if body.RequestID == "" {
+		return a.foreign("an errorCode without a requestId")
+	}
 	return &Error{
 		Status: a.status, Code: Code(body.ErrorCode), Message: body.Message, RequestID: body.RequestID,
 		RetryAfter: a.retryAfter, ClockOffset: a.clockOffset,

@@ -413,7 +413,7 @@ func TestRetryAfterBeyondWait(t *testing.T) {
 // What the server itself refuses is final, and said with what to do about it.
 func TestRefusalsAreFinalAndSayWhatToDo(t *testing.T) {
 	message := func(text string) http.HandlerFunc {
-		return answering(403, "application/json", `{"success":false,"errorCode":"access_denied","message":"`+text+`"}`)
+		return answering(403, "application/json", `{"success":false,"errorCode":"access_denied","requestId":"r","message":"`+text+`"}`)
 	}
 	for name, c := range map[string]struct {
 		h    http.HandlerFunc

@@ -3,6 +3,7 @@ package main_test
 import (
 	"crypto/tls"
 	"encoding/pem"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -22,35 +23,54 @@ var passing = map[string]struct {
 	code int
 	text string
 }{
-	"clock ahead":          {dated(-62, "stale_timestamp"), 75, "clock is off by 1h2m, ahead of the server's; set it"},
-	"clock behind":         {dated(62, "stale_timestamp"), 75, "clock is off by 1h2m, behind the server's; set it"},
-	"clock, older codes":   {dated(-62, "invalid_request"), 75, "clock is off by 1h2m"},
-	"stale":                {refusing(400, "stale_timestamp"), 75, "timestamp stale"},
-	"signature used":       {refusing(400, "signature_reused"), 69, "answers 400"},
-	"TLS ends before it":   {refusing(400, "tls_required"), 69, "answers 400"},
-	"too many":             {refusing(429, "too_many_failures"), 69, "answers 429"},
-	"draining":             {refusing(503, "draining"), 69, "answers 503"},
-	"secret broken":        {refusing(500, "secret_broken"), 69, "answers 500"},
-	"redirect":             {answering(302, "text/html", "", "Location", "https://portal.example/"), 76, `a redirect to "https://portal.example/"`},
-	"redirect in our form": {refusing(307, "bad_signature", "Location", "/x"), 76, "a redirect"},
-	"nothing":              {answering(204, "", ""), 76, "something that is not orgkeys answers at http://127.0.0.1"},
-	"a page":               {answering(200, "text/html", "<html>"), 76, `of Content-Type "text/html"`},
-	"a page called JSON":   {answering(200, "application/json", "<html>"), 76, "JSON of another form"},
-	"empty object":         {answering(200, "application/json", "{}"), 76, "something that is not orgkeys"},
-	"another's 400":        {answering(400, "text/html", "The plain HTTP request was sent to HTTPS port"), 76, "400"},
-	"401":                  {answering(401, "text/html", ""), 76, "401"},
-	"402":                  {answering(402, "text/html", ""), 76, "402"},
-	"403":                  {answering(403, "application/json", `{"message":"Forbidden"}`), 76, "403, JSON without an errorCode"},
-	"404":                  {answering(404, "text/plain", "default backend - 404"), 76, "404"},
-	"405":                  {answering(405, "text/html", ""), 76, "405"},
-	"410":                  {answering(410, "text/html", ""), 76, "410"},
-	"421":                  {answering(421, "text/html", ""), 76, "421"},
-	"425":                  {answering(425, "", ""), 76, "425"},
-	"429":                  {answering(429, "text/html", ""), 76, "429"},
-	"451":                  {answering(451, "text/html", ""), 76, "451"},
-	"502":                  {answering(502, "text/html", ""), 76, "502"},
-	"511":                  {answering(511, "text/html", ""), 76, "511"},
-	"another's code":       {answering(403, "application/json", `{"success":false,"message":"x","errorCode":"E42"}`), 76, "JSON without an errorCode"},
+	"clock ahead":                {dated(-62, "stale_timestamp"), 75, "clock is off by 1h2m, ahead of the server's; set it"},
+	"clock behind":               {dated(62, "stale_timestamp"), 75, "clock is off by 1h2m, behind the server's; set it"},
+	"clock, older codes":         {dated(-62, "invalid_request"), 75, "clock is off by 1h2m"},
+	"stale":                      {refusing(400, "stale_timestamp"), 75, "timestamp stale"},
+	"signature used":             {refusing(400, "signature_reused"), 69, "answers 400"},
+	"TLS ends before it":         {refusing(400, "tls_required"), 69, "answers 400"},
+	"too many":                   {refusing(429, "too_many_failures"), 69, "answers 429"},
+	"draining":                   {refusing(503, "draining"), 69, "answers 503"},
+	"secret broken":              {refusing(500, "secret_broken"), 69, "answers 500"},
+	"redirect":                   {answering(302, "text/html", "", "Location", "https://portal.example/"), 76, `a redirect to "https://portal.example/"`},
+	"redirect in our form":       {refusing(307, "bad_signature", "Location", "/x"), 76, "a redirect"},
+	"nothing":                    {answering(204, "", ""), 76, "something that is not orgkeys answers at http://127.0.0.1"},
+	"a page":                     {answering(200, "text/html", "<html>"), 76, `of Content-Type "text/html"`},
+	"a page called JSON":         {answering(200, "application/json", "<html>"), 76, "JSON of another form"},
+	"empty object":               {answering(200, "application/json", "{}"), 76, "something that is not orgkeys"},
+	"another's 400":              {answering(400, "text/html", "The plain HTTP request was sent to HTTPS port"), 76, "400"},
+	"401":                        {answering(401, "text/html", ""), 76, "401"},
+	"402":                        {answering(402, "text/html", ""), 76, "402"},
+	"403":                        {answering(403, "application/json", `{"message":"Forbidden"}`), 76, "403, JSON without an errorCode"},
+	"404":                        {answering(404, "text/plain", "default backend - 404"), 76, "404"},
+	"405":                        {answering(405, "text/html", ""), 76, "405"},
+	"410":                        {answering(410, "text/html", ""), 76, "410"},
+	"421":                        {answering(421, "text/html", ""), 76, "421"},
+	"425":                        {answering(425, "", ""), 76, "425"},
+	"429":                        {answering(429, "text/html", ""), 76, "429"},
+	"451":                        {answering(451, "text/html", ""), 76, "451"},
+	"502":                        {answering(502, "text/html", ""), 76, "502"},
+	"511":                        {answering(511, "text/html", ""), 76, "511"},
+	"another's code":             {answering(403, "application/json", `{"success":false,"message":"x","errorCode":"E42"}`), 76, "JSON without an errorCode"},
+	"another's code of our form": {answering(403, "application/json", `{"success":false,"message":"x","errorCode":"forbidden"}`), 76, "an errorCode without a requestId"},
+	"another's success":          {answering(200, "application/json", `{"success":true,"data":{}}`), 76, "something that is not orgkeys"},
+	"HTTP/1.0":                   {saying("HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<html>"), 76, "of Content-Type"},
+	"closed in the middle":       {saying("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{\"env_s3_enc\":"), 69, "unexpected EOF"},
+	"broken chunks":              {saying("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\n{}\r\n"), 69, "chunk"},
+	"no HTTP":                    {saying("SSH-2.0-OpenSSH_9.2\r\n"), 69, "malformed HTTP response"},
+	"gzip that nobody asked for": {answering(200, "application/json", "\x1f\x8b\x08\x00", "Content-Encoding", "gzip"), 76, "JSON of another form"},
+}
+
+// saying sends text as it is, and closes the connection.
+func saying(text string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			panic(err)
+		}
+		io.WriteString(conn, text)
+		conn.Close()
+	}
 }
 
 // dated refuses by a clock that is so many minutes ahead of this one.

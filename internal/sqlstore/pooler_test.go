@@ -71,6 +71,7 @@ func TestMigrationsAtOnceThroughPgBouncer(t *testing.T) {
 		rounds = 50
 	}
 	throughPoolers(t, func(t *testing.T, through func(string) string) {
+		admin := raw(t, postgres.URL("postgres"))
 		for range rounds {
 			direct := newDatabase(t, postgres)
 			location := through(direct)
@@ -90,18 +91,20 @@ func TestMigrationsAtOnceThroughPgBouncer(t *testing.T) {
 				})
 			}
 			all.Wait()
-			raw, err := sql.Open("pgx", direct)
+			beside, err := sql.Open("pgx", direct)
 			if err != nil {
 				t.Fatal(err)
 			}
 			var locks, twice int
 			err = errors.Join(
-				raw.QueryRow("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())").Scan(&locks),
-				raw.QueryRow("SELECT count(*) - count(DISTINCT version_id) FROM goose_db_version").Scan(&twice),
-				raw.Close())
+				beside.QueryRow("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())").Scan(&locks),
+				beside.QueryRow("SELECT count(*) - count(DISTINCT version_id) FROM goose_db_version").Scan(&twice),
+				beside.Close())
 			if err != nil || locks != 0 || twice != 0 {
 				t.Fatalf("%d locks were left, %d migrations ran twice, %v", locks, twice, err)
 			}
+			// A pooler keeps its sessions for minutes, and PostgreSQL has a hundred.
+			statement(t, admin, "DROP DATABASE "+databaseOf(direct)+" WITH (FORCE)")
 		}
 	})
 }
