@@ -7,6 +7,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -269,4 +271,41 @@ func settled(t *testing.T, s *harness.Server) {
 	harness.Eventually(t, harness.Patience, "the sink has every event", func() bool {
 		return harness.Number(t, db, `SELECT count(*) FROM events`) == int64(len(s.Sink(t).Events))
 	})
+}
+
+// Where there is no room for the sink nothing is released; what was written in
+// part is mended, and everything comes when there is room again.
+func TestASinkWithoutRoom(t *testing.T) {
+	t.Parallel()
+	disk := t.TempDir()
+	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "orgkeys-test", disk).CombinedOutput(); err != nil {
+		t.Fatalf("a disk for this test: %v: %s", err, out)
+	}
+	t.Cleanup(func() { must(t, exec.Command("umount", "--lazy", disk).Run()) })
+	s := harness.Start(t, harness.Set("ORGKEYS_AUDIT_FILE", filepath.Join(disk, "audit.jsonl")), harness.Set("ORGKEYS_AUDIT_DEADLINE", "2s"))
+	org := harness.Org()
+	s.Generate(t, org)
+	filler, err := os.Create(filepath.Join(disk, "filler"))
+	must(t, err)
+	for piece := make([]byte, 4096); err == nil; {
+		_, err = filler.Write(piece)
+	}
+	must(t, filler.Close())
+	for range 20 {
+		s.List(t, org) // more than the rest of a block has room for
+	}
+	generate := harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: s.Token(t, org, "OWNER")}
+	if resp := s.Do(t, generate); resp.Status != 503 || !strings.Contains(string(resp.Body), "audit_unavailable") || resp.Header.Get("Retry-After") == "" {
+		t.Errorf("without room: %d %s", resp.Status, resp.Body)
+	}
+	if said := s.AskAdmin(t, "/readyz"); !strings.Contains(said, "no space left on device") {
+		t.Errorf("/readyz says %s", said)
+	}
+	must(t, os.Remove(filler.Name()))
+	harness.Eventually(t, harness.Patience, "a key is released", func() bool { return s.Do(t, generate).Status == 200 })
+	if n := len(s.List(t, org)); n != 2 {
+		t.Errorf("%d keys are listed, want 2", n)
+	}
+	s.Stop(t)
+	succeeds(t, s, "audit", "verify")
 }
