@@ -110,8 +110,9 @@ the events that the log has lost.
 
 What a failover or a restored backup leaves is the beginning of the log that was
 lost. If it is not, that is: if an event in it is another one than the sinks
-hold, somebody rewrote the log. The command names the first such event and
-refuses, unless --rewritten says that this, too, is to be accepted; the log and
+hold, somebody rewrote the log, unless that event is log.database_changed: then
+the replica with this sink was away during a failover, and the others went on
+without it. The command names the first other event and refuses, unless --rewritten says that this, too, is to be accepted; the log and
 the sinks then keep which event.
 Of Vault only the checkpoint can be compared here, not the events: afterwards
 verify an export with --vault-audit.
