@@ -190,7 +190,7 @@ func TestTheUnitServesWithOpencryptoki(t *testing.T) {
 		t.Fatal("docs/hsm.md says nothing of the unit")
 	}
 	m := newInstalled(t, func(m *installed) {
-		m.Put("group", fmt.Sprintf("root:x:0:\norgkeys:x:%d:\npkcs11:x:992:\n", serviceUser), 0o644, 0)
+		m.Put("group", fmt.Sprintf("root:x:0:\norgkeys:x:%d:\npkcs11:x:992:orgkeys\n", serviceUser), 0o644, 0)
 		m.Put("opencryptoki/opencryptoki.conf", "version opencryptoki-3.8\nslot 3\n{\nstdll = libpkcs11_sw.so\n}\n", 0o644, 0)
 		m.Put("systemd/system/pkcsslotd.service", "[Service]\nExecStart=/usr/sbin/pkcsslotd -f\n", 0o644, 0)
 		m.Put("systemd/system/orgkeys.service.d/opencryptoki.conf", dropIn, 0o644, 0)
