@@ -181,12 +181,21 @@ func claimOf(d enroll.Delivery) claimEntry {
 		Fingerprint: d.Fingerprint, SHA256: d.Wrapped.SHA256, Answers: d.Answers,
 	}
 	if d.Stage == enroll.Available {
-		entry.DeliverUntil = instant(d.Until)
+		entry.DeliverUntil = deadline(d.Until)
 	}
 	if !d.ReceivedAt.IsZero() {
 		entry.ReceivedAt = instant(d.ReceivedAt)
 	}
 	return entry
+}
+
+// deadline is empty where there is none: a rollback was accepted, and the key may
+// have been received before.
+func deadline(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return instant(t)
 }
 
 func claimState(d enroll.Delivery) string {
@@ -280,7 +289,7 @@ type sealedAnswer struct {
 	Sealed       sealedBody `json:"sealed"`
 	SHA256       string     `json:"sha256"`
 	Event        string     `json:"event"`
-	DeliverUntil string     `json:"deliverUntil"`
+	DeliverUntil string     `json:"deliverUntil,omitempty"`
 	MAC          []byte     `json:"mac,omitempty"`
 }
 
@@ -301,7 +310,7 @@ func writeSealed(c *gin.Context, a enroll.Answer) error {
 	writeJSON(c, http.StatusOK, sealedAnswer{
 		ID: a.Enrollment, Org: a.Org, Origin: a.Origin, KeyID: a.KeyID, Scope: string(a.Scope), Algorithm: "rsa-2048",
 		Fingerprint: a.Fingerprint, Recipient: a.Recipient, Sealed: sealedBody(a.Sealed), SHA256: a.SHA256,
-		Event: string(a.Event), DeliverUntil: instant(a.Until), MAC: a.MAC,
+		Event: string(a.Event), DeliverUntil: deadline(a.Until), MAC: a.MAC,
 	})
 	return connection.Flush()
 }

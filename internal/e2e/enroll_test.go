@@ -450,3 +450,70 @@ func TestAnAdministratorsSealedKey(t *testing.T) {
 		t.Errorf("after the receipt: %v", err)
 	}
 }
+
+// TestAfterARestoredBackupTokensAreVoid: what was done with a token since the
+// backup is forgotten, so it gives nothing any more; a key from before works on.
+func TestAfterARestoredBackupTokensAreVoid(t *testing.T) {
+	t.Parallel()
+	port, err := freeport.Find(1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := harness.Start(t, harness.Set("ORGKEYS_AUDIT_FILE", filepath.Join(t.TempDir(), "sink.jsonl")), harness.Set("ORGKEYS_MAX_NODE_KEYS", "3"),
+		harness.Set("ORGKEYS_LISTEN", fmt.Sprintf("127.0.0.1:%d", port)))
+	org := harness.Org()
+	older := fetch(t, enrollment(t, s.API, mint(t, s, org, `{}`).Token, newRecipient(t), 20*time.Second))
+	// This one's receipt is in the sink alone.
+	receiptLost := enrollment(t, s.API, mint(t, s, org, `{}`).Token, newRecipient(t), 20*time.Second)
+	unreceived, err := receiptLost.Fetch(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := mint(t, s, org, `{}`)
+	s.Stop(t)
+	backup := harness.Copy(t, s.Dir)
+	s.Start(t)
+	fetch(t, receiptLost)
+	newer := fetch(t, enrollment(t, s.API, m.Token, newRecipient(t), 20*time.Second))
+	s.Stop(t)
+
+	if err := os.RemoveAll(s.Dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(backup, s.Dir); err != nil {
+		t.Fatal(err)
+	}
+	if out := succeeds(t, s, "audit", "accept-rollback", "--reason", "a test", "--dry-run"); !strings.Contains(out, "would be void: 1 open enrollments") {
+		t.Errorf("a dry run said %s", out)
+	}
+	out := succeeds(t, s, "audit", "accept-rollback", "--reason", "a test")
+	if !strings.Contains(out, "void: 1 open enrollments") || !strings.Contains(out, fmt.Sprintf("orgkey.created, organization %q, object %q", org, newer.KeyID)) || strings.Contains(out, "orgkey.created, organization \""+org+"\", object \""+older.KeyID) {
+		t.Errorf("it said %s", out)
+	}
+	s.Start(t)
+	if _, err := enrollment(t, s.API, m.Token, newRecipient(t), 0).Fetch(t.Context()); !errors.Is(err, client.EnrollmentClosed) {
+		t.Errorf("the token of a void enrollment: %v", err)
+	}
+	if got := show(t, s, org, m.ID); got.State != "revoked" {
+		t.Errorf("shown as %q", got.State)
+	}
+	if again, err := receiptLost.Fetch(t.Context()); err != nil || !bytes.Equal(again.PEM, unreceived.PEM) {
+		t.Errorf("a key that was released before the backup: %v", err)
+	}
+	for _, key := range []*client.Delivered{older, unreceived, newer} {
+		private, err := client.ParsePrivateKey(key.PEM)
+		if err != nil {
+			t.Fatal(err)
+		}
+		node := client.Node{Client: receiptLost.Client, Org: org, IP: "192.0.2.7", Region: "eu", Key: private, KeyID: key.KeyID}
+		_, err = node.Secrets(t.Context())
+		if works := err == nil; works != (key != newer) {
+			t.Errorf("key %s works: %t, %v", key.KeyID, works, err)
+		}
+	}
+	mint(t, s, org, `{}`) // the place came back
+	s.Stop(t)
+	if out := succeeds(t, s, "audit", "verify"); !strings.Contains(out, "a rollback was accepted") {
+		t.Errorf("audit verify said %s", out)
+	}
+}

@@ -121,7 +121,7 @@ type Delivery struct {
 	Public      []byte    // the public key, sealed; from Stored on
 	Fingerprint string    // RFC 7638 thumbprint
 	Event       string    // the ID of orgkey.sealed; from Sealed on
-	Until       time.Time // when it is withdrawn unless it was received
+	Until       time.Time // when it is withdrawn unless it was received; zero: never, since a rollback was accepted
 	Answers     int       // how often the wrapped key was written out
 	ReceivedAt  time.Time
 }

@@ -560,12 +560,7 @@ func (d *DB) Revoke(ctx context.Context, org org.ID, id string, event audit.Even
 		if err != nil {
 			return err
 		}
-		for _, v := range open {
-			if err := d.endDelivery(ctx, tx, v, now, withdrawn); err != nil {
-				return err
-			}
-		}
-		return nil
+		return d.endDeliveries(ctx, tx, open, now, withdrawn)
 	})
 }
 

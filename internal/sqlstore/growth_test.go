@@ -118,10 +118,12 @@ func TestAnAcceptedRollbackComesFirst(t *testing.T) {
 		accepted := audit.Rollback{From: head.Text(), To: head.Text(), Kept: 3, Reason: "failover"}.Event()
 		earlier := head
 		earlier.Size--
-		if err := db.AcceptRollback(t.Context(), earlier, accepted); !errors.Is(err, sqlstore.ErrGrown) {
+		if _, err := db.AcceptRollback(t.Context(), earlier, accepted, voids()); !errors.Is(err, sqlstore.ErrGrown) {
 			t.Errorf("behind another head: %v", err)
 		}
-		must(t, db.AcceptRollback(t.Context(), head, accepted))
+		if _, err := db.AcceptRollback(t.Context(), head, accepted, voids()); err != nil {
+			t.Fatal(err)
+		}
 		if index, known, err := db.Index(t.Context(), accepted.ID); index != 3 || !known || err != nil {
 			t.Errorf("its index is %d, %t, %v", index, known, err)
 		}

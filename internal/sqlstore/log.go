@@ -12,6 +12,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/rollback"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
@@ -27,11 +28,9 @@ func (d *DB) Recorded() <-chan struct{} { return d.recorded }
 // ErrGrown: the log is not at the checkpoint that it had before.
 var ErrGrown = errors.New("the log has grown meanwhile: stop every replica first")
 
-// AcceptRollback records the event that accepts that the log was set back to head,
-// gives it the index right behind, before all that is waiting for one, and lets
-// the log go on that sinks held back.
-func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+// AcceptRollback implements rollback.Store.
+func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, v rollback.Voids) (void int, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		if err := d.lock(ctx, tx, "sequencer"); err != nil {
 			return err
 		}
@@ -45,9 +44,13 @@ func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.
 		if err := d.recordNext(ctx, tx, e); err != nil {
 			return err
 		}
-		_, err = exec(ctx, tx, "DELETE FROM sinks_ahead")
+		if _, err := exec(ctx, tx, "DELETE FROM sinks_ahead"); err != nil {
+			return err
+		}
+		void, err = d.voidEnrollments(ctx, tx, v)
 		return err
 	})
+	return void, err
 }
 
 // recordNext records an event and gives it the next index, before all that is

@@ -32,7 +32,11 @@ func newDatabase(t testing.TB, server *pgtest.Server) string {
 // raw is a connection past the package, as another client of the server has.
 func raw(t testing.TB, location string) *sql.DB {
 	t.Helper()
-	db, err := sql.Open("pgx", location)
+	driver, source := "pgx", location
+	if strings.HasSuffix(location, ".db") {
+		driver, source = "sqlite", "file:"+location+"?_pragma=busy_timeout(5000)"
+	}
+	db, err := sql.Open(driver, source)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,9 +9,11 @@ import (
 	"io"
 	"iter"
 	"os"
+	"strconv"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 // Store is the database that the log is in. Its implementation is sqlstore.
@@ -27,13 +29,45 @@ type Store interface {
 	ChangedAt(ctx context.Context, index int64) (bool, error)
 	// AcceptRollback records the event that accepts that the log was set back to
 	// head, gives it the index right behind, before all that is waiting for one,
-	// and lets the log go on that sinks held back.
-	AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event) error
+	// and lets the log go on that sinks held back. With it every open enrollment
+	// is void: its places are given back, and what was made for it and not
+	// released is withdrawn, each with its event. It returns how many.
+	AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, v Voids) (int, error)
+	// OpenEnrollments returns how many enrollments that would make void.
+	OpenEnrollments(ctx context.Context) (int, error)
 	SinkNext(ctx context.Context, sink string) (int64, error)
 	Acknowledge(ctx context.Context, sink string, next int64, receipts [][]byte) error
 	LastSigned(ctx context.Context) (audit.Signed, error)
 	// Supersede sets the signed checkpoints from place seq on aside.
 	Supersede(ctx context.Context, seq int64) error
+}
+
+// Voids makes the events of what a rollback ends.
+type Voids struct {
+	// Enrollment: what was claimed since the backup is forgotten, so that a
+	// token which gave a key already would give another.
+	Enrollment func(org org.ID, id string, places int) audit.Event
+	Withdrawn  func(org org.ID, keyID string) audit.Event // a key that was never released
+}
+
+var voids = Voids{
+	Enrollment: func(org org.ID, id string, places int) audit.Event {
+		e := voided(audit.EnrollmentRevoked, org, id)
+		e.Detail = map[string]string{"places": strconv.Itoa(places)}
+		return e
+	},
+	Withdrawn: func(org org.ID, keyID string) audit.Event {
+		e := voided(audit.KeyWithdrawn, org, keyID)
+		e.Outcome = audit.Failure
+		return e
+	},
+}
+
+func voided(t audit.Type, org org.ID, object string) audit.Event {
+	e := audit.New(t, org)
+	e.Actor = audit.Actor{Kind: audit.System, ID: "operator"}
+	e.Object, e.Reason = object, "rollback_accepted"
+	return e
 }
 
 // Request is what an operator accepts.
@@ -86,6 +120,9 @@ func Accept(ctx context.Context, store Store, r Request, out io.Writer) error {
 	done, err := a.acceptSigned(ctx)
 	if err != nil {
 		return err
+	}
+	if (accepted || done) && r.DryRun {
+		return a.nameOpen(ctx)
 	}
 	if !accepted && !done {
 		_, err = fmt.Fprintln(out, "nothing to accept: the log extends what the sinks hold")
@@ -250,11 +287,23 @@ func (a *acceptance) record(ctx context.Context, held audit.Checkpoint) error {
 		return nil
 	}
 	a.From = held.Text()
-	if err := a.store.AcceptRollback(ctx, a.head, a.Event()); err != nil {
+	void, err := a.store.AcceptRollback(ctx, a.head, a.Event(), voids)
+	if err != nil {
 		return err
 	}
 	a.recorded = true
-	return nil
+	if void > 0 {
+		_, err = fmt.Fprintf(a.out, "void: %d open enrollments, whose tokens may have been used since; mint new ones\n", void)
+	}
+	return err
+}
+
+func (a *acceptance) nameOpen(ctx context.Context) error {
+	open, err := a.store.OpenEnrollments(ctx)
+	if err == nil && open > 0 {
+		_, err = fmt.Fprintf(a.out, "would be void: %d open enrollments\n", open)
+	}
+	return err
 }
 
 // acceptSigned sets the signed checkpoints aside that the log does not extend.

@@ -1,0 +1,132 @@
+package sqlstore_test
+
+import (
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/rollback"
+	"github.com/orgkeys/orgkeys/internal/enroll"
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+func voids() rollback.Voids {
+	return rollback.Voids{
+		Enrollment: func(org org.ID, id string, _ int) audit.Event { return event(audit.EnrollmentRevoked, org, id) },
+		Withdrawn:  func(org org.ID, id string) audit.Event { return event(audit.KeyWithdrawn, org, id) },
+	}
+}
+
+func acceptRollback(t *testing.T, db *sqlstore.DB) (void int) {
+	t.Helper()
+	if _, err := db.Sequence(t.Context(), 1000, audit.Condition{}); err != nil {
+		t.Fatal(err)
+	}
+	head, err := db.Head(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted := audit.Rollback{From: head.Text(), To: head.Text(), Kept: head.Size, Reason: "a test"}.Event()
+	if void, err = db.AcceptRollback(t.Context(), head, accepted, voids()); err != nil {
+		t.Fatal(err)
+	}
+	return void
+}
+
+// What a backup holds of an enrollment that was open says nothing of what was
+// done with its token since, so it is over. A key that had been released works on,
+// however long its node is silent.
+func TestAnAcceptedRollbackVoidsOpenEnrollments(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		minted := func(e enroll.Enrollment) string {
+			t.Helper()
+			id, err := mint(t, db, e, time.Hour, 7)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return id
+		}
+		claimed := func(id string) (enroll.Delivery, enroll.Recipient) {
+			t.Helper()
+			r := recipient(t)
+			d, err := claim(t, db, id, r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return d, r
+		}
+		unclaimed := minted(enroll.Enrollment{})
+		bothWays := minted(enroll.Enrollment{Uses: 3})
+		d, has := claimed(bothWays)
+		available := offered(t, db, d)
+		waiting, _ := claimed(bothWays)
+		made := minted(enroll.Enrollment{})
+		stored, _ := claimed(made)
+		attempt := uuid.NewString()
+		if mine, err := db.Begin(t.Context(), stored.KeyID, attempt, time.Minute); err != nil || !mine {
+			t.Fatal(err)
+		}
+		if err := db.StoreWrapped(t.Context(), stored.KeyID, attempt, []byte("public"), enroll.Wrapped{Value: []byte("wrapped")}, "print", event(audit.KeyCreated, "acme", stored.KeyID)); err != nil {
+			t.Fatal(err)
+		}
+		done := minted(enroll.Enrollment{})
+		d, _ = claimed(done)
+		received := offered(t, db, d)
+		if err := db.Receive(t.Context(), received.KeyID, func(int) audit.Event { return event(audit.KeyReceived, "acme", received.KeyID) }); err != nil {
+			t.Fatal(err)
+		}
+
+		if n, err := db.OpenEnrollments(t.Context()); err != nil || n != 3 {
+			t.Errorf("%d enrollments are open, want 3: %v", n, err)
+		}
+		if n := acceptRollback(t, db); n != 3 {
+			t.Errorf("%d enrollments are void, want 3", n)
+		}
+		if n := recorded(t, db, audit.EnrollmentRevoked); n != 3 {
+			t.Errorf("%d events of it, want 3", n)
+		}
+		if n := recorded(t, db, audit.KeyWithdrawn); n != 1 {
+			t.Errorf("%d keys withdrawn, want the one that was made and not released", n)
+		}
+		for _, id := range []string{unclaimed, bothWays, made} {
+			if _, err := claim(t, db, id, recipient(t)); !errors.Is(err, enroll.ErrClosed) {
+				t.Errorf("a void token: %v", err)
+			}
+		}
+		if e, err := db.Enrollment(t.Context(), "acme", done); err != nil || !e.Revoked.IsZero() {
+			t.Errorf("what was over is void: %+v, %v", e, err)
+		}
+		for _, key := range []string{waiting.KeyID, stored.KeyID} {
+			if d, err := db.Delivery(t.Context(), key); err != nil || d.Stage != enroll.Ended {
+				t.Errorf("%+v, %v", d, err)
+			}
+		}
+		// Of 7 places, the two live keys have one each.
+		if _, err := mint(t, db, enroll.Enrollment{Uses: 5}, time.Hour, 7); err != nil {
+			t.Errorf("places are not given back: %v", err)
+		}
+
+		// The recipient that may have its key already gets it again, and no sweeper ends it.
+		if d, err := claim(t, db, bothWays, has); err != nil || d.KeyID != available.KeyID || d.Stage != enroll.Available || !d.Until.IsZero() {
+			t.Errorf("%+v, %v", d, err)
+		}
+		statement(t, raw(t, location), "UPDATE deliveries SET until = 1 WHERE until IS NOT NULL AND stage NOT IN ('open', 'received', 'ended')")
+		if _, err := db.SweepDeliveries(t.Context(), 100, enroll.SweepEvents{
+			Expired:   func(org org.ID, id string, _ int) audit.Event { return event(audit.EnrollmentExpired, org, id) },
+			Withdrawn: voids().Withdrawn,
+			Used:      func(org org.ID, id string) audit.Event { return event(audit.KeyReceived, org, id) },
+		}); err != nil {
+			t.Fatal(err)
+		}
+		for _, key := range []string{available.KeyID, received.KeyID} {
+			if found, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr("192.0.2.1"), key, 5); err != nil || len(found) != 1 {
+				t.Errorf("an older key: %+v, %v", found, err)
+			}
+		}
+	})
+}
