@@ -79,6 +79,10 @@ type keyEntry struct {
 	CreatedAt   string         `json:"createdAt"`
 	LastUsed    string         `json:"lastUsed,omitempty"`
 	Delivery    string         `json:"delivery,omitempty"`
+	DeliveredAt string         `json:"deliveredAt,omitempty"`
+	DeliveredTo string         `json:"deliveredTo,omitempty"`
+	Scope       string         `json:"scope"`
+	Enrollment  string         `json:"enrollment,omitempty"`
 	NodeKeys    []nodeKeyEntry `json:"nodeKeys"`
 }
 
@@ -116,13 +120,18 @@ func entry(k orgkey.Key) (keyEntry, error) {
 	e := keyEntry{
 		ID: k.ID, OrgID: k.Org, Fingerprint: k.Fingerprint,
 		PublicKey: string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})),
-		CreatedAt: instant(k.Created), NodeKeys: make([]nodeKeyEntry, len(k.Nodes)),
+		CreatedAt: instant(k.Created), DeliveredTo: k.DeliveredTo, Scope: "organization", Enrollment: k.Enrollment, NodeKeys: make([]nodeKeyEntry, len(k.Nodes)),
+	}
+	if k.OfNode {
+		e.Scope = "node"
 	}
 	if !k.LastUsed.IsZero() {
 		e.LastUsed = instant(k.LastUsed)
 	}
-	if !k.Delivered {
+	if k.Delivered.IsZero() {
 		e.Delivery = "unconfirmed"
+	} else {
+		e.DeliveredAt = instant(k.Delivered)
 	}
 	for i, n := range k.Nodes {
 		e.NodeKeys[i] = nodeKeyEntry{n.KeyID, n.NodeID, n.Confirmed}

@@ -233,7 +233,7 @@ func TestList(t *testing.T) {
 	fingerprint := orgkey.Thumbprint(&testKey().PublicKey)
 	created := time.Date(2026, 3, 1, 13, 0, 0, 5_600_000, time.FixedZone("", 3600))
 	b.keys.keys = []orgkey.Key{
-		{ID: keyID, Org: "acme", Public: &testKey().PublicKey, Fingerprint: fingerprint, Created: created, Delivered: true, LastUsed: created.Add(time.Minute),
+		{ID: keyID, Org: "acme", Public: &testKey().PublicKey, Fingerprint: fingerprint, Created: created, Delivered: created.Add(time.Second), DeliveredTo: "192.0.2.9", LastUsed: created.Add(time.Minute),
 			Nodes: []orgkey.NodeKey{{KeyID: keyID, NodeID: "203.0.113.7", Confirmed: true}}},
 		{ID: otherID, Org: "acme", Public: &testKey().PublicKey, Fingerprint: fingerprint, Created: created},
 	}
@@ -251,11 +251,12 @@ func TestList(t *testing.T) {
 		t.Errorf("not PKIX PEM: %q", public)
 	}
 	want := map[string]any{"id": keyID, "orgId": "acme", "fingerprint": fingerprint, "createdAt": "2026-03-01T12:00:00.005Z", "lastUsed": "2026-03-01T12:01:00.005Z",
+		"deliveredAt": "2026-03-01T12:00:01.005Z", "deliveredTo": "192.0.2.9", "scope": "organization",
 		"nodeKeys": []any{map[string]any{"keyId": keyID, "nodeId": "203.0.113.7", "confirmed": true}}}
 	if fmt.Sprint(first) != fmt.Sprint(want) {
 		t.Errorf("got  %v\nwant %v", first, want)
 	}
-	want = map[string]any{"id": otherID, "orgId": "acme", "fingerprint": fingerprint, "createdAt": "2026-03-01T12:00:00.005Z", "delivery": "unconfirmed", "nodeKeys": []any{}}
+	want = map[string]any{"id": otherID, "orgId": "acme", "fingerprint": fingerprint, "createdAt": "2026-03-01T12:00:00.005Z", "delivery": "unconfirmed", "scope": "organization", "nodeKeys": []any{}}
 	if fmt.Sprint(second) != fmt.Sprint(want) {
 		t.Errorf("got  %v\nwant %v", second, want)
 	}

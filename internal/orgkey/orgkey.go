@@ -61,7 +61,10 @@ type Key struct {
 	Public      *rsa.PublicKey
 	Fingerprint string // RFC 7638 thumbprint, base64url
 	Created     time.Time
-	Delivered   bool      // the private key was written out without an error
+	Delivered   time.Time // when the private key was first written out without an error; zero if that is not known
+	DeliveredTo string    // the address that it went to; empty if that is not known, or was erased
+	Enrollment  string    // by which it was fetched; empty if by none
+	OfNode      bool      // it speaks for one node
 	LastUsed    time.Time // zero if a node never signed with it
 	Nodes       []NodeKey
 }
@@ -171,9 +174,12 @@ type Record struct {
 	Org       org.ID
 	Sealed    []byte // the public key, PKIX DER, sealed
 	Created   time.Time
-	Delivered bool
-	LastUsed  time.Time
-	Nodes     []NodeKey
+	Delivered time.Time
+	// DeliveredTo is what the personal part of the delivery's event says, if it is there still.
+	DeliveredTo string
+	Enrollment  string
+	LastUsed    time.Time
+	Nodes       []NodeKey
 }
 
 // Store keeps reservations and records. Every method is one transaction, and

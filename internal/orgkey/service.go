@@ -121,7 +121,7 @@ func (s *Service) keys(ctx context.Context, org org.ID) ([]Key, error) {
 		public := opened[r.ID]
 		keys[i] = Key{
 			ID: r.ID, Org: org, Public: public, Fingerprint: Thumbprint(public),
-			Created: r.Created, Delivered: r.Delivered, LastUsed: r.LastUsed, Nodes: r.Nodes,
+			Created: r.Created, Delivered: r.Delivered, DeliveredTo: r.DeliveredTo, Enrollment: r.Enrollment, LastUsed: r.LastUsed, Nodes: r.Nodes,
 		}
 	}
 	return keys, nil

@@ -201,7 +201,7 @@ func TestAGeneratedKeyIsTheListedOne(t *testing.T) {
 		t.Fatal(err)
 	}
 	keys := f.listed(t, "acme")
-	if len(keys) != 1 || keys[0].ID != id || !keys[0].Public.Equal(&key.PublicKey) || keys[0].Fingerprint != orgkey.Thumbprint(&key.PublicKey) || !keys[0].Delivered {
+	if len(keys) != 1 || keys[0].ID != id || !keys[0].Public.Equal(&key.PublicKey) || keys[0].Fingerprint != orgkey.Thumbprint(&key.PublicKey) || keys[0].Delivered.IsZero() || keys[0].DeliveredTo == "" {
 		t.Errorf("listed %+v", keys)
 	}
 	if key.N.BitLen() != orgkey.Bits {

@@ -473,7 +473,7 @@ func (d *DB) Answered(ctx context.Context, keyID string, delivered audit.Event) 
 		}
 		first := int64(0)
 		for _, scope := range []enroll.Scope{enroll.ForNode, enroll.ForOrganization} {
-			n, err := exec(ctx, tx, "UPDATE "+keyTable(scope)+" SET delivered_at = $2 WHERE id = $1 AND delivered_at IS NULL AND released_at IS NOT NULL", keyID, now)
+			n, err := exec(ctx, tx, "UPDATE "+keyTable(scope)+" SET delivered_at = $2, delivery_event = $3 WHERE id = $1 AND delivered_at IS NULL AND released_at IS NOT NULL", keyID, now, delivered.ID)
 			if err != nil {
 				return err
 			}

@@ -188,7 +188,7 @@ func (d *DB) Release(ctx context.Context, id string) error {
 
 // Delivered implements orgkey.Store.
 func (d *DB) Delivered(ctx context.Context, id string, event audit.Event) error {
-	return d.changeOne(ctx, event, "UPDATE org_keys SET delivered_at = $2 WHERE id = $1 AND delivered_at IS NULL AND released_at IS NOT NULL", id)
+	return d.changeOne(ctx, event, "UPDATE org_keys SET delivered_at = $2, delivery_event = $3 WHERE id = $1 AND delivered_at IS NULL AND released_at IS NOT NULL", id, event.ID)
 }
 
 // changeOne changes key id by a statement over $1 (id), $2 (now) and args, and
@@ -233,17 +233,32 @@ func (d *DB) Withdraw(ctx context.Context, id string, event audit.Event) error {
 
 // Keys implements orgkey.Store.
 func (d *DB) Keys(ctx context.Context, org org.ID) ([]orgkey.Record, error) {
-	records, err := query(ctx, d.read, func(scan func(...any) error) (orgkey.Record, error) {
-		r := orgkey.Record{Org: org}
-		var created, delivered, used sql.NullInt64
-		err := scan(&r.ID, &r.Sealed, &created, &delivered, &used)
-		r.Created, r.Delivered, r.LastUsed = micros(created), delivered.Valid, micros(used)
-		return r, err
-	}, "SELECT id, sealed, created_at, delivered_at, "+d.past("last_used_at")+" "+liveKeys+" ORDER BY created_at DESC, id", org)
+	records, err := d.keys(ctx, org, "org_keys")
 	if err != nil || len(records) == 0 {
 		return records, err
 	}
 	return records, d.nodeKeys(ctx, org, records)
+}
+
+// keys are org's live ones in a table, newest first.
+func (d *DB) keys(ctx context.Context, org org.ID, table string) ([]orgkey.Record, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (orgkey.Record, error) {
+		r := orgkey.Record{Org: org}
+		var created, delivered, used sql.NullInt64
+		var personal []byte
+		if err := scan(&r.ID, &r.Sealed, &created, &delivered, &personal, &r.Enrollment, &used); err != nil {
+			return r, err
+		}
+		r.Created, r.Delivered, r.LastUsed = micros(created), micros(delivered), micros(used)
+		if personal == nil {
+			return r, nil
+		}
+		known, err := audit.DecodePersonal(personal)
+		r.DeliveredTo = known.Address
+		return r, err
+	}, `SELECT k.id, k.sealed, k.created_at, k.delivered_at, p.personal, coalesce(v.enrollment_id, ''), `+d.past("k.last_used_at")+`
+		FROM `+table+` k LEFT JOIN event_persons p ON p.event_id = k.delivery_event LEFT JOIN deliveries v ON v.key_id = k.id
+		WHERE k.org_id = $1 AND `+isLive+` ORDER BY k.created_at DESC, k.id`, org)
 }
 
 // DeleteKey implements orgkey.Store.

@@ -278,8 +278,8 @@ func TestOnlyReleasedKeysAreListedNewestFirst(t *testing.T) {
 		if len(keys) != 2 || keys[0].ID != second || keys[1].ID != first {
 			t.Fatalf("keys %+v, want %s then %s", keys, second, first)
 		}
-		if !keys[0].Delivered || keys[1].Delivered {
-			t.Errorf("delivered: %v, %v", keys[0].Delivered, keys[1].Delivered)
+		if keys[0].Delivered.IsZero() || keys[0].DeliveredTo != "192.0.2.1" || !keys[1].Delivered.IsZero() || keys[1].DeliveredTo != "" {
+			t.Errorf("delivered: %+v, %+v", keys[0], keys[1])
 		}
 		if string(keys[0].Sealed) != "sealed "+second || keys[0].Created.IsZero() {
 			t.Errorf("record %+v", keys[0])
