@@ -30,8 +30,9 @@ import (
 type Keys interface {
 	Generate(ctx context.Context, call gate.Call, org org.ID, deliver func(context.Context, orgkey.Generated) error) error
 	List(ctx context.Context, call gate.Call, org org.ID) ([]orgkey.Key, error)
+	ListNodeKeys(ctx context.Context, call gate.Call, org org.ID) ([]orgkey.Key, error)
 	Delete(ctx context.Context, call gate.Call, org org.ID, id string) error
-	DeleteAll(ctx context.Context, call gate.Call, org org.ID) (int, error)
+	DeleteAll(ctx context.Context, call gate.Call, org org.ID, withNodeKeys bool) (orgkey.Ended, error)
 }
 
 var _ Keys = (*orgkey.Service)(nil)

@@ -84,9 +84,16 @@ func (u *useCases) Delete(_ context.Context, call gate.Call, org org.ID, id stri
 	return u.note(call, "delete", string(org), id)
 }
 
-func (u *useCases) DeleteAll(_ context.Context, call gate.Call, org org.ID) (int, error) {
-	err := u.note(call, "delete_all", string(org))
-	return u.deleted, err
+func (u *useCases) ListNodeKeys(_ context.Context, call gate.Call, org org.ID) ([]orgkey.Key, error) {
+	err := u.note(call, "list_node_keys", string(org))
+	return u.keys, err
+}
+
+func (u *useCases) DeleteAll(_ context.Context, call gate.Call, org org.ID, withNodeKeys bool) (orgkey.Ended, error) {
+	if withNodeKeys {
+		return orgkey.Ended{Keys: u.deleted, NodeKeys: u.deleted + 1}, u.note(call, "delete_all_with_node_keys", string(org))
+	}
+	return orgkey.Ended{Keys: u.deleted}, u.note(call, "delete_all", string(org))
 }
 
 func (u *useCases) Reject(_ context.Context, call gate.Call, org org.ID, action authz.Action, _, reason string) error {

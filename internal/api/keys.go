@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"time"
 
 	"github.com/gin-gonic/gin"
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/jsonbody"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
@@ -92,14 +94,41 @@ type nodeKeyEntry struct {
 	Confirmed bool   `json:"confirmed"`
 }
 
+// scopeAsked is what a query's scope says: the organization's own keys without
+// one, or the other that there is.
+func scopeAsked(query, other string) (bool, error) {
+	wrong := &jsonbody.Error{Field: "scope", Problem: `is not one of "organization" and "` + other + `"`}
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return false, wrong
+	}
+	asked, given := values["scope"]
+	switch {
+	case !given:
+		return false, nil
+	case len(asked) != 1 || asked[0] != other && asked[0] != "organization":
+		return false, wrong
+	}
+	return asked[0] == other, nil
+}
+
 func (a *API) listKeys(c *gin.Context) {
+	ofNodes, err := scopeAsked(c.Request.URL.RawQuery, "node")
+	if err != nil {
+		a.reject(c, "invalid", problem{http.StatusBadRequest, "invalid_request", err.Error(), 0})
+		return
+	}
+	read, message := a.Keys.List, "Organization keys retrieved successfully"
+	if ofNodes {
+		read, message = a.Keys.ListNodeKeys, "Node keys retrieved successfully"
+	}
 	x := exchangeOf(c)
-	keys, err := a.Keys.List(c.Request.Context(), x.call(), x.org)
+	keys, err := read(c.Request.Context(), x.call(), x.org)
 	if err != nil {
 		a.fail(c, err)
 		return
 	}
-	list := keyList{success{true, "Organization keys retrieved successfully"}, make([]keyEntry, len(keys))}
+	list := keyList{success{true, message}, make([]keyEntry, len(keys))}
 	for i, k := range keys {
 		if list.Data[i], err = entry(k); err != nil {
 			a.fail(c, err)
@@ -142,13 +171,22 @@ func entry(k orgkey.Key) (keyEntry, error) {
 func instant(t time.Time) string { return t.UTC().Format(timeForm) }
 
 func (a *API) deleteKeys(c *gin.Context) {
+	withNodeKeys, err := scopeAsked(c.Request.URL.RawQuery, "all")
+	if err != nil {
+		a.reject(c, "invalid", problem{http.StatusBadRequest, "invalid_request", err.Error(), 0})
+		return
+	}
 	x := exchangeOf(c)
-	n, err := a.Keys.DeleteAll(c.Request.Context(), x.call(), x.org)
+	n, err := a.Keys.DeleteAll(c.Request.Context(), x.call(), x.org, withNodeKeys)
 	if err != nil {
 		a.fail(c, err)
 		return
 	}
-	writeJSON(c, http.StatusOK, success{true, fmt.Sprintf("Successfully deleted %d organization key(s)", n)})
+	message := fmt.Sprintf("Successfully deleted %d organization key(s)", n.Keys)
+	if withNodeKeys {
+		message += fmt.Sprintf(" and %d node key(s)", n.NodeKeys)
+	}
+	writeJSON(c, http.StatusOK, success{true, message})
 }
 
 func (a *API) deleteKey(c *gin.Context) {

@@ -281,6 +281,10 @@ func TestDeletes(t *testing.T) {
 	if a := b.ask("DELETE", "/organization/acme/key/"+keyID); a.StatusCode != 200 || string(a.body) != `{"success":true,"message":"Organization key deleted successfully"}` {
 		t.Errorf("%d %s", a.StatusCode, a.body)
 	}
+	if a := b.ask("DELETE", "/organization/acme/key?scope=all"); a.StatusCode != 200 || string(a.body) != `{"success":true,"message":"Successfully deleted 3 organization key(s) and 4 node key(s)"}` {
+		t.Errorf("%d %s", a.StatusCode, a.body)
+	}
+	b.keys.asked = b.keys.asked[:2]
 	for _, id := range []string{"nope", strings.ToUpper(keyID), "%7B" + keyID + "%7D", "a%0Ab", strings.Repeat("a", 4000), "%2e%2e"} {
 		a := b.ask("DELETE", "/organization/acme/key/"+id)
 		if e := errorOf(t, a); a.StatusCode != 404 || e.Message != "Organization key not found or does not belong to this organization" {
@@ -290,6 +294,35 @@ func TestDeletes(t *testing.T) {
 	for _, asked := range b.keys.log()[2:] {
 		if asked != "reject acme orgkey.delete not_found" {
 			t.Errorf("a malformed ID reached the use case: %.80q", asked)
+		}
+	}
+}
+
+// Whoever does not say which keys means the organization's, as the contract
+// does; and a scope that is not known means nothing.
+func TestScopesOfKeys(t *testing.T) {
+	b := newBench(t, nil)
+	for _, c := range []struct {
+		request, asked string
+		status         int
+	}{
+		{"GET ", "list acme", 200},
+		{"GET ?scope=organization", "list acme", 200},
+		{"GET ?scope=node", "list_node_keys acme", 200},
+		{"GET ?scope=all", "reject acme orgkey.list invalid", 400},
+		{"GET ?scope=node&scope=node", "reject acme orgkey.list invalid", 400},
+		{"GET ?scope=%zz", "reject acme orgkey.list invalid", 400},
+		{"DELETE ", "delete_all acme", 200},
+		{"DELETE ?scope=organization", "delete_all acme", 200},
+		{"DELETE ?scope=all", "delete_all_with_node_keys acme", 200},
+		{"DELETE ?scope=node", "reject acme orgkey.delete_all invalid", 400},
+		{"DELETE ?scope=", "reject acme orgkey.delete_all invalid", 400},
+		{"DELETE ?scope=ALL", "reject acme orgkey.delete_all invalid", 400},
+	} {
+		method, query, _ := strings.Cut(c.request, " ")
+		a := b.ask(method, "/organization/acme/key"+query)
+		if asked := b.keys.log(); a.StatusCode != c.status || asked[len(asked)-1] != c.asked {
+			t.Errorf("%s: %d, asked for %q", c.request, a.StatusCode, asked[len(asked)-1])
 		}
 	}
 }

@@ -517,3 +517,112 @@ func TestAfterARestoredBackupTokensAreVoid(t *testing.T) {
 		t.Errorf("audit verify said %s", out)
 	}
 }
+
+// listedKey is a key as lists show it, with where it went.
+type listedKey struct {
+	ID          string    `json:"id"`
+	Scope       string    `json:"scope"`
+	Enrollment  string    `json:"enrollment"`
+	DeliveredAt time.Time `json:"deliveredAt"`
+	DeliveredTo string    `json:"deliveredTo"`
+	NodeKeys    []struct {
+		NodeID string `json:"nodeId"`
+	} `json:"nodeKeys"`
+}
+
+func listKeys(t *testing.T, s *harness.Server, org, query string) []listedKey {
+	t.Helper()
+	resp := s.Do(t, harness.Request{Method: http.MethodGet, Path: harness.KeyPath(org) + query, Token: s.Token(t, org, "OWNER")})
+	var answer struct {
+		Data []listedKey `json:"data"`
+	}
+	if resp.Status != http.StatusOK || json.Unmarshal(resp.Body, &answer) != nil {
+		t.Fatalf("listing keys: %d %s", resp.Status, resp.Body)
+	}
+	return answer.Data
+}
+
+// An administrator sees when each key was handed out, and to what address; node
+// keys apart, and each of the ways to end them.
+func TestNodeKeysInListsAndDeletions(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org := harness.Org()
+	own := s.Generate(t, org)
+	m := mint(t, s, org, `{"uses":4}`)
+	var keys []*client.Delivered
+	for i := range 4 {
+		e := enrollment(t, s.API, m.Token, newRecipient(t), 20*time.Second)
+		keys = append(keys, fetch(t, e))
+		if err := nodeOf(t, e, org, keys[i], i).Register(t.Context(), client.Registration{Version: "1", Status: "active"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lives := func(i int) bool {
+		t.Helper()
+		_, err := nodeOf(t, enrollment(t, s.API, m.Token, newRecipient(t), 0), org, keys[i], i).Secrets(t.Context())
+		return err == nil
+	}
+	del := func(path, message string) {
+		t.Helper()
+		s.Do(t, harness.Request{Method: http.MethodDelete, Path: "/organization/" + org + path, Token: s.Token(t, org, "OWNER")}).Want(t, http.StatusOK, message)
+	}
+
+	if got := listKeys(t, s, org, ""); len(got) != 1 || got[0].ID != own.ID || got[0].Scope != "organization" || got[0].DeliveredTo != "127.0.0.1" || time.Since(got[0].DeliveredAt) > time.Minute {
+		t.Errorf("the organization's keys: %+v", got)
+	}
+	listed := listKeys(t, s, org, "?scope=node")
+	if len(listed) != 4 {
+		t.Fatalf("node keys: %+v", listed)
+	}
+	for _, k := range listed {
+		if k.Scope != "node" || k.Enrollment != m.ID || k.DeliveredTo != "127.0.0.1" || k.DeliveredAt.IsZero() || len(k.NodeKeys) != 1 {
+			t.Errorf("a node key: %+v", k)
+		}
+	}
+	if out := succeeds(t, s, "audit", "erase", "--subject", "admin", "--reason", "a test"); out == "" {
+		t.Error("erasing says nothing")
+	}
+	if got := listKeys(t, s, org, ""); got[0].DeliveredTo != "" || got[0].DeliveredAt.IsZero() {
+		t.Errorf("after the erasure: %+v", got[0])
+	}
+
+	del("/key/"+keys[0].KeyID, "Organization key deleted successfully")
+	nodes := s.Do(t, harness.Request{Method: http.MethodGet, Path: "/organization/" + org + "/nodes", Token: s.Token(t, org, "OWNER")})
+	var there struct {
+		Data []struct{ ID, IP string } `json:"data"`
+	}
+	if err := json.Unmarshal(nodes.Body, &there); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range there.Data {
+		if n.IP == "192.0.2.11" {
+			del("/node/"+n.ID, "Node deleted successfully")
+		}
+	}
+	del("/key", "Successfully deleted 1 organization key(s)")
+	for i, want := range []bool{false, false, true, true} {
+		if got := lives(i); got != want {
+			t.Errorf("key %d works: %t, want %t", i, got, want)
+		}
+	}
+	if state := show(t, s, org, m.ID).State; state == "revoked" {
+		t.Error("deleting the organization's keys revoked an enrollment of nodes")
+	}
+	del("/key?scope=all", "Successfully deleted 0 organization key(s) and 2 node key(s)")
+	if lives(2) || lives(3) || len(listKeys(t, s, org, "?scope=node")) != 0 {
+		t.Error("node keys outlive the deletion of all")
+	}
+	if state := show(t, s, org, m.ID).State; state != "revoked" {
+		t.Errorf("the enrollment is %q", state)
+	}
+}
+
+func nodeOf(t *testing.T, e *client.Enrollment, org string, key *client.Delivered, i int) client.Node {
+	t.Helper()
+	private, err := client.ParsePrivateKey(key.PEM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client.Node{Client: e.Client, Org: org, IP: fmt.Sprintf("192.0.2.%d", 10+i), Region: "eu", Key: private, KeyID: key.KeyID}
+}

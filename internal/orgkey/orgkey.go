@@ -69,6 +69,12 @@ type Key struct {
 	Nodes       []NodeKey
 }
 
+// Ended is how many released keys a deletion ended.
+type Ended struct {
+	Keys     int // of the organization
+	NodeKeys int
+}
+
 // State is where a key is in its life. The empty one is none.
 type State string
 
@@ -202,13 +208,15 @@ type Store interface {
 	Withdraw(ctx context.Context, id string, event audit.Event) error
 	// Keys returns org's released keys, newest first.
 	Keys(ctx context.Context, org org.ID) ([]Record, error)
+	// NodeKeys returns the released keys of org's nodes, newest first.
+	NodeKeys(ctx context.Context, org org.ID) ([]Record, error)
 	// DeleteKey ends org's released key id, or reports ErrNotFound and keeps event out.
 	DeleteKey(ctx context.Context, org org.ID, id string, event audit.Event) error
-	// DeleteKeys ends all of org's keys, cancels what is reserved or pending, and
-	// revokes enrollments for organization keys, each with what revoked returns.
-	// It records request once with the number of released keys, and what each
-	// returns for every ended key besides.
-	DeleteKeys(ctx context.Context, org org.ID, request audit.Event, each func(id string, released bool) audit.Event, revoked func(enrollment string) audit.Event) (int, error)
+	// DeleteKeys ends all of org's keys, those of its nodes only withNodeKeys. It
+	// cancels what is reserved or pending, and revokes the enrollments for such
+	// keys, each with what revoked returns. It records request once with the
+	// number of released keys, and what each returns for every ended key besides.
+	DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, request audit.Event, each func(id string, released bool) audit.Event, revoked func(enrollment string) audit.Event) (Ended, error)
 	// Sweep ends every reservation and pending record past its expiry, at most
 	// limit of them, and records withdrawn(org, id) for each pending one.
 	Sweep(ctx context.Context, limit int, withdrawn func(org org.ID, id string) audit.Event) (int, error)

@@ -82,11 +82,23 @@ func (s *Service) Admit() (leave func(), err error) {
 // List returns org's released keys, newest first. It fails closed: one record
 // that does not open for its organization and ID fails the whole list.
 func (s *Service) List(ctx context.Context, call gate.Call, org org.ID) ([]Key, error) {
+	return s.list(ctx, call, org, false)
+}
+
+// ListNodeKeys returns the released keys of org's nodes, likewise.
+func (s *Service) ListNodeKeys(ctx context.Context, call gate.Call, org org.ID) ([]Key, error) {
+	return s.list(ctx, call, org, true)
+}
+
+func (s *Service) list(ctx context.Context, call gate.Call, org org.ID, ofNodes bool) ([]Key, error) {
 	pass, err := s.gate.Decide(ctx, call, authz.ListKeys, org, "")
 	if err != nil {
 		return nil, err
 	}
-	keys, err := s.keys(ctx, org)
+	if ofNodes {
+		pass.Detail = map[string]string{"scope": "node"}
+	}
+	keys, err := s.keys(ctx, org, ofNodes)
 	if err != nil {
 		return nil, s.gate.Failed(ctx, pass, audit.KeysListed, listFailure(ctx, err), err)
 	}
@@ -103,8 +115,12 @@ func listFailure(ctx context.Context, err error) string {
 	return gate.ReasonFor(ctx, "unavailable")
 }
 
-func (s *Service) keys(ctx context.Context, org org.ID) ([]Key, error) {
-	records, err := s.store.Keys(ctx, org)
+func (s *Service) keys(ctx context.Context, org org.ID, ofNodes bool) ([]Key, error) {
+	read := s.store.Keys
+	if ofNodes {
+		read = s.store.NodeKeys
+	}
+	records, err := read(ctx, org)
 	if err != nil {
 		return nil, fmt.Errorf("reading keys: %w", err)
 	}
@@ -121,7 +137,7 @@ func (s *Service) keys(ctx context.Context, org org.ID) ([]Key, error) {
 		public := opened[r.ID]
 		keys[i] = Key{
 			ID: r.ID, Org: org, Public: public, Fingerprint: Thumbprint(public),
-			Created: r.Created, Delivered: r.Delivered, DeliveredTo: r.DeliveredTo, Enrollment: r.Enrollment, LastUsed: r.LastUsed, Nodes: r.Nodes,
+			Created: r.Created, Delivered: r.Delivered, DeliveredTo: r.DeliveredTo, Enrollment: r.Enrollment, OfNode: ofNodes, LastUsed: r.LastUsed, Nodes: r.Nodes,
 		}
 	}
 	return keys, nil
@@ -151,16 +167,19 @@ func (s *Service) changed(ctx context.Context, pass gate.Pass, err error) error 
 	}
 }
 
-// DeleteAll ends all of org's keys, cancels what is being generated, and
-// returns how many released keys it ended.
-func (s *Service) DeleteAll(ctx context.Context, call gate.Call, org org.ID) (int, error) {
+// DeleteAll ends all of org's keys, those of its nodes only withNodeKeys, cancels
+// what is being generated, and returns how many released keys it ended.
+func (s *Service) DeleteAll(ctx context.Context, call gate.Call, org org.ID, withNodeKeys bool) (Ended, error) {
 	pass, err := s.gate.Decide(ctx, call, authz.DeleteAllKeys, org, "")
 	if err != nil {
-		return 0, err
+		return Ended{}, err
+	}
+	if withNodeKeys {
+		pass.Detail = map[string]string{"scope": "all"}
 	}
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
-	n, err := s.store.DeleteKeys(ctx, org, pass.Event(audit.KeysDeleted), func(id string, released bool) audit.Event {
+	n, err := s.store.DeleteKeys(ctx, org, withNodeKeys, pass.Event(audit.KeysDeleted), func(id string, released bool) audit.Event {
 		event := pass.Event(audit.KeyDeleted)
 		if !released {
 			event.Type, event.Reason = audit.KeyWithdrawn, "cancelled"

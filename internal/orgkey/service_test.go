@@ -891,8 +891,8 @@ func TestPromise6_DeletingAllKeysCancelsAGenerationUnderWay(t *testing.T) {
 		})
 	}()
 	waitFor(t, func() bool { return f.count(t, "SELECT count(*) FROM org_keys WHERE state = 'pending'") == 1 })
-	if n, err := f.DeleteAll(t.Context(), owner("acme"), "acme"); err != nil || n != 0 {
-		t.Fatalf("deleted %d, %v", n, err)
+	if n, err := f.DeleteAll(t.Context(), owner("acme"), "acme", false); err != nil || n.Keys != 0 {
+		t.Fatalf("deleted %+v, %v", n, err)
 	}
 	f.sink.held.Store(false)
 	if err := <-done; !errors.Is(err, orgkey.ErrGone) {
@@ -1017,7 +1017,7 @@ func TestPromise5_EveryOperationLeavesItsEvent(t *testing.T) {
 		{func() error { _, err := f.List(t.Context(), owner("evil"), "acme"); return err }, "access.denied:other_organization"},
 		{func() error { return f.Delete(t.Context(), owner("acme"), "acme", "no-such-key") }, "request.failed:not_found"},
 		{func() error { return f.Delete(t.Context(), owner("acme"), "acme", id) }, "orgkey.deleted"},
-		{func() error { _, err := f.DeleteAll(t.Context(), owner("acme"), "acme"); return err }, "orgkey.all_deleted"},
+		{func() error { _, err := f.DeleteAll(t.Context(), owner("acme"), "acme", false); return err }, "orgkey.all_deleted"},
 		{func() error {
 			return f.gate.Reject(t.Context(), owner("acme"), "acme", authz.GenerateKey, "", "not_acceptable")
 		}, "request.failed:not_acceptable"},

@@ -589,7 +589,7 @@ func (d *DB) endDelivery(ctx context.Context, tx *txn, v enroll.Delivery, now in
 }
 
 // endedKey ends key $1 at $2.
-const endedKey = " SET state = 'deleted', slot = NULL, sealed = NULL, expires_at = NULL, deleted_at = $2 WHERE id = $1"
+const endedKey = " SET state = " + deleted + ", slot = NULL, sealed = NULL, expires_at = NULL, deleted_at = $2 WHERE id = $1"
 
 // SweepDeliveries implements enroll.Store.
 func (d *DB) SweepDeliveries(ctx context.Context, limit int, events enroll.SweepEvents) (int, error) {

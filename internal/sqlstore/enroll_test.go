@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -369,6 +370,83 @@ func TestUseStandsForAReceipt(t *testing.T) {
 		}
 		if found, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr("192.0.2.1"), "", 5); err != nil || len(found) != 1 || found[0].Unreceived {
 			t.Errorf("by its address: %+v, %v", found, err)
+		}
+	})
+}
+
+// Node keys are listed by themselves, and end with all others only where that is
+// asked for; the enrollments for what ends end with it, and leave nothing.
+func TestNodeKeysAmongAllKeys(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		id, err := mint(t, db, enroll.Enrollment{Uses: 3}, time.Hour, 5)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := claim(t, db, id, recipient(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		d = offered(t, db, d)
+		delivered := event(audit.KeyDelivered, "acme", d.KeyID)
+		if err := db.Answered(t.Context(), d.KeyID, delivered); err != nil {
+			t.Fatal(err)
+		}
+		made, err := claim(t, db, id, recipient(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		forOrganization, err := mint(t, db, enroll.Enrollment{Scope: enroll.ForOrganization}, time.Hour, 5)
+		if err != nil {
+			t.Fatal(err)
+		}
+		own := released(t, db, "acme", 5)
+		listed, err := db.NodeKeys(t.Context(), "acme")
+		if err != nil || len(listed) != 1 || listed[0].ID != d.KeyID || listed[0].Enrollment != id || listed[0].Delivered.IsZero() || listed[0].DeliveredTo != "192.0.2.1" || len(listed[0].Nodes) != 0 {
+			t.Errorf("%+v, %v", listed, err)
+		}
+		if err := db.Register(t.Context(), node.Use{Org: "acme", Signer: node.Signer{Key: d.KeyID, OfNode: true}, Message: [32]byte{1}, Until: time.Now().Add(time.Hour)},
+			node.Node{ID: uuid.NewString(), IP: netip.MustParseAddr("192.0.2.1")}, func(id string, _ node.Change) audit.Event { return event(audit.NodeRegistered, "acme", id) }); err != nil {
+			t.Fatal(err)
+		}
+		if listed, err = db.NodeKeys(t.Context(), "acme"); err != nil || len(listed[0].Nodes) != 1 || listed[0].Nodes[0] != (orgkey.NodeKey{KeyID: d.KeyID, NodeID: "192.0.2.1", Confirmed: true}) {
+			t.Errorf("its node: %+v, %v", listed, err)
+		}
+		if listed, err := db.Keys(t.Context(), "acme"); err != nil || len(listed) != 1 || listed[0].ID != own {
+			t.Errorf("the organization's keys: %+v, %v", listed, err)
+		}
+
+		all := func(withNodeKeys bool) (orgkey.Ended, []string) {
+			t.Helper()
+			var revoked []string
+			n, err := db.DeleteKeys(t.Context(), "acme", withNodeKeys, event(audit.KeysDeleted, "acme", ""),
+				func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) },
+				func(id string) audit.Event { revoked = append(revoked, id); return enrollmentRevoked(id) })
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n, revoked
+		}
+		if n, revoked := all(false); n != (orgkey.Ended{Keys: 1}) || !slices.Equal(revoked, []string{forOrganization}) {
+			t.Errorf("ended %+v, revoked %q", n, revoked)
+		}
+		if listed, err := db.NodeKeys(t.Context(), "acme"); err != nil || len(listed) != 1 {
+			t.Errorf("node keys were touched: %+v, %v", listed, err)
+		}
+		if n, revoked := all(true); n != (orgkey.Ended{NodeKeys: 1}) || !slices.Equal(revoked, []string{id}) {
+			t.Errorf("ended %+v, revoked %q", n, revoked)
+		}
+		if listed, err := db.NodeKeys(t.Context(), "acme"); err != nil || len(listed) != 0 {
+			t.Errorf("%+v, %v", listed, err)
+		}
+		if made, err = db.Delivery(t.Context(), made.KeyID); err != nil || made.Stage != enroll.Ended {
+			t.Errorf("what was under way: %+v, %v", made, err)
+		}
+		var left int
+		if err := raw(t, location).QueryRow("SELECT count(*) FROM deliveries WHERE stage <> 'ended' OR wrapped IS NOT NULL").Scan(&left); err != nil || left != 0 {
+			t.Errorf("%d deliveries are left, %v", left, err)
+		}
+		if _, err := mint(t, db, enroll.Enrollment{Uses: 5}, time.Hour, 5); err != nil {
+			t.Errorf("places are not given back: %v", err)
 		}
 	})
 }

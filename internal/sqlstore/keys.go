@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
@@ -159,7 +160,7 @@ func (d *DB) end(ctx context.Context, tx *txn, keys []keyState, now int64, withd
 	return nil
 }
 
-const endKey = "UPDATE org_keys SET state = " + deleted + ", slot = NULL, sealed = NULL, expires_at = NULL, deleted_at = $2 WHERE id = $1"
+const endKey = "UPDATE org_keys" + endedKey
 
 // Cancel implements orgkey.Store.
 func (d *DB) Cancel(ctx context.Context, id string) error {
@@ -288,11 +289,22 @@ func (d *DB) DeleteKey(ctx context.Context, org org.ID, id string, event audit.E
 	})
 }
 
+// NodeKeys implements orgkey.Store. The node of a node key is the one that
+// registered with it.
+func (d *DB) NodeKeys(ctx context.Context, org org.ID) ([]orgkey.Record, error) {
+	records, err := d.keys(ctx, org, "keys_of_nodes")
+	if err != nil || len(records) == 0 {
+		return records, err
+	}
+	return records, associate(ctx, d.read, records, `SELECT k.id, n.ip, true FROM keys_of_nodes k JOIN nodes n ON n.id = k.node_id AND n.deleted_at IS NULL
+		WHERE k.org_id = $1 AND `+isLive, org)
+}
+
 // DeleteKeys implements orgkey.Store.
-func (d *DB) DeleteKeys(ctx context.Context, org org.ID, request audit.Event, each func(id string, released bool) audit.Event, revoked func(enrollment string) audit.Event) (int, error) {
-	released := 0
+func (d *DB) DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, request audit.Event, each func(id string, released bool) audit.Event, revoked func(enrollment string) audit.Event) (orgkey.Ended, error) {
+	var n orgkey.Ended
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
-		released = 0
+		n = orgkey.Ended{}
 		if err := d.lock(ctx, tx, "org:"+string(org)); err != nil {
 			return err
 		}
@@ -300,42 +312,71 @@ func (d *DB) DeleteKeys(ctx context.Context, org org.ID, request audit.Event, ea
 		if err != nil {
 			return err
 		}
-		if _, err := exec(ctx, tx, "DELETE FROM org_keys WHERE org_id = $1 AND state = "+reserved, org); err != nil {
+		deleting := deletion{org: org, now: now, each: each, revoked: revoked}
+		if n.Keys, err = d.deleteScope(ctx, tx, enroll.ForOrganization, &deleting); err != nil {
 			return err
 		}
-		live, err := query(ctx, tx, scanState,
-			"SELECT id, org_id, state FROM org_keys WHERE org_id = $1 AND slot IS NOT NULL ORDER BY id"+d.forUpdate(""), org)
-		if err != nil {
-			return err
-		}
-		events := []audit.Event{request}
-		enrollments, err := query(ctx, tx, scanText, "UPDATE enrollments SET revoked_at = $2, ended_at = coalesce(ended_at, $2) WHERE org_id = $1 AND scope = 'organization' AND revoked_at IS NULL RETURNING id", org, now)
-		if err != nil {
-			return err
-		}
-		for _, id := range enrollments {
-			events = append(events, revoked(id))
-		}
-		for _, k := range live {
-			if _, err := exec(ctx, tx, endKey, k.id, now); err != nil {
+		counts := map[string]string{"count": strconv.Itoa(n.Keys)}
+		if withNodeKeys {
+			if n.NodeKeys, err = d.deleteScope(ctx, tx, enroll.ForNode, &deleting); err != nil {
 				return err
 			}
-			if _, err := exec(ctx, tx, endDelivery, k.id); err != nil {
-				return err
-			}
-			if err := dissociate(ctx, tx, k.id); err != nil {
-				return err
-			}
-			if k.state == orgkey.Released {
-				released++
-			}
-			events = append(events, each(k.id, k.state == orgkey.Released))
+			counts["nodeKeys"] = strconv.Itoa(n.NodeKeys)
 		}
-		events[0].Add(map[string]string{"count": strconv.Itoa(released)})
-		return d.record(ctx, tx, events...)
+		request.Add(counts)
+		return d.record(ctx, tx, append([]audit.Event{request}, deleting.events...)...)
 	})
 	if err != nil {
+		return orgkey.Ended{}, err
+	}
+	return n, nil
+}
+
+// deletion is all keys of an organization on their way out.
+type deletion struct {
+	org     org.ID
+	now     int64
+	each    func(id string, released bool) audit.Event
+	revoked func(enrollment string) audit.Event
+	events  []audit.Event
+}
+
+// deleteScope ends what there is of a scope, and returns how many keys had been
+// released.
+func (d *DB) deleteScope(ctx context.Context, tx *txn, scope enroll.Scope, x *deletion) (released int, err error) {
+	table := keyTable(scope)
+	if _, err := exec(ctx, tx, "DELETE FROM "+table+" WHERE org_id = $1 AND state = "+reserved, x.org); err != nil {
 		return 0, err
+	}
+	live, err := query(ctx, tx, scanState, "SELECT id, org_id, state FROM "+table+" WHERE org_id = $1 AND slot IS NOT NULL ORDER BY id"+d.forUpdate(""), x.org)
+	if err != nil {
+		return 0, err
+	}
+	enrollments, err := query(ctx, tx, scanText, "UPDATE enrollments SET revoked_at = $2, ended_at = coalesce(ended_at, $2) WHERE org_id = $1 AND scope = $3 AND ended_at IS NULL RETURNING id", x.org, x.now, string(scope))
+	if err != nil {
+		return 0, err
+	}
+	for _, id := range enrollments {
+		x.events = append(x.events, x.revoked(id))
+	}
+	// The places of those that nobody claimed are gone already.
+	if _, err := exec(ctx, tx, "DELETE FROM deliveries WHERE org_id = $1 AND scope = $2 AND stage = 'open'", x.org, string(scope)); err != nil {
+		return 0, err
+	}
+	if _, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'ended', wrapped = NULL WHERE org_id = $1 AND scope = $2 AND stage NOT IN ('received', 'ended')", x.org, string(scope)); err != nil {
+		return 0, err
+	}
+	for _, k := range live {
+		if _, err := exec(ctx, tx, "UPDATE "+table+endedKey, k.id, x.now); err != nil {
+			return 0, err
+		}
+		if err := dissociate(ctx, tx, k.id); err != nil {
+			return 0, err
+		}
+		if k.state == orgkey.Released {
+			released++
+		}
+		x.events = append(x.events, x.each(k.id, k.state == orgkey.Released))
 	}
 	return released, nil
 }

@@ -59,7 +59,7 @@ func BenchmarkMillionKeys(b *testing.B) {
 		}
 		b.Run(measured.name, func(b *testing.B) { byTurns(b, dbs, measured.do) })
 		for _, db := range dbs {
-			if _, err := db.DeleteKeys(b.Context(), "acme", event(audit.KeysDeleted, "acme", ""), func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) }, enrollmentRevoked); err != nil {
+			if _, err := db.DeleteKeys(b.Context(), "acme", false, event(audit.KeysDeleted, "acme", ""), func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) }, enrollmentRevoked); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -459,11 +459,21 @@ func dissociate(ctx context.Context, tx *txn, key string) error {
 // that signed with it, and, unconfirmed, those that were registered
 // already when it was released.
 func (d *DB) nodeKeys(ctx context.Context, org org.ID, records []orgkey.Record) error {
+	return associate(ctx, d.read, records, `SELECT k.id, n.ip, c.key_id IS NOT NULL FROM org_keys k
+		JOIN nodes n ON n.org_id = k.org_id AND n.deleted_at IS NULL
+		LEFT JOIN node_keys c ON c.node_id = n.id AND c.key_id = k.id
+		WHERE k.org_id = $1 AND `+isLive+`
+		AND (c.key_id IS NOT NULL OR n.registered_at <= k.released_at)
+		ORDER BY n.registered_at DESC, n.id`, org)
+}
+
+// associate gives each record the nodes that a statement returns for its key.
+func associate(ctx context.Context, q querier, records []orgkey.Record, statement string, org org.ID) error {
 	byID := make(map[string]*orgkey.Record, len(records))
 	for i := range records {
 		byID[records[i].ID] = &records[i]
 	}
-	return each(ctx, d.read, func(scan func(...any) error) error {
+	return each(ctx, q, func(scan func(...any) error) error {
 		var k orgkey.NodeKey
 		if err := scan(&k.KeyID, &k.NodeID, &k.Confirmed); err != nil {
 			return err
@@ -472,10 +482,5 @@ func (d *DB) nodeKeys(ctx context.Context, org org.ID, records []orgkey.Record) 
 			r.Nodes = append(r.Nodes, k)
 		}
 		return nil
-	}, `SELECT k.id, n.ip, c.key_id IS NOT NULL FROM org_keys k
-		JOIN nodes n ON n.org_id = k.org_id AND n.deleted_at IS NULL
-		LEFT JOIN node_keys c ON c.node_id = n.id AND c.key_id = k.id
-		WHERE k.org_id = $1 AND `+isLive+`
-		AND (c.key_id IS NOT NULL OR n.registered_at <= k.released_at)
-		ORDER BY n.registered_at DESC, n.id`, org)
+	}, statement, org)
 }

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -42,6 +43,27 @@ func TestPseudonyms(t *testing.T) {
 		}
 		if again, err := db.Pseudonym(t.Context(), subject); err != nil || again == first {
 			t.Errorf("after the erasure: %q, %v", again, err)
+		}
+	})
+}
+
+// The address that a key was handed out to is a person's, and goes with the rest.
+func TestErasingForgetsWhereKeysWent(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id := released(t, db, "acme", 9)
+		delivered := event(audit.KeyDelivered, "acme", id)
+		delivered.Actor = audit.Actor{Kind: authz.Person, ID: "ada"}
+		if err := db.Delivered(t.Context(), id, delivered); err != nil {
+			t.Fatal(err)
+		}
+		if keys, err := db.Keys(t.Context(), "acme"); err != nil || keys[0].DeliveredTo != "192.0.2.1" || keys[0].Delivered.IsZero() {
+			t.Errorf("%+v, %v", keys, err)
+		}
+		if n, err := db.Erase(t.Context(), "ada", func(string, int64) audit.Event { return audit.New(audit.PersonErased, "") }); err != nil || n == 0 {
+			t.Errorf("erased %d, %v", n, err)
+		}
+		if keys, err := db.Keys(t.Context(), "acme"); err != nil || keys[0].DeliveredTo != "" || keys[0].Delivered.IsZero() {
+			t.Errorf("%+v, %v", keys, err)
 		}
 	})
 }

@@ -70,8 +70,8 @@ func TestADeadlockIsTriedAgain(t *testing.T) {
 	statement(t, tx, "SELECT 1 FROM org_keys WHERE id = $1 FOR UPDATE", last)
 	done := make(chan error, 1)
 	go func() {
-		n, err := db.DeleteKeys(t.Context(), "acme", event(audit.KeysDeleted, "acme", ""), func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) }, enrollmentRevoked)
-		if err == nil && n != 2 {
+		n, err := db.DeleteKeys(t.Context(), "acme", false, event(audit.KeysDeleted, "acme", ""), func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) }, enrollmentRevoked)
+		if err == nil && n.Keys != 2 {
 			err = errors.New("not both keys were deleted")
 		}
 		done <- err

@@ -441,14 +441,14 @@ func TestDeletingAllKeysCancelsWhatIsUnderWay(t *testing.T) {
 		released(t, db, "acme", 9)
 		underWay, waiting := reserve(t, db, "acme", 9), pending(t, db, "acme", 9)
 		kept := released(t, db, "other", 9)
-		n, err := db.DeleteKeys(t.Context(), "acme", event(audit.KeysDeleted, "acme", ""), func(id string, wasReleased bool) audit.Event {
+		n, err := db.DeleteKeys(t.Context(), "acme", false, event(audit.KeysDeleted, "acme", ""), func(id string, wasReleased bool) audit.Event {
 			if wasReleased {
 				return event(audit.KeyDeleted, "acme", id)
 			}
 			return event(audit.KeyWithdrawn, "acme", id)
 		}, enrollmentRevoked)
-		if err != nil || n != 2 {
-			t.Fatalf("deleted %d keys, %v; want the 2 released ones", n, err)
+		if err != nil || n.Keys != 2 {
+			t.Fatalf("deleted %d keys, %v; want the 2 released ones", n.Keys, err)
 		}
 		if err := db.StorePending(t.Context(), underWay, []byte("x"), event(audit.KeyCreated, "acme", underWay)); !errors.Is(err, orgkey.ErrGone) {
 			t.Errorf("a cancelled generation was stored: %v", err)

@@ -31,10 +31,11 @@ func limited(t *testing.T) *sqlstore.DB {
 
 // deleteAll deletes org's keys, and calls stall before each key's event.
 func deleteAll(t *testing.T, db *sqlstore.DB, org org.ID, stall func()) (int, error) {
-	return db.DeleteKeys(t.Context(), org, event(audit.KeysDeleted, org, ""), func(id string, _ bool) audit.Event {
+	n, err := db.DeleteKeys(t.Context(), org, false, event(audit.KeysDeleted, org, ""), func(id string, _ bool) audit.Event {
 		stall()
 		return event(audit.KeyDeleted, org, id)
 	}, enrollmentRevoked)
+	return n.Keys, err
 }
 
 // A change is made wholly or not at all, however long the disk or the process
