@@ -21,8 +21,8 @@ Exit codes:
 
 It needs Python 3.8 and nothing but its standard library, Ed25519 included; a
 signature takes it some milliseconds, and with Vault each event has one. It was
-written from docs/audit.md, RFC 6962, RFC 8032 and the C2SP specifications of
-signed-note and tlog-checkpoint, and shares no code with orgkeys.
+written from docs/audit.md, RFC 6962, RFC 7638, RFC 8017, RFC 8032 and the C2SP
+specifications of signed-note and tlog-checkpoint, and shares no code with orgkeys.
 """
 import argparse
 import base64
@@ -111,6 +111,53 @@ def ed25519_verify(public, message, signature):
     k = int.from_bytes(hashlib.sha512(signature[:32] + public + message).digest(), "little") % L
     left, right = multiply(s, G), add(r, multiply(k, a))
     return (left[0] * right[2] - right[0] * left[2]) % P == 0 and (left[1] * right[2] - right[1] * left[2]) % P == 0
+
+
+# RSA: DER of SubjectPublicKeyInfo, RFC 7638 thumbprints, RSASSA-PKCS1-v1_5 with SHA-256.
+def der(data, tag):
+    """Splits data into the content of its first element, which has the tag, and the rest."""
+    need(len(data) > 1 and data[0] == tag, "a public key is not as DER has it")
+    size, at = data[1], 2
+    if size & 0x80:
+        count = size & 0x7f
+        need(0 < count < 4 and len(data) >= 2 + count, "a public key is not as DER has it")
+        size, at = int.from_bytes(data[2:2 + count], "big"), 2 + count
+    need(len(data) >= at + size, "a public key is not as DER has it")
+    return data[at:at + size], data[at + size:]
+
+
+RSA_ENCRYPTION = bytes.fromhex("06092a864886f70d0101010500")
+SHA256_INFO = bytes.fromhex("3031300d060960864801650304020105000420")
+
+
+def rsa_public(data):
+    """Returns modulus and exponent."""
+    info, rest = der(data, 0x30)
+    algorithm, bits = der(info, 0x30)
+    bits, behind = der(bits, 0x03)
+    need(algorithm == RSA_ENCRYPTION and bits[:1] == b"\0" and not rest and not behind, "a public key is not an RSA key")
+    numbers, behind = der(bits[1:], 0x30)
+    n, numbers = der(numbers, 0x02)
+    e, numbers = der(numbers, 0x02)
+    need(not behind and not numbers and n and e and n[0] < 0x80 and e[0] < 0x80, "a public key is not an RSA key")
+    return int.from_bytes(n, "big"), int.from_bytes(e, "big")
+
+
+def thumbprint(n, e):
+    def url64(number):
+        return base64.urlsafe_b64encode(number.to_bytes((number.bit_length() + 7) // 8, "big")).rstrip(b"=").decode()
+    text = '{"e":"%s","kty":"RSA","n":"%s"}' % (url64(e), url64(n))
+    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+
+
+def rsa_verify(public, message, signature):
+    n, e = public
+    size = (n.bit_length() + 7) // 8
+    digest = SHA256_INFO + hashlib.sha256(message).digest()
+    if len(signature) != size or int.from_bytes(signature, "big") >= n or size < len(digest) + 11:
+        return False
+    padded = b"\x00\x01" + b"\xff" * (size - len(digest) - 3) + b"\x00" + digest
+    return pow(int.from_bytes(signature, "big"), e, n) == int.from_bytes(padded, "big")
 
 
 # The Merkle tree, RFC 6962 section 2.1.
@@ -243,6 +290,7 @@ def moment(index, event):
 class Inventory:
     def __init__(self):
         self.lives, self.order = {}, []
+        self.scopes = {}  # of keys, by ID
 
     def add(self, index, e):
         kind, detail = e["type"], e.get("detail", {})
@@ -254,6 +302,7 @@ class Inventory:
                     life[name] = detail[source]
             self.lives[e["object"]] = life
             self.order.append(life)
+            self.scopes[e["object"]] = detail.get("scope") or "organization"
         elif kind in ("orgkey.delivered", "orgkey.deleted", "orgkey.withdrawn"):
             life = self.lives.get(e.get("object"))
             need(life and life["org"] == e.get("org"), "event %d: the key was never created" % index)
@@ -276,6 +325,124 @@ class Inventory:
                     del life["nodes"]
 
 
+    def live(self):
+        """The keys that have not ended, in the order of creation."""
+        return [life for life in self.order if "ended" not in life]
+
+
+class Deliveries:
+    """How each sealed key came to who asked for it, as the events tell it."""
+
+    def __init__(self, inventory):
+        self.inventory, self.known, self.signatures = inventory, {}, {}
+        self.permitted, self.claims, self.approvals = {}, {}, {}
+
+    def add(self, index, e):
+        kind, detail, thing = e["type"], e.get("detail", {}), e.get("object")
+        if e["outcome"] != "success":
+            return
+        if kind == "enrollment.created":
+            self.permitted[thing] = moment(index, e)
+        elif kind == "enrollment.approved":
+            self.approvals[thing, detail.get("recipient")] = moment(index, e)
+        elif kind == "enrollment.claimed":
+            need(thing in self.permitted, "event %d: the enrollment is claimed, and nobody created it" % index)
+            self.claims[detail.get("key")] = moment(index, e), detail.get("from"), detail.get("recipient"), thing
+        elif kind == "orgkey.sealed":
+            self.seal(index, e, thing, detail)
+        elif kind == "orgkey.delivered" and thing in self.known:
+            self.known[thing]["delivered"] = moment(index, e)
+        elif kind == "orgkey.received":
+            self.receive(index, e, thing, detail)
+
+    def seal(self, index, e, key, detail):
+        life = self.inventory.lives.get(key)
+        need(life and life["org"] == e.get("org"), "event %d: the key is sealed, and was never created" % index)
+        need(key not in self.known, "event %d: the key is sealed a second time" % index)
+        known = {
+            "key": key, "org": e["org"], "scope": self.inventory.scopes[key], "permitted": life["created"],
+            "recipient": detail.get("recipient", ""), "sha256": detail.get("sealed", ""), "sealed": moment(index, e), "receipt": "none",
+        }
+        enrollment = detail.get("enrollment")
+        if enrollment:
+            claimed, origin, recipient, by = self.claims.pop(key, (None,) * 4)
+            need(by == enrollment and recipient == known["recipient"], "event %d: the key is sealed to a recipient that did not claim it" % index)
+            known.update(enrollment=enrollment, permitted=self.permitted[enrollment], claimed=claimed)
+            if origin:
+                known["from"] = origin
+            if (enrollment, recipient) in self.approvals:
+                known["approved"] = self.approvals[enrollment, recipient]
+        self.known[key] = known
+
+    def receive(self, index, e, key, detail):
+        known = self.known.get(key)
+        need(known and known["org"] == e.get("org"), "event %d: the key is received, and was never sealed" % index)
+        need("received" not in known, "event %d: the key is received a second time" % index)
+        known["received"] = moment(index, e)
+        if "signature" not in detail:
+            known["receipt"] = "used"
+            return
+        need(detail.get("recipient") == known["recipient"] and detail.get("sealed") == known["sha256"],
+             "event %d: the receipt is for other bytes than were sealed" % index)
+        self.signatures[key] = b64(detail["signature"])
+        answers = int(detail["answers"])
+        if answers:
+            known["answers"] = answers
+        known["receipt"], known["unchecked"] = "unchecked", "the export was made without public keys"
+
+    def check(self, origin, key, public):
+        """The holder of the key's private half signed for what arrived."""
+        if key not in self.signatures:
+            return
+        known = self.known[key]
+        text = "".join(line + "\n" for line in ("orgkeys/receipt/v1", origin, known["org"], key, known["recipient"], known["sha256"]))
+        need(rsa_verify(public, text.encode(), self.signatures[key]),
+             "event %d: the receipt of key %s was not signed by that key" % (known["received"]["index"], key))
+        known["receipt"] = "signed"
+        del known["unchecked"]
+
+    def without_key(self, key):
+        if key in self.signatures:
+            self.known[key]["unchecked"] = "the key was deleted before the export was made, and its public key with it"
+
+    def told(self):
+        all_known = []
+        for known in self.known.values():
+            nodes = self.inventory.lives[known["key"]].get("nodes")
+            all_known.append(dict(known, nodes=nodes) if nodes else known)
+        return all_known
+
+    def signed(self):
+        return sum(known["receipt"] == "signed" for known in self.known.values())
+
+
+def enrolled(e):
+    """How a sealed key came to its holder, in words."""
+    def who(m):
+        return "%s %s (event %d, %s)" % (m.get("actorKind"), m.get("actor"), m["index"], m["time"])
+    said = "sealed key %s of %s, for its %s" % (e["key"], e["org"], e["scope"])
+    for node in e.get("nodes", ()):
+        said += ", node %s" % node.get("ip", node["node"])
+    said += ": permitted by " + who(e["permitted"])
+    if "approved" in e:
+        said += "; approved by " + who(e["approved"])
+    if "claimed" in e:
+        said += "; claimed by enrollment %s from %s (event %d)" % (e["enrollment"], e.get("from", "an address that is not recorded"), e["claimed"]["index"])
+    said += "; the bytes %s sealed to recipient %s" % (e["sha256"], e["recipient"])
+    if e["receipt"] in ("signed", "unchecked"):
+        said += " went out %d times" % e.get("answers", 0)
+    elif "delivered" in e:
+        said += " went out at least once"
+    else:
+        said += " did not go out"
+    return said + {
+        "signed": "; received: the holder of the private key signed for them",
+        "unchecked": "; received, and the signature was NOT checked: " + e.get("unchecked", ""),
+        "used": "; nobody signed for them, and requests were signed with the key",
+        "none": "; nobody has signed for them",
+    }[e["receipt"]]
+
+
 def policy_revision(files):
     h = hashlib.sha256()
     for name in sorted(files, key=lambda n: n.encode()):
@@ -295,21 +462,22 @@ def unpack(packed, plain):
     plain.seek(0)
 
 
-ORDER = ["checkpoints.jsonl", "receipt-keys.json", "policies", "events.jsonl", "inventory.jsonl"]
+ORDER = ["checkpoints.jsonl", "receipt-keys.json", "policies", "events.jsonl", "inventory.jsonl", "public-keys.jsonl"]
+FORMATS = {"orgkeys-export/1": ORDER[:-1], "orgkeys-export/2": ORDER}
 
 
-def check_members(names):
+def check_members(names, order):
     """Each is there once, in the order of an export, under a name that leads nowhere else."""
     places = []
     for name in names:
         parts = name.split("/", 2)
         policy = len(parts) == 3 and parts[0] == "policies"
-        need(policy or name in ORDER and name != "policies", "%r is no member of an export" % name)
+        need(policy or name in order and name != "policies", "%r is no member of an export of this format" % name)
         need(not set(name.split("/")) & {"", ".", ".."} and "\\" not in name, "%r leads elsewhere" % name)
-        places.append(ORDER.index(parts[0]))
+        places.append(order.index(parts[0]))
     need(len(set(names)) == len(names), "a member is there twice")
     need(places == sorted(places), "the members are not in their order")
-    need(set(places) | {2} == set(range(len(ORDER))), "a member is missing")
+    need(set(places) | {2} == set(range(len(order))), "a member is missing")
 
 
 RECEIPT = re.compile(r"vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]+={0,2})", re.ASCII)
@@ -318,6 +486,7 @@ RECEIPT = re.compile(r"vault:v([1-9][0-9]{0,8}):([A-Za-z0-9+/]+={0,2})", re.ASCI
 class Verifier:
     def __init__(self, keys):
         self.keys, self.tree, self.inventory = keys, Tree(), Inventory()
+        self.deliveries, self.public_keys = Deliveries(self.inventory), None
         self.points, self.newest, self.policies, self.receipt_keys = {}, None, {}, {}
         self.outside, self.signed, self.with_receipt, self.types = None, 0, 0, {}  # outside: origin, size and root
 
@@ -330,15 +499,16 @@ class Verifier:
             for block in iter(lambda: plain.read(1 << 20), b""):
                 need(not block.strip(b"\0"), "something stands behind the end of the archive")
         need(self.complete, "inventory.jsonl is missing")
+        need((self.public_keys is not None) == (self.manifest["format"] == "orgkeys-export/2"), "public-keys.jsonl is missing")
 
     def members(self, archive):
         members = iter(archive)
         first = next(members, None)
         need(first and first.name == "manifest.json" and first.isreg(), "manifest.json does not come first")
         self.manifest = parse(archive.extractfile(first).read().decode())
-        if self.manifest["format"] != "orgkeys-export/1":
+        if self.manifest["format"] not in FORMATS:
             raise TooOld("the archive's format is %r" % self.manifest["format"])
-        check_members([m["name"] for m in self.manifest["members"]])
+        check_members([m["name"] for m in self.manifest["members"]], FORMATS[self.manifest["format"]])
         listed = iter(self.manifest["members"])
         for info in members:
             want = next(listed, None)
@@ -364,6 +534,8 @@ class Verifier:
             self.events(content)
         elif name == "inventory.jsonl":
             self.check_inventory(content)
+        elif name == "public-keys.jsonl":
+            self.check_public_keys(content)
         else:
             _, revision, file = name.split("/", 2)
             self.policies.setdefault(revision, {})[file] = content
@@ -415,6 +587,7 @@ class Verifier:
         policy = event.get("policy")
         need(not policy or policy in self.policies, "event %d: the policy's text is missing" % index)
         self.inventory.add(index, event)
+        self.deliveries.add(index, event)
         self.types[event["type"]] = self.types.get(event["type"], 0) + 1
         self.tree.append(leaf)
         for root in self.points.get(self.tree.size, ()):
@@ -435,6 +608,25 @@ class Verifier:
             need(parse(line) == life, "the inventory does not tell of key %s what the events tell" % life["key"])
         self.complete = True
 
+    def check_public_keys(self, content):
+        """One for each key that lives, in the order of creation, vouched for by its fingerprint in the log."""
+        for life in self.inventory.order:
+            if "ended" in life:
+                self.deliveries.without_key(life["key"])
+        self.public_keys = 0
+        live, told = self.inventory.live(), lines(content)
+        need(len(told) == len(live), "there are public keys of %d keys, and %d live" % (len(told), len(live)))
+        for line, life in zip(told, live):
+            entry = parse(line)
+            need(entry.get("key") == life["key"], "the public key of key %s is missing" % life["key"])
+            if entry == {"key": life["key"], "deleted": True}:
+                self.deliveries.without_key(life["key"])
+                continue
+            need(set(entry) == {"key", "publicKey"}, "the public key of key %s is missing" % life["key"])
+            public = rsa_public(b64(entry["publicKey"]))
+            need(thumbprint(*public) == life.get("fingerprint"), "the public key of key %s is not the one that was created" % life["key"])
+            self.public_keys += 1
+            self.deliveries.check(self.manifest["origin"], life["key"], public)
 
     def covered(self):
         return self.outside is not None and self.outside[1] == self.tree.size
@@ -447,6 +639,9 @@ class Verifier:
         yield "%d receipts, each the signature of a key given over its event" % self.with_receipt
         yield "the text of %d policies, each the one that events name by its hash" % len(self.policies)
         yield "the inventory: the lives of %d keys follow from the events" % len(self.inventory.order)
+        if self.public_keys is not None:
+            yield "%d public keys, each the one whose fingerprint the log has" % self.public_keys
+            yield "%d receipts of sealed keys, each signed by the holder of the key that it is for" % self.deliveries.signed()
         yield "the manifest: every member is there once, in its place, with its size and SHA-256"
         if self.covered():
             yield "the checkpoint given: it covers every event, so that the end is not cut off"
@@ -458,6 +653,9 @@ class Verifier:
             yield "whether the log goes on behind event %d: only a checkpoint that covers the whole export, kept elsewhere, shows that (--checkpoint)" % self.tree.size
         if self.with_receipt < self.tree.size:
             yield "%d events have no receipt, so that Vault's word for them is not in the export" % (self.tree.size - self.with_receipt)
+        unchecked = sum(known["receipt"] == "unchecked" for known in self.deliveries.known.values())
+        if unchecked:
+            yield "%d receipts of sealed keys, whose public keys are not in the export" % unchecked
         yield "Vault's own audit file: \"orgkeys audit verify-export --vault-audit\" compares with it"
         yield "whether what the events say is so: times, actors and outcomes are the server's word"
         yield "decisions: they follow from the policy's text and each event, and were not recomputed"
@@ -466,11 +664,14 @@ class Verifier:
         return {
             "verified": True, "truncationExcluded": self.covered(), "origin": self.manifest["origin"], "events": self.tree.size,
             "root": base64.b64encode(self.tree.root()).decode(), "keys": len(self.inventory.order), "checkpoints": self.signed,
+            "publicKeys": self.public_keys or 0, "enrolled": self.deliveries.told(),
             "receipts": self.with_receipt, "types": self.types, "checked": list(self.checked()), "notChecked": list(self.unchecked()),
         }
 
     def report(self):
         print("verified: %d events, %d keys, root %s" % (self.tree.size, len(self.inventory.order), self.tree.root().hex()))
+        for e in self.deliveries.told():
+            print(enrolled(e))
         print("\nchecked:")
         for line in self.checked():
             print("  - " + line)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -39,29 +40,46 @@ func progressTo(w io.Writer, doing string) verify.Progress {
 }
 
 func newAuditExport() *cobra.Command {
-	return &cobra.Command{
+	var withoutKeys bool
+	cmd := &cobra.Command{
 		Use:   "export FILE",
 		Short: "Write the log, with all that proves it, into one archive",
 		Long: `Writes a gzipped tar archive with the log's events, its signed checkpoints, the
 receipts and their keys, the life of each key, the policies that decided, and a
 manifest. It ends with the newest signed checkpoint, so that a signature covers
 all of it; SIGUSR1 makes a running server sign one at once. The server may run
-meanwhile. Verify it anywhere with: orgkeys audit verify-export FILE --key KEY`,
+meanwhile. Verify it anywhere with: orgkeys audit verify-export FILE --key KEY
+
+It holds the public keys of all keys that live too, which the HSM or Vault
+opens: with them an auditor checks what nodes signed for their keys. The
+fingerprints in the log vouch for them. --without-public-keys leaves them out.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error { return export(cmd, ctx, db, args[0]) })
+			cfg, err := load(cmd)
+			if err != nil {
+				return err
+			}
+			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
+				if withoutKeys {
+					return export(cmd, ctx, db, nil, args[0])
+				}
+				keys := server.NewPublicKeys(cfg, db, newLogger(cfg))
+				return errors.Join(export(cmd, ctx, db, keys.Open, args[0]), keys.Close())
+			})
 		},
 	}
+	cmd.Flags().BoolVar(&withoutKeys, "without-public-keys", false, "leave the public keys out, and do without the HSM or Vault")
+	return cmd
 }
 
 // export writes to a temporary file and renames it, so that FILE is whole or not there.
-func export(cmd *cobra.Command, ctx context.Context, db *sqlstore.DB, name string) error {
+func export(cmd *cobra.Command, ctx context.Context, db *sqlstore.DB, open archive.PublicKeys, name string) error {
 	dir := filepath.Dir(name)
 	f, err := os.CreateTemp(dir, ".orgkeys-export-*")
 	if err != nil {
 		return err
 	}
-	manifest, err := archive.Write(ctx, f, db, dir, version(), progressTo(cmd.ErrOrStderr(), "exported"))
+	manifest, err := archive.Write(ctx, f, db, open, dir, version(), progressTo(cmd.ErrOrStderr(), "exported"))
 	if err == nil {
 		err = f.Sync()
 	}
@@ -83,8 +101,9 @@ func newVerifyExport() *cobra.Command {
 		Use:   "verify-export FILE --key KEY",
 		Short: "Verify an export of the audit log, anywhere and offline",
 		Long: `Verifies an export against the public keys given with --key: every signature,
-every event's place, every receipt, the policies and the inventory. It needs no
-settings. With --vault-audit every event is compared with Vault's own audit
+every event's place, every receipt, the policies and the inventory. It says of
+each sealed key who permitted it, who claimed it from where, what went out how
+often, and whether its holder signed for it. It needs no settings. With --vault-audit every event is compared with Vault's own audit
 files, and the other way round.
 
 An export cannot show by itself that its end is not cut off: give --checkpoint or
@@ -139,7 +158,46 @@ func verifyExport(cmd *cobra.Command, name string, g given, out io.Writer, v *ve
 	for _, r := range report.Rollbacks {
 		fmt.Fprintln(out, accepted(r))
 	}
+	for _, e := range report.Enrolled {
+		fmt.Fprintln(out, enrolled(e))
+	}
 	return exportVouched(out, report, asOf)
+}
+
+// enrolled says how a sealed key came to its holder.
+func enrolled(e archive.Enrolled) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "sealed key %s of %s, for its %s", e.Key, e.Org, e.Scope)
+	for _, n := range e.Nodes {
+		fmt.Fprintf(&b, ", node %s", n.IP)
+	}
+	fmt.Fprintf(&b, ": permitted by %s %s (event %d, %s)", e.Permitted.Kind, e.Permitted.Actor, e.Permitted.Index, e.Permitted.Time)
+	if e.Approved != nil {
+		fmt.Fprintf(&b, "; approved by %s %s (event %d)", e.Approved.Kind, e.Approved.Actor, e.Approved.Index)
+	}
+	if e.Claimed != nil {
+		fmt.Fprintf(&b, "; claimed by enrollment %s from %s (event %d, %s)", e.Enrollment, cmp.Or(e.From, "an address that is not recorded"), e.Claimed.Index, e.Claimed.Time)
+	}
+	fmt.Fprintf(&b, "; the bytes %s sealed to recipient %s (event %d)", e.SHA256, e.Recipient, e.Sealed.Index)
+	switch {
+	case e.Received != nil && e.Receipt != archive.Used:
+		fmt.Fprintf(&b, " went out %d times", e.Answers)
+	case e.Delivered != nil:
+		fmt.Fprintf(&b, " went out at least once (event %d)", e.Delivered.Index)
+	default:
+		b.WriteString(" did not go out")
+	}
+	switch e.Receipt {
+	case archive.Signed:
+		fmt.Fprintf(&b, "; received: the holder of the private key signed for them (event %d, %s)", e.Received.Index, e.Received.Time)
+	case archive.Unchecked:
+		fmt.Fprintf(&b, "; received (event %d), and the signature was NOT checked: %s", e.Received.Index, e.Unchecked)
+	case archive.Used:
+		fmt.Fprintf(&b, "; nobody signed for them, and requests were signed with the key (event %d)", e.Received.Index)
+	case archive.None:
+		b.WriteString("; nobody has signed for them")
+	}
+	return b.String()
 }
 
 // asOfGiven is the time to which Vault's audit files must reach; zero: any.

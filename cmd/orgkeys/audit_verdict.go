@@ -33,16 +33,18 @@ type verdict struct {
 	Root    string `json:"root,omitempty"` // base64
 	Covered int64  `json:"covered"`        // events that something from elsewhere vouches for
 
-	Checkpoints     int64            `json:"checkpoints,omitzero"`     // of an export, each signed by a given key
-	Signed          int64            `json:"signed,omitzero"`          // of the log: events that a signed checkpoint covers
-	Receipts        int64            `json:"receipts,omitzero"`        // each signed by a known key
-	Keys            int64            `json:"keys,omitzero"`            // of an export: organization keys in the inventory
-	Erased          int64            `json:"erased,omitzero"`          // events whose personal part was erased
-	Unsequenced     int64            `json:"unsequenced,omitzero"`     // events without an index yet
-	Unauthenticated int64            `json:"unauthenticated,omitzero"` // rows that orgkeys did not record
-	Rollbacks       []audit.Rollback `json:"rollbacks,omitempty"`
-	Vault           *vaultVerdict    `json:"vault,omitempty"`
-	Proof           *proofVerdict    `json:"proof,omitempty"`
+	Checkpoints     int64              `json:"checkpoints,omitzero"`     // of an export, each signed by a given key
+	Signed          int64              `json:"signed,omitzero"`          // of the log: events that a signed checkpoint covers
+	Receipts        int64              `json:"receipts,omitzero"`        // each signed by a known key
+	Keys            int64              `json:"keys,omitzero"`            // of an export: organization keys in the inventory
+	Erased          int64              `json:"erased,omitzero"`          // events whose personal part was erased
+	Unsequenced     int64              `json:"unsequenced,omitzero"`     // events without an index yet
+	Unauthenticated int64              `json:"unauthenticated,omitzero"` // rows that orgkeys did not record
+	Rollbacks       []audit.Rollback   `json:"rollbacks,omitempty"`
+	PublicKeys      int64              `json:"publicKeys,omitzero"` // of an export, that the log's fingerprints vouch for
+	Enrolled        []archive.Enrolled `json:"enrolled,omitempty"`  // of an export: how each sealed key came to its holder
+	Vault           *vaultVerdict      `json:"vault,omitempty"`
+	Proof           *proofVerdict      `json:"proof,omitempty"`
 }
 
 // vaultVerdict is what the comparison with Vault's audit files found.
@@ -114,6 +116,7 @@ func (v *verdict) ofLog(r verify.Report) {
 func (v *verdict) ofExport(r archive.Report) {
 	v.Origin, v.Size, v.Root, v.Covered = r.Manifest.Origin, r.Manifest.Size, r.Manifest.Root, r.Covered
 	v.Checkpoints, v.Receipts, v.Keys, v.Rollbacks = r.Checkpoints, r.Receipts, r.Keys, r.Rollbacks
+	v.PublicKeys, v.Enrolled = r.PublicKeys, r.Enrolled
 	if r.Vault == nil {
 		return
 	}

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -83,7 +84,11 @@ func allHappens(t *testing.T, except []string, rotate func(*testing.T), opts ...
 		succeeds(t, s, "rewrap")
 	}
 	s.Stop(t)
-	happened := python(t, s, 3).Types
+	judged := python(t, s, 3)
+	if len(judged.Enrolled) == 0 || judged.Enrolled[0]["receipt"] != "signed" || judged.Enrolled[0]["from"] != "127.0.0.1" {
+		t.Errorf("of the node that enrolled it says %v", judged.Enrolled)
+	}
+	happened := judged.Types
 	except = append(except, "log.database_changed") // wants a PostgreSQL that fails over: internal/chaos has its export verified
 	for _, name := range eventTypes(t) {
 		if happened[name] == 0 && !slices.Contains(except, name) {
@@ -207,7 +212,21 @@ type verdict struct {
 	Events              int64
 	Types               map[string]int64
 	Checked, NotChecked []string
+	Enrolled            []map[string]any
 	Error               string
+}
+
+// same compares two JSON texts by what they say; none is an empty list.
+func same(t *testing.T, a, b []byte) bool {
+	t.Helper()
+	read := func(text []byte) (all []any) {
+		if len(text) > 0 {
+			must(t, json.Unmarshal(text, &all))
+		}
+		return all
+	}
+	x, y := read(a), read(b)
+	return len(x) == 0 && len(y) == 0 || reflect.DeepEqual(x, y)
 }
 
 // python exports a stopped server's log, has the independent verifier judge it
@@ -228,6 +247,13 @@ func python(t *testing.T, s *harness.Server, code int) verdict {
 	note := filepath.Join(dir, "note")
 	must(t, os.WriteFile(note, []byte(newestNote(t, s.AuditFile())), 0o600))
 	verdict := pythonSays(t, 0, archive, "--key", keys, "--checkpoint", note)
+	told, err := json.Marshal(verdict.Enrolled)
+	must(t, err)
+	var ours struct{ Enrolled json.RawMessage }
+	must(t, json.Unmarshal([]byte(succeeds(t, s, "audit", "verify-export", archive, "--key", keys, "--checkpoint", note, "--json")), &ours))
+	if !same(t, told, ours.Enrolled) {
+		t.Errorf("of sealed keys it says\n%s\nand the program\n%s", told, ours.Enrolled)
+	}
 	if len(verdict.Checked) < 6 || len(verdict.NotChecked) < 2 || verdict.Events == 0 {
 		t.Errorf("it says %+v", verdict)
 	}

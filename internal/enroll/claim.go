@@ -57,7 +57,8 @@ func (s *Service) Claim(ctx context.Context, from Origin, id string, body []byte
 	if err != nil {
 		return err
 	}
-	pass.Detail = map[string]string{"recipient": c.recipient.ID}
+	// The address is a machine's, and who audits from an export needs it.
+	pass.Detail = map[string]string{"recipient": c.recipient.ID, "from": from.Address}
 	if err := c.recipient.Check(); err != nil {
 		return s.Gate.Failed(ctx, pass, audit.RequestFailed, "recipient_unacceptable", err)
 	}

@@ -55,7 +55,7 @@ func TestEvidence(t *testing.T) {
 		}
 
 		var export bytes.Buffer
-		_, err = archive.Write(t.Context(), &export, db, t.TempDir(), "a test", nil)
+		_, err = archive.Write(t.Context(), &export, db, nil, t.TempDir(), "a test", nil)
 		must(t, err)
 		report, err := archive.Verify(t.Context(), &export, keys, archive.Outside{}, nil)
 		if err != nil || report.Manifest.Size != 15 || report.Checkpoints != 3 || report.Receipts != 15 {

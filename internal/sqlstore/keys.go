@@ -3,7 +3,9 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
+	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -426,4 +428,42 @@ func (d *DB) Reserved(ctx context.Context, ids []string) (map[string]bool, error
 		return nil, err
 	}
 	return live, nil
+}
+
+// SealedPublicKeys returns the sealed public keys of those keys, of organizations
+// and of nodes, that are not deleted. One without a record is an error: the log
+// says that it was created.
+func (d *DB) SealedPublicKeys(ctx context.Context, ids []string) (map[string]orgkey.Sealed, error) {
+	type record struct {
+		id     string
+		org    org.ID
+		state  orgkey.State
+		sealed []byte
+	}
+	args, names := make([]any, len(ids)), make([]string, len(ids))
+	for i, id := range ids {
+		args[i], names[i] = id, "$"+strconv.Itoa(i+1)
+	}
+	in := " WHERE id IN (" + strings.Join(names, ", ") + ")"
+	found, err := query(ctx, d.read, func(scan func(...any) error) (r record, err error) {
+		err = scan(&r.id, &r.org, &r.state, &r.sealed)
+		return r, err
+	}, "SELECT id, org_id, state, sealed FROM org_keys"+in+" UNION ALL SELECT id, org_id, state, sealed FROM keys_of_nodes"+in, args...)
+	if err != nil {
+		return nil, err
+	}
+	known := make(map[string]bool, len(found))
+	sealed := make(map[string]orgkey.Sealed, len(found))
+	for _, r := range found {
+		known[r.id] = true
+		if r.state != orgkey.Deleted {
+			sealed[r.id] = orgkey.Sealed{Binding: orgkey.PublicKeyOf(r.org, r.id), Ciphertext: r.sealed}
+		}
+	}
+	for _, id := range ids {
+		if !known[id] {
+			return nil, fmt.Errorf("key %s was created, says the log, and has no record: run \"orgkeys audit verify\"", id)
+		}
+	}
+	return sealed, nil
 }

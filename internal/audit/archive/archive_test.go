@@ -33,7 +33,7 @@ import (
 func export(t *testing.T, e audittest.SignedLog) []byte {
 	t.Helper()
 	var out bytes.Buffer
-	if _, err := archive.Write(t.Context(), &out, e.DB, t.TempDir(), "a test", nil); err != nil {
+	if _, err := archive.Write(t.Context(), &out, e.DB, nil, t.TempDir(), "a test", nil); err != nil {
 		t.Fatal(err)
 	}
 	return out.Bytes()
@@ -104,7 +104,7 @@ func TestAnExportEndsWithTheNewestSignedCheckpoint(t *testing.T) {
 
 func TestALogWithoutSignedCheckpointIsNotExported(t *testing.T) {
 	l := audittest.New(t)
-	if _, err := archive.Write(t.Context(), io.Discard, l.DB, t.TempDir(), "a test", nil); !errors.Is(err, archive.ErrNotSigned) {
+	if _, err := archive.Write(t.Context(), io.Discard, l.DB, nil, t.TempDir(), "a test", nil); !errors.Is(err, archive.ErrNotSigned) {
 		t.Errorf("%v", err)
 	}
 }
@@ -601,7 +601,7 @@ func TestAnExportOfATamperedLogFails(t *testing.T) {
 	} {
 		e := audittest.NewSigned(t)
 		e.Exec(t, statements...)
-		if _, err := archive.Write(t.Context(), io.Discard, e.DB, t.TempDir(), "a test", nil); err == nil {
+		if _, err := archive.Write(t.Context(), io.Discard, e.DB, nil, t.TempDir(), "a test", nil); err == nil {
 			t.Errorf("%s: exported", name)
 		}
 	}
@@ -611,7 +611,7 @@ func TestAnExportOfATamperedLogFails(t *testing.T) {
 func TestAChangedPolicyIsPutRight(t *testing.T) {
 	e := audittest.NewSigned(t)
 	e.Exec(t, `UPDATE policies SET content = x'00' WHERE name = 'authz.rego'`)
-	if _, err := archive.Write(t.Context(), io.Discard, e.DB, t.TempDir(), "a test", nil); err == nil || !strings.Contains(err.Error(), "was altered") {
+	if _, err := archive.Write(t.Context(), io.Discard, e.DB, nil, t.TempDir(), "a test", nil); err == nil || !strings.Contains(err.Error(), "was altered") {
 		t.Errorf("exported, although the archive cannot verify: %v", err)
 	}
 	audittest.Must(t, e.DB.KeepPolicy(t.Context(), e.Policy, map[string][]byte{"authz.rego": []byte("package orgkeys.authz\n"), "data.json": []byte("{}")}))

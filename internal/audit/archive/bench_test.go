@@ -114,7 +114,7 @@ func BenchmarkExport(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if _, err := archive.Write(b.Context(), f, l, b.TempDir(), "a benchmark", nil); err != nil {
+		if _, err := archive.Write(b.Context(), f, l, nil, b.TempDir(), "a benchmark", nil); err != nil {
 			b.Fatal(err)
 		}
 		if err := f.Close(); err != nil {

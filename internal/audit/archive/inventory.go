@@ -1,8 +1,10 @@
 package archive
 
 import (
+	"cmp"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/go-json-experiment/json"
 
@@ -24,6 +26,8 @@ type Life struct {
 	Nodes       []LifeNode `json:"nodes,omitempty"`     // that registered with it, in that order
 	LastUse     *Moment    `json:"lastUse,omitempty"`   // the newest request that a node signed with it
 	Ended       *Moment    `json:"ended,omitempty"`     // deleted, or withdrawn
+
+	scope string
 }
 
 // Moment is an event in a key's life: what the log holds at index.
@@ -81,7 +85,7 @@ func (v *inventory) create(index int64, e audit.Event) error {
 	}
 	life := &Life{
 		Key: e.Object, Org: e.Org, Algorithm: e.Detail["algorithm"], Fingerprint: e.Detail["fingerprint"],
-		GeneratedIn: e.Detail["backend"], Created: moment(index, e),
+		GeneratedIn: e.Detail["backend"], Created: moment(index, e), scope: cmp.Or(e.Detail["scope"], "organization"),
 	}
 	if v.byKey == nil {
 		v.byKey = map[string]*Life{}
@@ -139,4 +143,9 @@ func (v *inventory) write(w io.Writer) error {
 		}
 	}
 	return nil
+}
+
+// live are the keys that have not ended, in the order of creation.
+func (v *inventory) live() []*Life {
+	return slices.DeleteFunc(slices.Clone(v.lives), func(l *Life) bool { return l.Ended != nil })
 }

@@ -32,6 +32,8 @@ type Report struct {
 	Checkpoints int64 // each signed by a given key
 	Receipts    int64 // each signed by a given key
 	Keys        int64 // whose life the inventory tells
+	PublicKeys  int64 // that the log's fingerprints vouch for
+	Enrolled    []Enrolled
 	Rollbacks   []audit.Rollback
 	Covered     int64        // events that something from outside vouches for
 	Vault       *VaultReport // nil without Vault's audit file
@@ -51,7 +53,7 @@ func Verify(ctx context.Context, r io.Reader, vkeys []string, outside Outside, p
 	if err != nil {
 		return Report{}, err
 	}
-	x := verifier{keys: keys, vkeys: vkeys, vault: outside.Vault, progress: progress.Ticking(), points: map[int64][]tlog.Hash{}, policies: map[string]map[string][]byte{}}
+	x := verifier{deliveries: newDeliveries(), keys: keys, vkeys: vkeys, vault: outside.Vault, progress: progress.Ticking(), points: map[int64][]tlog.Hash{}, policies: map[string]map[string][]byte{}}
 	if outside.Checkpoint != "" {
 		if x.kept, err = keys.Open(outside.Checkpoint); err != nil {
 			return Report{}, fmt.Errorf("the checkpoint given: %w", err)
@@ -80,6 +82,8 @@ type verifier struct {
 	policies map[string]map[string][]byte
 	policy   int64 // bytes of all policies
 	lives    inventory
+
+	deliveries deliveries
 }
 
 func wrong(format string, args ...any) error { return verify.Problemf(-1, format, args...) }
@@ -154,16 +158,16 @@ func (x *verifier) readManifest(in *tar.Reader) error {
 	if err := json.Unmarshal(b, m, json.RejectUnknownMembers(true)); err != nil {
 		return wrong("%s cannot be read: %v", manifestName, err)
 	}
-	if m.Format != exportFormat {
-		return wrong("it is of the format %q, and this program knows %s", m.Format, exportFormat)
+	if m.Format != exportFormat && m.Format != exportWithKeys {
+		return wrong("it is of the format %q, and this program knows %s and %s", m.Format, exportFormat, exportWithKeys)
 	}
 	x.left = m.Members
-	return checkMembers(m.Members)
+	return checkMembers(m.Members, m.Format == exportWithKeys)
 }
 
 // memberOrder is the order of an export's members; the policies' have names of
 // their own.
-var memberOrder = []string{checkpointsName, receiptKeysName, policiesDir, eventsName, inventoryName}
+var memberOrder = []string{checkpointsName, receiptKeysName, policiesDir, eventsName, inventoryName, publicKeysName}
 
 // memberPlace is a member's place in that order, or -1 if no export has it. A
 // name leads nowhere but below the directory in which somebody unpacks it.
@@ -179,7 +183,7 @@ func memberPlace(name string) int {
 }
 
 // checkMembers reports members that an export does not have, at that place.
-func checkMembers(members []Member) error {
+func checkMembers(members []Member, withKeys bool) error {
 	place, seen := 0, map[string]bool{}
 	for _, m := range members {
 		at := memberPlace(m.Name)
@@ -194,9 +198,15 @@ func checkMembers(members []Member) error {
 		place, seen[m.Name] = at, true
 	}
 	for _, name := range memberOrder {
-		if name != policiesDir && !seen[name] {
+		if name != policiesDir && name != publicKeysName && !seen[name] {
 			return wrong("%s is missing", name)
 		}
+	}
+	switch {
+	case withKeys && !seen[publicKeysName]:
+		return wrong("%s is missing", publicKeysName)
+	case !withKeys && seen[publicKeysName]:
+		return wrong("%q is no member of an export of this format", publicKeysName)
 	}
 	return nil
 }
@@ -252,6 +262,8 @@ func (x *verifier) content(ctx context.Context, h *tar.Header, in io.Reader) err
 		return x.readEvents(ctx, in)
 	case inventoryName:
 		return x.readInventory(in)
+	case publicKeysName:
+		return x.readPublicKeys(in)
 	}
 	return x.readPolicy(h, in)
 }
@@ -463,6 +475,9 @@ func (x *verifier) take(b *batch) error {
 		if err := x.lives.add(index, p.event); err != nil {
 			return verify.Problemf(index, "%v", err)
 		}
+		if err := x.deliveries.add(index, p.event, &x.lives); err != nil {
+			return verify.Problemf(index, "%v", err)
+		}
 		if x.vault != nil {
 			if err := x.vault.match(index, p.leaf); err != nil {
 				return err
@@ -536,6 +551,42 @@ func (x *verifier) readInventory(in io.Reader) error {
 	return err
 }
 
+// readPublicKeys takes the public halves of the keys that live, each vouched
+// for by its fingerprint in the log, and checks with them what they signed.
+func (x *verifier) readPublicKeys(in io.Reader) error {
+	for _, life := range x.lives.lives {
+		if life.Ended != nil {
+			x.deliveries.withoutKey(life.Key)
+		}
+	}
+	live := x.lives.live()
+	read := 0
+	err := lines(publicKeysName, in, func(n int64, raw []byte) error {
+		var l publicKeyLine
+		if err := json.Unmarshal(raw, &l, json.RejectUnknownMembers(true)); err != nil || (l.PublicKey == nil) != l.Deleted {
+			return wrong("%s: line %d is not a public key", publicKeysName, n+1)
+		}
+		if n >= int64(len(live)) || l.Key != live[n].Key {
+			return wrong("%s: line %d is of key %s, which is not the next that lives", publicKeysName, n+1, l.Key)
+		}
+		read++
+		if l.Deleted {
+			x.deliveries.withoutKey(l.Key)
+			return nil
+		}
+		public, err := l.vouched(live[n])
+		if err != nil {
+			return verify.Problemf(live[n].Created.Index, "%v", err)
+		}
+		x.report.PublicKeys++
+		return x.deliveries.check(x.report.Manifest.Origin, l.Key, public)
+	})
+	if err == nil && read < len(live) {
+		return verify.Problemf(live[read].Created.Index, "the public key of key %s is missing", live[read].Key)
+	}
+	return err
+}
+
 // complete reports events that are missing at the end, or too many.
 func (x *verifier) complete() error {
 	m := x.report.Manifest
@@ -555,7 +606,7 @@ func (x *verifier) finish() error {
 	if x.kept.Size > x.tree.Size() {
 		return verify.Problemf(x.tree.Size(), "it is missing: the checkpoint given covers %d events; the export is older, or the log has lost its end: make a new one", x.kept.Size)
 	}
-	x.report.Covered = x.kept.Size
+	x.report.Covered, x.report.Enrolled = x.kept.Size, x.deliveries.told(&x.lives)
 	if x.vault == nil {
 		return nil
 	}

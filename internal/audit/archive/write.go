@@ -18,6 +18,7 @@ import (
 	"io"
 	"os"
 	"path"
+	"slices"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -36,17 +37,24 @@ import (
 //	policies/REVISION/NAME  the policies that decided, file by file
 //	events.jsonl            {"index":N,"event":<leaf, verbatim>,"receipts":{…}}
 //	inventory.jsonl         the life of each key, in the order of creation
+//	public-keys.jsonl       the public half of each key that lives, in that order
 //
 // It ends where the newest signed checkpoint ends, so a signature covers all of
-// it. Everything in it follows from the log: the same log gives the same bytes.
+// it. Everything in it but the last member follows from the log: the same log
+// gives the same bytes. The public keys are what the database still has, and
+// the fingerprints in the log vouch for them; without them the export is of the
+// first format.
 const (
 	exportFormat      = "orgkeys-export/1"
+	exportWithKeys    = "orgkeys-export/2"
 	manifestName      = "manifest.json"
 	checkpointsName   = "checkpoints.jsonl"
 	receiptKeysName   = "receipt-keys.json"
 	policiesDir       = "policies"
 	eventsName        = "events.jsonl"
 	inventoryName     = "inventory.jsonl"
+	publicKeysName    = "public-keys.jsonl"
+	publicKeysPage    = 500     // public keys that are opened at once
 	pageSize          = 2000    // events, or receipts, that are asked for at once
 	maxLine           = 1 << 20 // a leaf is under 4 KiB
 	maxManifest       = 16 << 20
@@ -74,6 +82,10 @@ type Source interface {
 	Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error)
 	Policies(ctx context.Context) ([]audit.PolicyFile, error)
 }
+
+// PublicKeys opens keys' public halves, PKIX DER. What is not in the answer was
+// deleted since; a key that has no record is an error.
+type PublicKeys func(ctx context.Context, keys []string) (map[string][]byte, error)
 
 // Manifest is what an export says of itself.
 type Manifest struct {
@@ -103,9 +115,9 @@ type exportLine struct {
 
 // Write writes the log up to its newest signed checkpoint to w, by way of
 // temporary files in dir. It fails if the events do not have the root that was
-// signed.
-func Write(ctx context.Context, w io.Writer, e Source, dir, program string, progress verify.Progress) (Manifest, error) {
-	x := writer{source: e, dir: dir, progress: progress.Ticking()}
+// signed. open may be nil: then there are no public keys in it.
+func Write(ctx context.Context, w io.Writer, e Source, open PublicKeys, dir, program string, progress verify.Progress) (Manifest, error) {
+	x := writer{source: e, open: open, dir: dir, progress: progress.Ticking()}
 	defer x.remove()
 	if err := x.gather(ctx); err != nil {
 		return Manifest{}, err
@@ -118,6 +130,9 @@ func Write(ctx context.Context, w io.Writer, e Source, dir, program string, prog
 		Format: exportFormat, Program: program, Origin: x.head.Origin, Size: x.head.Size,
 		Root: base64.StdEncoding.EncodeToString(x.head.Root[:]), CheckpointKeys: keys, Policy: x.policy,
 	}
+	if open != nil {
+		m.Format = exportWithKeys
+	}
 	for _, s := range x.spools {
 		m.Members = append(m.Members, s.member())
 	}
@@ -126,6 +141,7 @@ func Write(ctx context.Context, w io.Writer, e Source, dir, program string, prog
 
 type writer struct {
 	source   Source
+	open     PublicKeys
 	dir      string
 	progress func(done, all int64)
 
@@ -193,7 +209,40 @@ func (x *writer) gather(ctx context.Context) error {
 	if err := x.spool(eventsName, func(w io.Writer) error { return x.writeEvents(ctx, w) }); err != nil {
 		return err
 	}
-	return x.spool(inventoryName, x.lives.write)
+	if err := x.spool(inventoryName, x.lives.write); err != nil || x.open == nil {
+		return err
+	}
+	return x.spool(publicKeysName, func(w io.Writer) error { return x.writePublicKeys(ctx, w) })
+}
+
+func (x *writer) writePublicKeys(ctx context.Context, w io.Writer) error {
+	for page := range slices.Chunk(x.lives.live(), publicKeysPage) {
+		ids := make([]string, len(page))
+		for i, life := range page {
+			ids[i] = life.Key
+		}
+		opened, err := x.open(ctx, ids)
+		if err != nil {
+			return err
+		}
+		for _, life := range page {
+			der, there := opened[life.Key]
+			l := publicKeyLine{Key: life.Key, PublicKey: der, Deleted: !there}
+			if there {
+				if _, err := l.vouched(life); err != nil {
+					return verify.Problemf(life.Created.Index, "%v", err)
+				}
+			}
+			b, err := json.Marshal(l, json.Deterministic(true))
+			if err != nil {
+				return err
+			}
+			if _, err := w.Write(append(b, '\n')); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (x *writer) writeCheckpoints(ctx context.Context, w io.Writer) error {

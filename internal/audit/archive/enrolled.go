@@ -1,0 +1,212 @@
+package archive
+
+import (
+	"crypto"
+	"crypto/rsa"
+	"crypto/sha256"
+	"encoding/base64"
+	"fmt"
+	"strconv"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// Enrolled is how a sealed key came to who asked for it, as the log tells it,
+// and what became of its receipt.
+type Enrolled struct {
+	Key        string     `json:"key"`
+	Org        org.ID     `json:"org"`
+	Scope      string     `json:"scope"`
+	Enrollment string     `json:"enrollment,omitempty"` // empty: an administrator's own
+	Nodes      []LifeNode `json:"nodes,omitempty"`      // that registered with the key
+	Permitted  *Moment    `json:"permitted"`            // who let it be made
+	Approved   *Moment    `json:"approved,omitempty"`
+	Claimed    *Moment    `json:"claimed,omitempty"`
+	From       string     `json:"from,omitempty"` // the address that claimed it
+	Recipient  string     `json:"recipient"`
+	SHA256     string     `json:"sha256"` // of the bytes that went out
+	Sealed     *Moment    `json:"sealed"`
+	Delivered  *Moment    `json:"delivered,omitempty"` // the first time
+	Answers    int        `json:"answers,omitzero"`    // how often they went out, as of the receipt
+	Received   *Moment    `json:"received,omitempty"`
+	Receipt    Receipt    `json:"receipt"`
+	Unchecked  string     `json:"unchecked,omitempty"` // why the signature was not checked
+
+	signature []byte
+}
+
+// Receipt is what is known of a sealed key's arrival.
+type Receipt string
+
+// What can be known of it.
+const (
+	None      Receipt = "none"      // nobody has signed for it
+	Used      Receipt = "used"      // nobody has signed for it, but requests with it, says the server
+	Signed    Receipt = "signed"    // the holder of the private key signed for it: checked
+	Unchecked Receipt = "unchecked" // a signature is there, and its public key is not
+)
+
+// Why a signature was not checked.
+const (
+	noPublicKeys  = "the export was made without public keys"
+	keyWasDeleted = "the key was deleted before the export was made, and its public key with it"
+)
+
+// deliveries builds what is known of all sealed keys from the events, in their
+// order.
+type deliveries struct {
+	all       []*Enrolled
+	byKey     map[string]*Enrolled
+	permitted map[string]*Moment  // by enrollment
+	claims    map[string]*claimed // by key
+	approvals map[string]*Moment  // by enrollment and recipient
+}
+
+// claimed is a claim whose key may come to nothing.
+type claimed struct {
+	at              *Moment
+	from, recipient string
+	enrollment      string
+}
+
+func newDeliveries() deliveries {
+	return deliveries{byKey: map[string]*Enrolled{}, permitted: map[string]*Moment{}, claims: map[string]*claimed{}, approvals: map[string]*Moment{}}
+}
+
+// add takes the next event into account, after the inventory has. It reports
+// what cannot be.
+func (d *deliveries) add(index int64, e audit.Event, lives *inventory) error {
+	if e.Outcome != audit.Success {
+		return nil
+	}
+	switch e.Type {
+	case audit.EnrollmentCreated:
+		d.permitted[e.Object] = moment(index, e)
+	case audit.EnrollmentApproved:
+		d.approvals[e.Object+"/"+e.Detail["recipient"]] = moment(index, e)
+	case audit.EnrollmentClaimed:
+		if d.permitted[e.Object] == nil {
+			return fmt.Errorf("enrollment %s is claimed, and nobody created it", e.Object)
+		}
+		d.claims[e.Detail["key"]] = &claimed{moment(index, e), e.Detail["from"], e.Detail["recipient"], e.Object}
+	case audit.KeySealed:
+		return d.seal(index, e, lives.byKey[e.Object])
+	case audit.KeyDelivered:
+		if known := d.byKey[e.Object]; known != nil {
+			known.Delivered = moment(index, e)
+		}
+	case audit.KeyReceived:
+		return d.receive(index, e)
+	}
+	return nil
+}
+
+func (d *deliveries) seal(index int64, e audit.Event, life *Life) error {
+	if life == nil || life.Org != e.Org {
+		return fmt.Errorf("key %s of %s is sealed, and was never created", e.Object, e.Org)
+	}
+	if d.byKey[e.Object] != nil {
+		return fmt.Errorf("key %s is sealed a second time", e.Object)
+	}
+	known := &Enrolled{
+		Key: e.Object, Org: e.Org, Scope: life.scope, Enrollment: e.Detail["enrollment"], Permitted: life.Created,
+		Recipient: e.Detail["recipient"], SHA256: e.Detail["sealed"], Sealed: moment(index, e), Receipt: None,
+	}
+	if known.Enrollment != "" {
+		claim := d.claims[e.Object]
+		if claim == nil || claim.enrollment != known.Enrollment || claim.recipient != known.Recipient {
+			return fmt.Errorf("key %s is sealed to a recipient that did not claim it by enrollment %s", e.Object, known.Enrollment)
+		}
+		known.Permitted, known.Claimed, known.From = d.permitted[known.Enrollment], claim.at, claim.from
+		known.Approved = d.approvals[known.Enrollment+"/"+known.Recipient]
+		delete(d.claims, e.Object)
+	}
+	d.byKey[e.Object] = known
+	d.all = append(d.all, known)
+	return nil
+}
+
+func (d *deliveries) receive(index int64, e audit.Event) error {
+	known := d.byKey[e.Object]
+	switch {
+	case known == nil || known.Org != e.Org:
+		return fmt.Errorf("key %s is received, and was never sealed", e.Object)
+	case known.Received != nil:
+		return fmt.Errorf("key %s is received a second time", e.Object)
+	}
+	known.Received = moment(index, e)
+	text, signed := e.Detail["signature"]
+	if !signed {
+		known.Receipt = Used
+		return nil
+	}
+	if e.Detail["recipient"] != known.Recipient || e.Detail["sealed"] != known.SHA256 {
+		return fmt.Errorf("the receipt of key %s is for other bytes than were sealed", e.Object)
+	}
+	var err error
+	if known.signature, err = base64.StdEncoding.Strict().DecodeString(text); err != nil {
+		return fmt.Errorf("the receipt of key %s is no signature: %w", e.Object, err)
+	}
+	if known.Answers, err = strconv.Atoi(e.Detail["answers"]); err != nil {
+		return fmt.Errorf("the receipt of key %s does not say how often it went out: %w", e.Object, err)
+	}
+	known.Receipt, known.Unchecked = Unchecked, noPublicKeys
+	return nil
+}
+
+// check sees that the holder of key's private half signed its receipt, where
+// there is one.
+func (d *deliveries) check(origin, key string, public *rsa.PublicKey) error {
+	known := d.byKey[key]
+	if known == nil || known.Receipt != Unchecked {
+		return nil
+	}
+	text := envelope.Delivery{Org: string(known.Org), Origin: origin, KeyID: key, Recipient: known.Recipient, SHA256: known.SHA256}.ReceiptText()
+	digest := sha256.Sum256(text)
+	if rsa.VerifyPKCS1v15(public, crypto.SHA256, digest[:], known.signature) != nil {
+		return verify.Problemf(known.Received.Index, "the receipt of key %s was not signed by that key", key)
+	}
+	known.Receipt, known.Unchecked = Signed, ""
+	return nil
+}
+
+// withoutKey notes that the export has no public key for a key that ended.
+func (d *deliveries) withoutKey(key string) {
+	if known := d.byKey[key]; known != nil && known.Receipt == Unchecked {
+		known.Unchecked = keyWasDeleted
+	}
+}
+
+// told are all of them, with the nodes that registered.
+func (d *deliveries) told(lives *inventory) []Enrolled {
+	all := make([]Enrolled, len(d.all))
+	for i, e := range d.all {
+		e.Nodes = lives.byKey[e.Key].Nodes
+		all[i] = *e
+	}
+	return all
+}
+
+// publicKeyLine is a key in publicKeysName: its public half as PKIX DER in base64, or
+// that it was gone when the export was made.
+type publicKeyLine struct {
+	Key       string `json:"key"`
+	PublicKey []byte `json:"publicKey,omitempty"`
+	Deleted   bool   `json:"deleted,omitzero"`
+}
+
+// vouched returns the public key of a line, if the log vouches for it.
+func (l publicKeyLine) vouched(life *Life) (*rsa.PublicKey, error) {
+	public, err := orgkey.ParsePublic(l.PublicKey)
+	if err != nil {
+		return nil, fmt.Errorf("the public key of key %s cannot be read: %w", l.Key, err)
+	}
+	if orgkey.Thumbprint(public) != life.Fingerprint {
+		return nil, fmt.Errorf("the public key of key %s is not the one that was created", l.Key)
+	}
+	return public, nil
+}
