@@ -1,6 +1,10 @@
 package main
 
 import (
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"regexp"
@@ -9,6 +13,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
@@ -91,5 +96,31 @@ func metricsOf(t *testing.T) string {
 	org := harness.Org()
 	s.Generate(t, org)
 	s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org), Token: "nobody"})
+	waitingClaim(t, s, org)
 	return s.AskAdmin(t, "/metrics")
+}
+
+// waitingClaim has a node wait for an administrator's approval.
+func waitingClaim(t *testing.T, s *harness.Server, org string) {
+	t.Helper()
+	resp := s.Do(t, harness.Request{Method: "POST", Path: "/organization/" + org + "/enrollment", Token: s.Token(t, org, "OWNER"), Body: []byte(`{"approval":true}`)})
+	var minted struct{ Data struct{ Token string } }
+	if err := json.Unmarshal(resp.Body, &minted); err != nil {
+		t.Fatal(err)
+	}
+	recipient, err := rsa.GenerateKey(rand.Reader, 3072)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := client.New(client.Config{Server: s.API})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := client.NewEnrollment(c, []byte(minted.Data.Token), recipient)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Fetch(t.Context()); !errors.Is(err, client.Pending) {
+		t.Fatal(err)
+	}
 }

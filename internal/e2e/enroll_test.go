@@ -150,6 +150,16 @@ func TestANodeFetchesItsOwnKey(t *testing.T) {
 		t.Errorf("a token with another secret: %v", err)
 	}
 
+	for _, want := range []string{
+		`orgkeys_enrollment_outcomes_total{outcome="minted"} 1`, `orgkeys_enrollment_outcomes_total{outcome="claimed"} 1`, `orgkeys_enrollment_outcomes_total{outcome="conflict"} 1`,
+		`orgkeys_enrollment_outcomes_total{outcome="received"} 1`, `orgkeys_enrollment_outcomes_total{outcome="failed"} 0`, `orgkeys_authn_failures_total{reason="enrollment"} 1`,
+		`orgkeys_enrollments_open 0`, `orgkeys_deliveries{state="unreceived"} 0`,
+	} {
+		if shown := s.AskAdmin(t, "/metrics"); !strings.Contains(shown, want+"\n") {
+			t.Errorf("the metrics lack %s", want)
+		}
+	}
+
 	private, err := client.ParsePrivateKey(again.PEM)
 	if err != nil {
 		t.Fatal(err)

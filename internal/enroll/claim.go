@@ -130,14 +130,22 @@ func pause(ctx context.Context, d time.Duration) {
 func (s *Service) claim(ctx context.Context, pass gate.Pass, id string, recipient Recipient) (Delivery, error) {
 	conflict := pass.Event(audit.EnrollmentConflict)
 	conflict.Object, conflict.Outcome, conflict.Reason = id, audit.Denied, "claimed"
+	first := false
 	d, err := s.Store.Claim(ctx, id, recipient, pass.Call.Address, s.DeliverFor, func(keyID string) audit.Event {
+		first = true
 		event := pass.Event(audit.EnrollmentClaimed)
 		event.Object = id
 		event.Detail["key"] = keyID
 		return event
 	}, conflict)
 	switch {
-	case err == nil, errors.Is(err, ErrClaimed): // which has left its event, or was counted
+	case err == nil:
+		if first {
+			s.Count(Claims)
+		}
+		return d, nil
+	case errors.Is(err, ErrClaimed): // which has left its event, or was counted
+		s.Count(Conflicts)
 		return d, err
 	case errors.Is(err, ErrClosed):
 		return d, s.Gate.Failed(ctx, pass, audit.RequestFailed, "enrollment_closed", err)
@@ -152,11 +160,14 @@ func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k []byt
 	if errors.Is(err, ErrPending) {
 		return err
 	}
-	if err != nil {
-		return s.Gate.Failed(ctx, pass, audit.RequestFailed, reasonOf(ctx, err), err)
+	var answer Answer
+	if err == nil {
+		answer, err = s.answer(ctx, d, k)
 	}
-	answer, err := s.answer(ctx, d, k)
 	if err != nil {
+		if !errors.Is(err, ErrClosed) {
+			s.Count(Failures)
+		}
 		return s.Gate.Failed(ctx, pass, audit.RequestFailed, reasonOf(ctx, err), err)
 	}
 	if err := deliver(answer); err != nil {
@@ -459,7 +470,9 @@ func (s *Service) signed(ctx context.Context, r receipt, find func(context.Conte
 func (s *Service) receive(ctx context.Context, pass gate.Pass, d Delivery, r receipt) error {
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
+	first := false
 	err := s.Store.Receive(ctx, d.KeyID, func(answers int) audit.Event {
+		first = true
 		event := pass.Event(audit.KeyReceived)
 		event.Object = d.KeyID
 		event.Detail = map[string]string{
@@ -473,6 +486,9 @@ func (s *Service) receive(ctx context.Context, pass gate.Pass, d Delivery, r rec
 	})
 	if err != nil {
 		return s.Gate.Failed(ctx, pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), err)
+	}
+	if first {
+		s.Count(Receipts)
 	}
 	return nil
 }

@@ -44,6 +44,8 @@ type Config struct {
 	// gives it back, says whether the caller proved to be known, and returns the
 	// error that one hears whose address failed too often.
 	Enter func(ctx context.Context, address string) (leave func(known bool) error, err error)
+	// Count counts what became of an enrollment or delivery, for metrics.
+	Count func(Outcome)
 
 	Origin        string        // the audit log's
 	Backend       string        // the keystore's name in audit events
@@ -52,6 +54,25 @@ type Config struct {
 	AttemptLife   time.Duration // how long a crash may hold a delivery; a generation has half of it
 	AuditDeadline time.Duration // how long a release waits for the audit sinks
 	DeliverFor    time.Duration // how long a sealed key waits for its receipt
+}
+
+// Outcome is what became of an enrollment or a delivery.
+type Outcome string
+
+// The outcomes that are counted.
+const (
+	Permissions Outcome = "minted"
+	Claims      Outcome = "claimed"
+	Conflicts   Outcome = "conflict" // another recipient than the one that has it, or may have it
+	Receipts    Outcome = "received"
+	Expirations Outcome = "expired"   // enrollments with uses that nobody claimed
+	Withdrawals Outcome = "withdrawn" // sealed keys that nobody received in time
+	Failures    Outcome = "failed"    // a key could not be made or handed out now; asking again may help
+)
+
+// Outcomes are all of them.
+func Outcomes() []Outcome {
+	return []Outcome{Permissions, Claims, Conflicts, Receipts, Expirations, Withdrawals, Failures}
 }
 
 // Service is the use cases of enrollment. Each method leaves an audit event
@@ -91,6 +112,7 @@ func (s *Service) Create(ctx context.Context, call gate.Call, org org.ID, body [
 	if err != nil {
 		return s.failure(ctx, pass, err)
 	}
+	s.Count(Permissions)
 	text := token.AppendText(make([]byte, 0, 128))
 	defer clear(text)
 	return deliver(Minted{e, text})
@@ -217,11 +239,34 @@ func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
 
 func (s *Service) sweepOnce(ctx context.Context) error {
 	for {
-		n, err := s.Store.SweepDeliveries(ctx, sweepBatch, SweepEvents{enrollmentExpired, keyNotReceived, keyUsed})
+		n, err := s.sweepSome(ctx)
 		if err != nil || n < sweepBatch {
 			return err
 		}
 	}
+}
+
+func (s *Service) sweepSome(ctx context.Context) (int, error) {
+	// By what they are about: a transaction that is aborted asks for its events again.
+	ended := map[string]Outcome{}
+	n, err := s.Store.SweepDeliveries(ctx, sweepBatch, SweepEvents{
+		Expired: func(org org.ID, enrollment string, places int) audit.Event {
+			ended[enrollment] = Expirations
+			return enrollmentExpired(org, enrollment, places)
+		},
+		Withdrawn: func(org org.ID, keyID string) audit.Event {
+			ended[keyID] = Withdrawals
+			return keyNotReceived(org, keyID)
+		},
+		Used: keyUsed,
+	})
+	if err != nil {
+		return 0, err
+	}
+	for _, outcome := range ended {
+		s.Count(outcome)
+	}
+	return n, nil
 }
 
 func sweeperEvent(t audit.Type, org org.ID, object, reason string, outcome audit.Outcome) audit.Event {

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -12,7 +13,7 @@ import (
 // newRegistry returns the metrics that belong to no request.
 func newRegistry(db *sqlstore.DB, trail *audit.Log, checkpoints *audit.Checkpointer, more []prometheus.Collector) *prometheus.Registry {
 	r := prometheus.NewRegistry()
-	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints}, refusedCollector{db})
+	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints}, refusedCollector{db}, deliveryCollector{db})
 	r.MustRegister(more...)
 	return r
 }
@@ -21,6 +22,18 @@ func newLostEvents() prometheus.Counter {
 	return prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "orgkeys_audit_events_lost_total", Help: "Requests, most of them denied or failed, whose event could not be recorded.",
 	})
+}
+
+// newOutcomes has every outcome from the start, so that the first of its kind
+// is an increase.
+func newOutcomes() *prometheus.CounterVec {
+	c := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "orgkeys_enrollment_outcomes_total", Help: "What became of enrollments and of sealed keys, at this replica.",
+	}, []string{"outcome"})
+	for _, o := range enroll.Outcomes() {
+		c.WithLabelValues(string(o))
+	}
+	return c
 }
 
 var (
@@ -92,5 +105,36 @@ func (c refusedCollector) Collect(ch chan<- prometheus.Metric) {
 	defer cancel()
 	if n, err := c.db.Unauthenticated(ctx); err == nil {
 		ch <- prometheus.MustNewConstMetric(eventsRefused, prometheus.GaugeValue, float64(n))
+	}
+}
+
+var (
+	enrollmentsOpen = prometheus.NewDesc("orgkeys_enrollments_open", "Enrollments with uses that nobody has claimed yet; the same at each replica.", nil, nil)
+	deliveries      = prometheus.NewDesc("orgkeys_deliveries", "Claims that wait for an administrator (approval) or for their key (making), and sealed keys that nobody has signed for or used (unreceived); the same at each replica.", []string{"state"}, nil)
+	deliveryOldest  = prometheus.NewDesc("orgkeys_delivery_oldest_timestamp_seconds", "When the oldest of orgkeys_deliveries was claimed.", []string{"state"}, nil)
+)
+
+// deliveryCollector shows nothing while the database cannot be asked.
+type deliveryCollector struct{ db *sqlstore.DB }
+
+func (deliveryCollector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- enrollmentsOpen
+	ch <- deliveries
+	ch <- deliveryOldest
+}
+
+func (c deliveryCollector) Collect(ch chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), askTimeout)
+	defer cancel()
+	w, err := c.db.UnderWay(ctx)
+	if err != nil {
+		return
+	}
+	ch <- prometheus.MustNewConstMetric(enrollmentsOpen, prometheus.GaugeValue, float64(w.Open))
+	for state, s := range map[string]sqlstore.Awaiting{"approval": w.Approval, "making": w.Making, "unreceived": w.Unreceived} {
+		ch <- prometheus.MustNewConstMetric(deliveries, prometheus.GaugeValue, float64(s.Count), state)
+		if s.Count > 0 {
+			ch <- prometheus.MustNewConstMetric(deliveryOldest, prometheus.GaugeValue, float64(s.Oldest.UnixMilli())/1000, state)
+		}
 	}
 }

@@ -111,7 +111,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 		return err
 	}
 	closeAll.add(lock.close)
-	lost := newLostEvents()
+	lost, outcomes := newLostEvents(), newOutcomes()
 	guard := gate.Gate{Policy: policy, Trail: trail, Log: log, Lost: lost}
 	opener, err := orgkey.NewOpener(backend.sealer, log, time.Now)
 	if err != nil {
@@ -140,6 +140,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	enrollments, err := enroll.New(enroll.Config{
 		Gate:  guard,
 		Store: db, Keystore: backend.sealed, Sealer: backend.sealer, Opener: opener, Admit: service.Admit, Enter: nodes.Enter,
+		Count:  func(o enroll.Outcome) { outcomes.WithLabelValues(string(o)).Inc() },
 		Origin: head.Origin, Backend: backend.name, Limit: cfg.Max, NodeLimit: cfg.MaxNodeKeys,
 		AttemptLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline, DeliverFor: cfg.DeliveryTTL,
 	})
@@ -162,7 +163,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 			{Name: "audit events", Ask: func(ctx context.Context) error { return unauthenticated(ctx, db) }, Optional: true},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.Ready() }},
 		}, lock.checks...),
-		Metrics: newRegistry(db, trail, checkpoints, append(lock.metrics, lost)), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
+		Metrics: newRegistry(db, trail, checkpoints, append(lock.metrics, lost, outcomes)), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
 	if err != nil {
 		return err

@@ -451,6 +451,38 @@ func TestNodeKeysAmongAllKeys(t *testing.T) {
 	})
 }
 
+// What operators are told of what is not over.
+func TestWhatIsUnderWay(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		began := time.Now().Add(-time.Minute)
+		id, err := mint(t, db, enroll.Enrollment{Uses: 4}, time.Hour, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			d, err := claim(t, db, id, recipient(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			offered(t, db, d)
+		}
+		if _, err := claim(t, db, id, recipient(t)); err != nil {
+			t.Fatal(err)
+		}
+		waiting, err := mint(t, db, enroll.Enrollment{Approval: true}, time.Hour, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := claim(t, db, waiting, recipient(t)); err != nil {
+			t.Fatal(err)
+		}
+		w, err := db.UnderWay(t.Context())
+		if err != nil || w.Open != 1 || w.Unreceived.Count != 2 || w.Making.Count != 1 || w.Approval.Count != 1 || w.Unreceived.Oldest.Before(began) || w.Unreceived.Oldest.After(w.Making.Oldest) {
+			t.Errorf("%+v, %v", w, err)
+		}
+	})
+}
+
 // recorded counts the events of a type in the log.
 func recorded(t *testing.T, db *sqlstore.DB, kind audit.Type) int {
 	t.Helper()
