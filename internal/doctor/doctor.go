@@ -26,6 +26,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/envelope"
 	"github.com/orgkeys/orgkeys/internal/hsm"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/privatefile"
@@ -314,6 +315,7 @@ func (d *doctor) backend(ctx context.Context, db *sqlstore.DB) (sinks []audit.Si
 		return sinks, end
 	}
 	d.ok("Vault", "unsealed, audited, and set up as it must be")
+	d.ok("sealed delivery", "keys are sealed to their recipients in orgkeys-sealed, as %s", envelope.WrapSHA256)
 	d.receiptKey(ctx, db, client)
 	d.sealingKey(ctx, db, client.Sealer())
 	d.vaultClock(ctx)

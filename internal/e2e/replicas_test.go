@@ -387,6 +387,9 @@ func TestDoctorBesideOneProcess(t *testing.T) {
 	if code != 0 {
 		t.Errorf("exit code %d: %s", code, stderr)
 	}
+	if !strings.Contains(stdout, "yes: keys sealed to a recipient (AES key wrap with padding, RFC 5649): as RSA_AES_KEY_WRAP_SHA_") {
+		t.Errorf("nothing of sealed delivery: %s", stdout)
+	}
 	lines := 0
 	for line := range strings.Lines(stdout) {
 		lines++

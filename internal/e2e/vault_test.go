@@ -936,7 +936,10 @@ func TestDoctorLeavesVaultAsItWas(t *testing.T) {
 	}
 	s := harness.Start(t, settings)
 	before := tokens()
-	if failing, said := diagnose(t, s); len(failing) > 0 || !slices.ContainsFunc(said, func(d diagnosis) bool { return d.What == "Vault" && d.State == "ok" }) {
+	if failing, said := diagnose(t, s); len(failing) > 0 || !slices.ContainsFunc(said, func(d diagnosis) bool { return d.What == "Vault" && d.State == "ok" }) ||
+		!slices.ContainsFunc(said, func(d diagnosis) bool {
+			return d.What == "sealed delivery" && d.State == "ok" && strings.Contains(d.Found, "RSA_AES_KEY_WRAP_SHA_256")
+		}) {
 		t.Errorf("doctor says %v", said)
 	}
 	if after := tokens(); after != before {
