@@ -2,7 +2,10 @@ package authn
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -22,9 +25,12 @@ import (
 	"testing"
 	"time"
 
+	vaultapi "github.com/hashicorp/vault/api"
+
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
 )
 
 // realProvider is a provider's program that runs.
@@ -34,6 +40,7 @@ type realProvider struct {
 	http   *http.Client
 	tokens string // its token endpoint
 	login  string // its authorization endpoint
+	rotate func(*testing.T)
 }
 
 // grant is how a test gets a token.
@@ -44,54 +51,73 @@ type grant func(t *testing.T, p *realProvider) string
 // while they rotate their keys under load.
 func TestRealProviders(t *testing.T) {
 	programs := buildProviders(t)
-	roles := []string{"ORGKEYS_CLAIM_ROLE=/realm_access/roles", "ORGKEYS_ROLE_MAP=org-admins=ADMINISTRATOR"}
+	node := func(name string) func(*testing.T) *realProvider {
+		return func(t *testing.T) *realProvider {
+			return startProvider(t, "node", filepath.Join(programs, name, "server.mjs"))
+		}
+	}
+	program := func(name string) func(*testing.T) *realProvider {
+		return func(t *testing.T) *realProvider { return startProvider(t, filepath.Join(programs, name)) }
+	}
 	zitadel := []string{
 		"ORGKEYS_CLAIM_ORG=urn:zitadel:iam:user:resourceowner:id", "ORGKEYS_CLAIM_ROLE=urn:zitadel:iam:org:project:roles",
 		"ORGKEYS_ROLE_MAP=orgkeys-admin=ADMINISTRATOR",
 	}
 	for _, c := range []struct {
 		name     string
-		command  []string
+		start    func(*testing.T) *realProvider
 		settings []string
 		grants   map[string]grant // by the subject that they bring
 		org      org.ID
+		rests    string // the subject whose way to a token does not outlast a rotation
 	}{
-		{"oidc-provider", []string{"node", filepath.Join(programs, "oidc-provider/server.mjs")}, append(roles, "ORGKEYS_AUDIENCE=orgkeys"),
+		{"oidc-provider", node("oidc-provider"),
+			[]string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_CLAIM_ROLE=/realm_access/roles", "ORGKEYS_ROLE_MAP=org-admins=ADMINISTRATOR"},
 			map[string]grant{
 				"client": byClientCredentials("client", "secret", nil),
 				"ada-1":  byAuthorizationCode(url.Values{"scope": {"openid keys"}, "resource": {"https://orgkeys.example"}}, nil),
-			}, "acme"},
-		{"zitadel by client credentials", []string{filepath.Join(programs, "zitadel")}, append(zitadel, "ORGKEYS_AUDIENCE=sid1"),
-			map[string]grant{"sid1": byClientCredentials("sid1", "verysecret", url.Values{"scope": {"openid"}})}, "278000000000000001"},
-		{"zitadel by authorization code", []string{filepath.Join(programs, "zitadel")}, append(zitadel, "ORGKEYS_AUDIENCE=client"),
+			}, "acme", "ada-1"}, // its keys are what it was started with, so it is started anew
+		{"zitadel by client credentials", program("zitadel"), append(zitadel, "ORGKEYS_AUDIENCE=sid1"),
+			map[string]grant{"sid1": byClientCredentials("sid1", "verysecret", url.Values{"scope": {"openid"}})}, "278000000000000001", ""},
+		{"zitadel by authorization code", program("zitadel"), append(zitadel, "ORGKEYS_AUDIENCE=client"),
 			map[string]grant{"id1": byAuthorizationCode(url.Values{"scope": {"openid"}},
-				url.Values{"username": {"test-user@127.0.0.1"}, "password": {"verysecure"}})}, "278000000000000001"},
-		{"fosite", []string{filepath.Join(programs, "fosite")},
+				url.Values{"username": {"test-user@127.0.0.1"}, "password": {"verysecure"}})}, "278000000000000001", ""},
+		{"fosite", program("fosite"),
 			[]string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_CLAIM_ORG=/ext/org_id", "ORGKEYS_CLAIM_ROLE=/ext/org_role"},
-			map[string]grant{"client": byClientCredentials("client", "secret", url.Values{"audience": {"orgkeys"}, "scope": {"keys"}})}, "acme"},
+			map[string]grant{
+				"client": byClientCredentials("client", "secret", url.Values{"audience": {"orgkeys"}, "scope": {"keys"}}),
+			}, "acme", ""},
+		{"better-auth", node("better-auth"), []string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_JWKS=ISSUER/api/auth/jwks", "ORGKEYS_ROLE_MAP=owner=ADMINISTRATOR"},
+			map[string]grant{anyone: bySession()}, "acme", ""},
+		{"Vault", startVault, []string{"ORGKEYS_AUDIENCE=orgkeys"}, map[string]grant{anyone: byVault()}, "acme", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			p := startProvider(t, c.command)
+			p := c.start(t)
 			v := p.verifier(t, c.settings)
+			var grants []grant
 			for subject, get := range c.grants {
+				if subject != c.rests {
+					grants = append(grants, get)
+				}
 				token := get(t, p)
 				caller, err := v.Authenticate(t.Context(), bearerHeader(token))
-				if err != nil || caller.Subject != subject || caller.Org != c.org || !slices.Equal(caller.Roles, []authz.Role{authz.Administrator}) {
+				if err != nil || caller.Subject != subject && subject != anyone || caller.Org != c.org || !slices.Equal(caller.Roles, []authz.Role{authz.Administrator}) {
 					findings, _ := v.Explain(t.Context(), token)
 					t.Fatalf("Authenticate = %+v, %v, want %s of %s; %+v", caller, err, subject, c.org, findings)
 				}
 			}
-			for _, get := range c.grants {
-				p.rotateUnderLoad(t, v, get)
-				break
-			}
+			p.rotateUnderLoad(t, v, grants)
 		})
 	}
 }
 
-// rotateUnderLoad has four clients fetch tokens and use them while the provider rotates.
-func (p *realProvider) rotateUnderLoad(t *testing.T, v *Verifier, get grant) {
+// anyone is a subject whose ID the provider makes.
+const anyone = "*"
+
+// rotateUnderLoad has four clients fetch tokens, in all ways there are, and use them
+// while the provider rotates.
+func (p *realProvider) rotateUnderLoad(t *testing.T, v *Verifier, grants []grant) {
 	t.Helper()
 	rotations := 4
 	if os.Getenv("ORGKEYS_TEST_LONG") != "" {
@@ -100,7 +126,8 @@ func (p *realProvider) rotateUnderLoad(t *testing.T, v *Verifier, get grant) {
 	var used atomic.Int64
 	ended := make(chan struct{})
 	var clients sync.WaitGroup
-	for range 4 {
+	for n := range 4 {
+		get := grants[n%len(grants)]
 		clients.Go(func() {
 			for {
 				select {
@@ -127,7 +154,8 @@ func (p *realProvider) rotateUnderLoad(t *testing.T, v *Verifier, get grant) {
 	t.Logf("%d rotations, %d tokens used", rotations, used.Load())
 }
 
-func (p *realProvider) rotate(t *testing.T) {
+// rotateItself asks one of the programs in providers/ to.
+func (p *realProvider) rotateItself(t *testing.T) {
 	t.Helper()
 	resp, err := p.http.Post(p.issuer+"/test/rotate", "", nil)
 	if err != nil {
@@ -139,10 +167,14 @@ func (p *realProvider) rotate(t *testing.T) {
 	}
 }
 
-// verifier has the settings, and finds the keys through the issuer.
+// verifier has the settings, and finds the keys through the issuer where they do not say where.
 func (p *realProvider) verifier(t *testing.T, settings []string) *Verifier {
 	t.Helper()
-	c, err := config.Load(append([]string{"ORGKEYS_ISSUER=" + p.issuer, "ORGKEYS_JWKS_CA_FILE=" + p.caFile}, settings...), "")
+	environ := []string{"ORGKEYS_ISSUER=" + p.issuer, "ORGKEYS_JWKS_CA_FILE=" + p.caFile}
+	for _, s := range settings {
+		environ = append(environ, strings.ReplaceAll(s, "ISSUER/", p.issuer+"/"))
+	}
+	c, err := config.Load(environ, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +200,8 @@ func buildProviders(t *testing.T) string {
 	return strings.TrimSpace(string(out))
 }
 
-func startProvider(t *testing.T, command []string) *realProvider {
+// startProvider starts one of the programs in providers/.
+func startProvider(t *testing.T, command ...string) *realProvider {
 	t.Helper()
 	dir := t.TempDir()
 	certificate := selfSigned(t, keysForTests().ec)
@@ -198,13 +231,24 @@ func startProvider(t *testing.T, command []string) *realProvider {
 		t.Fatalf("%s does not say where it listens: %v", command, err)
 	}
 	go func() { _, _ = io.Copy(io.Discard, stdout) }()
+	p := newRealProvider(t, strings.TrimSpace(line), certFile)
+	p.rotate = p.rotateItself
+	if filepath.Base(cmd.Dir) != "better-auth" { // which has no metadata
+		p.endpoints(t)
+	}
+	return p
+}
+
+// newRealProvider is for one that listens, with the authority of its certificate.
+func newRealProvider(t *testing.T, issuer, caFile string) *realProvider {
+	t.Helper()
 	roots := x509.NewCertPool()
-	roots.AddCert(must(x509.ParseCertificate(certificate.Certificate[0])))
-	p := &realProvider{issuer: strings.TrimSpace(line), caFile: certFile, http: &http.Client{
+	if !roots.AppendCertsFromPEM(must(os.ReadFile(caFile))) {
+		t.Fatalf("%s has no certificate", caFile)
+	}
+	return &realProvider{issuer: issuer, caFile: caFile, http: &http.Client{
 		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}, Timeout: 30 * time.Second,
 	}}
-	p.endpoints(t)
-	return p
 }
 
 // endpoints reads those of the metadata.
@@ -278,7 +322,7 @@ func (p *realProvider) token(t *testing.T, form, more url.Values, id, secret str
 	return ""
 }
 
-// byAuthorizationCode is a browser's way: the login page, if there is one, gets credentials.
+// byAuthorizationCode is a browser's way, with PKCE: the login page, if there is one, gets credentials.
 func byAuthorizationCode(parameters, credentials url.Values) grant {
 	return func(t *testing.T, p *realProvider) string {
 		back := p.issuer + "/callback"
@@ -292,7 +336,10 @@ func byAuthorizationCode(parameters, credentials url.Values) grant {
 			}
 			return nil
 		}
-		query := url.Values{"client_id": {"client"}, "response_type": {"code"}, "redirect_uri": {back}, "state": {"s"}}
+		verifier := rand.Text() + rand.Text()
+		challenge := sha256.Sum256([]byte(verifier))
+		query := url.Values{"client_id": {"client"}, "response_type": {"code"}, "redirect_uri": {back}, "state": {"s"},
+			"code_challenge": {b64(challenge[:])}, "code_challenge_method": {"S256"}}
 		for name, values := range parameters {
 			query[name] = values
 		}
@@ -315,6 +362,99 @@ func byAuthorizationCode(parameters, credentials url.Values) grant {
 			}
 			resp.Body.Close()
 		}
-		return p.token(t, url.Values{"grant_type": {"authorization_code"}, "code": {code}, "redirect_uri": {back}}, nil, "client", "secret")
+		return p.token(t, url.Values{"grant_type": {"authorization_code"}, "code": {code}, "redirect_uri": {back}, "code_verifier": {verifier}}, nil, "client", "secret")
+	}
+}
+
+// bySession is better-auth's way: who is logged in asks for a token.
+func bySession() grant {
+	var session http.Client
+	var signUp sync.Once
+	return func(t *testing.T, p *realProvider) string {
+		var answer struct{ Token string }
+		call := func(path string, body map[string]string) {
+			method, content := http.MethodGet, io.Reader(http.NoBody)
+			if body != nil {
+				method, content = http.MethodPost, bytes.NewReader(must(json.Marshal(body)))
+			}
+			req := must(http.NewRequest(method, p.issuer+"/api/auth/"+path, content))
+			req.Header.Set("Content-Type", "application/json")
+			req.Header.Set("Origin", p.issuer)
+			resp, err := session.Do(req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer resp.Body.Close()
+			if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || resp.StatusCode != http.StatusOK {
+				t.Errorf("%s: status %d, %v", path, resp.StatusCode, err)
+			}
+		}
+		signUp.Do(func() {
+			session = *p.http
+			session.Jar = must(cookiejar.New(nil))
+			call("sign-up/email", map[string]string{"email": "ada@example.com", "password": rand.Text(), "name": "Ada"})
+			call("organization/create", map[string]string{"name": "Acme", "slug": "acme"})
+		})
+		call("token", nil)
+		return answer.Token
+	}
+}
+
+// startVault is a Vault that is set up as docs/identity/vault.md says, with a user.
+func startVault(t *testing.T) *realProvider {
+	t.Helper()
+	server, err := vaulttest.Start(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = server.Stop() })
+	root := must(server.Client(server.RootToken))
+	page := string(must(os.ReadFile(filepath.Join(pagesDir, "vault.md"))))
+	script := strings.ReplaceAll(fenced(t, page, "At the provider"), "https://vault.example:8200", server.Address)
+	cmd := exec.CommandContext(t.Context(), "bash", "-euc", `vault() { "$VAULT_CLI" "$@"; }`+"\n"+script)
+	cmd.Env = append(os.Environ(), append(server.Env(), "VAULT_CLI="+must(vaulttest.Binary()), "VAULT_TOKEN="+server.RootToken)...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("the page's commands: %v\n%s", err, out)
+	}
+	if err := root.Sys().EnableAuth("userpass", "userpass", ""); err != nil {
+		t.Fatal(err)
+	}
+	mounts := must(root.Sys().ListAuth())
+	entity := must(root.Logical().Read("identity/entity/name/ada"))
+	must(root.Logical().Write("auth/userpass/users/ada", map[string]any{"password": vaultPassword}))
+	must(root.Logical().Write("identity/entity-alias", map[string]any{
+		"name": "ada", "canonical_id": entity.Data["id"], "mount_accessor": mounts["userpass/"].Accessor,
+	}))
+	p := newRealProvider(t, server.Address+"/v1/identity/oidc", server.CACert)
+	p.rotate = func(t *testing.T) {
+		if _, err := root.Logical().Write("identity/oidc/key/orgkeys/rotate", nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return p
+}
+
+const vaultPassword = "of the test"
+
+// byVault logs in once, and reads tokens.
+func byVault() grant {
+	var user *vaultapi.Client
+	var logIn sync.Once
+	return func(t *testing.T, p *realProvider) string {
+		logIn.Do(func() {
+			server := vaulttest.Server{Address: strings.TrimSuffix(p.issuer, "/v1/identity/oidc"), CACert: p.caFile}
+			client := must(server.Client(""))
+			login := must(client.Logical().Write("auth/userpass/login/ada", map[string]any{"password": vaultPassword}))
+			client.SetToken(login.Auth.ClientToken)
+			user = client
+		})
+		secret, err := user.Logical().Read("identity/oidc/token/orgkeys")
+		if err != nil {
+			t.Error(err)
+			return ""
+		}
+		token, _ := secret.Data["token"].(string)
+		return token
 	}
 }
