@@ -29,6 +29,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
@@ -120,7 +121,8 @@ type Rules interface {
 
 // Verifier accepts the tokens of its issuers. It may be used by several goroutines.
 type Verifier struct {
-	issuers []Issuer
+	issuers atomic.Pointer[[]Issuer]
+	changed chan struct{} // holds an element when Run has other issuers' keys to keep
 	rules   Rules
 	persons *persons // nil: nobody appears under a pseudonym
 	now     func() time.Time
@@ -132,22 +134,57 @@ func New(rules Rules, issuers ...Issuer) (*Verifier, error) {
 	if err := checkIssuers(issuers); err != nil {
 		return nil, err
 	}
-	return &Verifier{issuers: issuers, rules: rules, now: time.Now}, nil
+	v := &Verifier{rules: rules, changed: make(chan struct{}, 1), now: time.Now}
+	v.issuers.Store(&issuers)
+	return v, nil
+}
+
+// replace puts other issuers in the place of those there are. Who is being
+// judged is judged by the ones before.
+func (v *Verifier) replace(issuers []Issuer) {
+	v.issuers.Store(&issuers)
+	select {
+	case v.changed <- struct{}{}:
+	default: // Run has not seen the last change either
+	}
 }
 
 // Run keeps the issuers' keys up to date until ctx ends.
 func (v *Verifier) Run(ctx context.Context) {
 	var running sync.WaitGroup
-	for _, i := range v.issuers {
-		running.Go(func() { i.Keys.Run(ctx) })
+	defer running.Wait()
+	kept := map[*KeySet]context.CancelFunc{}
+	for ctx.Err() == nil {
+		now := map[*KeySet]bool{}
+		for _, i := range *v.issuers.Load() {
+			now[i.Keys] = true
+			if kept[i.Keys] != nil {
+				continue
+			}
+			keeping, end := context.WithCancel(ctx)
+			kept[i.Keys] = end
+			running.Go(func() { i.Keys.Run(keeping) })
+		}
+		for keys, end := range kept {
+			if !now[keys] {
+				end()
+				delete(kept, keys)
+			}
+		}
+		select {
+		case <-v.changed:
+		case <-ctx.Done():
+		}
 	}
-	running.Wait()
+	for _, end := range kept {
+		end()
+	}
 }
 
 // Ready returns nil if the tokens of every issuer can be verified now, and an
 // error that wraps ErrKeysUnavailable and names the issuer if not.
 func (v *Verifier) Ready() error {
-	for _, i := range v.issuers {
+	for _, i := range *v.issuers.Load() {
 		if err := i.Keys.Ready(); err != nil {
 			return fmt.Errorf("issuer %s: %w", i.Name, err)
 		}
@@ -164,9 +201,9 @@ func (v *Verifier) Authenticate(ctx context.Context, h http.Header) (authz.Calle
 	if err != nil {
 		return authz.Caller{}, err
 	}
-	x := examination{verifier: v, compact: compact}
+	x := v.examine(compact)
 	for _, c := range checks {
-		if err := c.run(&x, ctx); err != nil {
+		if err := c.run(x, ctx); err != nil {
 			return authz.Caller{}, err
 		}
 	}

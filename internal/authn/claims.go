@@ -29,6 +29,7 @@ type claimSet map[string]jsontext.Value
 // examination is one token on its way through the checks.
 type examination struct {
 	verifier *Verifier
+	issuers  []Issuer // in force when it began
 	compact  string
 
 	token    token
@@ -36,6 +37,10 @@ type examination struct {
 	issuer   *Issuer
 	identity *authz.Identity // what claims.rego makes of the token; nil where the settings say
 	caller   authz.Caller
+}
+
+func (v *Verifier) examine(compact string) *examination {
+	return &examination{verifier: v, issuers: *v.issuers.Load(), compact: compact}
 }
 
 // check is one condition that tokens meet.
@@ -76,11 +81,11 @@ func (x *examination) checkClaims(context.Context) error {
 // the token says is believed once its signature has been verified with them.
 func (x *examination) checkIssuer(context.Context) error {
 	name, ok := text(x.claims["iss"])
-	at := slices.IndexFunc(x.verifier.issuers, func(i Issuer) bool { return ok && i.Name == name })
+	at := slices.IndexFunc(x.issuers, func(i Issuer) bool { return ok && i.Name == name })
 	if at < 0 {
 		return refused(ReasonIssuer)
 	}
-	x.issuer = &x.verifier.issuers[at]
+	x.issuer = &x.issuers[at]
 	return nil
 }
 
@@ -174,7 +179,7 @@ func (x *examination) checkSubject(context.Context) error {
 	if !ok || !isPlain(subject) {
 		return refused(ReasonSubject)
 	}
-	if x.caller.Subject, ok = x.verifier.subject(x.issuer, subject); !ok {
+	if x.caller.Subject, ok = x.named(subject); !ok {
 		return refused(ReasonSubject)
 	}
 	x.caller.Kind = authz.Person
@@ -195,7 +200,7 @@ func (x *examination) checkActor(context.Context) error {
 	if !ok || act.Kind() != '{' {
 		return refused(ReasonSubject)
 	}
-	if x.caller.ActedBy, ok = x.verifier.subject(x.issuer, actor); !ok {
+	if x.caller.ActedBy, ok = x.named(actor); !ok {
 		return refused(ReasonSubject)
 	}
 	return nil

@@ -24,6 +24,8 @@ type Issuer struct {
 	// subjects are never taken for one another: lower-case letters, digits and -,
 	// then a colon; or nothing, for one issuer.
 	SubjectPrefix string
+
+	described IssuerConfig // by what it was opened
 }
 
 var subjectPrefix = regexp.MustCompile(`\A([a-z0-9][a-z0-9-]{0,31}:)?\z`)
@@ -69,9 +71,10 @@ func (i *Issuer) maySpeakFor(id org.ID) bool {
 	return i.Organizations == nil || slices.Contains(i.Organizations, id)
 }
 
-// subject returns an issuer's subject as it is called here.
-func (v *Verifier) subject(i *Issuer, subject string) (string, bool) {
-	if i.SubjectPrefix == "" && slices.ContainsFunc(v.issuers, func(o Issuer) bool {
+// named returns a subject of the issuer's as it is called here.
+func (x *examination) named(subject string) (string, bool) {
+	i := x.issuer
+	if i.SubjectPrefix == "" && slices.ContainsFunc(x.issuers, func(o Issuer) bool {
 		return o.SubjectPrefix != "" && strings.HasPrefix(subject, o.SubjectPrefix)
 	}) {
 		return "", false // it would pass for another issuer's

@@ -62,9 +62,14 @@ func Configured(c config.Config) ([]IssuerConfig, error) {
 // Open opens the issuers and the key sets of all of them. Interval and log are
 // those of KeySetConfig.
 func Open(issuers []IssuerConfig, interval time.Duration, log *slog.Logger) ([]Issuer, error) {
+	return open(issuers, nil, interval, log)
+}
+
+// open is Open, but for the key sets of issuers that are there already and keep theirs.
+func open(issuers []IssuerConfig, there []Issuer, interval time.Duration, log *slog.Logger) ([]Issuer, error) {
 	var opened []Issuer
 	for _, c := range issuers {
-		i, err := c.open(interval, log)
+		i, err := c.open(there, interval, log)
 		if err != nil {
 			return nil, fmt.Errorf("issuer %s: %w", c.Issuer, err)
 		}
@@ -76,20 +81,27 @@ func Open(issuers []IssuerConfig, interval time.Duration, log *slog.Logger) ([]I
 // IsRemote reports whether the issuer's keys come from a server, and not from a file.
 func (c IssuerConfig) IsRemote() bool { return c.JWKS == "" || isURL(c.JWKS) }
 
-func (c IssuerConfig) open(interval time.Duration, log *slog.Logger) (Issuer, error) {
+// hasKeysOf reports whether both have the same key set.
+func (c IssuerConfig) hasKeysOf(o IssuerConfig) bool {
+	return c.Issuer == o.Issuer && c.JWKS == o.JWKS && c.JWKSCAFile == o.JWKSCAFile
+}
+
+func (c IssuerConfig) open(there []Issuer, interval time.Duration, log *slog.Logger) (Issuer, error) {
 	mapping, err := c.mapping()
 	if err != nil {
 		return Issuer{}, err
 	}
-	keys, err := OpenKeySet(c.JWKS, KeySetConfig{Interval: interval, Log: log, CAFile: c.JWKSCAFile, Issuer: c.Issuer})
-	if err != nil {
+	var keys *KeySet
+	if at := slices.IndexFunc(there, func(i Issuer) bool { return c.hasKeysOf(i.described) }); at >= 0 {
+		keys = there[at].Keys
+	} else if keys, err = OpenKeySet(c.JWKS, KeySetConfig{Interval: interval, Log: log, CAFile: c.JWKSCAFile, Issuer: c.Issuer}); err != nil {
 		return Issuer{}, fmt.Errorf("its keys, for which ORGKEYS_JWKS, or jwks in the file of issuers, is a URL or a file: %w", err)
 	}
 	organizations, err := c.organizations()
 	if err != nil {
 		return Issuer{}, err
 	}
-	i := Issuer{Name: c.Issuer, Audiences: c.Audiences, Keys: keys, Mapping: mapping, Organizations: organizations, SubjectPrefix: c.SubjectPrefix}
+	i := Issuer{Name: c.Issuer, Audiences: c.Audiences, Keys: keys, Mapping: mapping, Organizations: organizations, SubjectPrefix: c.SubjectPrefix, described: c}
 	return i, i.check()
 }
 
@@ -146,6 +158,10 @@ func readIssuers(path string) ([]IssuerConfig, error) {
 	if err != nil {
 		return nil, err
 	}
+	return parseIssuers(path, b)
+}
+
+func parseIssuers(path string, b []byte) ([]IssuerConfig, error) {
 	var file struct {
 		Issuers []IssuerConfig `json:"issuers"`
 	}

@@ -8,8 +8,8 @@ import (
 )
 
 // outliveHangups keeps SIGHUP from ending the process, until the function that it
-// returns is called. There is nothing to reload: certificates, policies, token keys
-// and credentials are read again when their files change, and settings are what
+// returns is called. There is nothing to reload: certificates, policies, issuers,
+// token keys and credentials are read again when their files change, and settings are what
 // the process started with.
 func outliveHangups(log *slog.Logger) (stop func() error) {
 	asked := make(chan os.Signal, 1)

@@ -189,6 +189,9 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	running.Go(func() error { return backend.reap(background) })
 	running.Go(func() error { return nodes.Keep(background, keepInterval) })
 	running.Go(func() error { tokens.Run(background); return nil })
+	if cfg.IssuersFile != "" {
+		running.Go(func() error { tokens.Follow(background, cfg.IssuersFile, cfg.JWKSInterval, log); return nil })
+	}
 	running.Go(func() error {
 		policy.follow(background, func() { keepPolicy(background, db, policy, log) })
 		return nil
