@@ -38,7 +38,7 @@ const (
 // that fails where that makes sense, and says what each found. The error is
 // Authenticate's answer to the token. No finding holds the token's signature.
 func (v *Verifier) Explain(ctx context.Context, compact string) ([]Finding, error) {
-	x := &examination{verifier: v, compact: compact}
+	x := v.examine(compact)
 	var findings []Finding
 	var first error
 	over := false
@@ -61,8 +61,8 @@ func (v *Verifier) Explain(ctx context.Context, compact string) ([]Finding, erro
 
 // endsWith reports whether nothing can be said after a check that failed.
 func (x *examination) endsWith(check string) bool {
-	if check == "issuer" && len(x.verifier.issuers) == 1 {
-		x.issuer = &x.verifier.issuers[0] // whom else could be meant
+	if check == "issuer" && len(x.issuers) == 1 {
+		x.issuer = &x.issuers[0] // whom else could be meant
 		return false
 	}
 	return check == "form" || check == "claims" || check == "issuer"
@@ -89,7 +89,7 @@ func (x *examination) finding(check string, err error) Finding {
 		f.Found = x.explainTime(err)
 	case "binding":
 		if err != nil {
-			f.Found = fmt.Sprintf("cnf is %s: the token is bound to a key of its holder (mutual TLS or DPoP), and that proof is not checked here; have the provider issue bearer tokens for this client", show(x.claims["cnf"]))
+			f.Found = explainBinding(x.claims["cnf"])
 		}
 	case "rules":
 		f.Found, f.Setting = x.explainRules(err), "ORGKEYS_POLICY_DIR"
@@ -143,7 +143,7 @@ func hasReason(err error, reason string) bool {
 
 func (x *examination) explainIssuer() string {
 	var names []string
-	for _, i := range x.verifier.issuers {
+	for _, i := range x.issuers {
 		names = append(names, fmt.Sprintf("%q", i.Name))
 	}
 	if x.issuer != nil {
@@ -151,7 +151,7 @@ func (x *examination) explainIssuer() string {
 	}
 	found := fmt.Sprintf("iss is %s, and accepted is exactly %s", show(x.claims["iss"]), strings.Join(names, " or "))
 	name, _ := text(x.claims["iss"])
-	for _, i := range x.verifier.issuers {
+	for _, i := range x.issuers {
 		if strings.TrimSuffix(i.Name, "/") == strings.TrimSuffix(name, "/") {
 			found += ": they differ in the slash at the end"
 		}
@@ -202,6 +202,19 @@ func (x *examination) explainTime(err error) string {
 		return found + ": exp is required, and dates are numbers, of seconds since 1970"
 	}
 	return found
+}
+
+// explainBinding says by which proof the token wants to be its holder's.
+func explainBinding(cnf jsontext.Value) string {
+	to := "a key of its holder (RFC 7800)"
+	proofs := members(cnf)
+	switch {
+	case proofs["x5t#S256"] != nil:
+		to = "its holder's client certificate (mutual TLS, RFC 8705)"
+	case proofs["jkt"] != nil:
+		to = "a key of its holder (DPoP, RFC 9449)"
+	}
+	return fmt.Sprintf("cnf is %s: the token is bound to %s, and no such proof is checked here, with ORGKEYS_TLS_CLIENT_CA_FILE neither: as a mere bearer token it would be a stolen one. Have the provider issue bearer tokens for this client", show(cnf), to)
 }
 
 func (x *examination) explainRules(err error) string {

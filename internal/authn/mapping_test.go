@@ -135,14 +135,6 @@ func TestWhoActsForTheSubject(t *testing.T) {
 	}
 }
 
-func TestBoundTokensAreNoBearerTokens(t *testing.T) {
-	for _, cnf := range []raw{`{"x5t#S256":"AAAA"}`, `{"jkt":"AAAA"}`, `{"jwk":{}}`, `{"kid":"x"}`, `{}`, `null`, `"x"`} {
-		if _, err := callerOf(t, DefaultMapping(), map[string]any{"cnf": cnf}); !refusedFor(ReasonBound)(err) {
-			t.Errorf("cnf %s: %v", cnf, err)
-		}
-	}
-}
-
 // TestSeveralIssuers: each is believed about its own organizations, with its own
 // keys and mapping, and nobody's subject passes for another issuer's.
 func TestSeveralIssuers(t *testing.T) {

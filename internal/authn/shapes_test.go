@@ -266,7 +266,7 @@ func TestHostileTokensUnderEachMapping(t *testing.T) {
 			}
 			for _, tt := range hostileTokens(good) {
 				caller, err := v.Authenticate(t.Context(), bearerHeader(tt.token))
-				if strings.Contains(tt.name, "org_id") && claims["org_id"] == nil || tt.name == "claim names in another case" && v.issuers[0].Mapping.Subject != "sub" {
+				if strings.Contains(tt.name, "org_id") && claims["org_id"] == nil || tt.name == "claim names in another case" && (*v.issuers.Load())[0].Mapping.Subject != "sub" {
 					continue // nobody looks at that claim
 				}
 				if !errors.Is(err, ErrUnauthenticated) && !errors.Is(err, ErrKeysUnavailable) || !reflect.DeepEqual(caller, authz.Caller{}) {
@@ -284,9 +284,47 @@ func TestHostileTokensUnderEachMapping(t *testing.T) {
 	}
 }
 
+// TestBoundTokensAreNoBearerTokens: whatever proof of possession a token asks for, it is none that is
+// checked here, so it is refused, with the words for that kind.
+func TestBoundTokensAreNoBearerTokens(t *testing.T) {
+	v := newTestVerifier(t, issuerSet())
+	for cnf, words := range boundTokens() {
+		token := edToken(goodClaims(map[string]any{"cnf": raw(cnf)}))
+		if caller, err := v.Authenticate(t.Context(), bearerHeader(token)); !refusedFor(ReasonBound)(err) {
+			t.Errorf("cnf %s: %+v, %v", cnf, caller, err)
+		}
+		findings, _ := v.Explain(t.Context(), token)
+		at := slices.IndexFunc(findings, func(f Finding) bool { return f.Check == "binding" })
+		if at < 0 || findings[at].Verdict != Failed || !strings.Contains(findings[at].Found, words) {
+			t.Errorf("cnf %s: %+v, want %q", cnf, findings, words)
+		}
+	}
+}
+
+// boundTokens are values of cnf: each member that is registered for it, and what is none.
+func boundTokens() map[string]string {
+	const holder, certificate, proof = "a key of its holder (RFC 7800)", "its holder's client certificate (mutual TLS, RFC 8705)", "a key of its holder (DPoP, RFC 9449)"
+	return map[string]string{
+		`{"x5t#S256":"bwcK0esc3ACC3DB2Y5_lESsXE8o9ltc05O89jdN-dg2"}`:                           certificate,
+		`{"jkt":"0ZcOCORZNYy-DWpqq30jZyJGHTN0d2HglBV3uiguA4I"}`:                                proof,
+		`{"jwk":{"kty":"EC","crv":"P-256","x":"18wHLeIgW9wVN6VD1Txgpqy2LszYkMf6J8njVAibvhM"}}`: holder,
+		`{"jwe":"eyJhbGciOiJSU0EtT0FFUCJ9"}`:                                                   holder,
+		`{"kid":"dfd1aa97-6d8d-4575-a0fe-34b96de2bfad"}`:                                       holder,
+		`{"jku":"https://keys.example/keys.json","kid":"2015-08-28"}`:                          holder,
+		`{"osc":{"id":"0"}}`: holder,
+		`{"x5t#S512":"AA"}`:  holder,
+		`{}`:                 holder,
+		`null`:               holder,
+		`false`:              holder,
+		`"none"`:             holder,
+		`[]`:                 holder,
+		`0`:                  holder,
+	}
+}
+
 // spoiltClaims are changes after which no mapping may let a token in.
 func spoiltClaims() map[string]func(map[string]any) {
-	return map[string]func(map[string]any){
+	all := map[string]func(map[string]any){
 		"another issuer":          set("iss", "https://mallory.example"),
 		"no issuer":               set("iss", nil),
 		"another audience":        set("aud", "somebody-else"),
@@ -295,11 +333,12 @@ func spoiltClaims() map[string]func(map[string]any) {
 		"no expiry":               set("exp", nil),
 		"expired":                 set("exp", 1),
 		"not valid yet":           set("nbf", 99999999999),
-		"bound by mutual TLS":     set("cnf", map[string]any{"x5t#S256": "bwcK0esc3ACC3DB2Y5_lESsXE8o9ltc05O89jdN-dg2"}),
-		"bound by DPoP":           set("cnf", map[string]any{"jkt": "0ZcOCORZNYy-DWpqq30jZyJGHTN0d2HglBV3uiguA4I"}),
-		"a binding that is null":  set("cnf", raw("null")),
 		"an actor who is nobody":  set("act", map[string]any{}),
 		"an actor that is a text": set("act", "mallory"),
 		"an actor that is null":   set("act", raw("null")),
 	}
+	for cnf := range boundTokens() {
+		all["bound by "+cnf] = set("cnf", raw(cnf))
+	}
+	return all
 }
