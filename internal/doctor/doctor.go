@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -186,9 +187,13 @@ func (d *doctor) issuer(ctx context.Context, c authn.IssuerConfig, issuer authn.
 	defer cancel()
 	const exactly = "set the issuer to what the tokens have as iss, to the byte: orgkeys token explain < token"
 	var mismatch *authn.IssuerMismatchError
+	var unknown x509.UnknownAuthorityError
 	switch err := issuer.Keys.Read(ctx); {
 	case errors.As(err, &mismatch):
 		d.fail("issuer", exactly, "%v", err)
+		return
+	case errors.As(err, &unknown):
+		d.fail("token keys", "name the authority of its certificate in ORGKEYS_JWKS_CA_FILE, or jwksCaFile in the file of issuers", "%s: %v", c.Issuer, err)
 		return
 	case err != nil:
 		d.fail("token keys", "see that ORGKEYS_JWKS, or the issuer's metadata, names the issuer's JWKS and can be read from here", "%s: %v", c.Issuer, err)
