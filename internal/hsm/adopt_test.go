@@ -5,6 +5,7 @@ package hsm
 import (
 	"bytes"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/miekg/pkcs11"
@@ -112,5 +113,47 @@ func TestNoKeyOpensWhatTheDatabaseHolds(t *testing.T) {
 	}
 	if id, err := db.ChosenKey(t.Context(), "seal"); id != nil || err != nil {
 		t.Errorf("recorded: %x, %v", id, err)
+	}
+}
+
+// A key of which another start has made one half so far is not in the way, and is
+// removed if that start died. One that nobody announced has lost its other half.
+func TestHalfOfAKey(t *testing.T) {
+	for announced, says := range map[bool]string{true: "", false: "has no HMAC key"} {
+		cfg, db := softHSM(t), database(t)
+		cfg.noGCM, cfg.CreateSealingKey, cfg.Register = true, true, db
+		id := newKeyID()
+		if announced {
+			if err := db.AnnounceKey(t.Context(), purposeSeal, id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		inToken(t, cfg, func(lib *module, h pkcs11.SessionHandle) {
+			removeSealingKey(t, lib, h)
+			key, err := generateSealingKey(lib, h, formatCBCHMAC, sealKeyLabel, id, true)
+			if err == nil {
+				err = lib.DestroyObject(h, key.mac)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		})
+		token, err := Open(t.Context(), cfg)
+		if says != "" {
+			if err == nil || !strings.Contains(err.Error(), says) {
+				t.Errorf("Open = %v, want %q", err, says)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("another start's half key: %v", err)
+			continue
+		}
+		if n := objects(t, token, pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_ID, id)); n != 0 {
+			t.Errorf("%d objects of it are left", n)
+		}
+		if err := token.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -119,8 +119,9 @@ func TestFirstStartsOfReplicasMakeOneKey(t *testing.T) {
 	f := &firstStarts{t: t, raw: raw, cfg: cfg, location: location, took: time.Second}
 	for round := range rounds {
 		f.reset()
-		// opencryptoki's processes share memory that a kill may leave half
-		// changed: docs/hsm.md. So its kills are in the long form alone.
+		// opencryptoki loses objects when processes make and delete them at once, and
+		// a kill may empty its index: docs/hsm.md. So it is in the long form alone that
+		// its starts overlap and are killed.
 		f.round(round%2 == 1 && (long() || os.Getenv(kind) != "opencryptoki"))
 		if t.Failed() {
 			t.Fatalf("in round %d", round)
@@ -205,7 +206,11 @@ func (f *firstStarts) round(kills bool) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	all := map[string]int{}
+	oneByOne := os.Getenv(kind) == "opencryptoki" && !long()
 	for range 3 {
+		if oneByOne {
+			wg.Wait()
+		}
 		wg.Go(func() {
 			life := time.Duration(0)
 			if kills {
@@ -218,10 +223,10 @@ func (f *firstStarts) round(kills bool) {
 			switch {
 			case killed:
 				f.killed++
-			// SoftHSM empties the token's record during a login, and opencryptoki
-			// gives no slots for a moment after a kill: the unit starts it again.
-			case err != nil && (strings.HasSuffix(f.cfg.Module, "softhsm2.so") || strings.Contains(err.Error(), "CKR_TOKEN_NOT_PRESENT")):
-			case err != nil && !kills:
+			// One that is killed during its login leaves the token's record torn
+			// for the others: only a start puts it back.
+			case err != nil && kills && strings.HasSuffix(f.cfg.Module, "softhsm2.so"):
+			case err != nil:
 				f.t.Errorf("a start: %v", err)
 			case err == nil:
 				f.took = (f.took + time.Since(began)) / 2

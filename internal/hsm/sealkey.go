@@ -117,7 +117,7 @@ func (t *Token) adoptKey(ctx context.Context, h pkcs11.SessionHandle, id []byte)
 	}
 	sample, sealed, err := t.cfg.Register.SealedSample(ctx)
 	if err == nil && sealed {
-		_, err = t.thatOpen(h, []labelledKey{{id, key}}, sample)
+		_, err = t.thatOpen(h, []labelledKey{{id: id, key: key}}, sample)
 	}
 	if err != nil {
 		return nil, err
@@ -180,15 +180,19 @@ func (t *Token) keyByID(h pkcs11.SessionHandle, id []byte) (sealingKey, error) {
 	case len(macs) == 1:
 		key.format, key.mac = formatCBCHMAC, macs[0]
 	case t.format == formatCBCHMAC:
-		return sealingKey{}, fmt.Errorf("%w: the one with CKA_ID %x has lost its HMAC key, without which a token that has no CKM_AES_GCM opens nothing: restore the token's backup", errSealingKey, id)
+		return key, fmt.Errorf("%w: the one with CKA_ID %x has no HMAC key, without which a token that has no CKM_AES_GCM opens nothing. docs/hsm.md, opencryptoki, has the way back where its file is still there; else restore the token's backup", errHalfKey, id)
 	}
 	return key, nil
 }
 
+// errHalfKey: of the two keys of format 2 one is there.
+var errHalfKey = fmt.Errorf("%w: half of it", errSealingKey)
+
 // labelledKey is a key of the sealing key's label.
 type labelledKey struct {
-	id  []byte
-	key sealingKey
+	id   []byte
+	key  sealingKey
+	half error // why it is of no use
 }
 
 func (t *Token) labelledKeys(h pkcs11.SessionHandle) ([]labelledKey, error) {
@@ -221,6 +225,9 @@ func (t *Token) labelled(h pkcs11.SessionHandle, cipher pkcs11.ObjectHandle) (k 
 	k.key = sealingKey{format: formatGCM, cipher: cipher}
 	if len(k.id) > 0 {
 		k.key, err = t.keyByID(h, k.id)
+	}
+	if errors.Is(err, errHalfKey) { // another start may be about to make the rest
+		k.half, err = err, nil
 	}
 	return k, err
 }
@@ -288,6 +295,9 @@ func (t *Token) notAnnounced(ctx context.Context, h pkcs11.SessionHandle, keys [
 	for _, k := range keys {
 		if contains(announced, k.id) {
 			continue
+		}
+		if k.half != nil {
+			return nil, k.half
 		}
 		if err := t.checkSealingKey(h, k.key); err != nil {
 			return nil, err

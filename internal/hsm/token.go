@@ -67,10 +67,7 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	}
 	done := make(chan begun, 1)
 	go func() {
-		l, err := t.begin(ctx)
-		if errors.Is(err, ErrNoSealingKey) && t.sealID != nil {
-			l, err = t.begin(ctx) // SoftHSM may miss for good what another process made; a new life reads anew
-		}
+		l, err := t.start(ctx)
 		done <- begun{l, err}
 	}()
 	select {
@@ -90,6 +87,40 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 		}()
 		return nil, fmt.Errorf("opening the token: %w", ctx.Err())
 	}
+}
+
+// What a start meets may pass by itself. At each login SoftHSM empties the file that
+// says what its token is, and gives its lock back before it writes it: for some
+// 0.1 ms other processes find no token, or one that is not initialized. opencryptoki
+// has no slots for a moment after a process was killed. Objects of other starts
+// come and go. So it is tried again, with pauses that double; a PIN that
+// the token did not refuse is offered again, as by a service that is restarted.
+const (
+	startTries = 5
+	startPause = 100 * time.Millisecond
+)
+
+// start is begin, with patience.
+func (t *Token) start(ctx context.Context) (*life, error) {
+	pause := startPause
+	for try := 1; ; try++ {
+		l, err := t.begin(ctx)
+		if err == nil || try == startTries || !t.mayPass(err) {
+			return l, err
+		}
+		t.cfg.Log.Warn("the token cannot be opened yet", "error", err)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, err
+		}
+		pause *= 2
+	}
+}
+
+func (t *Token) mayPass(err error) bool {
+	// SoftHSM may miss for good what another process made; a new life reads anew.
+	return lost(err) || errors.Is(err, ErrTokenNotInitialized) || errors.Is(err, ErrNoSealingKey) && t.sealID != nil
 }
 
 // newToken loads the module.

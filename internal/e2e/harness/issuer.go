@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -9,7 +10,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -43,7 +43,7 @@ func (s *Server) Token(t testing.TB, org, role string) string {
 
 // DevelopmentToken is a fresh token of the development issuer for "admin".
 func (s *Server) DevelopmentToken(org, role string) (string, error) {
-	cmd := exec.Command(s.binary, "token", "--org", org, "--role", role, "--subject", "admin")
+	cmd := s.command(context.Background(), "token", "--org", org, "--role", role, "--subject", "admin")
 	cmd.Env = s.environment()
 	out, err := cmd.Output()
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -31,6 +32,7 @@ type Server struct {
 	Admin string // base URL of the admin listener
 	HTTP  *http.Client
 
+	within []string // what starts the program, where that is not the test
 	binary string
 	args   []string
 	env    map[string]string
@@ -56,6 +58,10 @@ func In(dir string) Option { return func(s *Server) { s.Dir = dir } }
 func Config(file string) Option {
 	return func(s *Server) { s.args = append(s.args, "--config", file) }
 }
+
+// Within starts every process of the server by a command that gets the program and
+// its arguments as its own last ones, and becomes the program.
+func Within(command ...string) Option { return func(s *Server) { s.within = command } }
 
 // Race runs the build with the race detector.
 func Race(t testing.TB) Option {
@@ -167,8 +173,13 @@ func (s *Server) launch() error {
 	return s.awaitReady(from)
 }
 
+func (s *Server) command(ctx context.Context, args ...string) *exec.Cmd {
+	all := append(append(slices.Clone(s.within), s.binary), args...)
+	return exec.CommandContext(ctx, all[0], all[1:]...)
+}
+
 func (s *Server) spawn() error {
-	cmd := exec.Command(s.binary, s.args...)
+	cmd := s.command(context.Background(), s.args...)
 	cmd.Env = s.environment()
 	cmd.Stdout, cmd.Stderr = s.out, s.out
 	// A group of its own, so that Children can tell what it left behind.
@@ -352,7 +363,7 @@ func (s *Server) runWith(t testing.TB, stdin string, extra []string, args ...str
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	var o, e bytes.Buffer
-	cmd := exec.CommandContext(ctx, s.binary, args...)
+	cmd := s.command(ctx, args...)
 	cmd.Env = append(s.environment(), extra...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &o, &e
 	err := cmd.Run()
@@ -367,7 +378,7 @@ func (s *Server) runWith(t testing.TB, stdin string, extra []string, args ...str
 // It reports whether that came before its own end.
 func (s *Server) RunUntil(t testing.TB, ctx context.Context, args ...string) (killed bool) {
 	t.Helper()
-	cmd := exec.CommandContext(ctx, s.binary, args...)
+	cmd := s.command(ctx, args...)
 	cmd.Env = s.environment()
 	err := cmd.Run()
 	if err != nil && cmd.ProcessState == nil {

@@ -30,23 +30,35 @@ func NSS(t testing.TB, label, pin string) (module, initArgs string) {
 // modulesDir is where p11-kit looks for what modules there are.
 const modulesDir = "/usr/share/p11-kit/modules"
 
-// ProxyCommand is a program that runs where Proxy may say which modules there are.
-func ProxyCommand(t testing.TB, name string, args ...string) *exec.Cmd {
-	t.Helper()
-	enter := []string{"--mount"}
+// WithinProxy starts a program where p11-kit's modules are those of a directory:
+// the program and its arguments come after it.
+func WithinProxy(dir string) []string {
+	enter := []string{"unshare", "--mount"}
 	if os.Geteuid() != 0 {
 		enter = append(enter, "--map-root-user")
 	}
 	const script = `mount --bind "$1" ` + modulesDir + ` && shift && exec "$@"`
-	enter = append(enter, "sh", "-c", script, "sh", t.TempDir(), name)
-	return exec.CommandContext(t.Context(), "unshare", append(enter, args...)...)
+	return append(enter, "sh", "-c", script, "sh", dir)
+}
+
+// ProxyCommand is a program that runs where Proxy may say which modules there are.
+func ProxyCommand(t testing.TB, name string, args ...string) *exec.Cmd {
+	t.Helper()
+	all := append(append(WithinProxy(t.TempDir()), name), args...)
+	return exec.CommandContext(t.Context(), all[0], all[1:]...)
 }
 
 // Proxy returns p11-kit's proxy module, and has it lead to module alone.
 func Proxy(t testing.TB, module, initArgs string) string {
 	t.Helper()
+	return ProxyIn(t, modulesDir, module, initArgs)
+}
+
+// ProxyIn is Proxy for programs that WithinProxy starts with that directory.
+func ProxyIn(t testing.TB, dir, module, initArgs string) string {
+	t.Helper()
 	text := "module: " + module + "\nx-init-reserved: " + initArgs + "\n"
-	if err := os.WriteFile(filepath.Join(modulesDir, "only.module"), []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "only.module"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return find(t, "p11-kit", "/usr/lib/*/p11-kit-proxy.so", "/usr/lib64/p11-kit-proxy.so")

@@ -93,13 +93,20 @@ func StartOpencryptoki(t testing.TB, dir string) *Opencryptoki {
 	}
 }
 
-// Command is a program that runs where the token is.
-func (o *Opencryptoki) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	enter := []string{"--target", strconv.Itoa(o.daemon.Process.Pid), "--mount", "--ipc", "--wdns=/"}
+// Within starts a program where the token is: the program and its arguments
+// come after it.
+func (o *Opencryptoki) Within() []string {
+	enter := []string{"nsenter", "--target", strconv.Itoa(o.daemon.Process.Pid), "--mount", "--ipc", "--wdns=/"}
 	if os.Geteuid() != 0 {
 		enter = append(enter, "--user", "--preserve-credentials")
 	}
-	return exec.CommandContext(ctx, "nsenter", append(append(enter, "--", name), args...)...)
+	return append(enter, "--")
+}
+
+// Command is a program that runs where the token is.
+func (o *Opencryptoki) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	all := append(append(o.Within(), name), args...)
+	return exec.CommandContext(ctx, all[0], all[1:]...)
 }
 
 // InitToken makes the token anew, empty, with label and PIN.
