@@ -244,6 +244,9 @@ func vaultVouched(out io.Writer, size int64, v archive.VaultReport, asOf time.Ti
 	if n := len(v.Behind); n > 0 {
 		fmt.Fprintf(out, "%d lines of Vault's audit file have text before a whole entry, the first at %s, as a device with a prefix or who captures its output puts there; the entries were read\n", n, v.Behind[0])
 	}
+	if s := v.Sealed; s.Exports > 0 {
+		fmt.Fprintf(out, "%d sealed keys of the log left Vault to one recipient each, and none to another; %d keys left Vault that the log does not know: attempts that failed, or newer than the export\n", s.Delivered, len(s.Unknown))
+	}
 	newest := v.AsOf.Format(time.RFC3339)
 	switch {
 	case len(v.Torn) > 0:

@@ -49,13 +49,22 @@ type verdict struct {
 
 // vaultVerdict is what the comparison with Vault's audit files found.
 type vaultVerdict struct {
-	AsOf   time.Time   `json:"asOf"` // when the newest entry given was written
-	Events int64       `json:"events"`
-	Newer  int64       `json:"newer"`
-	Files  []vaultSpan `json:"files"`
-	Torn   []string    `json:"torn,omitempty"`
-	Behind []string    `json:"textBeforeEntry,omitempty"`
-	Lost   int64       `json:"lost,omitzero"` // events that accepted rollbacks lost
+	AsOf   time.Time     `json:"asOf"` // when the newest entry given was written
+	Events int64         `json:"events"`
+	Newer  int64         `json:"newer"`
+	Files  []vaultSpan   `json:"files"`
+	Torn   []string      `json:"torn,omitempty"`
+	Behind []string      `json:"textBeforeEntry,omitempty"`
+	Lost   int64         `json:"lost,omitzero"` // events that accepted rollbacks lost
+	Sealed sealedVerdict `json:"sealed"`
+}
+
+// sealedVerdict is what Vault's audit files say of keys that left it wrapped.
+type sealedVerdict struct {
+	Imports   int      `json:"imports"` // of recipients
+	Exports   int      `json:"exports"`
+	Delivered int      `json:"delivered"`         // keys of the log, to one recipient each
+	Unknown   []string `json:"unknown,omitempty"` // what left, and is no key of the log
 }
 
 type vaultSpan struct {
@@ -121,7 +130,7 @@ func (v *verdict) ofExport(r archive.Report) {
 		return
 	}
 	v.Covered = r.Manifest.Size // each of them is in Vault's files, or the export is wrong
-	v.Vault = &vaultVerdict{AsOf: r.Vault.AsOf, Events: r.Vault.Events, Newer: r.Vault.Newer, Torn: r.Vault.Torn, Behind: r.Vault.Behind}
+	v.Vault = &vaultVerdict{AsOf: r.Vault.AsOf, Events: r.Vault.Events, Newer: r.Vault.Newer, Torn: r.Vault.Torn, Behind: r.Vault.Behind, Sealed: sealedVerdict(r.Vault.Sealed)}
 	for _, f := range r.Vault.Files {
 		v.Vault.Files = append(v.Vault.Files, vaultSpan(f))
 	}

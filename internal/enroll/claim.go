@@ -355,6 +355,7 @@ func sealedEvent(pass gate.Pass, d Delivery) audit.Event {
 	event.Object = d.KeyID
 	event.Detail = map[string]string{
 		"recipient": d.Recipient, "alg": d.Wrapped.Alg, "sealed": d.Wrapped.SHA256, "fingerprint": d.Fingerprint,
+		"attempt": d.Attempt, // the key's name in the back end's own records
 	}
 	if d.Enrollment != "" {
 		event.Detail["enrollment"] = d.Enrollment

@@ -28,10 +28,11 @@ type VaultFile struct {
 	at      map[tlog.Hash]vaultMark // where each event stands that is not matched yet
 	points  map[int64][]vaultPoint  // by size
 	files   []VaultSpan
-	read    int64 // events and checkpoints, of all files
+	read    int64 // events, checkpoints and entries about sealed keys, of all files
 	events  int64
 	matched []vaultMark // where the log's events stand, by index
 	bad     []vaultProblem
+	sealed  sealings
 	torn    []string // lines that are not whole
 	behind  []string // lines with text before a whole entry
 }
@@ -83,6 +84,7 @@ type VaultReport struct {
 	Events int64 // that the file holds
 	Newer  int64 // of them that came after the export, and are not signed for yet
 	Lost   []VaultLoss
+	Sealed VaultSealed
 	Files  []VaultSpan
 	AsOf   time.Time // when the newest entry of any file was written: of what came later they say nothing
 	Behind []string  // where text stands before a whole entry, as a device's prefix or who captures its output puts there
@@ -173,7 +175,7 @@ func (f *VaultFile) line(raw []byte, line int64, last bool, span *VaultSpan) err
 		return nil
 	}
 	span.add(when)
-	return f.entry(raw[at:], line)
+	return f.entry(raw[at:], when, line)
 }
 
 // findEntry returns where in a line an entry begins that reaches to its end, and
@@ -207,7 +209,13 @@ func wholeEntry(text []byte) (time.Time, bool) {
 	return e.Time, err == nil && !e.Time.IsZero() && e.Type != ""
 }
 
-func (f *VaultFile) entry(raw []byte, line int64) error {
+func (f *VaultFile) entry(raw []byte, when time.Time, line int64) error {
+	if bytes.Contains(raw, []byte(sealedMount)) {
+		f.read++
+		if err := f.sealed.entry(raw, vaultMark{when.UnixNano(), f.read, len(f.files) - 1, line}); err != nil {
+			return err
+		}
+	}
 	if !bytes.Contains(raw, []byte(receiptPath)) {
 		return nil
 	}
@@ -339,6 +347,7 @@ func (f *VaultFile) finish(origin string, accepted []verify.AcceptedRollback) (V
 		}
 	}
 	f.findNewer(origin)
+	r.Sealed = f.sealed.judge(f)
 	for _, l := range losses {
 		if l.events > 0 {
 			r.Lost = append(r.Lost, VaultLoss{l.index, l.events, f.place(l.first), f.place(l.last)})

@@ -482,6 +482,7 @@ func (x *verifier) take(b *batch) error {
 			if err := x.vault.match(index, p.leaf); err != nil {
 				return err
 			}
+			x.vault.sealed.event(index, p.event)
 		}
 		if p.event.Type == audit.RollbackAccepted {
 			r := verify.RollbackOf(p.event, index)
