@@ -486,7 +486,11 @@ func (s *Service) receive(ctx context.Context, pass gate.Pass, d Delivery, r rec
 		return event
 	})
 	if err != nil {
-		return s.Gate.Failed(ctx, pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), err)
+		reason := gate.ReasonFor(ctx, "unavailable")
+		if errors.Is(err, ErrClosed) {
+			reason = "enrollment_closed"
+		}
+		return s.Gate.Failed(ctx, pass, audit.RequestFailed, reason, err)
 	}
 	if first {
 		s.Count(Receipts)

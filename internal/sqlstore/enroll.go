@@ -494,7 +494,14 @@ func (d *DB) Receive(ctx context.Context, keyID string, received func(int) audit
 			return err
 		}
 		answers, err := query(ctx, tx, scanInt, "UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = $2 WHERE key_id = $1 AND stage = 'available' RETURNING answers", keyID, now)
-		if err != nil || len(answers) == 0 {
+		if err != nil {
+			return err
+		}
+		if len(answers) == 0 {
+			v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
+			if err == nil && v.Stage != enroll.Received {
+				err = enroll.ErrClosed
+			}
 			return err
 		}
 		return d.record(ctx, tx, received(answers[0]))

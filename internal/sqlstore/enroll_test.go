@@ -505,3 +505,41 @@ func recorded(t *testing.T, db *sqlstore.DB, kind audit.Type) int {
 	}
 	return n
 }
+
+// A receipt that comes when the key was withdrawn is not taken for one.
+func TestAReceiptForWhatHasEndedIsRefused(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		receive := func(key string) error {
+			return db.Receive(t.Context(), key, func(int) audit.Event { return event(audit.KeyReceived, "acme", key) })
+		}
+		var keys []string
+		id, err := mint(t, db, enroll.Enrollment{Uses: 2}, time.Hour, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			d, err := claim(t, db, id, recipient(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			keys = append(keys, offered(t, db, d).KeyID)
+		}
+		if err := receive(keys[0]); err != nil {
+			t.Error(err)
+		}
+		if err := db.Revoke(t.Context(), "acme", id, event(audit.EnrollmentRevoked, "acme", id), func(key string) audit.Event {
+			return event(audit.KeyWithdrawn, "acme", key)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if err := receive(keys[0]); err != nil {
+			t.Errorf("the receipt again: %v", err)
+		}
+		if err := receive(keys[1]); !errors.Is(err, enroll.ErrClosed) {
+			t.Errorf("a receipt for a key that was withdrawn: %v", err)
+		}
+		if n := recorded(t, db, audit.KeyReceived); n != 1 {
+			t.Errorf("%d receipts recorded, want 1", n)
+		}
+	})
+}
