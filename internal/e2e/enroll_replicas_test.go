@@ -353,7 +353,7 @@ func TestPromise14_ANodeKeyActsForItsNodeOnEveryReplica(t *testing.T) {
 		mustUnmarshal(t, resp.Body, &list)
 		for _, n := range list.Data {
 			if n.IP == here {
-				do(t, a, 200, harness.Request{Method: "DELETE", Path: "/organization/" + org + "/nodes/" + n.ID, Token: owner})
+				do(t, a, 200, harness.Request{Method: "DELETE", Path: "/organization/" + org + "/node/" + n.ID, Token: owner})
 			}
 		}
 		want(first, here, "400 bad_signature", b, a)
