@@ -139,7 +139,7 @@ func kills12(inTurn int) (steps, random int) {
 	if long() {
 		return 1000, 250
 	}
-	return inTurn, 1
+	return inTurn, max(1, *kills-inTurn)
 }
 
 // TestPromise12_KilledAfterEachStepOnSoftHSM: at each write to the database and
@@ -147,7 +147,7 @@ func kills12(inTurn int) (steps, random int) {
 func TestPromise12_KilledAfterEachStepOnSoftHSM(t *testing.T) {
 	t.Parallel()
 	d := &deliveries{
-		s:   harness.Start(t, onItsPort(t), harness.Set("ORGKEYS_RESERVATION_TTL", "2s")),
+		s:   harness.Start(t, onItsPort(t), harness.Set("ORGKEYS_RESERVATION_TTL", "6s")),
 		org: harness.Org(), recipient: newRecipient(t), seen: map[string]bool{},
 	}
 	steps, random := kills12(3)
@@ -189,7 +189,7 @@ func TestPromise12_KilledAfterEachStepOnSoftHSM(t *testing.T) {
 func TestPromise12_KilledAfterEachStepOnVault(t *testing.T) {
 	v, proxy, settings := throughVault(t)
 	d := &deliveries{
-		s:   harness.Start(t, settings, onItsPort(t), harness.Set("ORGKEYS_RESERVATION_TTL", "3s")),
+		s:   harness.Start(t, settings, onItsPort(t), harness.Set("ORGKEYS_RESERVATION_TTL", "6s")),
 		org: harness.Org(), recipient: newRecipient(t), seen: map[string]bool{},
 	}
 	steps, random := kills12(3)
