@@ -6,6 +6,8 @@ import (
 	"debug/elf"
 	"encoding/json"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +20,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
 // enroll claims the key of a token as a node does, from a new recipient.
@@ -96,31 +99,89 @@ func TestSnippets(t *testing.T) {
 
 	// The shell's, with an orgkeys-node that only says what it was given.
 	bin := t.TempDir()
-	if err := os.WriteFile(filepath.Join(bin, "orgkeys-node"), []byte("#!/bin/sh\nprintf '%s ' \"$@\"\nshift 7; stat -c %a \"$2\"; cat \"$2\"\n"), 0o700); err != nil {
-		t.Fatal(err)
+	for name, script := range map[string]string{
+		"orgkeys-node": "printf '%s ' \"$@\"; shift 9; stat -c %a \"$2\"; cat \"$2\"",
+		"systemctl":    "echo \"$@\"; cat \"$ETC\"/credstore/*; stat -c %a \"$ETC\"/credstore/*",
+	} {
+		if err := os.WriteFile(filepath.Join(bin, name), []byte("#!/bin/sh\n"+script+"\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
 	}
-	dir := filepath.Join(p.home, "node")
-	cmd := exec.CommandContext(t.Context(), "sh", "-c", texts["shell"])
-	cmd.Env = []string{"PATH=" + bin + ":" + os.Getenv("PATH"), "DIR=" + dir, "IP=192.0.2.7", "REGION=eu"}
-	out, err := cmd.CombinedOutput()
-	want := "boot --server " + server.API + " --ip 192.0.2.7 --region eu --token-file " + dir + "/token 600\n" + token.FindString(texts["shell"]) + "\n"
-	if err != nil || string(out) != want {
-		t.Errorf("the shell's: %v, %q, want %q", err, out, want)
+	dir, etc := filepath.Join(p.home, "node"), filepath.Join(p.home, "etc")
+	shell := func(text string) string {
+		cmd := exec.CommandContext(t.Context(), "sh", "-c", text)
+		cmd.Env = []string{"PATH=" + bin + ":" + os.Getenv("PATH"), "DIR=" + dir, "ETC=" + etc, "IP=192.0.2.7", "REGION=eu"}
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return string(out)
+	}
+	want := "boot --server " + server.API + " --ip 192.0.2.7 --region eu --dir " + dir + " --token-file " + dir + "/token 600\n" + token.FindString(texts["shell"]) + "\n"
+	if out := shell(texts["shell"]); out != want {
+		t.Errorf("the shell's: %q, want %q", out, want)
 	}
 
 	var config struct {
-		Files []struct{ Path, Permissions, Content string } `yaml:"write_files"`
-		Run   [][]string                                    `yaml:"runcmd"`
+		Files []struct {
+			Path, Permissions, Owner, Content string
+			Defer                             bool
+		} `yaml:"write_files"`
+		Run [][]string `yaml:"runcmd"`
 	}
-	if err := yaml.Unmarshal([]byte(texts["cloud-init"]), &config); err != nil || len(config.Files) != 2 || len(config.Run) != 2 {
+	if err := yaml.Unmarshal([]byte(texts["cloud-init"]), &config); err != nil || len(config.Files) != 2 || len(config.Run) != 1 {
 		t.Fatalf("cloud-init's: %v, %+v", err, config)
 	}
-	if f := config.Files[0]; f.Content != token.FindString(texts["cloud-init"])+"\n" || f.Permissions != "0600" {
+	if f := config.Files[1]; f.Content != token.FindString(texts["cloud-init"]) || f.Permissions != "0600" || f.Owner != "orgkeys-node:orgkeys-node" || !f.Defer {
 		t.Errorf("cloud-init's token: %+v", f)
 	}
-	if err := exec.CommandContext(t.Context(), "sh", "-n", "-c", texts["systemd"]).Run(); err != nil {
-		t.Errorf("systemd's: %v", err)
+
+	minted := token.FindString(texts["systemd"]) + "\n600\n"
+	want = "enable orgkeys-node.service\n" + minted + "restart orgkeys-node.service\n" + minted
+	if out := shell(strings.ReplaceAll(texts["systemd"], "/etc/", etc+"/")); out != want {
+		t.Errorf("systemd's: %q, want %q", out, want)
 	}
+	settings, err := os.ReadFile(filepath.Join(etc, "orgkeys-node/env"))
+	if want := "ORGKEYS_NODE_SERVER=" + server.API + "\nORGKEYS_NODE_IP=192.0.2.7\nORGKEYS_NODE_REGION=eu\n"; err != nil || string(settings) != want {
+		t.Errorf("systemd's settings: %q, %v", settings, err)
+	}
+}
+
+// A token goes to the server that it was fetched for and to no other.
+func TestASessionIsForOneServer(t *testing.T) {
+	t.Parallel()
+	p := owner(t)
+	asked := make(chan string, 10)
+	other := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { asked <- r.Header.Get("Authorization") }))
+	defer other.Close()
+	p.fails(exitRefused, "nobody is logged in", "key", "list", "--server", other.URL)
+	p.fails(exitRefused, "nobody is logged in", "logout", "--server", other.URL)
+	if len(asked) > 0 {
+		t.Errorf("the other server was asked with %q", <-asked)
+	}
+	p.does("key", "list")
+}
+
+func TestAServerThatAsksForACertificate(t *testing.T) {
+	t.Parallel()
+	ca := harness.NewCA(t)
+	own := ca.Issue(t, "ada")
+	s := harness.Start(t, harness.TLS(ca, ca.Issue(t, "server")), harness.Set("ORGKEYS_TLS_CLIENT_CA_FILE", ca.File))
+	p := newcomer(t, s.API)
+	login := p.command(t.Context(), "login", "--token-file", "-")
+	login.Stdin = strings.NewReader(s.Token(t, p.org, "OWNER"))
+	if out, err := login.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	p.fails(exitUnavailable, "signed by unknown authority; check --server and --ca-file", "key", "list")
+	p.fails(exitUnavailable, "--tls-cert", "key", "list", "--ca-file", ca.File)
+	with := []string{"--ca-file", ca.File, "--tls-cert", own.Cert, "--tls-key", own.Key}
+	// The harness does not wait for a server that wants certificates.
+	p.does(append([]string{"key", "list", "--wait", "20s"}, with...)...)
+	if err := os.Chmod(own.Key, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	p.fails(exitConfig, "chmod 600", append([]string{"key", "list"}, with...)...)
 }
 
 func TestNodesSecretsAndEvents(t *testing.T) {

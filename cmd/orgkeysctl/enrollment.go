@@ -27,9 +27,8 @@ written to a file with --token-out. Whoever has the token before the node does g
 the key: "orgkeysctl enrollment show" says who claimed it.
 
 --for prints how to bring the token to the machine instead of a table: shell (to paste
-there as root), cloud-init (user data), or systemd (a drop-in for orgkeys-node.service
-with the token as an encrypted credential). The address and region of the node are
-left for you to fill in.`,
+there), cloud-init (user data), or systemd (the token as a credential of
+orgkeys-node.service). The address and region of the node are left for you to say.`,
 		Args: cobra.NoArgs,
 		RunE: s.connected(func(ctx context.Context, c *connection, _ []string) error {
 			write, known := snippets[form]

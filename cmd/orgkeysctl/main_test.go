@@ -153,7 +153,7 @@ var varying = []struct {
 	{regexp.MustCompile(`org-[0-9a-f]{12}`), "org-000000000000"},
 	{regexp.MustCompile(`(?s)(-----BEGIN PUBLIC KEY-----\n).*(-----END)`), "${1}…\n$2"},
 	{regexp.MustCompile(`(BEGIN PUBLIC KEY-----\\n)[^"]*`), "${1}…"},
-	{regexp.MustCompile(`http://127\.0\.0\.1:\d+`), "http://127.0.0.1:3000"},
+	{regexp.MustCompile(`(https?)://127\.0\.0\.1:\d+`), "$1://127.0.0.1:3000"},
 }
 
 // looksLike compares an output with the file of that name in testdata.

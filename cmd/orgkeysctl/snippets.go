@@ -33,51 +33,62 @@ func unsafe(c rune) bool {
 	return !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.ContainsRune("-._~:/[]", c))
 }
 
-const shellSnippet = `# As root on the node; orgkeys-node is installed there. Enrollment {id}
+const shellSnippet = `# On the node, as the user that orgkeys-node runs as. Enrollment {id}
 set -eu
 : "${IP:?the address of the node}" "${REGION:?its region}"
-DIR=${DIR:-/etc/orgkeys-node}
-install -d -m 0755 "$DIR"
+DIR=${DIR:-/var/lib/orgkeys-node}
+install -d -m 0700 "$DIR"
 (umask 077 && cat >"$DIR/token") <<'TOKEN'
 {token}
 TOKEN
-orgkeys-node boot --server {server} --ip "$IP" --region "$REGION" --token-file "$DIR/token"
+orgkeys-node boot --server {server} --ip "$IP" --region "$REGION" --dir "$DIR" --token-file "$DIR/token"
 `
 
+// cloudSnippet is examples/cloud-init.yaml with a token in it.
 const cloudSnippet = `#cloud-config
-# Enrollment {id}. Whoever can read the user data of the machine can read the token,
-# until the node has used it.
+# Enrollment {id}. The image has orgkeys-node and its unit. Whatever runs on the
+# machine can read this; the token is worth nothing any more once the node has its key.
+users:
+  - default
+  - name: orgkeys-node
+    system: true
+    homedir: /nonexistent
+    no_create_home: true
+    shell: /usr/sbin/nologin
+
 write_files:
-  - path: /etc/orgkeys-node/token
-    permissions: "0600"
-    content: |
-      {token}
   - path: /etc/orgkeys-node/env
     permissions: "0644"
     content: |
       ORGKEYS_NODE_SERVER={server}
       ORGKEYS_NODE_IP=ADDRESS
       ORGKEYS_NODE_REGION=REGION
-      ORGKEYS_NODE_TOKEN_FILE=/etc/orgkeys-node/token
+      ORGKEYS_NODE_TOKEN_FILE=/var/lib/orgkeys-node/token
+  - path: /var/lib/orgkeys-node/token
+    owner: orgkeys-node:orgkeys-node
+    permissions: "0600"
+    defer: true # until the user is there
+    content: {token}
+
 runcmd:
-  - [chown, "orgkeys-node:orgkeys-node", /etc/orgkeys-node/token]
   - [systemctl, enable, --now, orgkeys-node.service]
 `
 
-const systemdSnippet = `# As root on the node, with orgkeys-node.service installed, and the node's address and
-# region in /etc/orgkeys-node/env. Enrollment {id}
+const systemdSnippet = `# As root on the node, where orgkeys-node.service is installed. It takes the credential
+# orgkeys-node.token (systemd 252 and newer). Enrollment {id}
 set -eu
-(umask 077 && install -d /etc/credstore.encrypted)
-systemd-creds encrypt --name=orgkeys-token - /etc/credstore.encrypted/orgkeys-token <<'TOKEN'
+: "${IP:?the address of the node}" "${REGION:?its region}"
+install -d -m 0700 /etc/credstore
+(umask 077 && cat >/etc/credstore/orgkeys-node.token) <<'TOKEN'
 {token}
 TOKEN
-install -d -m 0755 /etc/systemd/system/orgkeys-node.service.d
-cat >/etc/systemd/system/orgkeys-node.service.d/token.conf <<'UNIT'
-[Service]
-LoadCredentialEncrypted=orgkeys-token
-Environment=ORGKEYS_NODE_SERVER={server}
-Environment=ORGKEYS_NODE_TOKEN_FILE=%d/orgkeys-token
-UNIT
-systemctl daemon-reload
+install -d -m 0755 /etc/orgkeys-node
+cat >/etc/orgkeys-node/env <<ENV
+ORGKEYS_NODE_SERVER={server}
+ORGKEYS_NODE_IP=$IP
+ORGKEYS_NODE_REGION=$REGION
+ENV
+systemctl enable orgkeys-node.service
 systemctl restart orgkeys-node.service
+rm /etc/credstore/orgkeys-node.token
 `
