@@ -130,7 +130,7 @@ func documentedPooler(t testing.TB, mode string) string {
 		return ini
 	}
 	ini = strings.Replace(ini, "pool_mode = transaction", "pool_mode = "+mode, 1)
-	return strings.Replace(ini, "default_pool_size = 20", "default_pool_size = 60", 1) // three replicas' connections
+	return strings.Replace(ini, "default_pool_size = 20", "default_pool_size = 80", 1) // three replicas' connections, and one's more
 }
 
 func (c *Cluster) startRedis(t testing.TB) {

@@ -122,7 +122,7 @@ func (m *Machine) Boot(program, name string) {
 		cmd.Process.Kill() // takes its child along, and that all processes of the machine
 		cmd.Wait()
 	})
-	harness.Eventually(m.t, harness.Patience, "systemd answers", func() bool {
+	harness.Eventually(m.t, 2*harness.Patience, "systemd answers", func() bool {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", cmd.Process.Pid, cmd.Process.Pid))
 		if _, scanErr := fmt.Sscan(string(text), &m.pid); err != nil || scanErr != nil {
 			return false

@@ -1,6 +1,7 @@
 package pgtest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -28,6 +29,8 @@ type Pooler struct {
 	port int
 	user string // and password, of its URLs
 	cmd  *exec.Cmd
+	out  *bytes.Buffer
+	done chan error
 }
 
 // Pooler starts a PgBouncer in a pool_mode: session, transaction or statement.
@@ -68,10 +71,12 @@ func (s *Server) pooler(user, logins string, ini func(port int, users string) st
 	cmd := exec.Command("pgbouncer", "-q", file)
 	cmd.Dir = s.dir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.as, Pdeathsig: syscall.SIGKILL}
+	p := &Pooler{port, user, cmd, new(bytes.Buffer), make(chan error, 1)}
+	cmd.Stderr = p.out
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	p := &Pooler{port, user, cmd}
+	go func() { p.done <- cmd.Wait() }()
 	return p, p.ready()
 }
 
@@ -95,9 +100,14 @@ func (p *Pooler) URL(database string) string {
 	return fmt.Sprintf("postgres://%s@127.0.0.1:%d/%s?sslmode=disable", p.user, p.port, database)
 }
 
-// Close ends the pooler.
+// Close ends the pooler, and reports an error if it has ended by itself.
 func (p *Pooler) Close() error {
+	select {
+	case err := <-p.done:
+		return fmt.Errorf("PgBouncer ended by itself: %v: %s", err, p.out)
+	default:
+	}
 	err := p.cmd.Process.Kill()
-	_ = p.cmd.Wait() // it was killed
+	<-p.done // it was killed
 	return err
 }
