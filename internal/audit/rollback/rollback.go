@@ -50,17 +50,19 @@ type Voids struct {
 	Withdrawn  func(org org.ID, keyID string) audit.Event // a key that was never released
 }
 
-var voids = Voids{
-	Enrollment: func(org org.ID, id string, places int) audit.Event {
-		e := voided(audit.EnrollmentRevoked, org, id)
-		e.Detail = map[string]string{"places": strconv.Itoa(places)}
-		return e
-	},
-	Withdrawn: func(org org.ID, keyID string) audit.Event {
-		e := voided(audit.KeyWithdrawn, org, keyID)
-		e.Outcome = audit.Failure
-		return e
-	},
+func voids() Voids {
+	return Voids{
+		Enrollment: func(org org.ID, id string, places int) audit.Event {
+			e := voided(audit.EnrollmentRevoked, org, id)
+			e.Detail = map[string]string{"places": strconv.Itoa(places)}
+			return e
+		},
+		Withdrawn: func(org org.ID, keyID string) audit.Event {
+			e := voided(audit.KeyWithdrawn, org, keyID)
+			e.Outcome = audit.Failure
+			return e
+		},
+	}
 }
 
 func voided(t audit.Type, org org.ID, object string) audit.Event {
@@ -287,7 +289,7 @@ func (a *acceptance) record(ctx context.Context, held audit.Checkpoint) error {
 		return nil
 	}
 	a.From = held.Text()
-	void, err := a.store.AcceptRollback(ctx, a.head, a.Event(), voids)
+	void, err := a.store.AcceptRollback(ctx, a.head, a.Event(), voids())
 	if err != nil {
 		return err
 	}
