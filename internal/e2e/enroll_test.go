@@ -528,6 +528,50 @@ func TestAfterARestoredBackupTokensAreVoid(t *testing.T) {
 	}
 }
 
+// Beside a running server, which uses the same HSM, an export tells how each of
+// a token's nodes got its key; the public keys are left out where that is wanted.
+func TestAnExportBesideARunningServer(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t, harness.Set("ORGKEYS_CHECKPOINT_INTERVAL", "1s"))
+	org := harness.Org()
+	m := mint(t, s, org, `{"uses":2}`)
+	keys := map[string]bool{}
+	for range 2 {
+		keys[fetch(t, enrollment(t, s.API, m.Token, newRecipient(t), 20*time.Second)).KeyID] = true
+	}
+	archive := filepath.Join(t.TempDir(), "export.tar.gz")
+	var said struct {
+		PublicKeys int
+		Enrolled   []struct{ Key, Enrollment, Receipt, From string }
+	}
+	export := func(flags ...string) {
+		t.Helper()
+		harness.Eventually(t, harness.Patience, "a signed checkpoint covers the receipts", func() bool {
+			if _, _, code := s.Run(t, append([]string{"audit", "export", archive}, flags...)...); code != 0 {
+				return false
+			}
+			said.PublicKeys, said.Enrolled = 0, nil
+			out, _, _ := s.Run(t, "audit", "verify-export", archive, "--json", "--key", strings.TrimSpace(succeeds(t, s, "audit", "key")))
+			if err := json.Unmarshal([]byte(out), &said); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			return len(said.Enrolled) == 2 && said.Enrolled[1].Receipt != "none"
+		})
+	}
+	export()
+	for _, e := range said.Enrolled {
+		if !keys[e.Key] || e.Enrollment != m.ID || e.Receipt != "signed" || e.From != "127.0.0.1" || said.PublicKeys != 2 {
+			t.Errorf("%+v", said)
+		}
+	}
+	export("--without-public-keys")
+	for _, e := range said.Enrolled {
+		if e.Receipt != "unchecked" || said.PublicKeys != 0 {
+			t.Errorf("without public keys: %+v", said)
+		}
+	}
+}
+
 // listedKey is a key as lists show it, with where it went.
 type listedKey struct {
 	ID          string    `json:"id"`
