@@ -406,6 +406,30 @@ func TestSinkFaultsLoseNothing(t *testing.T) {
 	}
 }
 
+// A sink that goes on failing is tried at growing distances, also if it worked
+// before; once it works it is followed at once.
+func TestPausesGrowWhileASinkFails(t *testing.T) {
+	t.Parallel()
+	l := audittest.Open(t)
+	bad := &gatedSink{Sink: audit.NewFileSink(l.Sink + ".second")}
+	trail := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), bad)
+	defer run(t, trail)()
+	record(t, trail, 3)
+	flush(t, trail)
+	tries := func() int { bad.mu.Lock(); defer bad.mu.Unlock(); return bad.calls }
+	bad.set(errors.New("refused"))
+	before := tries()
+	record(t, trail, 3)
+	time.Sleep(4 * time.Second)
+	// At 0, 0.25, 0.75, 1.75 and 3.75 s; without growing pauses 16 times.
+	if n := tries() - before; n < 2 || n > 8 {
+		t.Errorf("it was tried %d times in 4 s", n)
+	}
+	bad.set(nil)
+	flush(t, trail)
+	wantSameEvents(t, l.DB, l.Sink+".second")
+}
+
 // A stopped service leaves no event without its place in the log.
 func TestFlushLeavesNothingBehind(t *testing.T) {
 	l := audittest.Open(t)
@@ -478,6 +502,7 @@ type gatedSink struct {
 	err   error
 	delay time.Duration
 	hung  chan struct{}
+	calls int // of Append
 }
 
 func (s *gatedSink) Name() string { return "second" }
@@ -496,6 +521,7 @@ func (s *gatedSink) hang() (undo func()) {
 func (s *gatedSink) Append(ctx context.Context, entries []audit.Entry, c audit.Checkpoint) ([][]byte, error) {
 	s.mu.Lock()
 	err, delay, hung := s.err, s.delay, s.hung
+	s.calls++
 	s.mu.Unlock()
 	if hung != nil {
 		<-hung // as a write to a dead disk, it does not end with ctx

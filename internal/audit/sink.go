@@ -107,12 +107,13 @@ func (f *follower) caught() {
 func (f *follower) run(ctx context.Context) {
 	backoff := poll
 	for ctx.Err() == nil {
+		before, _ := f.state()
 		err := f.follow(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		held, _ := f.state()
-		if held.Size > 0 {
+		held, trouble := f.state()
+		if held != before || trouble == nil { // it followed before it failed
 			backoff = poll
 		}
 		f.set(held, err)

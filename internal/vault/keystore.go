@@ -195,6 +195,9 @@ func privateKey(body []byte) ([]byte, error) {
 	}
 	block, _ := pem.Decode(text)
 	if block == nil || block.Type != "RSA PRIVATE KEY" {
+		if block != nil {
+			clear(block.Bytes)
+		}
 		return nil, errors.New("the answer is not a PKCS#1 private key in PEM")
 	}
 	return block.Bytes, nil
