@@ -12,7 +12,8 @@
 //	secrets, err := node.Secrets(ctx)
 //	err = node.Register(ctx, client.Registration{Version: "1.0", Status: "active"})
 //
-// The key is any [PrivateKey], so it may live in a TPM or another device.
+// The key is any [PrivateKey], so it may live in a TPM or another device. An
+// [Enrollment] fetches it at the first boot, with a one-time token.
 //
 // # Administrators
 //
@@ -29,6 +30,10 @@
 //     routes or a proxy: [*ForeignError]. Nothing can be concluded from what it
 //     says about the key or the organization.
 //   - There was no answer: the error of net/http.
+//
+// What comes sealed is checked before anything of it is believed: [ErrForged] and
+// [ErrSealedDamaged] come with a [*ForeignError], since something in between made or
+// changed the answer; [ErrSealedUseless] is final.
 //
 // [Temporary] reports whether the same call may succeed later without anybody
 // changing anything here. Only the server's own codes are ever final.

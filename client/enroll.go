@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/hmac"
+	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
@@ -24,9 +25,32 @@ var ErrToken = envelope.ErrToken
 // it comes from something between client and server, and nothing of it may be used.
 var ErrForged = errors.New("the answer was not made by who minted the enrollment token")
 
-// ErrSealedDamaged means that a sealed key does not open to the key that its
-// answer vouches for. Asking again gets the same bytes.
-var ErrSealedDamaged = errors.New("the sealed key does not open to the key that the server vouches for")
+// ErrSealedDamaged means that a sealed key is not the one that its answer
+// vouches for: something between client and server changed it. Asking again may
+// get the right one.
+var ErrSealedDamaged = errors.New("the sealed key was changed on the way")
+
+// ErrSealedUseless means that a sealed key arrived as it was made, and does not
+// open to the key that its answer vouches for. Asking again gets the same.
+var ErrSealedUseless = errors.New("the sealed key does not open to the key that the server vouches for")
+
+// recipientBits is the size of recipients that NewRecipient makes.
+const recipientBits = 3072
+
+// NewRecipient makes a recipient: the private key that opens what is sealed to
+// its public half. It is for one delivery, and is stored durably before the
+// first request that names it.
+func NewRecipient() (*rsa.PrivateKey, error) {
+	key, err := rsa.GenerateKey(rand.Reader, recipientBits)
+	if err != nil {
+		return nil, fmt.Errorf("making a recipient: %w", err)
+	}
+	return key, nil
+}
+
+// RecipientID is how the API names a recipient, in bind and approve: lower-case
+// hex of SHA-256 over its SubjectPublicKeyInfo.
+func RecipientID(recipient *rsa.PublicKey) (string, error) { return envelope.Recipient(recipient) }
 
 // Enrollment fetches one node's own key with a one-time token. docs/enrollment.md
 // describes the protocol.
@@ -48,6 +72,13 @@ func NewEnrollment(c *Client, text []byte, recipient crypto.Decrypter) (*Enrollm
 	return &Enrollment{c, token, recipient}, nil
 }
 
+// TokenID is the ID of the enrollment that a token's text is for, or ErrToken.
+func TokenID(text []byte) (string, error) {
+	token, err := envelope.ParseToken(text)
+	clear(token.K)
+	return token.ID, err
+}
+
 // Close clears the token's secret.
 func (e *Enrollment) Close() { clear(e.token.K) }
 
@@ -61,7 +92,8 @@ type Delivered struct {
 	PEM []byte // PKCS#1
 }
 
-// Delivery is what a receipt says of a sealed key. It is no secret.
+// Delivery is what a receipt says of a sealed key. It is no secret. The MAC of
+// an enrollment's answer covers all of it but Scope.
 type Delivery struct {
 	Enrollment  string `json:"id,omitempty"` // empty for an administrator's own
 	Org         string `json:"org"`
@@ -123,7 +155,7 @@ func (e *Enrollment) read(a *answer, recipient string) (*Delivered, error) {
 	if !hmac.Equal(s.MAC, s.wire().MAC(e.token.K)) {
 		return nil, fmt.Errorf("%w: %w", a.foreign("JSON with a MAC that the token did not make"), ErrForged)
 	}
-	return open(s, e.Recipient)
+	return open(a, s, e.Recipient)
 }
 
 // recipientPEM returns the public half of a recipient.
@@ -139,23 +171,29 @@ func recipientPEM(recipient crypto.Decrypter) (*rsa.PublicKey, []byte, error) {
 	return public, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), nil
 }
 
-// open unwraps a sealed key and checks that it is the one vouched for.
-func open(s sealedAnswer, recipient crypto.Decrypter) (*Delivered, error) {
-	if envelope.Digest(s.Sealed.Value) != s.SHA256 {
-		return nil, fmt.Errorf("%w: it was changed on the way", ErrSealedDamaged)
+// open unwraps a sealed key that an answer brought, and checks that it is the
+// one vouched for.
+func open(a *answer, s sealedAnswer, recipient crypto.Decrypter) (*Delivered, error) {
+	// The algorithm is not among what a MAC covers.
+	if _, err := s.Sealed.Hash(); err != nil || envelope.Digest(s.Sealed.Value) != s.SHA256 {
+		return nil, fmt.Errorf("%w: %w", a.foreign("a sealed key that is not the one vouched for"), ErrSealedDamaged)
 	}
+	return unwrap(s, recipient)
+}
+
+func unwrap(s sealedAnswer, recipient crypto.Decrypter) (*Delivered, error) {
 	der, err := s.Sealed.Open(recipient)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrSealedDamaged, err)
+		return nil, fmt.Errorf("%w: %w", ErrSealedUseless, err)
 	}
 	defer clear(der)
 	parsed, err := x509.ParsePKCS8PrivateKey(der)
 	if err != nil {
-		return nil, fmt.Errorf("%w: it is not a PKCS#8 private key", ErrSealedDamaged)
+		return nil, fmt.Errorf("%w: it is not a PKCS#8 private key", ErrSealedUseless)
 	}
 	key, ok := parsed.(*rsa.PrivateKey)
 	if !ok || Fingerprint(&key.PublicKey) != s.Fingerprint {
-		return nil, fmt.Errorf("%w: it is another key", ErrSealedDamaged)
+		return nil, fmt.Errorf("%w: it is another key", ErrSealedUseless)
 	}
 	private := x509.MarshalPKCS1PrivateKey(key)
 	defer clear(private)
@@ -171,17 +209,21 @@ func (c *Client) Receipt(ctx context.Context, d Delivery, key crypto.Signer) err
 	}
 	return c.do(ctx, request{
 		method: http.MethodPost, path: path, typ: "application/json", token: d.Enrollment == "", read: readDone,
-		body: func() ([]byte, error) {
-			signature, err := sign(key, string(d.wire().ReceiptText()))
-			if err != nil {
-				return nil, err
-			}
-			return json.Marshal(struct {
-				Recipient string `json:"recipient"`
-				Signature string `json:"signature"`
-			}{d.Recipient, signature})
-		},
+		body: func() ([]byte, error) { return d.SignReceipt(key) },
 	})
+}
+
+// SignReceipt returns the body of d's receipt, for who sends it by other means
+// than Client.Receipt.
+func (d Delivery) SignReceipt(key crypto.Signer) ([]byte, error) {
+	signature, err := sign(key, string(d.wire().ReceiptText()))
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(struct {
+		Recipient string `json:"recipient"`
+		Signature string `json:"signature"`
+	}{d.Recipient, signature})
 }
 
 // SealedKey has an organization key made for org that only the holder of
@@ -213,7 +255,7 @@ func (c *Client) SealedKey(ctx context.Context, org string, recipient crypto.Dec
 			if s.Recipient != id || s.Org != org {
 				return a.foreign("a key for somebody else")
 			}
-			key, err = open(s, recipient)
+			key, err = open(a, s, recipient)
 			return err
 		},
 	})
@@ -221,13 +263,28 @@ func (c *Client) SealedKey(ctx context.Context, org string, recipient crypto.Dec
 }
 
 // OpenSealed opens the JSON text of a sealed answer that was saved, as
-// POST …/key gives it. The caller clears the result's PEM.
+// POST …/key and GET …/key/ID/sealed give it to an administrator. An
+// enrollment's answer it refuses: only the token can tell who made that. The
+// caller clears the result's PEM.
 func OpenSealed(text []byte, recipient crypto.Decrypter) (*Delivered, error) {
 	var s sealedAnswer
-	if err := json.Unmarshal(text, &s); err != nil {
+	if err := json.Unmarshal(text, &s); err != nil || s.Sealed.Alg == "" {
 		return nil, fmt.Errorf("%w: it is not a sealed key's JSON", ErrSealedDamaged)
 	}
-	return open(s, recipient)
+	if s.Enrollment != "" || s.MAC != nil {
+		return nil, fmt.Errorf("%w: it is the answer to an enrollment, which only its token can vouch for", ErrSealedDamaged)
+	}
+	if _, err := s.Sealed.Hash(); err != nil || envelope.Digest(s.Sealed.Value) != s.SHA256 {
+		return nil, ErrSealedDamaged
+	}
+	public, _, err := recipientPEM(recipient)
+	if err != nil {
+		return nil, err
+	}
+	if id, err := envelope.Recipient(public); err != nil || s.Recipient != id {
+		return nil, fmt.Errorf("%w: it is sealed to another recipient, %.64q", ErrSealedUseless, s.Recipient)
+	}
+	return unwrap(s, recipient)
 }
 
 // sealedForm is the media type of a private key that is sealed to a recipient.

@@ -28,6 +28,7 @@ const (
 	BodyTooLarge          Code = "body_too_large"
 	BodyUnreadable        Code = "body_unreadable"
 	ClientGone            Code = "client_gone"
+	DeviceNotAllowed      Code = "device_not_allowed"
 	Draining              Code = "draining"
 	EnrollmentClaimed     Code = "enrollment_claimed"
 	EnrollmentClosed      Code = "enrollment_closed"
@@ -47,6 +48,7 @@ const (
 	NotAcceptable         Code = "not_acceptable"
 	NotFound              Code = "not_found"
 	NotReady              Code = "not_ready"
+	OriginNotAllowed      Code = "origin_not_allowed"
 	OtherOrganization     Code = "other_organization"
 	Overloaded            Code = "overloaded"
 	Pending               Code = "pending"
@@ -110,7 +112,7 @@ func Temporary(err error) bool {
 	if e, ok := errors.AsType[*Error](err); ok {
 		return e.temporary()
 	}
-	return err != nil && !errors.Is(err, ErrServer) && !errors.Is(err, ErrRequest) && !errors.Is(err, context.Canceled)
+	return err != nil && !errors.Is(err, ErrServer) && !errors.Is(err, ErrRequest) && !errors.Is(err, ErrSealedUseless) && !errors.Is(err, context.Canceled)
 }
 
 // maxClockOffset is less than the 5 minutes that a server accepts unless it is

@@ -2,12 +2,14 @@ package client_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log"
 	"time"
 
 	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
 // token asks the identity provider for an administrator's token. Here it is the
@@ -98,4 +100,96 @@ func ExampleRetry_Do() {
 	// Output:
 	// waiting: the disk is not mounted yet
 	// after 2 attempts: <nil>
+}
+
+// enrollmentToken is what an administrator has put on the machine.
+func enrollmentToken() []byte {
+	answer, err := server.Try(context.Background(), harness.Request{Method: "POST", Path: "/organization/acme/enrollment", Token: owner()})
+	var minted struct{ Data struct{ Token string } }
+	if err == nil {
+		err = json.Unmarshal(answer.Body, &minted)
+	}
+	if err != nil {
+		log.Fatal(err)
+	}
+	return []byte(minted.Data.Token)
+}
+
+func owner() string {
+	t, err := token(context.Background())
+	if err != nil {
+		log.Fatal(err)
+	}
+	return t
+}
+
+// A node fetches a key of its own with a one-time token. What it must store
+// durably, and when, is in the comments.
+func ExampleEnrollment() {
+	ctx := context.Background()
+	c, err := client.New(client.Config{Server: server.API, Retry: client.Retry{For: time.Minute}})
+	if err != nil {
+		log.Fatal(err)
+	}
+	recipient, err := client.NewRecipient() // stored before Fetch
+	if err != nil {
+		log.Fatal(err)
+	}
+	enrollment, err := client.NewEnrollment(c, enrollmentToken(), recipient)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer enrollment.Close()
+	delivered, err := enrollment.Fetch(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	key, err := client.ParsePrivateKey(delivered.PEM) // stored, with delivered.Delivery, before Receipt
+	if err != nil {
+		log.Fatal(err)
+	}
+	clear(delivered.PEM)
+	if err := c.Receipt(ctx, delivered.Delivery, key); err != nil {
+		log.Fatal(err)
+	}
+	// The recipient and the token are of no use any more.
+
+	node := client.Node{Client: c, Org: delivered.Org, IP: "192.0.2.8", Region: "eu", Key: key, KeyID: delivered.KeyID}
+	if err := node.Register(ctx, client.Registration{Version: "1.0", Status: "active"}); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("a key of", delivered.Org)
+
+	_, err = enrollment.Fetch(ctx)
+	fmt.Println("again:", errors.Is(err, client.EnrollmentClosed))
+	// Output:
+	// a key of acme
+	// again: true
+}
+
+// An administrator has a key made that nobody in between can read.
+func ExampleClient_SealedKey() {
+	ctx := context.Background()
+	admin, err := client.New(client.Config{Server: server.API, Token: token})
+	if err != nil {
+		log.Fatal(err)
+	}
+	recipient, err := client.NewRecipient() // stored before SealedKey
+	if err != nil {
+		log.Fatal(err)
+	}
+	delivered, err := admin.SealedKey(ctx, "acme", recipient)
+	if err != nil {
+		log.Fatal(err)
+	}
+	key, err := client.ParsePrivateKey(delivered.PEM) // stored before Receipt
+	if err != nil {
+		log.Fatal(err)
+	}
+	clear(delivered.PEM)
+	if err := admin.Receipt(ctx, delivered.Delivery, key); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("the key that was vouched for:", client.Fingerprint(&key.PublicKey) == delivered.Fingerprint)
+	// Output: the key that was vouched for: true
 }

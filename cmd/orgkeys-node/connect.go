@@ -22,27 +22,51 @@ const (
 	maxKeyFile      = 64 << 10
 )
 
-// connect reads the files that a node is made of. They are read for each
+// connect reads the files that a connection is made of. They are read for each
 // attempt: any of them may come, or be mended, later.
-func connect(s settings) (client.Node, error) {
+func connect(s settings) (*client.Client, error) {
+	config := client.Config{Server: s.server, Attempt: min(attemptTimeout, shortestAttempt+min(time.Duration(s.wait), attemptTimeout)), UserAgent: "orgkeys-node"}
+	var err error
+	if strings.HasPrefix(s.server, "https:") {
+		if config.RootCAs, err = readAuthorities(s.caFile); err != nil {
+			return nil, err
+		}
+	}
+	if config.Certificate, err = readCertificate(s); err != nil {
+		return nil, err
+	}
+	c, err := client.New(config)
+	if err != nil {
+		return nil, usageError("--server: %s", err)
+	}
+	return c, nil
+}
+
+// identify reads the node's key, and what is known of it from its enrollment.
+func identify(s settings) (client.Node, error) {
 	key, err := readKey(s.keyFile)
 	if err != nil {
 		return client.Node{}, err
 	}
-	config := client.Config{Server: s.server, Attempt: min(attemptTimeout, shortestAttempt+min(time.Duration(s.wait), attemptTimeout)), UserAgent: "orgkeys-node"}
-	if strings.HasPrefix(s.server, "https:") {
-		if config.RootCAs, err = readAuthorities(s.caFile); err != nil {
-			return client.Node{}, err
-		}
-	}
-	if config.Certificate, err = readCertificate(s); err != nil {
+	n := client.Node{Org: s.org, IP: s.ip, Region: s.region, Key: key}
+	enrolled, err := readRecord(s.keyFile + recordSuffix)
+	if err != nil {
 		return client.Node{}, err
 	}
-	c, err := client.New(config)
-	if err != nil {
-		return client.Node{}, usageError("--server: %s", err)
+	if enrolled.of(key) {
+		n.KeyID = enrolled.KeyID
+		if n.Org == "" {
+			n.Org = enrolled.Org
+		}
+		if n.Org != enrolled.Org {
+			return client.Node{}, usageError("--org is %s, and the key was enrolled for %s", n.Org, enrolled.Org)
+		}
 	}
-	return client.Node{Client: c, Org: s.org, IP: s.ip, Region: s.region, Key: key}, nil
+	if n.Org == "" {
+		return client.Node{}, usageError("--org is missing, and %s was not enrolled here", s.keyFile)
+	}
+	n.Client, err = connect(s)
+	return n, err
 }
 
 // readKey reads the private key from a file that nobody but its owner may read.

@@ -49,7 +49,15 @@ func refusal(s settings, e *client.Error) *failure {
 	case errors.Is(e, client.StaleTimestamp), errors.Is(e, client.InvalidRequest) && client.Temporary(e):
 		return clockIsOff(e.ClockOffset)
 	case errors.Is(e, client.BadSignature):
-		return &failure{exitRefused, "the server does not accept this key for organization " + s.org, "was the key deleted, or is --org wrong? Get a new key from an administrator and put it into " + s.keyFile, said}
+		what := "the server does not accept this key"
+		if s.org != "" {
+			what += " for organization " + s.org
+		}
+		return &failure{exitRefused, what, "was the key deleted, or is --org wrong? Get a new key from an administrator and put it into " + s.keyFile + ", or a new enrollment token (--token-file)", said}
+	case errors.Is(e, client.AddressInUse):
+		return &failure{exitRefused, "the address " + s.ip + " belongs to another node with a key of its own", "if that was this node, have an administrator delete it or its old key; else check --ip", said}
+	case errors.Is(e, client.AddressNotAllowed):
+		return &failure{exitRefused, "the key was enrolled for another address than " + s.ip, "check --ip, or ask an administrator for a new token", said}
 	case client.Temporary(e):
 		return &failure{exitUnavailable, fmt.Sprintf("the server %s cannot serve now, it answers %d", s.server, e.Status), "check the server", said}
 	case errors.Is(e, client.NotFound), errors.Is(e, client.MethodNotAllowed):

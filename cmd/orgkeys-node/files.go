@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"syscall"
@@ -29,8 +30,8 @@ const lockPatience = time.Minute
 // nameForm is what a secret's name must look like before a path is made of it.
 var nameForm = regexp.MustCompile(`^[a-z][a-z0-9_]{0,63}$`)
 
-// dir is the directory of secrets, locked against another run. Nothing
-// outside it can be reached through it.
+// dir is a directory of secrets or of the node's key, locked against another
+// run. Nothing outside it can be reached through it.
 type dir struct {
 	root *os.Root
 	lock *os.File
@@ -38,9 +39,9 @@ type dir struct {
 
 func openDir(ctx context.Context, path string) (*dir, error) {
 	wrong := func(err error, hint string) (*dir, error) {
-		return nil, &failure{exitCannotWrite, "secrets directory " + path, hint, err}
+		return nil, &failure{exitCannotWrite, "directory " + path, hint, err}
 	}
-	if err := os.MkdirAll(path, 0o700); err != nil {
+	if err := makeDir(path); err != nil {
 		return wrong(err, "create it, mode 0700, owned by the user that this runs as")
 	}
 	root, err := os.OpenRoot(path)
@@ -69,6 +70,32 @@ func openDir(ctx context.Context, path string) (*dir, error) {
 		return wrong(err, "another run holds it")
 	}
 	return d, nil
+}
+
+// makeDir is os.MkdirAll for directories that last: what is in one that was
+// made a moment ago would go with it when the power does.
+func makeDir(path string) error {
+	err := os.Mkdir(path, 0o700)
+	if errors.Is(err, fs.ErrNotExist) && path != filepath.Dir(path) {
+		if err = makeDir(filepath.Dir(path)); err == nil {
+			err = os.Mkdir(path, 0o700)
+		}
+	}
+	if errors.Is(err, fs.ErrExist) { // what it is shows when it is opened
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // checkOwner refuses what belongs to another user, who could change it, or its
@@ -259,7 +286,7 @@ func (d *dir) sync() error {
 // and which are not. Of a version without a manifest it returns all files.
 func listSecrets(path string) (found, missing []string, err error) {
 	wrong := func(err error) error {
-		return &failure{exitCannotWrite, "secrets directory " + path, "check its owner", err}
+		return &failure{exitCannotWrite, "directory " + path, "check its owner", err}
 	}
 	root, err := os.OpenRoot(path)
 	if errors.Is(err, fs.ErrNotExist) {

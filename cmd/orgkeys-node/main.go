@@ -1,7 +1,8 @@
 // Command orgkeys-node is a bridge node's side of orgkeys: it fetches the
-// organization's boot secrets, and registers the node, by signing with the
-// organization's key. It runs unattended, at first boot and at any later one,
-// and may be killed and run again at any point.
+// node's own key with a one-time token, or takes one that was put there, fetches
+// the organization's boot secrets, and registers the node, by signing with that
+// key. It runs unattended, at first boot and at any later one, and may be killed
+// and run again at any point.
 //
 // A machine that boots may find its clock wrong, its network captive and its
 // files not there yet. So whatever may pass is waited for (run.go); only the
@@ -33,7 +34,7 @@ const (
 	exitTryLater    = 75 // the clock is off, or the run was interrupted
 	exitProtocol    = 76 // something that is not orgkeys answers
 	exitRefused     = 77 // the server does not accept the key, or refuses the request
-	exitConfig      = 78 // a key file or a certificate is not as it must be
+	exitConfig      = 78 // a key, token or certificate file is not as it must be
 )
 
 // failure is an error with what to do about it.
@@ -67,53 +68,14 @@ type report struct {
 	Unchanged      []string `json:"unchanged,omitempty"` // secrets that were there already
 	Removed        []string `json:"removed,omitempty"`   // secrets that the server has no more
 	Fingerprint    string   `json:"keyFingerprint,omitempty"`
+	KeyID          string   `json:"keyId,omitempty"`      // of a key that was enrolled or unsealed
+	Enrollment     string   `json:"enrollment,omitempty"` // the enrollment's ID
+	State          string   `json:"state,omitempty"`      // of the node's key: see keyState
+	Recipient      string   `json:"recipient,omitempty"`  // how the API names this node's recipient
+	Public         string   `json:"publicKey,omitempty"`  // the recipient's, PEM
 	ClockOffset    string   `json:"clockOffset,omitempty"`
 	SecretsFound   []string `json:"secretsFound,omitempty"`
 	SecretsMissing []string `json:"secretsMissing,omitempty"` // fetched once, and not there now
-}
-
-type commandHelp struct{ name, help string }
-
-var commands = []commandHelp{
-	{"boot", "fetch the secrets into --dir, then register; safe to run again"},
-	{"secrets", "only fetch the secrets"},
-	{"register", "only register"},
-	{"unregister", "take the node out of its organization"},
-	{"status", "show what is there and whether the server answers, once; signs nothing"},
-}
-
-const usage = `orgkeys-node registers a bridge node and fetches its boot secrets.
-
-Usage: orgkeys-node COMMAND [FLAGS]
-
-Commands:
-%s  version     print the version and how this program was built
-
-Flags, or the environment variables in parentheses:
-%s
-Whatever may pass is waited for, for as long as --wait says: a server that
-cannot be reached or answers nothing of its own, a wrong clock, a file that is
-not there yet or not as it must be. Standard error says what is waited for.
-
-Exit codes:
-  0   done
-  64  a setting is missing or wrong
-  69  the server cannot be reached or cannot serve now
-  73  a file cannot be written
-  75  the clock is off, or the run was interrupted
-  76  something that is not orgkeys answers
-  77  the server does not accept the key, or refuses the request
-  78  a key file or a certificate is not as it must be
-
-64 and 77 end a run at once, the others when --wait is over; running again may help.
-`
-
-func printUsage(w io.Writer) {
-	var list strings.Builder
-	for _, c := range commands {
-		fmt.Fprintf(&list, "  %-10s  %s\n", c.name, c.help)
-	}
-	fmt.Fprintf(w, usage, list.String(), flagHelp())
 }
 
 func main() {
@@ -125,25 +87,24 @@ func main() {
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	switch first := strings.Join(args[:min(len(args), 1)], ""); first {
-	case "", "help", "-h", "--help":
-		printUsage(stdout)
-		if first == "" {
-			return exitUsage
-		}
-		return 0
-	case "version", "--version":
-		fmt.Fprintln(stdout, version())
-		return 0
-	}
-	s, err := parseSettings(ctx, args[0], args[1:], stderr)
-	if errors.Is(err, flag.ErrHelp) {
-		printUsage(stdout)
-		return 0
+	if len(args) == 0 {
+		printUsage(stderr)
+		return exitUsage
 	}
 	r := report{Command: args[0]}
-	if err == nil {
-		err = execute(ctx, s, &r, stderr)
+	var s settings
+	err := answer(args, stdout)
+	if errors.Is(err, errNoAnswer) {
+		s, err = parseSettings(ctx, args[0], args[1:], stderr)
+		if errors.Is(err, flag.ErrHelp) {
+			printHelp(stdout, *find(args[0]))
+			return 0
+		}
+		if err == nil {
+			err = execute(ctx, s, &r, stderr)
+		}
+	} else if err == nil {
+		return 0
 	}
 	if err != nil {
 		r.ExitCode, r.Message = explain(ctx, s, err)
@@ -161,6 +122,14 @@ func explain(ctx context.Context, s settings, err error) (int, string) {
 	return f.exit, f.Error()
 }
 
+// add adds what was done to the outcome.
+func (r *report) add(done string) {
+	if r.Message != "" {
+		done = r.Message + ", " + done
+	}
+	r.Message = done
+}
+
 func (r *report) print(asJSON bool, stdout, stderr io.Writer) int {
 	if asJSON {
 		if err := json.NewEncoder(stdout).Encode(r); err != nil {
@@ -170,6 +139,13 @@ func (r *report) print(asJSON bool, stdout, stderr io.Writer) int {
 	}
 	out := stdout
 	if !r.OK {
+		out = stderr
+	}
+	if r.Public != "" {
+		// What standard output is for here.
+		if err := write(stdout, r.Public); err != nil {
+			return exitCannotWrite
+		}
 		out = stderr
 	}
 	if _, err := fmt.Fprintf(out, "orgkeys-node: %s: %s\n", r.Command, r.Message); err != nil && r.OK {

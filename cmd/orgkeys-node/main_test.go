@@ -423,7 +423,9 @@ func TestRefusalsAreFinalAndSayWhatToDo(t *testing.T) {
 		"refused":               {refusing(403, "access_denied"), "refuses (403): as told second line"},
 		"path":                  {refusing(404, "not_found"), "is the path of --server right?"},
 		"invalid":               {refusing(400, "invalid_request"), "refuses (400)"},
-		"a code of the future":  {refusing(409, "address_in_use"), "refuses (409)"},
+		"a code of the future":  {refusing(409, "a_new_code"), "refuses (409)"},
+		"address in use":        {refusing(409, "address_in_use"), "belongs to another node with a key of its own"},
+		"another address":       {refusing(403, "address_not_allowed"), "was enrolled for another address than 192.0.2.7"},
 		"a long message":        {message("x" + strings.Repeat("ü", 200)), ": x" + strings.Repeat("ü", 149) + "\n"},
 		"a message in disguise": {message("a\u202eb\u2028c"), ": a b c\n"},
 	} {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -9,36 +10,47 @@ import (
 	"github.com/orgkeys/orgkeys/client"
 )
 
-// step is one thing to do at the server. It starts anew at each attempt.
-type step func(ctx context.Context, n client.Node, s settings, r *report) error
+// step is one thing to do. It starts anew at each attempt.
+type step func(ctx context.Context, s settings, r *report) error
+
+// asNode is a step that signs with the node's key.
+func asNode(do func(ctx context.Context, n client.Node, s settings, r *report) error) step {
+	return func(ctx context.Context, s settings, r *report) error {
+		n, err := identify(s)
+		if err != nil {
+			return err
+		}
+		// The server has a bound on connections, and others are waiting.
+		defer n.Client.CloseIdleConnections()
+		return do(ctx, n, s, r)
+	}
+}
 
 // execute does the command's steps, each until it is done, fails for good, or
 // --wait is over. A step that is done is not repeated for a later one's sake.
 func execute(ctx context.Context, s settings, r *report, progress io.Writer) error {
-	steps := map[string][]step{
-		"boot": {fetch, register}, "secrets": {fetch}, "register": {register}, "unregister": {unregister}, "status": {status},
-	}[s.command]
-	retry := client.Retry{For: time.Duration(s.wait), Waiting: waiting(s, progress)}
-	if s.command == "status" {
+	c := find(s.command)
+	retry := client.Retry{For: time.Duration(s.wait), Waiting: waiting(s, progress), Temporary: temporary}
+	if c.once {
 		retry.For = 0
 	}
 	begun := time.Now()
-	for _, do := range steps {
-		err := retry.Do(ctx, func(ctx context.Context) error {
-			n, err := connect(s)
-			if err != nil {
-				return err
-			}
-			// The server has a bound on connections, and others are waiting.
-			defer n.Client.CloseIdleConnections()
-			return do(ctx, n, s, r)
-		})
-		if err != nil {
+	for _, do := range c.steps {
+		if err := retry.Do(ctx, func(ctx context.Context) error { return do(ctx, s, r) }); err != nil {
 			return err
 		}
 		retry.For = max(time.Duration(s.wait)-time.Since(begun), 0)
 	}
 	return nil
+}
+
+// temporary reports whether waiting may end an error: not if it is about the
+// settings, or a refusal.
+func temporary(err error) bool {
+	if f, ok := errors.AsType[*failure](err); ok && (f.exit == exitUsage || f.exit == exitRefused) {
+		return false
+	}
+	return client.Temporary(err)
 }
 
 // sayAgain is the time after which the same reason to wait is printed again.
@@ -83,10 +95,11 @@ func fetch(ctx context.Context, n client.Node, s settings, r *report) error {
 	if err != nil {
 		return &failure{exitCannotWrite, "writing into " + s.dir, "check the directory's owner and free space", err}
 	}
-	r.Message = fmt.Sprintf("%d secrets written, %d unchanged", len(r.Changed), len(r.Unchanged))
+	done := fmt.Sprintf("%d secrets written, %d unchanged", len(r.Changed), len(r.Unchanged))
 	if len(r.Removed) > 0 {
-		r.Message += fmt.Sprintf(", %d removed", len(r.Removed))
+		done += fmt.Sprintf(", %d removed", len(r.Removed))
 	}
+	r.add(done)
 	return nil
 }
 
@@ -98,26 +111,34 @@ func register(ctx context.Context, n client.Node, s settings, r *report) error {
 	if err := n.Register(ctx, registration); err != nil {
 		return err
 	}
-	if r.Message != "" {
-		r.Message += ", "
-	}
-	r.Message += "registered " + s.ip
+	r.add("registered " + s.ip)
 	return nil
 }
 
 func unregister(ctx context.Context, n client.Node, s settings, r *report) error {
-	r.Message = "unregistered " + s.ip
-	return n.Unregister(ctx)
+	if err := n.Unregister(ctx); err != nil {
+		return err
+	}
+	r.add("unregistered " + s.ip)
+	return nil
 }
 
 // status shows what is there. It asks the server once, and signs nothing.
-func status(ctx context.Context, n client.Node, s settings, r *report) error {
-	r.Fingerprint = n.Fingerprint()
-	var err error
+func status(ctx context.Context, s settings, r *report) error {
+	key, err := readKeyState(s)
+	if err != nil {
+		return err
+	}
+	key.report(s, r)
 	if r.SecretsFound, r.SecretsMissing, err = listSecrets(s.dir); err != nil {
 		return err
 	}
-	health, err := n.Client.Health(ctx)
+	c, err := connect(s)
+	if err != nil {
+		return err
+	}
+	defer c.CloseIdleConnections()
+	health, err := c.Health(ctx)
 	if err != nil {
 		return err
 	}
@@ -125,11 +146,14 @@ func status(ctx context.Context, n client.Node, s settings, r *report) error {
 	if health.ClockOffset.Abs() > clockTolerance {
 		return clockIsOff(health.ClockOffset)
 	}
+	if key.private == nil {
+		return key.missing(s)
+	}
 	missing := ""
 	if len(r.SecretsMissing) > 0 {
 		missing = fmt.Sprintf(" and %d missing", len(r.SecretsMissing))
 	}
-	r.Message = fmt.Sprintf("key %s, %d secrets in %s%s, server answers, clock within %s",
-		r.Fingerprint, len(r.SecretsFound), s.dir, missing, health.ClockOffset.Abs().Round(time.Second))
+	r.Message = fmt.Sprintf("key %s (%s), %d secrets in %s%s, server answers, clock within %s",
+		r.Fingerprint, r.State, len(r.SecretsFound), s.dir, missing, health.ClockOffset.Abs().Round(time.Second))
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"math"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -32,6 +33,7 @@ type settings struct {
 	provider string
 	services string
 	keyFile  string
+	token    string // the file with the enrollment token
 	caFile   string
 	tlsCert  string
 	tlsKey   string
@@ -39,6 +41,10 @@ type settings struct {
 	config   string
 	wait     patience
 	json     bool
+
+	recipientFile string
+	sealedFile    string
+	receiptFile   string
 
 	servicesNumber int64 // services, read
 }
@@ -77,7 +83,11 @@ func (s *settings) flags(f *flag.FlagSet) {
 	f.StringVar(&s.url, "url", "", "the `URL` that the node reports")
 	f.StringVar(&s.provider, "provider", "", "the storage `provider` that the node reports, such as S3, GCS or AZURE")
 	f.StringVar(&s.services, "services", "", "the services that the node reports, a `number`: the sum of 1 (storage), 2 (AI and language models) and 4 (chat)")
-	f.StringVar(&s.keyFile, "key-file", "/etc/orgkeys-node/key.pem", "the `file` with the private key, PEM, which only its owner may read")
+	f.StringVar(&s.keyFile, "key-file", "", "the `file` with the private key, PEM, which only its owner may read (default "+usualKeyFile+", or of a node that enrolls key.pem in --dir)")
+	f.StringVar(&s.token, "token-file", "", "a `file` with the enrollment token by which boot and enroll fetch the private key; removed once the key is there (default the systemd credential "+tokenCredential+", if there is one)")
+	f.StringVar(&s.recipientFile, "recipient-file", "", "the `file` with the private key that opens what is sealed to it, PEM (default the key file with .recipient behind it)")
+	f.StringVar(&s.sealedFile, "sealed-file", "", "the `file` with the sealed key as the server answered it, JSON")
+	f.StringVar(&s.receiptFile, "receipt-file", "", "a `file` for the receipt of a sealed key, JSON, to send to the server")
 	f.StringVar(&s.caFile, "ca-file", "", "a `file` with certificates to trust instead of the system's, PEM")
 	f.StringVar(&s.tlsCert, "tls-cert", "", "a `file` with the client certificate for a server that asks for one, PEM")
 	f.StringVar(&s.tlsKey, "tls-key", "", "the `file` with the client certificate's private key, PEM, which only its owner may read")
@@ -88,6 +98,13 @@ func (s *settings) flags(f *flag.FlagSet) {
 	f.BoolVar(&s.json, "json", false, "print the outcome as one line of JSON")
 }
 
+// usualKeyFile is where a key is that an administrator put there.
+const usualKeyFile = "/etc/orgkeys-node/key.pem"
+
+// tokenCredential is the name under which systemd hands a token over
+// (systemd.exec(5), LoadCredential=).
+const tokenCredential = "orgkeys-node.token"
+
 const variablePrefix = "ORGKEYS_NODE_"
 
 // variable is the environment variable of a flag.
@@ -95,12 +112,19 @@ func variable(flagName string) string {
 	return variablePrefix + strings.ToUpper(strings.ReplaceAll(flagName, "-", "_"))
 }
 
-func flagHelp() string {
+// flagHelp describes the flags of these names, or all.
+func flagHelp(only []string) string {
 	var b strings.Builder
+	all := flag.NewFlagSet("", flag.ContinueOnError)
+	(&settings{}).flags(all)
 	f := flag.NewFlagSet("", flag.ContinueOnError)
 	f.SetOutput(&b)
-	(&settings{}).flags(f)
-	f.VisitAll(func(one *flag.Flag) { one.Usage += " (" + variable(one.Name) + ")" })
+	all.VisitAll(func(one *flag.Flag) {
+		if only == nil || slices.Contains(only, one.Name) {
+			f.Var(one.Value, one.Name, one.Usage+" ("+variable(one.Name)+")")
+			f.Lookup(one.Name).DefValue = one.DefValue
+		}
+	})
 	f.PrintDefaults()
 	return b.String()
 }
@@ -111,8 +135,8 @@ func usageError(format string, args ...any) error {
 
 func parseSettings(ctx context.Context, command string, args []string, progress io.Writer) (settings, error) {
 	s := settings{command: command}
-	if !slices.ContainsFunc(commands, func(c commandHelp) bool { return c.name == command }) {
-		return s, usageError("there is no command %q", command)
+	if find(command) == nil {
+		return s, usageError("there is no command %q%s", command, meant(command, commandNames()))
 	}
 	f := flag.NewFlagSet(command, flag.ContinueOnError)
 	f.SetOutput(io.Discard)
@@ -139,7 +163,35 @@ func parseSettings(ctx context.Context, command string, args []string, progress 
 			return s, err
 		}
 	}
+	if find(command).needs.sealed && (s.sealedFile == "" || s.keyFile == "") {
+		return s, usageError("%s needs --sealed-file and --key-file", command)
+	}
+	s.resolve()
 	return s, s.check()
+}
+
+// resolve finds the files that are not named.
+func (s *settings) resolve() {
+	if dir := os.Getenv("CREDENTIALS_DIRECTORY"); s.token == "" && dir != "" {
+		if path := filepath.Join(dir, tokenCredential); exists(path) {
+			s.token = path
+		}
+	}
+	if s.keyFile == "" {
+		s.keyFile = usualKeyFile
+		// A node stays enrolled when its token is gone.
+		if own := filepath.Join(s.dir, "key.pem"); s.token != "" || s.command == "recipient" || exists(own+recordSuffix) {
+			s.keyFile = own
+		}
+	}
+	if s.recipientFile == "" {
+		s.recipientFile = s.keyFile + recipientSuffix
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 // awaitConfig adds the variables of the settings file to the environment. The
@@ -251,19 +303,28 @@ func changes(a, b string) int {
 }
 
 func (s *settings) check() error {
-	// What New refuses is the URL alone.
-	if _, err := client.New(client.Config{Server: s.server}); err != nil {
-		return usageError("--server: %s", err)
+	needs := find(s.command).needs
+	if needs.server {
+		// What New refuses is the URL alone.
+		if _, err := client.New(client.Config{Server: s.server}); err != nil {
+			return usageError("--server: %s", err)
+		}
 	}
 	if (s.tlsCert == "") != (s.tlsKey == "") {
 		return usageError("--tls-cert and --tls-key belong together")
 	}
-	if s.command == "status" {
-		return nil
+	if s.org != "" || needs.node && s.token == "" && !exists(s.keyFile+recordSuffix) {
+		if _, err := org.Parse(s.org); err != nil {
+			return usageError("--org %q is not an organization ID", s.org)
+		}
 	}
-	if _, err := org.Parse(s.org); err != nil {
-		return usageError("--org %q is not an organization ID", s.org)
+	if needs.node {
+		return s.checkNode()
 	}
+	return nil
+}
+
+func (s *settings) checkNode() error {
 	if addr, err := netip.ParseAddr(s.ip); err != nil || addr.Zone() != "" {
 		return usageError("--ip %q is not an IP address", s.ip)
 	}

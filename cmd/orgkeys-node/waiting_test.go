@@ -178,7 +178,7 @@ func TestFilesMayComeLater(t *testing.T) {
 				t.Fatal(err)
 			}
 			return func() error { return os.Remove(m.dir) }
-		}, 73, "secrets directory"},
+		}, 73, "directory"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

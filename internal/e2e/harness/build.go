@@ -56,8 +56,9 @@ func main(run func() int) int {
 	defer os.RemoveAll(dir)
 	program.dir = dir
 	program.once = map[string]func() (string, error){
-		"orgkeys":      sync.OnceValues(func() (string, error) { return compile(dir, "orgkeys") }),
-		"orgkeys-race": sync.OnceValues(func() (string, error) { return compile(dir, "orgkeys-race", "-race") }),
+		"orgkeys":      sync.OnceValues(func() (string, error) { return compile(dir, "orgkeys", "orgkeys") }),
+		"orgkeys-race": sync.OnceValues(func() (string, error) { return compile(dir, "orgkeys-race", "orgkeys", "-race") }),
+		"orgkeys-node": sync.OnceValues(func() (string, error) { return compile(dir, "orgkeys-node", "orgkeys-node") }),
 	}
 	return run()
 }
@@ -69,6 +70,9 @@ func Binary(t testing.TB) string { return built(t, "orgkeys") }
 // that reports a race fails its test.
 func RaceBinary(t testing.TB) string { return built(t, "orgkeys-race") }
 
+// NodeBinary is the path of orgkeys-node.
+func NodeBinary(t testing.TB) string { return built(t, "orgkeys-node") }
+
 func built(t testing.TB, name string) string {
 	t.Helper()
 	path, err := program.once[name]()
@@ -78,13 +82,13 @@ func built(t testing.TB, name string) string {
 	return path
 }
 
-func compile(dir, name string, flags ...string) (string, error) {
+func compile(dir, name, command string, flags ...string) (string, error) {
 	root, err := moduleRoot()
 	if err != nil {
 		return "", err
 	}
 	path := filepath.Join(dir, name)
-	cmd := exec.Command("go", append(append([]string{"build"}, flags...), "-o", path, "./cmd/orgkeys")...)
+	cmd := exec.Command("go", append(append([]string{"build"}, flags...), "-o", path, "./cmd/"+command)...)
 	cmd.Dir = root
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building %s: %w\n%s", name, err, out)

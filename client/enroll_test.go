@@ -1,0 +1,132 @@
+package client_test
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"time"
+
+	kwp "github.com/tink-crypto/tink-go/v2/kwp/subtle"
+
+	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+)
+
+// wrapped is what a back end makes of a private key's DER.
+func wrapped(t *testing.T, recipient *rsa.PublicKey, der []byte) envelope.SealedKey {
+	t.Helper()
+	aes := make([]byte, 32)
+	rand.Read(aes)
+	head, err := rsa.EncryptOAEP(sha256.New(), rand.Reader, recipient, aes, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrap, err := kwp.NewKWP(aes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tail, err := wrap.Wrap(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return envelope.SealedKey{Alg: envelope.WrapSHA256, Value: append(head, tail...)}
+}
+
+func pkcs8(t *testing.T, key any) []byte {
+	t.Helper()
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
+// A server that has K may still send what does not open to the key that it
+// vouches for. That is final, and nothing else is.
+func TestWhatASealedKeyMustBe(t *testing.T) {
+	recipient, err := client.NewRecipient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	another, err := client.NewRecipient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := wrapped(t, &recipient.PublicKey, pkcs8(t, key))
+	token := envelope.Token{ID: "00000000-0000-4000-8000-000000000001", K: make([]byte, envelope.TokenSecretSize)}
+	rand.Read(token.K)
+	id, err := client.RecipientID(&recipient.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	changed := envelope.SealedKey{Alg: good.Alg, Value: append([]byte{}, good.Value...)}
+	changed.Value[len(changed.Value)-1] ^= 1
+	for name, c := range map[string]struct {
+		sealed      envelope.SealedKey
+		fingerprint string
+		want        error
+		passes      bool
+	}{
+		"as it must be":        {good, client.Fingerprint(&key.PublicKey), nil, false},
+		"another fingerprint":  {good, client.Fingerprint(&another.PublicKey), client.ErrSealedUseless, false},
+		"another's":            {wrapped(t, &another.PublicKey, pkcs8(t, key)), client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
+		"changed before":       {changed, client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
+		"no private key":       {wrapped(t, &recipient.PublicKey, []byte("no private key")), client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
+		"nothing":              {envelope.SealedKey{Alg: good.Alg}, client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
+		"an unknown algorithm": {envelope.SealedKey{Alg: "x", Value: good.Value}, client.Fingerprint(&key.PublicKey), client.ErrSealedDamaged, true},
+	} {
+		d := envelope.Delivery{
+			Enrollment: token.ID, Org: "acme", Origin: "log", KeyID: "k", Recipient: id,
+			Fingerprint: c.fingerprint, SHA256: envelope.Digest(c.sealed.Value),
+		}
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			if err := json.NewEncoder(w).Encode(map[string]any{
+				"id": d.Enrollment, "org": d.Org, "origin": d.Origin, "keyId": d.KeyID, "fingerprint": d.Fingerprint, "sha256": d.SHA256,
+				"sealed": c.sealed, "mac": d.MAC(token.K),
+			}); err != nil {
+				t.Error(err)
+			}
+		}))
+		t.Cleanup(server.Close)
+		asked, err := client.New(client.Config{Server: server.URL, Attempt: 10 * time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		e, err := client.NewEnrollment(asked, token.AppendText(nil), recipient)
+		if err != nil {
+			t.Fatal(err)
+		}
+		delivered, err := e.Fetch(context.Background())
+		if !errors.Is(err, c.want) || c.want == nil && err != nil || client.Temporary(err) != c.passes {
+			t.Errorf("%s: %v, passes %t", name, err, client.Temporary(err))
+		}
+		if (delivered != nil) != (c.want == nil) {
+			t.Errorf("%s: a key came: %t", name, delivered != nil)
+		}
+	}
+}
+
+// What no token is, is said without repeating it.
+func TestTokenID(t *testing.T) {
+	token := envelope.Token{ID: "00000000-0000-4000-8000-000000000001", K: make([]byte, envelope.TokenSecretSize)}
+	if id, err := client.TokenID(append(token.AppendText([]byte(" ")), '\n')); err != nil || id != token.ID {
+		t.Errorf("%q, %v", id, err)
+	}
+	for _, text := range []string{"", "oke1", "oke1.secret", "oke2." + token.ID + ".AAAA"} {
+		if _, err := client.TokenID([]byte(text)); !errors.Is(err, client.ErrToken) || err.Error() != client.ErrToken.Error() {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+}

@@ -1,0 +1,523 @@
+package main
+
+import (
+	"context"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/org"
+)
+
+// What an enrollment keeps beside the key file.
+const (
+	recipientSuffix = ".recipient"  // the private key that opens the answer, until the receipt
+	recordSuffix    = ".enrollment" // what the receipt says, and that it was taken
+)
+
+// record is what a node remembers of the delivery of its key. It is written
+// before the key, so that whatever key is there without one is another's.
+type record struct {
+	client.Delivery
+	Received bool   `json:"received"`           // the server has the receipt
+	Replaces string `json:"replaces,omitempty"` // fingerprint of the key before it
+}
+
+// of reports whether the record, which may be nil, is that of key.
+func (r *record) of(key *rsa.PrivateKey) bool {
+	return r != nil && key != nil && r.Fingerprint == client.Fingerprint(&key.PublicKey)
+}
+
+// readRecord returns nil where there is none.
+func readRecord(path string) (*record, error) {
+	wrong := func(err error, hint string) error {
+		return &failure{exitConfig, "enrollment record " + path, hint, err}
+	}
+	text, hint, err := readPrivateFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, wrong(err, hint)
+	}
+	var r record
+	if err := json.Unmarshal(text, &r); err != nil || r.Enrollment == "" {
+		return nil, wrong(errors.New("it is not one"), "remove it; without it, --org must be set")
+	}
+	return &r, nil
+}
+
+// keyState is how far the node's key is.
+type keyState struct {
+	private *rsa.PrivateKey // nil: there is none
+	record  *record         // nil: nothing was enrolled here
+	token   []byte          // nil: there is none, or no longer
+	id      string          // the token's enrollment
+	begun   bool            // there is a recipient
+}
+
+func (k *keyState) clear() { clear(k.token) }
+
+// enrolled reports whether the key came by an enrollment.
+func (k *keyState) enrolled() bool { return k.record.of(k.private) }
+
+// delivered reports whether the key of the token, or if that is gone of the last
+// enrollment, is there.
+func (k *keyState) delivered() bool {
+	return k.enrolled() && (k.token == nil || k.id == k.record.Enrollment)
+}
+
+// foreign reports whether there is a key that no enrollment of this node brought.
+func (k *keyState) foreign() bool {
+	if k.private == nil || k.enrolled() {
+		return false
+	}
+	return k.record == nil || k.record.Replaces != client.Fingerprint(&k.private.PublicKey)
+}
+
+func readKeyState(s settings) (*keyState, error) {
+	k := &keyState{begun: exists(s.recipientFile)}
+	var err error
+	if exists(s.keyFile) {
+		if k.private, err = readKey(s.keyFile); err != nil {
+			return nil, err
+		}
+	}
+	if k.record, err = readRecord(s.keyFile + recordSuffix); err != nil {
+		return nil, err
+	}
+	if s.token == "" {
+		return k, nil
+	}
+	text, hint, err := readPrivateFile(s.token)
+	if errors.Is(err, fs.ErrNotExist) {
+		return k, nil
+	}
+	if err == nil {
+		k.id, err = client.TokenID(text)
+		hint = "copy the token again as it was shown"
+	}
+	if err != nil {
+		clear(text)
+		return nil, &failure{exitConfig, "token file " + s.token, hint, err}
+	}
+	k.token = text
+	return k, nil
+}
+
+// missing says what a node without a key needs.
+func (k *keyState) missing(s settings) *failure {
+	switch {
+	case k.token != nil && k.begun:
+		return &failure{exit: exitConfig, what: "there is no key yet; enrollment " + k.id + " was begun", hint: "orgkeys-node boot or enroll goes on with it"}
+	case k.token != nil:
+		return &failure{exit: exitConfig, what: "there is no key yet, and a token of enrollment " + k.id, hint: "orgkeys-node boot or enroll fetches the key"}
+	case s.token != "":
+		return &failure{exitConfig, "token file " + s.token, "put the token there, mode 0600", fs.ErrNotExist}
+	}
+	return &failure{exitConfig, "key file " + s.keyFile, "put the private key there, mode 0600, or name a --token-file", fs.ErrNotExist}
+}
+
+// The states of a node's key, as status shows them.
+const (
+	stateNone      = "no key"
+	stateToken     = "not enrolled yet"
+	stateBegun     = "enrollment begun"
+	stateGiven     = "not enrolled"
+	stateDelivered = "enrolled, receipt not sent yet"
+	stateReceived  = "enrolled"
+	stateReplacing = "enrolled, and a token for another key"
+)
+
+func (k *keyState) report(s settings, r *report) {
+	switch {
+	case k.private == nil && k.token == nil:
+		r.State = stateNone
+	case k.private == nil && !k.begun:
+		r.State = stateToken
+	case k.private == nil:
+		r.State = stateBegun
+	case !k.enrolled():
+		r.State = stateGiven
+	case !k.delivered():
+		r.State = stateReplacing
+	case !k.record.Received:
+		r.State = stateDelivered
+	default:
+		r.State = stateReceived
+	}
+	if k.private != nil {
+		r.Fingerprint = client.Fingerprint(&k.private.PublicKey)
+	}
+	if k.enrolled() {
+		r.KeyID, r.Enrollment = k.record.KeyID, k.record.Enrollment
+	} else {
+		r.Enrollment = k.id
+	}
+	if k.begun {
+		if key, err := readKey(s.recipientFile); err == nil {
+			r.Recipient, _ = client.RecipientID(&key.PublicKey) // empty for what is no recipient
+		}
+	}
+}
+
+// mustEnroll is enroll where the token is what it is about.
+func mustEnroll(ctx context.Context, s settings, r *report) error {
+	if err := enroll(ctx, s, r); err != nil || r.Message != "" {
+		return err
+	}
+	k, err := readKeyState(s)
+	if err != nil {
+		return err
+	}
+	defer k.clear()
+	if k.enrolled() {
+		k.report(s, r)
+		r.add(fmt.Sprintf("key %s of %s was enrolled before, in %s", k.record.KeyID, k.record.Org, s.keyFile))
+		return nil
+	}
+	if s.token == "" {
+		return usageError("enroll needs --token-file")
+	}
+	return k.missing(s)
+}
+
+// enroll fetches the node's key, if there is a token for it, and goes on where
+// an earlier run was interrupted:
+//
+//	recipient stored → answer opened → record stored → key stored → receipt taken → recipient and token removed
+//
+// CRASH between any two of them: what is there says what is left to do. The
+// server gives the same answer until it has the receipt.
+func enroll(ctx context.Context, s settings, r *report) error {
+	if s.token == "" && !exists(s.keyFile+recordSuffix) {
+		return nil // the key is one that was put there
+	}
+	d, err := openDir(ctx, filepath.Dir(s.keyFile))
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	k, err := readKeyState(s)
+	if err != nil {
+		return err
+	}
+	defer k.clear()
+	if k.token == nil && !k.delivered() {
+		if k.private != nil { // put there in place of the one that was enrolled
+			return nil
+		}
+		return k.missing(s)
+	}
+	if k.delivered() && k.record.Received {
+		return k.finish(d, s, r)
+	}
+	c, err := connect(s)
+	if err != nil {
+		return err
+	}
+	defer c.CloseIdleConnections()
+	if !k.delivered() {
+		if err := k.fetch(ctx, c, d, s); err != nil {
+			return err
+		}
+	}
+	// What an earlier run stored may not be durable yet.
+	if err := d.sync(); err != nil {
+		return cannotStore(s.keyFile, err)
+	}
+	if err := c.Receipt(ctx, k.record.Delivery, k.private); err != nil {
+		return refusedReceipt(s, k.record, err)
+	}
+	k.record.Received = true
+	if err := d.writeRecord(s, *k.record); err != nil {
+		return err
+	}
+	r.add(fmt.Sprintf("enrolled key %s for %s", k.record.KeyID, k.record.Org))
+	return k.finish(d, s, r)
+}
+
+func cannotStore(path string, err error) error {
+	return &failure{exitCannotWrite, "writing " + path, "check the directory's owner and free space", err}
+}
+
+func (d *dir) writeRecord(s settings, r record) error {
+	text, err := json.Marshal(r)
+	if err == nil {
+		_, err = d.replace(filepath.Base(s.keyFile)+recordSuffix, append(text, '\n'))
+	}
+	if err != nil {
+		return cannotStore(s.keyFile+recordSuffix, err)
+	}
+	return nil
+}
+
+// fetch stores the key that the token stands for.
+func (k *keyState) fetch(ctx context.Context, c *client.Client, d *dir, s settings) error {
+	if k.foreign() {
+		return &failure{exitConfig, "key file " + s.keyFile, "move it away, or name another --key-file", errors.New("a key that was not enrolled here would be overwritten")}
+	}
+	recipient, err := ensureRecipient(s)
+	if err != nil {
+		return err
+	}
+	e, err := client.NewEnrollment(c, k.token, recipient)
+	if err != nil {
+		return &failure{exitConfig, "token file " + s.token, "copy the token again as it was shown", err}
+	}
+	defer e.Close()
+	key, err := e.Fetch(ctx)
+	if err != nil {
+		return refusedClaim(s, e.ID(), &recipient.PublicKey, err)
+	}
+	defer clear(key.PEM)
+	if s.org != "" && s.org != key.Org {
+		return usageError("--org is %s, and the token is one of %s", s.org, key.Org)
+	}
+	if _, err := org.Parse(key.Org); err != nil {
+		return &failure{exitRefused, "the server's answer names no organization", "check the server", err}
+	}
+	next := record{Delivery: key.Delivery}
+	next.Scope = "" // nobody vouches for it
+	if k.private != nil {
+		next.Replaces = client.Fingerprint(&k.private.PublicKey)
+	}
+	if err := d.writeRecord(s, next); err != nil {
+		return err
+	}
+	if _, err := d.replace(filepath.Base(s.keyFile), key.PEM); err != nil {
+		return cannotStore(s.keyFile, err)
+	}
+	private, err := client.ParsePrivateKey(key.PEM)
+	if err != nil {
+		return cannotStore(s.keyFile, err)
+	}
+	k.private, k.record = private, &next
+	return nil
+}
+
+// finish removes what the key no longer needs.
+func (k *keyState) finish(d *dir, s settings, r *report) error {
+	k.begun = false
+	k.report(s, r)
+	if err := os.Remove(s.recipientFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return cannotStore(s.recipientFile, fmt.Errorf("removing it: %w", err))
+	}
+	if err := d.sync(); err != nil {
+		return cannotStore(s.keyFile, err)
+	}
+	if k.token == nil {
+		return nil
+	}
+	// Nobody gets anything more with a token of one node. One of several nodes
+	// would let others in.
+	err := os.Remove(s.token)
+	switch {
+	case err == nil:
+		_ = syncDir(filepath.Dir(s.token)) // of a directory that cannot be read, too, the file is gone
+	case ofSystemd(s.token):
+		r.add("the token is a credential of the unit, which goes with it; remove its source")
+	default:
+		r.add(fmt.Sprintf("token file %s cannot be removed (%s): remove it", s.token, errorOf(err)))
+	}
+	return nil
+}
+
+func ofSystemd(path string) bool {
+	dir := os.Getenv("CREDENTIALS_DIRECTORY")
+	return dir != "" && filepath.Dir(path) == filepath.Clean(dir)
+}
+
+// errorOf is an error of package os without the path.
+func errorOf(err error) error {
+	if e, ok := errors.AsType[*fs.PathError](err); ok {
+		return e.Err
+	}
+	return err
+}
+
+// ensureRecipient returns the recipient of --recipient-file, and makes it first if
+// there is none. It is durable before anybody is told of it.
+func ensureRecipient(s settings) (*rsa.PrivateKey, error) {
+	parent := filepath.Dir(s.recipientFile)
+	if err := makeDir(parent); err != nil {
+		return nil, cannotStore(s.recipientFile, err)
+	}
+	key, err := readRecipient(s.recipientFile)
+	if err == nil {
+		// The run that stored it may have been interrupted before this.
+		if err := syncDir(parent); err != nil {
+			return nil, cannotStore(s.recipientFile, err)
+		}
+		return key, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if key, err = client.NewRecipient(); err != nil {
+		return nil, cannotStore(s.recipientFile, err)
+	}
+	return key, storeRecipient(s.recipientFile, key)
+}
+
+func storeRecipient(path string, key *rsa.PrivateKey) error {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return cannotStore(path, err)
+	}
+	text := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+	clear(der)
+	defer clear(text)
+	root, err := os.OpenRoot(filepath.Dir(path))
+	if err != nil {
+		return cannotStore(path, err)
+	}
+	defer root.Close()
+	if _, err := (&dir{root: root}).replace(filepath.Base(path), text); err != nil {
+		return cannotStore(path, err)
+	}
+	return nil
+}
+
+func readRecipient(path string) (*rsa.PrivateKey, error) {
+	key, err := readKey(path)
+	if f, ok := errors.AsType[*failure](err); ok {
+		return nil, &failure{f.exit, "recipient " + path, "remove it if no enrollment was begun with it; else have an administrator revoke that", f.err}
+	}
+	return key, err
+}
+
+// refusedClaim says why no key came, and what to do.
+func refusedClaim(s settings, id string, recipient *rsa.PublicKey, err error) error {
+	refused := func(what, hint string) error { return &failure{exitRefused, what, hint, err} }
+	another := "ask an administrator for a new token"
+	named, _ := client.RecipientID(recipient) // cannot fail for an RSA key
+	switch {
+	case errors.Is(err, client.Pending):
+		return &failure{exitTryLater, "the key of enrollment " + id + " is not ready yet", "if the enrollment needs approval, an administrator approves recipient " + named, err}
+	case errors.Is(err, client.ErrForged):
+		return &failure{exitProtocol, "the answer was not made by who minted the token, and was not believed", "is --server the one that the token is from? Something in between may be answering in its place", err}
+	case errors.Is(err, client.ErrSealedDamaged):
+		return &failure{exitProtocol, "the sealed key was changed on the way, and was not believed", "something between this node and " + s.server + " changes answers", err}
+	case errors.Is(err, client.ErrSealedUseless):
+		return refused("the sealed key of enrollment "+id+" does not open", "have an administrator revoke the enrollment and check the server; "+another)
+	case errors.Is(err, client.EnrollmentUnknown):
+		return refused("the server "+s.server+" does not accept the token in "+s.token, "was it copied whole, and is --server the one that it is from? Else "+another)
+	case errors.Is(err, client.EnrollmentClaimed):
+		return refused("another recipient than "+s.recipientFile+" has used the token of enrollment "+id, "if this machine did not lose its recipient, the token was stolen or a disk was cloned: have an administrator revoke the enrollment and find out; "+another)
+	case errors.Is(err, client.EnrollmentClosed):
+		return refused("enrollment "+id+" is over: it expired, was revoked, or its key was received", another)
+	case errors.Is(err, client.RecipientUnacceptable):
+		return refused("the server does not seal to "+s.recipientFile, "remove it, and run this again")
+	case errors.Is(err, client.SealedUnavailable):
+		return refused("the server's HSM cannot seal keys", "have an administrator hand a key out, and put it into "+s.keyFile)
+	case errors.Is(err, client.DeviceNotAllowed), errors.Is(err, client.OriginNotAllowed):
+		return refused("enrollment "+id+" is not for this machine", "it is bound to another device or kind of key: "+another)
+	}
+	return err
+}
+
+// refusedReceipt says why the server does not take the receipt of a stored key.
+func refusedReceipt(s settings, r *record, err error) error {
+	switch {
+	case errors.Is(err, client.EnrollmentClosed), errors.Is(err, client.EnrollmentUnknown):
+		return &failure{exitRefused, "the key " + r.KeyID + " in " + s.keyFile + " was withdrawn before its receipt came", "ask an administrator for a new token", err}
+	case errors.Is(err, client.BadSignature):
+		return &failure{exitRefused, "the server does not take the receipt of the key " + r.KeyID, "ask an administrator for a new token", err}
+	}
+	return err
+}
+
+// recipient shows the public half of --recipient-file.
+func recipient(ctx context.Context, s settings, r *report) error {
+	d, err := openDir(ctx, filepath.Dir(s.recipientFile))
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	key, err := ensureRecipient(s)
+	if err != nil {
+		return err
+	}
+	if r.Recipient, err = client.RecipientID(&key.PublicKey); err != nil {
+		return err
+	}
+	der, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		return err
+	}
+	r.Public = string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
+	r.add("recipient " + r.Recipient + " is in " + s.recipientFile)
+	return nil
+}
+
+// unseal opens a sealed key. It asks no server.
+func unseal(ctx context.Context, s settings, r *report) error {
+	text, err := readLimited(s.sealedFile)
+	if err != nil {
+		return &failure{exitConfig, "reading --sealed-file", "save the server's answer there", err}
+	}
+	recipient, err := readKey(s.recipientFile)
+	if err != nil {
+		return err
+	}
+	key, err := client.OpenSealed(text, recipient)
+	if err != nil {
+		return &failure{exitConfig, "--sealed-file " + s.sealedFile, "fetch it again (GET /organization/ORG/key/ID/sealed), and check --recipient-file", err}
+	}
+	defer clear(key.PEM)
+	private, err := client.ParsePrivateKey(key.PEM)
+	if err != nil {
+		return err
+	}
+	d, err := openDir(ctx, filepath.Dir(s.keyFile))
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	if exists(s.keyFile) {
+		if there, err := readKey(s.keyFile); err != nil || !there.Equal(private) {
+			return usageError("--key-file %s is there already, and is another key", s.keyFile)
+		}
+	}
+	if _, err := d.replace(filepath.Base(s.keyFile), key.PEM); err != nil {
+		return cannotStore(s.keyFile, err)
+	}
+	r.KeyID, r.Fingerprint = key.KeyID, key.Fingerprint
+	r.add(fmt.Sprintf("key %s of %s, fingerprint %s, is in %s", key.KeyID, key.Org, key.Fingerprint, s.keyFile))
+	if s.receiptFile == "" {
+		return nil
+	}
+	receipt, err := key.SignReceipt(private)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(s.receiptFile, receipt, 0o600); err != nil {
+		return cannotStore(s.receiptFile, err)
+	}
+	r.add("receipt in " + s.receiptFile)
+	return nil
+}
+
+// readLimited reads a file that is no longer than a sealed key's answer may be.
+func readLimited(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxKeyFile))
+	if err == nil && strings.TrimSpace(string(text)) == "" {
+		err = errors.New("it is empty")
+	}
+	return text, err
+}
