@@ -2,14 +2,12 @@ package client_test
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log"
 	"time"
 
 	"github.com/orgkeys/orgkeys/client"
-	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
 // token asks the identity provider for an administrator's token. Here it is the
@@ -102,31 +100,20 @@ func ExampleRetry_Do() {
 	// after 2 attempts: <nil>
 }
 
-// enrollmentToken is what an administrator has put on the machine.
-func enrollmentToken() []byte {
-	answer, err := server.Try(context.Background(), harness.Request{Method: "POST", Path: "/organization/acme/enrollment", Token: owner()})
-	var minted struct{ Data struct{ Token string } }
-	if err == nil {
-		err = json.Unmarshal(answer.Body, &minted)
-	}
-	if err != nil {
-		log.Fatal(err)
-	}
-	return []byte(minted.Data.Token)
-}
-
-func owner() string {
-	t, err := token(context.Background())
-	if err != nil {
-		log.Fatal(err)
-	}
-	return t
-}
-
 // A node fetches a key of its own with a one-time token. What it must store
 // durably, and when, is in the comments.
 func ExampleEnrollment() {
 	ctx := context.Background()
+	admin, err := client.New(client.Config{Server: server.API, Token: token})
+	if err != nil {
+		log.Fatal(err)
+	}
+	minted, err := admin.CreateEnrollment(ctx, "acme", client.Terms{Note: "rack 12"})
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	// On the node:
 	c, err := client.New(client.Config{Server: server.API, Retry: client.Retry{For: time.Minute}})
 	if err != nil {
 		log.Fatal(err)
@@ -135,7 +122,7 @@ func ExampleEnrollment() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	enrollment, err := client.NewEnrollment(c, enrollmentToken(), recipient)
+	enrollment, err := client.NewEnrollment(c, minted.Token, recipient)
 	if err != nil {
 		log.Fatal(err)
 	}
