@@ -82,7 +82,7 @@ func TestWhatASealedKeyMustBe(t *testing.T) {
 		"another fingerprint":  {good, client.Fingerprint(&another.PublicKey), client.ErrSealedUseless, false},
 		"another's":            {wrapped(t, &another.PublicKey, pkcs8(t, key)), client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
 		"changed before":       {changed, client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
-		"no private key":       {wrapped(t, &recipient.PublicKey, []byte("no private key")), client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
+		"no private key":       {wrapped(t, &recipient.PublicKey, []byte("this is no private key")), client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
 		"nothing":              {envelope.SealedKey{Alg: good.Alg}, client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
 		"an unknown algorithm": {envelope.SealedKey{Alg: "x", Value: good.Value}, client.Fingerprint(&key.PublicKey), client.ErrSealedDamaged, true},
 	} {

@@ -105,6 +105,8 @@ func TestTokenInTheCredentialStore(t *testing.T) {
 	b.Put("orgkeys-node/env", "ORGKEYS_NODE_SERVER="+f.url+"\nORGKEYS_NODE_IP=192.0.2.7\nORGKEYS_NODE_REGION=eu\n", 0o644, 0)
 	b.Put("credstore/orgkeys-node.token", m.Token, 0o600, 0)
 	b.boot()
+	out, _ := b.Inside("sh", "-c", "ls -laR /etc/credstore /run/credentials; systemctl show orgkeys-node -p LoadCredential; systemd-run --wait --pipe -p LoadCredential=orgkeys-node.token sh -c 'echo dir $CREDENTIALS_DIRECTORY; ls -laR $CREDENTIALS_DIRECTORY'; systemd-run --wait --pipe -p LoadCredential=x:/etc/credstore/orgkeys-node.token sh -c 'echo dir $CREDENTIALS_DIRECTORY; ls -laR $CREDENTIALS_DIRECTORY'; journalctl --no-pager | grep -i cred")
+	t.Log(out)
 	b.isUp()
 	key, err := os.ReadFile(b.Path("/var/lib/orgkeys-node/key.pem"))
 	if err != nil || !strings.Contains(enrollments(t, f.Server, f.org, m.ID), `"state":"received"`) {

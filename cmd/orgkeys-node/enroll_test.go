@@ -35,6 +35,8 @@ func mint(t *testing.T, s *harness.Server, org, terms string) minted {
 	return answer.Data
 }
 
+var inJSON = http.Header{"Content-Type": {"application/json"}}
+
 // enrollments is the list that an administrator sees, or one entry of it.
 func enrollments(t *testing.T, s *harness.Server, org, id string) string {
 	t.Helper()
@@ -141,7 +143,8 @@ func TestFirstBootWithAToken(t *testing.T) {
 	}
 	e.run(64, "the key was enrolled for "+org, "boot", "--org", "globex")
 	e.run(0, "unregistered", "unregister")
-	s.Do(t, harness.Request{Method: "DELETE", Path: "/organization/" + org + "/key?scope=all", Token: s.Token(t, org, "OWNER")})
+	s.Do(t, harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + outcome.KeyID, Token: s.Token(t, org, "OWNER")}).
+		Want(t, 200, "Organization key deleted successfully")
 	e.run(77, "does not accept this key", "boot", "--wait", "forever")
 
 	// A new token beside the key that is over brings another one.
@@ -204,7 +207,7 @@ func TestEnrollmentWaitsForWhatPasses(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Do(t, harness.Request{Method: "POST", Path: "/organization/" + org + "/enrollment/" + m.ID + "/approve", Token: s.Token(t, org, "OWNER"),
-		Body: fmt.Appendf(nil, `{"recipient":%q}`, recipient[1])}).Want(t, 200, "Claim approved")
+		Header: inJSON, Body: fmt.Appendf(nil, `{"recipient":%q}`, recipient[1])}).Want(t, 200, "Claim approved")
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("%v %s", err, waited.String())
 	}
@@ -282,7 +285,7 @@ func TestEnrollmentRefusals(t *testing.T) {
 		e := newEnrolling(t, s.API, mint(t, s, org, `{}`).Token)
 		e.run(64, "--org is globex, and the token is one of "+org, "boot", "--org", "globex")
 		e.has("key.pem.recipient", "token")
-		e.run(0, "registered", "boot", "--org", org)
+		e.run(0, "registered", "boot", "--org", org, "--ip", "192.0.2.78")
 	})
 	t.Run("without a token", func(t *testing.T) {
 		cmd := exec.Command(binary, "enroll", "--server", s.API, "--dir", t.TempDir())
@@ -361,7 +364,7 @@ func TestTokenAsACredential(t *testing.T) {
 	e := newEnrolling(t, s.API, "")
 	boot := func(want int, text string) {
 		t.Helper()
-		cmd := exec.Command(binary, "boot", "--server", s.API, "--ip", "192.0.2.7", "--region", "eu", "--dir", e.dir, "--wait", "0s")
+		cmd := exec.Command(binary, "boot", "--server", s.API, "--ip", "192.0.2.7", "--region", "eu", "--dir", e.dir)
 		cmd.Env = []string{"PATH=/nonexistent", "CREDENTIALS_DIRECTORY=" + dir}
 		if out, err := cmd.CombinedOutput(); exitCode(err) != want || !strings.Contains(string(out), text) {
 			t.Errorf("%v %s; want %q", err, out, text)
@@ -438,7 +441,11 @@ func TestUnseal(t *testing.T) {
 		t.Fatal(err)
 	}
 	owner := s.Token(t, org, "OWNER")
-	resp := s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: owner, Header: http.Header{"Accept": {"application/vnd.orgkeys.sealed+json"}}, Body: body})
+	// Another answer than the rest of this path's: harness.Server.Do compares with those.
+	resp, err := s.Try(t.Context(), harness.Request{Method: "POST", Path: harness.KeyPath(org), Token: owner, Header: http.Header{"Accept": {"application/vnd.orgkeys.sealed+json"}}, Body: body})
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(in("sealed.json"), resp.Body, 0o600); err != nil || resp.Status != 200 {
 		t.Fatalf("%v %d %s", err, resp.Status, resp.Body)
 	}
@@ -474,7 +481,7 @@ func TestUnseal(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org) + "/" + answer.KeyID + "/receipt", Token: owner, Body: receipt}).Want(t, 200, "Receipt recorded")
+	s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org) + "/" + answer.KeyID + "/receipt", Token: owner, Header: inJSON, Body: receipt}).Want(t, 200, "Receipt recorded")
 
 	// Neither another key is overwritten, nor anything written that does not open.
 	if err := os.WriteFile(in("other.pem"), s.Generate(t, org).PEM, 0o600); err != nil {
