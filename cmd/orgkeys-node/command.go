@@ -50,7 +50,7 @@ pair can open. It lands in --dir (or where --key-file says), and the token file
 is removed. The organization comes with the key.
   orgkeys-node boot --server https://orgkeys.example --ip 192.0.2.7 --region eu --token-file token
 
-A unit with LoadCredential=orgkeys-node.token needs no --token-file. A token
+A unit with LoadCredential=orgkeys-node.token:FILE needs no --token-file. A token
 beside a key that was enrolled with another one fetches a new key.`,
 			flags: slices.Concat(serverFlags, nodeFlags, []string{"token-file", "recipient-file", "dir"}, reportFlags, runFlags),
 			needs: needs{server: true, node: true}, steps: []step{enroll, asNode(fetch), asNode(register)},
