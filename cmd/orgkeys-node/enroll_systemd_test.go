@@ -92,3 +92,38 @@ func TestCloudInitExample(t *testing.T) {
 		t.Errorf("a refresh with the enrolled key: %v %s", err, out)
 	}
 }
+
+// A token that systemd hands to the shipped unit as a credential does, too, and
+// the key lasts over boots with and without it.
+func TestTokenInTheCredentialStore(t *testing.T) {
+	if systemd.AsRoot(t) {
+		return
+	}
+	f := newFront(t, harness.Start(t))
+	m := mint(t, f.Server, f.org, `{}`)
+	b := withoutKey(t, f)
+	b.Put("orgkeys-node/env", "ORGKEYS_NODE_SERVER="+f.url+"\nORGKEYS_NODE_IP=192.0.2.7\nORGKEYS_NODE_REGION=eu\n", 0o644, 0)
+	b.Put("credstore/orgkeys-node.token", m.Token, 0o600, 0)
+	b.boot()
+	b.isUp()
+	key, err := os.ReadFile(b.Path("/var/lib/orgkeys-node/key.pem"))
+	if err != nil || !strings.Contains(enrollments(t, f.Server, f.org, m.ID), `"state":"received"`) {
+		t.Fatalf("no key came: %v", err)
+	}
+	if log, err := b.Inside("journalctl", "--no-pager", "--unit=orgkeys-node"); err != nil || !strings.Contains(log, "remove its source") {
+		t.Errorf("it does not say that the token stays: %v %s", err, log)
+	}
+	again := func() {
+		t.Helper()
+		if out, err := b.Inside("systemctl", "restart", "orgkeys-node"); err != nil {
+			t.Errorf("%v %s", err, out)
+		}
+		b.isUp()
+		if now, err := os.ReadFile(b.Path("/var/lib/orgkeys-node/key.pem")); err != nil || string(now) != string(key) {
+			t.Errorf("the key changed: %v", err)
+		}
+	}
+	again()
+	b.Remove("credstore/orgkeys-node.token")
+	again()
+}

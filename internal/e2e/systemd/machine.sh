@@ -56,5 +56,7 @@ exec unshare --cgroup -- bash -c '
 	cd /
 	umount -l /old
 	rmdir /old
+	# As on a real machine: systemd mounts credentials in a namespace of its own.
+	mount --make-rshared /
 	exec env -i container=orgkeys-test PATH=/usr/sbin:/usr/bin /lib/systemd/systemd --system --log-target=journal --unit=machine.target </dev/null
 '
