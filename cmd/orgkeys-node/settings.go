@@ -173,9 +173,8 @@ func parseSettings(ctx context.Context, command string, args []string, progress 
 // resolve finds the files that are not named.
 func (s *settings) resolve() {
 	if dir := os.Getenv("CREDENTIALS_DIRECTORY"); s.token == "" && dir != "" {
-		// One that cannot be read is one, too: reading it says why.
-		path := filepath.Join(dir, tokenCredential)
-		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		// While a unit reloads, systemd names a directory that cannot be read.
+		if path := filepath.Join(dir, tokenCredential); exists(path) {
 			s.token = path
 		}
 	}
