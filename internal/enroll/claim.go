@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
@@ -156,13 +157,13 @@ func (s *Service) claim(ctx context.Context, pass gate.Pass, id string, recipien
 
 // serve brings a delivery as far as it goes and has deliver write it out.
 func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k []byte, deliver func(Answer) error) error {
-	d, err := s.advance(ctx, pass, d)
+	d, wrapped, err := s.advance(ctx, pass, d)
 	if errors.Is(err, ErrPending) {
 		return err
 	}
 	var answer Answer
 	if err == nil {
-		answer, err = s.answer(ctx, d, k)
+		answer, err = s.answer(ctx, d, wrapped, k)
 	}
 	if err != nil {
 		if !errors.Is(err, ErrClosed) {
@@ -192,23 +193,28 @@ func reasonOf(ctx context.Context, err error) string {
 	}
 }
 
+// made is what a call made itself.
+type made struct {
+	attempt string // whose copy in the back end is destroyed
+	wrapped []byte // the key, as it goes out
+}
+
 // advance takes the steps that are left until d is available. Each is
-// conditional, so that two who take the same one do it once.
-func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery) (Delivery, error) {
-	// Which of this call's attempts destroyed the back end's copy already.
-	destroyed := ""
+// conditional, so that two who take the same one do it once. It also returns the
+// wrapped key if this call made it.
+func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery) (_ Delivery, wrapped []byte, err error) {
+	var own made
 	for {
-		var err error
 		switch d.Stage {
 		case Claimed:
 			if !d.Approved {
-				return d, ErrPending
+				return d, nil, ErrPending
 			}
-			destroyed, err = s.make(ctx, pass, d)
+			own, err = s.make(ctx, pass, d)
 			// CRASH: the delivery is claimed, and another attempt can begin when this one's
 			// life is over. What it left in the back end bears the attempt's name.
 		case Stored:
-			if d.Attempt != destroyed {
+			if d.Attempt != own.attempt {
 				err = s.Keystore.DestroySealed(ctx, d.Attempt)
 			}
 			if err == nil {
@@ -219,53 +225,53 @@ func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery) (Deli
 			err = s.offer(ctx, d)
 			// CRASH: sealed, and nobody has had it.
 		case Available:
-			return d, nil
+			return d, own.wrapped, nil
 		default:
-			return d, ErrClosed
+			return d, nil, ErrClosed
 		}
 		if err != nil {
-			return d, err
+			return d, nil, err
 		}
 		before := d.Stage
 		if d, err = s.Store.Delivery(ctx, d.KeyID); err != nil {
-			return d, fmt.Errorf("reading a delivery: %w", err)
+			return d, nil, fmt.Errorf("reading a delivery: %w", err)
 		}
 		if d.Stage == before {
-			return d, ErrPending // somebody else is at it
+			return d, nil, ErrPending // somebody else is at it
 		}
 	}
 }
 
 // make has the back end make and wrap a key, commits both, and destroys the
-// back end's copy. It returns the attempt whose copy is destroyed.
-func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (string, error) {
+// back end's copy.
+func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (made, error) {
 	attempt := uuid.NewString()
 	mine, err := s.Store.Begin(ctx, d.KeyID, attempt, s.AttemptLife)
 	if err != nil {
-		return "", fmt.Errorf("beginning key %s: %w", d.KeyID, err)
+		return made{}, fmt.Errorf("beginning key %s: %w", d.KeyID, err)
 	}
 	if !mine {
-		return "", ErrPending
+		return made{}, ErrPending
 	}
-	stored, err := s.attempt(ctx, pass, d, attempt)
+	wrapped, stored, err := s.attempt(ctx, pass, d, attempt)
 	if err != nil && !stored {
 		s.giveUp(ctx, d.KeyID, attempt)
 	}
 	if err != nil {
-		return "", err
+		return made{}, err
 	}
-	return attempt, nil
+	return made{attempt, wrapped}, nil
 }
 
-func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attempt string) (stored bool, err error) {
+func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attempt string) (value []byte, stored bool, err error) {
 	leave, err := s.Admit()
 	if err != nil {
-		return false, err
+		return nil, false, err
 	}
 	defer leave()
 	key, err := s.Keystore.CreateSealed(ctx, attempt)
 	if err != nil {
-		return false, backEnd("making", d, err)
+		return nil, false, backEnd("making", d, err)
 	}
 	defer func() {
 		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
@@ -277,13 +283,14 @@ func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attem
 	}()
 	recipient, err := recipientOf(d)
 	if err != nil {
-		return false, err
+		return nil, false, err
 	}
 	wrapped, err := key.Seal(ctx, recipient)
 	if err != nil {
-		return false, backEnd("wrapping", d, err)
+		return nil, false, backEnd("wrapping", d, err)
 	}
-	return s.store(ctx, pass, d, attempt, key.Public(), wrapped)
+	stored, err = s.store(ctx, pass, d, attempt, key.Public(), wrapped)
+	return wrapped.Value, stored, err
 }
 
 func backEnd(doing string, d Delivery, err error) error {
@@ -316,12 +323,14 @@ func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt
 	if err != nil {
 		return false, fmt.Errorf("encoding key %s: %w", d.KeyID, err)
 	}
-	record, err := s.Sealer.Seal(ctx, orgkey.PublicKeyOf(d.Org, d.KeyID), der)
-	if err != nil {
-		return false, backEnd("sealing", d, err)
-	}
-	value, err := s.Sealer.Seal(ctx, wrappedBinding(d), wrapped.Value)
-	if err != nil {
+	var record, value []byte
+	both, sealing := errgroup.WithContext(ctx)
+	both.Go(func() (err error) {
+		record, err = s.Sealer.Seal(sealing, orgkey.PublicKeyOf(d.Org, d.KeyID), der)
+		return err
+	})
+	both.Go(func() (err error) { value, err = s.Sealer.Seal(sealing, wrappedBinding(d), wrapped.Value); return err })
+	if err := both.Wait(); err != nil {
 		return false, backEnd("sealing", d, err)
 	}
 	fingerprint := orgkey.Thumbprint(public)
@@ -377,19 +386,23 @@ func (s *Service) offer(ctx context.Context, d Delivery) error {
 }
 
 // answer is what d's recipient gets: the same bytes each time.
-func (s *Service) answer(ctx context.Context, d Delivery, k []byte) (Answer, error) {
-	opened, err := s.Sealer.Open(ctx, []orgkey.Sealed{{Binding: wrappedBinding(d), Ciphertext: d.Wrapped.Value}})
-	if err != nil {
-		return Answer{}, fmt.Errorf("opening the delivery of key %s: %w", d.KeyID, err)
+// wrapped is what this call wrapped, if it did.
+func (s *Service) answer(ctx context.Context, d Delivery, wrapped, k []byte) (Answer, error) {
+	if envelope.Digest(wrapped) != d.Wrapped.SHA256 {
+		opened, err := s.Sealer.Open(ctx, []orgkey.Sealed{{Binding: wrappedBinding(d), Ciphertext: d.Wrapped.Value}})
+		if err != nil {
+			return Answer{}, fmt.Errorf("opening the delivery of key %s: %w", d.KeyID, err)
+		}
+		wrapped = opened[0]
 	}
 	leaf, err := s.Store.Leaf(ctx, d.Event)
 	if err != nil {
 		return Answer{}, fmt.Errorf("reading the event of key %s: %w", d.KeyID, err)
 	}
 	a := Answer{
-		Delivery: s.vouched(d), Scope: d.Scope, Sealed: envelope.SealedKey{Alg: d.Wrapped.Alg, Value: opened[0]}, Event: leaf, Until: d.Until,
+		Delivery: s.vouched(d), Scope: d.Scope, Sealed: envelope.SealedKey{Alg: d.Wrapped.Alg, Value: wrapped}, Event: leaf, Until: d.Until,
 	}
-	if envelope.Digest(opened[0]) != d.Wrapped.SHA256 {
+	if envelope.Digest(wrapped) != d.Wrapped.SHA256 {
 		return Answer{}, fmt.Errorf("the delivery of key %s is not what was sealed: %w", d.KeyID, orgkey.ErrSealBroken)
 	}
 	if k != nil {

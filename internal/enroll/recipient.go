@@ -95,6 +95,9 @@ var primorial = sync.OnceValue(func() *big.Int {
 	return product
 })
 
+// squaresModulo64 has the bit of each number below 64 that a square can be modulo 64.
+const squaresModulo64 uint64 = 0x202021202030213
+
 // closePrimes tries Fermat's method: n = a² - b² = (a+b)(a-b), with a from the
 // square root of n upwards.
 func closePrimes(n *big.Int) bool {
@@ -102,7 +105,8 @@ func closePrimes(n *big.Int) bool {
 	square, b, root := new(big.Int), new(big.Int), new(big.Int)
 	for range fermatRounds {
 		b.Sub(square.Mul(a, a), n)
-		if b.Sign() >= 0 {
+		// A square is one of twelve numbers modulo 64; most others need no root.
+		if b.Sign() >= 0 && squaresModulo64>>(b.Uint64()%64)&1 == 1 {
 			if root.Sqrt(b); square.Mul(root, root).Cmp(b) == 0 {
 				return true
 			}

@@ -223,18 +223,19 @@ const cannotWrite = `SELECT current_setting('transaction_read_only')::boolean, c
 	WHERE NOT has_table_privilege(thing, what)`
 
 // write runs do in a transaction, in PostgreSQL again if that aborted it, and
-// lets the sequencer know of the events in it. When ctx ends before the answer
+// lets the sequencer know of the events in it, unless they are unhurried: it looks
+// for those from time to time. When ctx ends before the answer
 // is there, whether the change was made is not known to the caller, and do may
 // still be running: what it sets must not be read.
 func (d *DB) write(ctx context.Context, do func(context.Context, *txn) error) error {
-	recorded := false
+	recorded, unhurried := false, false
 	err := d.transact(ctx, func(ctx context.Context, tx *txn) error {
 		err := do(ctx, tx)
-		recorded = tx.recorded
+		recorded, unhurried = tx.recorded, tx.unhurried
 		return err
 	})
 	d.evidence.wrote(err, err == nil && recorded)
-	if err == nil && recorded {
+	if err == nil && recorded && !unhurried {
 		select {
 		case d.recorded <- struct{}{}:
 		default:

@@ -275,6 +275,7 @@ func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from stri
 		if v, err = delivery(ctx, tx, "d.key_id = $1", key); err != nil {
 			return err
 		}
+		tx.unhurried = true // the key's own events follow: one batch for the sinks in place of two
 		return d.record(ctx, tx, claimed(key))
 	})
 	if err == nil && refused {
@@ -482,6 +483,7 @@ func (d *DB) Answered(ctx context.Context, keyID string, delivered audit.Event) 
 		if first == 0 {
 			return nil
 		}
+		tx.unhurried = true // the receipt follows
 		return d.record(ctx, tx, delivered)
 	})
 }

@@ -126,8 +126,9 @@ func (w *writer) statement(ctx context.Context, text string) (*sql.Stmt, error) 
 // keeps its own.
 type txn struct {
 	*sql.Tx
-	writer   *writer // SQLite only
-	recorded bool    // whether events are in it
+	writer    *writer // SQLite only
+	recorded  bool    // whether events are in it
+	unhurried bool    // others follow them within the second, and nobody waits for these
 }
 
 func (t *txn) ExecContext(ctx context.Context, text string, args ...any) (sql.Result, error) {
