@@ -51,7 +51,7 @@ func (a *answer) generatedKey(org string) (*GeneratedKey, error) {
 		return nil, a.foreign("without X-Key-Id")
 	}
 	private, err := ParsePrivateKey(key.PEM)
-	if err != nil || Fingerprint(&private.PublicKey) != key.Fingerprint {
+	if err != nil || Fingerprint(private.Public()) != key.Fingerprint {
 		clear(key.PEM)
 		return nil, fmt.Errorf("%w: delete key %s of organization %s and generate another", ErrKeyDamaged, key.ID, org)
 	}

@@ -58,9 +58,9 @@ func TestEverythingThatAdministratorsAndNodesDo(t *testing.T) {
 	ctx, org := t.Context(), harness.Org()
 	admin := administrator(t, org)
 	generated := must[*client.GeneratedKey](t)(admin.GenerateKey(ctx, org))
-	key := must[*rsa.PrivateKey](t)(client.ParsePrivateKey(generated.PEM))
+	key := must[client.PrivateKey](t)(client.ParsePrivateKey(generated.PEM))
 	listed := must[[]client.Key](t)(admin.Keys(ctx, org))
-	if len(listed) != 1 || listed[0].ID != generated.ID || listed[0].Fingerprint != client.Fingerprint(&key.PublicKey) || listed[0].Created.IsZero() {
+	if len(listed) != 1 || listed[0].ID != generated.ID || listed[0].Fingerprint != client.Fingerprint(key.Public()) || listed[0].Created.IsZero() {
 		t.Errorf("keys %+v", listed)
 	}
 

@@ -24,7 +24,7 @@ var ErrKey = errors.New("not an RSA private key in PEM")
 
 // ParsePrivateKey reads a private key in PEM, PKCS#1 (as the server hands keys
 // out) or PKCS#8. The caller clears text.
-func ParsePrivateKey(text []byte) (*rsa.PrivateKey, error) {
+func ParsePrivateKey(text []byte) (PrivateKey, error) {
 	block, _ := pem.Decode(text)
 	if block == nil {
 		return nil, ErrKey
@@ -49,9 +49,14 @@ func ParsePrivateKey(text []byte) (*rsa.PrivateKey, error) {
 	return nil, ErrKey
 }
 
-// Fingerprint is a key's RFC 7638 thumbprint, as the server shows it: base64url
-// of SHA-256 over the JWK's required members in lexicographic order.
-func Fingerprint(key *rsa.PublicKey) string {
+// Fingerprint is a public key's RFC 7638 thumbprint, as the server shows it: base64url
+// of SHA-256 over the JWK's required members in lexicographic order. It is empty for
+// what is not an RSA key.
+func Fingerprint(public crypto.PublicKey) string {
+	key, ok := public.(*rsa.PublicKey)
+	if !ok {
+		return ""
+	}
 	b64 := base64.RawURLEncoding.EncodeToString
 	sum := sha256.Sum256([]byte(`{"e":"` + b64(big.NewInt(int64(key.E)).Bytes()) + `","kty":"RSA","n":"` + b64(key.N.Bytes()) + `"}`))
 	return b64(sum[:])

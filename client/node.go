@@ -2,7 +2,6 @@ package client
 
 import (
 	"context"
-	"crypto/rsa"
 	"errors"
 	"fmt"
 	"net/http"
@@ -184,9 +183,5 @@ func (n Node) openOne(name string, value jsontext.Value) ([]byte, error) {
 
 // Fingerprint is that of the node's key, or empty if it is not an RSA key.
 func (n Node) Fingerprint() string {
-	public, ok := n.Key.Public().(*rsa.PublicKey)
-	if !ok {
-		return ""
-	}
-	return Fingerprint(public)
+	return Fingerprint(n.Key.Public())
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -70,8 +69,8 @@ func identify(s settings) (client.Node, error) {
 }
 
 // readKey reads the private key from a file that nobody but its owner may read.
-func readKey(path string) (*rsa.PrivateKey, error) {
-	wrong := func(err error, hint string) (*rsa.PrivateKey, error) {
+func readKey(path string) (client.PrivateKey, error) {
+	wrong := func(err error, hint string) (client.PrivateKey, error) {
 		return nil, &failure{exitConfig, "key file " + path, hint, err}
 	}
 	text, hint, err := readPrivateFile(path)

@@ -37,15 +37,15 @@ type Keys interface {
 
 var _ Keys = (*orgkey.Service)(nil)
 
-// Rejections is who hears of an authenticated request that the edge refuses by
-// itself. Its implementation is gate.Gate.
+// Rejections records authenticated requests that the edge refuses by itself. Its
+// implementation is gate.Gate.
 type Rejections interface {
 	Reject(ctx context.Context, call gate.Call, org org.ID, action authz.Action, object, reason string) error
 }
 
 var _ Rejections = gate.Gate{}
 
-// Authenticator says whom a request's headers speak for. Its errors are those
+// Authenticator returns the caller of a request from its headers. Its errors are those
 // of authn.Verifier.Authenticate.
 type Authenticator func(ctx context.Context, h http.Header) (authz.Caller, error)
 
@@ -58,7 +58,7 @@ type Config struct {
 	Enrollments  Enrollments
 	DryRuns      DryRuns
 	Authenticate Authenticator
-	// Unauthenticated counts a refused caller for the audit trail's summaries;
+	// Unauthenticated counts a refused caller for the summaries in the audit log;
 	// authn.Failures.Count does that.
 	Unauthenticated func(reason string)
 	Checks          []Check              // what readiness asks
@@ -114,12 +114,12 @@ func (a *API) Handler() http.Handler { return a.public }
 // Admin serves the admin listener: metrics, and readiness in detail.
 func (a *API) Admin() http.Handler { return a.admin }
 
-// Leave makes the API report that it is not ready, and close connections after
-// their next answer, but go on serving: load balancers need to notice first.
+// Leave makes the API report that it is not ready and close connections after their
+// next answer, but continue serving, so that load balancers can notice.
 func (a *API) Leave() { a.leaving.Store(true) }
 
-// Drain makes the API refuse new work and report that it is not ready. What
-// is under way goes on.
+// Drain makes the API refuse new requests and report that it is not ready. Requests in
+// progress continue.
 func (a *API) Drain() { a.draining.Store(true) }
 
 // engine is Gin without opinions: a path matches as it was sent or not at all.
@@ -132,7 +132,7 @@ func (a *API) engine(more ...gin.HandlerFunc) *gin.Engine {
 	e.RedirectFixedPath = false
 	e.RemoveExtraSlash = false
 	e.HandleMethodNotAllowed = true
-	e.ForwardedByClientIP = false // Proxies knows whom to believe
+	e.ForwardedByClientIP = false // Proxies decides which proxies are trusted
 	e.UseEscapedPath = true
 	e.UnescapePathValues = true
 	e.Use(a.observe, a.recoverPanic, a.checkHeader)

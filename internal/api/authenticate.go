@@ -22,8 +22,8 @@ func (a *API) whileServing(c *gin.Context) {
 	}
 }
 
-// authenticate establishes the caller. Callers that nobody knows are counted,
-// and cost neither a decision nor an audit event.
+// authenticate establishes the caller. Unauthenticated callers are counted, and cost
+// neither a decision nor an audit event.
 func (a *API) authenticate(c *gin.Context) {
 	c.Header("Cache-Control", "no-store")
 	caller, err := a.Authenticate(c.Request.Context(), c.Request.Header)
@@ -47,8 +47,8 @@ func (a *API) countUnknown(err error) {
 	a.Unauthenticated(reason)
 }
 
-// organization takes the organization from the path and says what is to be
-// done to it. Nothing after it sees a malformed one.
+// organization reads the organization from the path, for the given action. Handlers
+// after it never see a malformed one.
 func (a *API) organization(action authz.Action) gin.HandlerFunc {
 	return func(c *gin.Context) {
 		x := exchangeOf(c)
@@ -62,8 +62,8 @@ func (a *API) organization(action authz.Action) gin.HandlerFunc {
 	}
 }
 
-// reject refuses an authenticated request at the edge, after the policy had
-// its say and the audit trail has the refusal.
+// reject refuses an authenticated request at the edge, after the policy has decided and
+// the audit log has the refusal.
 func (a *API) reject(c *gin.Context, reason string, p problem) {
 	x := exchangeOf(c)
 	if err := a.Rejections.Reject(c.Request.Context(), x.call(), x.org, x.action, object(c), reason); err != nil {

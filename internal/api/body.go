@@ -12,13 +12,14 @@ import (
 // maxBody is the longest request body, in bytes.
 const maxBody = 64 << 10
 
-// expectBody arranges that an answer given before the body was read ends the
-// connection. net/http would otherwise wait for the rest before it lets the
-// answer go, and a client that never sends it would never hear a thing.
+// expectBody makes an answer that is given before the body was read close the
+// connection. net/http would otherwise read the rest of the body before it sends
+// the answer, and a client that never sends the rest would never get an answer.
 func expectBody(c *gin.Context) {
 	// net/http does not tell whether a Content-Length came beside a
-	// Transfer-Encoding. Whoever stands in front may have gone by the former, so
-	// the connection must not be used again (RFC 9112, section 6.1).
+	// Transfer-Encoding. A
+	// proxy may have used the former, so the connection must not be used again (RFC 9112,
+	// section 6.1).
 	if len(c.Request.TransferEncoding) > 0 {
 		endConnection(c)
 	}
@@ -27,7 +28,7 @@ func expectBody(c *gin.Context) {
 	}
 }
 
-// endConnection ends the connection with this answer, whatever becomes of the body.
+// endConnection closes the connection after this answer, even if the body was not read.
 func endConnection(c *gin.Context) {
 	exchangeOf(c).last = true
 	c.Header("Connection", "close")
@@ -54,9 +55,9 @@ func underlying(c *gin.Context) http.ResponseWriter {
 	}
 }
 
-// withoutBody is for requests that take no body. One that is sent is read and
-// ignored, within limits: unread, it would keep net/http from noticing that
-// the client has gone, and a key would be released to nobody.
+// withoutBody is for requests that take no body. A body is
+// read and ignored, within limits: unread, it would keep net/http from noticing that the
+// client has disconnected, and a key would be released to a closed connection.
 func (a *API) withoutBody(c *gin.Context) {
 	if c.Request.ContentLength == 0 {
 		return

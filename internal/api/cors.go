@@ -53,7 +53,7 @@ func checkOrigin(origin string) error {
 		return fmt.Errorf("%q is not of the form https://host or https://host:port in lower case", origin)
 	}
 	if port := u.Port(); port == map[string]string{"https": "443", "http": "80"}[u.Scheme] || strings.HasSuffix(u.Host, ":") {
-		return fmt.Errorf("%q names its scheme's own port, which browsers leave out", origin)
+		return fmt.Errorf("%q has the default port of its scheme, which browsers leave out", origin)
 	}
 	return nil
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 // Enrollments is what the routes need of *enroll.Service.
@@ -127,7 +128,7 @@ type claimEntry struct {
 }
 
 // manyUses warns of what a token with several uses cannot do.
-const manyUses = "This token lets several nodes in: a thief who uses it first is one of them. Compare the claims with your nodes."
+const manyUses = "This token admits several nodes, so one stolen token can admit a node of an attacker. Compare the claims with your nodes."
 
 func enrollmentOf(e enroll.Enrollment) enrollmentEntry {
 	entry := enrollmentEntry{
@@ -220,7 +221,7 @@ func (a *API) createEnrollment(c *gin.Context) {
 	err := a.Enrollments.Create(c.Request.Context(), x.call(), x.org, body, func(m enroll.Minted) error {
 		c.Header("Location", "/organization/"+string(m.Org)+"/enrollment/"+m.ID)
 		writeJSON(c, http.StatusCreated, mintedAnswer{
-			success{true, "Enrollment created. The token is shown this once."},
+			success{true, "Enrollment created. The token is shown only once."},
 			mintedEntry{enrollmentOf(m.Enrollment), string(m.Token)},
 		})
 		return nil
@@ -276,7 +277,7 @@ func (a *API) revokeEnrollment(c *gin.Context) {
 	writeJSON(c, http.StatusOK, success{true, "Enrollment revoked"})
 }
 
-// sealedAnswer is a sealed key on its way out.
+// sealedAnswer is the answer with a sealed key.
 type sealedAnswer struct {
 	ID           string     `json:"id,omitempty"`
 	Org          string     `json:"org"`
@@ -308,7 +309,7 @@ func writeSealed(c *gin.Context, a enroll.Answer) error {
 	c.Header("X-Key-Id", a.KeyID)
 	c.Header("X-Key-Fingerprint", a.Fingerprint)
 	writeJSON(c, http.StatusOK, sealedAnswer{
-		ID: a.Enrollment, Org: a.Org, Origin: a.Origin, KeyID: a.KeyID, Scope: string(a.Scope), Algorithm: "rsa-2048",
+		ID: a.Enrollment, Org: a.Org, Origin: a.Origin, KeyID: a.KeyID, Scope: string(a.Scope), Algorithm: orgkey.Algorithm,
 		Fingerprint: a.Fingerprint, Recipient: a.Recipient, Sealed: sealedBody(a.Sealed), SHA256: a.SHA256,
 		Event: string(a.Event), DeliverUntil: deadline(a.Until), MAC: a.MAC,
 	})

@@ -25,8 +25,8 @@ type problem struct {
 	retry   int // seconds, for Retry-After; 0: none
 }
 
-// statusClientGone is what logs and metrics show for a request whose client
-// went away, after nginx: it is neither the service's failure nor a success.
+// statusClientGone is the status in logs and metrics of a request whose client
+// disconnected, as in nginx: it is neither a failure of the service nor a success.
 const statusClientGone = 499
 
 // The problems that do not depend on the request.
@@ -37,23 +37,23 @@ var (
 	invalidToken    = problem{http.StatusUnauthorized, "invalid_token", "Invalid or expired token", 0}
 	tlsRequired     = problem{http.StatusBadRequest, "tls_required", "This service is reached over HTTPS only", 0}
 	invalidOrg      = problem{http.StatusBadRequest, "invalid_organization", "Invalid organization ID: 1 to 128 letters, digits, '_' or '-', beginning with a letter or digit", 0}
-	notAcceptable   = problem{http.StatusNotAcceptable, "not_acceptable", "None of the accepted media types can be had: this resource comes as application/x-pem-file or application/json", 0}
+	notAcceptable   = problem{http.StatusNotAcceptable, "not_acceptable", "None of the accepted media types is available: this resource has application/x-pem-file and application/json", 0}
 	headerTooLarge  = problem{http.StatusRequestHeaderFieldsTooLarge, "header_too_large", "The request's headers are over 16 KiB", 0}
 	bodyTooLarge    = problem{http.StatusRequestEntityTooLarge, "body_too_large", "The request body is over 64 KiB", 0}
 	bodyTooSlow     = problem{http.StatusRequestTimeout, "request_timeout", "The request body did not arrive in time", 0}
 	bodyUnreadable  = problem{http.StatusBadRequest, "body_unreadable", "The request body could not be read", 0}
 	keyNotFound     = problem{http.StatusNotFound, "key_not_found", "Organization key not found or does not belong to this organization", 0}
 	clientGone      = problem{statusClientGone, "client_gone", "The client closed the request before it was answered", 0}
-	overloaded      = problem{http.StatusServiceUnavailable, "overloaded", "Too many key generations under way. Please try again shortly.", 2}
+	overloaded      = problem{http.StatusServiceUnavailable, "overloaded", "Too many key generations in progress. Please try again shortly.", 2}
 	draining        = problem{http.StatusServiceUnavailable, "draining", "The service is shutting down. Please try again shortly.", 5}
-	auditDown       = problem{http.StatusServiceUnavailable, "audit_unavailable", "The audit trail cannot be written at the moment. Nothing was released; please try again later.", 10}
+	auditDown       = problem{http.StatusServiceUnavailable, "audit_unavailable", "The audit log cannot be written at the moment. Nothing was released; please try again later.", 10}
 	issuerDown      = problem{http.StatusServiceUnavailable, "unavailable", "Tokens cannot be verified at the moment. Please try again later.", 5}
 	unavailable     = problem{http.StatusServiceUnavailable, "unavailable", "The service cannot answer at the moment. Please try again later.", 5}
 	notReady        = problem{http.StatusServiceUnavailable, "not_ready", "Not ready", 5}
 	keyPending      = problem{http.StatusAccepted, "pending", "The key is not ready yet. Please ask again.", 2}
 	noSealing       = problem{http.StatusBadRequest, "sealed_unavailable", "The service's HSM cannot seal a private key to a recipient", 0}
 
-	enrollmentUnknown  = problem{http.StatusUnauthorized, "enrollment_unknown", "The enrollment is not known, or the request was not made with its token", 0}
+	enrollmentUnknown  = problem{http.StatusUnauthorized, "enrollment_unknown", "The enrollment is unknown, or the request was not made with its token", 0}
 	enrollmentClaimed  = problem{http.StatusConflict, "enrollment_claimed", "This enrollment was claimed with another recipient key. If that was not this node, tell an administrator.", 0}
 	enrollmentClosed   = problem{http.StatusGone, "enrollment_closed", "This enrollment is over: it expired, was revoked, or its key was received. Ask an administrator for a new one.", 0}
 	enrollmentNotFound = problem{http.StatusNotFound, "enrollment_not_found", "Enrollment not found", 0}
@@ -68,8 +68,8 @@ var (
 	badSignature      = problem{http.StatusBadRequest, "bad_signature", "Invalid signature", 0}
 	signatureUsed     = problem{http.StatusBadRequest, "signature_reused", "This signature was used for another request; sign again with a new timestamp", 0}
 	tooManyFailed     = problem{http.StatusTooManyRequests, "too_many_failures", "Invalid signature, and too many of them from this address. Please try again later.", 10}
-	nodesBusy         = problem{http.StatusServiceUnavailable, "overloaded", "Too many signed requests under way. Please try again shortly.", 2}
-	addressInUse      = problem{http.StatusConflict, "address_in_use", "The address belongs to another node, and this key speaks for its own node only", 0}
+	nodesBusy         = problem{http.StatusServiceUnavailable, "overloaded", "Too many signed requests in progress. Please try again shortly.", 2}
+	addressInUse      = problem{http.StatusConflict, "address_in_use", "The address belongs to another node, and this key may act for its own node only", 0}
 	addressNotAllowed = problem{http.StatusForbidden, "address_not_allowed", "The key was enrolled for another address", 0}
 	nodeNotFound      = problem{http.StatusNotFound, "node_not_found", "Node not found", 0}
 	nodeDeleted       = problem{http.StatusBadRequest, "node_already_deleted", "Node is already deleted", 0}
@@ -78,14 +78,13 @@ var (
 	tooManySecrets    = problem{http.StatusBadRequest, "too_many_secrets", "Maximum number of secrets (64) has been reached. Please delete existing secrets before creating new ones.", 0}
 )
 
-// generationError marks a failure of POST …/key, whose contract has words of
-// its own for what nobody knows.
+// generationError marks a failure of POST …/key, whose contract has its own message for
+// unknown errors.
 type generationError struct{ error }
 
 func (e generationError) Unwrap() error { return e.error }
 
-// problemFor translates every error there is. What it does not know tells a
-// client nothing.
+// problemFor translates every error. The answer to an unknown error has no details.
 func problemFor(err error) problem {
 	ofNodes, aboutNodes := nodeProblem(err)
 	ofEnrollment, aboutEnrollment := enrollmentProblem(err)
@@ -115,7 +114,7 @@ func problemFor(err error) problem {
 		return keyNotFound
 	case errors.Is(err, orgkey.ErrOverloaded):
 		return overloaded
-	case errors.Is(err, orgkey.ErrUnavailable): // before the back end's own failures: one that is away can do its part later
+	case errors.Is(err, orgkey.ErrUnavailable): // before the back end's own failures: an unreachable back end can work later
 		return unavailable
 	case errors.Is(err, orgkey.ErrBackend):
 		return generation
@@ -187,8 +186,8 @@ func enrollmentProblem(err error) (problem, bool) {
 	return problem{}, false
 }
 
-// deniedProblem words the policy's "no". Reasons that a replaced policy may
-// invent say no more than that.
+// deniedProblem is the answer to a denied request. For unknown reasons of a replaced
+// policy it says only that.
 func deniedProblem(d *gate.DeniedError) problem {
 	what, area := "keys for your own organization", "organization keys"
 	switch {
@@ -213,8 +212,8 @@ func deniedProblem(d *gate.DeniedError) problem {
 	return p
 }
 
-// fail answers with what err is to a client, and logs what it is to an
-// operator where that is more.
+// fail answers with the problem for err, and logs err if an operator needs to know more
+// than the client.
 func (a *API) fail(c *gin.Context, err error) {
 	p := problemFor(err)
 	if c.Request.Context().Err() != nil {
@@ -247,8 +246,8 @@ type errorBody struct {
 	RequestID string `json:"requestId"`
 }
 
-// refuse answers with p and ends the request. A response that has begun can
-// only be cut off, so that nobody takes it for a whole one.
+// refuse answers with p and ends the request. A response that has begun is aborted, so
+// that the client does not take it for complete.
 func (a *API) refuse(c *gin.Context, p problem) {
 	x := exchangeOf(c)
 	if c.Writer.Written() {

@@ -35,9 +35,8 @@ type state struct {
 	optional bool
 }
 
-// readiness asks all checks at once, at most one round at a time and one a
-// checkInterval: anybody may ask /readyz, and that must not become a load on
-// what it depends on.
+// readiness runs all checks concurrently, at most one round at a time and one per
+// checkInterval: anybody may ask /readyz, and that must not load the dependencies.
 type readiness struct {
 	checks []Check
 	round  singleflight.Group
@@ -75,8 +74,8 @@ var dependencyUp = prometheus.NewDesc("orgkeys_dependency_up", "Whether the depe
 // Describe implements prometheus.Collector.
 func (r *readiness) Describe(ch chan<- *prometheus.Desc) { ch <- dependencyUp }
 
-// Collect implements prometheus.Collector. It asks like /readyz, so that the
-// metric is true also where nobody else asks.
+// Collect implements prometheus.Collector. It runs the checks as /readyz does, so that
+// the metric is current even if nobody asks /readyz.
 func (r *readiness) Collect(ch chan<- prometheus.Metric) {
 	states, _ := r.ask(context.Background()) // a round is bounded by checkTimeout
 	for _, s := range states {
@@ -152,7 +151,8 @@ func (a *API) routesHealth(r gin.IRouter) {
 	})
 }
 
-// ending reports whether a signal has come, after which nobody should send more.
+// ending reports whether a signal has arrived, after which clients should use another
+// replica.
 func (a *API) ending() bool { return a.leaving.Load() || a.draining.Load() }
 
 func live(c *gin.Context) { writeJSON(c, http.StatusOK, health{"ok"}) }

@@ -2,7 +2,6 @@ package api
 
 import (
 	"context"
-	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -55,14 +54,14 @@ func (a *API) generateKey(c *gin.Context) {
 		return release(ctx, c, f, g)
 	})
 	if err == nil && !c.Writer.Written() {
-		err = errors.New("the key was generated and not written out")
+		err = errors.New("the key was generated but could not be written to the connection")
 	}
 	if err != nil {
 		a.fail(c, generationError{err})
 	}
 }
 
-// success is an answer that has nothing to say but that it is done.
+// success is an answer without data.
 type success struct {
 	Success bool   `json:"success"`
 	Message string `json:"message"`
@@ -142,7 +141,7 @@ func (a *API) listKeys(c *gin.Context) {
 const timeForm = "2006-01-02T15:04:05.000Z"
 
 func entry(k orgkey.Key) (keyEntry, error) {
-	der, err := x509.MarshalPKIXPublicKey(k.Public)
+	der, err := k.Public.DER()
 	if err != nil {
 		return keyEntry{}, fmt.Errorf("encoding public key %s: %w", k.ID, err)
 	}

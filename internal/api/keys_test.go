@@ -64,13 +64,13 @@ func TestErrorsToResponses(t *testing.T) {
 		{generate, fmt.Errorf("making: %w: %w", orgkey.ErrBackend, secret), 500, "Key generation failed", false},
 		{generate, fmt.Errorf("storing: %w: %w", orgkey.ErrUnavailable, secret), 503, "The service cannot answer at the moment. Please try again later.", true},
 		{generate, context.DeadlineExceeded, 500, "Key generation failed", false},
-		{generate, orgkey.ErrOverloaded, 503, "Too many key generations under way. Please try again shortly.", true},
-		{generate, fmt.Errorf("%w: %w", gate.ErrAudit, secret), 503, "The audit trail cannot be written at the moment. Nothing was released; please try again later.", true},
-		{generate, errors.Join(gate.ErrAudit, &orgkey.QuotaError{Limit: 5}), 503, "The audit trail cannot be written at the moment. Nothing was released; please try again later.", true},
+		{generate, orgkey.ErrOverloaded, 503, "Too many key generations in progress. Please try again shortly.", true},
+		{generate, fmt.Errorf("%w: %w", gate.ErrAudit, secret), 503, "The audit log cannot be written at the moment. Nothing was released; please try again later.", true},
+		{generate, errors.Join(gate.ErrAudit, &orgkey.QuotaError{Limit: 5}), 503, "The audit log cannot be written at the moment. Nothing was released; please try again later.", true},
 		{list, deny(authz.ListKeys, authz.OtherOrganization), 403, "Access denied: you can only manage keys for your own organization", false},
 		{list, deny(authz.ListKeys, authz.InsufficientRole), 403, "Insufficient permissions: only OWNER and ADMINISTRATOR roles can manage organization keys", false},
 		{list, fmt.Errorf("%w: %w", orgkey.ErrUnavailable, secret), 503, "The service cannot answer at the moment. Please try again later.", true},
-		{list, gate.ErrAudit, 503, "The audit trail cannot be written at the moment. Nothing was released; please try again later.", true},
+		{list, gate.ErrAudit, 503, "The audit log cannot be written at the moment. Nothing was released; please try again later.", true},
 		{list, fmt.Errorf("opening: %w", orgkey.ErrSealBroken), 500, "Internal error", false},
 		{list, secret, 500, "Internal error", false},
 		{deleteAll, deny(authz.DeleteAllKeys, authz.InsufficientRole), 403, "Insufficient permissions: only OWNER and ADMINISTRATOR roles can manage organization keys", false},
@@ -230,12 +230,12 @@ func TestRefusalAtTheEdgeWaitsForTheAuditTrail(t *testing.T) {
 func TestList(t *testing.T) {
 	b := newBench(t, nil)
 	const otherID = "00000000-0000-4000-8000-000000000000"
-	fingerprint := orgkey.Thumbprint(&testKey().PublicKey)
+	fingerprint := orgkey.NewPublic(&testKey().PublicKey).Fingerprint()
 	created := time.Date(2026, 3, 1, 13, 0, 0, 5_600_000, time.FixedZone("", 3600))
 	b.keys.keys = []orgkey.Key{
-		{ID: keyID, Org: "acme", Public: &testKey().PublicKey, Fingerprint: fingerprint, Created: created, Delivered: created.Add(time.Second), DeliveredTo: "192.0.2.9", LastUsed: created.Add(time.Minute),
+		{ID: keyID, Org: "acme", Public: orgkey.NewPublic(&testKey().PublicKey), Fingerprint: fingerprint, Created: created, Delivered: created.Add(time.Second), DeliveredTo: "192.0.2.9", LastUsed: created.Add(time.Minute),
 			Nodes: []orgkey.NodeKey{{KeyID: keyID, NodeID: "203.0.113.7", Confirmed: true}}},
-		{ID: otherID, Org: "acme", Public: &testKey().PublicKey, Fingerprint: fingerprint, Created: created},
+		{ID: otherID, Org: "acme", Public: orgkey.NewPublic(&testKey().PublicKey), Fingerprint: fingerprint, Created: created},
 	}
 	a := b.ask("GET", "/organization/acme/key")
 	var got map[string]any

@@ -28,10 +28,10 @@ func newMetrics(r *prometheus.Registry, ready *readiness) (metrics, error) {
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
 		}, []string{"method", "route"}),
 		authnFailures: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "orgkeys_authn_failures_total", Help: "Requests refused because nobody knows the caller.",
+			Name: "orgkeys_authn_failures_total", Help: "Requests refused because the caller is not authenticated.",
 		}, []string{"reason"}),
 		generating: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "orgkeys_generations_in_flight", Help: "Requests for a new key under way.",
+			Name: "orgkeys_generations_in_flight", Help: "Requests for a new key in progress.",
 		}),
 	}
 	err := errors.Join(r.Register(m.requests), r.Register(m.durations), r.Register(m.authnFailures), r.Register(m.generating), r.Register(ready))

@@ -69,7 +69,7 @@ func readBody(c *gin.Context) (body []byte, refusal *problem) {
 	return nil, refusal
 }
 
-// signedBody reads the body of a request that only its signature vouches for.
+// signedBody reads the body of a signed request.
 func (a *API) signedBody(c *gin.Context) ([]byte, bool) {
 	body, refusal := readBody(c)
 	if refusal != nil {
@@ -98,7 +98,7 @@ func (a *API) signed(done string, act func(context.Context, node.Origin, []byte)
 	}
 }
 
-// failSigned is fail, and counts a sender that nobody knows.
+// failSigned is fail, and counts an unauthenticated sender.
 func (a *API) failSigned(c *gin.Context, err error) {
 	switch {
 	case errors.As(err, new(*node.InputError)):

@@ -15,16 +15,16 @@ import (
 	"github.com/orgkeys/orgkeys/internal/panics"
 )
 
-// exchange is what is known of one request beyond what Gin knows. Fields are
-// filled in as checks pass, so that whatever is here may be logged.
+// exchange holds the state of one request that Gin does not hold. Fields are set as
+// checks pass, so all of them may be logged.
 type exchange struct {
 	id      string
-	address string // the client's, as far as trusted proxies vouch for it
+	address string // the client's, according to trusted proxies
 	caller  authz.Caller
 	org     org.ID // empty where the path names none, or a malformed one
 	action  authz.Action
 	code    string // of the problem answered
-	aborted bool   // cut off after the response had begun
+	aborted bool   // aborted after the response had begun
 	last    bool   // of its connection
 }
 
@@ -47,8 +47,8 @@ func requestID(h http.Header) string {
 	return uuid.NewString()
 }
 
-// observe gives every request its ID and the headers that all answers share,
-// and records what became of it, whatever that is.
+// observe gives every request its ID and the headers that all answers have, and records
+// its outcome.
 func (a *API) observe(c *gin.Context) {
 	started := time.Now()
 	x := &exchange{id: requestID(c.Request.Header), last: c.Writer.Header().Get("Connection") == "close"}

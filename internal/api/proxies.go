@@ -9,11 +9,11 @@ import (
 	"github.com/gin-gonic/gin"
 )
 
-// Proxies says whom to believe about a request's origin. Its zero value
-// believes nobody.
+// Proxies are the proxies that are trusted about a request's origin. Its zero value
+// trusts none.
 type Proxies struct {
 	Trusted []netip.Prefix // addresses whose X-Forwarded-For and X-Forwarded-Proto count
-	TLS     bool           // a trusted proxy terminates TLS; whatever did not come through it is refused
+	TLS     bool           // a trusted proxy terminates TLS; requests that did not come through it are refused
 }
 
 func (p Proxies) trusts(a netip.Addr) bool {
@@ -31,8 +31,7 @@ func peerOf(remote string) netip.Addr {
 	return at.Addr().Unmap().WithZone("")
 }
 
-// client is the address that the request came from, as far as trusted proxies
-// vouch for it. Each proxy appends the address of its own peer to
+// client is the address that the request came from, according to trusted proxies. Each proxy appends the address of its own peer to
 // X-Forwarded-For, so the list is read from the right, up to the first address
 // that is no trusted proxy. Whatever stands to the left of that, or of
 // something that is not an address, anybody may have written.

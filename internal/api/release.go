@@ -44,7 +44,7 @@ func release(ctx context.Context, c *gin.Context, f form, g orgkey.Generated) er
 
 // appendJSONString appends text as a JSON string (RFC 8259, section 7). PEM and
 // envelopes are ASCII in which nothing else needs escaping. encoding/json would leave
-// copies of the key in buffers that nobody can clear; dst has to have room.
+// copies of the key in buffers that cannot be cleared; dst must have enough capacity.
 func appendJSONString(dst, text []byte) []byte {
 	dst = append(dst, '"')
 	for _, b := range text {

@@ -25,11 +25,11 @@ const (
 
 	maxHeader      = 16 << 10      // a request's headers
 	readHeader     = 2 * maxHeader // what net/http reads of them, so that most that are too large get an answer of ours
-	maxStreams     = 64            // requests at once on an HTTP/2 connection
+	maxStreams     = 64            // concurrent requests on an HTTP/2 connection
 	maxConnections = 4096          // of a listener; further ones wait to be accepted
 )
 
-// ServerConfig is a listener and what it speaks.
+// ServerConfig configures a listener.
 type ServerConfig struct {
 	Address string // host:port
 	TLS     TLSFiles
@@ -44,13 +44,13 @@ type ServerConfig struct {
 var (
 	ErrPlaintext   = errors.New("a listener that is not loopback needs ORGKEYS_TLS_CERT_FILE and ORGKEYS_TLS_KEY_FILE, or ORGKEYS_TLS_BY_PROXY=true with ORGKEYS_TRUSTED_PROXIES")
 	ErrTLSFiles    = errors.New("ORGKEYS_TLS_CERT_FILE and ORGKEYS_TLS_KEY_FILE belong together, and ORGKEYS_TLS_CLIENT_CA_FILE needs both")
-	ErrTwoTLS      = errors.New("ORGKEYS_TLS_BY_PROXY=true says that a proxy terminates TLS, and ORGKEYS_TLS_CERT_FILE that the service does")
-	ErrNoProxies   = errors.New("ORGKEYS_TLS_BY_PROXY=true needs ORGKEYS_TRUSTED_PROXIES, or anybody could claim to have come over TLS")
-	ErrTrustingAll = errors.New("ORGKEYS_TRUSTED_PROXIES has a network that is wider than any private one, which 10.0.0.0/8 and fc00::/7 are")
+	ErrTwoTLS      = errors.New("ORGKEYS_TLS_BY_PROXY=true means that a proxy terminates TLS, but ORGKEYS_TLS_CERT_FILE means that the service does: unset one")
+	ErrNoProxies   = errors.New("ORGKEYS_TLS_BY_PROXY=true needs ORGKEYS_TRUSTED_PROXIES; otherwise every client could claim to use TLS")
+	ErrTrustingAll = errors.New("ORGKEYS_TRUSTED_PROXIES has a network that is wider than the private networks 10.0.0.0/8 and fc00::/7")
 )
 
-// CheckTransport reports what is doubtful about how c would be reached. It
-// looks at the settings only; Listen calls it, and looks at the address it got besides.
+// CheckTransport refuses an unsafe transport. It checks the settings only; Listen calls
+// it, and also checks the actual address.
 func CheckTransport(c ServerConfig) error {
 	for _, p := range c.Proxies.Trusted {
 		if !p.IsValid() || p.Addr().Is4() && p.Bits() < 8 || p.Addr().Is6() && p.Bits() < 7 {
@@ -70,7 +70,7 @@ func CheckTransport(c ServerConfig) error {
 		return fmt.Errorf("listen address %q: %w", c.Address, err)
 	}
 	if host == "localhost" {
-		return nil // Listen sees what it stands for
+		return nil // Listen checks the address it resolves to
 	}
 	ip, err := netip.ParseAddr(host)
 	return c.checkPlaintext(err == nil && ip.Unmap().IsLoopback())
@@ -116,9 +116,8 @@ func Listen(c ServerConfig, h http.Handler) (*Server, error) {
 	return s, nil
 }
 
-// shared reports whether an address stands for many clients: that of a trusted
-// proxy, and this host's own, where a proxy may run that is not named because
-// nothing it says is believed.
+// shared reports whether many clients may have an address: that of a trusted proxy, and
+// this host's own, on which a proxy may run that is not trusted and so not configured.
 func (c ServerConfig) shared(a netip.Addr) bool { return a.IsLoopback() || c.Proxies.trusts(a) }
 
 func newServer(c ServerConfig) *http.Server {
@@ -155,8 +154,8 @@ func (s *Server) Serve() error {
 	return err
 }
 
-// Shutdown stops accepting and waits until requests under way have ended. When
-// ctx ends first it cuts them off and returns ctx's error.
+// Shutdown stops accepting and waits until requests in progress have ended. When ctx
+// ends first, it aborts them and returns ctx's error.
 func (s *Server) Shutdown(ctx context.Context) error {
 	err := s.server.Shutdown(ctx)
 	if err != nil {

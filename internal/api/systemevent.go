@@ -40,7 +40,7 @@ type eventEntry struct {
 	Context     string  `json:"context"`
 	Event       string  `json:"event"`
 	OrgID       org.ID  `json:"orgId"`
-	UserID      string  `json:"userId"` // whoever did it: of a node, the ID of its key
+	UserID      string  `json:"userId"` // the actor; for a node, the ID of its key
 	UserName    string  `json:"userName"`
 	UserEmail   string  `json:"userEmail"`
 	WorkspaceID *string `json:"workspaceId"` // always null: keys and nodes belong to no workspace

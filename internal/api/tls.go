@@ -72,13 +72,13 @@ func (c *certificates) latest() *tls.Config {
 	if same(found, c.seen) {
 		return c.current
 	}
-	c.seen = found // what is there now is reported once, whether or not it can be used
+	c.seen = found // the present content is reported once, whether or not it can be used
 	var replacement *tls.Config
 	if err == nil {
 		replacement, err = c.files.load()
 	}
 	if err != nil {
-		c.log.Error("the TLS files changed and cannot be used; the previous ones stay in force", "error", err)
+		c.log.Error("the changed TLS files cannot be used; the previous ones stay in use", "error", err)
 		return c.current
 	}
 	c.log.Info("TLS files read again")
@@ -135,7 +135,7 @@ func (f TLSFiles) load() (*tls.Config, error) {
 		return nil, errors.New("reading the client authorities: no certificate in " + f.ClientCA)
 	}
 	config.ClientAuth = tls.RequireAndVerifyClientCert
-	// A resumed session would outlive the authority that vouched for it.
+	// A resumed session would outlive the authority that issued its certificate.
 	config.SessionTicketsDisabled = true
 	return config, nil
 }

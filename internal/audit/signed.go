@@ -27,12 +27,12 @@ type Signer interface {
 // Signed is a checkpoint as a signed note.
 type Signed struct {
 	Checkpoint
-	Seq  int64  // its place among the stored ones, from 1
+	Seq  int64  // its number among the stored ones, from 1
 	Note string // C2SP tlog-checkpoint, a C2SP signed-note
 }
 
-// VerifierKey is the form in which the key of a log is given to verifiers
-// (C2SP signed-note): the origin, the key's hash, and the key.
+// VerifierKey is a log's key in the form for verifiers (C2SP signed-note): the
+// origin, the key's hash, and the key.
 func VerifierKey(origin string, public ed25519.PublicKey) (string, error) {
 	return note.NewEd25519VerifierKey(origin, public)
 }
@@ -60,8 +60,8 @@ func sign(ctx context.Context, s Signer, c Checkpoint) (Signed, string, error) {
 	return signed, vkey, err
 }
 
-// presigned is a note.Signer whose signature is there already: a signer that
-// asks Vault needs a context, and note.Signer has none.
+// presigned is a note.Signer with an existing signature: a signer that calls Vault
+// needs a context, and note.Signer has none.
 type presigned struct {
 	note.Verifier
 	signature []byte
@@ -77,7 +77,7 @@ func signedNote(text string, v note.Verifier, signature []byte) (string, error) 
 	return string(signed), nil
 }
 
-// Keys are verifier keys whose word counts.
+// Keys are trusted verifier keys.
 type Keys []note.Verifier
 
 // ParseKeys reads verifier keys, as "orgkeys audit key" prints them.
@@ -94,10 +94,10 @@ func ParseKeys(vkeys ...string) (Keys, error) {
 }
 
 // errUnsigned: a checkpoint has no signature by one of the keys.
-var errUnsigned = errors.New("no given key has signed it")
+var errUnsigned = errors.New("none of the given keys has signed it")
 
-// Open reads a signed checkpoint. It must be signed by one of the keys, under
-// the name of the log that it is of.
+// Open reads a signed checkpoint. It must be signed by one of the keys, under the
+// log's origin.
 func (k Keys) Open(text string) (Signed, error) {
 	n, err := note.Open([]byte(text), note.VerifierList(k...))
 	var unverified *note.UnverifiedNoteError
@@ -112,14 +112,14 @@ func (k Keys) Open(text string) (Signed, error) {
 		return Signed{}, err
 	}
 	if n.Text != c.Text() {
-		return Signed{}, errors.New("reading a signed checkpoint: it has lines that this version does not know")
+		return Signed{}, errors.New("reading a signed checkpoint: it has lines that this version of orgkeys does not know")
 	}
 	for _, s := range n.Sigs {
 		if s.Name == c.Origin {
 			return Signed{Checkpoint: c, Note: text}, nil
 		}
 	}
-	return Signed{}, fmt.Errorf("%w: it is of %s", errUnsigned, c.Origin)
+	return Signed{}, fmt.Errorf("%w: its origin is %s", errUnsigned, c.Origin)
 }
 
 func signers(n *note.Note) string {
@@ -143,8 +143,8 @@ func PublicKey(vkey string) (ed25519.PublicKey, error) {
 	return b[1:], nil
 }
 
-// LocalSigner signs with a key in memory: where the HSM has no Ed25519, its
-// seed is kept sealed by the HSM.
+// LocalSigner signs with a key in memory, for HSMs without Ed25519; its seed is
+// stored sealed by the HSM.
 type LocalSigner struct{ Private ed25519.PrivateKey }
 
 // SignCheckpoint implements Signer.
@@ -173,21 +173,21 @@ type RewrittenError struct {
 
 func (e *RewrittenError) Error() string {
 	if e.Log.Size < e.Signed.Size {
-		return fmt.Sprintf("the log holds %d events, and its newest signed checkpoint %d: events were lost", e.Log.Size, e.Signed.Size)
+		return fmt.Sprintf("the log holds %d events, but its newest signed checkpoint covers %d: events were lost", e.Log.Size, e.Signed.Size)
 	}
-	return fmt.Sprintf("the log's first %d events are not those of its newest signed checkpoint: it was rewritten", e.Signed.Size)
+	return fmt.Sprintf("the log's first %d events differ from those of its newest signed checkpoint: the log was rewritten", e.Signed.Size)
 }
 
 // Checkpointer signs a checkpoint at an interval, when the log has grown.
 type Checkpointer struct {
-	trail    *Log
+	auditLog *Log
 	store    CheckpointStore
 	signer   Signer
 	interval time.Duration
 	log      *slog.Logger
 
-	// Prepare makes durable what the log refers to, before a checkpoint is
-	// signed: texts of policies. It may be nil.
+	// Prepare stores the texts of policies that the log refers to, before a checkpoint
+	// is signed. It may be nil.
 	Prepare func(context.Context) error
 
 	asked atomic.Bool // whether the log was found to extend what the sinks hold
@@ -198,9 +198,9 @@ type Checkpointer struct {
 	trouble error
 }
 
-// NewCheckpointer returns a checkpointer for the log that trail follows.
-func NewCheckpointer(trail *Log, store CheckpointStore, signer Signer, interval time.Duration, log *slog.Logger) *Checkpointer {
-	return &Checkpointer{trail: trail, store: store, signer: signer, interval: interval, log: log, at: time.Now()}
+// NewCheckpointer returns a checkpointer for the log that auditLog follows.
+func NewCheckpointer(auditLog *Log, store CheckpointStore, signer Signer, interval time.Duration, log *slog.Logger) *Checkpointer {
+	return &Checkpointer{auditLog: auditLog, store: store, signer: signer, interval: interval, log: log, at: time.Now()}
 }
 
 // Run signs at the interval until ctx ends.
@@ -219,14 +219,14 @@ func (c *Checkpointer) Run(ctx context.Context) {
 	}
 }
 
-// CheckpointStatus says how the signing of checkpoints goes.
+// CheckpointStatus is the state of signing checkpoints.
 type CheckpointStatus struct {
 	Size    int64     // events that the newest signed checkpoint covers
 	Covered time.Time // when the whole log was last covered by one
 	Err     error     // why not now, nil if it is
 }
 
-// Status returns how the signing goes.
+// Status returns the state of signing.
 func (c *Checkpointer) Status() CheckpointStatus {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -255,16 +255,16 @@ func (c *Checkpointer) Sign(ctx context.Context) error {
 	if last.Size >= c.last.Size {
 		c.last = last.Checkpoint
 	}
-	c.trail.offer(last.Seq)
+	c.auditLog.offer(last.Seq)
 	return nil
 }
 
-// sign asks every sink first: a log that one of them would refuse is not signed,
-// nor one of which that could not be found out. Later the signed checkpoint
-// that this process saw last stands for what the sinks hold.
+// sign asks every sink first: it signs nothing if a sink's copy does not agree with
+// the log, or a sink does not answer. Later the last signed checkpoint of this process
+// is compared instead of the sinks.
 func (c *Checkpointer) sign(ctx context.Context) error {
 	if !c.asked.Load() {
-		if err := c.trail.CheckExtends(ctx); err != nil {
+		if err := c.auditLog.CheckExtends(ctx); err != nil {
 			return err
 		}
 		c.asked.Store(true)
@@ -278,7 +278,7 @@ func (c *Checkpointer) sign(ctx context.Context) error {
 			return err
 		}
 	}
-	// Whoever signs keeps a trace of it, as Vault's audit file does.
+	// Signing leaves a record, for example in Vault's audit file.
 	if _, _, err := c.store.Durable(ctx, head, 0); err != nil {
 		return err
 	}
@@ -294,7 +294,7 @@ func (c *Checkpointer) sign(ctx context.Context) error {
 // *RollbackError unless it extends what each sink has acknowledged, which is
 // more. It returns the log's present checkpoint and the stored signed one.
 func (c *Checkpointer) Check(ctx context.Context) (head Checkpoint, last Signed, err error) {
-	sinks := c.trail.Sinks() // before the head, which goes on growing
+	sinks := c.auditLog.Sinks() // before the head, which keeps growing
 	if last, err = c.store.LastSigned(ctx); err != nil {
 		return head, last, err
 	}

@@ -36,7 +36,7 @@ type minted struct {
 func mint(t *testing.T, s *harness.Server, org, terms string) minted {
 	t.Helper()
 	resp := s.Do(t, harness.Request{Method: http.MethodPost, Path: "/organization/" + org + "/enrollment", Token: s.Token(t, org, "OWNER"), Body: []byte(terms)})
-	resp.Want(t, http.StatusCreated, "Enrollment created. The token is shown this once.")
+	resp.Want(t, http.StatusCreated, "Enrollment created. The token is shown only once.")
 	var answer struct {
 		Data minted `json:"data"`
 	}
@@ -101,7 +101,7 @@ func fetch(t *testing.T, e *client.Enrollment) *client.Delivered {
 		t.Fatal(err)
 	}
 	private, err := client.ParsePrivateKey(key.PEM)
-	if err != nil || client.Fingerprint(&private.PublicKey) != key.Fingerprint {
+	if err != nil || client.Fingerprint(private.Public()) != key.Fingerprint {
 		t.Fatalf("the key that arrived: %v", err)
 	}
 	if err := e.Client.Receipt(t.Context(), key.Delivery, private); err != nil {

@@ -2,10 +2,8 @@ package enroll
 
 import (
 	"context"
-	"crypto"
 	"crypto/hmac"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
@@ -289,7 +287,7 @@ func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attem
 	if err != nil {
 		return nil, false, backEnd("wrapping", d, err)
 	}
-	stored, err = s.store(ctx, pass, d, attempt, key.Public(), wrapped)
+	stored, err = s.store(ctx, pass, d, attempt, orgkey.NewPublic(key.Public()), wrapped)
 	return wrapped.Value, stored, err
 }
 
@@ -318,8 +316,8 @@ func recipientOf(d Delivery) (*rsa.PublicKey, error) {
 
 // store commits a wrapped key and its record. stored also says that they may
 // have been committed.
-func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt string, public *rsa.PublicKey, wrapped envelope.SealedKey) (stored bool, err error) {
-	der, err := x509.MarshalPKIXPublicKey(public)
+func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt string, public orgkey.Public, wrapped envelope.SealedKey) (stored bool, err error) {
+	der, err := public.DER()
 	if err != nil {
 		return false, fmt.Errorf("encoding key %s: %w", d.KeyID, err)
 	}
@@ -333,10 +331,10 @@ func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt
 	if err := both.Wait(); err != nil {
 		return false, backEnd("sealing", d, err)
 	}
-	fingerprint := orgkey.Thumbprint(public)
+	fingerprint := public.Fingerprint()
 	created := pass.Event(audit.KeyCreated)
 	created.Object = d.KeyID
-	created.Detail = map[string]string{"fingerprint": fingerprint, "backend": s.Backend, "algorithm": "rsa-2048", "scope": string(d.Scope)}
+	created.Detail = map[string]string{"fingerprint": fingerprint, "backend": s.Backend, "algorithm": orgkey.Algorithm, "scope": string(d.Scope)}
 	if d.Enrollment != "" {
 		created.Detail["enrollment"] = d.Enrollment
 	}
@@ -376,7 +374,7 @@ func sealedEvent(pass gate.Pass, d Delivery) audit.Event {
 func (s *Service) offer(ctx context.Context, d Delivery) error {
 	waiting, cancel := context.WithTimeout(ctx, s.AuditDeadline)
 	defer cancel()
-	if err := s.Gate.Trail.Acknowledged(waiting, d.Event); err != nil {
+	if err := s.Gate.AuditLog.Acknowledged(waiting, d.Event); err != nil {
 		return fmt.Errorf("%w: %w", gate.ErrAudit, err)
 	}
 	if err := s.Store.Offer(ctx, d.KeyID, s.DeliverFor); err != nil {
@@ -474,8 +472,7 @@ func (s *Service) signed(ctx context.Context, r receipt, find func(context.Conte
 	if err != nil {
 		return d, fmt.Errorf("opening key %s: %w", d.KeyID, err)
 	}
-	digest := sha256.Sum256(s.vouched(d).ReceiptText())
-	if rsa.VerifyPKCS1v15(opened[d.KeyID], crypto.SHA256, digest[:], r.signature) != nil {
+	if !opened[d.KeyID].Verifies(s.vouched(d).ReceiptText(), r.signature) {
 		return d, ErrSignature
 	}
 	return d, nil

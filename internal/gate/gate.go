@@ -1,9 +1,9 @@
-// Package gate is the one way into every use case: it asks the policy, and
-// sees to it that what was asked leaves its audit event, a "no" included.
+// Package gate is the only way into a use case: it asks the policy, and makes
+// sure that every request leaves its audit event, a denied one included.
 //
-// A use case begins with Decide and goes on only with the Pass it returns;
-// events are made from that Pass, so they say who, for whom, by which policy
-// and for which request without the use case repeating it.
+// A use case begins with Decide and continues only with the Pass that it returns.
+// Events are made from that Pass, so they name the caller, the organization, the
+// policy and the request without the use case repeating them.
 package gate
 
 import (
@@ -20,10 +20,10 @@ import (
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
-// ErrAudit: the audit trail could not be written, or not acknowledged in time.
-var ErrAudit = errors.New("audit trail not available")
+// ErrAudit: the audit log could not be written, or did not acknowledge in time.
+var ErrAudit = errors.New("audit log not available")
 
-// DeniedError is a "no" of the policy.
+// DeniedError: the policy denies the request.
 type DeniedError struct {
 	Action authz.Action
 	Reason authz.Reason
@@ -31,28 +31,29 @@ type DeniedError struct {
 
 func (e *DeniedError) Error() string { return fmt.Sprintf("%s denied: %s", e.Action, e.Reason) }
 
-// Call is one authenticated request to a use case: who asks, and what of it
-// belongs in the audit trail.
+// Call is one authenticated request to a use case: the caller, and what the audit
+// log records of the request.
 type Call struct {
 	Caller  authz.Caller
 	Request string // the request's ID
 	Address string // the client's address, as the transport observed it
 }
 
-// objectForm is what the IDs of keys and nodes, and the names of secrets, look
-// like. No other text that a caller sends in their place reaches the log.
+// objectForm is the form of the IDs of keys and nodes and of the names of secrets.
+// No other text that a caller sends as one reaches the log.
 var objectForm = regexp.MustCompile(`^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[a-z][a-z0-9_]{0,63})$`)
 
-// RecordDeadline bounds what has to leave its event although the caller may be gone.
+// RecordDeadline bounds work that has to leave its event even if the caller is gone.
 const RecordDeadline = 5 * time.Second
 
-// Outlive returns a context for what must leave its event: it does not end
-// with ctx, so that nobody escapes the trail by hanging up, but after a time.
+// Outlive returns a context for work that must leave its event. It does not end
+// with ctx, so that nobody avoids the audit log by hanging up, but after
+// RecordDeadline.
 func Outlive(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), RecordDeadline)
 }
 
-// ReasonFor is the caller's absence where that is why something failed.
+// ReasonFor returns caller_gone if the caller hung up, and otherwise the given reason.
 func ReasonFor(ctx context.Context, otherwise string) string {
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return "caller_gone"
@@ -60,8 +61,8 @@ func ReasonFor(ctx context.Context, otherwise string) string {
 	return otherwise
 }
 
-// Trail is what the gate needs of the audit log. Its implementation is audit.Log.
-type Trail interface {
+// AuditLog is what the gate needs of the audit log. Its implementation is audit.Log.
+type AuditLog interface {
 	// Record makes events durable in a transaction of their own.
 	Record(ctx context.Context, events ...audit.Event) error
 	// Acknowledged waits until the event has its index in the log and every
@@ -74,12 +75,12 @@ type Policy interface {
 	Decide(ctx context.Context, r authz.Request) (authz.Decision, error)
 }
 
-// Gate lets requests through, or not.
+// Gate decides requests and records them.
 type Gate struct {
-	Policy Policy
-	Trail  Trail
-	Log    *slog.Logger
-	Lost   interface{ Inc() } // counts requests whose event could not be recorded; nil: nobody does
+	Policy   Policy
+	AuditLog AuditLog
+	Log      *slog.Logger
+	Lost     interface{ Inc() } // counts requests whose event could not be recorded; may be nil
 }
 
 // Pass is an allowed request.
@@ -93,9 +94,9 @@ type Pass struct {
 }
 
 // Decide asks the policy whether call may do action for org; object is the ID
-// of what in org it names, if it does. A "no" is a *DeniedError and leaves an
-// event; that event is best effort, since the answer stays "no" without it. A
-// policy that does not decide leaves one too.
+// that the request names, if any. A denial is a *DeniedError and leaves an
+// event; a failure to record it does not change the answer. A policy that does
+// not decide leaves an event too.
 func (g Gate) Decide(ctx context.Context, call Call, action authz.Action, org org.ID, object string) (Pass, error) {
 	pass := Pass{Call: call, Org: org, Action: action}
 	if objectForm.MatchString(object) {
@@ -117,24 +118,24 @@ func (g Gate) Decide(ctx context.Context, call Call, action authz.Action, org or
 	return Pass{}, &DeniedError{action, pass.Decision.Reason}
 }
 
-// Record makes an event durable, also when the caller has gone, or reports
-// ErrAudit. It logs and counts a failure, since nothing else shows the lost
-// event of a caller who heard "no" or nothing.
+// Record makes an event durable, even if the caller is gone, or reports
+// ErrAudit. It logs and counts a failure, because nothing else shows the lost
+// event of a caller who was denied or got no answer.
 func (g Gate) Record(ctx context.Context, event audit.Event) error {
 	ctx, cancel := Outlive(ctx)
 	defer cancel()
-	err := g.Trail.Record(ctx, event)
+	err := g.AuditLog.Record(ctx, event)
 	if err == nil {
 		return nil
 	}
 	if g.Lost != nil {
 		g.Lost.Inc()
 	}
-	g.Log.Warn("a request is not in the audit trail", "request", event.Request, "event", event.Type, "error", err)
+	g.Log.Warn("a request could not be recorded in the audit log", "request", event.Request, "event", event.Type, "error", err)
 	return fmt.Errorf("%w: %w", ErrAudit, err)
 }
 
-// Failed records that a request came to nothing, and returns why.
+// Failed records that a request failed, and returns why.
 func (g Gate) Failed(ctx context.Context, p Pass, t audit.Type, reason string, why error) error {
 	event := p.Event(t)
 	event.Outcome, event.Reason = audit.Failure, reason
@@ -144,11 +145,10 @@ func (g Gate) Failed(ctx context.Context, p Pass, t audit.Type, reason string, w
 	return why
 }
 
-// Reject records an authenticated request that the edge refuses: a malformed
-// organization, an answer that nobody can give. The policy still decides
-// first, so that a stranger hears "no" and not what was wrong; it is not asked
-// where there is no organization to ask about (an empty org). Reject returns
-// nil when the refusal is recorded.
+// Reject records an authenticated request that the edge refuses, for a malformed
+// organization or an unacceptable media type. The policy still decides first, so
+// that a caller without rights learns only that; it is not asked without an
+// organization (an empty org). Reject returns nil when the refusal is recorded.
 func (g Gate) Reject(ctx context.Context, call Call, org org.ID, action authz.Action, object, reason string) error {
 	if org == "" {
 		return g.Failed(ctx, Pass{Call: call, Action: action}, audit.RequestFailed, reason, nil)
@@ -160,7 +160,7 @@ func (g Gate) Reject(ctx context.Context, call Call, org org.ID, action authz.Ac
 	return g.Failed(ctx, pass, audit.RequestFailed, reason, nil)
 }
 
-// Event is a new event about the request that p lets through.
+// Event is a new event about the allowed request.
 func (p Pass) Event(t audit.Type) audit.Event {
 	caller := p.Call.Caller
 	e := audit.New(t, p.Org)

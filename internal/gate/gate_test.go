@@ -58,7 +58,7 @@ func newWorld(t *testing.T, policy gate.Policy) *world {
 	t.Cleanup(func() { raw.Close() })
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
 	w := &world{db: db, raw: raw}
-	w.Gate = gate.Gate{Policy: policy, Trail: audit.NewLog(db, log), Log: log, Lost: &w.lost}
+	w.Gate = gate.Gate{Policy: policy, AuditLog: audit.NewLog(db, log), Log: log, Lost: &w.lost}
 	return w
 }
 

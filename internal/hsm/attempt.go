@@ -122,7 +122,7 @@ func (t *Token) logIn(slot uint, h pkcs11.SessionHandle) error {
 }
 
 // errWary: the token counts refused PINs.
-var errWary = errors.New("the token has refused a PIN since the last good login, and the next refusals lock it")
+var errWary = errors.New("the token has refused a PIN since the last successful login, and further refusals lock it")
 
 func (t *Token) checkNotWary(slot uint) error {
 	info, err := t.lib.GetTokenInfo(slot)
@@ -137,7 +137,7 @@ func (t *Token) checkNotWary(slot uint) error {
 func (t *Token) login(slot uint, h pkcs11.SessionHandle, pin []byte) (err error) {
 	file, err := attempts{t.cfg.AttemptFile}.open()
 	if err != nil {
-		return fmt.Errorf("the PIN is not offered, since a refusal could not be remembered: %w", err)
+		return fmt.Errorf("the PIN is not used, because a refusal could not be recorded: %w", err)
 	}
 	defer func() { err = errors.Join(err, file.Close()) }()
 	info, err := t.lib.GetTokenInfo(slot)
@@ -163,14 +163,14 @@ func (t *Token) login(slot uint, h pkcs11.SessionHandle, pin []byte) (err error)
 	state := offered
 	if wary {
 		state = offeredToWary
-		t.cfg.Log.Warn("the token has refused a PIN since the last good login", "token", info.Label)
+		t.cfg.Log.Warn("the token has refused a PIN since the last successful login", "token", info.Label)
 	}
 	now, err := newAttempt(state, pin, info.SerialNumber)
 	if err != nil {
 		return err
 	}
 	if err := errors.Join(writeAttempt(file, now.String()), syncPath(filepath.Dir(t.cfg.AttemptFile))); err != nil {
-		return fmt.Errorf("the PIN is not offered, since a refusal could not be remembered: %w", err)
+		return fmt.Errorf("the PIN is not used, because a refusal could not be recorded: %w", err)
 	}
 	return t.settle(file, now, slot, t.lib.Login(h, pkcs11.CKU_USER, string(pin)))
 }
@@ -188,7 +188,7 @@ func (t *Token) settle(file *os.File, now attempt, slot uint, err error) error {
 	}
 	now.state = refused
 	if err := writeAttempt(file, now.String()); err != nil {
-		t.cfg.Log.Error("a refused PIN could not be remembered", "file", t.cfg.AttemptFile, "error", err)
+		t.cfg.Log.Error("a refused PIN could not be recorded", "file", t.cfg.AttemptFile, "error", err)
 	}
 	switch {
 	case is(err, pkcs11.CKR_PIN_LOCKED):

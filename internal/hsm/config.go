@@ -132,13 +132,13 @@ var (
 	// trying again, and a token that is tried again may lock.
 	ErrPIN = errors.New("the token's user PIN cannot be used")
 	// ErrPINRefused: the token refused this PIN, now or earlier.
-	ErrPINRefused = fmt.Errorf("%w: the token refused it. It is not offered again before the PIN file changes, since tokens lock: correct the PIN file and start again, or, if the token's PIN was changed to what the file holds, remove the file named here", ErrPIN)
+	ErrPINRefused = fmt.Errorf("%w: the token refused it. It is not used again until the PIN file changes, because tokens lock: correct the PIN file and start again, or, if the token's PIN was changed to what the file holds, remove the file named here", ErrPIN)
 	// ErrPINInterrupted: this PIN was offered, the answer was lost, and the token has refused one since.
 	ErrPINInterrupted = fmt.Errorf("%w: an earlier attempt with it was interrupted, and the token has refused a PIN since. Correct the PIN file if it is wrong; if it is right, log in with it once by hand (pkcs11-tool --login --list-objects), or remove the file named here", ErrPIN)
 	// ErrPINLocked: the token takes no PIN any more.
-	ErrPINLocked = fmt.Errorf("%w: it is locked, because wrong ones were offered too often. No PIN is offered: the token's security officer must set a new one (pkcs11-tool --login --login-type so --init-pin), then write it to the PIN file and start again", ErrPIN)
+	ErrPINLocked = fmt.Errorf("%w: it is locked, because wrong PINs were used too often. No PIN is used: the token's security officer must set a new one (pkcs11-tool --login --login-type so --init-pin), then write it to the PIN file and start again", ErrPIN)
 	// ErrPINFinalTry: one more refusal locks the token.
-	ErrPINFinalTry = fmt.Errorf("%w: the token says that one more wrong PIN locks it, so none is offered. Find out who offers wrong ones, log in once by hand with the right PIN (pkcs11-tool --login --list-objects), which sets the count back, and start again", ErrPIN)
+	ErrPINFinalTry = fmt.Errorf("%w: the token says that one more wrong PIN locks it, so none is used. Find out who uses wrong ones, log in once by hand with the right PIN (pkcs11-tool --login --list-objects), which resets the counter, and start again", ErrPIN)
 	// ErrPINNotInitialized: the token has no user PIN yet.
 	ErrPINNotInitialized = fmt.Errorf("%w: the token has none yet. Its security officer must set one (pkcs11-tool --login --login-type so --init-pin)", ErrPIN)
 	// ErrPINExpired: the token wants another PIN to be set.

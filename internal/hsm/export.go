@@ -11,7 +11,6 @@ import (
 	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/subtle"
-	"crypto/x509"
 	"encoding/asn1"
 	"encoding/binary"
 	"errors"
@@ -349,7 +348,7 @@ func (c *courier) export(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.
 	if err != nil {
 		return nil, err
 	}
-	if err := checkPair(pkcs1, public); err != nil {
+	if err := orgkey.NewPublic(public).CheckPrivate(pkcs1); err != nil {
 		return nil, err
 	}
 	return append(make([]byte, 0, len(pkcs1)), pkcs1...), nil
@@ -383,28 +382,4 @@ func isZero(b []byte) bool {
 		}
 	}
 	return true
-}
-
-// checkPair reports an error unless der is a valid RSAPrivateKey whose public
-// half is public.
-func checkPair(der []byte, public *rsa.PublicKey) error {
-	key, err := x509.ParsePKCS1PrivateKey(der)
-	if err != nil {
-		return fmt.Errorf("checking the exported key: %w", err)
-	}
-	defer wipe(key)
-	if !key.PublicKey.Equal(public) {
-		return errors.New("the exported key is not the private half of the public key")
-	}
-	return nil
-}
-
-// wipe clears the numbers of a key. Copies inside crypto/rsa are out of reach.
-func wipe(key *rsa.PrivateKey) {
-	numbers := []*big.Int{key.D, key.Precomputed.Dp, key.Precomputed.Dq, key.Precomputed.Qinv}
-	for _, n := range append(numbers, key.Primes...) {
-		if n != nil {
-			clear(n.Bits())
-		}
-	}
 }

@@ -80,42 +80,6 @@ func FuzzPKCS8(f *testing.F) {
 	})
 }
 
-func TestExportedKeyMustMatch(t *testing.T) {
-	key, other := newKey(t), newKey(t)
-	der := x509.MarshalPKCS1PrivateKey(key)
-	if err := checkPair(der, &key.PublicKey); err != nil {
-		t.Errorf("its own public key: %v", err)
-	}
-	if err := checkPair(der, &other.PublicKey); err == nil {
-		t.Error("another public key was accepted")
-	}
-	if err := checkPair(der, &rsa.PublicKey{N: key.N, E: 3}); err == nil {
-		t.Error("another exponent was accepted")
-	}
-	if err := checkPair(append(bytes.Clone(der), 0), &key.PublicKey); err == nil {
-		t.Error("a byte after the key was accepted")
-	}
-}
-
-func TestWipe(t *testing.T) {
-	key := newKey(t)
-	words := [][]byte{key.D.Bytes(), key.Primes[0].Bytes()}
-	d, p := key.D.Bits(), key.Primes[0].Bits()
-	wipe(key)
-	for i := range d {
-		if d[i] != 0 {
-			t.Fatal("the private exponent is still there")
-		}
-	}
-	for i := range p {
-		if p[i] != 0 {
-			t.Fatal("a prime is still there")
-		}
-	}
-	clear(words[0])
-	clear(words[1])
-}
-
 func TestUnwrapCBC(t *testing.T) {
 	key, iv := bytes.Repeat([]byte{1}, 32), bytes.Repeat([]byte{2}, aes.BlockSize)
 	block, err := aes.NewCipher(key)

@@ -7,7 +7,6 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/miekg/pkcs11"
 
@@ -19,8 +18,6 @@ var (
 	_ orgkey.SealedKeystore = (*Token)(nil)
 	_ orgkey.SealableKey    = (*key)(nil)
 )
-
-var errRecipient = errors.New("the recipient is not an RSA key of 2048, 3072 or 4096 bits with exponent 65537")
 
 // checkSealed reports orgkey.ErrSealedUnavailable if the module lacks the mechanism.
 func (t *Token) checkSealed() error {
@@ -59,8 +56,8 @@ func (t *Token) DestroySealed(ctx context.Context, name string) error {
 // for this call and hands to nobody but the recipient; the wrapping key of
 // Export, which this process knows, has no part in it.
 func (k *key) Seal(ctx context.Context, recipient *rsa.PublicKey) (envelope.SealedKey, error) {
-	if recipient == nil || recipient.N == nil || recipient.E != 65537 || !slices.Contains([]int{2048, 3072, 4096}, recipient.N.BitLen()) {
-		return envelope.SealedKey{}, errRecipient
+	if err := orgkey.CheckRecipient(recipient); err != nil {
+		return envelope.SealedKey{}, err
 	}
 	if err := k.token.checkSealed(); err != nil {
 		return envelope.SealedKey{}, err

@@ -126,7 +126,7 @@ func (t *Token) mayPass(err error) bool {
 // newToken loads the module.
 func newToken(cfg Config) (*Token, error) {
 	if cfg.AttemptFile == "" {
-		return nil, errors.New("opening the token: no file is named in which a refused PIN is remembered")
+		return nil, errors.New("opening the token: no file for refused PINs is configured")
 	}
 	pin, err := readPIN(cfg.PINFile) // before a library is loaded that may print or wait
 	if err != nil {

@@ -9,20 +9,21 @@ import (
 	lru "github.com/hashicorp/golang-lru/v2"
 )
 
-// The bounds on what callers without a key can cause.
+// Limits for callers without a key.
 const (
-	wideLane     = 64               // verifications under way
-	widePatience = 10 * time.Second // how long a request waits for a place among them
+	wideLane     = 64               // concurrent verifications
+	widePatience = 10 * time.Second // how long a request waits for one of them
 
 	narrowLane     = 2 // the same for addresses with too many failures
 	narrowPatience = 2 * time.Second
 
-	failuresAllowed = 30          // that an address may have at once...
-	failureForgiven = time.Second // ...and one more each time this has passed
-	addressesKept   = 1 << 16     // the least recently failing ones are forgotten first
+	failuresAllowed = 30          // that an address may have at once
+	failureForgiven = time.Second // after this time one failure is forgotten
+	addressesKept   = 1 << 16     // the least recently failing ones are dropped first
 )
 
-// lanes bounds verifications under way.
+// lanes limits concurrent verifications: the narrow lane is for addresses with too
+// many failures, the wide lane for all others.
 type lanes struct {
 	wide     chan struct{}
 	narrow   chan struct{}
@@ -40,8 +41,8 @@ func newLanes(now func() time.Time) (*lanes, error) {
 	}, nil
 }
 
-// enter waits for a place. leave gives it back and says how the verification
-// ended; it returns what the caller is to hear of a failure.
+// enter waits for a place in the address's lane. leave gives it back, and returns
+// the error for the caller if the verification failed.
 func (l *lanes) enter(ctx context.Context, address string) (leave func(verified bool) error, err error) {
 	source := sourceOf(address)
 	lane, patience, full, answer := l.wide, widePatience, ErrBusy, ErrSignature
@@ -79,8 +80,8 @@ func place(ctx context.Context, lane chan struct{}, patience time.Duration, full
 	}
 }
 
-// sourceOf is what failures are counted by: an IPv4 address, or the /64 that
-// one subscriber usually has. What is no address is one source.
+// sourceOf is the key by which failures are counted: an IPv4 address, or the /64
+// of an IPv6 address. All texts that are not addresses are one source.
 func sourceOf(address string) netip.Prefix {
 	addr, err := netip.ParseAddr(address)
 	if err != nil {
@@ -95,7 +96,7 @@ func sourceOf(address string) netip.Prefix {
 }
 
 // failures counts failures by source. It keeps one time for each: when the
-// last of them is forgiven (a leaky bucket, as GCRA has it).
+// last failure is forgotten (a leaky bucket, GCRA).
 type failures struct {
 	now      func() time.Time
 	mu       sync.Mutex // keeps add's reading and writing together
@@ -115,8 +116,8 @@ func (f *failures) add(source netip.Prefix) {
 	if !ok || forgiven.Before(now) {
 		forgiven = now
 	}
-	// No further ahead than a little over the limit, so that an hour of
-	// failures is forgiven as fast as a minute of them.
+	// At most a little over the limit, so that an hour of failures is
+	// forgotten as fast as a minute of them.
 	if limit := now.Add(failuresAllowed * failureForgiven); forgiven.Before(limit) {
 		forgiven = forgiven.Add(failureForgiven)
 	}

@@ -68,16 +68,16 @@ const (
 var (
 	// ErrStale: the timestamp is further from the present than the window.
 	ErrStale = errors.New("timestamp is outside the accepted window")
-	// ErrSignature: unknown organization, unknown key or wrong signature; which, is nobody's business.
+	// ErrSignature: unknown organization, unknown key or wrong signature; the caller does not learn which.
 	ErrSignature = errors.New("signature is not valid")
 	// ErrTooManyFailures: ErrSignature, from an address that causes many, or no place in its lane.
 	ErrTooManyFailures = errors.New("too many failed signatures from this address")
 	// ErrBusy: too many verifications under way, or too much memory taken by answers.
-	ErrBusy = errors.New("too many signed requests under way")
+	ErrBusy = errors.New("too many signed requests in progress")
 	// ErrReused: the signature was used for another request.
 	ErrReused = errors.New("signature was used for another request")
 	// ErrKeyGone: the key that verified was deleted before the request could act. Callers of the service see ErrSignature.
-	ErrKeyGone = errors.New("the key that verified is gone")
+	ErrKeyGone = errors.New("the key that verified was deleted")
 	// ErrAddressInUse: a node key named the address of another node.
 	ErrAddressInUse = errors.New("the address belongs to another node")
 	// ErrAddressNotAllowed: a node key named another address than its enrollment allows.
@@ -89,7 +89,7 @@ var (
 	// ErrSecretNotFound: no such boot secret.
 	ErrSecretNotFound = errors.New("secret not found")
 	// ErrSecretBroken: a stored boot secret does not open for its organization and name.
-	ErrSecretBroken = errors.New("a boot secret does not open")
+	ErrSecretBroken = errors.New("a boot secret does not decrypt")
 	// ErrTooManySecrets: the organization has MaxSecrets boot secrets.
 	ErrTooManySecrets = fmt.Errorf("an organization may have %d secrets", MaxSecrets)
 )
@@ -171,8 +171,8 @@ type Ref struct {
 	IP  netip.Addr
 }
 
-// Sight is a node that signed with a key.
-type Sight struct {
+// Contact identifies a node and the key that it signed with.
+type Contact struct {
 	Ref
 	Key string
 }
@@ -211,10 +211,10 @@ type Store interface {
 	SecretNames(ctx context.Context, org org.ID) ([]Secret, error)
 	// DeleteSecret ends org's secret, or reports ErrSecretNotFound.
 	DeleteSecret(ctx context.Context, org org.ID, name string, event audit.Event) error
-	// Seen moves last uses of keys and last sights of nodes forward, each given by
+	// Seen moves last uses of keys and last contacts of nodes forward, each given by
 	// how long ago it was, and associates nodes with the keys they signed with; what
 	// is not there is no error.
-	Seen(ctx context.Context, keys map[string]time.Duration, nodes map[Sight]time.Duration) error
+	Seen(ctx context.Context, keys map[string]time.Duration, nodes map[Contact]time.Duration) error
 	// ForgetUses removes at most limit uses whose Until has passed by the store's
 	// clock, by which Register and Unregister refuse such a use with ErrStale.
 	ForgetUses(ctx context.Context, limit int) (int, error)

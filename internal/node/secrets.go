@@ -9,7 +9,6 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
-	"github.com/orgkeys/orgkeys/internal/envelope"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -84,7 +83,7 @@ func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
 		return nil, err
 	}
 	// A registration writes this down itself.
-	s.seen.node(Sight{Ref{r.org, r.addr}, r.Key}, s.now())
+	s.seen.node(Contact{Ref{r.org, r.addr}, r.Key}, s.now())
 	envelopes, err := s.envelop(ctx, r, sealed)
 	if err != nil {
 		reason := gate.ReasonFor(ctx, "unavailable")
@@ -95,7 +94,7 @@ func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
 	}
 	acknowledged, cancel := context.WithTimeout(ctx, s.auditDeadline)
 	defer cancel()
-	if err := s.gate.Trail.Acknowledged(acknowledged, event.ID); err != nil {
+	if err := s.gate.AuditLog.Acknowledged(acknowledged, event.ID); err != nil {
 		return nil, fmt.Errorf("%w: %w", gate.ErrAudit, err)
 	}
 	return envelopes, nil
@@ -114,7 +113,7 @@ func (s *Service) envelop(ctx context.Context, r signed, stored []SealedSecret) 
 		return nil, fmt.Errorf("%w: %w", ErrSecretBroken, err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("opening secrets: %w", err)
+		return nil, fmt.Errorf("decrypting secrets: %w", err)
 	}
 	defer func() {
 		for _, secret := range opened {
@@ -123,7 +122,7 @@ func (s *Service) envelop(ctx context.Context, r signed, stored []SealedSecret) 
 	}()
 	envelopes := make([]Envelope, len(stored))
 	for i, secret := range opened {
-		text, err := envelope.Seal(r.public, secret)
+		text, err := r.public.Envelope(secret)
 		if err != nil {
 			return nil, fmt.Errorf("sealing secret %s to key %s: %w", stored[i].Name, r.Key, err)
 		}

@@ -8,20 +8,20 @@ import (
 
 const (
 	forgetBatch = 500             // expired uses a transaction
-	lastFlush   = 5 * time.Second // for what was seen when the service ends
+	lastFlush   = 5 * time.Second // for the last uses at the end of the service
 )
 
 // seen collects when keys were last used and nodes last seen, so that this
-// costs one statement an interval and not one write a request. A crash loses
-// an interval's worth, which is why the audit log and not this is evidence.
+// costs one statement per interval instead of one write per request. A crash loses
+// the last interval; the evidence is the audit log.
 type seen struct {
 	mu    sync.Mutex
 	keys  map[string]time.Time
-	nodes map[Sight]time.Time
+	nodes map[Contact]time.Time
 }
 
 func newSeen() *seen {
-	return &seen{keys: map[string]time.Time{}, nodes: map[Sight]time.Time{}}
+	return &seen{keys: map[string]time.Time{}, nodes: map[Contact]time.Time{}}
 }
 
 func (s *seen) key(id string, at time.Time) {
@@ -30,24 +30,24 @@ func (s *seen) key(id string, at time.Time) {
 	s.keys[id] = at
 }
 
-func (s *seen) node(node Sight, at time.Time) {
+func (s *seen) node(node Contact, at time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.nodes[node] = at
 }
 
 // take returns what was collected and starts again.
-func (s *seen) take() (map[string]time.Time, map[Sight]time.Time) {
+func (s *seen) take() (map[string]time.Time, map[Contact]time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	keys, nodes := s.keys, s.nodes
-	s.keys, s.nodes = map[string]time.Time{}, map[Sight]time.Time{}
+	s.keys, s.nodes = map[string]time.Time{}, map[Contact]time.Time{}
 	return keys, nodes
 }
 
-// Keep writes down, every interval until ctx ends and then once more, when
-// keys and nodes were last seen, and forgets uses of signatures that nobody
-// can present any more. Several replicas may do so at once.
+// Keep stores, every interval until ctx ends and then once more, when keys and
+// nodes were last seen, and deletes uses of signatures that are out of their time
+// window. Several replicas may run it at once.
 func (s *Service) Keep(ctx context.Context, interval time.Duration) error {
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
@@ -71,12 +71,11 @@ func (s *Service) flush(ctx context.Context) {
 		return
 	}
 	if err := s.store.Seen(ctx, ago(s.now(), keys), ago(s.now(), nodes)); err != nil {
-		s.gate.Log.Warn("last uses of keys and sights of nodes are not written down", "keys", len(keys), "nodes", len(nodes), "error", err)
+		s.gate.Log.Warn("last uses of keys and last contacts of nodes could not be stored", "keys", len(keys), "nodes", len(nodes), "error", err)
 	}
 }
 
-// ago is how long before now each time was. Go measures that by a clock that nobody
-// sets.
+// ago is how long before now each time was, by Go's monotonic clock.
 func ago[K comparable](now time.Time, times map[K]time.Time) map[K]time.Duration {
 	all := make(map[K]time.Duration, len(times))
 	for k, at := range times {
@@ -89,7 +88,7 @@ func (s *Service) forget(ctx context.Context) {
 	for {
 		n, err := s.store.ForgetUses(ctx, forgetBatch)
 		if err != nil && ctx.Err() == nil {
-			s.gate.Log.Warn("expired uses of signatures are not removed", "error", err)
+			s.gate.Log.Warn("expired uses of signatures could not be removed", "error", err)
 		}
 		if err != nil || n < forgetBatch {
 			return

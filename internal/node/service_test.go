@@ -238,7 +238,7 @@ func TestTimesFromTheFutureGiveWay(t *testing.T) {
 		}
 		shown("before the next use")
 		w.must(w.db.Seen(t.Context(), map[string]time.Duration{k.id: time.Second},
-			map[node.Sight]time.Duration{{Ref: node.Ref{Org: "acme", IP: w.nodes("acme")[0].IP}, Key: k.id}: time.Second}))
+			map[node.Contact]time.Duration{{Ref: node.Ref{Org: "acme", IP: w.nodes("acme")[0].IP}, Key: k.id}: time.Second}))
 		shown("after it")
 		var ahead int
 		w.must(w.raw.QueryRow("SELECT (SELECT count(*) FROM org_keys WHERE last_used_at > $1) + (SELECT count(*) FROM nodes WHERE seen_at > $1)", time.Now().Add(time.Minute).UnixMicro()).Scan(&ahead))
@@ -666,7 +666,7 @@ func TestLastUseAndLastSightAreWrittenDown(t *testing.T) {
 			}
 		}
 		past := map[string]time.Duration{k.id: time.Hour}
-		w.must(w.db.Seen(t.Context(), past, map[node.Sight]time.Duration{{Ref: node.Ref{Org: "acme", IP: n.IP}, Key: k.id}: time.Hour}))
+		w.must(w.db.Seen(t.Context(), past, map[node.Contact]time.Duration{{Ref: node.Ref{Org: "acme", IP: n.IP}, Key: k.id}: time.Hour}))
 		if again := w.nodes("acme")[0]; again.Seen != n.Seen {
 			t.Errorf("sight moved back to %s", again.Seen)
 		}

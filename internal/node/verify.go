@@ -2,10 +2,6 @@ package node
 
 import (
 	"context"
-	"crypto"
-	"crypto/rand"
-	"crypto/rsa"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"time"
@@ -16,7 +12,7 @@ import (
 // proof is what a valid signature establishes.
 type proof struct {
 	Signer
-	public *rsa.PublicKey
+	public orgkey.Public
 	line   string // what was signed
 }
 
@@ -25,7 +21,7 @@ type verifier struct {
 	store  Store
 	opener *orgkey.Opener
 	lanes  *lanes
-	nobody *rsa.PublicKey // verifies for organizations that have no keys
+	decoy  orgkey.Public // verifies for organizations that have no keys
 }
 
 func newVerifier(store Store, opener *orgkey.Opener, now func() time.Time) (*verifier, error) {
@@ -33,11 +29,8 @@ func newVerifier(store Store, opener *orgkey.Opener, now func() time.Time) (*ver
 	if err != nil {
 		return nil, err
 	}
-	nobody, err := rsa.GenerateKey(rand.Reader, orgkey.Bits)
-	if err != nil {
-		return nil, fmt.Errorf("making the key for organizations without one: %w", err)
-	}
-	return &verifier{store: store, opener: opener, lanes: lanes, nobody: &nobody.PublicKey}, nil
+	decoy, err := orgkey.NewDecoy()
+	return &verifier{store: store, opener: opener, lanes: lanes, decoy: decoy}, err
 }
 
 // verify returns the proof of r's signature. A key found here was alive a
@@ -70,22 +63,17 @@ func (v *verifier) find(ctx context.Context, r request) (proof, bool, error) {
 	}
 	lines := r.messages()
 	for _, c := range candidates {
-		key := keys[c.ID]
+		key, opened := keys[c.ID]
 		for _, line := range lines {
-			if key != nil && verifies(key, line, r.signature) {
+			if opened && key.Verifies([]byte(line), r.signature) {
 				return proof{c.Signer, key, line}, true, nil
 			}
 		}
 	}
 	if len(keys) == 0 {
 		for _, line := range lines {
-			verifies(v.nobody, line, r.signature) // only the time that it takes matters
+			v.decoy.Verifies([]byte(line), r.signature) // only the time that it takes matters
 		}
 	}
 	return proof{}, false, nil
-}
-
-func verifies(key *rsa.PublicKey, line string, signature []byte) bool {
-	digest := sha256.Sum256([]byte(line))
-	return rsa.VerifyPKCS1v15(key, crypto.SHA256, digest[:], signature) == nil
 }

@@ -187,7 +187,7 @@ func (w *world) with(change func(*node.Config)) *node.Service {
 	}
 	c := node.Config{
 		Store: w.db, Sealer: w, Opener: opener, Window: 300 * time.Second, AuditDeadline: 5 * time.Second, Now: w.now,
-		Gate: gate.Gate{Policy: policy, Trail: w.log, Log: log},
+		Gate: gate.Gate{Policy: policy, AuditLog: w.log, Log: log},
 	}
 	change(&c)
 	s, err := node.New(c)

@@ -3,14 +3,9 @@ package orgkey
 import (
 	"bytes"
 	"context"
-	"crypto/rsa"
-	"crypto/sha256"
-	"crypto/x509"
-	"encoding/base64"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"math/big"
 	"sync"
 
 	"github.com/google/uuid"
@@ -32,11 +27,11 @@ type Generated struct {
 }
 
 // Generate makes a key for org and hands its private half to deliver, once,
-// after the audit trail has it. deliver writes it out and flushes; an error
-// from it withdraws the key, as does an end of ctx before the release.
+// after the audit log has acknowledged it. deliver writes it out and flushes; an
+// error from it withdraws the key, as does an end of ctx before the release.
 //
-// A crash (CRASH below) loses no more than this says; the sweeper, and for
-// Transit the reaper, clear it without anybody's help.
+// The notes marked CRASH say what a crash at that point leaves behind; the
+// sweeper, and for Transit the reaper, clear it automatically.
 func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deliver func(context.Context, Generated) error) error {
 	pass, err := s.gate.Decide(ctx, call, authz.GenerateKey, org, "")
 	if err != nil {
@@ -48,7 +43,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	id := uuid.NewString()
 	if err := s.reserve(ctx, org, id); err != nil {
 		if !errors.As(err, new(*QuotaError)) {
-			s.cancel(ctx, id) // it may have been made, and only the answer be missing
+			s.cancel(ctx, id) // the reservation may exist although its answer was lost
 		}
 		return s.refused(ctx, pass, err)
 	}
@@ -60,20 +55,21 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	leave := sync.OnceFunc(func() { s.admission.Release(1) })
 	defer leave()
 	key, err := s.keystore.Create(ctx, id)
-	// CRASH: as above; a key object of the session is gone with the process,
-	// and a Transit key bears the reservation's name, by which the reaper finds it.
+	// CRASH: as above; a session key in the HSM is gone with the process,
+	// and a Transit key has the reservation's name, by which the reaper finds it.
 	if err != nil {
 		s.cancel(ctx, id)
 		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
 	}
-	// The private half leaves the back end while the record is made and the
-	// trail hears of it. The release needs both.
+	// The private key is exported while the record is stored and the audit log
+	// acknowledges it. The release needs both.
+	public := NewPublic(key.Public())
 	var der []byte
 	defer func() { clear(der) }()
 	pending := false
-	err = s.sideBySide(ctx,
-		func(ctx context.Context) (err error) { der, err = s.take(ctx, key, id); return err },
-		func(ctx context.Context) (err error) { pending, err = s.enter(ctx, pass, id, key.Public()); return err })
+	err = s.concurrently(ctx,
+		func(ctx context.Context) (err error) { der, err = s.export(ctx, key, id); return err },
+		func(ctx context.Context) (err error) { pending, err = s.storeRecord(ctx, pass, id, public); return err })
 	// CRASH: if record and event are committed by now, the sweeper deletes the
 	// record at its expiry, with an event that says so. The reaper leaves a
 	// Transit key alone until then.
@@ -91,12 +87,12 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err, "release_failed")))
 		return err
 	}
-	// CRASH: the key is released and listed as delivery "unconfirmed"; whether
-	// its holder got it whole, nobody knows, so nothing deletes it by itself.
-	leave() // back end and trail are done; a caller who reads slowly holds up nobody else
+	// CRASH: the key is released and listed as delivery "unconfirmed"; it is unknown
+	// whether its holder got all of it, so nothing deletes it automatically.
+	leave() // back end and audit log are done; a slow reader delays no other caller
 	private := encodePEM(der)
 	defer clear(private)
-	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: Thumbprint(key.Public()), PEM: private}); err != nil {
+	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: public.Fingerprint(), PEM: private}); err != nil {
 		s.withdraw(ctx, pass, id, "write_failed")
 		return fmt.Errorf("writing key %s out: %w", id, err)
 	}
@@ -106,8 +102,8 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 }
 
 // reserve takes a place in org's quota. The lock only keeps concurrent
-// requests from colliding in the store, so one that cannot be had within
-// lockPatience is done without.
+// requests from colliding in the store, so after lockPatience reserve continues
+// without it.
 func (s *Service) reserve(ctx context.Context, org org.ID, id string) error {
 	locked, cancel := context.WithTimeout(ctx, lockPatience)
 	unlock, err := s.locker.Lock(locked, org)
@@ -120,16 +116,16 @@ func (s *Service) reserve(ctx context.Context, org org.ID, id string) error {
 	return s.store.Reserve(ctx, org, id, s.limit, s.reservationLife)
 }
 
-// errBug is a panic, which the log tells of.
+// errBug is a panic, which the server's log describes.
 var errBug = errors.New("a bug in the program")
 
-// sideBySide runs both halves at once and returns the error of the one that
-// failed first, which also ends the other's context. A panic is an error: from
-// another goroutine than the request's it would end the process.
-func (s *Service) sideBySide(ctx context.Context, halves ...func(context.Context) error) error {
+// concurrently runs both halves at once and returns the error of the one that
+// failed first, which also ends the other's context. A panic becomes an error: in
+// a goroutine other than the request's it would end the process.
+func (s *Service) concurrently(ctx context.Context, halves ...func(context.Context) error) error {
 	both, failed := errgroup.WithContext(ctx)
-	// Not failed itself: its cause is the other half's error, in which a back end
-	// would see a failure of its own.
+	// Not the context failed itself: its cause is the other half's error, which a
+	// back end would take for its own failure.
 	working, stop := context.WithCancel(ctx)
 	defer stop()
 	defer context.AfterFunc(failed, stop)()
@@ -147,15 +143,15 @@ func (s *Service) sideBySide(ctx context.Context, halves ...func(context.Context
 	return both.Wait()
 }
 
-// take has the back end give the private half out, and forget it whatever
-// becomes of that. The caller clears what it returns.
-func (s *Service) take(ctx context.Context, key BackendKey, id string) (der []byte, err error) {
+// export exports the private key from the back end, and destroys the back end's
+// copy even if that fails. The caller clears what it returns.
+func (s *Service) export(ctx context.Context, key BackendKey, id string) (der []byte, err error) {
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 		defer cancel()
 		if kept := key.Destroy(ctx); kept != nil {
-			// Said here, too, since the caller may hear of something that failed before.
-			s.gate.Log.Warn("the back end may still have its copy of a key that was not released", "key", id, "error", kept)
+			// Logged here, too, because the caller may see an earlier error only.
+			s.gate.Log.Warn("the back end may still hold its copy of a key that was not released", "key", id, "error", kept)
 			err = errors.Join(err, kept)
 		}
 		if err != nil {
@@ -165,10 +161,10 @@ func (s *Service) take(ctx context.Context, key BackendKey, id string) (der []by
 	return key.Export(ctx)
 }
 
-// enter makes the record of a key, pending from then on, and waits until the
-// trail has it.
-func (s *Service) enter(ctx context.Context, pass gate.Pass, id string, public *rsa.PublicKey) (pending bool, err error) {
-	der, err := x509.MarshalPKIXPublicKey(public)
+// storeRecord stores the record of a key, which is pending from then on, and waits
+// until the audit log has acknowledged it.
+func (s *Service) storeRecord(ctx context.Context, pass gate.Pass, id string, public Public) (pending bool, err error) {
+	der, err := public.DER()
 	if err != nil {
 		return false, fmt.Errorf("encoding key %s: %w", id, err)
 	}
@@ -178,8 +174,8 @@ func (s *Service) enter(ctx context.Context, pass gate.Pass, id string, public *
 	}
 	created := pass.Event(audit.KeyCreated)
 	created.Object = id
-	created.Add(map[string]string{"fingerprint": Thumbprint(public), "backend": s.backend, "algorithm": "rsa-2048"})
-	// Not given up halfway: nobody would know whether the record is there.
+	created.Add(map[string]string{"fingerprint": public.Fingerprint(), "backend": s.backend, "algorithm": Algorithm})
+	// Not aborted with ctx: it would be unknown whether the record exists.
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	if err := s.store.StorePending(storing, id, sealed, created); err != nil {
@@ -187,26 +183,26 @@ func (s *Service) enter(ctx context.Context, pass gate.Pass, id string, public *
 	}
 	waiting, cancel := context.WithTimeout(ctx, s.auditDeadline)
 	defer cancel()
-	if err := s.gate.Trail.Acknowledged(waiting, created.ID); err != nil {
+	if err := s.gate.AuditLog.Acknowledged(waiting, created.ID); err != nil {
 		return true, fmt.Errorf("%w: %w", gate.ErrAudit, err)
 	}
 	return true, nil
 }
 
-// cancel gives a reserved place back, also when the caller has gone. If that
-// fails the place comes back when the reservation expires.
+// cancel gives a reservation back, even if the caller is gone. If that fails, the
+// reservation expires.
 func (s *Service) cancel(ctx context.Context, id string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	if err := s.store.Cancel(ctx, id); err != nil {
-		s.gate.Log.Warn("a place in the quota stays taken until its reservation expires", "key", id, "error", err)
+		s.gate.Log.Warn("a reservation could not be cancelled and stays in the quota until it expires", "key", id, "error", err)
 	}
 }
 
-// withdraw ends a key that was not, or not wholly, handed out, also when the
-// caller has gone. If that fails the caller does not wait for it: Sweep tries
-// again. CRASH: a pending key is swept at its expiry all the same, and a
-// released one stays "unconfirmed".
+// withdraw ends a key that was not, or not completely, handed out, even if the
+// caller is gone. If that fails, the caller does not wait: Sweep tries again.
+// CRASH: a pending key is swept at its expiry, and a released one stays
+// "unconfirmed".
 func (s *Service) withdraw(ctx context.Context, pass gate.Pass, id, reason string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
@@ -214,7 +210,7 @@ func (s *Service) withdraw(ctx context.Context, pass gate.Pass, id, reason strin
 	event.Object, event.Reason, event.Outcome = id, reason, audit.Failure
 	if err := s.end(ctx, event); err != nil {
 		s.gate.Log.Error("key not withdrawn yet", "key", id, "org", pass.Org, "reason", reason, "error", err)
-		s.owe(event)
+		s.postpone(event)
 	}
 }
 
@@ -227,42 +223,42 @@ func (s *Service) end(ctx context.Context, event audit.Event) error {
 	return err
 }
 
-func (s *Service) owe(events ...audit.Event) {
+func (s *Service) postpone(events ...audit.Event) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.owed = append(s.owed, events...)
+	s.postponed = append(s.postponed, events...)
 }
 
-// withdrawOwed makes up for withdrawals that failed, up to the first that
-// fails again.
-func (s *Service) withdrawOwed(ctx context.Context) error {
+// withdrawPostponed repeats withdrawals that failed, up to the first that fails
+// again.
+func (s *Service) withdrawPostponed(ctx context.Context) error {
 	s.mu.Lock()
-	owed := s.owed
-	s.owed = nil
+	postponed := s.postponed
+	s.postponed = nil
 	s.mu.Unlock()
-	for i, event := range owed {
+	for i, event := range postponed {
 		if err := s.end(ctx, event); err != nil {
-			s.owe(owed[i:]...)
-			return fmt.Errorf("%d keys are still to be withdrawn: %w", len(owed)-i, err)
+			s.postpone(postponed[i:]...)
+			return fmt.Errorf("%d keys still have to be withdrawn: %w", len(postponed)-i, err)
 		}
 	}
 	return nil
 }
 
-// delivered notes that the private key went out. The caller has it by now, so
-// a failure is logged and the key stays "unconfirmed".
+// delivered records that the private key was written out. A failure is only
+// logged, because the caller has the key; it stays "unconfirmed".
 func (s *Service) delivered(ctx context.Context, pass gate.Pass, id string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	event := pass.Event(audit.KeyDelivered)
 	event.Object = id
 	if err := s.store.Delivered(ctx, id, event); err != nil {
-		s.gate.Log.Warn("delivery not confirmed in the record", "key", id, "org", pass.Org, "error", err)
+		s.gate.Log.Warn("the delivery of a key could not be recorded", "key", id, "org", pass.Org, "error", err)
 	}
 }
 
-// refused records that no key came of a request, also when the caller has
-// gone, and returns why.
+// refused records that a request made no key, even if the caller is gone, and
+// returns why.
 func (s *Service) refused(ctx context.Context, pass gate.Pass, why error) error {
 	why = orOverloaded(ctx, why)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
@@ -270,8 +266,8 @@ func (s *Service) refused(ctx context.Context, pass gate.Pass, why error) error 
 	return s.gate.Failed(ctx, pass, audit.KeyRefused, refusal(why), why)
 }
 
-// orOverloaded is why a generation failed. One that ran out of time is one too
-// many for the back end.
+// orOverloaded is why a generation failed. A timeout means that the back end is
+// overloaded.
 func orOverloaded(ctx context.Context, why error) error {
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("%w: %w", ErrOverloaded, why)
@@ -293,7 +289,7 @@ func withdrawal(err error, otherwise string) string {
 	}
 }
 
-// refusal is the reason in the event of a request that no key came of.
+// refusal is the reason in the event of a request that made no key.
 func refusal(err error) string {
 	var quota *QuotaError
 	switch {
@@ -312,17 +308,8 @@ func refusal(err error) string {
 	}
 }
 
-// Thumbprint is the RFC 7638 thumbprint of a public key: base64url, unpadded,
-// of SHA-256 over the JWK's required members in lexicographic order.
-func Thumbprint(k *rsa.PublicKey) string {
-	b64 := base64.RawURLEncoding.EncodeToString
-	e := b64(big.NewInt(int64(k.E)).Bytes())
-	sum := sha256.Sum256([]byte(`{"e":"` + e + `","kty":"RSA","n":"` + b64(k.N.Bytes()) + `"}`))
-	return b64(sum[:])
-}
-
-// encodePEM is pem.Encode into a buffer that never grows, so that no copy of
-// the key is left behind in a smaller one.
+// encodePEM is pem.Encode into a buffer that never grows, so that no smaller
+// buffer with a copy of the key is left behind.
 func encodePEM(der []byte) []byte {
 	buf := bytes.NewBuffer(make([]byte, 0, 2*len(der)+128))
 	// A bytes.Buffer does not fail.

@@ -2,9 +2,7 @@ package orgkey
 
 import (
 	"context"
-	"crypto/rsa"
 	"crypto/sha256"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -30,11 +28,11 @@ type SealedKey struct {
 	Sealed []byte // the public key, PKIX DER, sealed
 }
 
-// Opener opens public keys, for the list and for nodes' signatures, and
-// remembers them by what was opened: binding and ciphertext. So the back end is
-// asked about new keys only, and a record whose ciphertext was changed or moved
-// is still asked about, and refused. Whether a key lives is not remembered: the
-// transaction that acts reads it.
+// Opener decrypts public keys, for the list and for nodes' signatures, and caches
+// them by binding and ciphertext. So the back end is asked about new keys only,
+// and a record whose ciphertext was changed or moved is still sent to the back
+// end, and refused. Whether a key is live is not cached: the transaction that
+// acts reads it.
 type Opener struct {
 	sealer  Sealer
 	log     *slog.Logger
@@ -45,31 +43,31 @@ type Opener struct {
 
 type digest [sha256.Size]byte
 
-// opened is a public key, or that there is none before a time because the
-// record does not open.
+// opened is what is known of a record: its public key or, if it does not open,
+// when to try again.
 type opened struct {
-	public *rsa.PublicKey
+	public Public
 	broken time.Time
 }
 
-// NewOpener returns an opener that remembers nothing yet. now is the clock.
+// NewOpener returns an opener with an empty cache. now is the clock.
 func NewOpener(s Sealer, log *slog.Logger, now func() time.Time) (*Opener, error) {
 	cache, err := lru.New[digest, opened](keysOpened)
 	return &Opener{sealer: s, log: log, now: now, opened: cache}, err
 }
 
-// Open returns org's public keys by ID. A record that does not open is left
-// out, and the error, which comes with the others, wraps ErrSealBroken. Calls
-// that miss the same keys share an unsealing, which outlives the one that began
-// it.
-func (o *Opener) Open(ctx context.Context, org org.ID, sealed []SealedKey) (map[string]*rsa.PublicKey, error) {
-	keys := make(map[string]*rsa.PublicKey, len(sealed))
+// Open returns org's public keys by ID. A record that does not decrypt is left
+// out, and the error, which is returned with the other keys, wraps ErrSealBroken.
+// Calls that miss the same keys share one decryption, which outlives the call that
+// began it.
+func (o *Opener) Open(ctx context.Context, org org.ID, sealed []SealedKey) (map[string]Public, error) {
+	keys := make(map[string]Public, len(sealed))
 	var missing []Sealed
 	var broken error
 	for _, k := range sealed {
 		s := Sealed{PublicKeyOf(org, k.ID), k.Sealed}
 		switch known, ok := o.opened.Get(s.digest()); {
-		case known.public != nil:
+		case ok && known.broken.IsZero():
 			keys[k.ID] = known.public
 		case ok && o.now().Before(known.broken):
 			broken = fmt.Errorf("key %s: %w", k.ID, ErrSealBroken)
@@ -86,7 +84,7 @@ func (o *Opener) Open(ctx context.Context, org org.ID, sealed []SealedKey) (map[
 }
 
 // share unseals items, once for all calls that miss the same.
-func (o *Opener) share(ctx context.Context, items []Sealed) (map[string]*rsa.PublicKey, error) {
+func (o *Opener) share(ctx context.Context, items []Sealed) (map[string]Public, error) {
 	var names strings.Builder
 	for _, s := range items {
 		d := s.digest()
@@ -101,25 +99,25 @@ func (o *Opener) share(ctx context.Context, items []Sealed) (map[string]*rsa.Pub
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	case result := <-shared:
-		return result.Val.(map[string]*rsa.PublicKey), result.Err
+		return result.Val.(map[string]Public), result.Err
 	}
 }
 
-// unseal opens and remembers public keys. The sealer opens all or none; one
-// damaged record must not take an organization's other keys with it, nor have
-// every stranger's request ask the sealer again.
-func (o *Opener) unseal(ctx context.Context, items []Sealed) (map[string]*rsa.PublicKey, error) {
+// unseal decrypts and caches public keys. The sealer decrypts all or none; one
+// damaged record must not make an organization's other keys unusable, nor make
+// every request without a valid key ask the sealer again.
+func (o *Opener) unseal(ctx context.Context, items []Sealed) (map[string]Public, error) {
 	keys, err := o.unsealAll(ctx, items)
 	if !errors.Is(err, ErrSealBroken) {
 		return keys, err
 	}
 	if len(items) == 1 {
 		b := items[0].Binding
-		o.log.Error("a public key does not open and cannot verify", "org", b.Org, "key", b.ID, "error", err)
+		o.log.Error("a public key does not decrypt, so it verifies no signature", "org", b.Org, "key", b.ID, "error", err)
 		o.opened.Add(items[0].digest(), opened{broken: o.now().Add(brokenFor)})
 		return nil, err
 	}
-	keys = make(map[string]*rsa.PublicKey, len(items))
+	keys = make(map[string]Public, len(items))
 	var broken error
 	for i := range items {
 		one, err := o.unseal(ctx, items[i:i+1])
@@ -132,12 +130,12 @@ func (o *Opener) unseal(ctx context.Context, items []Sealed) (map[string]*rsa.Pu
 	return keys, broken
 }
 
-func (o *Opener) unsealAll(ctx context.Context, items []Sealed) (map[string]*rsa.PublicKey, error) {
+func (o *Opener) unsealAll(ctx context.Context, items []Sealed) (map[string]Public, error) {
 	ders, err := o.sealer.Open(ctx, items)
 	if err != nil {
-		return nil, fmt.Errorf("opening public keys: %w", err)
+		return nil, fmt.Errorf("decrypting public keys: %w", err)
 	}
-	keys := make(map[string]*rsa.PublicKey, len(items))
+	keys := make(map[string]Public, len(items))
 	for i, der := range ders {
 		key, err := ParsePublic(der)
 		if err != nil {
@@ -149,21 +147,8 @@ func (o *Opener) unsealAll(ctx context.Context, items []Sealed) (map[string]*rsa
 	return keys, nil
 }
 
-// ParsePublic reads an opened public key (PKIX DER).
-func ParsePublic(der []byte) (*rsa.PublicKey, error) {
-	parsed, err := x509.ParsePKIXPublicKey(der)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrSealBroken, err)
-	}
-	public, ok := parsed.(*rsa.PublicKey)
-	if !ok {
-		return nil, fmt.Errorf("%w: not an RSA key", ErrSealBroken)
-	}
-	return public, nil
-}
-
 // digest identifies a binding and a ciphertext. Neither organization IDs nor
-// key IDs hold a NUL, so no two have the same bytes.
+// key IDs contain a NUL, so different ones are different bytes.
 func (s Sealed) digest() digest {
 	return sha256.Sum256(append(append(s.Binding.Context(), 0), s.Ciphertext...))
 }

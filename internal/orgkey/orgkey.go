@@ -1,19 +1,18 @@
-// Package orgkey is what the service exists for: it has an organization's key
-// made in a back end, releases the private half once, keeps the public half
-// sealed, and holds the quota.
+// Package orgkey holds the use cases of organization keys: a key is made in a back
+// end, its private half is released once, its public half is stored sealed, and
+// the quota is enforced.
 //
-// A key lives through four states:
+// A key has four states:
 //
 //	reserved → pending → released → deleted
 //
-// reserved is a place in the quota with an expiry. pending is a record with
-// its event committed, unusable and unlisted. released comes by one
-// conditional update after every required audit sink has acknowledged that
-// event and the back end's copy is destroyed, before the first byte of the
-// private key goes out. Service.Generate reads in that order; the rest of the
-// package is what it needs.
+// reserved is a place in the quota with an expiry. pending is a record whose
+// event is committed; it is neither usable nor listed. One conditional update
+// makes it released, after every required audit sink has acknowledged the event
+// and the back end's copy is destroyed, and before the first byte of the private
+// key is written out. Service.Generate follows that order.
 //
-// The package declares the interfaces it needs of back ends and imports none.
+// The package declares the interfaces of back ends and imports none.
 package orgkey
 
 import (
@@ -27,23 +26,20 @@ import (
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
-// Bits is the modulus length of every key.
-const Bits = 2048
-
 // The errors of the use cases. Each has one translation, at the edge.
 var (
 	// ErrNotFound: no such key, or one of another organization, or one not released.
 	ErrNotFound = errors.New("organization key not found")
 	// ErrOverloaded: as many generations are under way as the back end can do.
-	ErrOverloaded = errors.New("too many key generations under way")
-	// ErrBackend: the back end did not make, hand out, seal or destroy a key, for whatever reason.
-	ErrBackend = errors.New("the back end did not do its part")
-	// ErrGone: the reservation or pending record is not there any more: it expired or was cancelled.
-	ErrGone = errors.New("the key's place in the quota is gone")
-	// ErrUnavailable: the store or the back end cannot be reached at the moment.
+	ErrOverloaded = errors.New("too many key generations in progress")
+	// ErrBackend: the back end failed to make, export, seal or destroy a key.
+	ErrBackend = errors.New("the back end failed")
+	// ErrGone: the reservation or pending record expired or was cancelled.
+	ErrGone = errors.New("the key's reservation is gone")
+	// ErrUnavailable: the store or the back end cannot be reached.
 	ErrUnavailable = errors.New("back end not available")
-	// ErrSealBroken: a stored public key does not open for its organization and key ID.
-	ErrSealBroken = errors.New("a sealed record does not open")
+	// ErrSealBroken: a stored value does not decrypt under its binding.
+	ErrSealBroken = errors.New("a sealed record does not decrypt")
 )
 
 // QuotaError says that an organization has as many keys as it may have.
@@ -58,7 +54,7 @@ func (e *QuotaError) Error() string { return fmt.Sprintf("quota of %d keys reach
 type Key struct {
 	ID          string
 	Org         org.ID
-	Public      *rsa.PublicKey
+	Public      Public
 	Fingerprint string // RFC 7638 thumbprint, base64url
 	Created     time.Time
 	Delivered   time.Time // when the private key was first written out without an error; zero if that is not known
@@ -75,7 +71,7 @@ type Ended struct {
 	NodeKeys int
 }
 
-// State is where a key is in its life. The empty one is none.
+// State is the state of a key.
 type State string
 
 // The states, in their order.
@@ -95,28 +91,28 @@ type NodeKey struct {
 
 // Keystore makes keys in a back end. Its implementations are hsm and vault.
 type Keystore interface {
-	// Create makes an RSA key of Bits in the back end. name is fresh, 128 bits
+	// Create makes a key of Algorithm in the back end. name is fresh, 128 bits
 	// of randomness in the form of a UUID, and already written into the
-	// reservation, so that what a crash leaves behind can be found by it.
-	// Waiting for a place in the back end ends with ctx.
+	// reservation, so that it identifies what a crash leaves behind.
+	// Waiting for capacity in the back end ends with ctx.
 	Create(ctx context.Context, name string) (BackendKey, error)
 }
 
-// BackendKey is a key that exists in a back end. Destroy must be called,
-// whatever else fails.
+// BackendKey is a key that exists in a back end. Destroy must be called, even if
+// another call fails.
 type BackendKey interface {
-	// Public is the public half, as the back end itself reported it.
+	// Public is the public half, as reported by the back end.
 	Public() *rsa.PublicKey
 	// Export returns the private key as PKCS#1 DER (RFC 8017, A.1.2), checked
 	// against Public. The caller clears it.
 	Export(ctx context.Context) ([]byte, error)
 	// Destroy removes the back end's copy and confirms that it is gone. It may
-	// be called again, and after it succeeded once it does nothing.
+	// be called again; after a success it does nothing.
 	Destroy(ctx context.Context) error
 }
 
-// Binding says whose a sealed value is. A value opens only under the binding
-// that it was sealed under.
+// Binding ties a sealed value to its owner and purpose. A value decrypts only
+// under the binding that it was sealed under.
 type Binding struct {
 	Purpose string // PublicKey, BootSecret, EventKey or CheckpointKey
 	Org     string // the organization's ID; for EventKey and CheckpointKey, the log's origin
@@ -156,19 +152,19 @@ type Sealed struct {
 	Ciphertext []byte
 }
 
-// Sealer encrypts what is stored, bound to whose it is. Its implementations
+// Sealer encrypts values for storage, bound to their owner. Its implementations
 // are hsm and vault.
 type Sealer interface {
 	Seal(ctx context.Context, b Binding, plaintext []byte) ([]byte, error)
-	// Open opens all values or none. An item that does not open under its
-	// binding is an error that wraps ErrSealBroken; a back end that cannot be
-	// asked is one that wraps ErrUnavailable.
+	// Open decrypts all values or none. An item that does not decrypt under its
+	// binding is an error that wraps ErrSealBroken; an unreachable back end is one
+	// that wraps ErrUnavailable.
 	Open(ctx context.Context, items []Sealed) ([][]byte, error)
 }
 
-// Locker keeps concurrent reservations of one organization in order. It is a
-// courtesy: the store's constraint decides, and Generate goes on without the
-// lock when it cannot be had. Its implementations are LocalLock and redislock.
+// Locker keeps concurrent reservations of one organization from colliding. It is
+// optional: the store's constraint enforces the quota, and Generate continues
+// without the lock. Its implementations are LocalLock and redislock.
 type Locker interface {
 	// Lock waits for org's lock until ctx ends. unlock gives it back.
 	Lock(ctx context.Context, org org.ID) (unlock func(), err error)
@@ -193,10 +189,10 @@ type Record struct {
 // sqlstore.
 type Store interface {
 	// Reserve takes a place for key id in org's quota until life has passed, or
-	// reports *QuotaError. A place is given only while fewer than limit are
-	// occupied, in whatever state.
+	// reports *QuotaError. It succeeds only while fewer than limit places are
+	// taken, counting every state.
 	Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) error
-	// Cancel gives a reserved place back; one that is gone is no error.
+	// Cancel gives a reservation back; a missing one is no error.
 	Cancel(ctx context.Context, id string) error
 	// StorePending turns a live reservation into a pending record, or reports ErrGone.
 	StorePending(ctx context.Context, id string, sealed []byte, created audit.Event) error
@@ -204,18 +200,18 @@ type Store interface {
 	Release(ctx context.Context, id string) error
 	// Delivered marks a released key's private half as written out.
 	Delivered(ctx context.Context, id string, event audit.Event) error
-	// Withdraw ends a pending or released key; one that is gone is no error and leaves no event.
+	// Withdraw ends a pending or released key; a missing one is no error and leaves no event.
 	Withdraw(ctx context.Context, id string, event audit.Event) error
 	// Keys returns org's released keys, newest first.
 	Keys(ctx context.Context, org org.ID) ([]Record, error)
 	// NodeKeys returns the released keys of org's nodes, newest first.
 	NodeKeys(ctx context.Context, org org.ID) ([]Record, error)
-	// DeleteKey ends org's released key id, or reports ErrNotFound and keeps event out.
+	// DeleteKey ends org's released key id, or reports ErrNotFound and does not record event.
 	DeleteKey(ctx context.Context, org org.ID, id string, event audit.Event) error
 	// DeleteKeys ends all of org's keys, those of its nodes only withNodeKeys. It
 	// cancels what is reserved or pending, and revokes the enrollments for such
 	// keys, each with what revoked returns. It records request once with the
-	// number of released keys, and what each returns for every ended key besides.
+	// number of released keys, and also what each returns for every ended key.
 	DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, request audit.Event, each func(id string, released bool) audit.Event, revoked func(enrollment string) audit.Event) (Ended, error)
 	// Sweep ends every reservation and pending record past its expiry, at most
 	// limit of them, and records withdrawn(org, id) for each pending one.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rsa"
 	"errors"
+	"slices"
 
 	"github.com/orgkeys/orgkeys/internal/envelope"
 )
@@ -11,10 +12,19 @@ import (
 // ErrSealedUnavailable: the back end cannot wrap a private key to a recipient.
 var ErrSealedUnavailable = errors.New("the back end cannot seal a private key to a recipient")
 
+// CheckRecipient reports an error unless a back end can seal a key to recipient.
+// Whether the recipient's key is weak is for its owner to check.
+func CheckRecipient(recipient *rsa.PublicKey) error {
+	if recipient == nil || recipient.N == nil || recipient.E != 65537 || !slices.Contains([]int{2048, 3072, 4096}, recipient.N.BitLen()) {
+		return errors.New("the recipient is not an RSA key of 2048, 3072 or 4096 bits with exponent 65537")
+	}
+	return nil
+}
+
 // SealedKeystore makes keys whose private half leaves the back end only wrapped
 // to a recipient. Its implementations are hsm and vault.
 type SealedKeystore interface {
-	// CreateSealed makes an RSA key of Bits. name is fresh for this attempt, 128
+	// CreateSealed makes a key of Algorithm. name is fresh for this attempt, 128
 	// bits of randomness in the form of a UUID, and stored already, so that what
 	// a crash leaves behind can be found by it. It is never the ID of a key.
 	CreateSealed(ctx context.Context, name string) (SealableKey, error)

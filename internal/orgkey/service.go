@@ -15,14 +15,14 @@ import (
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
-// How long the service waits for what is not the caller's business.
+// Time limits of the service's own work.
 const (
 	lockPatience    = 500 * time.Millisecond // for the quota lock, before going on without it
-	cleanupDeadline = 5 * time.Second        // for giving back a place or a back end's key, or withdrawing a key
+	cleanupDeadline = 5 * time.Second        // for cancelling a reservation, destroying a back end's key, or withdrawing a key
 	sweepBatch      = 200                    // expired records a transaction
 )
 
-// Config is what a Service is made of. Every field is required.
+// Config holds the parts of a Service. Every field is required.
 type Config struct {
 	Store    Store
 	Keystore Keystore
@@ -33,13 +33,13 @@ type Config struct {
 
 	Backend         string        // the keystore's name in audit events
 	Limit           int           // keys an organization may have
-	Concurrency     int           // generations under way at once
-	ReservationLife time.Duration // how long a crash may hold a place; a generation has half of it
+	Concurrency     int           // concurrent generations
+	ReservationLife time.Duration // how long a reservation lasts after a crash; a generation times out after half of it
 	AuditDeadline   time.Duration // how long a release waits for the audit sinks
 }
 
-// Service is the use cases of organization keys. Each method decides first,
-// and leaves an audit event whatever the outcome.
+// Service implements the use cases of organization keys. Each method asks the gate
+// first, and leaves an audit event for every outcome.
 type Service struct {
 	gate      gate.Gate
 	store     Store
@@ -54,8 +54,8 @@ type Service struct {
 	reservationLife time.Duration
 	auditDeadline   time.Duration
 
-	mu   sync.Mutex
-	owed []audit.Event // withdrawals that failed
+	mu        sync.Mutex
+	postponed []audit.Event // withdrawals that failed
 }
 
 // New returns a Service, or an error that names what is wrong with c.
@@ -70,8 +70,8 @@ func New(c Config) (*Service, error) {
 	}, nil
 }
 
-// Admit takes a place among the generations under way, for a use case that has
-// keys made too, or reports ErrOverloaded. leave gives it back.
+// Admit counts a caller among the concurrent generations, for another use case that
+// makes keys, or reports ErrOverloaded. leave ends that.
 func (s *Service) Admit() (leave func(), err error) {
 	if !s.admission.TryAcquire(1) {
 		return nil, ErrOverloaded
@@ -80,7 +80,7 @@ func (s *Service) Admit() (leave func(), err error) {
 }
 
 // List returns org's released keys, newest first. It fails closed: one record
-// that does not open for its organization and ID fails the whole list.
+// that does not decrypt for its organization and ID fails the whole list.
 func (s *Service) List(ctx context.Context, call gate.Call, org org.ID) ([]Key, error) {
 	return s.list(ctx, call, org, false)
 }
@@ -130,13 +130,13 @@ func (s *Service) keys(ctx context.Context, org org.ID, ofNodes bool) ([]Key, er
 	}
 	opened, err := s.opener.Open(ctx, org, sealed)
 	if err != nil {
-		return nil, fmt.Errorf("opening keys: %w", err)
+		return nil, fmt.Errorf("decrypting keys: %w", err)
 	}
 	keys := make([]Key, len(records))
 	for i, r := range records {
 		public := opened[r.ID]
 		keys[i] = Key{
-			ID: r.ID, Org: org, Public: public, Fingerprint: Thumbprint(public),
+			ID: r.ID, Org: org, Public: public, Fingerprint: public.Fingerprint(),
 			Created: r.Created, Delivered: r.Delivered, DeliveredTo: r.DeliveredTo, Enrollment: r.Enrollment, OfNode: ofNodes, LastUsed: r.LastUsed, Nodes: r.Nodes,
 		}
 	}
@@ -152,11 +152,11 @@ func (s *Service) Delete(ctx context.Context, call gate.Call, org org.ID, id str
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
 	err = s.store.DeleteKey(ctx, org, id, pass.Event(audit.KeyDeleted))
-	return s.changed(ctx, pass, err)
+	return s.recordFailure(ctx, pass, err)
 }
 
-// changed records that an allowed change did not come about.
-func (s *Service) changed(ctx context.Context, pass gate.Pass, err error) error {
+// recordFailure records that an allowed change failed, and returns why.
+func (s *Service) recordFailure(ctx context.Context, pass gate.Pass, err error) error {
 	switch {
 	case err == nil:
 		return nil
@@ -191,24 +191,23 @@ func (s *Service) DeleteAll(ctx context.Context, call gate.Call, org org.ID, wit
 		event.Object, event.Reason = enrollment, "all_keys_deleted"
 		return event
 	})
-	return n, s.changed(ctx, pass, err)
+	return n, s.recordFailure(ctx, pass, err)
 }
 
-// Sweep ends expired reservations and pending records, and withdraws what could
-// not be withdrawn before, every interval until ctx ends. Several replicas may
-// do so at once.
+// Sweep ends expired reservations and pending records, and repeats postponed
+// withdrawals, every interval until ctx ends. Several replicas may run it at once.
 func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for {
-		if err := errors.Join(s.withdrawOwed(ctx), s.sweepOnce(ctx)); err != nil && ctx.Err() == nil {
+		if err := errors.Join(s.withdrawPostponed(ctx), s.sweepOnce(ctx)); err != nil && ctx.Err() == nil {
 			s.gate.Log.Warn("sweeping expired keys", "error", err)
 		}
 		select {
 		case <-ctx.Done():
 			ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 			defer cancel()
-			if err := s.withdrawOwed(ending); err != nil {
+			if err := s.withdrawPostponed(ending); err != nil {
 				s.gate.Log.Error("ending", "error", err)
 			}
 			return nil

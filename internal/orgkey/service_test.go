@@ -117,7 +117,7 @@ func newFixture(t *testing.T, change func(*orgkey.Config)) fixture {
 		}
 	})
 	cfg := orgkey.Config{
-		Gate:  gate.Gate{Policy: policy, Trail: trail, Log: quiet},
+		Gate:  gate.Gate{Policy: policy, AuditLog: trail, Log: quiet},
 		Store: db, Keystore: token, Sealer: token, Locker: orgkey.NewLocalLock(),
 		Backend: "pkcs11", Limit: 5, Concurrency: 64, ReservationLife: time.Minute, AuditDeadline: 10 * time.Second,
 	}
@@ -201,7 +201,7 @@ func TestAGeneratedKeyIsTheListedOne(t *testing.T) {
 		t.Fatal(err)
 	}
 	keys := f.listed(t, "acme")
-	if len(keys) != 1 || keys[0].ID != id || !keys[0].Public.Equal(&key.PublicKey) || keys[0].Fingerprint != orgkey.Thumbprint(&key.PublicKey) || keys[0].Delivered.IsZero() || keys[0].DeliveredTo == "" {
+	if len(keys) != 1 || keys[0].ID != id || keys[0].Public.Fingerprint() != orgkey.NewPublic(&key.PublicKey).Fingerprint() || keys[0].Fingerprint != keys[0].Public.Fingerprint() || keys[0].Delivered.IsZero() || keys[0].DeliveredTo == "" {
 		t.Errorf("listed %+v", keys)
 	}
 	if key.N.BitLen() != orgkey.Bits {

@@ -78,14 +78,14 @@ var _ orgkey.Locker = (*Lock)(nil)
 // ErrResting: Redis failed a moment ago and is left alone.
 var ErrResting = errors.New("the Redis server failed a moment ago")
 
-// What Healthy tells apart of a Redis that answers and cannot lock.
+// Errors of Healthy about a Redis that answers but grants no lock.
 var (
 	ErrLogin      = errors.New("the Redis server refuses the user or the password")
-	ErrPermission = errors.New("the Redis user may not do what a lock needs")
+	ErrPermission = errors.New("the Redis user lacks a right that the lock needs")
 	ErrReadOnly   = errors.New("the Redis server is a read-only replica")
-	ErrMoved      = errors.New("the Redis server is a node of a cluster, and keeps other keys")
+	ErrMoved      = errors.New("the Redis server is a node of a cluster and does not hold the lock's keys")
 	ErrMemory     = errors.New("the Redis server's memory is full")
-	ErrTLS        = errors.New("no TLS connection to the Redis server comes about")
+	ErrTLS        = errors.New("the TLS connection to the Redis server fails")
 )
 
 // Commands are what a lock needs of an access control list, on keys that begin
@@ -114,7 +114,7 @@ func Open(c Config, log *slog.Logger) (*Lock, error) {
 		return nil, errors.New("ORGKEYS_REDIS_URL cannot be read: it has the form redis://[user:password@]host:port[/db], or rediss:// for TLS, with ?addr=host:port… for a cluster, with ?master_name=NAME&addr=host:port… for sentinels")
 	}
 	outcomes := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "orgkeys_quota_lock_total", Help: "What became of asking Redis for a quota lock, and of giving it back.",
+		Name: "orgkeys_quota_lock_total", Help: "Outcomes of quota locks on Redis.",
 	}, []string{"outcome"})
 	for _, outcome := range []string{held, timeout, unavailable, unreleased} {
 		outcomes.WithLabelValues(outcome) // shown from the start, as 0
@@ -212,11 +212,10 @@ func (silent) Printf(context.Context, string, ...any) {}
 // Close closes the connections.
 func (l *Lock) Close() error { return l.client.Close() }
 
-// Outcomes counts what became of locks.
+// Outcomes counts the outcomes of locks.
 func (l *Lock) Outcomes() prometheus.Collector { return l.outcomes }
 
-// Healthy reports whether a lock can be had and given back, which more may
-// prevent than a Redis that does not answer.
+// Healthy reports whether a lock can be taken and released.
 func (l *Lock) Healthy(ctx context.Context) error {
 	token := rand.Text()
 	key := probe + token
@@ -315,7 +314,7 @@ func (l *Lock) fail(ctx context.Context, outcome string, err error) error {
 	l.failed, l.failure = time.Now(), err
 	if time.Since(l.warned) > quiet {
 		l.warned = l.failed
-		l.log.Warn("quota locks cannot be had from Redis, and are done without", "outcome", outcome, "error", err)
+		l.log.Warn("quota locks on Redis are not available; requests continue without them", "outcome", outcome, "error", err)
 	}
 	return err
 }

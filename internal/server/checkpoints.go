@@ -46,8 +46,8 @@ func SignCheckpoint(ctx context.Context, cfg config.Config, log *slog.Logger) (n
 
 // openCheckpoints returns what signs checkpoints, and refuses a log that does
 // not extend its newest one.
-func openCheckpoints(ctx context.Context, cfg config.Config, db *sqlstore.DB, trail *audit.Log, b backend, p policy, log *slog.Logger) (*audit.Checkpointer, error) {
-	c := audit.NewCheckpointer(trail, db, b.signer, cfg.CheckpointInterval, log)
+func openCheckpoints(ctx context.Context, cfg config.Config, db *sqlstore.DB, auditLog *audit.Log, b backend, p policy, log *slog.Logger) (*audit.Checkpointer, error) {
+	c := audit.NewCheckpointer(auditLog, db, b.signer, cfg.CheckpointInterval, log)
 	c.Prepare = func(ctx context.Context) error {
 		current := p.current()
 		return db.KeepPolicy(ctx, current.Revision(), current.Files())
@@ -58,7 +58,7 @@ func openCheckpoints(ctx context.Context, cfg config.Config, db *sqlstore.DB, tr
 	_, _, err := c.Check(ctx)
 	var rewritten *audit.RewrittenError
 	if errors.As(err, &rewritten) {
-		return nil, fmt.Errorf("%w; find out why, and if it was on purpose (a restored backup) run: orgkeys audit accept-rollback --reason …", err)
+		return nil, fmt.Errorf("%w; find out why; after a restored backup run: orgkeys audit accept-rollback --reason …", err)
 	}
 	return c, err
 }
@@ -66,7 +66,7 @@ func openCheckpoints(ctx context.Context, cfg config.Config, db *sqlstore.DB, tr
 func keepPolicy(ctx context.Context, db *sqlstore.DB, p policy, log *slog.Logger) {
 	current := p.current()
 	if err := db.KeepPolicy(ctx, current.Revision(), current.Files()); err != nil {
-		log.Warn("the policy's text is not stored yet", "policy", current.Revision(), "error", err)
+		log.Warn("the policy's text could not be stored yet", "policy", current.Revision(), "error", err)
 	}
 }
 
@@ -81,7 +81,7 @@ func rewritten(c *audit.Checkpointer) error {
 
 // following runs the log until everything that records events has ended.
 type following struct {
-	trail       *audit.Log
+	auditLog    *audit.Log
 	checkpoints *audit.Checkpointer
 	log         *slog.Logger
 	running     *errgroup.Group
@@ -89,13 +89,13 @@ type following struct {
 	once        sync.Once
 }
 
-func follow(ctx context.Context, trail *audit.Log, checkpoints *audit.Checkpointer, log *slog.Logger) *following {
+func follow(ctx context.Context, auditLog *audit.Log, checkpoints *audit.Checkpointer, log *slog.Logger) *following {
 	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	running, ctx := errgroup.WithContext(ctx)
-	running.Go(func() error { return trail.Run(ctx) })
+	running.Go(func() error { return auditLog.Run(ctx) })
 	running.Go(func() error { checkpoints.Run(ctx); return nil })
 	running.Go(func() error { signOnDemand(ctx, checkpoints, log); return nil })
-	return &following{trail: trail, checkpoints: checkpoints, log: log, running: running, stop: stop}
+	return &following{auditLog: auditLog, checkpoints: checkpoints, log: log, running: running, stop: stop}
 }
 
 // end completes the log and its sinks, with a signed checkpoint of all of it,
@@ -104,12 +104,12 @@ func (f *following) end() {
 	f.once.Do(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), flushTimeout)
 		defer cancel()
-		err := f.trail.Flush(ctx)
+		err := f.auditLog.Flush(ctx)
 		if err == nil {
 			err = f.checkpoints.Sign(ctx)
 		}
 		if err == nil {
-			err = f.trail.Flush(ctx)
+			err = f.auditLog.Flush(ctx)
 		}
 		if err != nil {
 			f.log.Warn("the audit sinks lack the newest events; they get them at the next start", "error", err)

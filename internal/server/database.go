@@ -12,8 +12,8 @@ import (
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
-// migrateTimeout is for a migration that has to go through millions of rows, or
-// wait for the replica that does.
+// migrateTimeout is for a migration that changes millions of rows, or waits for the
+// replica that does.
 const migrateTimeout = 10 * time.Minute
 
 // OpenDatabase opens the database and brings its schema up to date.

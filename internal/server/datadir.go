@@ -59,7 +59,7 @@ func OpenDataDir(path string) (*DataDir, error) {
 // Close gives the directory free for another process.
 func (d *DataDir) Close() error { return d.lock.Close() }
 
-// HideMemory keeps private keys out of core dumps and away from other
+// HideMemory excludes private keys from core dumps and protects them from other
 // processes of the same user.
 func HideMemory() error {
 	syscall.Umask(0o077)

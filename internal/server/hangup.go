@@ -18,7 +18,7 @@ func outliveHangups(log *slog.Logger) (stop func() error) {
 	go func() {
 		defer close(done)
 		for range asked {
-			log.Info("SIGHUP changes nothing: files are read again when they change, settings at the next start")
+			log.Info("SIGHUP is ignored: files are read again when they change, settings at the next start")
 		}
 	}()
 	return func() error {

@@ -11,9 +11,9 @@ import (
 )
 
 // newRegistry returns the metrics that belong to no request.
-func newRegistry(db *sqlstore.DB, trail *audit.Log, checkpoints *audit.Checkpointer, more []prometheus.Collector) *prometheus.Registry {
+func newRegistry(db *sqlstore.DB, auditLog *audit.Log, checkpoints *audit.Checkpointer, more []prometheus.Collector) *prometheus.Registry {
 	r := prometheus.NewRegistry()
-	r.MustRegister(sinkCollector{trail}, checkpointCollector{checkpoints}, refusedCollector{db}, deliveryCollector{db})
+	r.MustRegister(sinkCollector{auditLog}, checkpointCollector{checkpoints}, refusedCollector{db}, deliveryCollector{db})
 	r.MustRegister(more...)
 	return r
 }
@@ -43,11 +43,11 @@ var (
 
 	checkpointSize = prometheus.NewDesc("orgkeys_audit_checkpoint_size", "Events that the newest signed checkpoint covers.", nil, nil)
 	checkpointTime = prometheus.NewDesc("orgkeys_audit_checkpoint_timestamp_seconds", "When the whole log was last found to be covered by a signed checkpoint.", nil, nil)
-	logRewritten   = prometheus.NewDesc("orgkeys_audit_log_rewritten", "1 when the log does not extend its newest signed checkpoint, or what a sink has acknowledged.", nil, nil)
+	logRewritten   = prometheus.NewDesc("orgkeys_audit_log_rewritten", "1 if the log does not extend its newest signed checkpoint, or what a sink has acknowledged.", nil, nil)
 )
 
 // sinkCollector shows how far each audit sink has come.
-type sinkCollector struct{ trail *audit.Log }
+type sinkCollector struct{ auditLog *audit.Log }
 
 func (sinkCollector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- sinkNext
@@ -56,7 +56,7 @@ func (sinkCollector) Describe(ch chan<- *prometheus.Desc) {
 }
 
 func (c sinkCollector) Collect(ch chan<- prometheus.Metric) {
-	for _, s := range c.trail.Sinks() {
+	for _, s := range c.auditLog.Sinks() {
 		up, caught := 1.0, 0.0
 		if s.Err != nil {
 			up = 0
@@ -93,7 +93,7 @@ func (c checkpointCollector) Collect(ch chan<- prometheus.Metric) {
 // askTimeout is for what a scrape asks of the database.
 const askTimeout = 5 * time.Second
 
-var eventsRefused = prometheus.NewDesc("orgkeys_audit_events_unauthenticated", "Events in the database that orgkeys did not record and that get no place in the log.", nil, nil)
+var eventsRefused = prometheus.NewDesc("orgkeys_audit_events_unauthenticated", "Events in the database that orgkeys did not record and that get no index in the log.", nil, nil)
 
 // refusedCollector shows nothing while the database cannot be asked.
 type refusedCollector struct{ db *sqlstore.DB }

@@ -31,7 +31,7 @@ type backend struct {
 	keystore orgkey.Keystore
 	sealed   orgkey.SealedKeystore
 	sealer   orgkey.Sealer
-	sink     audit.Sink // nil: the back end keeps no audit trail
+	sink     audit.Sink // nil: the back end is no audit sink
 	signer   audit.Signer
 	healthy  func(context.Context) error
 	reap     func(context.Context) error // clears what crashes left in the back end, until ctx ends
@@ -81,9 +81,9 @@ func openBackend(ctx context.Context, cfg config.Config, dir string, db *sqlstor
 	return openHSM(ctx, cfg, dir, db, log)
 }
 
-// openHSM opens the token that cfg names, or a SoftHSM token of its own. Neither
-// a token nor a sealing key is made once anything was sealed: then one without
-// it is the wrong token.
+// openHSM opens the token that cfg names, or the default SoftHSM token. It makes
+// neither a token nor a sealing key if the database holds sealed records: then a token
+// without a sealing key is the wrong token.
 func openHSM(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB, log *slog.Logger) (backend, error) {
 	sealed, err := db.HasSealed(ctx)
 	if err != nil {
@@ -94,7 +94,7 @@ func openHSM(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB
 	switch {
 	case cfg.PINFile == "":
 		if _, err := os.Stat(filepath.Join(dir, "tokens")); sealed && errors.Is(err, os.ErrNotExist) {
-			return backend{}, fmt.Errorf("the database holds records sealed by a SoftHSM token, and %s is gone: put tokens and pin back", filepath.Join(dir, "tokens"))
+			return backend{}, fmt.Errorf("the database holds records sealed by a SoftHSM token, but %s is missing: restore tokens and pin", filepath.Join(dir, "tokens"))
 		}
 		hc, _, err = hsm.InitSoftHSM(dir)
 	case hc.Module == "":
@@ -106,7 +106,7 @@ func openHSM(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB
 	hc.Log, hc.Register = log, db
 	token, err := hsm.Open(ctx, hc)
 	if errors.Is(err, hsm.ErrNoSealingKey) {
-		err = fmt.Errorf("%w, and the database holds records sealed by another: this is not the token that they belong to", err)
+		err = fmt.Errorf("%w, but the database holds sealed records: this is not the token that sealed them", err)
 	}
 	if err == nil && cfg.PINFile == "" {
 		if err = hsm.KeepSoftHSM(dir); err != nil {
@@ -186,8 +186,8 @@ func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slo
 	}, nil
 }
 
-// reapInterval is short enough that what a crash left in Transit is gone soon
-// after its reservation has ended.
+// reapInterval is short, so that a key that a crash left in Transit is deleted soon
+// after its reservation has expired.
 func reapInterval(cfg config.Config) time.Duration { return max(time.Second, cfg.ReservationTTL/2) }
 
 // VaultLogin is how the settings say to log in to Vault.
@@ -223,7 +223,7 @@ func openPolicy(ctx context.Context, cfg config.Config, log *slog.Logger) (polic
 	return policy{d, d.Current, func(ctx context.Context, replaced func()) {
 		d.Follow(ctx, func(revision string, err error) {
 			if err != nil {
-				log.Error("the policy directory changed and cannot be used; the previous policy stays in force", "policy", revision, "error", err)
+				log.Error("the changed policy directory cannot be used; the previous policy stays in force", "policy", revision, "error", err)
 				return
 			}
 			log.Info("policy replaced", "policy", revision)
@@ -232,8 +232,8 @@ func openPolicy(ctx context.Context, cfg config.Config, log *slog.Logger) (polic
 	}}, nil
 }
 
-// OpenVerifier returns what judges tokens under the settings, for commands that
-// serve nobody: callers do not appear under pseudonyms.
+// OpenVerifier returns the token verifier of the settings, for commands that do not
+// serve requests: it does not replace subjects by pseudonyms.
 func OpenVerifier(ctx context.Context, cfg config.Config, log *slog.Logger) (*authn.Verifier, error) {
 	p, err := openPolicy(ctx, cfg, log)
 	if err != nil {
@@ -257,7 +257,7 @@ func tokenIssuers(cfg config.Config, dir string, log *slog.Logger) ([]authn.Issu
 		if err != nil {
 			return nil, err
 		}
-		log.Warn("tokens come from the development issuer: whoever can read the data directory can be anybody")
+		log.Warn("tokens come from the development issuer: anybody who can read the data directory can impersonate anybody")
 		issuer, err := development.Issuer()
 		return []authn.Issuer{issuer}, err
 	}

@@ -21,7 +21,7 @@ func announce(ctx context.Context, db *sqlstore.DB, self func() sqlstore.Replica
 	id := uuid.NewString()
 	host, err := os.Hostname()
 	if err != nil {
-		host = id // so that it is taken for nobody else
+		host = id // so that it is not mistaken for another
 	}
 	ticker := time.NewTicker(announceInterval)
 	defer ticker.Stop()
@@ -37,7 +37,7 @@ func announce(ctx context.Context, db *sqlstore.DB, self func() sqlstore.Replica
 			leaving, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 			defer cancel()
 			if err := db.ForgetReplica(leaving, id); err != nil {
-				log.Warn("announcing that this replica ends", "error", err)
+				log.Warn("removing this replica's announcement", "error", err)
 			}
 			return
 		}

@@ -18,7 +18,7 @@ import (
 // its processes share, and the database holds it sealed only.
 type sealedKey struct {
 	what    string // for messages
-	purpose string // and the ID: what it is bound to, with the log's origin
+	purpose string // and the ID: its binding, with the log's origin
 	id      string
 	length  int // in bytes
 
@@ -71,14 +71,14 @@ func checkpointKey(db *sqlstore.DB) sealedKey {
 func (k sealedKey) open(ctx context.Context, sealer orgkey.Sealer, origin string) ([]byte, error) {
 	sealed, err := k.stored(ctx, origin)
 	if err != nil {
-		return nil, fmt.Errorf("looking for %s: %w", k.what, err)
+		return nil, fmt.Errorf("reading %s: %w", k.what, err)
 	}
 	if sealed == nil {
 		return nil, nil
 	}
 	opened, err := sealer.Open(ctx, []orgkey.Sealed{{Binding: k.binding(origin), Ciphertext: sealed}})
 	if errors.Is(err, orgkey.ErrSealBroken) {
-		err = fmt.Errorf("%w; the sealing key is not the one that this database was sealed under, or an older state of it: restore the HSM's or Vault's newest backup, or if min_decryption_version of orgkeys-seal/keys/seal was raised in Vault, lower it and run orgkeys rewrap first", err)
+		err = fmt.Errorf("%w; the sealing key is not the one that sealed this database's records, or it is an older version of it: restore the newest backup of the HSM or Vault, or, if min_decryption_version of orgkeys-seal/keys/seal was raised in Vault, lower it and run orgkeys rewrap first", err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("opening %s: %w", k.what, err)
@@ -101,7 +101,7 @@ func (k sealedKey) openOrMake(ctx context.Context, sealer orgkey.Sealer, origin 
 		return nil, fmt.Errorf("making %s: %w", k.what, err)
 	}
 	if key, err = k.open(ctx, sealer, origin); err == nil && key == nil { // another replica's, if that was first
-		err = fmt.Errorf("%s was stored, and is not there", k.what)
+		err = fmt.Errorf("%s was stored but cannot be found", k.what)
 	}
 	return key, err
 }
@@ -185,9 +185,9 @@ func unauthenticated(ctx context.Context, db *sqlstore.DB) error {
 	return err
 }
 
-// stillOpen reports whether what is stored sealed can be opened. The key that
-// authenticates events stands for all of it: "orgkeys rewrap" brings it up to
-// date last, so that a version of the sealing key that it needs is needed.
+// stillOpen reports whether the sealed records can be decrypted. It tests the key that
+// authenticates events, which "orgkeys rewrap" rewraps last, so that the version of the
+// sealing key that it needs is the oldest in use.
 func stillOpen(ctx context.Context, sealer orgkey.Sealer, db *sqlstore.DB) error {
 	head, err := db.Head(ctx)
 	if err != nil {

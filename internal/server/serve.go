@@ -27,10 +27,10 @@ import (
 	"github.com/orgkeys/orgkeys/internal/systemevent"
 )
 
-// How often what nobody asks for is done.
+// Intervals of background work.
 const (
 	sweepInterval   = time.Second
-	keepInterval    = 5 * time.Second  // between writing down last uses of keys and sights of nodes
+	keepInterval    = 5 * time.Second  // between writing down last uses of keys and contacts of nodes
 	summaryInterval = time.Minute      // between summaries of refused unknown callers
 	startTimeout    = 15 * time.Second // for reaching everything that is needed, without migrations
 )
@@ -89,15 +89,15 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 		return err
 	}
 	warnOfOnlySink(cfg, log)
-	trail := audit.NewLog(db, log, sinks...)
-	if err := checkSinks(starting, trail, log); err != nil {
+	auditLog := audit.NewLog(db, log, sinks...)
+	if err := checkSinks(starting, auditLog, log); err != nil {
 		return err
 	}
 	policy, err := openPolicy(starting, cfg, log)
 	if err != nil {
 		return err
 	}
-	checkpoints, err := openCheckpoints(starting, cfg, db, trail, backend, policy, log)
+	checkpoints, err := openCheckpoints(starting, cfg, db, auditLog, backend, policy, log)
 	if err != nil {
 		return err
 	}
@@ -112,7 +112,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	}
 	closeAll.add(lock.close)
 	lost, outcomes := newLostEvents(), newOutcomes()
-	guard := gate.Gate{Policy: policy, Trail: trail, Log: log, Lost: lost}
+	guard := gate.Gate{Policy: policy, AuditLog: auditLog, Log: log, Lost: lost}
 	opener, err := orgkey.NewOpener(backend.sealer, log, time.Now)
 	if err != nil {
 		return err
@@ -157,13 +157,13 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 			{Name: "database", Ask: db.Healthy},
 			{Name: backend.name, Ask: backend.healthy},
 			{Name: "sealed records", Ask: func(ctx context.Context) error { return stillOpen(ctx, backend.sealer, db) }},
-			{Name: "audit sinks", Ask: func(context.Context) error { return sinkTrouble(trail) }},
-			{Name: "audit log", Ask: func(context.Context) error { return advised(trail.Halted()) }},
+			{Name: "audit sinks", Ask: func(context.Context) error { return sinkTrouble(auditLog) }},
+			{Name: "audit log", Ask: func(context.Context) error { return advised(auditLog.Halted()) }},
 			{Name: "audit checkpoints", Ask: func(context.Context) error { return rewritten(checkpoints) }},
 			{Name: "audit events", Ask: func(ctx context.Context) error { return unauthenticated(ctx, db) }, Optional: true},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.Ready() }},
 		}, lock.checks...),
-		Metrics: newRegistry(db, trail, checkpoints, append(lock.metrics, lost, outcomes)), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
+		Metrics: newRegistry(db, auditLog, checkpoints, append(lock.metrics, lost, outcomes)), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
 	if err != nil {
 		return err
@@ -181,7 +181,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	// background, which the shutdown below cancels last.
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	following := follow(ctx, trail, checkpoints, log)
+	following := follow(ctx, auditLog, checkpoints, log)
 	defer following.end()
 	running, background := errgroup.WithContext(background)
 	running.Go(func() error { return service.Sweep(background, sweepInterval) })
@@ -196,11 +196,11 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 		policy.follow(background, func() { keepPolicy(background, db, policy, log) })
 		return nil
 	})
-	running.Go(func() error { summarize(background, failures, trail, log); return nil })
+	running.Go(func() error { summarize(background, failures, auditLog, log); return nil })
 	if cfg.DatabaseURL != "" {
 		running.Go(func() error {
 			announce(background, db, func() sqlstore.Replica {
-				return sqlstore.Replica{Address: public.Addr().String(), Version: version, Policy: policy.Revision(), Max: cfg.Max, Timeline: trail.Attended(background)}
+				return sqlstore.Replica{Address: public.Addr().String(), Version: version, Policy: policy.Revision(), Max: cfg.Max, Timeline: auditLog.Attended(background)}
 			}, log)
 			return nil
 		})
@@ -212,7 +212,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 
 	select {
 	case <-ctx.Done():
-		log.Info("shutting down: requests under way may finish", "notice", cfg.ShutdownNotice.String(), "timeout", cfg.ShutdownTimeout.String())
+		log.Info("shutting down: requests in progress may finish", "notice", cfg.ShutdownNotice.String(), "timeout", cfg.ShutdownTimeout.String())
 		surface.Leave()
 		select {
 		case <-time.After(cfg.ShutdownNotice):
@@ -247,13 +247,13 @@ func (c closers) close() error {
 // checkSinks refuses a log that does not extend what a sink holds. A sink that
 // cannot be asked does not stop the start: nothing is released before it
 // answers, and the same check comes first then.
-func checkSinks(ctx context.Context, trail *audit.Log, log *slog.Logger) error {
-	err := trail.CheckExtends(ctx)
+func checkSinks(ctx context.Context, auditLog *audit.Log, log *slog.Logger) error {
+	err := auditLog.CheckExtends(ctx)
 	if audit.SetBack(err) {
-		return errors.Join(advised(err), trail.HoldBack(ctx, err))
+		return errors.Join(advised(err), auditLog.HoldBack(ctx, err))
 	}
 	if err != nil {
-		log.Warn("an audit sink cannot be asked yet", "error", err)
+		log.Warn("an audit sink does not answer yet", "error", err)
 	}
 	return nil
 }
@@ -263,12 +263,12 @@ func advised(err error) error {
 	if !audit.SetBack(err) {
 		return err
 	}
-	return fmt.Errorf("%w; find out why: if the database failed over or a backup was restored, and what it lost is to stay lost, run: orgkeys audit accept-rollback --reason … (see docs/operations.md)", err)
+	return fmt.Errorf("%w; find out why; after a failover of the database or a restored backup, accept the loss with: orgkeys audit accept-rollback --reason … (see docs/operations.md)", err)
 }
 
-func sinkTrouble(trail *audit.Log) error {
+func sinkTrouble(auditLog *audit.Log) error {
 	var all []error
-	for _, s := range trail.Sinks() {
+	for _, s := range auditLog.Sinks() {
 		if s.Err != nil {
 			all = append(all, advised(fmt.Errorf("sink %s: %w", s.Name, s.Err)))
 		}
@@ -276,9 +276,9 @@ func sinkTrouble(trail *audit.Log) error {
 	return errors.Join(all...)
 }
 
-// summarize records, once a minute and reason, how many callers were refused
-// whom nobody knows.
-func summarize(ctx context.Context, failures *authn.Failures, trail *audit.Log, log *slog.Logger) {
+// summarize records, once per minute and reason, how many unauthenticated callers were
+// refused.
+func summarize(ctx context.Context, failures *authn.Failures, auditLog *audit.Log, log *slog.Logger) {
 	ticker := time.NewTicker(summaryInterval)
 	defer ticker.Stop()
 	for {
@@ -286,8 +286,8 @@ func summarize(ctx context.Context, failures *authn.Failures, trail *audit.Log, 
 		case <-ctx.Done():
 		case <-ticker.C:
 		}
-		if err := recordFailures(context.WithoutCancel(ctx), failures, trail); err != nil {
-			log.Warn("refused callers are not in the audit trail yet", "error", err)
+		if err := recordFailures(context.WithoutCancel(ctx), failures, auditLog); err != nil {
+			log.Warn("the summary of unauthenticated callers is not in the audit log yet", "error", err)
 		}
 		if ctx.Err() != nil {
 			return
@@ -296,7 +296,7 @@ func summarize(ctx context.Context, failures *authn.Failures, trail *audit.Log, 
 }
 
 // recordFailures leaves the counts for the next summary if it cannot record them.
-func recordFailures(ctx context.Context, failures *authn.Failures, trail *audit.Log) error {
+func recordFailures(ctx context.Context, failures *authn.Failures, auditLog *audit.Log) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	var events []audit.Event
@@ -311,7 +311,7 @@ func recordFailures(ctx context.Context, failures *authn.Failures, trail *audit.
 	if len(events) == 0 {
 		return nil
 	}
-	err := trail.Record(ctx, events...)
+	err := auditLog.Record(ctx, events...)
 	if err != nil {
 		failures.Restore(counts)
 	}

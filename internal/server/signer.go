@@ -12,8 +12,8 @@ import (
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
-// hsmSigner signs checkpoints in the HSM or, where its module has no Ed25519,
-// with a key of its own that the HSM keeps sealed.
+// hsmSigner signs checkpoints in the HSM or, if its module has no Ed25519, with a key
+// that is stored sealed by the HSM.
 type hsmSigner struct {
 	token  audit.Signer
 	sealer orgkey.Sealer

@@ -11,8 +11,8 @@ import (
 	"github.com/orgkeys/orgkeys/internal/config"
 )
 
-// SinkOutside reports whether the file sink lies outside the data directory,
-// links resolved, its own too.
+// SinkOutside reports whether the file sink is outside the data directory, after
+// resolving links.
 func SinkOutside(cfg config.Config) (bool, error) {
 	dir, err := resolve(cfg.DataDir)
 	if err != nil {
@@ -50,9 +50,9 @@ func OnlySinkInside(cfg config.Config) (bool, error) {
 	return !outside, err
 }
 
-// OnlySinkProblem and OnlySinkRemedy are what to tell of it.
+// OnlySinkProblem and OnlySinkRemedy are the messages about it.
 const (
-	OnlySinkProblem = "the only audit sink lies in the data directory, beside the log: a data directory that is put back or rewritten as a whole is not noticed"
+	OnlySinkProblem = "the only audit sink is in the data directory, with the log: if the whole directory is restored from a backup or rewritten, that is not detected"
 	OnlySinkRemedy  = "set ORGKEYS_AUDIT_FILE to a file on another disk, or keep a copy of the sink, or its newest checkpoint, elsewhere"
 )
 

@@ -58,8 +58,8 @@ func openStopped(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *s
 	return o, err
 }
 
-// AcceptRollback accepts that the log was set back, in the log and in every sink
-// that the settings name, and tells out what it did. No server runs meanwhile.
+// AcceptRollback accepts a rollback of the log, in the log and in every sink of the
+// settings, and prints what it did. No server may be running.
 func AcceptRollback(ctx context.Context, cfg config.Config, request rollback.Request, out io.Writer, log *slog.Logger) (err error) {
 	if request.DryRun {
 		// Asking a file sink mends its torn end, or makes the file.
@@ -106,7 +106,7 @@ func sinkAside(cfg *config.Config) (end func() error, err error) {
 	return end, nil
 }
 
-// dryStore has nothing sealed anew replace what is stored.
+// dryStore discards resealed values instead of storing them.
 type dryStore struct{ vault.SealedStore }
 
 // Reseal implements vault.SealedStore.
@@ -122,9 +122,9 @@ func (w dryWriter) Write(line []byte) (int, error) {
 	return len(line), err
 }
 
-// Rewrap brings all that Vault has sealed to the sealing key's newest version,
-// tells progress how far it is, and leaves an event. A dry run has Vault seal
-// everything anew and stores nothing of it.
+// Rewrap reseals everything that Vault has sealed under the sealing key's newest
+// version, reports its progress, and records an event. A dry run lets Vault reseal
+// everything and stores nothing.
 func Rewrap(ctx context.Context, cfg config.Config, dryRun bool, progress io.Writer, log *slog.Logger) (err error) {
 	if err := HideMemory(); err != nil {
 		return fmt.Errorf("keeping memory private: %w", err)

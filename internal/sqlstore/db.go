@@ -36,16 +36,16 @@ const (
 	silenceTimeout   = 3 * time.Second // of a transaction, shorter than statementTimeout: what waits for its locks gets them in time
 	answerTimeout    = 8 * time.Second // for a whole transaction or query, by this process's clock: a server that hangs keeps no time
 	idleTime         = 5 * time.Minute
-	durableFor       = time.Second     // between two looks at whether PostgreSQL keeps what it acknowledges
+	durableFor       = time.Second     // between two checks of PostgreSQL's durability settings
 	connectionLife   = 5 * time.Minute // after a fail-over, connections to the wrong server last no longer
 	batchSize        = 256             // writes that share one SQLite transaction
 	attempts         = 4               // at a transaction that PostgreSQL aborted in favour of another
 	firstRetry       = 5 * time.Millisecond
 )
 
-// DefaultConnections is how many connections a process opens at most, unless
-// LimitConnections says otherwise, and MinConnections how many it needs: what is
-// done under a lock for all replicas keeps one for as long as it takes.
+// DefaultConnections is the most connections that a process opens, unless changed by
+// LimitConnections, and MinConnections how many it needs: work under a lock for all
+// replicas keeps a connection until it ends.
 const (
 	DefaultConnections = 20
 	MinConnections     = 5
@@ -53,7 +53,7 @@ const (
 
 // DB is the database. It implements orgkey.Store and audit.Store.
 type DB struct {
-	snapshot          // the log as it is at each moment
+	snapshot          // the present log
 	read      *pool   // PostgreSQL: everything; SQLite: readers
 	writer    *writer // SQLite only
 	postgres  bool
@@ -142,8 +142,8 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 	return d, nil
 }
 
-// checkDurable refuses a server that may lose what it has acknowledged, at
-// each connection: the one after a fail-over may be another.
+// checkDurable refuses a server that may lose acknowledged commits, at each connection,
+// because after a failover it may be another server.
 func checkDurable(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
@@ -155,7 +155,7 @@ func checkDurable(ctx context.Context, conn *pgx.Conn) error {
 		return fmt.Errorf("asking PostgreSQL whether it keeps what it acknowledges: %w", err)
 	}
 	if i := slices.Index(values, "off"); i >= 0 {
-		return fmt.Errorf("PostgreSQL runs with %s=off and may lose what it acknowledged: set it to on", settings[i])
+		return fmt.Errorf("PostgreSQL runs with %s=off and may lose acknowledged commits: set it to on", settings[i])
 	}
 	return nil
 }
@@ -171,7 +171,7 @@ func stillDurable() func(context.Context, *pgx.Conn) error {
 			return nil
 		}
 		if checkDurable(ctx, conn) != nil {
-			return driver.ErrBadConn // the next connection's error says what is wrong
+			return driver.ErrBadConn // the next connection's error has the details
 		}
 		good.Store(time.Now().UnixNano())
 		return nil
@@ -189,7 +189,7 @@ func (d *DB) LimitConnections(n int) {
 // PostgreSQL itself.
 func (d *DB) ThroughPooler() bool { return d.connector != nil && d.connector.viaPooler.Load() }
 
-// Close waits for writes under way and closes the database. On SQLite the last
+// Close waits for writes in progress and closes the database. On SQLite the last
 // connection to close, if it may write, moves what the write-ahead log holds into
 // the database's file, and removes the log.
 func (d *DB) Close() error {
@@ -200,9 +200,8 @@ func (d *DB) Close() error {
 	return err
 }
 
-// rewriteHead changes nothing, and has SQLite write and commit a page all the
-// same: only that shows whether there is room. A row that is set to what it is
-// would not be written.
+// rewriteHead makes SQLite write and commit a page without changing anything: only that
+// shows whether the disk has room. SQLite does not write a row that stays the same.
 func rewriteHead(ctx context.Context, tx *txn) error {
 	if _, err := exec(ctx, tx, "UPDATE log_head SET size = size + 1"); err != nil {
 		return err
@@ -224,9 +223,8 @@ const cannotWrite = `SELECT current_setting('transaction_read_only')::boolean, c
 
 // write runs do in a transaction, in PostgreSQL again if that aborted it, and
 // lets the sequencer know of the events in it, unless they are unhurried: it looks
-// for those from time to time. When ctx ends before the answer
-// is there, whether the change was made is not known to the caller, and do may
-// still be running: what it sets must not be read.
+// for those from time to time. If ctx ends first, it is unknown whether the change
+// was made, and do may still be running: variables that it sets must not be read.
 func (d *DB) write(ctx context.Context, do func(context.Context, *txn) error) error {
 	recorded, unhurried := false, false
 	err := d.transact(ctx, func(ctx context.Context, tx *txn) error {

@@ -21,7 +21,7 @@ import (
 
 // ErrNotReplicated: PostgreSQL gave up waiting for its synchronous standby. The
 // change is made, and a failover may lose it.
-var ErrNotReplicated = errors.New("PostgreSQL committed without its synchronous standby, and a failover may lose that")
+var ErrNotReplicated = errors.New("PostgreSQL committed without its synchronous standby, and a failover may lose that commit")
 
 // errCommitWait is a commit that PostgreSQL did not answer in time.
 var errCommitWait = errors.New("PostgreSQL did not acknowledge a commit in time")
@@ -62,8 +62,8 @@ func (d *DB) commit(ctx context.Context, conn *sql.Conn, tx *sql.Tx) error {
 	return replicated(conn)
 }
 
-// barrier makes the transaction write something where commits wait for a
-// standby, so that its own commit does.
+// barrier makes the transaction write something if commits wait for a standby, so that
+// its own commit waits too.
 const barrier = `SELECT CASE WHEN current_setting('synchronous_standby_names') <> '' THEN pg_logical_emit_message(true, 'orgkeys', '')::text END`
 
 // Durable implements audit.Store. On SQLite what can be read is durable.
@@ -128,7 +128,7 @@ func extends(ctx context.Context, q reader, held audit.Checkpoint) error {
 	return err
 }
 
-// awaitedStandbys says whom PostgreSQL may be waiting for, for a message.
+// awaitedStandbys describes the standbys for which PostgreSQL may be waiting.
 func (d *DB) awaitedStandbys() string {
 	names, _ := d.standbys.Load().(string)
 	if names == "" {

@@ -18,11 +18,11 @@ import (
 // log to. (pg_control_checkpoint() has it too, and is late after a promotion.)
 const timelineID = "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
 
-// unknownTimeline stands in for it where PostgreSQL does not tell.
+// unknownTimeline is used if PostgreSQL does not report it.
 const unknownTimeline = "''"
 
-// timelineExpression finds out whether PostgreSQL tells its timeline: a managed
-// one may have no such functions, or give no right to them.
+// timelineExpression finds out whether PostgreSQL reports its timeline: a managed server
+// may lack the functions, or the right to call them.
 func timelineExpression(ctx context.Context, q rowQuerier) (string, error) {
 	var now string
 	err := q.QueryRowContext(ctx, "SELECT "+timelineID).Scan(&now)
@@ -119,8 +119,8 @@ func (d *DB) Timeline(ctx context.Context) (now string, err error) {
 	return now, unavailable(err)
 }
 
-// UseHolder says by what name other replicas know this one's sinks. Nothing may
-// be under way.
+// UseHolder sets the name under which other replicas see this one's sinks. No other call
+// may be in progress.
 func (d *DB) UseHolder(name string) { d.holder = name }
 
 // Holder is a name for the sinks of a process, by its host and data directory.
@@ -211,7 +211,7 @@ func (d *DB) heldBack(ctx context.Context, q reader, only audit.Condition) error
 	case ahead != "":
 		return &audit.HaltError{Why: ahead, SetBack: true}
 	case silent != "":
-		return &audit.HaltError{Why: "the database has failed over, and these replicas have not said yet that their sinks fit it: " + silent}
+		return &audit.HaltError{Why: "the database has failed over, and these replicas have not confirmed yet that their sinks agree with it: " + silent}
 	}
 	return nil
 }

@@ -14,10 +14,10 @@ import (
 	sqlite3 "modernc.org/sqlite/lib"
 )
 
-// Health follows from writes: a database that answers, and takes none because its
-// disk is full or its standby is away, is of no use. On PostgreSQL the row that a
-// replica writes of itself every few seconds is the evidence, on SQLite a write for
-// each question; on both, what became of the requests' own writes.
+// Health is judged by writes: a database that answers but accepts none, because its disk
+// is full or its standby is unreachable, is unusable. On PostgreSQL the evidence is the row
+// that a replica writes about itself every few seconds, on SQLite a test write for each
+// check; on both, also the outcome of the requests' own writes.
 const (
 	beatTimeout = 5 * time.Second  // for a replica's row; commits that take longer fail requests, too
 	beatOverdue = 15 * time.Second // after which silence is bad news
@@ -64,8 +64,8 @@ func (e *evidence) trouble() (storage, beat error, beating bool) {
 	return e.storage, beat, !e.beat.IsZero()
 }
 
-// storageFailure reports whether a write failed because of what the database
-// stands on: later ones will, too.
+// storageFailure reports whether a write failed because of the storage, so that later
+// writes will fail too.
 func storageFailure(err error) bool {
 	if errors.Is(err, errCommitWait) || errors.Is(err, ErrNotReplicated) {
 		return true
@@ -123,7 +123,7 @@ func (d *DB) allowed(ctx context.Context) error {
 	case readOnly:
 		return unavailable(errReadOnly)
 	case missing != "":
-		return unavailable(fmt.Errorf("the role that orgkeys logs in with lacks %s", missing))
+		return unavailable(fmt.Errorf("the database role lacks %s", missing))
 	}
 	return nil
 }

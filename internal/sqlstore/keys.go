@@ -404,8 +404,7 @@ func (d *DB) HasSealed(ctx context.Context) (bool, error) {
 	return len(found) > 0, err
 }
 
-// Reserved returns which of ids hold a place in a quota for a generation under
-// way: reserved or pending, and not expired.
+// Reserved returns which of ids are reserved or pending, and not expired.
 func (d *DB) Reserved(ctx context.Context, ids []string) (map[string]bool, error) {
 	live := map[string]bool{}
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {

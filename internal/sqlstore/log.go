@@ -25,8 +25,8 @@ func (d *DB) Record(ctx context.Context, events ...audit.Event) error {
 // Recorded implements audit.Store.
 func (d *DB) Recorded() <-chan struct{} { return d.recorded }
 
-// ErrGrown: the log is not at the checkpoint that it had before.
-var ErrGrown = errors.New("the log has grown meanwhile: stop every replica first")
+// ErrGrown: the log has grown since the checkpoint was read.
+var ErrGrown = errors.New("the log has grown in the meantime: stop every replica first")
 
 // AcceptRollback implements rollback.Store.
 func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, v rollback.Voids) (void int, err error) {
@@ -53,8 +53,8 @@ func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.
 	return void, err
 }
 
-// recordNext records an event and gives it the next index, before all that is
-// waiting for one. tx has the sequencer's lock.
+// recordNext records an event and gives it the next index, before all
+// waiting events. tx has the sequencer's lock.
 func (d *DB) recordNext(ctx context.Context, tx *txn, e audit.Event) error {
 	if err := d.record(ctx, tx, e); err != nil {
 		return err
@@ -67,11 +67,11 @@ func (d *DB) recordNext(ctx context.Context, tx *txn, e audit.Event) error {
 	return one(int64(given), err)
 }
 
-// UseEventKey says what authenticates the log's events. Nothing is recorded or
-// sequenced before it, and no other call may be under way.
+// UseEventKey sets the key that authenticates the log's events. It must be called before
+// events are recorded or sequenced, and no other call may be in progress.
 func (d *DB) UseEventKey(k audit.EventKey) { d.eventKey = &k }
 
-var errNoEventKey = errors.New("the key that authenticates events is not open")
+var errNoEventKey = errors.New("the key that authenticates events is not loaded")
 
 // record inserts events in the transaction of the change they describe. Their
 // time is the database's: a replica's clock that is wrong must not put what
@@ -112,11 +112,11 @@ type unsequenced struct {
 	leaf, mac []byte
 }
 
-// Sequence implements audit.Store. On PostgreSQL an advisory lock lets one
-// process at a time do it; it goes with the transaction, so a holder that dies
-// is followed at once.
+// Sequence implements audit.Store. On PostgreSQL an advisory lock lets
+// one process at a time do it; it belongs to the transaction, so when its holder dies
+// another process takes over at once.
 func (d *DB) Sequence(ctx context.Context, limit int, only audit.Condition) (int, error) {
-	// Asked here, too, so that whoever has nothing to do hears of a failover.
+	// Checked here, too, so that an idle process notices a failover.
 	if err := d.heldBack(ctx, d.read, only); err != nil {
 		return 0, err
 	}
@@ -148,8 +148,8 @@ func (d *DB) Sequence(ctx context.Context, limit int, only audit.Condition) (int
 	return n, nil
 }
 
-// How long PostgreSQL leaves a lock to a holder that is silent, as one that is
-// stopped is, and how often a holder that is at work elsewhere says something.
+// How long PostgreSQL leaves a lock to an idle holder, which may be stopped, and how
+// often a holder that is busy elsewhere sends something.
 const (
 	holderIdle  = 2 * time.Second
 	holderTouch = 500 * time.Millisecond
@@ -395,8 +395,8 @@ func (d *DB) exclusive(ctx context.Context, name string, idle time.Duration, do 
 	return true, errors.Join(err, <-kept, unavailable(ignoreDone(tx.Rollback())))
 }
 
-// keep says something in tx now and then, so that PostgreSQL does not end it,
-// until ctx ends or PostgreSQL has ended it.
+// keep sends something in tx at intervals, so that PostgreSQL does not end it, until ctx
+// ends or PostgreSQL has ended it.
 func keep(ctx context.Context, tx *txn) error {
 	ticker := time.NewTicker(holderTouch)
 	defer ticker.Stop()

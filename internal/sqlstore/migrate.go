@@ -53,7 +53,7 @@ const (
 // migrate applies what is missing.
 func (d *DB) migrate(ctx context.Context, provider *goose.Provider) error {
 	if d.postgres {
-		// A standby that is away already is told of at once.
+		// A standby that is already unreachable is reported at once.
 		if err := d.acknowledges(ctx); err != nil {
 			return err
 		}

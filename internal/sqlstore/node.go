@@ -70,9 +70,9 @@ func checkLive(ctx context.Context, tx *txn, org org.ID, key node.Signer) error 
 }
 
 // use records the use of a signature and reports whether it is the first. A
-// key that is not live gets no use recorded, in the same statement. A use that
-// would be forgotten already, by the clock that forgets, is refused: the replica's
-// own may be behind.
+// key that is not live gets no use recorded, in the same statement. A use that is
+// already outside its time window by the database's clock is refused: the replica's own
+// clock may be behind.
 func (d *DB) use(ctx context.Context, tx *txn, u node.Use) (first bool, err error) {
 	now, err := d.now(ctx, tx)
 	if err != nil {
@@ -353,10 +353,10 @@ func (d *DB) ForgetUses(ctx context.Context, limit int) (int, error) {
 	return int(n), nil
 }
 
-// Seen implements node.Store. Rows that another transaction holds are left
-// out: a last use is worth no waiting, and no deadlock. A time from the future
-// was written by a clock that was set back since, and gives way.
-func (d *DB) Seen(ctx context.Context, keys map[string]time.Duration, nodes map[node.Sight]time.Duration) error {
+// Seen implements node.Store. Rows that another
+// transaction has locked are skipped: a last use is not worth waiting or a deadlock. A
+// time in the future was written by a clock that was set back since, and is replaced.
+func (d *DB) Seen(ctx context.Context, keys map[string]time.Duration, nodes map[node.Contact]time.Duration) error {
 	ids := slices.Collect(maps.Keys(keys))
 	for batch := range slices.Chunk(ids, seenBatch) {
 		err := d.writeAt(ctx, func(ctx context.Context, tx *txn, now int64) error { return d.used(ctx, tx, now, batch, keys) })
@@ -364,9 +364,11 @@ func (d *DB) Seen(ctx context.Context, keys map[string]time.Duration, nodes map[
 			return err
 		}
 	}
-	sights := slices.Collect(maps.Keys(nodes))
-	for batch := range slices.Chunk(sights, seenBatch) {
-		err := d.writeAt(ctx, func(ctx context.Context, tx *txn, now int64) error { return d.sighted(ctx, tx, now, batch, nodes) })
+	contacts := slices.Collect(maps.Keys(nodes))
+	for batch := range slices.Chunk(contacts, seenBatch) {
+		err := d.writeAt(ctx, func(ctx context.Context, tx *txn, now int64) error {
+			return d.storeContacts(ctx, tx, now, batch, nodes)
+		})
 		if err != nil {
 			return err
 		}
@@ -402,11 +404,11 @@ func (d *DB) used(ctx context.Context, tx *txn, now int64, ids []string, ago map
 	return nil
 }
 
-// sighted leaves a node that it leaves out unassociated, too: it may be about to be
+// storeContacts leaves a node that it leaves out unassociated, too: it may be about to be
 // deleted.
-func (d *DB) sighted(ctx context.Context, tx *txn, now int64, sights []node.Sight, ago map[node.Sight]time.Duration) error {
+func (d *DB) storeContacts(ctx context.Context, tx *txn, now int64, contacts []node.Contact, ago map[node.Contact]time.Duration) error {
 	var v values
-	for _, s := range sights {
+	for _, s := range contacts {
 		v.add("CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS BIGINT)", s.Org, s.IP.String(), s.Key, now-ago[s].Microseconds())
 	}
 	with := "WITH v(org_id, ip, key_id, at) AS (" + v.String() + ") "
@@ -447,9 +449,9 @@ func (v *values) arg(value any) string {
 
 func (v *values) String() string { return "VALUES " + strings.Join(v.rows, ", ") }
 
-// dissociate removes the associations of a key that ends. One that a
-// registration adds at the same moment stays behind, and means nothing: every
-// reader joins with released keys.
+// dissociate removes the associations of a key that ends. One
+// that a concurrent registration adds stays and has no effect: every reader joins with
+// released keys.
 func dissociate(ctx context.Context, tx *txn, key string) error {
 	_, err := exec(ctx, tx, "DELETE FROM node_keys WHERE key_id = $1", key)
 	return err

@@ -45,7 +45,7 @@ func (d *DB) Erasable(ctx context.Context, subject string) (int, error) {
 	return found[0], nil
 }
 
-// Erase deletes what is known of a person: the personal part of the events whose
+// Erase deletes a person's data: the personal part of the events whose
 // actor is subject, or is the pseudonym of subject, which events that person has
 // marked as read, and that pseudonym. It returns
 // how many events had one. event says so in the log, of each ID that events

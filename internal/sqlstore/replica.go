@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// Replica is what a process says of itself. SQLite's one process has nobody to
-// tell, so there this does nothing.
+// Replica describes a running process to the others. On SQLite there is only one process,
+// so this does nothing.
 type Replica struct {
 	ID         string // fresh for each process
 	Address    string // its host, and where it listens: no two replicas that live share it
@@ -63,8 +63,8 @@ func (d *DB) ForgetReplica(ctx context.Context, id string) error {
 	return unavailable(err)
 }
 
-// Replicas returns the replicas that live. Of those with one address only the
-// last to say something does: the others were killed.
+// Replicas returns the running replicas. Of several with one address only the newest is
+// running: the others were killed.
 func (d *DB) Replicas(ctx context.Context) ([]Replica, error) {
 	if !d.postgres {
 		return nil, nil

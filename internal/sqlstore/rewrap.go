@@ -60,8 +60,8 @@ const publicKeysAfter = `SELECT org_id, id, sealed FROM (
 		UNION ALL SELECT * FROM (SELECT org_id, id, sealed FROM keys_of_nodes WHERE sealed IS NOT NULL AND id > $1 ORDER BY id LIMIT $2) AS n
 	) AS k ORDER BY id LIMIT $2`
 
-// Reseal puts fresh[i] in the place of old[i] and returns how many it
-// replaced. A record that was deleted or sealed anew meanwhile is let be.
+// Reseal replaces old[i] by fresh[i] and returns how many it replaced. A record that was
+// deleted or resealed in the meantime is skipped.
 func (d *DB) Reseal(ctx context.Context, old []orgkey.Sealed, fresh [][]byte) (n int, err error) {
 	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		n = 0

@@ -42,13 +42,13 @@ var sessionSettings = map[string]string{
 }
 
 var (
-	// errPooled: a connection that was meant to be direct leads to a pooler.
+	// errPooled: a connection that should be direct goes through a pooler.
 	errPooled = errors.New("a pooler is in between")
-	// errDirect: a connection that was meant to lead to a pooler is direct.
+	// errDirect: a connection that should go through a pooler is direct.
 	errDirect = errors.New("no pooler is in between")
 )
 
-// connector makes connections in the way that worked last, or else the other.
+// connector makes connections in the mode that worked last, or otherwise in the other.
 type connector struct {
 	driver.Connector // direct
 	pooled           driver.Connector
@@ -156,7 +156,7 @@ func checkDirect(ctx context.Context, conn *pgx.Conn) error {
 	_, err = pgx.ForEachRow(rows, []any{&name, &value}, func() error {
 		// On a Unix socket, and where the server's system has no such thing, it is 0.
 		if want := sessionSettings[name]; value != want && !(value == "0" && strings.HasPrefix(name, "tcp_")) {
-			return fmt.Errorf("PostgreSQL has %s at %s although %s was asked for: something between orgkeys and the server changes it", name, value, want)
+			return fmt.Errorf("PostgreSQL reports %s=%s although %s was set: a program between orgkeys and the server changes it", name, value, want)
 		}
 		return nil
 	})
@@ -200,8 +200,8 @@ func checkPooled(ctx context.Context, conn *pgx.Conn) error {
 var limits = fmt.Sprintf(`SELECT set_config('statement_timeout', '%d', true), set_config('idle_in_transaction_session_timeout', '%d', true),
 	set_config('lock_timeout', '0', true), current_setting('synchronous_commit')`, statementTimeout.Milliseconds(), silenceTimeout.Milliseconds())
 
-// setLimits sets the limits of the transaction that conn is in. Another client
-// may have left its own settings in the session, so what they keep is looked at.
+// setLimits sets the limits of the transaction that conn is in. Another client may have
+// left its own settings in the session, so the limits are read back.
 func setLimits(ctx context.Context, conn *pgx.Conn) error {
 	var statement, idle, lock, commit string // lock: 0 is written in one way only, and needs no look
 	if err := conn.QueryRow(ctx, limits, pgx.QueryExecModeSimpleProtocol).Scan(&statement, &idle, &lock, &commit); err != nil {
@@ -212,11 +212,11 @@ func setLimits(ctx context.Context, conn *pgx.Conn) error {
 		want        time.Duration
 	}{{"statement_timeout", statement, statementTimeout}, {"idle_in_transaction_session_timeout", idle, silenceTimeout}} {
 		if d, err := time.ParseDuration(limit.value); err != nil || d != limit.want {
-			return fmt.Errorf("PostgreSQL has %s at %s although %s was asked for: a pooler in between changes it", limit.name, limit.value, limit.want)
+			return fmt.Errorf("PostgreSQL reports %s=%s although %s was set: the pooler changes it", limit.name, limit.value, limit.want)
 		}
 	}
 	if commit == "off" {
-		return errors.New("the pooler's session runs with synchronous_commit=off and may lose what it acknowledged: use server_reset_query_always = 1, or no client that sets it")
+		return errors.New("the pooler's session runs with synchronous_commit=off and may lose acknowledged commits: use server_reset_query_always = 1, or no client that sets it")
 	}
 	return nil
 }
@@ -238,11 +238,11 @@ func (c *pooledConn) BeginTx(ctx context.Context, options driver.TxOptions) (dri
 	return tx, nil
 }
 
-// checkMode refuses ways of sending statements that do not work everywhere.
+// checkMode refuses modes of sending statements that do not work everywhere.
 func checkMode(mode pgx.QueryExecMode) error {
 	switch mode {
 	case pgx.QueryExecModeCacheStatement, pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeExec:
 		return nil
 	}
-	return fmt.Errorf("the PostgreSQL URL has default_query_exec_mode=%s, which mixes up answers behind a pooler: take it out (orgkeys chooses by itself), or use cache_describe or exec", mode)
+	return fmt.Errorf("the PostgreSQL URL has default_query_exec_mode=%s, which mixes up answers behind a pooler: remove it (orgkeys chooses by itself), or use cache_describe or exec", mode)
 }

@@ -15,8 +15,8 @@ import (
 
 var _ verify.Snapshot = (*DB)(nil)
 
-// snapshot reads the log at rest, a page at a time: PostgreSQL has one result
-// under way on a connection, and a limit on the time of each statement.
+// snapshot reads the log at one moment, page by page: PostgreSQL sends one result at a
+// time on a connection, and limits the time of each statement.
 type snapshot struct {
 	q interface {
 		querier
@@ -26,7 +26,7 @@ type snapshot struct {
 
 const snapshotPage = 1000
 
-// Snapshot shows do the log as it is at one moment, while it goes on growing.
+// Snapshot calls do with the log at one moment, while it continues to grow.
 func (d *DB) Snapshot(ctx context.Context, do func(verify.Snapshot) error) error {
 	options := &sql.TxOptions{ReadOnly: true}
 	if d.postgres {
@@ -89,20 +89,20 @@ func scanText(scan func(...any) error) (text string, err error) {
 // everyKey has organization keys and node keys.
 const everyKey = "(SELECT id, org_id, state FROM org_keys UNION ALL SELECT id, org_id, state FROM keys_of_nodes) AS k"
 
-// contradictions are the ways in which records and events can fail to fit: each
-// statement returns key IDs. They rely on the events' columns, which
+// contradictions are the ways in which records and events can disagree: each statement
+// returns key IDs. They rely on the events' columns, which
 // verify.Verify has compared with the leaves by then.
 var contradictions = []struct{ what, statement string }{
-	{"key %s has a record, and no event says that it was created", `
+	{"key %s has a record, but no event says that it was created", `
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + reserved + ` EXCEPT
 		SELECT object, org_id FROM events WHERE type = 'orgkey.created'`},
-	{"key %s was created according to its event, and has no record", `
+	{"key %s was created according to its event, but has no record", `
 		SELECT object, org_id FROM events WHERE type = 'orgkey.created' EXCEPT
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + reserved},
-	{"key %s is deleted, and no event says so", `
+	{"key %s is deleted, but no event says so", `
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state = ` + deleted + ` EXCEPT
 		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`},
-	{"key %s was deleted according to its event, and its record is not", `
+	{"key %s was deleted according to its event, but its record is not", `
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + deleted + ` INTERSECT
 		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`},
 }

@@ -176,7 +176,7 @@ func (w *writer) run() {
 	}
 }
 
-// collect takes what is waiting already; it never waits for more.
+// collect takes the waiting changes; it never waits for more.
 func (w *writer) collect(first *change) []*change {
 	batch := []*change{first}
 	for len(batch) < batchSize {
@@ -193,10 +193,10 @@ func (w *writer) collect(first *change) []*change {
 	return batch
 }
 
-// commit runs a batch in one transaction. A change that fails is undone alone,
-// for which one by itself needs no savepoint; an error that commit returns is
-// everybody's. A change that was begun is finished, however long that takes;
-// those behind it are then refused.
+// commit runs a batch in one transaction. Only a change that
+// fails is undone; a single change needs no savepoint for that. An error that commit
+// returns is the error of all changes. A change that has begun is finished, however long
+// that takes; changes after it are refused then.
 func (w *writer) commit(batch []*change) error {
 	started := time.Now()
 	tx, err := w.begin()
@@ -205,7 +205,7 @@ func (w *writer) commit(batch []*change) error {
 	}
 	for _, c := range batch {
 		if c.err = c.ctx.Err(); c.err != nil {
-			continue // nobody waits for it any more
+			continue // its caller has given up
 		}
 		if time.Since(started) > w.limit {
 			c.err = unavailable(errSlow)

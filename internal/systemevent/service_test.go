@@ -47,7 +47,7 @@ func newFeed(t *testing.T) feed {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
-	g := gate.Gate{Policy: policy, Trail: audit.NewLog(db, log), Log: log}
+	g := gate.Gate{Policy: policy, AuditLog: audit.NewLog(db, log), Log: log}
 	return feed{t, db, systemevent.New(g, db), g}
 }
 
@@ -395,15 +395,15 @@ func (f feed) last() audit.Event {
 	return e
 }
 
-// noTrail is a log that cannot be written.
-type noTrail struct{ gate.Trail }
+// noLog is a log that cannot be written.
+type noLog struct{ gate.AuditLog }
 
-func (noTrail) Record(context.Context, ...audit.Event) error { return orgkey.ErrUnavailable }
+func (noLog) Record(context.Context, ...audit.Event) error { return orgkey.ErrUnavailable }
 
 func TestNothingIsReadWithoutItsEvent(t *testing.T) {
 	f := newFeed(t)
 	f.happened(time.Minute, audit.KeyCreated, "", "ada", "k-1")
-	f.gate.Trail = noTrail{}
+	f.gate.AuditLog = noLog{}
 	f.service = systemevent.New(f.gate, f.db)
 	page, err := f.service.Read(t.Context(), by("o", "acme", authz.Owner), nil)
 	if !errors.Is(err, gate.ErrAudit) || len(page.Events) != 0 {

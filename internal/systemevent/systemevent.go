@@ -36,7 +36,7 @@ var contexts = []string{
 // String is the platform's name.
 func (c Context) String() string { return contexts[c] }
 
-// Change is what became of it, asked for and answered like a Context.
+// Change is the kind of change, as a number in requests and a name in answers.
 type Change int
 
 // The changes.
@@ -58,7 +58,7 @@ type Event struct {
 	Unread  bool  // the caller has not marked it as read
 	Context Context
 	Change  Change
-	Person  audit.Personal // empty if the event knows no person, or that was erased
+	Person  audit.Personal // empty if the event has no personal data, or it was erased
 	Leaf    string         // the event as the audit log holds it, verbatim
 }
 
@@ -81,7 +81,7 @@ type Stored struct {
 // field that is not empty.
 type Filter struct {
 	Org    org.ID // required
-	Reader string // required: whose marks decide what is unread
+	Reader string // required: the reader whose marks decide what is unread
 	Unread bool   // only what Reader has not marked as read
 	Kinds  []Kind // any of which; without one nothing matches
 	From   time.Time
@@ -119,7 +119,7 @@ type Store interface {
 	MarkSystemEvents(ctx context.Context, m Marks, kinds []Kind, event func(changed int64) audit.Event) error
 }
 
-// feed is every kind of event in the feed, and what the platform calls it. A
+// feed lists every type of event in the feed, with its name on the platform. A
 // node's request that was served before changed nothing (reason "repeated"),
 // and orgkey.all_deleted comes with an event of its own for each key.
 var feed = []struct {
@@ -254,8 +254,8 @@ func (s *Service) page(ctx context.Context, f Filter) (Page, error) {
 	return page, nil
 }
 
-// readEvent says what was read. The texts that were asked for are not in it:
-// anybody may send any text, and what is in the log stays there.
+// readEvent records a read. It does not contain the texts of the request: callers may
+// send any text, and an event cannot be removed from the log.
 func readEvent(pass gate.Pass, f Filter, page Page) audit.Event {
 	e := pass.Event(audit.EventsRead)
 	e.Add(map[string]string{

@@ -206,7 +206,7 @@ func TestATokenBoundToOtherAddressesIsSaidToBeOne(t *testing.T) {
 	if logins > 6 { // at 0, 1 and 3 s, and once more each time, past whatever cache
 		t.Errorf("it logged in %d times within three seconds", logins)
 	}
-	if p := problems(open(t)); !strings.Contains(p, "does not accept it from here") || !strings.Contains(p, "token_bound_cidrs") || strings.Contains(p, "twoPolicies") {
+	if p := problems(open(t)); !strings.Contains(p, "does not accept it from this address") || !strings.Contains(p, "token_bound_cidrs") || strings.Contains(p, "twoPolicies") {
 		t.Errorf("the check at start finds: %q", p)
 	}
 	bind()
@@ -279,7 +279,7 @@ func TestKeysThatRotateByThemselvesAreWarnedOf(t *testing.T) {
 		if output, err := server.Setup(t.Context()); err != nil || !strings.Contains(output, "warning: "+path+" has auto_rotate_period") || !strings.Contains(output, remedy) {
 			t.Errorf("the set-up said %q, %v", output, err)
 		}
-		warned(t, path+" rotates by itself every 720h", remedy)
+		warned(t, path+" is rotated automatically every 720h", remedy)
 		rotate("0")
 		if p := problems(open(t)); p != "" {
 			t.Errorf("found: %q", p)

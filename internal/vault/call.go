@@ -17,7 +17,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
-// The errors besides those of package orgkey.
+// Errors, in addition to those of package orgkey.
 var (
 	// ErrDenied: Vault accepts the token, but its policies do not allow the call.
 	ErrDenied = errors.New("the policy in Vault does not allow it")
@@ -41,7 +41,7 @@ func newStatusError(r request, refused *api.ResponseError) *statusError {
 // newRedirectError names the host of a redirect and nothing else of its place,
 // which may hold what the caller should not log.
 func newRedirectError(r request, answer *http.Response) *statusError {
-	host := "no place that can be read"
+	host := "a target that cannot be read"
 	if u, err := answer.Location(); err == nil && u.Host != "" {
 		host = u.Scheme + "://" + u.Host
 	}
@@ -52,8 +52,8 @@ func redirect(status int) bool { return status >= 300 && status < 400 }
 
 func (e *statusError) Error() string {
 	if redirect(e.status) {
-		return fmt.Sprintf("Vault answered %s %s with %d, a redirect to %s, which is not followed: lead VAULT_ADDR to the active node, "+
-			"by a load balancer that asks sys/health, and see that every node's api_addr is reachable from here", e.request.method, e.request.path, e.status, e.location)
+		return fmt.Sprintf("Vault answered %s %s with %d, a redirect to %s, which is not followed: let VAULT_ADDR lead to the active node, "+
+			"through a load balancer that checks sys/health, and make sure that every node's api_addr is reachable from here", e.request.method, e.request.path, e.status, e.location)
 	}
 	return fmt.Sprintf("Vault answered %s %s with %d: %s", e.request.method, e.request.path, e.status, strings.Join(e.messages, "; "))
 }
@@ -162,9 +162,9 @@ func (c *Client) accepted(ctx context.Context, s *session) (bool, error) {
 	return err == nil, err
 }
 
-// send makes one call within the call timeout. The answer's body is there
-// whenever one was read, also beside an error; whoever expects a secret in it
-// clears it.
+// send makes one call within the call timeout. The answer has a body
+// whenever one was read, even with an error; a caller that expects a secret in it clears
+// it.
 func (c *Client) send(ctx context.Context, s *session, r request) (response, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.config.CallTimeout)
 	defer cancel()

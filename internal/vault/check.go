@@ -23,7 +23,7 @@ import (
 	setup "github.com/orgkeys/orgkeys/vault"
 )
 
-// Finding is something about Vault that an operator should know at start.
+// Finding is a problem of Vault's set-up, for the operator.
 type Finding struct {
 	Fatal   bool   // the service must not start, or would not work
 	Problem string // what is wrong
@@ -52,15 +52,15 @@ func failed(cause error, remedy, problem string, args ...any) Finding {
 const (
 	runSetup       = "run vault/setup against this Vault"
 	mendLogin      = "check the role ID and secret ID files, or the token file; vault/setup --credentials makes new ones"
-	lockedOut      = "see that the login is enabled where it is expected, and that the role ID is not locked out after refused logins: \"vault read sys/locked-users\" shows it, \"vault write -f sys/locked-users/ACCESSOR/unlock/ROLE_ID\" ends it, and vault/setup turns that lockout off"
-	leadPastCache  = "lead VAULT_ADDR, or VAULT_AGENT_ADDR where that is set, past the cache to Vault itself; or take \"cache {}\" out of the Agent's configuration; or have the Agent log in, too, and set ORGKEYS_VAULT_AUTH=token_file"
-	boundAddresses = "see token_bound_cidrs of the role, by \"vault read auth/approle/role/orgkeys\": the token may be used from those addresses only, as Vault sees them behind proxies"
-	slowVault      = "Vault is slow or unavailable: see its load and its own log"
-	restore        = runSetup + ", unless orgkeys has used this Vault before: then restore Vault from its backup, for nothing else has the keys"
-	twoPolicies    = "give the token the policies orgkeys-service and orgkeys-reaper of vault/setup and no other"
+	lockedOut      = "make sure that the login is enabled at the expected path, and that the role ID is not locked out after refused logins: \"vault read sys/locked-users\" shows it, \"vault write -f sys/locked-users/ACCESSOR/unlock/ROLE_ID\" ends it, and vault/setup turns that lockout off"
+	leadPastCache  = "let VAULT_ADDR, or VAULT_AGENT_ADDR if set, bypass the cache and lead to Vault itself; or take \"cache {}\" out of the Agent's configuration; or let the Agent also log in, and set ORGKEYS_VAULT_AUTH=token_file"
+	boundAddresses = "see token_bound_cidrs of the role with \"vault read auth/approle/role/orgkeys\": the token may be used only from those addresses, as Vault sees them behind proxies"
+	slowVault      = "Vault is slow or unavailable: check its load and its own log"
+	restore        = runSetup + "; but if orgkeys has used this Vault before, restore Vault from its backup instead: nothing else has the keys"
+	twoPolicies    = "give the token the policies orgkeys-service and orgkeys-reaper of vault/setup and no others"
 )
 
-// Check looks at all that the service relies on in Vault. It changes nothing.
+// Check checks everything in Vault that the service relies on. It changes nothing.
 func (c *Client) Check(ctx context.Context) []Finding {
 	if found := c.checkSeal(ctx); len(found) > 0 {
 		return found
@@ -72,9 +72,9 @@ func (c *Client) Check(ctx context.Context) []Finding {
 	case errors.Is(err, ErrLogin):
 		return []Finding{fatal(loginRemedy(err), "%v", err)}
 	case errors.Is(err, ErrDenied):
-		return []Finding{fatal(twoPolicies, "the token may not even look at itself: %v", err)}
+		return []Finding{fatal(twoPolicies, "the token may not look itself up: %v", err)}
 	case err != nil:
-		return []Finding{fatal("see that every audit device can be written, and what Vault's own log says", "Vault does not answer an audited call: %v", err)}
+		return []Finding{fatal("make sure that every audit device can be written, and see Vault's own log", "Vault does not answer an audited call: %v", err)}
 	}
 	return together(ctx, c.checkTrail, c.checkPlain, c.checkCache, c.checkKeys, c.checkToken, c.checkPolicyTexts, c.checkCapabilities, c.checkLeftBehind)
 }
@@ -91,15 +91,15 @@ func together(ctx context.Context, checks ...func(context.Context) []Finding) []
 	return slices.Concat(found...)
 }
 
-// trailLife is how long it is taken for granted that the audit trail is as it
-// was: what somebody changes in Vault stops the service no later than this.
+// auditCheckLife is how long a check of Vault's audit devices is valid: a change in
+// Vault stops the service after this time at the latest.
 const (
-	trailLife = time.Second
-	trailAges = 800 * time.Millisecond // for who will need a look soon, and need not wait for it now
+	auditCheckLife = time.Second
+	trailAges      = 800 * time.Millisecond // for callers that need a valid check soon and should not wait for it then
 )
 
-// trail is the last look at the audit trail, and the one under way.
-type trail struct {
+// auditCheck is the last check of the audit devices, and the one in progress.
+type auditCheck struct {
 	looking singleflight.Group
 
 	mu  sync.Mutex
@@ -107,52 +107,52 @@ type trail struct {
 	err error
 }
 
-// Healthy looks at the audit trail with calls that Vault cannot answer without
-// writing them to its audit devices. sys/health stays 200 when those are full.
-// The error wraps orgkey.ErrUnavailable.
+// Healthy checks the audit devices, with calls that Vault cannot answer without writing
+// them to its audit devices. (sys/health stays 200 when those are full.) The error wraps
+// orgkey.ErrUnavailable.
 func (c *Client) Healthy(ctx context.Context) error {
 	select {
 	case seen := <-c.looking(ctx):
 		return seen.Err
 	case <-ctx.Done():
-		return fmt.Errorf("looking at Vault's audit trail: %w: %w", orgkey.ErrUnavailable, ctx.Err())
+		return fmt.Errorf("checking Vault's audit devices: %w: %w", orgkey.ErrUnavailable, ctx.Err())
 	}
 }
 
-// looking begins a look, or joins the one under way, which outlives ctx.
+// looking begins a check, or joins the one in progress, which outlives ctx.
 func (c *Client) looking(ctx context.Context) <-chan singleflight.Result {
-	return c.trail.looking.DoChan("", func() (any, error) {
+	return c.auditCheck.looking.DoChan("", func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.config.CallTimeout)
 		defer cancel()
 		return nil, c.look(ctx)
 	})
 }
 
-// lastLook returns when the last look was, and what it found.
+// lastLook returns the time and the result of the last check.
 func (c *Client) lastLook() (at time.Time, err error) {
-	c.trail.mu.Lock()
-	defer c.trail.mu.Unlock()
-	return c.trail.at, c.trail.err
+	c.auditCheck.mu.Lock()
+	defer c.auditCheck.mu.Unlock()
+	return c.auditCheck.at, c.auditCheck.err
 }
 
-// audited is Healthy, unless that was asked within trailLife. Before a private
-// key leaves Vault, and before events count as recorded, it says that the
-// audit devices show the events and hide the keys.
+// audited returns the last check's result if it is still valid, and otherwise checks. It
+// is called before a private key is exported and before events count as recorded, so that
+// the audit devices show the events and hide the keys.
 func (c *Client) audited(ctx context.Context) error {
-	if at, err := c.lastLook(); time.Since(at) < trailLife {
+	if at, err := c.lastLook(); time.Since(at) < auditCheckLife {
 		return err
 	}
 	return c.Healthy(ctx)
 }
 
-// anticipate has a recent look ready for who needs one a little later.
+// anticipate begins a check, if needed, for a caller that needs its result soon.
 func (c *Client) anticipate(ctx context.Context) {
 	if at, _ := c.lastLook(); time.Since(at) > trailAges {
 		c.looking(ctx)
 	}
 }
 
-// look keeps what it saw, unless Vault did not answer: then the next one asks again.
+// look stores its result, unless Vault did not answer: then the next caller checks again.
 func (c *Client) look(ctx context.Context) (err error) {
 	at := time.Now()
 	var problems, causes []error
@@ -164,27 +164,27 @@ func (c *Client) look(ctx context.Context) (err error) {
 	}
 	switch {
 	case len(causes) > 0:
-		at, err = time.Time{}, fmt.Errorf("looking at Vault's audit trail: %w: %w", orgkey.ErrUnavailable, errors.Join(causes...))
+		at, err = time.Time{}, fmt.Errorf("checking Vault's audit devices: %w: %w", orgkey.ErrUnavailable, errors.Join(causes...))
 	case len(problems) > 0:
-		err = fmt.Errorf("%w: Vault's audit trail is not safe: %w", orgkey.ErrUnavailable, errors.Join(problems...))
+		err = fmt.Errorf("%w: Vault's audit devices are not safe: %w", orgkey.ErrUnavailable, errors.Join(problems...))
 	}
-	c.trail.mu.Lock()
-	defer c.trail.mu.Unlock()
-	c.trail.at, c.trail.err = at, err
+	c.auditCheck.mu.Lock()
+	defer c.auditCheck.mu.Unlock()
+	c.auditCheck.at, c.auditCheck.err = at, err
 	return err
 }
 
 func (c *Client) checkSeal(ctx context.Context) []Finding {
 	answer, err := c.send(ctx, &session{api: c.base}, request{method: http.MethodGet, path: "sys/seal-status"})
 	if err != nil {
-		return []Finding{fatal("check VAULT_ADDR, or VAULT_AGENT_ADDR where that is set, and VAULT_CACERT, and that Vault runs", "Vault cannot be asked at %s: %v", c.base.Address(), err)}
+		return []Finding{fatal("check VAULT_ADDR (or VAULT_AGENT_ADDR if set), VAULT_CACERT, and that Vault runs", "Vault does not answer at %s: %v", c.base.Address(), err)}
 	}
 	var status struct {
 		Initialized bool `json:"initialized"`
 		Sealed      bool `json:"sealed"`
 	}
 	if err := json.Unmarshal(answer.body, &status); err != nil {
-		return []Finding{fatal("check that VAULT_ADDR is Vault's", "the answer is not Vault's: %v", err)}
+		return []Finding{fatal("make sure that VAULT_ADDR is Vault's address", "the answer is not Vault's: %v", err)}
 	}
 	switch {
 	case !status.Initialized:
@@ -212,7 +212,7 @@ func (c *Client) checkAudit(ctx context.Context) []Finding {
 	}
 	const enable = "vault audit enable file file_path=/var/log/vault/audit.log"
 	if len(devices) == 0 {
-		return []Finding{fatal(enable, "Vault has no audit device, and answers every request unaudited")}
+		return []Finding{fatal(enable, "Vault has no audit device, so it answers every request without an audit entry")}
 	}
 	var found []Finding
 	kept := 0
@@ -227,13 +227,13 @@ func (c *Client) checkAudit(ctx context.Context) []Finding {
 		}
 	}
 	if kept == 0 {
-		found = append(found, fatal(enable, "Vault has no audit device that keeps what it is given"))
+		found = append(found, fatal(enable, "Vault has no audit device that stores its entries"))
 	}
 	return found
 }
 
-// checkPlain warns unless some device writes what "audit verify" can read. The
-// service works without, so that nobody would miss it before an audit.
+// checkPlain warns unless a device writes entries that "audit verify" can read. The
+// service works without one, so its absence would only be noticed at an audit.
 func (c *Client) checkPlain(ctx context.Context) []Finding {
 	devices, err := c.devices(ctx)
 	if err != nil || len(devices) == 0 {
@@ -245,7 +245,7 @@ func (c *Client) checkPlain(ctx context.Context) []Finding {
 		}
 	}
 	return []Finding{{Problem: "no audit device of Vault writes plain JSON, so \"orgkeys audit verify --vault-audit\" cannot compare the log with what Vault recorded",
-		Remedy: "enable one besides: vault audit enable -path=plain file file_path=/var/log/vault/audit-plain.log"}}
+		Remedy: "enable another one: vault audit enable -path=plain file file_path=/var/log/vault/audit-plain.log"}}
 }
 
 func (c *Client) checkCache(ctx context.Context) []Finding {
@@ -279,8 +279,8 @@ func (d device) discards() bool {
 }
 
 // plain reports whether the device writes JSON lines and nothing else: no other
-// format, nothing before an entry, and every entry. What syslog gets, or whoever
-// captures standard output, is mixed with theirs.
+// format, nothing before an entry, and every entry. The output of a device for syslog, or for standard
+// output, is mixed with other lines.
 func (d device) plain() bool {
 	o := d.Options
 	if cmp.Or(o["format"], "json") != "json" || o["prefix"]+o["filter"]+o["exclude"] != "" || d.discards() {
@@ -314,7 +314,7 @@ func (c *Client) checkCheckpoint(ctx context.Context) []Finding {
 	return nil
 }
 
-// checkKey compares a key that setup makes with what it makes.
+// checkKey compares a key with the one that vault/setup makes.
 func (c *Client) checkKey(path string, want standingKey) func(context.Context) []Finding {
 	return func(ctx context.Context) []Finding {
 		answer, err := c.do(ctx, request{method: http.MethodGet, path: path})
@@ -331,11 +331,11 @@ func (c *Client) checkKey(path string, want standingKey) func(context.Context) [
 			return []Finding{failed(err, runSetup, "%s cannot be read", path)}
 		}
 		if got.AutoRotate > 0 {
-			return []Finding{{Problem: fmt.Sprintf("%s rotates by itself every %s", path, time.Duration(got.AutoRotate)*time.Second),
-				Remedy: rotating[path] + "; or take it off: vault write " + path + "/config auto_rotate_period=0"}}
+			return []Finding{{Problem: fmt.Sprintf("%s is rotated automatically every %s", path, time.Duration(got.AutoRotate)*time.Second),
+				Remedy: rotating[path] + "; or turn that off: vault write " + path + "/config auto_rotate_period=0"}}
 		}
 		if got != want {
-			return []Finding{fatal("find out who made or changed it; vault/setup makes a sound one on a fresh mount", "%s is %+v, not %+v", path, got, want)}
+			return []Finding{fatal("find out who made or changed it; vault/setup makes a correct one on a new mount", "%s is %+v, not %+v", path, got, want)}
 		}
 		return nil
 	}
@@ -344,7 +344,7 @@ func (c *Client) checkKey(path string, want standingKey) func(context.Context) [
 // rotating is what each rotation of a key asks of an operator.
 var rotating = map[string]string{
 	sealKey:    "after each rotation back Vault up and run \"orgkeys rewrap\"",
-	receiptKey: "after each rotation deposit what \"orgkeys audit key\" prints besides",
+	receiptKey: "after each rotation deposit the new line of \"orgkeys audit key\"",
 }
 
 // inClear is which fields of a mount's requests the audit devices record in
@@ -370,7 +370,7 @@ func (c *Client) checkClear(ctx context.Context, m inClear) []Finding {
 		return []Finding{fatal(runSetup, "mount %s does not have %q audited in clear", m.mount, strings.Join(missing, ", "))}
 	}
 	if extra := append(without(tune.Requests, m.fields), tune.Answers...); len(extra) > 0 {
-		return []Finding{fatal(runSetup+", and destroy the audit devices' logs of the time", "mount %s has %q audited in clear, which may be secret", m.mount, strings.Join(extra, ", "))}
+		return []Finding{fatal(runSetup+", and destroy the audit devices' logs since then", "mount %s has %q audited in clear, which may be secret", m.mount, strings.Join(extra, ", "))}
 	}
 	return nil
 }
@@ -411,9 +411,8 @@ var granted = map[string][]string{
 	"auth/token/revoke-self":                                           {"update"},
 }
 
-// denied are paths that the service never needs, one for each way of getting
-// at what it must not have: the standing keys, other keys, the evidence, and
-// its own permissions.
+// denied are paths that the service never needs, one for each way to reach what it must
+// not have: the permanent keys, other keys, the evidence, and its own permissions.
 var denied = []string{
 	"orgkeys/export/encryption-key/" + sampleKey, "orgkeys/export/encryption-key/" + sampleKey + "/2",
 	"orgkeys/export/signing-key/" + sampleKey + "/1", "orgkeys/byok-export/" + sampleKey + "/" + sampleKey,
@@ -471,11 +470,11 @@ func (c *Client) checkToken(ctx context.Context) []Finding {
 	}
 	var found []Finding
 	if have.NumUses > 0 {
-		found = append(found, fatal("make tokens without a limit, as vault/setup has the role do", "the token can be used %d times more, and then no more", have.NumUses))
+		found = append(found, fatal("make tokens without a limit, as vault/setup has the role do", "the token can be used only %d more times", have.NumUses))
 	}
 	if len(have.Bound) > 0 {
 		found = append(found, Finding{Problem: "the token may be used from " + strings.Join(have.Bound, ", ") + " only, by token_bound_cidrs of its role",
-			Remedy: "see that every replica has such an address, as Vault sees it behind proxies: from any other all its calls are refused"})
+			Remedy: "make sure that every replica has such an address, as Vault sees it behind proxies: calls from other addresses are refused"})
 	}
 	names := slices.Compact(slices.Sorted(slices.Values(append(have.Policies, have.Identity...))))
 	if !slices.Equal(names, policies()) {
@@ -504,7 +503,7 @@ func (c *Client) checkPolicyTexts(ctx context.Context) []Finding {
 			continue
 		}
 		if !slices.Equal(rules(have.Policy), rules(string(want))) {
-			found = append(found, fatal(runSetup+"; with several versions of orgkeys on it, the newest", "the policy %s is not the one that this version comes with", name))
+			found = append(found, fatal(runSetup+"; with several versions of orgkeys running, the newest one's", "the policy %s differs from the one of this version", name))
 		}
 	}
 	return found
@@ -521,7 +520,7 @@ func rules(hcl string) []string {
 	return words
 }
 
-// checkCapabilities compares what the token may do with what it needs, both ways.
+// checkCapabilities compares the token's rights with those it needs, in both directions.
 func (c *Client) checkCapabilities(ctx context.Context) []Finding {
 	paths := append(slices.Collect(maps.Keys(granted)), denied...)
 	body, err := json.Marshal(map[string][]string{"paths": paths})
@@ -552,7 +551,7 @@ func compareCapabilities(path string, want, have []string) []Finding {
 	}
 	if extra := without(have, append(want, "deny")); len(extra) > 0 {
 		found = append(found, fatal(twoPolicies,
-			"the policy is too strong: the service has %s on %s and never needs it", strings.Join(extra, ", "), path))
+			"the policy is too strong: the service has %s on %s but never needs it", strings.Join(extra, ", "), path))
 	}
 	return found
 }

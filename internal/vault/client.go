@@ -73,15 +73,15 @@ type Config struct {
 // Client is a connection to Vault that stays logged in. Its back ends are
 // Keystore, Sealer and Sink.
 type Client struct {
-	config  Config
-	log     *slog.Logger
-	base    *api.Client // without a token
-	current atomic.Pointer[session]
-	login   chan struct{} // held by the one that logs in
-	failure failure       // guarded by login
-	stop    context.CancelFunc
-	stopped chan struct{}
-	trail   trail
+	config     Config
+	log        *slog.Logger
+	base       *api.Client // without a token
+	current    atomic.Pointer[session]
+	login      chan struct{} // held by the one that logs in
+	failure    failure       // guarded by login
+	stop       context.CancelFunc
+	stopped    chan struct{}
+	auditCheck auditCheck
 
 	abandoned sync.WaitGroup // removals under way in the background
 }
@@ -175,7 +175,7 @@ func newAPI(config Config) (*api.Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making the Vault client: %w", err)
 	}
-	client.ClearToken() // VAULT_TOKEN would stay beside the configured login
+	client.ClearToken() // VAULT_TOKEN would be used instead of the configured login
 	client.SetCloneHeaders(true)
 	client.SetWrappingLookupFunc(unwrapped)
 	return client, nil

@@ -81,7 +81,7 @@ func TestVaultRestarted(t *testing.T) {
 		t.Fatal(err)
 	}
 	allUnavailable(t, c)
-	if p := problems(c); !strings.Contains(p, "Vault cannot be asked") {
+	if p := problems(c); !strings.Contains(p, "Vault does not answer") {
 		t.Errorf("the check at start finds: %s", p)
 	}
 	if err := server.Restart(t.Context()); err != nil {

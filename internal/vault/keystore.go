@@ -7,7 +7,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"math/big"
 	"net/http"
 	"regexp"
 	"sync"
@@ -23,8 +22,7 @@ import (
 // time and the answer's date: one or both are given in whole seconds.
 const clockGrain = 2 * time.Second
 
-// abandonedPoll is how often Transit is asked whether it has finished a key
-// that nobody waits for any more.
+// abandonedPoll is how often Transit is asked whether it has finished an abandoned key.
 const abandonedPoll = 100 * time.Millisecond
 
 // uselessPatience is how long destroying a key may hold up the answer to a
@@ -34,9 +32,9 @@ const uselessPatience = time.Second
 // nameForm is that of a key's name: a UUID in lower case.
 var nameForm = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
 
-// ErrNotFresh: Transit answered a creation with a key that is not as a new one
-// is. Creating is a silent upsert there, so somebody else may hold that key.
-var ErrNotFresh = errors.New("no fresh key came of a creation in Transit")
+// ErrNotFresh: Transit answered a creation with a key that is not a new one. Creating an
+// existing key succeeds in Transit, so another client may hold that key.
+var ErrNotFresh = errors.New("Transit did not create a new key")
 
 // errForeignForm: a success that Vault does not answer so, and something between
 // orgkeys and Vault does. It quotes nothing: a private key may be in it.
@@ -71,25 +69,33 @@ func (k *Keystore) Create(ctx context.Context, name string) (orgkey.BackendKey, 
 	if !nameForm.MatchString(name) {
 		return nil, fmt.Errorf("creating a key: %q is not a UUID", name)
 	}
-	k.c.anticipate(ctx) // Export's look, while Transit computes
+	k.c.anticipate(ctx) // the check that Export needs, while Transit computes
 	ctx = correlated(ctx, name)
-	path := keysMount + "/keys/" + name
-	answer, err := k.c.do(ctx, request{method: http.MethodPut, path: path, body: []byte(`{"type":"rsa-2048","exportable":true}`)})
+	public, err := k.c.create(ctx, keysMount+"/keys/"+name)
 	if err != nil {
-		if errors.Is(err, orgkey.ErrUnavailable) {
-			k.c.abandon(ctx, path)
-		}
-		return nil, fmt.Errorf("creating a key: %w", err)
-	}
-	public, err := freshKey(answer, k.c.config.CallTimeout)
-	if err != nil {
-		return nil, fmt.Errorf("creating a key: %w", err)
-	}
-	if err := k.c.allowDeletion(ctx, path); err != nil {
-		k.c.abandon(ctx, path)
 		return nil, fmt.Errorf("creating a key: %w", err)
 	}
 	return &key{c: k.c, name: name, public: public}, nil
+}
+
+// create makes the key at path. It can be deleted from then on.
+func (c *Client) create(ctx context.Context, path string) (*rsa.PublicKey, error) {
+	answer, err := c.do(ctx, request{method: http.MethodPut, path: path, body: []byte(`{"type":"rsa-2048","exportable":true}`)})
+	if err != nil {
+		if errors.Is(err, orgkey.ErrUnavailable) {
+			c.abandon(ctx, path)
+		}
+		return nil, err
+	}
+	public, err := freshKey(answer, c.config.CallTimeout)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.allowDeletion(ctx, path); err != nil {
+		c.abandon(ctx, path)
+		return nil, err
+	}
+	return public, nil
 }
 
 // freshKey reads the answer to a creation and reports ErrNotFresh unless it
@@ -106,7 +112,7 @@ func freshKey(answer response, callTimeout time.Duration) (*rsa.PublicKey, error
 	case k.LatestVersion != 1 || len(k.Keys) != 1:
 		return nil, fmt.Errorf("%w: its latest version is %d", ErrNotFresh, k.LatestVersion)
 	case k.DeletionAllowed:
-		return nil, fmt.Errorf("%w: somebody has configured it", ErrNotFresh)
+		return nil, fmt.Errorf("%w: its configuration was changed", ErrNotFresh)
 	case answer.date.Sub(first.Created).Abs() > callTimeout+clockGrain:
 		return nil, fmt.Errorf("%w: it was created %s before the answer", ErrNotFresh, answer.date.Sub(first.Created))
 	}
@@ -165,7 +171,7 @@ func (k *key) Export(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("exporting a key: %w", err)
 	}
-	if err := checkPair(der, k.public); err != nil {
+	if err := orgkey.NewPublic(k.public).CheckPrivate(der); err != nil {
 		clear(der)
 		return nil, fmt.Errorf("exporting a key: %w", err)
 	}
@@ -203,33 +209,10 @@ func privateKey(body []byte) ([]byte, error) {
 	return block.Bytes, nil
 }
 
-// checkPair reports an error unless der is a sound private key for public.
-func checkPair(der []byte, public *rsa.PublicKey) error {
-	private, err := x509.ParsePKCS1PrivateKey(der) // checks the key, too
-	if err != nil {
-		return errors.New("the private key is not sound")
-	}
-	defer wipe(private)
-	if !private.PublicKey.Equal(public) {
-		return errors.New("the private key is not that of the public key")
-	}
-	return nil
-}
-
-// wipe clears the parts of k that can be reached.
-func wipe(k *rsa.PrivateKey) {
-	parts := append([]*big.Int{k.D, k.Precomputed.Dp, k.Precomputed.Dq, k.Precomputed.Qinv}, k.Primes...)
-	for _, n := range parts {
-		if n != nil {
-			clear(n.Bits())
-		}
-	}
-}
-
-// Destroy implements orgkey.BackendKey. It goes on after ctx has ended, for no
-// longer than its calls may take. A caller who was refused the private half
-// waits no longer than a moment: what a slow Vault has not removed by then is
-// removed in the background, and reported as not confirmed.
+// Destroy implements orgkey.BackendKey. It continues after ctx has ended, within the time
+// limits of its calls. For a key that will not be released it waits only briefly: what a
+// slow Vault has not removed by then is removed in the background, and reported as not
+// confirmed.
 func (k *key) Destroy(ctx context.Context) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -249,7 +232,7 @@ func (k *key) Destroy(ctx context.Context) error {
 			return fmt.Errorf("destroying a key: %w", err)
 		}
 	case <-enough:
-		return fmt.Errorf("destroying a key: %w: Vault takes its time", orgkey.ErrUnavailable)
+		return fmt.Errorf("destroying a key: %w: Vault does not answer in time", orgkey.ErrUnavailable)
 	}
 	k.gone = true
 	return nil
@@ -283,13 +266,13 @@ func (c *Client) remove(ctx context.Context, path string) error {
 	case errors.Is(err, errNotFound):
 		return nil
 	case err != nil:
-		return fmt.Errorf("confirming that it is gone: %w", err)
+		return fmt.Errorf("confirming that it is deleted: %w", err)
 	}
 	return errors.Join(errors.New("it is still there"), deleteErr)
 }
 
-// abandon removes, in the background, the key at path, whose creation was not
-// seen to end: Transit may still be making it. What it misses is the reaper's.
+// abandon removes, in the background, the key at path, whose creation may still be in
+// progress in Transit. The reaper deletes what it misses.
 func (c *Client) abandon(ctx context.Context, path string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.config.CallTimeout)
 	c.abandoned.Go(func() {
@@ -307,8 +290,8 @@ func (c *Client) abandon(ctx context.Context, path string) {
 	})
 }
 
-// data reads the field "data" of an answer. What is not of Vault's form does not
-// come from Vault, but from something in between, and is as good as no answer.
+// data reads the field "data" of an answer. An answer in another form comes from a proxy
+// in between, and counts as no answer.
 func data[T any](body []byte) (T, error) {
 	var answer struct {
 		Data *T `json:"data"`

@@ -20,16 +20,16 @@ import (
 	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
-// ErrLogin: Vault refused the login, or what is needed for one is missing or
-// not protected. Repeating it does not help until somebody changes something.
+// ErrLogin: Vault refused the login, or the credentials are missing or not protected.
+// Repeating it does not help until something is changed.
 var ErrLogin = errors.New("cannot log in to Vault")
 
 // A login that was answered, and gave nothing that can be used. Both wrap ErrLogin.
 var (
 	// errSameToken: the login that should replace a token gave that very token.
-	errSameToken = fmt.Errorf("%w: the login was answered with the token that it should replace, from a cache between orgkeys and Vault", ErrLogin)
+	errSameToken = fmt.Errorf("%w: the login was answered with the old token, by a cache between orgkeys and Vault", ErrLogin)
 	// errUnaccepted: Vault does not accept the token that a login just gave.
-	errUnaccepted = fmt.Errorf("%w: Vault gave a new token and does not accept it from here", ErrLogin)
+	errUnaccepted = fmt.Errorf("%w: Vault issued a new token and does not accept it from this address", ErrLogin)
 )
 
 const (
@@ -51,7 +51,7 @@ type Login interface {
 type session struct {
 	api    *api.Client
 	token  string
-	secret *api.Secret   // the login's answer; nil if somebody else renews the token
+	secret *api.Secret   // the login's answer; nil if another program renews the token
 	file   string        // where the token was read, if it was
 	ended  chan struct{} // closed when another session has taken its place
 
@@ -68,7 +68,7 @@ func newSession(base *api.Client, token string) (*session, error) {
 	return &session{api: client, token: token, ended: make(chan struct{})}, nil
 }
 
-// unwrapped has Vault answer plainly, whatever VAULT_WRAP_TTL says.
+// unwrapped makes Vault answer without wrapping, regardless of VAULT_WRAP_TTL.
 func unwrapped(string, string) string { return "" }
 
 // AppRole logs in with a role ID and a secret ID. Both files are read again at each login.
@@ -112,14 +112,14 @@ func (r *refusal) again(credentials string) error {
 	return r.err
 }
 
-// note keeps the refusal, and says in it how long it stands.
+// note stores the refusal, with the time until the next attempt.
 func (r *refusal) note(credentials string, err error) error {
 	times := 1
 	if r.credentials == credentials {
 		times += r.times
 	}
 	until := time.Now().Add(refusedPause(times))
-	err = fmt.Errorf("%w (a running server tries again when the files change, or after %s)", err, until.UTC().Format(time.RFC3339))
+	err = fmt.Errorf("%w (a running server tries again when the files change, and after %s)", err, until.UTC().Format(time.RFC3339))
 	*r = refusal{credentials, times, until, err}
 	return err
 }
@@ -184,8 +184,8 @@ func (a *AppRole) logIn(ctx context.Context, base *api.Client, roleID, secretID 
 	return s, nil
 }
 
-// exchange sends one of the calls that lead to a token, and tells a refusal from
-// a Vault that cannot be asked.
+// exchange sends one of the calls of a login, and distinguishes a refusal from an
+// unreachable Vault.
 func exchange(ctx context.Context, client *api.Client, path string, fields map[string]any) (*api.Secret, http.Header, error) {
 	body, err := json.Marshal(fields)
 	if err != nil {
@@ -232,11 +232,11 @@ func (a *AppRole) unwrap(ctx context.Context, base *api.Client, wrapping string)
 	const lookup = "sys/wrapping/lookup"
 	info, _, err := exchange(ctx, base, lookup, map[string]any{"token": wrapping})
 	if err != nil {
-		return "", fmt.Errorf("looking at the wrapped secret ID, which may have expired, or have been used, as by an orgkeys command that was given the server's file: "+
-			"deliver a fresh one, and if nobody known used it, revoke the old one: %w", err)
+		return "", fmt.Errorf("looking up the wrapped secret ID, which may have expired, or may have been used already, for example by an orgkeys command with the server's file: "+
+			"deliver a new one, and if nobody you know used it, revoke the old one: %w", err)
 	}
 	if path, _ := info.Data["creation_path"].(string); path != a.WrappedAt {
-		return "", fmt.Errorf("%w: the wrapping token was made by %q, not by %q: somebody replaced it", ErrLogin, path, a.WrappedAt)
+		return "", fmt.Errorf("%w: the wrapping token was made by %q, not by %q: it was replaced", ErrLogin, path, a.WrappedAt)
 	}
 	// The wrapping token authenticates its own use, in a client of its own.
 	using, err := newSession(base, wrapping)
@@ -255,8 +255,8 @@ func (a *AppRole) unwrap(ctx context.Context, base *api.Client, wrapping string)
 	return id, nil
 }
 
-// TokenFile takes the token from a file that somebody else keeps fresh, as
-// Vault Agent does, and follows its changes.
+// TokenFile reads the token from a file that another program, such as Vault Agent, keeps
+// current, and follows its changes.
 type TokenFile struct{ Path string }
 
 func (f *TokenFile) check() error {
@@ -272,7 +272,7 @@ func (f *TokenFile) get(_ context.Context, base *api.Client, stale *session) (*s
 		return nil, fmt.Errorf("reading the token: %w", err)
 	}
 	if stale != nil && stale.token == token {
-		return nil, fmt.Errorf("%w: Vault does not accept the token in %s any more, and it was not replaced: has it ended, may it be used from this address, is Vault Agent running?", ErrLogin, f.Path)
+		return nil, fmt.Errorf("%w: Vault does not accept the token in %s any more, and the file has not changed: has the token expired, may it be used from this address, is Vault Agent running?", ErrLogin, f.Path)
 	}
 	s, err := newSession(base, token)
 	if err != nil {
@@ -292,7 +292,7 @@ func readFile(path string, r privatefile.Readers) (string, error) {
 	text := strings.TrimSpace(string(b))
 	switch words := strings.Fields(text); {
 	case strings.HasPrefix(text, "{"):
-		return "", fmt.Errorf("%w: %s holds JSON, not the bare value: a sink of Vault Agent with wrap_ttl or dh_type writes a token so; take those options away", ErrLogin, path)
+		return "", fmt.Errorf("%w: %s holds JSON, not the bare value: a sink of Vault Agent with wrap_ttl or dh_type writes tokens like this; remove those options", ErrLogin, path)
 	case len(words) == 0:
 		return "", fmt.Errorf("%w: %s is empty", ErrLogin, path)
 	case len(words) == 1:
@@ -314,7 +314,7 @@ func loginRemedy(err error) string {
 	case errors.Is(err, ErrLogin):
 		return mendLogin
 	}
-	return slowVault + "; after a 500, see that every audit device can be written"
+	return slowVault + "; after a 500, make sure that every audit device can be written"
 }
 
 // failure is the last login that failed.
@@ -324,8 +324,7 @@ type failure struct {
 	err   error
 }
 
-// next is the failure that follows f. A login that gives nothing of use will not
-// do better at once, whatever it costs who answers it.
+// next is the failure after f, with a longer pause.
 func (f failure) next(err error) failure {
 	pause := loginPause
 	if errors.Is(err, errSameToken) || errors.Is(err, errUnaccepted) {
@@ -390,7 +389,7 @@ func (c *Client) logIn(ctx context.Context, stale *session) (*session, error) {
 		return s, nil
 	}
 	if s.between != "" {
-		c.log.Warn("a login gave a token that has ended, from a cache between orgkeys and Vault; asking past it", "answer", s.between, "remedy", leadPastCache)
+		c.log.Warn("a login returned an expired token, from a cache between orgkeys and Vault; bypassing the cache", "answer", s.between, "remedy", leadPastCache)
 	}
 	if s, err = c.config.Login.get(WithCorrelation(ctx, uuid.NewString()), c.base, stale); err != nil {
 		return nil, err

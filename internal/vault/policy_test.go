@@ -167,7 +167,7 @@ func TestCheckFindsAPolicyOfAnotherText(t *testing.T) {
 			if err := root(t).Sys().PutPolicyWithContext(t.Context(), "orgkeys-service", text); err != nil {
 				t.Fatal(err)
 			}
-			if p := problems(open(t)); p != "the policy orgkeys-service is not the one that this version comes with: run vault/setup against this Vault; with several versions of orgkeys on it, the newest" {
+			if p := problems(open(t)); p != "the policy orgkeys-service differs from the one of this version: run vault/setup against this Vault; with several versions of orgkeys running, the newest one's" {
 				t.Errorf("found: %q", p)
 			}
 		})

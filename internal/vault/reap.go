@@ -62,10 +62,10 @@ func (c *Client) ReapEvery(ctx context.Context, interval time.Duration, live Liv
 	for {
 		n, err := c.Reap(ctx, live)
 		if err != nil && ctx.Err() == nil {
-			c.config.Log.Warn("clearing what crashes left in Transit", "error", err)
+			c.config.Log.Warn("deleting keys that a crash left in Transit", "error", err)
 		}
 		if n > 0 {
-			c.config.Log.Warn("cleared keys that a crash left in Transit", "count", n)
+			c.config.Log.Warn("deleted keys that a crash left in Transit", "count", n)
 		}
 		select {
 		case <-ctx.Done():

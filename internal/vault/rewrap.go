@@ -37,13 +37,13 @@ func (r Rewrapped) Err() error {
 	if r.Broken == 0 {
 		return nil
 	}
-	return fmt.Errorf("%w: %d of them, named above; restore them from a backup, or have their organizations make new ones", orgkey.ErrSealBroken, r.Broken)
+	return fmt.Errorf("%w: %d of them, named above; restore them from a backup, or let their organizations make new ones", orgkey.ErrSealBroken, r.Broken)
 }
 
-// RewrapAll brings every record in store to the sealing key's newest version,
-// inside Vault, and tells progress how far it is. If that version is younger
-// than settled, it waits until it is not and looks at all records once more. It
-// may be interrupted and run again, and what it has done is returned with any error.
+// RewrapAll rewraps every record in store under the sealing key's newest version, inside
+// Vault, and reports its progress. If that version is younger than settled, it waits and
+// then checks all records again. It may be interrupted and run again; what it has done is
+// returned with any error.
 func (s *Sealer) RewrapAll(ctx context.Context, store SealedStore, settled time.Duration, progress io.Writer) (Rewrapped, error) {
 	r := rewrapper{db: store, sealer: s, progress: progress, failed: map[orgkey.Binding]bool{}}
 	err := r.run(ctx, settled)
@@ -71,7 +71,7 @@ func (r *rewrapper) run(ctx context.Context, settled time.Duration) error {
 			return err
 		}
 		if key.Latest == seen {
-			key.Age = settled // it was waited for, whatever Vault's clock says
+			key.Age = settled // the wait is over, regardless of Vault's clock
 		}
 		r.key = key
 		if err := r.pass(ctx); err != nil {
@@ -81,7 +81,7 @@ func (r *rewrapper) run(ctx context.Context, settled time.Duration) error {
 		if wait <= 0 {
 			return nil
 		}
-		fmt.Fprintf(r.progress, "version %d is new: what was being sealed before it is stored within %s; then all is looked at once more\n", key.Latest, wait)
+		fmt.Fprintf(r.progress, "version %d is new: sealing operations in progress are stored within %s; then all records are checked again\n", key.Latest, wait)
 		seen = key.Latest
 		select {
 		case <-time.After(wait):
@@ -156,9 +156,9 @@ func (r *rewrapper) apart(ctx context.Context, old []orgkey.Sealed, broken error
 		version, err := r.sealer.Version(old[0].Ciphertext)
 		switch {
 		case err == nil && version > r.key.Latest:
-			return fmt.Errorf("there are records of version %d, and the newest of the key orgkeys-seal/keys/seal is %d: Vault was put back to before that version was made; restore a newer backup of Vault, or those records are lost", version, r.key.Latest)
+			return fmt.Errorf("there are records of version %d, and the newest version of the key orgkeys-seal/keys/seal is %d: Vault was restored to a time before that version was made; restore a newer backup of Vault, or those records are lost", version, r.key.Latest)
 		case err == nil && version < r.key.MinDecryption:
-			return fmt.Errorf("there are records of version %d, and versions below %d open nothing now: lower min_decryption_version of the key orgkeys-seal/keys/seal and run this again", version, r.key.MinDecryption)
+			return fmt.Errorf("there are records of version %d, and versions below %d may not decrypt: lower min_decryption_version of the key orgkeys-seal/keys/seal and run this again", version, r.key.MinDecryption)
 		}
 		if b := old[0].Binding; !r.failed[b] {
 			r.failed[b] = true

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"slices"
 	"sync"
 
 	"github.com/go-json-experiment/json"
@@ -20,37 +19,21 @@ import (
 
 var _ orgkey.SealedKeystore = (*Keystore)(nil)
 
-var errRecipient = errors.New("the recipient is not an RSA key of 2048, 3072 or 4096 bits with exponent 65537")
-
 // CreateSealed implements orgkey.SealedKeystore, in a mount of its own whose keys
-// the policy does not let the service export but to an imported public key. The
-// creation is sent once: what is not known to have been made is given up.
+// the policy does not let the service export but to an imported public key. The creation is sent once; if its outcome is unknown, the key is abandoned.
 func (k *Keystore) CreateSealed(ctx context.Context, name string) (orgkey.SealableKey, error) {
 	if !nameForm.MatchString(name) {
 		return nil, fmt.Errorf("creating a key to seal: %q is not a UUID", name)
 	}
-	ctx = once(correlated(ctx, name))
-	place := sealedMount + "/keys/" + name
-	answer, err := k.c.do(ctx, request{method: http.MethodPut, path: place, body: []byte(`{"type":"rsa-2048","exportable":true}`)})
+	public, err := k.c.create(once(correlated(ctx, name)), sealedMount+"/keys/"+name)
 	if err != nil {
-		if errors.Is(err, orgkey.ErrUnavailable) {
-			k.c.abandon(ctx, place)
-		}
-		return nil, fmt.Errorf("creating a key to seal: %w", err)
-	}
-	public, err := freshKey(answer, k.c.config.CallTimeout)
-	if err != nil {
-		return nil, fmt.Errorf("creating a key to seal: %w", err)
-	}
-	if err := k.c.allowDeletion(ctx, place); err != nil {
-		k.c.abandon(ctx, place)
 		return nil, fmt.Errorf("creating a key to seal: %w", err)
 	}
 	return &sealableKey{c: k.c, name: name, public: public}, nil
 }
 
-// DestroySealed implements orgkey.SealedKeystore. A key whose creation was cut
-// off may not allow its deletion yet.
+// DestroySealed implements orgkey.SealedKeystore. A key whose creation was interrupted may
+// not allow its deletion yet.
 func (k *Keystore) DestroySealed(ctx context.Context, name string) error {
 	if !nameForm.MatchString(name) {
 		return fmt.Errorf("destroying what was left of a sealed key: %q is not a UUID", name)
@@ -100,7 +83,7 @@ func (k *sealableKey) Seal(ctx context.Context, recipient *rsa.PublicKey) (_ env
 		err = fmt.Errorf("%w: importing answers %d", errForeignForm, answer.status)
 	}
 	if err != nil {
-		return envelope.SealedKey{}, fmt.Errorf("giving Transit the recipient: %w", err)
+		return envelope.SealedKey{}, fmt.Errorf("importing the recipient into Transit: %w", err)
 	}
 	if err := k.c.allowDeletion(ctx, place); err != nil {
 		return envelope.SealedKey{}, fmt.Errorf("sealing a key: %w", err)
@@ -115,11 +98,11 @@ func (k *sealableKey) Seal(ctx context.Context, recipient *rsa.PublicKey) (_ env
 	return sealed, nil
 }
 
-// importBody names what Transit wants of a recipient. It answers 500 to whatever
-// it does not like, so that is found out before.
+// importBody is the request to import a recipient. Transit answers 500 to an invalid one,
+// so it is checked before.
 func importBody(recipient *rsa.PublicKey) ([]byte, error) {
-	if recipient == nil || recipient.N == nil || recipient.E != 65537 || !slices.Contains([]int{2048, 3072, 4096}, recipient.N.BitLen()) {
-		return nil, errRecipient
+	if err := orgkey.CheckRecipient(recipient); err != nil {
+		return nil, err
 	}
 	der, err := x509.MarshalPKIXPublicKey(recipient)
 	if err != nil {
@@ -132,7 +115,7 @@ func importBody(recipient *rsa.PublicKey) ([]byte, error) {
 }
 
 // export wraps the key for the recipient that Transit has under the name given.
-// The hash is Transit's default, SHA-256: the policy lets nobody name another.
+// The hash is Transit's default, SHA-256: the policy forbids naming another.
 func (k *sealableKey) export(ctx context.Context, recipientName string, recipient *rsa.PublicKey) (envelope.SealedKey, error) {
 	answer, err := k.c.do(ctx, request{method: http.MethodGet, path: sealedMount + "/byok-export/" + recipientName + "/" + k.name + "/1"})
 	if err != nil {
@@ -152,8 +135,8 @@ func (k *sealableKey) export(ctx context.Context, recipientName string, recipien
 	return envelope.SealedKey{Alg: envelope.WrapSHA256, Value: value}, nil
 }
 
-// Destroy implements orgkey.SealableKey. It goes on after ctx has ended, for no
-// longer than its calls may take.
+// Destroy implements orgkey.SealableKey. It continues after ctx has ended, within the time
+// limits of its calls.
 func (k *sealableKey) Destroy(ctx context.Context) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -169,7 +152,7 @@ func (k *sealableKey) Destroy(ctx context.Context) error {
 
 // errCacheDisabled: the server's configuration has disable_cache, with which an
 // export to another key may wait for a lock for ever.
-var errCacheDisabled = fmt.Errorf("%w: this Vault runs with disable_cache=true, with which byok-export can lock it up: take that out of its configuration", orgkey.ErrSealedUnavailable)
+var errCacheDisabled = fmt.Errorf("%w: this Vault runs with disable_cache=true, with which byok-export can make it hang: remove that from its configuration", orgkey.ErrSealedUnavailable)
 
 // cached asks each time: after a failover another server answers.
 func (c *Client) cached(ctx context.Context) error {

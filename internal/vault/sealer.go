@@ -189,7 +189,7 @@ func (s *Sealer) batch(ctx context.Context, operation string, items []orgkey.Sea
 	}](answer.body)
 	results := output.Results
 	if decodeErr != nil || len(results) != len(items) {
-		return nil, errors.Join(fmt.Errorf("%w: Transit answered %d items with %d", orgkey.ErrUnavailable, len(items), len(results)), err, decodeErr)
+		return nil, errors.Join(fmt.Errorf("%w: Transit answered %d items with %d results", orgkey.ErrUnavailable, len(items), len(results)), err, decodeErr)
 	}
 	for i, r := range results {
 		if r.Error != "" {
@@ -200,7 +200,7 @@ func (s *Sealer) batch(ctx context.Context, operation string, items []orgkey.Sea
 	return results, err
 }
 
-// named is what an operator knows the sealed value by.
+// named identifies the sealed value for an operator.
 func named(b orgkey.Binding) string { return cmp.Or(b.ID, b.Purpose) }
 
 // notSealing is a call to the sealing key that failed: it cannot be had while

@@ -405,11 +405,11 @@ func TestAuditTrailThatIsChangedStopsTheSink(t *testing.T) {
 		{"only a device that discards", func() error {
 			return errors.Join(device(map[string]string{"file_path": "discard"})(), disable("file")())
 		},
-			func() error { return errors.Join(file(), disable("other")()) }, "keeps what it is given", false},
+			func() error { return errors.Join(file(), disable("other")()) }, "stores its entries", false},
 		{"only /dev/null", func() error {
 			return errors.Join(device(map[string]string{"file_path": "/dev/null"})(), disable("file")())
 		},
-			func() error { return errors.Join(file(), disable("other")()) }, "keeps what it is given", false},
+			func() error { return errors.Join(file(), disable("other")()) }, "stores its entries", false},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

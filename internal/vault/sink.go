@@ -84,12 +84,12 @@ func (s *Sink) last(ctx context.Context) (audit.Checkpoint, error) {
 		s.seen = true
 		return audit.Checkpoint{}, nil
 	case err != nil:
-		return audit.Checkpoint{}, fmt.Errorf("%w: somebody deleted version %d of %s in Vault", audit.ErrCheckpointLost, s.version, checkpoint)
+		return audit.Checkpoint{}, fmt.Errorf("%w: version %d of %s was deleted in Vault", audit.ErrCheckpointLost, s.version, checkpoint)
 	}
 	text, _ := entry.Data.Checkpoint.(string)
 	held, err := audit.ParseCheckpoint(text)
 	if err != nil {
-		return audit.Checkpoint{}, fmt.Errorf("%w: somebody wrote version %d of %s in Vault: %w", audit.ErrCheckpointLost, s.version, checkpoint, err)
+		return audit.Checkpoint{}, fmt.Errorf("%w: another program wrote version %d of %s in Vault: %w", audit.ErrCheckpointLost, s.version, checkpoint, err)
 	}
 	s.seen = true
 	return held, nil
@@ -184,7 +184,7 @@ func (s *Sink) acknowledge(ctx context.Context, entries []audit.Entry) ([][]byte
 		return nil, err
 	}
 	if len(signed.Results) != len(entries) {
-		return nil, fmt.Errorf("having Vault sign events: it answered %d with %d", len(entries), len(signed.Results))
+		return nil, fmt.Errorf("having Vault sign events: it answered %d events with %d signatures", len(entries), len(signed.Results))
 	}
 	receipts := make([][]byte, len(entries))
 	for i, r := range signed.Results {
@@ -237,8 +237,8 @@ func (s *Sink) verify(ctx context.Context, leaf, receipt []byte) error {
 	return s.keys.Verify(leaf, receipt)
 }
 
-// advance writes the checkpoint over the version that was last seen, unless
-// somebody else has written meanwhile what c does not follow.
+// advance replaces the version of the checkpoint that was last read, unless another
+// process has written one that c does not extend.
 func (s *Sink) advance(ctx context.Context, c audit.Checkpoint) error {
 	var refusal error
 	refused := -1 // the version over which Vault refused to write
@@ -249,7 +249,7 @@ func (s *Sink) advance(ctx context.Context, c audit.Checkpoint) error {
 				return err
 			}
 			if s.version == refused {
-				return refusal // not somebody else's write: Vault refuses for another reason
+				return refusal // not a concurrent write: Vault refuses for another reason
 			}
 			if err := follows(c, held); err != nil {
 				s.seen = false
@@ -268,7 +268,7 @@ func (s *Sink) advance(ctx context.Context, c audit.Checkpoint) error {
 func follows(c, held audit.Checkpoint) error {
 	switch {
 	case held.Size > 0 && held.Origin != c.Origin || held.Size == c.Size && held.Root != c.Root:
-		return fmt.Errorf("the checkpoint in Vault, at size %d, is of another log", held.Size)
+		return fmt.Errorf("the checkpoint in Vault, at size %d, belongs to another log", held.Size)
 	case held.Size > c.Size:
 		return fmt.Errorf("the checkpoint in Vault, at size %d, is ahead of size %d", held.Size, c.Size)
 	}

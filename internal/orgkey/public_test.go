@@ -1,0 +1,54 @@
+package orgkey
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"testing"
+)
+
+func newKey(t *testing.T) *rsa.PrivateKey {
+	t.Helper()
+	key, err := rsa.GenerateKey(rand.Reader, Bits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func TestExportedKeyMustMatch(t *testing.T) {
+	key, other := newKey(t), newKey(t)
+	der := x509.MarshalPKCS1PrivateKey(key)
+	if err := NewPublic(&key.PublicKey).CheckPrivate(der); err != nil {
+		t.Errorf("its own public key: %v", err)
+	}
+	if err := NewPublic(&other.PublicKey).CheckPrivate(der); err == nil {
+		t.Error("another public key was accepted")
+	}
+	if err := NewPublic(&rsa.PublicKey{N: key.N, E: 3}).CheckPrivate(der); err == nil {
+		t.Error("another exponent was accepted")
+	}
+	if err := NewPublic(&key.PublicKey).CheckPrivate(append(bytes.Clone(der), 0)); err == nil {
+		t.Error("a byte after the key was accepted")
+	}
+}
+
+func TestWipe(t *testing.T) {
+	key := newKey(t)
+	words := [][]byte{key.D.Bytes(), key.Primes[0].Bytes()}
+	d, p := key.D.Bits(), key.Primes[0].Bits()
+	wipe(key)
+	for i := range d {
+		if d[i] != 0 {
+			t.Fatal("the private exponent is still there")
+		}
+	}
+	for i := range p {
+		if p[i] != 0 {
+			t.Fatal("a prime is still there")
+		}
+	}
+	clear(words[0])
+	clear(words[1])
+}
