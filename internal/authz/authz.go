@@ -33,18 +33,18 @@ const (
 	Enrollment Kind = "enrollment" // authenticated by an enrollment token, or by a receipt that the enrolled key signed
 )
 
-// Caller is whoever makes a request, as authentication established it.
+// Caller is the authenticated maker of a request.
 type Caller struct {
 	Kind    Kind
 	Subject string // a person's ID, of the claim "sub" or another; for a node, the ID of the key that verified
 	Org     org.ID // the organization the caller belongs to
 	Roles   []Role // any of which may match; empty for a node, and for who is known and may do nothing
-	Name    string // for people's eyes in the audit trail only; never decided upon
+	Name    string // for people who read the audit log; never used for a decision
 	Email   string // likewise
-	ActedBy string // the subject of who acts in this caller's name (RFC 8693, section 4.1), for the audit trail; empty: nobody else
+	ActedBy string // the subject of who acts in this caller's name (RFC 8693, section 4.1), for the audit log; empty: nobody
 }
 
-// Action names what is to be done.
+// Action is the action that a request asks for.
 type Action string
 
 // The actions that the policy knows.

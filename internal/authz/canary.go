@@ -17,7 +17,7 @@ import (
 // testPatience is how long a policy's own tests may take together.
 const testPatience = 10 * time.Second
 
-// ErrUnsafe says that a policy allows what none may, or fails its own tests.
+// ErrUnsafe says that a policy allows what no policy may allow, or fails its own tests.
 var ErrUnsafe = errors.New("the policy is not safe to use")
 
 // denyImpossible asks p what has to be denied under any policy, and with a

@@ -34,7 +34,7 @@ type Identity struct {
 	Organization string
 	Roles        []Role // by their canonical names; may be empty
 	Subject      string // empty: as the settings say
-	Audience     string // whom a token without "aud" is for; empty: nobody
+	Audience     string // the audience of a token without "aud"; empty: none
 }
 
 // The names of the fields of the claim rules' input and answer.
@@ -96,7 +96,8 @@ func (p *Policy) mapOnce(ctx context.Context, input ast.Value) (Identity, error)
 }
 
 // parseIdentity reads the rules' answer: an object of organization and roles,
-// and perhaps subject and audience. A field that nobody knows is a mistake.
+// and optionally
+// subject and audience. An unknown field is an error.
 func parseIdentity(answer any) (Identity, error) {
 	object, ok := answer.(ast.Object)
 	if !ok {
@@ -152,8 +153,8 @@ func parseRoles(term *ast.Term) (roles []Role, ok bool) {
 	return roles, true
 }
 
-// refuseAnybody asks the rules about tokens that say nothing: rules that make
-// a caller of one would make one of any token.
+// refuseAnybody tests the rules with tokens without claims: rules that accept one would
+// accept any token.
 func (p *Policy) refuseAnybody(ctx context.Context) error {
 	if p.claims == nil {
 		return nil

@@ -19,9 +19,9 @@ import (
 // query is the policy's one answer.
 const query = "data.orgkeys.authz.decision"
 
-// How long one evaluation may take, and how many a decision has. A host short of
-// processors stops any goroutine for longer than that now and then, and a
-// caller should not hear an error for it; a slow policy is slow every time.
+// How long one evaluation may take, and how many a decision has. A busy host
+// occasionally stops a goroutine for longer than that, which should not fail a request;
+// a slow policy is slow every time.
 const (
 	limit    = 50 * time.Millisecond
 	attempts = 3
@@ -42,8 +42,7 @@ type Policy struct {
 }
 
 // Load compiles the policy in fsys (its .rego files, and .json files as data),
-// runs the tests that come with it, and asks it what no policy may allow. The
-// error says what stands in the way; a policy that did not load decides nothing.
+// runs the tests that come with it, and asks it what no policy may allow. The error says what is wrong; a policy that did not load is not used.
 func Load(ctx context.Context, fsys fs.FS) (*Policy, error) {
 	files, err := readSource(fsys)
 	if err != nil {
@@ -110,9 +109,9 @@ func newCompiler() *ast.Compiler {
 }
 
 // capabilities leaves a policy only what computes a decision from its input.
-// Without the network and the process's environment it can neither leak a request nor
-// wait for somebody. Without the clock and random numbers, the policy's text and a
-// request suffice to recompute any decision in the audit trail. print and trace
+// Without network and environment it can
+// neither leak a request nor wait for another system. Without the clock and random numbers, the policy's text and a
+// request suffice to recompute any decision in the audit log. print and trace
 // stay: nothing listens to them here, and policies under development need them.
 func capabilities() *ast.Capabilities {
 	c := ast.CapabilitiesForThisVersion()
@@ -130,8 +129,8 @@ func (p *Policy) Revision() string { return p.revision }
 // are not to be changed.
 func (p *Policy) Files() map[string][]byte { return p.files }
 
-// Decide answers r. An error means "no", and the decision with it says no more
-// than which policy failed to decide: it wraps ErrNoDecision, or ErrTimeLimit
+// Decide decides r. An error means that the request is denied; its decision has only
+// the revision of the policy that failed to decide: it wraps ErrNoDecision, or ErrTimeLimit
 // when three evaluations of 50 ms each did not suffice, or is the reason why ctx
 // ended, which is noticed between evaluations.
 func (p *Policy) Decide(ctx context.Context, r Request) (Decision, error) {

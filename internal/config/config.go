@@ -1,5 +1,5 @@
 // Package config reads the settings: environment variables, and the same names
-// in a file. A setting that nobody knows, an empty one, or two that contradict
+// in a file. An unknown setting, an empty one, or two that contradict
 // each other stop the program with a message that says what to do.
 package config
 
@@ -37,7 +37,7 @@ type Config struct {
 	Keystore     string // KeystorePKCS11 or KeystoreVault
 	PKCS11Module string // empty: SoftHSM's
 	Token        Token
-	PINFile      string // empty: a SoftHSM token of our own in DataDir
+	PINFile      string // empty: a SoftHSM token that the service makes in DataDir
 
 	VaultAuth         string // VaultAppRole or VaultTokenFile
 	VaultRoleIDFile   string
@@ -85,7 +85,7 @@ type Config struct {
 	Libraries map[string]string
 }
 
-// What some settings may be.
+// Values of settings.
 const (
 	KeystorePKCS11 = "pkcs11"
 	KeystoreVault  = "vault"
@@ -103,8 +103,8 @@ const (
 	SinkVault      = "vault"
 )
 
-// Load reads environ, as os.Environ gives it, and the file if it is named; the
-// environment comes first.
+// Load reads environ, in the form of os.Environ, and the file if one is named. The
+// environment takes precedence.
 func Load(environ []string, file string) (Config, error) {
 	given, from := map[string]string{}, origin{}
 	if file != "" {
@@ -131,9 +131,9 @@ func Load(environ []string, file string) (Config, error) {
 	return c, from.locate(errors.Join(c.check(), c.ignored(names)))
 }
 
-// forLibraries are the variables that libraries which orgkeys loads or links
-// read, and that may therefore stand in the file: the unit has no other one.
-// A name that ends in _ is the beginning of several.
+// forLibraries are the variables that libraries read which orgkeys loads or
+// links. The file may set them, because the systemd unit reads no other file.
+// A name that ends in _ is a prefix.
 var forLibraries = []string{
 	"SOFTHSM2_CONF", "NSS_", "P11_KIT_", "XDG_CONFIG_HOME", "PKCS11SPY", "PKCS11SPY_", "OPENCRYPTOKI_", "TPM2_PKCS11_",
 	"CLOUDHSM_", "ChrystokiConfigurationPath", "CKNFAST_", "NFAST_", "YUBIHSM_PKCS11_", "KMS_PKCS11_CONFIG", "GOOGLE_APPLICATION_CREDENTIALS",
@@ -160,11 +160,11 @@ func takeLibraries(given map[string]string) map[string]string {
 
 const prefix = "ORGKEYS_"
 
-// maxFile is how many bytes a file of settings, or with one, may have.
+// maxFile is the size limit, in bytes, of the file of settings and of a file with one value.
 const maxFile = 1 << 20
 
-// forScripts are names that the scripts and tests use, and that the program
-// may therefore find in its environment.
+// forScripts reports whether a name is used by the scripts and tests only. The
+// program may find it in its environment and ignores it.
 func forScripts(name string) bool {
 	return name == "ORGKEYS_CACHE" || strings.HasPrefix(name, "ORGKEYS_TEST_")
 }
@@ -193,7 +193,7 @@ func parse(given map[string]string, from origin) (Config, error) {
 	}
 	for _, name := range names {
 		if k := keystoreOf(name); k != "" && c.Keystore != "" && k != c.Keystore {
-			errs = append(errs, from.locate(fmt.Errorf("%s is for ORGKEYS_KEYSTORE=%s, and that is %s", name, k, c.Keystore)))
+			errs = append(errs, from.locate(fmt.Errorf("%s is only for ORGKEYS_KEYSTORE=%s, but ORGKEYS_KEYSTORE is %s", name, k, c.Keystore)))
 		}
 	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
@@ -211,8 +211,8 @@ func keystoreOf(name string) string {
 	return ""
 }
 
-// shown is the setting with its value, unless that is none or may hold a secret:
-// as an address with a user name does, or what was pasted into the wrong line.
+// shown is the setting with its value, unless the value is empty or may hold a
+// secret, such as an address with a user name or a text pasted into the wrong line.
 func (s Setting) shown(given map[string]string) string {
 	const longest = 16
 	value := given[s.Name]
@@ -256,7 +256,7 @@ func (c *Config) check() error {
 		return err
 	}
 	if !Loopback(c.AdminListen) {
-		return fmt.Errorf("ORGKEYS_ADMIN_LISTEN is %s: it must be a loopback address, as 127.0.0.1:4000, since it asks nobody who they are", c.AdminListen)
+		return fmt.Errorf("ORGKEYS_ADMIN_LISTEN is %s: it must be a loopback address such as 127.0.0.1:4000, because the admin listener has no authentication", c.AdminListen)
 	}
 	return errors.Join(c.checkTokens(), c.checkStorage(), c.checkSinks(), c.checkVault())
 }
@@ -291,17 +291,17 @@ func (c *Config) checkTokens() error {
 	about := c.aboutOneIssuer()
 	switch {
 	case c.IssuersFile != "" && c.Issuer != "":
-		return errors.New("ORGKEYS_ISSUERS_FILE and ORGKEYS_ISSUER: give the one or the other")
+		return errors.New("ORGKEYS_ISSUERS_FILE and ORGKEYS_ISSUER are both set: unset one of them")
 	case c.IssuersFile != "" && about != nil:
-		return fmt.Errorf("ORGKEYS_ISSUERS_FILE says everything about its issuers: unset %s", strings.Join(about, ", "))
+		return fmt.Errorf("ORGKEYS_ISSUERS_FILE holds all settings of its issuers: unset %s", strings.Join(about, ", "))
 	case c.Issuer != "" && c.Audience == "":
-		return errors.New("ORGKEYS_ISSUER and ORGKEYS_AUDIENCE belong together: give both, or neither for the development issuer")
+		return errors.New("ORGKEYS_ISSUER and ORGKEYS_AUDIENCE belong together: set both, or neither for the development issuer")
 	case c.Issuer == "" && c.IssuersFile == "" && about != nil:
-		return fmt.Errorf("%s: for the tokens of ORGKEYS_ISSUER; give that too, or unset it for the development issuer", strings.Join(about, ", "))
+		return fmt.Errorf("%s: needs ORGKEYS_ISSUER, which is not set: set it too, or unset these for the development issuer", strings.Join(about, ", "))
 	case c.Development() && c.TLSByProxy:
-		return errors.New("ORGKEYS_TLS_BY_PROXY=true says that a proxy lets others in, and the development issuer is for this machine alone: " + missing)
+		return errors.New("ORGKEYS_TLS_BY_PROXY=true means that other machines have access through a proxy, but the development issuer is for this machine only: " + missing)
 	case c.Development() && !Loopback(c.Listen):
-		return fmt.Errorf("the development issuer serves loopback addresses only, and ORGKEYS_LISTEN is %s: "+missing, c.Listen)
+		return fmt.Errorf("the development issuer is for loopback addresses only, but ORGKEYS_LISTEN is %s: "+missing, c.Listen)
 	}
 	return nil
 }
@@ -340,7 +340,7 @@ func Loopback(listen string) bool {
 
 func (c *Config) checkStorage() error {
 	if c.DatabaseURL != "" && c.RedisURL == "" {
-		return errors.New("with ORGKEYS_DATABASE_URL several replicas may share the database, so ORGKEYS_REDIS_URL must be given too")
+		return errors.New("with ORGKEYS_DATABASE_URL several replicas may share the database, so ORGKEYS_REDIS_URL must be set too")
 	}
 	for name, file := range map[string]string{"ORGKEYS_REDIS_CA_FILE": c.RedisCAFile, "ORGKEYS_REDIS_CERT_FILE": c.RedisCertFile} {
 		if file != "" && !strings.HasPrefix(c.RedisURL, "rediss://") {
@@ -348,16 +348,16 @@ func (c *Config) checkStorage() error {
 		}
 	}
 	if (c.RedisCertFile == "") != (c.RedisKeyFile == "") {
-		return errors.New("ORGKEYS_REDIS_CERT_FILE and ORGKEYS_REDIS_KEY_FILE belong together: give both, or neither")
+		return errors.New("ORGKEYS_REDIS_CERT_FILE and ORGKEYS_REDIS_KEY_FILE belong together: set both, or neither")
 	}
 	if c.PKCS11Module != "" && c.PINFile == "" {
-		return errors.New("ORGKEYS_PKCS11_MODULE needs ORGKEYS_PKCS11_PIN_FILE: only SoftHSM's own default token is set up by itself")
+		return errors.New("ORGKEYS_PKCS11_MODULE needs ORGKEYS_PKCS11_PIN_FILE: only the default SoftHSM token is set up without one")
 	}
 	if c.Token != (Token{Label: defaultTokenLabel}) && c.PINFile == "" && c.Keystore == KeystorePKCS11 {
-		return errors.New("ORGKEYS_PKCS11_TOKEN_LABEL, _TOKEN_SERIAL, _SLOT, _URI and _INIT_ARGS are about a token of yours and need ORGKEYS_PKCS11_PIN_FILE: without it SoftHSM's own default token is used")
+		return errors.New("ORGKEYS_PKCS11_TOKEN_LABEL, _TOKEN_SERIAL, _SLOT, _URI and _INIT_ARGS select an existing token and need ORGKEYS_PKCS11_PIN_FILE: without it the default SoftHSM token is used")
 	}
 	if c.DatabaseURL == "" && c.RedisURL != "" {
-		return errors.New("ORGKEYS_REDIS_URL is for several replicas, which share a database: give ORGKEYS_DATABASE_URL too")
+		return errors.New("ORGKEYS_REDIS_URL is for several replicas, which share a database: set ORGKEYS_DATABASE_URL too")
 	}
 	if c.PolicyDir != "" {
 		if info, err := os.Stat(c.PolicyDir); errors.Is(err, fs.ErrNotExist) || err == nil && !info.IsDir() {
@@ -367,7 +367,7 @@ func (c *Config) checkStorage() error {
 	return nil
 }
 
-// ignored reports what was given and would have no effect.
+// ignored reports settings that were given and would have no effect.
 func (c *Config) ignored(given []string) error {
 	var errs []error
 	for _, i := range []struct {
@@ -381,18 +381,18 @@ func (c *Config) ignored(given []string) error {
 		{"ORGKEYS_VAULT_ROLE_ID_FILE", c.VaultAuth == VaultTokenFile, "ORGKEYS_VAULT_AUTH is token_file"},
 		{"ORGKEYS_VAULT_SECRET_ID_FILE", c.VaultAuth == VaultTokenFile, "ORGKEYS_VAULT_AUTH is token_file"},
 		{"ORGKEYS_VAULT_SECRET_ID_PATH", c.VaultAuth == VaultTokenFile, "ORGKEYS_VAULT_AUTH is token_file"},
-		{"ORGKEYS_TLS_KEY_FILE", c.TLSCertFile == "", "ORGKEYS_TLS_CERT_FILE is not given"},
-		{"ORGKEYS_TLS_CLIENT_CA_FILE", c.TLSCertFile == "", "ORGKEYS_TLS_CERT_FILE is not given"},
+		{"ORGKEYS_TLS_KEY_FILE", c.TLSCertFile == "", "ORGKEYS_TLS_CERT_FILE is not set"},
+		{"ORGKEYS_TLS_CLIENT_CA_FILE", c.TLSCertFile == "", "ORGKEYS_TLS_CERT_FILE is not set"},
 	} {
 		if i.without && slices.Contains(given, i.name) {
-			errs = append(errs, fmt.Errorf("%s would have no effect, since %s: unset one, or change the other", i.name, i.why))
+			errs = append(errs, fmt.Errorf("%s would have no effect, because %s: unset one, or change the other", i.name, i.why))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// checkFile reports a path at which no file can be: the log of a service that
-// started would be the only place that says so.
+// checkFile refuses a path at which no file can be made. Otherwise only the
+// server's log would show it, after the start.
 func checkFile(setting, path string) error {
 	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
 		return fmt.Errorf("%s: %s is not a regular file", setting, path)

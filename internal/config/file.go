@@ -18,9 +18,9 @@ import (
 // nothing for one of the environment.
 type origin map[string]string
 
-// fromFile reads settings from a file of NAME=VALUE lines. A value without quotes
-// is the text as it stands, just as it would be in the environment: the file is
-// also one that systemd and container engines read.
+// fromFile reads settings from a file of NAME=VALUE lines. A value without
+// quotes is used unchanged, as in the environment: systemd and container engines read
+// such files too.
 func fromFile(path string) (map[string]string, origin, error) {
 	b, err := privatefile.Read(path, maxFile, privatefile.Owner)
 	if err != nil {

@@ -1,4 +1,4 @@
-// Package panics logs what a recovered panic may tell.
+// Package panics logs a recovered panic without secrets.
 package panics
 
 import (

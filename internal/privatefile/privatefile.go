@@ -26,7 +26,7 @@ import (
 	"syscall"
 )
 
-// Readers says who besides its owner may read a file.
+// Readers are those who may read a file besides its owner.
 type Readers int
 
 // The readers that files have.
@@ -112,7 +112,7 @@ func CheckDir(path string) error {
 	return fmt.Errorf("others may enter the directory %s (mode %04o): chmod 700 %s", path, mode, path)
 }
 
-// identity is whom the process runs as.
+// identity is the user and the groups of the process.
 type identity struct {
 	user   int
 	groups []int
@@ -143,7 +143,7 @@ type permissions struct {
 
 const what = "chmod 600 it, or 440 where one of this process's groups is to read it (in Kubernetes fsGroup and defaultMode: 0440)"
 
-// judge says what is wrong with a file, and what to do, or nothing.
+// judge returns what is wrong with a file and how to fix it, or an empty text.
 func (p permissions) judge(me identity, r Readers) string {
 	others := p.mode & 0o007
 	if r == Everybody {
