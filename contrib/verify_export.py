@@ -455,10 +455,10 @@ def unpack(packed, plain):
     """The archive is one gzip member, and nothing follows it."""
     z = zlib.decompressobj(31)
     for block in iter(lambda: packed.read(1 << 20), b""):
-        need(not z.eof, "something stands behind the end of the archive")
+        need(not z.eof, "there is data after the end of the archive")
         plain.write(z.decompress(block))
     need(z.eof, "the archive is cut off")
-    need(not z.unused_data, "something stands behind the end of the archive")
+    need(not z.unused_data, "there is data after the end of the archive")
     plain.seek(0)
 
 
@@ -497,7 +497,7 @@ class Verifier:
                 self.members(archive)
                 plain.seek(archive.offset)
             for block in iter(lambda: plain.read(1 << 20), b""):
-                need(not block.strip(b"\0"), "something stands behind the end of the archive")
+                need(not block.strip(b"\0"), "there is data after the end of the archive")
         need(self.complete, "inventory.jsonl is missing")
         need((self.public_keys is not None) == (self.manifest["format"] == "orgkeys-export/2"), "public-keys.jsonl is missing")
 
@@ -512,10 +512,10 @@ class Verifier:
         listed = iter(self.manifest["members"])
         for info in members:
             want = next(listed, None)
-            need(want and want["name"] == info.name and info.isreg(), "%s is not the member that the manifest names there" % info.name)
+            need(want and want["name"] == info.name and info.isreg(), "%s is not the member that the manifest lists at this position" % info.name)
             content = archive.extractfile(info).read()
             need(len(content) == want["size"] and hashlib.sha256(content).hexdigest() == want["sha256"],
-                 "%s does not have the size and SHA-256 that the manifest says" % info.name)
+                 "%s does not have the size and SHA-256 in the manifest" % info.name)
             self.member(info.name, content)
         left = next(listed, None)
         need(left is None, "%s is missing" % (left and left["name"]))
@@ -563,7 +563,7 @@ class Verifier:
     def events(self, content):
         need(self.newest, "there is no signed checkpoint")
         for revision, files in self.policies.items():
-            need(policy_revision(files) == revision, "the text of policy %s is not the one that decided" % revision)
+            need(policy_revision(files) == revision, "the text of policy %s does not match its revision" % revision)
         need(content.endswith(b"\n"), "the last event is torn")
         for line in content[:-1].split(b"\n"):
             self.event(line.decode())

@@ -34,30 +34,28 @@ const inFlight = time.Minute
 
 const notExcludedPrefix = "truncation not excluded: "
 
-// notExcluded is the error for what nothing from outside vouches for.
+// notExcluded is the error when no evidence from outside excludes truncation.
 func notExcluded(format string, args ...any) error {
 	return &exitError{codeNotExcluded, fmt.Errorf(notExcludedPrefix+format, args...)}
 }
 
-var errNoCopy = notExcluded("no copy of the log from outside the data directory was compared; keep the file sink elsewhere (ORGKEYS_AUDIT_FILE), or give --sink a copy or --checkpoint a checkpoint that was kept elsewhere")
+var errNoCopy = notExcluded("no copy of the log from outside the data directory was compared; keep the file sink elsewhere (ORGKEYS_AUDIT_FILE), or give a copy with --sink or a checkpoint that was kept elsewhere with --checkpoint")
 
 func newAuditVerify() *cobra.Command {
 	var g given
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Verify the audit log in the database, offline",
-		Long: `Verifies that every event is the one that the log's Merkle tree was built from,
-that nothing is missing, inserted or out of order, that keys, policies, receipts,
-erasures and signed checkpoints agree with the events, and that the log extends
-what a sink holds. It reads the database directly and needs neither the server
-nor the HSM; the server may run meanwhile. An export is verified with
-"orgkeys audit verify-export".
+		Long: `Verifies that every event matches the log's Merkle tree, that none is missing,
+inserted or out of order, that keys, policies, receipts, erasures and signed
+checkpoints agree with the events, and that the log extends the sink's copy. It
+reads the database directly and needs neither the server nor the HSM; the server
+may be running. An export is verified with "orgkeys audit verify-export".
 
-A log cannot show by itself that its end is not cut off, nor that it was not
-rewritten as a whole: whoever controls the database can do that. Something from
-elsewhere must vouch for the end: the file sink, which counts only if it lies
-outside the data directory or is given with --sink, or --checkpoint. Events of
-the last minute may be missing in a copy of the sink.
+The log alone cannot show whether it was truncated or completely rewritten by
+somebody who controls the database. That takes evidence from elsewhere: the file
+sink, if it is outside the data directory or given with --sink, or --checkpoint.
+Events of the last minute may be missing in a copy of the sink.
 
 ` + exitCodesHelp,
 		Args: cobra.MaximumNArgs(1), // an export, as in older versions
@@ -87,10 +85,10 @@ the last minute may be missing in a copy of the sink.
 	return cmd
 }
 
-const exitCodesHelp = `Exit code 0: verified, and truncation is excluded. 1: something is wrong, or
-known to be missing; the first bad event is named. 3: verified, but truncation is
-not excluded: nothing from elsewhere vouches for the end. --json prints the same
-as one JSON object, with the same exit codes; docs/audit.md describes it.`
+const exitCodesHelp = `Exit code 0: verified, and truncation is excluded. 1: an error, or an event
+that is known to be missing; the first such event is named. 3: verified, but
+truncation is not excluded, for lack of evidence from elsewhere. --json prints
+the result as one JSON object, with the same exit codes; see docs/audit.md.`
 
 // given is what the caller of verify gave to compare the log with.
 type given struct {
@@ -100,10 +98,10 @@ type given struct {
 }
 
 func (g *given) flags(cmd *cobra.Command) {
-	cmd.Flags().StringArrayVar(&g.keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it, or a file of them; may be repeated")
-	cmd.Flags().StringArrayVar(&g.vaultFiles, "vault-audit", nil, "Vault's audit file; repeated for rotated ones, and for every node that was ever active")
-	cmd.Flags().StringVar(&g.asOf, "as-of", "", "a time, as 2026-01-31T12:00:00Z, to which Vault's audit files must reach")
-	cmd.Flags().StringVar(&g.checkpoint, "checkpoint", "", "a checkpoint of the log that was kept elsewhere: a file, or the text, in any form in which a sink has it")
+	cmd.Flags().StringArrayVar(&g.keys, "key", nil, "a verifier key, as printed by \"orgkeys audit key\", or a file of keys; may be repeated")
+	cmd.Flags().StringArrayVar(&g.vaultFiles, "vault-audit", nil, "Vault's audit file; repeat it for rotated files, and for every node that was ever active")
+	cmd.Flags().StringVar(&g.asOf, "as-of", "", "a time such as 2026-01-31T12:00:00Z that Vault's audit files must reach")
+	cmd.Flags().StringVar(&g.checkpoint, "checkpoint", "", "a checkpoint of the log that was kept elsewhere: a file, or the text, in any form in which a sink stores it")
 	cmd.Flags().BoolVar(&g.asJSON, "json", false, "print one JSON object instead of lines")
 }
 
@@ -129,22 +127,22 @@ func verifyLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given, 
 		return err
 	}
 	v.ofLog(report)
-	fmt.Fprintf(out, "log %s: %d events, each the one that the tree was built from\n", report.Log.Origin, report.Log.Size)
+	fmt.Fprintf(out, "log %s: %d events, all match the tree\n", report.Log.Origin, report.Log.Size)
 	fmt.Fprintf(out, "root hash %s\n", report.Log.Root)
 	if report.Signed > 0 {
 		fmt.Fprintf(out, "the newest signed checkpoint covers %d of them%s\n", report.Signed, unlessGiven(g.keys))
 	}
 	if report.Receipts > 0 {
-		fmt.Fprintf(out, "%d of them have a receipt that verifies\n", report.Receipts)
+		fmt.Fprintf(out, "%d of them have a valid receipt\n", report.Receipts)
 	}
 	if report.Erased > 0 {
 		fmt.Fprintf(out, "%d events had their personal part erased\n", report.Erased)
 	}
 	if report.Unsequenced > 0 {
-		fmt.Fprintf(out, "%d events are recorded and not in the log yet: nothing vouches for them until the server runs\n", report.Unsequenced)
+		fmt.Fprintf(out, "%d recorded events have no index in the log yet: nothing protects them until the server runs\n", report.Unsequenced)
 	}
 	if report.Unauthenticated > 0 {
-		fmt.Fprintf(out, "%d rows of the table events wait unauthenticated: orgkeys did not record them, and gives them no place in the log\n", report.Unauthenticated)
+		fmt.Fprintf(out, "%d rows of the table events are not authentic: orgkeys did not record them, and they get no index in the log\n", report.Unauthenticated)
 	}
 	for _, r := range report.Rollbacks {
 		fmt.Fprintln(out, accepted(r))
@@ -159,28 +157,28 @@ func verifyLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given, 
 func accepted(r audit.Rollback) string {
 	said := fmt.Sprintf("a rollback was accepted: %q", r.Reason)
 	if to, err := audit.ParseCheckpoint(r.To); err == nil && r.Kept < to.Size {
-		said += fmt.Sprintf("; it kept the first %d of %d events: the log was rewritten from event %d on", r.Kept, to.Size, r.Kept)
+		said += fmt.Sprintf("; it kept the first %d of %d events, and the log was rewritten from event %d on", r.Kept, to.Size, r.Kept)
 	}
 	return said
 }
 
-// vouched says how far a copy from outside vouches for the log. Events that are
+// vouched prints how many events of the log a copy from outside covers. Events that are
 // newer than the copy are usual while the server runs; those that nobody has
 // taken for longer are as good as unprotected.
 func vouched(out io.Writer, r verify.Report) error {
 	newer := r.Log.Size - r.Covered
 	switch {
 	case r.Covered == 0:
-		return notExcluded("the copy or checkpoint from outside holds no event of this log")
+		return notExcluded("the given copy or checkpoint holds no event of this log")
 	case r.Before:
-		return notExcluded("the copy is from before the rollback that was accepted last, and vouches for %d of %d events; a copy from after it vouches for more", r.Covered, r.Log.Size)
+		return notExcluded("the copy is older than the last accepted rollback and covers %d of %d events; use a copy from after it", r.Covered, r.Log.Size)
 	case newer == 0:
-		_, err := fmt.Fprintf(out, "truncation excluded: the copy vouches for %d of %d events\n", r.Covered, r.Log.Size)
+		_, err := fmt.Fprintf(out, "truncation excluded: the copy covers %d of %d events\n", r.Covered, r.Log.Size)
 		return err
 	case time.Since(r.Uncovered) > inFlight:
-		return notExcluded("the copy vouches for %d of %d events, and the %d newer ones have been nowhere else since %s", r.Covered, r.Log.Size, newer, r.Uncovered.Format(time.RFC3339))
+		return notExcluded("the copy covers %d of %d events; the %d newer events are not in it, and the oldest of these is of %s", r.Covered, r.Log.Size, newer, r.Uncovered.Format(time.RFC3339))
 	}
-	_, err := fmt.Fprintf(out, "truncation excluded: the copy vouches for %d of %d events; the %d newest, less than a minute old, are not in it yet\n", r.Covered, r.Log.Size, newer)
+	_, err := fmt.Fprintf(out, "truncation excluded: the copy covers %d of %d events; the %d newest, less than a minute old, are not in it yet\n", r.Covered, r.Log.Size, newer)
 	return err
 }
 
@@ -238,7 +236,7 @@ func readCheckpoint(text string, vkeys []string) (audit.Checkpoint, error) {
 
 func unlessGiven(keys []string) string {
 	if len(keys) == 0 {
-		return "; that its key is genuine is the database's word, for no --key was given"
+		return "; its key was taken from the database, because no --key was given"
 	}
 	return ""
 }

@@ -21,8 +21,8 @@ func newAuditCheckpoint() *cobra.Command {
 		Short: "Sign a checkpoint of the log while the server is stopped",
 		Long: `Signs a checkpoint if the log has grown since the last one, and prints the newest.
 A running server signs by itself, every ORGKEYS_CHECKPOINT_INTERVAL and at once
-when it gets SIGUSR1. It signs nothing that does not extend what the sinks hold,
-or while one of them cannot be asked.`,
+on SIGUSR1. Nothing is signed if the log does not extend the sinks' copies, or
+while a sink does not answer.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(cmd)
@@ -44,16 +44,16 @@ func newAuditErase() *cobra.Command {
 	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "erase --subject ID --reason TEXT",
-		Short: "Erase what the audit trail knows of a person",
+		Short: "Erase a person's data from the audit log",
 		Long: `Deletes names, e-mail addresses and network addresses of the events whose actor is
-the subject, as the token has it ("sub" or ORGKEYS_CLAIM_SUBJECT), and the pseudonym
-under which events know a subject that is an address. The log itself stays as it is,
-and verifies as before. Backups, and files that the database has not
-overwritten yet, are yours to see to; docs/audit.md says what remains.`,
+the subject, as in the token ("sub" or ORGKEYS_CLAIM_SUBJECT), and the mapping from
+the pseudonym to a subject that is an address. The log itself does not change and
+verifies as before. Backups, and pages that the database has not overwritten
+yet, still hold the data; docs/audit.md lists what remains.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if subject == "" || strings.TrimSpace(reason) == "" {
-				return errors.New("--subject and --reason: say whom, and why, for the auditors")
+				return errors.New("--subject and --reason are required: the person, and the reason for the auditors")
 			}
 			cfg, err := load(cmd)
 			if err != nil {
@@ -65,7 +65,7 @@ overwritten yet, are yours to see to; docs/audit.md says what remains.`,
 					if err != nil {
 						return err
 					}
-					_, err = fmt.Fprintf(cmd.OutOrStdout(), "dry run, nothing is erased: %d events know something of %s\n", n, subject)
+					_, err = fmt.Fprintf(cmd.OutOrStdout(), "dry run, nothing is erased: %d events hold personal data of %s\n", n, subject)
 					return err
 				}
 				// Not locked: the server may run.
@@ -84,14 +84,14 @@ overwritten yet, are yours to see to; docs/audit.md says what remains.`,
 				if err != nil {
 					return err
 				}
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "erased what %d events knew of %s\n", n, subject)
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "erased the personal data of %s in %d events\n", subject, n)
 				return err
 			})
 		},
 	}
 	cmd.Flags().StringVar(&subject, "subject", "", "the person's ID in the events")
 	cmd.Flags().StringVar(&reason, "reason", "", "why")
-	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "say how much would be erased, and change nothing")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print how much would be erased, and change nothing")
 	return cmd
 }
 
@@ -99,26 +99,25 @@ func newAcceptRollback() *cobra.Command {
 	var request rollback.Request
 	cmd := &cobra.Command{
 		Use:   "accept-rollback --reason TEXT [--rewritten]",
-		Short: "Go on with a log that was set back, as after restoring a backup",
-		Long: `The server refuses to start when the log does not extend what a sink has
-acknowledged, or its newest signed checkpoint; one that runs gives no event its
-place in the log. Events were lost: by a failover to a standby that lacked them,
-by a restored backup, or by somebody's hand. Find out which. If it was one of the
-first two, this names what the file sink holds and the database has lost, records
-why in the log and in the sinks, and the server goes on from here. The sinks keep
-the events that the log has lost.
+		Short: "Accept a rollback of the log, for example after restoring a backup",
+		Long: `The server refuses to start if the log does not extend what a sink has
+acknowledged, or its newest signed checkpoint; a running server gives no event an
+index then. Events were lost: by a failover to a standby that lacked them, by a
+restored backup, or by manipulation. Find out which. For a failover or a backup,
+this command lists the events that the file sink holds and the database has lost,
+records the reason in the log and in the sinks, and lets the server continue. The
+sinks keep the lost events.
 
-What a failover or a restored backup leaves is the beginning of the log that was
-lost. If it is not, that is: if an event in it is another one than the sinks
-hold, somebody rewrote the log, unless that event is log.database_changed: then
-the replica with this sink was away during a failover, and the others went on
-without it. The command names the first other event and refuses, unless --rewritten says that this, too, is to be accepted; the log and
-the sinks then keep which event.
-Of Vault only the checkpoint can be compared here, not the events: afterwards
-verify an export with --vault-audit.
+After a failover or a restored backup the log is a prefix of the lost one. If an
+event in it differs from the sinks' copies, the log was rewritten, unless that
+event is log.database_changed: then the replica with this sink was unreachable
+during a failover, and the others continued without it. The command names the
+first event that differs and refuses, unless --rewritten accepts that too; the
+log and the sinks then record which event. Vault's sink holds only a checkpoint,
+so events cannot be compared with it here: afterwards verify an export with
+--vault-audit.
 
-It is also the way on when somebody deleted the checkpoint in Vault or wrote
-something else in its place.
+Use it also after the checkpoint in Vault was deleted or overwritten.
 
 It asks every sink in ORGKEYS_AUDIT_SINKS. With replicas, stop all of them first,
 and run it with the data directory of each that has a file sink, with the same
@@ -126,7 +125,7 @@ and run it with the data directory of each that has a file sink, with the same
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if strings.TrimSpace(request.Reason) == "" {
-				return errors.New("--reason: say why, for the auditors")
+				return errors.New("--reason is required: it is recorded for the auditors")
 			}
 			cfg, err := load(cmd)
 			if err != nil {
@@ -135,8 +134,8 @@ and run it with the data directory of each that has a file sink, with the same
 			return server.AcceptRollback(cmd.Context(), cfg, request, cmd.OutOrStdout(), newLogger(cfg))
 		},
 	}
-	cmd.Flags().StringVar(&request.Reason, "reason", "", "why the log was set back")
-	cmd.Flags().BoolVar(&request.Rewritten, "rewritten", false, "accept a log that is not the beginning of the one that was lost")
-	cmd.Flags().BoolVar(&request.DryRun, "dry-run", false, "say what would be accepted, and change nothing")
+	cmd.Flags().StringVar(&request.Reason, "reason", "", "the reason for the rollback")
+	cmd.Flags().BoolVar(&request.Rewritten, "rewritten", false, "accept a log that differs from the lost one")
+	cmd.Flags().BoolVar(&request.DryRun, "dry-run", false, "print what would be accepted, and change nothing")
 	return cmd
 }

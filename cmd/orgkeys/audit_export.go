@@ -43,16 +43,16 @@ func newAuditExport() *cobra.Command {
 	var withoutKeys bool
 	cmd := &cobra.Command{
 		Use:   "export FILE",
-		Short: "Write the log, with all that proves it, into one archive",
+		Short: "Write the log and its evidence into one archive",
 		Long: `Writes a gzipped tar archive with the log's events, its signed checkpoints, the
-receipts and their keys, the life of each key, the policies that decided, and a
-manifest. It ends with the newest signed checkpoint, so that a signature covers
-all of it; SIGUSR1 makes a running server sign one at once. The server may run
-meanwhile. Verify it anywhere with: orgkeys audit verify-export FILE --key KEY
+receipts and their keys, the life of each key, the policies that were in force,
+and a manifest. It ends with the newest signed checkpoint, so that a signature
+covers all of it; SIGUSR1 makes a running server sign one at once. The server may
+be running. Verify it anywhere with: orgkeys audit verify-export FILE --key KEY
 
-It holds the public keys of all keys that live too, which the HSM or Vault
-opens: with them an auditor checks what nodes signed for their keys. The
-fingerprints in the log vouch for them. --without-public-keys leaves them out.`,
+It also holds the public keys of all live keys, which the HSM or Vault decrypts:
+with them an auditor checks what nodes signed for their keys. The fingerprints in
+the log prove them. --without-public-keys leaves them out.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg, err := load(cmd)
@@ -93,7 +93,7 @@ func export(cmd *cobra.Command, ctx context.Context, db *sqlstore.DB, open archi
 	return err
 }
 
-var errNoKey = errors.New("--key: give the log's verifier key, from somebody other than who gave you the archive; \"orgkeys audit key\" prints it")
+var errNoKey = errors.New("--key: give the log's verifier key, which must not come from the person who gave you the archive; \"orgkeys audit key\" prints it")
 
 func newVerifyExport() *cobra.Command {
 	var g given
@@ -101,18 +101,19 @@ func newVerifyExport() *cobra.Command {
 		Use:   "verify-export FILE --key KEY",
 		Short: "Verify an export of the audit log, anywhere and offline",
 		Long: `Verifies an export against the public keys given with --key: every signature,
-every event's place, every receipt, the policies and the inventory. It says of
-each sealed key who permitted it, who claimed it from where, what went out how
-often, and whether its holder signed for it. It needs no settings. With --vault-audit every event is compared with Vault's own audit
-files, and the other way round.
+every event's index, every receipt, the policies and the inventory. For each
+sealed key it prints who permitted it, who claimed it from where, what was sent
+and how often, and whether its holder signed for it. It needs no settings. With
+--vault-audit the events are compared with Vault's own audit files, in both
+directions.
 
-An export cannot show by itself that its end is not cut off: give --checkpoint or
---vault-audit. Make the export first, then take these. Vault's files say nothing
-of what came after their newest entry, whose time is printed; with --as-of they
-must reach to a time that you know. In a cluster each node has a file, which only
-the active one writes: give those of all nodes that were ever active.
+An export alone cannot show whether it was truncated: give --checkpoint or
+--vault-audit. Make the export first, then take these. Vault's files show nothing
+after their newest entry, whose time is printed; with --as-of they must reach a
+given time. In a cluster each node has a file, which only the active node writes:
+give the files of all nodes that were ever active.
 
-contrib/verify_export.py does the same without any code of orgkeys, but for
+contrib/verify_export.py does the same without any code of orgkeys, except for
 Vault's files.
 
 ` + exitCodesHelp,
@@ -154,7 +155,7 @@ func verifyExport(cmd *cobra.Command, name string, g given, out io.Writer, v *ve
 	}
 	v.ofExport(report)
 	fmt.Fprintf(out, "log %s: %d events, each covered by the signed checkpoint\nroot hash %s\n", report.Manifest.Origin, report.Manifest.Size, report.Manifest.Root)
-	fmt.Fprintf(out, "%d checkpoints and %d receipts signed by a given key; the inventory of %d keys is what the events tell\n", report.Checkpoints, report.Receipts, report.Keys)
+	fmt.Fprintf(out, "%d checkpoints and %d receipts signed by a given key; the inventory of %d keys agrees with the events\n", report.Checkpoints, report.Receipts, report.Keys)
 	for _, r := range report.Rollbacks {
 		fmt.Fprintln(out, accepted(r))
 	}
@@ -206,17 +207,17 @@ func asOfGiven(g given) (time.Time, error) {
 	case g.asOf == "":
 		return time.Time{}, nil
 	case len(g.vaultFiles) == 0:
-		return time.Time{}, errors.New("--as-of is about Vault's audit files: give them with --vault-audit")
+		return time.Time{}, errors.New("--as-of needs Vault's audit files: give them with --vault-audit")
 	}
 	at, err := time.Parse(time.RFC3339, g.asOf)
 	if err != nil {
-		return time.Time{}, fmt.Errorf("--as-of: %q is not a time as 2026-01-31T12:00:00Z", g.asOf)
+		return time.Time{}, fmt.Errorf("--as-of: %q is not a time such as 2026-01-31T12:00:00Z", g.asOf)
 	}
 	return at, nil
 }
 
-// exportVouched says how far something from outside vouches for an export. Its
-// key vouches that every event in it is genuine, not that none came after.
+// exportVouched prints how many events of an export the evidence from outside
+// covers. The key proves that every event in it is genuine, not that none came after.
 func exportVouched(out io.Writer, r archive.Report, asOf time.Time) error {
 	size := r.Manifest.Size
 	if r.Vault != nil {
@@ -224,11 +225,11 @@ func exportVouched(out io.Writer, r archive.Report, asOf time.Time) error {
 	}
 	switch {
 	case r.Covered == 0:
-		return notExcluded("the export ends with the signed checkpoint of %d events, and by itself cannot show that there was no newer one; give --checkpoint one that was kept elsewhere, or --vault-audit Vault's audit file", size)
+		return notExcluded("the export ends with the signed checkpoint of %d events and cannot show whether there is a newer one; give one that was kept elsewhere with --checkpoint, or Vault's audit file with --vault-audit", size)
 	case r.Covered < size:
-		return notExcluded("the checkpoint given vouches for %d of %d events, and nothing from elsewhere says where the log ended; give --checkpoint a newer one, or --vault-audit Vault's audit file", r.Covered, size)
+		return notExcluded("the given checkpoint covers %d of %d events, and there is no evidence of where the log ended; give a newer one with --checkpoint, or Vault's audit file with --vault-audit", r.Covered, size)
 	}
-	_, err := fmt.Fprintf(out, "truncation excluded: the checkpoint given vouches for %d of %d events\n", r.Covered, size)
+	_, err := fmt.Fprintf(out, "truncation excluded: the given checkpoint covers %d of %d events\n", r.Covered, size)
 	return err
 }
 
@@ -239,10 +240,10 @@ func vaultVouched(out io.Writer, size int64, v archive.VaultReport, asOf time.Ti
 		fmt.Fprintf(out, "Vault's audit file %s: %d entries from %s to %s\n", f.Name, f.Entries, f.First.Format(time.RFC3339), f.Last.Format(time.RFC3339))
 	}
 	for _, l := range v.Lost {
-		fmt.Fprintf(out, "%d events in Vault's audit file, from %s to %s, were lost by the rollback that event %d accepted\n", l.Events, l.First, l.Last, l.Index)
+		fmt.Fprintf(out, "%d events in Vault's audit file, from %s to %s, were lost in the rollback that event %d accepted\n", l.Events, l.First, l.Last, l.Index)
 	}
 	if n := len(v.Behind); n > 0 {
-		fmt.Fprintf(out, "%d lines of Vault's audit file have text before a whole entry, the first at %s, as a device with a prefix or who captures its output puts there; the entries were read\n", n, v.Behind[0])
+		fmt.Fprintf(out, "%d lines of Vault's audit file have text before a complete entry, the first at %s (from a device with a prefix, or from a program that captures Vault's output); the entries were read\n", n, v.Behind[0])
 	}
 	if s := v.Sealed; s.Exports > 0 {
 		fmt.Fprintf(out, "%d sealed keys of the log left Vault to one recipient each, and none to another; %d keys left Vault that the log does not know: attempts that failed, or newer than the export\n", s.Delivered, len(s.Unknown))
@@ -250,12 +251,12 @@ func vaultVouched(out io.Writer, size int64, v archive.VaultReport, asOf time.Ti
 	newest := v.AsOf.Format(time.RFC3339)
 	switch {
 	case len(v.Torn) > 0:
-		return notExcluded("Vault's audit file holds each of the %d events, but %d of its lines are not whole, the first at %s: what Vault wrote there is not known", size, len(v.Torn), v.Torn[0])
+		return notExcluded("Vault's audit file holds each of the %d events, but %d of its lines are incomplete, the first at %s: what Vault wrote there is unknown", size, len(v.Torn), v.Torn[0])
 	case v.AsOf.Before(asOf):
 		return notExcluded("Vault's audit file holds each of the %d events, but its newest entry is of %s, before %s: give the file of every node that was active since", size, newest, asOf.Format(time.RFC3339))
 	}
-	_, err := fmt.Fprintf(out, "truncation excluded as of %s, when the newest entry given was written: Vault's audit file holds each of the %d events, and %d newer ones that no checkpoint had been signed over yet. "+
-		"This rests on the files of every node that was ever active\n", newest, size, v.Newer)
+	_, err := fmt.Fprintf(out, "truncation excluded as of %s, when the newest entry given was written: Vault's audit file holds each of the %d events, and %d newer ones that no signed checkpoint covers yet. "+
+		"This assumes that the files of every node that was ever active were given\n", newest, size, v.Newer)
 	return err
 }
 
@@ -281,7 +282,7 @@ func newAuditProve() *cobra.Command {
 		Use:   "prove EVENT",
 		Short: "Print a proof that the log holds one event, by ID or index",
 		Long: `Prints the event, its path through the log's Merkle tree, and the signed
-checkpoint that the path leads to. Verify it anywhere with:
+checkpoint with the tree's root. Verify it anywhere with:
 orgkeys audit verify-proof FILE --key KEY`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -312,7 +313,7 @@ func newVerifyProof() *cobra.Command {
 			return judged(cmd, asJSON, func(out io.Writer, v *verdict) error { return verifyProof(args[0], keys, out, v) })
 		},
 	}
-	cmd.Flags().StringArrayVar(&keys, "key", nil, "a verifier key, as \"orgkeys audit key\" printed it, or a file of them; may be repeated")
+	cmd.Flags().StringArrayVar(&keys, "key", nil, "a verifier key, as printed by \"orgkeys audit key\", or a file of keys; may be repeated")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON object instead of lines")
 	return cmd
 }
@@ -340,7 +341,7 @@ func verifyProof(name string, given []string, out io.Writer, v *verdict) error {
 }
 
 // errNoneSigned: a key counts once it has signed something.
-var errNoneSigned = errors.New("no checkpoint has been signed yet, so no key is known to be the log's. A running server signs the first one when the log has grown, at the end of each ORGKEYS_CHECKPOINT_INTERVAL: " +
+var errNoneSigned = errors.New("no checkpoint has been signed yet, so the log's key is not known. A running server signs the first one when the log has grown, at the end of each ORGKEYS_CHECKPOINT_INTERVAL: " +
 	"wait for that, or send it SIGUSR1 (\"kill -USR1 PID\") to have it sign at once. If no server runs, start one, or run \"orgkeys audit checkpoint\"")
 
 func newAuditKey() *cobra.Command {
@@ -349,7 +350,7 @@ func newAuditKey() *cobra.Command {
 		Short: "Print the verifier keys of the log's signed checkpoints",
 		Long: `Prints a line for each key that has signed a stored checkpoint, oldest first, in the form
 of C2SP signed notes. Keep it where the database's administrator cannot change it,
-and give it to the auditors: it is all that verifying needs.`,
+and give it to the auditors: verification needs nothing else.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {

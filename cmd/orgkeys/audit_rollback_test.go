@@ -57,7 +57,7 @@ func TestAnEmptyCopyExcludesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused("a link into the data directory", harness.Configure(t, harness.In(s.Dir), harness.Set("ORGKEYS_AUDIT_FILE", link)))
-	if out := ok(t, s, "audit", "verify"); !strings.Contains(out, "truncation excluded: the copy vouches for 8 of 8 events\n") {
+	if out := ok(t, s, "audit", "verify"); !strings.Contains(out, "truncation excluded: the copy covers 8 of 8 events\n") {
 		t.Errorf("the sink itself: %s", out)
 	}
 }
@@ -71,9 +71,9 @@ func TestHowFarACopyVouches(t *testing.T) {
 		code    int
 		says    string
 	}{
-		{"all", 31, 0, 0, "truncation excluded: the copy vouches for 31 of 31 events\n"},
-		{"all but what is on its way", 29, time.Second, 0, "the copy vouches for 29 of 31 events; the 2 newest"},
-		{"all but what came since yesterday", 29, 24 * time.Hour, 3, "the copy vouches for 29 of 31 events, and the 2 newer ones"},
+		{"all", 31, 0, 0, "truncation excluded: the copy covers 31 of 31 events\n"},
+		{"all but what is on its way", 29, time.Second, 0, "the copy covers 29 of 31 events; the 2 newest"},
+		{"all but what came since yesterday", 29, 24 * time.Hour, 3, "the copy covers 29 of 31 events, and the 2 newer ones"},
 		{"nothing", 0, time.Second, 3, "holds no event of this log"},
 	} {
 		var out strings.Builder
@@ -113,7 +113,7 @@ func TestAnExportAloneDoesNotExcludeTruncation(t *testing.T) {
 		}
 	}
 	verify(3, "truncation not excluded: the export ends with the signed checkpoint of 8 events")
-	verify(0, "truncation excluded: the checkpoint given vouches for 8 of 8 events", "--checkpoint", kept)
+	verify(0, "truncation excluded: the given checkpoint covers 8 of 8 events", "--checkpoint", kept)
 	s.Start(t)
 	s.List(t, harness.Org())
 	s.Stop(t)
@@ -122,8 +122,8 @@ func TestAnExportAloneDoesNotExcludeTruncation(t *testing.T) {
 	keep()
 	verify(1, "event 8: it is missing", "--checkpoint", kept)
 	ok(t, s, "audit", "export", archive)
-	verify(3, "truncation not excluded: the checkpoint given vouches for 8 of 9 events", "--checkpoint", older)
-	verify(0, "vouches for 9 of 9 events", "--checkpoint", kept)
+	verify(3, "truncation not excluded: the given checkpoint covers 8 of 9 events", "--checkpoint", older)
+	verify(0, "covers 9 of 9 events", "--checkpoint", kept)
 }
 
 // restored is a server whose data directory is of before its newest events.
@@ -264,7 +264,7 @@ func TestAnAcceptedRollbackIsAcceptedInTheNextSinkToo(t *testing.T) {
 		t.Fatal(err)
 	}
 	out, errs, code := s.Run(t, "audit", "verify", "--sink", old)
-	if code != 3 || !strings.Contains(out, `a rollback was accepted: "restored the backup of Sunday"`) || !strings.Contains(errs, "vouches for 8 of 11 events") {
+	if code != 3 || !strings.Contains(out, `a rollback was accepted: "restored the backup of Sunday"`) || !strings.Contains(errs, "covers 8 of 11 events") {
 		t.Errorf("a copy from before: exit code %d\n%s%s", code, out, errs)
 	}
 }

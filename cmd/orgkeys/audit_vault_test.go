@@ -72,7 +72,7 @@ func TestAnExportAgreesWithVaultsAuditFile(t *testing.T) {
 		if err := os.WriteFile(altered, []byte(strings.ReplaceAll(string(file), `\"type\":\"orgkey.delivered\"`, `\"type\":\"orgkey.withdrawn\"`)), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, errs, code := s.Run(t, "audit", "verify", archive, "--key", key, "--vault-audit", altered); code != 1 || !strings.Contains(errs, "Vault's audit file does not hold it") {
+		if _, errs, code := s.Run(t, "audit", "verify", archive, "--key", key, "--vault-audit", altered); code != 1 || !strings.Contains(errs, "it is missing from Vault's audit file") {
 			t.Errorf("code %d: %s", code, errs)
 		}
 	})
@@ -81,7 +81,7 @@ func TestAnExportAgreesWithVaultsAuditFile(t *testing.T) {
 		if err := os.WriteFile(torn, append([]byte("{\"time\":\n"), file...), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if out, errs, code := s.Run(t, "audit", "verify", archive, "--key", key, "--vault-audit", torn); code != 3 || !strings.Contains(errs, "1 of its lines are not whole, the first at "+torn+":1") {
+		if out, errs, code := s.Run(t, "audit", "verify", archive, "--key", key, "--vault-audit", torn); code != 3 || !strings.Contains(errs, "1 of its lines are incomplete, the first at "+torn+":1") {
 			t.Errorf("code %d: %s%s", code, out, errs)
 		}
 	})
@@ -143,7 +143,7 @@ func TestARestoredBackupIsAcceptedInVaultToo(t *testing.T) {
 	archive := filepath.Join(t.TempDir(), "export.tar.gz")
 	ok(t, s, "audit", "export", archive)
 	out := ok(t, s, "audit", "verify", archive, "--key", key, "--vault-audit", v.AuditFile)
-	if !strings.Contains(out, `a rollback was accepted: "restored the backup"`) || !regexp.MustCompile(`[1-9][0-9]* events in Vault's audit file, from .*:[0-9]+ to .*:[0-9]+, were lost by the rollback that event [0-9]+ accepted`).MatchString(out) {
+	if !strings.Contains(out, `a rollback was accepted: "restored the backup"`) || !regexp.MustCompile(`[1-9][0-9]* events in Vault's audit file, from .*:[0-9]+ to .*:[0-9]+, were lost in the rollback that event [0-9]+ accepted`).MatchString(out) {
 		t.Errorf("said %q", out)
 	}
 	if out := ok(t, s, "audit", "accept-rollback", "--reason", "again"); !strings.HasPrefix(out, "nothing to accept") {

@@ -156,7 +156,7 @@ func keysGiven(given []string) ([]string, error) {
 		}
 	}
 	if len(given) > 0 && len(keys) == 0 {
-		return nil, errors.New("--key: there is no key in what it names")
+		return nil, errors.New("--key: the file holds no key")
 	}
 	return keys, nil
 }

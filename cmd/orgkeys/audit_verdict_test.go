@@ -167,8 +167,8 @@ func TestVaultsFilesSpeakOfTheirTime(t *testing.T) {
 		{"no time asked for", time.Time{}, nil, nil, 0, "truncation excluded as of 2026-01-31T12:00:00Z, when the newest entry given was written"},
 		{"a time that they reach", at, nil, nil, 0, "as of 2026-01-31T12:00:00Z"},
 		{"a later time", at.Add(time.Second), nil, nil, 3, "its newest entry is of 2026-01-31T12:00:00Z, before 2026-01-31T12:00:01Z"},
-		{"a torn line", time.Time{}, []string{"n1:3"}, nil, 3, "not whole, the first at n1:3"},
-		{"text before an entry", time.Time{}, nil, []string{"n1:3"}, 0, "1 lines of Vault's audit file have text before a whole entry, the first at n1:3"},
+		{"a torn line", time.Time{}, []string{"n1:3"}, nil, 3, "incomplete, the first at n1:3"},
+		{"text before an entry", time.Time{}, nil, []string{"n1:3"}, 0, "1 lines of Vault's audit file have text before a complete entry, the first at n1:3"},
 	} {
 		var out strings.Builder
 		report.Torn, report.Behind = c.torn, c.text

@@ -22,12 +22,12 @@ func newServe() *cobra.Command {
 	return &cobra.Command{
 		Use:   "serve",
 		Short: "Serve the API",
-		Long: `Serves the API until interrupted. With no settings at all it uses SoftHSM, SQLite
-and a development issuer, all in the data directory, and listens on loopback.
+		Long: `Serves the API until interrupted. Without settings it uses SoftHSM, SQLite and a
+development issuer, all in the data directory, and listens on loopback.
 
-It exits with 77 when a person must see to the HSM's PIN: the token refused it,
-is locked, or would be by one more wrong PIN. Starting it again changes nothing,
-since a PIN that was refused is not offered again before its file changes.
+It exits with 77 if an operator must correct the HSM's PIN: the token refused it,
+is locked, or would be locked by one more wrong PIN. A restart does not help,
+because a refused PIN is not used again until its file changes.
 
 Settings, as environment variables or as lines of the --config file:
 
@@ -72,8 +72,8 @@ func newMigrate() *cobra.Command {
 		Use:   "migrate",
 		Short: "Bring the database's schema up to date",
 		Long: `Brings the database's schema up to date and ends. "orgkeys serve" does the same
-at its start; this is for those who give the server a database role that may not
-change the schema. Migrations go forward only, may be started by several
+at its start; use this command if the server's database role may not change the
+schema. Migrations go forward only, may be started by several
 replicas at once, and keep the previous version of orgkeys working.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -101,19 +101,19 @@ replicas at once, and keep the previous version of orgkeys working.`,
 	}
 }
 
-var errUnwell = errors.New("something is broken: see the lines that say fail")
+var errUnwell = errors.New("at least one check failed: see the lines that say fail")
 
 func newDoctor() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Check everything the server needs, and say what to do",
+		Short: "Check everything that the server needs, and print what to do",
 		Long: `Checks the configuration, the database, Redis, Vault or the HSM, the policy, the
 token keys, the audit sinks, the clocks, and whether the replicas that run agree
-with each other and with this configuration. It changes nothing, but for a PIN
-that the HSM refuses: that is remembered in the data directory, as by the server,
-and not offered again. It may be run beside a running server with the server's
-settings.
+with each other and with this configuration. It changes nothing, with one
+exception: it records a PIN that the HSM refuses in the data directory, as the
+server does, so that it is not used again. It may run beside a server, with the
+server's settings.
 
 Each line says ok, warn or fail, what was found, and what to do. The exit code
 is 1 if any line says fail.`,
@@ -168,18 +168,18 @@ func newRewrap() *cobra.Command {
 		Use:   "rewrap",
 		Short: "Seal every stored record again under the newest version of Vault's key",
 		Long: `Seals every stored public key and boot secret, and the key that authenticates
-events, again under the newest version of the sealing key in Vault, inside Vault. Run it after
-"vault write -f orgkeys-seal/keys/seal/rotate".
+events, again under the newest version of the sealing key in Vault, inside Vault.
+Run it after "vault write -f orgkeys-seal/keys/seal/rotate".
 
-The server may run meanwhile, and a run that was interrupted is completed by
-another: records of the newest version are left alone, and so are those that
-change while it runs. One that does not open is named, and does not stop the
-others. Progress goes to standard error.
+The server may be running. An interrupted run can be completed by another:
+records of the newest version are skipped, and so are records that change during
+the run. A record that does not decrypt is named and does not stop the run.
+Progress goes to standard error.
 
-What is being sealed at the moment of the rotation may be stored under the old
-version a little later. So a run soon after one looks at all records again when
-the version is old enough: after ORGKEYS_RESERVATION_TTL. When a run has ended
-without an error, nothing needs the older versions but backups of the database,
+Sealing operations in progress at the moment of the rotation may be stored under
+the old version a little later. So a run soon after a rotation checks all records
+again when the version is old enough: after ORGKEYS_RESERVATION_TTL. When a run
+has ended without an error, only backups of the database need the older versions,
 and min_decryption_version may be raised as far as your backups allow. If it was
 raised too early, lower it and run this again: nothing is lost.`,
 		Args: cobra.NoArgs,
@@ -194,6 +194,6 @@ raised too early, lower it and run this again: nothing is lost.`,
 			return server.Rewrap(cmd.Context(), cfg, dryRun, cmd.ErrOrStderr(), newLogger(cfg))
 		},
 	}
-	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "say how much would be sealed anew, and what does not open; store nothing")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print how many records would be sealed again and which do not decrypt; store nothing")
 	return cmd
 }

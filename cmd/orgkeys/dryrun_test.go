@@ -50,7 +50,7 @@ func TestDryRunsChangeNothing(t *testing.T) {
 	t.Parallel()
 	s := restored(t, nil)
 	before := contents(t, s)
-	if out := ok(t, s, "audit", "accept-rollback", "--reason", "a test", "--dry-run"); !strings.Contains(out, "would be accepted: the log goes on from 8 events; sink file had acknowledged") {
+	if out := ok(t, s, "audit", "accept-rollback", "--reason", "a test", "--dry-run"); !strings.Contains(out, "would be accepted: the log continues from 8 events; sink file had acknowledged") {
 		t.Errorf("said %q", out)
 	}
 	unchanged(t, before, s)
@@ -65,11 +65,11 @@ func TestDryRunsChangeNothing(t *testing.T) {
 	}
 	before = contents(t, s)
 	out := ok(t, s, "audit", "erase", "--subject", "admin", "--reason", "a test", "--dry-run")
-	if !strings.HasPrefix(out, "dry run, nothing is erased: 8 events know something of admin") {
+	if !strings.HasPrefix(out, "dry run, nothing is erased: 8 events hold personal data of admin") {
 		t.Errorf("said %q", out)
 	}
 	unchanged(t, before, s)
-	if out := ok(t, s, "audit", "erase", "--subject", "admin", "--reason", "a test"); !strings.HasPrefix(out, "erased what 8 events knew of admin") {
+	if out := ok(t, s, "audit", "erase", "--subject", "admin", "--reason", "a test"); !strings.HasPrefix(out, "erased the personal data of admin in 8 events") {
 		t.Errorf("said %q", out)
 	}
 }

@@ -73,7 +73,7 @@ func newCommand() *cobra.Command {
 		Short: "Organization keys, made in Vault or an HSM and handed out once",
 		Long: `orgkeys makes an organization's RSA keys inside HashiCorp Vault or a PKCS#11
 HSM, hands each private key out exactly once, keeps the public key only
-encrypted, and leaves an audit trail that proves what happened.
+encrypted, and records every operation in an audit log that can be verified.
 
 Settings are environment variables; "orgkeys serve --help" lists them all.`,
 		Version:       version(),
@@ -81,7 +81,7 @@ Settings are environment variables; "orgkeys serve --help" lists them all.`,
 		SilenceErrors: true,
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.PersistentFlags().String("config", "", "file of NAME=VALUE lines with settings; the environment comes first")
+	root.PersistentFlags().String("config", "", "file of NAME=VALUE lines with settings; the environment takes precedence")
 	root.AddCommand(newServe(), newToken(), newAudit(), newMigrate(), newDoctor(), newRewrap(), newVersion())
 	return root
 }

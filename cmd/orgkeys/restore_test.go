@@ -44,9 +44,9 @@ func TestADataDirectoryThatIsPutBackWhole(t *testing.T) {
 				t.Errorf("sink outside: %t; %q: exit code %d\n%s", outside, args, code, errs)
 			}
 		}
-		warns := strings.Contains(string(s.Output()), "the only audit sink lies in the data directory")
+		warns := strings.Contains(string(s.Output()), "the only audit sink is in the data directory")
 		said, _, _ := s.Run(t, "doctor")
-		if told := strings.Contains(said, "the only audit sink lies in the data directory"); told == outside || warns == outside {
+		if told := strings.Contains(said, "the only audit sink is in the data directory"); told == outside || warns == outside {
 			t.Errorf("sink outside: %t; the start warns: %t; doctor: %s", outside, warns, said)
 		}
 		if outside {

@@ -20,7 +20,7 @@ func newToken() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "token --org ORG --role ROLE",
 		Short: "Print a token of the development issuer",
-		Long: `Prints a bearer token of the development issuer, whose key lies in the data
+		Long: `Prints a bearer token of the development issuer, whose key is in the data
 directory. Such tokens work only with a server that uses the same data
 directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 		Example: `  orgkeys token --org acme --role OWNER
@@ -62,7 +62,7 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 	cmd.Flags().StringVar(&name, "org", "", "the organization's ID")
 	cmd.Flags().StringSliceVar(&roles, "role", nil, "OWNER, ADMINISTRATOR, WORKSPACES, BILLING or USER; may be given more than once")
 	cmd.Flags().StringVar(&subject, "subject", "dev", "the caller's ID")
-	cmd.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long the token is good for")
+	cmd.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long the token is valid")
 	for _, flag := range []string{"org", "role"} {
 		if err := cmd.MarkFlagRequired(flag); err != nil {
 			panic(err) // the flag is defined above

@@ -23,11 +23,11 @@ var errTokenRefused = errors.New("the server refuses this token")
 func newTokenExplain() *cobra.Command {
 	return &cobra.Command{
 		Use:   "explain",
-		Short: "Say check by check why a token is accepted or refused",
-		Long: `Reads a bearer token from standard input and puts it through the server's own
-checks, with the server's settings. Each line says ok, warn, fail or skip, what was
-looked at, and which setting decides. The issuer's keys are fetched. The
-signature is never printed; claims are, so mind whose token it is.
+		Short: "Explain check by check why a token is accepted or refused",
+		Long: `Reads a bearer token from standard input and runs the server's own checks on it,
+with the server's settings. Each line says ok, warn, fail or skip, what was
+checked, and which setting decides. The issuer's keys are fetched. The signature
+is never printed, but the claims are; they may be personal data.
 
 The exit code is 1 if the server would refuse the token (401, or 503 without the
 issuer's keys).`,

@@ -89,7 +89,7 @@ func TestALostReceiptKeyIsNoticed(t *testing.T) {
 	if _, err := v.Setup(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	refusedStart(t, s, "is another key than it was", "docs/operations.md")
+	refusedStart(t, s, "is a different key than before", "docs/operations.md")
 
 	// What docs/operations.md says to do without a backup.
 	vaultWrite(t, v, "orgkeys-audit/keys/receipt/rotate", nil)
@@ -107,7 +107,7 @@ func TestALostCheckpointIsAcceptedOnPurposeOnly(t *testing.T) {
 	v, s := withVault(t)
 	org := harness.Org()
 	for _, lost := range []struct{ path, words string }{
-		{"orgkeys-state/data/checkpoint", "somebody deleted version"},
+		{"orgkeys-state/data/checkpoint", "was deleted in Vault"},
 		{"orgkeys-state/metadata/checkpoint", "sink vault holds none, and has acknowledged"},
 	} {
 		generateOnce(t, s, org)
@@ -115,7 +115,7 @@ func TestALostCheckpointIsAcceptedOnPurposeOnly(t *testing.T) {
 			t.Fatal(err)
 		}
 		refusedStart(t, s, lost.words, "accept-rollback")
-		if out := ok(t, s, "audit", "accept-rollback", "--reason", "the clean-up of Sunday deleted it"); !strings.Contains(out, "sink vault cannot say what it had acknowledged") {
+		if out := ok(t, s, "audit", "accept-rollback", "--reason", "the clean-up of Sunday deleted it"); !strings.Contains(out, "sink vault does not report what it had acknowledged") {
 			t.Errorf("said %q", out)
 		}
 		generateOnce(t, s, org)
@@ -229,8 +229,8 @@ func TestAVaultFromBeforeTheRotationIsNamed(t *testing.T) {
 	if err := v.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	refusedStart(t, s, "or an older state of it: restore", "newest backup")
-	if _, errs, code := s.Run(t, "rewrap"); code == 0 || !strings.Contains(errs, "there are records of version 2, and the newest of the key orgkeys-seal/keys/seal is 1") {
+	refusedStart(t, s, "or it is an older version of it: restore", "newest backup")
+	if _, errs, code := s.Run(t, "rewrap"); code == 0 || !strings.Contains(errs, "there are records of version 2, and the newest version of the key orgkeys-seal/keys/seal is 1") {
 		t.Errorf("rewrap: exit code %d: %s", code, errs)
 	}
 }
@@ -245,7 +245,7 @@ func TestReceiptsVerifyAtOnce(t *testing.T) {
 	org := harness.Org()
 	for range 2 {
 		s.Generate(t, org)
-		if out := ok(t, s, "audit", "verify"); !strings.Contains(out, "have a receipt that verifies") {
+		if out := ok(t, s, "audit", "verify"); !strings.Contains(out, "have a valid receipt") {
 			t.Errorf("said %s", out)
 		}
 		vaultWrite(t, v, "orgkeys-audit/keys/receipt/rotate", nil)
@@ -264,7 +264,7 @@ func TestAReceiptKeyMadeAnewWhileServingReleasesNothing(t *testing.T) {
 	harness.Exec(t, db, `INSERT INTO receipt_keys (sink, version, public) VALUES ('vault', 2, randomblob(32))`)
 	vaultWrite(t, v, "orgkeys-audit/keys/receipt/rotate", nil)
 	refusedRelease(t, s, org)
-	if said := s.AskAdmin(t, "/readyz"); !strings.Contains(said, "is another key than it was") {
+	if said := s.AskAdmin(t, "/readyz"); !strings.Contains(said, "is a different key than before") {
 		t.Errorf("readiness says %s", said)
 	}
 }
@@ -283,7 +283,7 @@ func TestDoctorLooksOnBehindAWarning(t *testing.T) {
 		out, _, _ := s.Run(t, "doctor")
 		return strings.Contains(out, "Transit holds 1 keys")
 	})
-	if out, _, code := s.Run(t, "doctor"); code != 1 || !strings.Contains(out, "somebody deleted version") {
+	if out, _, code := s.Run(t, "doctor"); code != 1 || !strings.Contains(out, "was deleted in Vault") {
 		t.Errorf("exit code %d: %s", code, out)
 	}
 }

@@ -8,11 +8,11 @@ import (
 	"fmt"
 )
 
-// EventKey authenticates events until they have their place in the log: an
-// event's row bears its leaf's HMAC-SHA256, and the sequencer gives no index to
-// one whose MAC is wrong. So whoever can write to the database and does
-// nothing else cannot have events sequenced, sent to the sinks and signed. A
-// log has one key, which its processes share and the database holds sealed only.
+// EventKey authenticates events until they have their index: an event's row has
+// its leaf's HMAC-SHA256, and the sequencer gives no index to a row whose MAC is
+// wrong. So an attacker who can only write to the database cannot get events
+// sequenced, sent to the sinks and signed. A log has one key, which its processes
+// share; the database holds it only sealed.
 type EventKey [32]byte
 
 // NewEventKey returns a random key.
@@ -56,10 +56,9 @@ func (k EventKey) changeMAC(then Checkpoint, detail map[string]string) []byte {
 	return own.MAC(fmt.Appendf(nil, "%q %q %q", then.Text(), detail["from"], detail["to"]))
 }
 
-// UnauthenticatedError says that events were set aside, whose rows nobody who
-// has the key has written.
+// UnauthenticatedError says that events were set aside because their MACs are wrong.
 type UnauthenticatedError struct{ Count int }
 
 func (e *UnauthenticatedError) Error() string {
-	return fmt.Sprintf("%d events in the database were not recorded by orgkeys, and get no place in the log", e.Count)
+	return fmt.Sprintf("%d events in the database were not recorded by orgkeys, and get no index in the log", e.Count)
 }

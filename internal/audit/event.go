@@ -18,14 +18,14 @@ import (
 // Type says what happened, in the past tense.
 type Type string
 
-// What can happen.
+// The types of events.
 const (
 	KeyCreated   Type = "orgkey.created"   // record committed, private key not yet released
 	KeyDelivered Type = "orgkey.delivered" // private key written out without an error
 	KeyWithdrawn Type = "orgkey.withdrawn" // a created key that will never be usable
-	KeyRefused   Type = "orgkey.refused"   // generation refused or failed; no key came of it
+	KeyRefused   Type = "orgkey.refused"   // generation refused or failed; no key was made
 	KeyDeleted   Type = "orgkey.deleted"
-	KeysDeleted  Type = "orgkey.all_deleted" // the request; each key has its own KeyDeleted besides
+	KeysDeleted  Type = "orgkey.all_deleted" // the request; each key also has its own KeyDeleted
 	KeysListed   Type = "orgkey.listed"
 	KeySealed    Type = "orgkey.sealed"   // wrapped to its recipient, and destroyed in the back end; not yet released
 	KeyReceived  Type = "orgkey.received" // its holder signed for it, or used it
@@ -33,9 +33,9 @@ const (
 	EnrollmentCreated  Type = "enrollment.created"
 	EnrollmentsListed  Type = "enrollment.listed"
 	EnrollmentClaimed  Type = "enrollment.claimed"
-	EnrollmentConflict Type = "enrollment.conflict" // another recipient than the one that has it, or may have it
+	EnrollmentConflict Type = "enrollment.conflict" // a recipient other than the one that claimed it, or may claim it
 	EnrollmentApproved Type = "enrollment.approved"
-	EnrollmentExpired  Type = "enrollment.expired" // with uses that nobody claimed
+	EnrollmentExpired  Type = "enrollment.expired" // with unclaimed uses
 	EnrollmentRevoked  Type = "enrollment.revoked"
 
 	NodeRegistered   Type = "node.registered"
@@ -51,12 +51,12 @@ const (
 	PolicyAsked      Type = "policy.asked" // what it would say to the caller
 
 	RequestFailed    Type = "request.failed" // an authenticated request that was malformed or impossible, or on which the policy did not decide
-	AccessDenied     Type = "access.denied"  // the policy said no
-	UnknownCallers   Type = "authn.failed"   // one summary a reason and minute
+	AccessDenied     Type = "access.denied"  // the policy denied it
+	UnknownCallers   Type = "authn.failed"   // one summary per reason and minute
 	RollbackAccepted Type = "log.rollback_accepted"
-	DatabaseChanged  Type = "log.database_changed" // the log goes on in another database than before: after a failover, a recovery, a move
+	DatabaseChanged  Type = "log.database_changed" // the log continues in another database: after a failover, a recovery or a move
 	SealsRewrapped   Type = "seal.rewrapped"       // a run of "orgkeys rewrap"
-	PersonErased     Type = "person.erased"        // what events knew of a person, deleted from beside the log
+	PersonErased     Type = "person.erased"        // a person's data was deleted
 )
 
 // Outcome says how it ended.
@@ -69,14 +69,14 @@ const (
 	Failure Outcome = "failure"
 )
 
-// System is the actor of what the service does by itself, as its sweeper does.
+// System is the actor of the service's own actions, such as the sweeper's.
 const System authz.Kind = "system"
 
-// Event is one thing that happened. Its leaf in the log holds identifiers
-// only; what identifies a person by name or address is in Personal, which is
-// stored beside the log and can be erased.
+// Event is one thing that happened. Its leaf in the log holds identifiers only;
+// names and addresses of people are in Personal, which is stored outside the log
+// and can be erased.
 type Event struct {
-	ID       string // UUID; New gives a fresh one
+	ID       string // a UUID, made by New
 	Time     time.Time
 	Type     Type
 	Outcome  Outcome
@@ -85,7 +85,7 @@ type Event struct {
 	Actor    Actor
 	ActorOrg org.ID       // the organization that the actor belongs to
 	Roles    []authz.Role // the actor's
-	Action   authz.Action // what the policy was asked for, where it was
+	Action   authz.Action // the action that the policy was asked about, if it was
 	Object   string       // the ID of the key, node or secret it is about
 	Request  string       // the request's ID
 	Policy   string       // the revision of the policy that decided
@@ -94,13 +94,13 @@ type Event struct {
 	Personal Personal
 }
 
-// Actor is who did it.
+// Actor is the one who did it.
 type Actor struct {
 	Kind authz.Kind
 	ID   string
 }
 
-// Personal is what an event knows of a person, kept outside the log.
+// Personal is an event's personal data, stored outside the log.
 type Personal struct {
 	Name    string `json:"name,omitempty"`
 	Email   string `json:"email,omitempty"`
@@ -148,7 +148,7 @@ type Leaf struct {
 // TimeFormat is how leaves write time: UTC, to the microsecond.
 const TimeFormat = "2006-01-02T15:04:05.000000Z"
 
-// Record is an event made ready to store.
+// Record is an event in the form in which it is stored.
 type Record struct {
 	ID       string
 	Time     time.Time
@@ -158,13 +158,13 @@ type Record struct {
 	Kind     authz.Kind // of the actor
 	Actor    string
 	Object   string
-	Leaf     []byte // what the log commits to, verbatim
-	Personal []byte // JSON, salted; empty where the event knows no person
+	Leaf     []byte // the bytes to which the log commits
+	Personal []byte // JSON, salted; empty if the event has no personal data
 }
 
-// Encode makes the event ready to store. The leaf commits to the personal part
-// by a salted digest, so that it cannot be changed unseen, yet can be erased
-// without leaving anything that a guess could be tested against.
+// Encode returns the event in the form in which it is stored. The leaf commits to the personal part by
+// a salted digest: a change is detected, and after an erasure the digest cannot be
+// used to test a guess.
 func (e Event) Encode() (Record, error) {
 	l := Leaf{
 		Version: 1, ID: e.ID, Time: e.Time.UTC().Format(TimeFormat), Type: e.Type, Outcome: e.Outcome,

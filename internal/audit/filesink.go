@@ -17,7 +17,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// Line is one line of a file sink: exactly one of its fields is there.
+// Line is one line of a file sink: exactly one of its fields is present.
 type Line struct {
 	Index      *int64         `json:"index,omitempty"`
 	Event      jsontext.Value `json:"event,omitempty"`
@@ -25,17 +25,16 @@ type Line struct {
 	Rollback   *Rollback      `json:"rollback,omitempty"`
 }
 
-// Rollback is an operator's word that the log was set back on purpose. The sink
-// is given the whole log anew behind it; what stands before is history that the
-// log may have lost.
+// Rollback is a rollback that an operator accepted. The sink gets the whole log
+// again after it; the lines before it hold events that the log may have lost.
 type Rollback struct {
 	From   string `json:"from"` // the checkpoint that a sink held
 	To     string `json:"to"`   // the log's checkpoint when it was accepted
-	Kept   int64  `json:"kept"` // how many first events of To the sink holds as they are: fewer than To has if they were rewritten, too
+	Kept   int64  `json:"kept"` // how many first events of To are the same in the sink: fewer than To has if the log was rewritten
 	Reason string `json:"reason"`
 }
 
-// Event is the event that the log has of an accepted rollback.
+// Event is the log's event about an accepted rollback.
 func (r Rollback) Event() Event {
 	e := New(RollbackAccepted, "")
 	e.Actor = Actor{System, "operator"}
@@ -53,7 +52,7 @@ type FileSink struct {
 
 	mu   sync.Mutex
 	file *os.File
-	end  int64      // bytes that are whole and synced
+	end  int64      // bytes that are complete and synced
 	last Checkpoint // that the file holds
 }
 
@@ -99,7 +98,7 @@ func (s *FileSink) KeepSigned(_ context.Context, note string) error {
 	last := s.last
 	s.mu.Unlock()
 	if last.Size == 0 {
-		return errors.New("the sink's file has no checkpoint that the signed one could follow")
+		return errors.New("the sink's file has no checkpoint that matches the signed one")
 	}
 	var b []byte
 	for _, text := range []string{note, last.Text()} {
@@ -112,7 +111,8 @@ func (s *FileSink) KeepSigned(_ context.Context, note string) error {
 	return s.write(b, last)
 }
 
-// AcceptRollback implements Sink: the file notes it, and starts over.
+// AcceptRollback implements Sink: it is written to the file, and the log follows
+// again from its first event.
 func (s *FileSink) AcceptRollback(_ context.Context, r Rollback) error {
 	to, err := ParseCheckpoint(r.To)
 	if err != nil {
@@ -149,7 +149,7 @@ func (s *FileSink) write(b []byte, last Checkpoint) error {
 		return err
 	}
 	if err := s.appendSynced(b); err != nil {
-		// A torn line must not stay; if it does, open cuts it off.
+		// An incomplete line must be removed; if that fails, open removes it.
 		err = errors.Join(err, s.file.Truncate(s.end))
 		s.close()
 		return err
@@ -166,8 +166,8 @@ func (s *FileSink) appendSynced(b []byte) error {
 	return s.file.Sync()
 }
 
-// unchanged reports whether path still leads to the open file, and nobody else
-// has written to it.
+// unchanged reports whether path is still the open file, and no other program has
+// written to it.
 func (s *FileSink) unchanged() error {
 	now, err := os.Stat(s.path)
 	if err != nil {
@@ -178,7 +178,7 @@ func (s *FileSink) unchanged() error {
 		return err
 	}
 	if !os.SameFile(now, then) || now.Size() != s.end {
-		return fmt.Errorf("%s was changed by somebody else", s.path)
+		return fmt.Errorf("%s was changed by another program", s.path)
 	}
 	return nil
 }

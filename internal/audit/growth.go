@@ -7,14 +7,13 @@ import (
 	"sync"
 )
 
-// A log that is behind a sink has lost events, and must not give their indices
-// to others: then nobody could tell a failover from a forgery. So events are
-// given indices only on this condition: every sink was asked what it holds, again
-// after each failover of the database, and the log extends it. Events are still
-// recorded meanwhile, and get their indices when the sinks and the log agree.
+// A log that is behind a sink has lost events and must not give their indices to
+// other events: otherwise a failover could not be distinguished from a forgery. So
+// events get indices only on this condition: every sink was asked what it holds,
+// again after each failover of the database, and the log extends it. Until then
+// events are recorded, and get their indices when the sinks and the log agree.
 
-// Condition is what must be so when events are given indices. The zero Condition
-// asks for nothing.
+// Condition must hold when events get indices. The zero Condition always holds.
 type Condition struct {
 	Timeline string // of the database, as it was when the sinks were asked; see Store.Timeline
 	Held     []SinkHeld
@@ -31,16 +30,16 @@ type SinkHeld struct {
 type TimelineError struct{ Timeline string }
 
 func (e *TimelineError) Error() string {
-	return fmt.Sprintf("the database has failed over (it is on timeline %s), and the sinks are asked what they hold", e.Timeline)
+	return fmt.Sprintf("the database has failed over (it is on timeline %s); waiting until the sinks have reported what they hold", e.Timeline)
 }
 
-// HaltError says why events are given no indices.
+// HaltError says why events get no indices.
 type HaltError struct {
 	Why     string
-	SetBack bool // another replica's sink holds what the log has not: only an operator can end that
+	SetBack bool // another replica's sink is ahead of the log: only an operator can end that
 }
 
-func (e *HaltError) Error() string { return "no event is given its place in the log: " + e.Why }
+func (e *HaltError) Error() string { return "no event gets an index in the log: " + e.Why }
 
 // passing reports whether events get no indices only until a sink, or another
 // replica, has said what it holds.
@@ -49,14 +48,14 @@ func passing(err error) bool {
 	return ok && !halted.SetBack || errors.As(err, new(*TimelineError))
 }
 
-// growth is whether events are given indices, and under which timeline.
+// growth is whether events get indices, and under which timeline.
 type growth struct {
 	mu       sync.Mutex
 	timeline *string // nil: not known yet
 	halted   error
 }
 
-// timeline is that of the database, as far as this process has noticed.
+// timeline is the database's timeline, as last read by this process.
 func (l *Log) timeline(ctx context.Context) (string, error) {
 	l.growth.mu.Lock()
 	known := l.growth.timeline
@@ -72,7 +71,7 @@ func (l *Log) timeline(ctx context.Context) (string, error) {
 	return now, nil
 }
 
-// moveTo notes the database's timeline, upon which every sink is asked again.
+// moveTo stores the database's timeline, after which every sink is asked again.
 func (l *Log) moveTo(timeline string) {
 	l.growth.mu.Lock()
 	l.growth.timeline = &timeline
@@ -80,7 +79,8 @@ func (l *Log) moveTo(timeline string) {
 	l.grown.send()
 }
 
-// condition is what the next events' indices depend on, or why there are none.
+// condition is the condition for the next events' indices, or the reason why
+// there are none.
 func (l *Log) condition(ctx context.Context) (Condition, error) {
 	timeline, err := l.timeline(ctx)
 	if err != nil {
@@ -107,14 +107,14 @@ func (l *Log) Attended(ctx context.Context) string {
 	return c.Timeline
 }
 
-// Halted returns why the last attempt to give events indices did not come off.
+// Halted returns why the last attempt to give events indices failed.
 func (l *Log) Halted() error {
 	l.growth.mu.Lock()
 	defer l.growth.mu.Unlock()
 	return l.growth.halted
 }
 
-// halt notes how an attempt ended, and reports whether that is news.
+// halt stores how an attempt ended, and reports whether that has changed.
 func (l *Log) halt(err error) bool {
 	l.growth.mu.Lock()
 	defer l.growth.mu.Unlock()
@@ -123,8 +123,8 @@ func (l *Log) halt(err error) bool {
 	return err != nil && (before == nil || before.Error() != err.Error())
 }
 
-// HoldBack lets no replica give events indices while a sink of this one does not
-// fit the log, if that is what err says.
+// HoldBack keeps all replicas from giving events indices while the log does not
+// extend a sink of this one, if that is what err says.
 func (l *Log) HoldBack(ctx context.Context, err error) error {
 	setBack, ok := errors.AsType[*RollbackError](err)
 	if !ok || setBack.Held.Origin != setBack.Log.Origin {
@@ -136,7 +136,7 @@ func (l *Log) HoldBack(ctx context.Context, err error) error {
 	return nil
 }
 
-// asked notes what the sink holds, as it said under the timeline.
+// asked stores what the sink reported under the timeline.
 func (f *follower) asked(timeline string, last Checkpoint) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -153,8 +153,8 @@ func (f *follower) askedUnder(timeline string) bool {
 	return f.attended != nil && *f.attended == timeline
 }
 
-// known is the newest checkpoint that the sink is known to hold, or why that
-// cannot be relied on.
+// known is the newest checkpoint that the sink is known to hold, or the reason why
+// it is not known.
 func (f *follower) known(timeline string) (Checkpoint, error) {
 	held, err := f.state()
 	if errors.As(err, new(*RollbackError)) {
@@ -164,7 +164,7 @@ func (f *follower) known(timeline string) (Checkpoint, error) {
 		if err == nil {
 			err = errNotYet
 		}
-		return held, &HaltError{Why: fmt.Sprintf("sink %s has not said what it holds, since the start or a failover of the database: %v", f.sink.Name(), err)}
+		return held, &HaltError{Why: fmt.Sprintf("sink %s has not reported what it holds since the start or a failover of the database: %v", f.sink.Name(), err)}
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -1,13 +1,13 @@
-// Package audit is the trail that proves what happened: events in a Merkle log
-// (RFC 6962 hashing, as golang.org/x/mod/sumdb/tlog stores it), followed by
-// sinks outside the database, and verifiable offline.
+// Package audit is the running audit log: events in a Merkle log
+// (RFC 6962 hashing, as golang.org/x/mod/sumdb/tlog stores it), copied to sinks outside the database, and verifiable offline.
 //
 // An event's row is committed in the transaction of the change it describes.
 // A sequencer, one at a time across all replicas, then gives rows their index
 // and appends their leaves to the tree in batches, so writers never queue
-// behind the tree's head. Each sink follows the log from the last checkpoint
-// that it holds itself: at least once, in order, keyed by index. What must not
-// happen before the trail has it waits in Log.Acknowledged.
+// behind the tree's head. Each sink is fed from its own last
+// checkpoint on: at least once, in order, keyed by index. An operation that must
+// not happen before the log and its sinks have its event waits in
+// Log.Acknowledged.
 package audit
 
 import (
@@ -22,18 +22,18 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// The log's rhythm.
+// Intervals, batch sizes, deadlines.
 const (
-	linger        = 200 * time.Millisecond // recorded events wait this long for company, unless somebody waits for one
-	poll          = 250 * time.Millisecond // how often other replicas' progress is looked for
-	waiting       = 25 * time.Millisecond  // likewise, while somebody waits for it
-	sequenceBatch = 5000                   // events that one transaction gives indices to
-	sinkBatch     = 1000                   // events that one call to a sink carries
+	linger        = 200 * time.Millisecond // recorded events wait this long to form a batch, unless a caller waits for one
+	poll          = 250 * time.Millisecond // how often the progress of other replicas is read
+	waiting       = 25 * time.Millisecond  // the same, while a caller waits for it
+	sequenceBatch = 5000                   // events that get their indices in one transaction
+	sinkBatch     = 1000                   // events in one call to a sink
 	sinkDeadline  = 10 * time.Second       // for one call to a sink
 	sinkBackoff   = 2 * time.Second        // longest pause before a failing sink is tried again
 )
 
-// Entry is an event in its place in the log.
+// Entry is an event with its index.
 type Entry struct {
 	Index int64
 	Leaf  []byte // verbatim, as Event.Encode made it
@@ -47,17 +47,18 @@ type Store interface {
 	Recorded() <-chan struct{}
 	// Sequence gives the next indices to at most limit events that have none,
 	// and extends the tree by them, in one transaction. It returns how many.
-	// While another process is at it, it returns 0. Events whose MAC is wrong it
-	// sets aside, once, with an *UnauthenticatedError besides the number. It gives
-	// none unless the condition is met: else it reports *TimelineError or
+	// While another process
+	// does so, it returns 0. Events whose MAC is wrong are set aside, once, and
+	// reported by an *UnauthenticatedError besides the number. Without the
+	// condition no event gets an index: it reports *TimelineError or
 	// *RollbackError, or *HaltError because of another replica's sinks.
 	Sequence(ctx context.Context, limit int, only Condition) (int, error)
 	// Timeline identifies the database's history: it is another one after a
-	// failover or a restored backup (PostgreSQL's timeline ID). It is empty where
-	// that cannot be told.
+	// failover or a restored backup (PostgreSQL's timeline ID). It is empty if the
+	// database has none.
 	Timeline(ctx context.Context) (string, error)
-	// SinkAhead notes, for all replicas, that a sink of this one holds size events
-	// that the log does not extend, and SinkFits that it fits.
+	// SinkAhead records, for all replicas, that the log does not extend the size
+	// events in a sink of this replica; SinkFits records that it does.
 	SinkAhead(ctx context.Context, sink string, size int64) error
 	SinkFits(ctx context.Context, sink string) error
 	// Head returns the log's present checkpoint.
@@ -65,13 +66,13 @@ type Store interface {
 	// At returns the checkpoint that the log had at an earlier size.
 	At(ctx context.Context, size int64) (Checkpoint, error)
 	// Durable returns at most limit entries behind held, and the checkpoint that
-	// covers them, none of which a failover can lose any more unless the database
-	// is replicated asynchronously. It reports *RollbackError, without the sink's
+	// covers them, none of
+	// which a failover can lose unless the database is replicated asynchronously. It reports *RollbackError, without the sink's
 	// name, unless the log extends held.
 	Durable(ctx context.Context, held Checkpoint, limit int) ([]Entry, Checkpoint, error)
 	// Exclusive runs do while no other process runs one of the same name. It
 	// returns false at once if another does. do's context ends if the process
-	// loses that place, as one that was stopped does.
+	// loses the lock, for example because it was stopped.
 	Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error)
 	// SinkNext returns the first index that a shared sink has not acknowledged,
 	// as Acknowledge last noted it.
@@ -85,12 +86,12 @@ type Store interface {
 	Index(ctx context.Context, eventID string) (int64, bool, error)
 }
 
-// Log is the audit trail of one process. Run keeps it going.
+// Log is the audit log of one process. Run sequences events and feeds the sinks.
 type Log struct {
 	store     Store
 	followers []*follower
 	log       *slog.Logger
-	urgent    chan struct{} // somebody waits: do not linger
+	urgent    chan struct{} // a caller waits: do not collect a batch
 	deadline  time.Duration // for one call to a sink
 	signed    atomic.Int64  // the place of the newest signed checkpoint, for the sinks
 	size      atomic.Int64  // of the log, as far as this process has noticed
@@ -100,7 +101,7 @@ type Log struct {
 	acted  broadcast // a sink has acknowledged something, or failed
 }
 
-// broadcast wakes everybody who waits for it.
+// broadcast wakes all goroutines that wait for it.
 type broadcast struct {
 	mu   sync.Mutex
 	next chan struct{}
@@ -153,15 +154,15 @@ func (l *Log) Acknowledged(ctx context.Context, eventID string) error {
 		if err := l.acknowledged(ctx, eventID, index); err != nil {
 			return err
 		}
-		// A failover in between may have lost the index, and given it to another event.
+		// A failover in between may have lost the index and given it to another event.
 		if again, known, err := l.store.Index(ctx, eventID); err != nil || known && again == index {
 			return err
 		}
 	}
 }
 
-// acknowledged waits until every sink has acknowledged what the event's index
-// was given to.
+// acknowledged waits until every sink has acknowledged the entry with the
+// event's index.
 func (l *Log) acknowledged(ctx context.Context, eventID string, index int64) error {
 	for {
 		acted := l.acted.wait()
@@ -171,7 +172,7 @@ func (l *Log) acknowledged(ctx context.Context, eventID string, index int64) err
 		select {
 		case <-acted:
 		case <-time.After(waiting):
-			l.grown.send() // another replica may feed a sink: have the followers look how far it is
+			l.grown.send() // another replica may feed a sink: let the followers read its progress
 		case <-ctx.Done():
 			return fmt.Errorf("waiting for event %s: %w", eventID, errors.Join(ctx.Err(), l.sinkErrors(index)))
 		}
@@ -194,7 +195,7 @@ func (l *Log) indexed(ctx context.Context, eventID string) (int64, error) {
 		case <-grown:
 		case <-time.After(waiting):
 		case <-ctx.Done():
-			return 0, fmt.Errorf("waiting for the place of event %s in the log: %w", eventID, ctx.Err())
+			return 0, fmt.Errorf("waiting for the index of event %s in the log: %w", eventID, ctx.Err())
 		}
 	}
 }
@@ -206,7 +207,7 @@ func (l *Log) hurry() {
 	}
 }
 
-// grewTo tells who waits that the log has size events, unless that is known.
+// grewTo wakes the waiters if the log has grown to size events.
 func (l *Log) grewTo(size int64) {
 	for known := l.size.Load(); size > known; known = l.size.Load() {
 		if l.size.CompareAndSwap(known, size) {
@@ -216,7 +217,7 @@ func (l *Log) grewTo(size int64) {
 	}
 }
 
-// offer lets the sinks know of signed checkpoints up to place seq.
+// offer tells the followers of signed checkpoints up to number seq.
 func (l *Log) offer(seq int64) {
 	if seq > l.signed.Swap(seq) {
 		l.grown.send()
@@ -236,7 +237,7 @@ func (l *Log) Flush(ctx context.Context) error {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("giving the last events their place in the log: %w", err)
+			return fmt.Errorf("giving the last events their indices: %w", err)
 		}
 		break
 	}
@@ -293,7 +294,7 @@ func (l *Log) sinkErrors(index int64) error {
 	return errors.Join(all...)
 }
 
-// SinkStatus says how far a sink has come.
+// SinkStatus is the progress of a sink.
 type SinkStatus struct {
 	Name string
 	Next int64      // the first index it has not acknowledged
@@ -343,7 +344,7 @@ func (l *Log) sequence(ctx context.Context) {
 		}
 		if err != nil && ctx.Err() == nil {
 			if l.halt(err) && !passing(err) {
-				l.log.Warn("giving events their place in the log", "error", err)
+				l.log.Warn("giving events their indices in the log", "error", err)
 			}
 			pause(ctx, poll)
 		}
@@ -356,8 +357,8 @@ func (l *Log) sequence(ctx context.Context) {
 	}
 }
 
-// advance gives a batch of events their places, and returns how many it has
-// done with.
+// advance gives a batch of events their indices, and returns how many it has
+// processed.
 func (l *Log) advance(ctx context.Context) (int, error) {
 	only, err := l.condition(ctx)
 	if err != nil {
@@ -368,13 +369,13 @@ func (l *Log) advance(ctx context.Context) (int, error) {
 		l.moveTo(moved.Timeline)
 	}
 	if forged, ok := errors.AsType[*UnauthenticatedError](err); ok {
-		l.log.Error("somebody writes to the database", "error", err)
+		l.log.Error("another program writes to the database", "error", err)
 		return n + forged.Count, nil
 	}
 	return n, err
 }
 
-// announce tells who waits how large the log is.
+// announce tells the waiters how large the log is.
 func (l *Log) announce(ctx context.Context) error {
 	head, err := l.store.Head(ctx)
 	if err == nil {

@@ -31,8 +31,8 @@ type Receipt struct {
 // signature (RFC 8032, pure) of the leaf.
 type ReceiptKeys map[int]ed25519.PublicKey
 
-// Verify reports an error that wraps ErrReceipt unless receipt is the
-// signature of leaf under the key version that it names. It asks nobody.
+// Verify reports an error that wraps ErrReceipt unless receipt is the signature of
+// leaf under the key version that it names. It works offline.
 func (keys ReceiptKeys) Verify(leaf, receipt []byte) error {
 	version, signature, err := ParseReceipt(receipt)
 	if err != nil {
@@ -48,13 +48,12 @@ func (keys ReceiptKeys) Verify(leaf, receipt []byte) error {
 	return nil
 }
 
-// Replace refuses to take the place of keys that are known of a sink if one of
-// them would become another key of the same version: it would vouch for nothing
-// that was signed before.
+// Replace refuses to replace a sink's known keys if a version would get a different
+// key, under which no earlier receipt verifies.
 func (keys ReceiptKeys) Replace(sink string, known []ReceiptKey) error {
 	for _, k := range known {
 		if now, there := keys[k.Version]; k.Sink == sink && there && !bytes.Equal(now, k.Public) {
-			return fmt.Errorf("version %d of the key that sink %s signs receipts with is another key than it was: somebody made it anew. Restore Vault from its backup; docs/operations.md, Backup and restore, has the way on without one", k.Version, sink)
+			return fmt.Errorf("version %d of the receipt key of sink %s is a different key than before: it was deleted and made again. Restore Vault from its backup; without one, see docs/operations.md, Backup and restore", k.Version, sink)
 		}
 	}
 	return nil

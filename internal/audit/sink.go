@@ -9,12 +9,12 @@ import (
 	"time"
 )
 
-// ErrCheckpointLost: what a sink held of the log was deleted, or written over
-// with something else. It starts over when an operator accepts that.
+// ErrCheckpointLost: the sink's checkpoint was deleted or overwritten. The sink
+// starts over when an operator accepts that.
 var ErrCheckpointLost = errors.New("the sink's checkpoint is lost")
 
-// Sink keeps a copy of the log where whoever controls the database cannot
-// change it. Its implementations are FileSink and vault.Sink.
+// Sink stores a copy of the log where the database's administrator cannot change
+// it. Its implementations are FileSink and vault.Sink.
 type Sink interface {
 	Name() string
 	// Shared reports whether all replicas feed one and the same sink, so that
@@ -31,9 +31,8 @@ type Sink interface {
 	// KeepSigned records a signed checkpoint, a C2SP signed note. It covers no
 	// more than what the sink has acknowledged, and may be given again.
 	KeepSigned(ctx context.Context, note string) error
-	// AcceptRollback has the sink start over with a log that was set back on
-	// purpose, or of which it lost its checkpoint. The event that says so is the
-	// log's own and follows as all do.
+	// AcceptRollback makes the sink start over, after an accepted rollback or a lost
+	// checkpoint. The event about it follows like any other event of the log.
 	AcceptRollback(ctx context.Context, r Rollback) error
 }
 
@@ -46,8 +45,8 @@ func CheckHeld(s Sink, held Checkpoint, next int64) error {
 	return nil
 }
 
-// RollbackError says that the log does not extend what a sink holds of it:
-// events were lost or rewritten, as by restoring an old backup.
+// RollbackError says that the log does not extend a sink's copy: events were lost
+// or rewritten, for example by restoring an old backup.
 type RollbackError struct {
 	Sink string
 	Held Checkpoint // the sink's
@@ -58,17 +57,17 @@ func (e *RollbackError) Error() string {
 	if e.Held.Size > e.Log.Size {
 		return fmt.Sprintf("the log holds %d events, but sink %s has acknowledged %d: events were lost", e.Log.Size, e.Sink, e.Held.Size)
 	}
-	return fmt.Sprintf("the log's first %d events are not those that sink %s has acknowledged", e.Held.Size, e.Sink)
+	return fmt.Sprintf("the log's first %d events differ from those that sink %s has acknowledged", e.Held.Size, e.Sink)
 }
 
-// SetBack reports whether err says that the log does not extend what a sink
-// holds of it, here or on another replica, so that only an operator's word lets it go on.
+// SetBack reports whether err says that the log does not extend a sink's copy, here
+// or on another replica, so that an operator has to accept the rollback.
 func SetBack(err error) bool {
 	halted, ok := errors.AsType[*HaltError](err)
 	return ok && halted.SetBack || errors.As(err, new(*RollbackError)) || errors.Is(err, ErrCheckpointLost)
 }
 
-// follower brings one sink up to the log and keeps it there.
+// follower feeds one sink.
 type follower struct {
 	log  *Log
 	sink Sink
@@ -78,8 +77,8 @@ type follower struct {
 
 	mu       sync.Mutex
 	held     Checkpoint // what the sink has acknowledged, as it was then
-	newest   Checkpoint // the newest that it ever said it holds
-	attended *string    // the database's timeline when it said so last; nil: it has not
+	newest   Checkpoint // the newest checkpoint that it ever reported
+	attended *string    // the database's timeline at its last report; nil: none yet
 	err      error
 	caughtUp time.Time // when it last held the whole log
 }
@@ -97,7 +96,7 @@ func (f *follower) set(held Checkpoint, err error) {
 	f.log.acted.send()
 }
 
-// caught notes that the sink holds the whole log.
+// caught records that the sink holds the whole log.
 func (f *follower) caught() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -119,14 +118,14 @@ func (f *follower) run(ctx context.Context) {
 		f.set(held, err)
 		f.log.log.Warn("an audit sink is behind", "sink", f.sink.Name(), "next", held.Size, "error", err)
 		if err := f.log.HoldBack(ctx, err); err != nil {
-			f.log.log.Warn("other replicas do not know of it yet", "error", err)
+			f.log.log.Warn("other replicas have not been told of it yet", "error", err)
 		}
 		pause(ctx, backoff)
 		backoff = min(2*backoff, sinkBackoff)
 	}
 }
 
-// follow resumes where the sink is and goes on until something fails.
+// follow resumes at the sink's position and continues until an error.
 func (f *follower) follow(ctx context.Context) error {
 	held, err := f.begin(ctx)
 	if err != nil {
@@ -148,8 +147,8 @@ func (f *follower) follow(ctx context.Context) error {
 		if err := f.keepSigned(ctx, after.Size); err != nil {
 			return err
 		}
-		// Trouble is over only now: a sink that says how far it is may still
-		// not take what comes next.
+		// The error is cleared only now: a sink that reports its position may
+		// still refuse the next entries.
 		if _, trouble := f.state(); after != held || trouble != nil {
 			f.set(after, nil)
 		}
@@ -167,7 +166,7 @@ func (f *follower) follow(ctx context.Context) error {
 	}
 }
 
-// begin resumes where the sink is, and lets the log grow behind what it holds.
+// begin resumes at the sink's position, and allows new indices after it.
 func (f *follower) begin(ctx context.Context) (Checkpoint, error) {
 	held, err := f.resume(ctx)
 	if err == nil {
@@ -179,9 +178,9 @@ func (f *follower) begin(ctx context.Context) (Checkpoint, error) {
 	return held, err
 }
 
-// resume asks the sink how far it is, and checks that the log goes on from
-// there. Of a shared sink's entries, those that were never noted as acknowledged
-// are to be given again, lest their receipts be missing.
+// resume asks the sink for its position, and checks that the log extends it. Entries
+// of a shared sink that were never recorded as acknowledged are sent again, so that
+// their receipts are not missing.
 func (f *follower) resume(ctx context.Context) (held Checkpoint, err error) {
 	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
@@ -189,7 +188,7 @@ func (f *follower) resume(ctx context.Context) (held Checkpoint, err error) {
 	if err != nil {
 		return Checkpoint{}, err
 	}
-	var last Checkpoint // of the call alone, when it has been given up
+	var last Checkpoint // used by the call only, which may outlive this function
 	if err := f.bounded(ctx, func() (err error) { last, err = f.sink.Last(ctx); return err }); err != nil {
 		return Checkpoint{}, fmt.Errorf("asking sink %s for its last checkpoint: %w", f.sink.Name(), err)
 	}
@@ -230,8 +229,8 @@ func (f *follower) extended(ctx context.Context, held Checkpoint) (head Checkpoi
 	return head, err
 }
 
-// step brings the sink on from held and returns how far it is then. What the
-// sink holds must still be in the log: it may have been rewritten meanwhile.
+// step feeds the sink from held on and returns its new position. It checks again
+// that the log extends held: the log may have been rewritten since.
 func (f *follower) step(ctx context.Context, held Checkpoint) (Checkpoint, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
@@ -269,8 +268,8 @@ func (f *follower) step(ctx context.Context, held Checkpoint) (Checkpoint, error
 	return f.log.store.At(ctx, done)
 }
 
-// appendFrom appends what the log durably holds behind held, and returns how far
-// the sink is then, and its receipts.
+// appendFrom appends the durable entries of the log after held, and returns the
+// sink's new position and its receipts.
 func (f *follower) appendFrom(ctx context.Context, held Checkpoint) (Checkpoint, [][]byte, error) {
 	entries, after, err := f.log.store.Durable(ctx, held, sinkBatch)
 	if setBack, ok := errors.AsType[*RollbackError](err); ok {
@@ -279,7 +278,7 @@ func (f *follower) appendFrom(ctx context.Context, held Checkpoint) (Checkpoint,
 	if err != nil || len(entries) == 0 {
 		return held, nil, err
 	}
-	// What the call works with is nobody else's when it has been given up.
+	// The call may outlive this function, so it has variables of its own.
 	var given [][]byte
 	err = f.bounded(ctx, func() (err error) { given, err = f.sink.Append(ctx, entries, after); return err })
 	if err != nil {
@@ -288,9 +287,9 @@ func (f *follower) appendFrom(ctx context.Context, held Checkpoint) (Checkpoint,
 	return after, given, nil
 }
 
-// keepSigned gives the sink the signed checkpoints that it has not recorded and
-// that cover no more than next events. After a start that is the newest alone:
-// it vouches for all before it.
+// keepSigned sends the sink the signed checkpoints that it has not recorded and
+// that cover no more than next events. After a start it sends only the newest,
+// which covers all events before it.
 func (f *follower) keepSigned(ctx context.Context, next int64) error {
 	newest := f.log.signed.Load()
 	held := f.signed.Load()
@@ -311,7 +310,7 @@ func (f *follower) keepSigned(ctx context.Context, next int64) error {
 			return nil
 		}
 		if err := f.bounded(ctx, func() error { return f.sink.KeepSigned(ctx, s.Note) }); err != nil {
-			return fmt.Errorf("giving sink %s a signed checkpoint: %w", f.sink.Name(), err)
+			return fmt.Errorf("sending sink %s a signed checkpoint: %w", f.sink.Name(), err)
 		}
 		f.signed.Store(s.Seq)
 		f.log.acted.send()
@@ -319,12 +318,12 @@ func (f *follower) keepSigned(ctx context.Context, next int64) error {
 	return nil
 }
 
-// errHung is a call to a sink that did not come back in time.
+// errHung: a call to a sink did not return in time.
 var errHung = errors.New("the sink did not answer in time")
 
-// bounded runs do and stops waiting for it when ctx ends, for a write to a
-// file cannot be cancelled. While a call that was given up is still on its way,
-// it makes no other: a sink that hangs for good holds one goroutine.
+// bounded runs do and stops waiting for it when ctx ends, because a write to a file
+// cannot be cancelled. While an abandoned call has not returned, no other is made:
+// a sink that hangs forever holds one goroutine.
 func (f *follower) bounded(ctx context.Context, do func() error) error {
 	select {
 	case f.call <- struct{}{}:

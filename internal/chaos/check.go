@@ -99,7 +99,7 @@ func (c *checker) tree() {
 		c.report("the log's head says %d events, and there are %d", c.Size, len(c.Log))
 	}
 	if root := rootOf(hashes); string(root[:]) != string(c.Root) {
-		c.report("the log's root is not that of its events")
+		c.report("the log's root does not match its events")
 	}
 	if c.Unplaced > 0 {
 		c.report("%d events have no place in the log", c.Unplaced)

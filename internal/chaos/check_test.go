@@ -99,7 +99,7 @@ func TestEveryViolationIsFound(t *testing.T) {
 		{"a release without its event", func(e *Evidence) { e.Log[0].Type = "orgkey.listed" }, "key kept was released, and the log does not say that it was created"},
 		{"a release without Vault's audit entry", func(e *Evidence) { delete(e.Device, "event-0") }, "key kept was released, and Vault's audit device does not have its event"},
 		{"a release before Vault's audit entry", func(e *Evidence) { e.Device["event-0"] = e.Keys[0].Released.Add(time.Millisecond) }, "key kept was released 1ms before Vault's audit device had its event"},
-		{"a leaf was altered", func(e *Evidence) { e.Log[2].Raw = []byte("altered") }, "the log's root is not that of its events"},
+		{"a leaf was altered", func(e *Evidence) { e.Log[2].Raw = []byte("altered") }, "the log's root does not match its events"},
 		{"an event is missing", func(e *Evidence) { e.Log = append(e.Log[:2:2], e.Log[3:]...) }, "the log has no event 2"},
 		{"the log's end is missing", func(e *Evidence) { e.Log = e.Log[:7] }, "the log's head says 8 events, and there are 7"},
 		{"an event never got its place", func(e *Evidence) { e.Unplaced = 1 }, "1 events have no place in the log"},

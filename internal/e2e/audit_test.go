@@ -489,10 +489,10 @@ func TestPromise5_AForgedRowIsNotSequenced(t *testing.T) {
 	if len(s.Sink(t).Find(func(l harness.Leaf) bool { return l.ID == id })) != 0 {
 		t.Error("the forged event is in the sink")
 	}
-	if !strings.Contains(string(s.Output()), "somebody writes to the database") {
+	if !strings.Contains(string(s.Output()), "another program writes to the database") {
 		t.Error("the server's log says nothing")
 	}
-	if stdout, stderr, _ := s.Run(t, "audit", "verify"); !strings.Contains(stdout, "1 rows of the table events wait unauthenticated") {
+	if stdout, stderr, _ := s.Run(t, "audit", "verify"); !strings.Contains(stdout, "1 rows of the table events are not authentic") {
 		t.Errorf("verifying says %s%s", stdout, stderr)
 	}
 }

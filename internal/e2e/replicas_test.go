@@ -339,7 +339,7 @@ func TestDoctorNamesWhatIsWrong(t *testing.T) {
 		{"fewer connections than the replicas may open", func() func() {
 			must(t, c.Postgres.Restart("max_connections=30"))
 			return func() { must(t, c.Postgres.Restart()) }
-		}, "warn", "connections", "2 replicas may open 40, and PostgreSQL gives 27"},
+		}, "warn", "connections", "2 replicas may open 40 connections, but PostgreSQL allows 27"},
 		{"PostgreSQL down", func() func() {
 			must(t, c.Postgres.Stop())
 			return func() { must(t, c.Postgres.Restart()) }

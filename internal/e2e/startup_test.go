@@ -255,7 +255,7 @@ func TestHangupEndsNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	harness.Eventually(t, harness.Patience, "the log tells of it", func() bool {
-		return bytes.Contains(s.Output(), []byte("SIGHUP changes nothing"))
+		return bytes.Contains(s.Output(), []byte("SIGHUP is ignored"))
 	})
 	s.Generate(t, harness.Org())
 	if code := s.Stop(t); code != 0 {

@@ -881,7 +881,7 @@ func TestPromise10_VaultThatIsNotSetUpIsRefused(t *testing.T) {
 		{"a policy that is too weak", func() error {
 			return sys.PutPolicyWithContext(ctx, "orgkeys-service", strings.Replace(policy, "orgkeys-seal/decrypt/seal", "orgkeys-seal/decrypt/none", 1))
 		}, func() error { return sys.PutPolicyWithContext(ctx, "orgkeys-service", policy) }, "the policy is too weak: the service needs update on orgkeys-seal/decrypt/seal", "vault/setup"},
-		{"gone", v.Kill, func() error { return v.Restart(ctx) }, "Vault cannot be asked", "VAULT_ADDR"},
+		{"gone", v.Kill, func() error { return v.Restart(ctx) }, "Vault does not answer", "VAULT_ADDR"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -581,7 +581,7 @@ func TestPoliciesTakeLimitedMemory(t *testing.T) {
 	}
 	m.relist(t)
 	_, err := verifyExport(t, m.pack(t), e.VKey(t))
-	if err == nil || !strings.Contains(err.Error(), "larger than any that is written") {
+	if err == nil || !strings.Contains(err.Error(), "larger than orgkeys writes") {
 		t.Errorf("%v", err)
 	}
 }
@@ -611,7 +611,7 @@ func TestAnExportOfATamperedLogFails(t *testing.T) {
 func TestAChangedPolicyIsPutRight(t *testing.T) {
 	e := audittest.NewSigned(t)
 	e.Exec(t, `UPDATE policies SET content = x'00' WHERE name = 'authz.rego'`)
-	if _, err := archive.Write(t.Context(), io.Discard, e.DB, nil, t.TempDir(), "a test", nil); err == nil || !strings.Contains(err.Error(), "was altered") {
+	if _, err := archive.Write(t.Context(), io.Discard, e.DB, nil, t.TempDir(), "a test", nil); err == nil || !strings.Contains(err.Error(), "was changed") {
 		t.Errorf("exported, although the archive cannot verify: %v", err)
 	}
 	audittest.Must(t, e.DB.KeepPolicy(t.Context(), e.Policy, map[string][]byte{"authz.rego": []byte("package orgkeys.authz\n"), "data.json": []byte("{}")}))

@@ -51,7 +51,7 @@ func Prove(ctx context.Context, e Source, event string) (Proof, error) {
 		return Proof{}, fmt.Errorf("proving event %d: %w", index, err)
 	}
 	if tlog.CheckRecord(path, head.Size, head.Root, index, tlog.RecordHash(entries[0].Leaf)) != nil {
-		return Proof{}, verify.Problemf(index, "the tree does not lead from it to the signed root: run \"orgkeys audit verify\"")
+		return Proof{}, verify.Problemf(index, "its path does not lead to the signed root: run \"orgkeys audit verify\"")
 	}
 	p := Proof{Format: proofFormat, Index: index, Event: string(entries[0].Leaf), Path: []string{}, Checkpoint: head.Note}
 	for _, h := range path {
@@ -83,7 +83,7 @@ func VerifyProof(text []byte, vkeys []string) (Proof, audit.Signed, error) {
 		return p, audit.Signed{}, wrong("it is not a proof: %v", err)
 	}
 	if p.Format != proofFormat {
-		return p, audit.Signed{}, wrong("it is of the format %q, and this program knows %s", p.Format, proofFormat)
+		return p, audit.Signed{}, wrong("its format is %q; this version of orgkeys reads %s", p.Format, proofFormat)
 	}
 	signed, err := keys.Open(p.Checkpoint)
 	if err != nil {
@@ -96,12 +96,12 @@ func VerifyProof(text []byte, vkeys []string) (Proof, audit.Signed, error) {
 	for i, encoded := range p.Path {
 		b, err := base64.StdEncoding.Strict().DecodeString(encoded)
 		if err != nil || len(b) != tlog.HashSize {
-			return p, audit.Signed{}, verify.Problemf(p.Index, "its path holds what is not a hash")
+			return p, audit.Signed{}, verify.Problemf(p.Index, "its path holds a value that is not a hash")
 		}
 		path[i] = tlog.Hash(b)
 	}
 	if err := tlog.CheckRecord(path, signed.Size, signed.Root, p.Index, tlog.RecordHash([]byte(p.Event))); err != nil {
-		return p, audit.Signed{}, verify.Problemf(p.Index, "the path does not lead from it to the signed root: it was altered, or is not of this log")
+		return p, audit.Signed{}, verify.Problemf(p.Index, "its path does not lead to the signed root: it was changed, or belongs to another log")
 	}
 	return p, signed, nil
 }

@@ -20,28 +20,27 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
-// VaultFile is what the audit files of Vault say of the log: the events and
-// checkpoints that Vault has signed. Vault writes a "response" entry after it
-// has done so; a request that it refused leaves an error, and does not count.
-// It needs memory for every event.
+// VaultFile holds the events and checkpoints that Vault has signed, as recorded in
+// its audit files. Vault writes a "response" entry after it has signed; a refused
+// request leaves an error and does not count. It needs memory for every event.
 type VaultFile struct {
-	at      map[tlog.Hash]vaultMark // where each event stands that is not matched yet
+	at      map[tlog.Hash]vaultMark // the positions of events that are not matched yet
 	points  map[int64][]vaultPoint  // by size
 	files   []VaultSpan
 	read    int64 // events, checkpoints and entries about sealed keys, of all files
 	events  int64
-	matched []vaultMark // where the log's events stand, by index
+	matched []vaultMark // the positions of the log's events, by index
 	bad     []vaultProblem
 	sealed  sealings
-	torn    []string // lines that are not whole
-	behind  []string // lines with text before a whole entry
+	torn    []string // incomplete lines
+	behind  []string // lines with text before a complete entry
 }
 
-// VaultSpan is what one audit file holds. Only the node that is active writes
-// entries, so that in a cluster no one file covers all the time between.
+// VaultSpan is the time span of one audit file. Only the active node writes
+// entries, so in a cluster a single file does not cover the whole span.
 type VaultSpan struct {
 	Name        string
-	First, Last time.Time // of its entries, whoever they are about
+	First, Last time.Time // of all its entries
 	Entries     int64
 }
 
@@ -55,8 +54,8 @@ func (s *VaultSpan) add(at time.Time) {
 	s.Entries++
 }
 
-// vaultMark is a place among the entries of all files. Their time orders them:
-// in which order the files are given says nothing.
+// vaultMark is a position among the entries of all files, which are ordered by
+// their time, not by the order in which the files are given.
 type vaultMark struct {
 	time int64 // of the entry, in nanoseconds
 	n    int64 // as read, for what one entry holds
@@ -79,26 +78,26 @@ type vaultProblem struct {
 	*verify.Problem
 }
 
-// VaultReport is what the comparison with Vault's audit file found.
+// VaultReport is the result of the comparison with Vault's audit file.
 type VaultReport struct {
 	Events int64 // that the file holds
-	Newer  int64 // of them that came after the export, and are not signed for yet
+	Newer  int64 // of them that are newer than the export and covered by no signed checkpoint yet
 	Lost   []VaultLoss
 	Sealed VaultSealed
 	Files  []VaultSpan
-	AsOf   time.Time // when the newest entry of any file was written: of what came later they say nothing
-	Behind []string  // where text stands before a whole entry, as a device's prefix or who captures its output puts there
-	Torn   []string  // where lines stand that are not whole, as a crash of Vault leaves them: what was in them is not known
+	AsOf   time.Time // when the newest entry of any file was written
+	Behind []string  // where text is before a complete entry: a device's prefix, or that of a program that captures its output
+	Torn   []string  // where lines are incomplete, for example after a crash of Vault: their content is unknown
 }
 
-// VaultLoss is what an accepted rollback has lost.
+// VaultLoss describes the events that were lost in an accepted rollback.
 type VaultLoss struct {
 	Index       int64 // of the event that accepted it
 	Events      int64
-	First, Last string // where they stand in Vault's audit file
+	First, Last string // their positions in Vault's audit file
 }
 
-// vaultEntry is a line of Vault's audit file, as far as it matters here.
+// vaultEntry is a line of Vault's audit file, with the fields that are used here.
 type vaultEntry struct {
 	Time    time.Time `json:"time"`
 	Type    string    `json:"type"`
@@ -118,9 +117,8 @@ const (
 	maxVaultLine = 16 << 20
 )
 
-// Read adds an audit file of Vault, in any order. A last line that is not
-// whole, as in the copy of a file that Vault is writing, is passed over; others
-// are reported.
+// Read adds an audit file of Vault, in any order. An incomplete last line, as in a
+// copy of a file that Vault is writing, is ignored; others are reported.
 func (f *VaultFile) Read(name string, r io.Reader) error {
 	if f.at == nil {
 		f.at, f.points = map[tlog.Hash]vaultMark{}, map[int64][]vaultPoint{}
@@ -133,7 +131,7 @@ func (f *VaultFile) Read(name string, r io.Reader) error {
 		raw, err := in.ReadSlice('\n')
 		last := errors.Is(err, io.EOF)
 		if errors.Is(err, bufio.ErrBufferFull) {
-			return fmt.Errorf("%s: line %d is longer than any of Vault's audit file: is it compressed?", name, line)
+			return fmt.Errorf("%s: line %d is too long for Vault's audit file: is the file compressed?", name, line)
 		}
 		if err != nil && !last {
 			return fmt.Errorf("%s: line %d: %w", name, line, err)
@@ -148,16 +146,16 @@ func (f *VaultFile) Read(name string, r io.Reader) error {
 		case span.Entries > 0 || size == 0:
 			return nil
 		case jsonx:
-			return fmt.Errorf("%s is of a device with format=jsonx: have another device of Vault write format=json, its default", name)
+			return fmt.Errorf("%s is from a device with format=jsonx: let another audit device of Vault write format=json, its default", name)
 		default:
 			return fmt.Errorf("%s holds no entry of Vault's audit file, one JSON object a line: decompress it, and let an audit device of Vault write format=json, its default", name)
 		}
 	}
 }
 
-// line takes one line. Behind what is no entry a whole one may stand: Vault
-// writes on behind what its crash has torn, and devices with a prefix, or who
-// captures their output, put text of their own before each.
+// line reads one line. A complete entry may follow other text: after a crash Vault
+// continues behind an incomplete line, and devices with a prefix, or programs that
+// capture their output, put text before each entry.
 func (f *VaultFile) line(raw []byte, line int64, last bool, span *VaultSpan) error {
 	raw = bytes.TrimSpace(raw)
 	if len(raw) == 0 {
@@ -178,8 +176,8 @@ func (f *VaultFile) line(raw []byte, line int64, last bool, span *VaultSpan) err
 	return f.entry(raw[at:], when, line)
 }
 
-// findEntry returns where in a line an entry begins that reaches to its end, and
-// when it was written.
+// findEntry returns where the entry at the end of a line begins, and when it was
+// written.
 func findEntry(raw []byte) (at int, when time.Time, found bool) {
 	const objects = 1000 // before it, at most: each is read to its end
 	for range objects {
@@ -195,8 +193,8 @@ func findEntry(raw []byte) (at int, when time.Time, found bool) {
 	return 0, time.Time{}, false
 }
 
-// wholeEntry reports whether text is one entry, of orgkeys or of anybody else,
-// and when it was written.
+// wholeEntry reports whether text is one complete entry, about any request, and when
+// it was written.
 func wholeEntry(text []byte) (time.Time, bool) {
 	var e struct {
 		Time time.Time `json:"time"`
@@ -254,11 +252,11 @@ func (f *VaultFile) place(m vaultMark) string {
 	return fmt.Sprintf("%s:%d", f.files[m.file].Name, m.line)
 }
 
-// match notes that the log holds an event. It is called for each, in their order.
+// match records that the log holds an event. It is called for each, in order.
 func (f *VaultFile) match(index int64, leaf tlog.Hash) error {
 	mark, ok := f.at[leaf]
 	if !ok {
-		return verify.Problemf(index, "Vault's audit file does not hold it: it was altered or inserted, or not every audit file was given")
+		return verify.Problemf(index, "it is missing from Vault's audit file: it was changed or inserted, or not every audit file was given")
 	}
 	delete(f.at, leaf)
 	f.matched = append(f.matched, mark)
@@ -269,7 +267,7 @@ func (f *VaultFile) match(index int64, leaf tlog.Hash) error {
 func (f *VaultFile) matchRoot(origin string, size int64, root func() tlog.Hash) {
 	for _, p := range f.points[size] {
 		if p.Origin == origin && p.Root != root() {
-			f.found(p.vaultMark, size-1, "the checkpoint of that size in Vault's audit file (%s) has another root: the log was rewritten", f.place(p.vaultMark))
+			f.found(p.vaultMark, size-1, "the checkpoint of that size in Vault's audit file (%s) has a different root: the log was rewritten", f.place(p.vaultMark))
 		}
 	}
 }
@@ -278,8 +276,9 @@ func (f *VaultFile) found(m vaultMark, index int64, format string, args ...any) 
 	f.bad = append(f.bad, vaultProblem{m, verify.Problemf(index, format, args...)})
 }
 
-// loss is where in Vault's file the events stand that an accepted rollback has
-// lost: behind the last that the log kept, and before the event that accepts it.
+// loss returns the positions in Vault's file of the events that were lost in an
+// accepted rollback: after the last that the log kept, and before the event that
+// accepts it.
 type loss struct {
 	after, until vaultMark
 	index        int64
@@ -297,7 +296,7 @@ func (l *loss) add(m vaultMark) {
 	l.events++
 }
 
-// lossAt is the one that m lies in, or nil.
+// lossAt returns the loss that contains m, or nil.
 func lossAt(losses []*loss, m vaultMark) *loss {
 	for _, l := range losses {
 		if l.after.before(m) && m.before(l.until) {
@@ -318,10 +317,9 @@ func (f *VaultFile) losses(accepted []verify.AcceptedRollback) []*loss {
 	return all
 }
 
-// finish judges what only Vault's file holds. What lies within an accepted
-// rollback was lost by it. What came after the last common event is newer than
-// the export, and nothing more as long as no checkpoint was signed over it. All
-// else is missing in the log.
+// finish decides about events that only Vault's file holds. Those within an accepted
+// rollback were lost in it. Those after the last common event are newer than the
+// export, unless a signed checkpoint covers them. All others are missing from the log.
 func (f *VaultFile) finish(origin string, accepted []verify.AcceptedRollback) (VaultReport, error) {
 	r := VaultReport{Events: f.events, Files: f.files, Behind: f.behind, Torn: f.torn}
 	for _, file := range f.files {
@@ -343,7 +341,7 @@ func (f *VaultFile) finish(origin string, accepted []verify.AcceptedRollback) (V
 		case newest.before(m):
 			r.Newer++
 		default:
-			f.found(m, -1, "Vault's audit file holds an event (%s) that the log does not: it was dropped, or the log was set back, or it is of another log that used this Vault before", f.place(m))
+			f.found(m, -1, "Vault's audit file holds an event (%s) that is missing from the log: it was removed, the log was rolled back, or it belongs to another log that used this Vault before", f.place(m))
 		}
 	}
 	f.findNewer(origin)
@@ -368,13 +366,13 @@ func (f *VaultFile) findNewer(origin string) {
 	for covered, points := range f.points {
 		for _, p := range points {
 			if covered > size && p.signed && p.Origin == origin {
-				f.found(p.vaultMark, size, "it is missing: Vault's audit file (%s) holds a signed checkpoint of %d events; the export is older, or the log has lost its end: make a new one", f.place(p.vaultMark), covered)
+				f.found(p.vaultMark, size, "it is missing: Vault's audit file (%s) holds a signed checkpoint of %d events; the export is older, or the log was truncated: make a new export", f.place(p.vaultMark), covered)
 			}
 		}
 	}
 }
 
-var errNoVaultEvents = errors.New("the file holds nothing that orgkeys had Vault sign: is it Vault's audit file, one entry a line, not wrapped in another log's?")
+var errNoVaultEvents = errors.New("the file holds nothing that Vault signed for orgkeys: is it Vault's audit file, with one entry a line and not wrapped in another log's lines?")
 
 // CheckNotEmpty reports an error if nothing in the files read came from orgkeys.
 func (f *VaultFile) CheckNotEmpty() error {

@@ -26,28 +26,28 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
-// Report is what verification found of an export with nothing wrong in it.
+// Report is the result of verifying an export without errors.
 type Report struct {
 	Manifest    Manifest
 	Checkpoints int64 // each signed by a given key
 	Receipts    int64 // each signed by a given key
-	Keys        int64 // whose life the inventory tells
-	PublicKeys  int64 // that the log's fingerprints vouch for
+	Keys        int64 // in the inventory
+	PublicKeys  int64 // that match the log's fingerprints
 	Enrolled    []Enrolled
 	Rollbacks   []audit.Rollback
-	Covered     int64        // events that something from outside vouches for
+	Covered     int64        // events that evidence from outside covers
 	Vault       *VaultReport // nil without Vault's audit file
 }
 
-// Outside is what an export is compared with: what others hold of the log.
+// Outside is the evidence from elsewhere with which an export is compared.
 type Outside struct {
 	Vault      *VaultFile // nil: none
 	Checkpoint string     // a signed checkpoint; empty: none
 }
 
-// Verify checks an export against verifier keys and what others hold of
-// the log. What is wrong is a *Problem. It reads the archive once and keeps in
-// memory what it knows of each key; of each event only with Vault's audit file.
+// Verify checks an export against verifier keys and evidence from elsewhere. An
+// error in the export is a *Problem. It reads the archive once. It needs memory for
+// each key, and with Vault's audit file also for each event.
 func Verify(ctx context.Context, r io.Reader, vkeys []string, outside Outside, progress verify.Progress) (Report, error) {
 	keys, err := audit.ParseKeys(vkeys...)
 	if err != nil {
@@ -120,14 +120,14 @@ func (x *verifier) read(ctx context.Context, r io.Reader) error {
 	return x.finish()
 }
 
-// checkEnd reports what is behind the archive's last member: there is nothing
-// but padding, lest somebody else's program read more than was verified.
+// checkEnd reports data after the archive's last member: only padding is allowed, so
+// that no other program reads more than was verified.
 func checkEnd(packed io.Reader, compressed io.ByteReader) error {
 	rest := make([]byte, 32<<10)
 	for {
 		n, err := packed.Read(rest)
 		if slices.ContainsFunc(rest[:n], func(b byte) bool { return b != 0 }) {
-			return wrong("something stands behind the end of the archive")
+			return wrong("there is data after the end of the archive")
 		}
 		if errors.Is(err, io.EOF) {
 			break
@@ -137,7 +137,7 @@ func checkEnd(packed io.Reader, compressed io.ByteReader) error {
 		}
 	}
 	if _, err := compressed.ReadByte(); !errors.Is(err, io.EOF) {
-		return wrong("something stands behind the end of the archive")
+		return wrong("there is data after the end of the archive")
 	}
 	return nil
 }
@@ -148,7 +148,7 @@ func (x *verifier) readManifest(in *tar.Reader) error {
 		return wrong("the archive is damaged: %v", err)
 	}
 	if h.Name != manifestName || h.Typeflag != tar.TypeReg {
-		return wrong("%s does not come first: it is not an export", manifestName)
+		return wrong("%s is not the first member: it is not an export", manifestName)
 	}
 	b, err := readAllOf(in, h.Size, maxManifest)
 	if err != nil {
@@ -159,7 +159,7 @@ func (x *verifier) readManifest(in *tar.Reader) error {
 		return wrong("%s cannot be read: %v", manifestName, err)
 	}
 	if m.Format != exportFormat && m.Format != exportWithKeys {
-		return wrong("it is of the format %q, and this program knows %s and %s", m.Format, exportFormat, exportWithKeys)
+		return wrong("its format is %q; this version of orgkeys reads %s and %s", m.Format, exportFormat, exportWithKeys)
 	}
 	x.left = m.Members
 	return checkMembers(m.Members, m.Format == exportWithKeys)
@@ -169,8 +169,8 @@ func (x *verifier) readManifest(in *tar.Reader) error {
 // their own.
 var memberOrder = []string{checkpointsName, receiptKeysName, policiesDir, eventsName, inventoryName, publicKeysName}
 
-// memberPlace is a member's place in that order, or -1 if no export has it. A
-// name leads nowhere but below the directory in which somebody unpacks it.
+// memberPlace is a member's position in that order, or -1 if no export has it. A name
+// cannot lead outside the directory in which the archive is unpacked.
 func memberPlace(name string) int {
 	parts := strings.SplitN(name, "/", 3)
 	if len(parts) == 3 && parts[0] == policiesDir && fs.ValidPath(name) && !strings.Contains(name, `\`) {
@@ -182,18 +182,18 @@ func memberPlace(name string) int {
 	return slices.Index(memberOrder, name)
 }
 
-// checkMembers reports members that an export does not have, at that place.
+// checkMembers reports unexpected members, and those out of order.
 func checkMembers(members []Member, withKeys bool) error {
 	place, seen := 0, map[string]bool{}
 	for _, m := range members {
 		at := memberPlace(m.Name)
 		switch {
 		case at < 0:
-			return wrong("%q is no member of an export", m.Name)
+			return wrong("%q is not a member of an export", m.Name)
 		case seen[m.Name]:
-			return wrong("%s is there twice", m.Name)
+			return wrong("%s is in the archive twice", m.Name)
 		case at < place:
-			return wrong("%s is not in its place", m.Name)
+			return wrong("%s is out of order", m.Name)
 		}
 		place, seen[m.Name] = at, true
 	}
@@ -213,7 +213,7 @@ func checkMembers(members []Member, withKeys bool) error {
 
 func readAllOf(r io.Reader, size, limit int64) ([]byte, error) {
 	if size > limit {
-		return nil, wrong("a member of %d bytes is larger than any that is written", size)
+		return nil, wrong("a member has %d bytes, which is larger than orgkeys writes", size)
 	}
 	b, err := io.ReadAll(io.LimitReader(r, limit))
 	if err != nil {
@@ -222,10 +222,10 @@ func readAllOf(r io.Reader, size, limit int64) ([]byte, error) {
 	return b, nil
 }
 
-// member reads the next member, which must be the one that the manifest says.
+// member reads the next member, which must be the next in the manifest.
 func (x *verifier) member(ctx context.Context, h *tar.Header, in io.Reader) error {
 	if len(x.left) == 0 || x.left[0].Name != h.Name || h.Typeflag != tar.TypeReg {
-		return wrong("%s is not the member that the manifest names there", h.Name)
+		return wrong("%s is not the member that the manifest lists at this position", h.Name)
 	}
 	want := x.left[0]
 	x.left = x.left[1:]
@@ -234,7 +234,7 @@ func (x *verifier) member(ctx context.Context, h *tar.Header, in io.Reader) erro
 		return err
 	}
 	if hashed.size != want.Size || hex.EncodeToString(hashed.sum.Sum(nil)) != want.SHA256 {
-		return wrong("%s does not have the size and SHA-256 that the manifest says", h.Name)
+		return wrong("%s does not have the size and SHA-256 in the manifest", h.Name)
 	}
 	return nil
 }
@@ -277,7 +277,7 @@ func lines(name string, in io.Reader, do func(n int64, line []byte) error) error
 		case errors.Is(err, io.EOF) && len(raw) == 0:
 			return nil
 		case err != nil:
-			return wrong("%s: line %d is torn or too long: %v", name, n+1, err)
+			return wrong("%s: line %d is incomplete or too long: %v", name, n+1, err)
 		}
 		if err := do(n, raw[:len(raw)-1]); err != nil {
 			return err
@@ -297,7 +297,7 @@ func (x *verifier) readCheckpoints(in io.Reader) error {
 		}
 		m := x.report.Manifest
 		if s.Origin != m.Origin || s.Size < x.newest.Size {
-			return wrong("%s: line %d is out of order, or of another log", checkpointsName, n+1)
+			return wrong("%s: line %d is out of order, or belongs to another log", checkpointsName, n+1)
 		}
 		x.points[s.Size] = append(x.points[s.Size], s.Root)
 		x.newest = s.Checkpoint
@@ -306,8 +306,8 @@ func (x *verifier) readCheckpoints(in io.Reader) error {
 	})
 }
 
-// readReceiptKeys takes the receipts' keys only if the verifier was given them:
-// it is the key that signs checkpoints, too.
+// readReceiptKeys uses a receipt key only if the verifier was given it: the same key
+// signs checkpoints.
 func (x *verifier) readReceiptKeys(in io.Reader, size int64) error {
 	b, err := readAllOf(in, size, maxSmallMember)
 	if err != nil {
@@ -348,15 +348,15 @@ func (x *verifier) readPolicy(h *tar.Header, in io.Reader) error {
 	return nil
 }
 
-// checkPolicies reports a policy whose text is not the one that its revision is the hash of.
+// checkPolicies reports a policy whose text does not match its revision, a hash.
 func (x *verifier) checkPolicies() error {
 	if revision := verify.AlteredPolicy(x.policies); revision != "" {
-		return wrong("the text of policy %s is not the one that decided", revision)
+		return wrong("the text of policy %s does not match its revision", revision)
 	}
 	return nil
 }
 
-// batch is some lines of events, parsed beside others and taken in their order.
+// batch is some lines of events; batches are parsed concurrently and processed in order.
 type batch struct {
 	first  int64
 	raw    [][]byte
@@ -373,8 +373,8 @@ type parsedEvent struct {
 
 const batchLines = 500
 
-// readEvents parses and checks lines on all processors, and takes them into the
-// tree in their order.
+// readEvents parses and checks lines on all processors, and adds them to the tree in
+// order.
 func (x *verifier) readEvents(ctx context.Context, in io.Reader) error {
 	if err := x.checkPolicies(); err != nil {
 		return err
@@ -446,10 +446,10 @@ func (x *verifier) parse(b *batch) {
 func (x *verifier) parseEvent(index int64, raw []byte) (p parsedEvent, err error) {
 	var l exportLine
 	if err := json.Unmarshal(raw, &l, json.RejectUnknownMembers(true)); err != nil || l.Index == nil {
-		return p, verify.Problemf(index, "its line is not one that an export has")
+		return p, verify.Problemf(index, "its line is not in the format of an export")
 	}
 	if *l.Index != index {
-		return p, verify.Problemf(index, "it is missing: event %d stands there", *l.Index)
+		return p, verify.Problemf(index, "it is missing: event %d is at its position", *l.Index)
 	}
 	if p.event, err = audit.Decode(l.Event); err != nil {
 		return p, verify.Problemf(index, "its leaf is not an event")
@@ -503,10 +503,10 @@ func (x *verifier) take(b *batch) error {
 func (x *verifier) checkRoot() error {
 	roots := x.points[x.tree.Size()]
 	if len(roots) > 0 && slices.ContainsFunc(roots, func(r tlog.Hash) bool { return r != x.tree.Root() }) {
-		return verify.Problemf(x.tree.Size()-1, "the events up to it are not those of the signed checkpoint: at least one was altered, dropped, inserted or moved")
+		return verify.Problemf(x.tree.Size()-1, "the events up to it do not match the signed checkpoint: at least one was changed, removed, inserted or moved")
 	}
 	if x.kept.Size == x.tree.Size() && (x.kept.Origin != x.report.Manifest.Origin || x.kept.Root != x.tree.Root()) {
-		return verify.Problemf(x.tree.Size()-1, "the events up to it are not those of the checkpoint given: the log was rewritten, or it is another one")
+		return verify.Problemf(x.tree.Size()-1, "the events up to it do not match the given checkpoint: the log was rewritten, or it is another log")
 	}
 	if x.vault != nil {
 		x.vault.matchRoot(x.report.Manifest.Origin, x.tree.Size(), x.tree.Root)
@@ -518,10 +518,10 @@ func (x *verifier) checkRoot() error {
 func (x *verifier) checkPoints() error {
 	m := x.report.Manifest
 	if x.report.Checkpoints == 0 {
-		return wrong("no checkpoint is signed by a given key: nothing vouches for the events")
+		return wrong("no checkpoint is signed by a given key: nothing proves the events")
 	}
 	if m.Size != x.newest.Size || m.Root != base64.StdEncoding.EncodeToString(x.newest.Root[:]) {
-		return wrong("the manifest says %d events, and the newest signed checkpoint %d, or another root", m.Size, x.newest.Size)
+		return wrong("the manifest's size (%d events) and root do not match the newest signed checkpoint (%d events)", m.Size, x.newest.Size)
 	}
 	return nil
 }
@@ -532,7 +532,7 @@ func (x *verifier) readInventory(in io.Reader) error {
 	}
 	err := lines(inventoryName, in, func(n int64, raw []byte) error {
 		if n >= int64(len(x.lives.lives)) {
-			return wrong("%s: line %d tells of a key that the events do not know", inventoryName, n+1)
+			return wrong("%s: line %d is about a key that is in no event", inventoryName, n+1)
 		}
 		life := x.lives.lives[n]
 		want, err := life.line()
@@ -540,14 +540,14 @@ func (x *verifier) readInventory(in io.Reader) error {
 			return err
 		}
 		if !bytes.Equal(raw, want) {
-			return verify.Problemf(life.Created.Index, "the inventory's line %d does not tell of key %s what the events tell", n+1, life.Key)
+			return verify.Problemf(life.Created.Index, "line %d of the inventory, about key %s, does not agree with the events", n+1, life.Key)
 		}
 		x.report.Keys++
 		return nil
 	})
 	if err == nil && x.report.Keys < int64(len(x.lives.lives)) {
 		life := x.lives.lives[x.report.Keys]
-		return verify.Problemf(life.Created.Index, "key %s is missing in the inventory", life.Key)
+		return verify.Problemf(life.Created.Index, "key %s is missing from the inventory", life.Key)
 	}
 	return err
 }
@@ -595,7 +595,7 @@ func (x *verifier) complete() error {
 	case x.tree.Size() < m.Size:
 		return verify.Problemf(x.tree.Size(), "it is missing: the signed checkpoint covers %d events", m.Size)
 	case x.tree.Size() > m.Size:
-		return verify.Problemf(m.Size, "the signed checkpoint covers %d events: it was appended", m.Size)
+		return verify.Problemf(m.Size, "the signed checkpoint covers %d events: this one was appended", m.Size)
 	}
 	return nil
 }
@@ -605,7 +605,7 @@ func (x *verifier) finish() error {
 		return err
 	}
 	if x.kept.Size > x.tree.Size() {
-		return verify.Problemf(x.tree.Size(), "it is missing: the checkpoint given covers %d events; the export is older, or the log has lost its end: make a new one", x.kept.Size)
+		return verify.Problemf(x.tree.Size(), "it is missing: the checkpoint given covers %d events; the export is older, or the log was truncated: make a new export", x.kept.Size)
 	}
 	x.report.Covered, x.report.Enrolled = x.kept.Size, x.deliveries.told(&x.lives)
 	if x.vault == nil {

@@ -1,6 +1,6 @@
-// Package archive takes the log out of the database for those who do not have
-// it: an export of all of it, a proof of one event, and what verifies both with
-// nothing but public keys and, for the log's end, what others hold.
+// Package archive exports the log for those who do not have the database: the whole
+// log, or a proof of one event. It verifies both with public keys and, for the log's
+// end, evidence from elsewhere.
 package archive
 
 import (
@@ -39,11 +39,10 @@ import (
 //	inventory.jsonl         the life of each key, in the order of creation
 //	public-keys.jsonl       the public half of each key that lives, in that order
 //
-// It ends where the newest signed checkpoint ends, so a signature covers all of
-// it. Everything in it but the last member follows from the log: the same log
-// gives the same bytes. The public keys are what the database still has, and
-// the fingerprints in the log vouch for them; without them the export is of the
-// first format.
+// It ends with the newest signed checkpoint, so a signature covers all of it. All
+// but the last member is a function of the log: the same log gives the same bytes.
+// The public keys are those that the database still has, and the fingerprints in
+// the log prove them; without them the export is of the first format.
 const (
 	exportFormat      = "orgkeys-export/1"
 	exportWithKeys    = "orgkeys-export/2"
@@ -64,7 +63,7 @@ const (
 	errNothingToProve = "no signed checkpoint: start the server, or run \"orgkeys audit checkpoint\" while it is stopped"
 )
 
-// ErrNotSigned: the log has no signed checkpoint that could vouch for it.
+// ErrNotSigned: the log has no signed checkpoint.
 var ErrNotSigned = errors.New(errNothingToProve)
 
 // Source is a log that can be exported. Its implementation is sqlstore.
@@ -83,11 +82,11 @@ type Source interface {
 	Policies(ctx context.Context) ([]audit.PolicyFile, error)
 }
 
-// PublicKeys opens keys' public halves, PKIX DER. What is not in the answer was
-// deleted since; a key that has no record is an error.
+// PublicKeys decrypts keys' public halves, PKIX DER. A key that is not in the answer
+// was deleted since; a key that has no record is an error.
 type PublicKeys func(ctx context.Context, keys []string) (map[string][]byte, error)
 
-// Manifest is what an export says of itself.
+// Manifest describes an export.
 type Manifest struct {
 	Format         string   `json:"format"`
 	Program        string   `json:"program"` // what wrote it
@@ -95,7 +94,7 @@ type Manifest struct {
 	Size           int64    `json:"size"`
 	Root           string   `json:"root"` // base64
 	CheckpointKeys []string `json:"checkpointKeys"`
-	Policy         string   `json:"policy,omitempty"` // the revision that decided last
+	Policy         string   `json:"policy,omitempty"` // the newest revision that decided
 	Members        []Member `json:"members"`
 }
 
@@ -292,7 +291,7 @@ func (x *writer) writePolicies(ctx context.Context) error {
 		return err
 	}
 	if revision := verify.AlteredPolicy(verify.ByRevision(files)); revision != "" {
-		return verify.Problemf(-1, "the text of policy %s was altered", revision)
+		return verify.Problemf(-1, "the text of policy %s was changed", revision)
 	}
 	for _, f := range files {
 		name := path.Join(policiesDir, f.Revision, f.Name)
@@ -311,7 +310,7 @@ func (x *writer) writeEvents(ctx context.Context, w io.Writer) error {
 			return err
 		}
 		if len(entries) == 0 {
-			return verify.Problemf(tree.Size(), "it is missing: %d events were signed", x.head.Size)
+			return verify.Problemf(tree.Size(), "it is missing: the signed checkpoint covers %d events", x.head.Size)
 		}
 		lines, err := x.lines(ctx, entries)
 		if err != nil {
@@ -326,7 +325,7 @@ func (x *writer) writeEvents(ctx context.Context, w io.Writer) error {
 		x.progress(tree.Size(), x.head.Size)
 	}
 	if tree.Root() != x.head.Root {
-		return verify.Problemf(-1, "the events do not have the root hash that was signed: run \"orgkeys audit verify\"")
+		return verify.Problemf(-1, "the events do not match the signed root hash: run \"orgkeys audit verify\"")
 	}
 	return nil
 }
@@ -401,7 +400,7 @@ func (x *writer) pack(w io.Writer, m Manifest) error {
 	return errors.Join(out.Close(), packed.Close())
 }
 
-// header has nothing in it that differs between two exports of one log.
+// header is the same in every export of one log.
 func header(name string, size int64) *tar.Header {
 	return &tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: exportMode, Format: tar.FormatPAX}
 }

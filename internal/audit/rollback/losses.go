@@ -15,8 +15,8 @@ import (
 // namedLosses is how many lost events are printed.
 const namedLosses = 1000
 
-// nameLosses prints the events that the file sink holds and the database does not
-// know any more. What it has and only lost its place gets another one.
+// nameLosses prints the events that the file sink holds and the database has lost. An
+// event that the database still has but without an index gets a new index.
 func (a *acceptance) nameLosses(ctx context.Context) error {
 	behind, err := a.behind()
 	if err != nil {
@@ -49,13 +49,13 @@ func (a *acceptance) nameLosses(ctx context.Context) error {
 		return nil
 	}
 	if lost > namedLosses {
-		fmt.Fprintf(a.out, "and %d more: %s has them all\n", lost-namedLosses, a.request.SinkFile)
+		fmt.Fprintf(a.out, "and %d more: all are in %s\n", lost-namedLosses, a.request.SinkFile)
 	}
-	_, err = fmt.Fprintf(a.out, "lost: %d events, of which %d created a key; the database knows nothing of them any more\n", lost, keys)
+	_, err = fmt.Fprintf(a.out, "lost: %d events, of which %d created a key; they are not in the database any more\n", lost, keys)
 	return err
 }
 
-// behind is what the file sink holds behind what the log kept.
+// behind returns the events of the file sink after those that the log kept.
 func (a *acceptance) behind() ([]audit.Entry, error) {
 	f, err := os.Open(a.request.SinkFile)
 	if a.request.SinkFile == "" || errors.Is(err, os.ErrNotExist) {

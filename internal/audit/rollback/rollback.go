@@ -1,5 +1,5 @@
-// Package rollback accepts that a log was set back on purpose, as by restoring a
-// backup: the log and its sinks say so, and go on from there.
+// Package rollback accepts a rollback of the log, for example after a backup was
+// restored: it is recorded in the log and its sinks, which continue from there.
 package rollback
 
 import (
@@ -24,14 +24,14 @@ type Store interface {
 	Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error)
 	Rows(ctx context.Context) iter.Seq2[verify.Row, error]
 	Index(ctx context.Context, eventID string) (int64, bool, error)
-	// ChangedAt reports whether the log's event at an index says that the log went on
-	// in another database from there, and whether it was orgkeys that said so.
+	// ChangedAt reports whether the log's event at an index says that the log continued
+	// in another database from there, and whether orgkeys recorded it.
 	ChangedAt(ctx context.Context, index int64) (bool, error)
-	// AcceptRollback records the event that accepts that the log was set back to
-	// head, gives it the index right behind, before all that is waiting for one,
-	// and lets the log go on that sinks held back. With it every open enrollment
-	// is void: its places are given back, and what was made for it and not
-	// released is withdrawn, each with its event. It returns how many.
+	// AcceptRollback records the event that accepts the rollback to head, gives it the
+	// next index, before all waiting events, and ends the halt because of the sinks.
+	// It makes every open enrollment void: its places are given back, and keys made
+	// for it that are not released are withdrawn, each with its event. It returns
+	// how many.
 	AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, v Voids) (int, error)
 	// OpenEnrollments returns how many enrollments that would make void.
 	OpenEnrollments(ctx context.Context) (int, error)
@@ -76,12 +76,12 @@ func voided(t audit.Type, org org.ID, object string) audit.Event {
 type Request struct {
 	Sinks     []audit.Sink
 	SinkFile  string // the file sink's path; empty: there is none among Sinks
-	Reason    string // why the log was set back
-	Rewritten bool   // whether a log is accepted that is not the beginning of the one that was lost
-	DryRun    bool   // whether to say only what would be accepted
+	Reason    string // the reason for the rollback
+	Rewritten bool   // whether to accept a log that differs from the lost one
+	DryRun    bool   // whether to print only what would be accepted
 }
 
-// acceptance is a rollback, from what the first sink held that the log does not
+// acceptance is a rollback, from the checkpoint of the first sink that the log does not
 // extend, and whether the log has its event.
 type acceptance struct {
 	audit.Rollback
@@ -93,12 +93,11 @@ type acceptance struct {
 	head    audit.Checkpoint
 }
 
-// Accept accepts that the log in store does not extend what the sinks hold, or
-// its newest signed checkpoint, and tells out what it did. It refuses a log that
-// was rewritten, unless that is requested.
-//
-// The event is written before a sink's note: after a crash in between, the
-// server still refuses, and the command can be run again.
+// Accept accepts that the log in store does not extend the sinks' copies, or its newest
+// signed checkpoint, and prints what it did. It refuses a rewritten log unless that is
+// requested.
+// The event is written before a sink's note: after a crash in between, the server still
+// refuses to start, and the command can be run again.
 func Accept(ctx context.Context, store Store, r Request, out io.Writer) error {
 	head, err := store.Head(ctx)
 	if err != nil {
@@ -132,10 +131,9 @@ func Accept(ctx context.Context, store Store, r Request, out io.Writer) error {
 	return err
 }
 
-// compare finds out how many of the log's events are as the sinks and the
-// signed checkpoints have them: all, unless it was rewritten. What was accepted
-// before for the same reason, in another sink or by a run that was interrupted,
-// is accepted again as it was.
+// compare returns how many of the log's first events agree with the sinks and the signed
+// checkpoints: all, unless the log was rewritten. A rollback that was accepted before
+// with the same reason, in another sink or by an interrupted run, is accepted again.
 func (a *acceptance) compare(ctx context.Context) error {
 	held, err := a.held(ctx)
 	if err != nil {
@@ -171,11 +169,11 @@ func (a *acceptance) compare(ctx context.Context) error {
 	case len(earlier) > 0:
 		return fmt.Errorf("the sink's copy differs from event %d on. Event %d accepted a rollback that explains this; if you meant that one, repeat --reason %q: %w", problem.Index, earlier[0].Index, earlier[0].Reason, problem)
 	}
-	return fmt.Errorf("the log was not only set back, it was rewritten: %w; keep the database and the sinks as evidence, and find out who did it; only --rewritten accepts it", problem)
+	return fmt.Errorf("this is more than a rollback, the log was rewritten: %w; keep the database and the sinks as evidence, and find out who changed it; only --rewritten accepts it", problem)
 }
 
-// acceptedBefore returns the accepted rollbacks that account for a sink's other
-// event at an index.
+// acceptedBefore returns the accepted rollbacks that explain a difference from a sink at
+// an index.
 func acceptedBefore(ctx context.Context, db Store, differs int64) ([]verify.AcceptedRollback, error) {
 	var all []verify.AcceptedRollback
 	for row, err := range db.Rows(ctx) {
@@ -196,8 +194,8 @@ func acceptedBefore(ctx context.Context, db Store, differs int64) ([]verify.Acce
 	return all, nil
 }
 
-// held is all that can be compared with the log: the events in the sink's
-// file, and every checkpoint.
+// held is what the log is compared with: the events in the sink's file, and every
+// checkpoint.
 func (a *acceptance) held(ctx context.Context) (*verify.Copy, error) {
 	held := &verify.Copy{}
 	if a.request.SinkFile != "" {
@@ -249,7 +247,7 @@ func (a *acceptance) acceptIn(ctx context.Context, s audit.Sink) (bool, error) {
 	had := fmt.Sprintf("had acknowledged %d", held.Size)
 	switch {
 	case errors.Is(err, audit.ErrCheckpointLost):
-		had = "cannot say what it had acknowledged: " + err.Error()
+		had = "does not report what it had acknowledged: " + err.Error()
 		if held, err = a.store.At(ctx, 0); err != nil {
 			return false, err
 		}
@@ -261,15 +259,15 @@ func (a *acceptance) acceptIn(ctx context.Context, s audit.Sink) (bool, error) {
 		}
 	}
 	if a.request.DryRun {
-		_, err = fmt.Fprintf(a.out, "would be accepted: the log goes on from %d events; sink %s %s\n", a.head.Size, s.Name(), had)
+		_, err = fmt.Fprintf(a.out, "would be accepted: the log continues from %d events; sink %s %s\n", a.head.Size, s.Name(), had)
 		return true, err
 	}
 	if err := a.record(ctx, held); err != nil {
 		return false, err
 	}
 	if s.Shared() {
-		// Progress goes first: if it stood higher than what the sink holds, a
-		// replica would take it for done.
+		// The position is stored first: if it were higher than the sink's, a replica would take
+		// the entries for acknowledged.
 		if err := a.store.Acknowledge(ctx, s.Name(), 0, nil); err != nil {
 			return false, err
 		}
@@ -277,13 +275,13 @@ func (a *acceptance) acceptIn(ctx context.Context, s audit.Sink) (bool, error) {
 	if err := s.AcceptRollback(ctx, a.Rollback); err != nil {
 		return false, err
 	}
-	_, err = fmt.Fprintf(a.out, "accepted: the log goes on from %d events; sink %s %s\n", a.head.Size, s.Name(), had)
+	_, err = fmt.Fprintf(a.out, "accepted: the log continues from %d events; sink %s %s\n", a.head.Size, s.Name(), had)
 	return true, err
 }
 
-// record has the log say that the rollback from what was held is accepted. The
-// event gets its place at once, right behind what the log kept: what was recorded
-// since the log was set back, or lost its place by it, comes later.
+// record adds the event that accepts the rollback. It gets its index at once, directly
+// after the kept events: events recorded since the rollback, or that lost their index
+// in it, come later.
 func (a *acceptance) record(ctx context.Context, held audit.Checkpoint) error {
 	if a.recorded {
 		return nil
@@ -308,7 +306,7 @@ func (a *acceptance) nameOpen(ctx context.Context) error {
 	return err
 }
 
-// acceptSigned sets the signed checkpoints aside that the log does not extend.
+// acceptSigned sets aside the signed checkpoints that the log does not extend.
 func (a *acceptance) acceptSigned(ctx context.Context) (bool, error) {
 	last, err := a.store.LastSigned(ctx)
 	if err != nil {
@@ -318,7 +316,7 @@ func (a *acceptance) acceptSigned(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	if a.request.DryRun {
-		_, err = fmt.Fprintf(a.out, "would be accepted: the log goes on from %d events; the newest signed checkpoint covered %d\n", a.head.Size, last.Size)
+		_, err = fmt.Fprintf(a.out, "would be accepted: the log continues from %d events; the newest signed checkpoint covered %d\n", a.head.Size, last.Size)
 		return true, err
 	}
 	first := last.Seq
@@ -338,6 +336,6 @@ func (a *acceptance) acceptSigned(ctx context.Context) (bool, error) {
 	if err := a.store.Supersede(ctx, first); err != nil {
 		return false, err
 	}
-	_, err = fmt.Fprintf(a.out, "accepted: the log goes on from %d events; the newest signed checkpoint covered %d\n", a.head.Size, last.Size)
+	_, err = fmt.Fprintf(a.out, "accepted: the log continues from %d events; the newest signed checkpoint covered %d\n", a.head.Size, last.Size)
 	return true, err
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 )
 
-// Copy is what a sink's copy of the log, or a checkpoint kept somewhere, says.
+// Copy is a sink's copy of the log, or a checkpoint kept elsewhere.
 type Copy struct {
 	Rollbacks []audit.Rollback
 
@@ -29,14 +29,14 @@ type Copy struct {
 	signed map[int64][]audit.Checkpoint
 }
 
-// pageSize is how many events, or receipts, are asked for at once.
+// pageSize is how many events, or receipts, are read at once.
 const pageSize = 2000
 
 // maxLine bounds a line of a sink's file: a leaf is under 4 KiB.
 const maxLine = 1 << 20
 
-// ReadCopy reads a file sink's lines. A last line that is not whole, as a crash
-// leaves it, is passed over.
+// ReadCopy reads a file sink's lines. An incomplete last line, which a crash leaves,
+// is ignored.
 func ReadCopy(r io.Reader) (*Copy, error) {
 	c := &Copy{}
 	in := bufio.NewReaderSize(r, maxLine)
@@ -70,7 +70,7 @@ func ReadCopyFile(name string) (*Copy, error) {
 func (c *Copy) add(raw []byte) error {
 	var l audit.Line
 	if err := json.Unmarshal(raw, &l, json.RejectUnknownMembers(true)); err != nil {
-		return errors.New("it is not one that a sink writes")
+		return errors.New("it is not in the sink's format")
 	}
 	switch {
 	case l.Index != nil && l.Event != nil:
@@ -85,7 +85,7 @@ func (c *Copy) add(raw []byte) error {
 	case l.Rollback != nil:
 		return c.addRollback(*l.Rollback)
 	}
-	return errors.New("it is not one that a sink writes")
+	return errors.New("it is not in the sink's format")
 }
 
 // AddCheckpoint adds a checkpoint that was kept apart from the log.
@@ -97,9 +97,9 @@ func (c *Copy) AddCheckpoint(p audit.Checkpoint) {
 	c.last = max(c.last, p.Size)
 }
 
-// AddSigned adds a checkpoint that was kept beside the log, and that its
-// signature protects: the log must extend it, but whoever cut off the log's end
-// could have removed it too, so it does not exclude that.
+// AddSigned adds a signed checkpoint that was stored with the log. The log must extend
+// it, but an attacker who truncated the log could have removed it too, so it does not
+// exclude truncation.
 func (c *Copy) AddSigned(p audit.Checkpoint) {
 	if c.signed == nil {
 		c.signed = map[int64][]audit.Checkpoint{}
@@ -116,32 +116,32 @@ func (c *Copy) addLeaf(index int64, h tlog.Hash) error {
 	case at == int64(len(c.leaves)):
 		c.leaves = append(c.leaves, h)
 	case at < 0 || at > int64(len(c.leaves)):
-		return &Problem{c.first + int64(len(c.leaves)), "it is missing in the sink's copy"}
+		return &Problem{c.first + int64(len(c.leaves)), "it is missing from the sink's copy"}
 	case c.leaves[at] != h:
-		return &Problem{index, "the sink's copy holds two different ones"}
+		return &Problem{index, "the sink's copy holds two different events at this index"}
 	}
 	return nil
 }
 
-// addRollback forgets what the log has lost: an operator accepted that it was
-// set back, and the sink has got it anew from its first event. What the log
-// kept stays, so that it must come again unchanged.
+// addRollback drops the events that were lost in an accepted rollback, after which the
+// sink got the log again from its first event. The kept events stay, so that they must
+// come again unchanged.
 func (c *Copy) addRollback(r audit.Rollback) error {
 	for _, text := range []string{r.From, r.To} {
 		if _, err := audit.ParseCheckpoint(text); err != nil {
 			return err
 		}
 	}
-	// The event of an earlier one is among what the log has lost this time.
+	// The event of an earlier rollback was lost in this one.
 	c.Rollbacks = append(slices.DeleteFunc(c.Rollbacks, func(earlier audit.Rollback) bool { return place(earlier) >= r.Kept }), r)
 	if c.first > 0 {
-		c.leaves = nil // a copy that begins later: the events before that come now
+		c.leaves = nil // a copy that begins later: the events before it come now
 	}
 	c.keep(r.Kept)
 	return nil
 }
 
-// keep forgets all but the log's first events.
+// keep drops all but the first size events.
 func (c *Copy) keep(size int64) {
 	c.leaves = c.leaves[:min(int64(len(c.leaves)), max(0, size-c.first))]
 	maps.DeleteFunc(c.points, func(at int64, _ []audit.Checkpoint) bool { return at > size })
@@ -151,9 +151,8 @@ func (c *Copy) keep(size int64) {
 	}
 }
 
-// Differs compares the log, which is at head, with what the copy holds of it. It
-// returns the first event that is another one, or nil. That the copy holds more
-// than the log is no difference.
+// Differs compares the log, which is at head, with the copy. It returns the first
+// event that differs, or nil. A copy that holds more than the log is no difference.
 func (c *Copy) Differs(ctx context.Context, head audit.Checkpoint, entries func(ctx context.Context, index int64, limit int) ([]audit.Entry, error)) (*Problem, error) {
 	var tree Frontier
 	agreed := int64(0) // the largest checkpoint that fits
@@ -168,12 +167,12 @@ func (c *Copy) Differs(ctx context.Context, head audit.Checkpoint, entries func(
 		for _, e := range page {
 			h := tlog.RecordHash(e.Leaf)
 			if held, ok := c.leaf(e.Index); ok && held != h {
-				return &Problem{e.Index, "it is not the one that the sink's copy holds"}, nil
+				return &Problem{e.Index, "it differs from the sink's copy"}, nil
 			}
 			tree.Push(h)
 			for _, p := range c.points[tree.size] {
 				if p.Origin != head.Origin || p.Root != tree.Root() {
-					return &Problem{agreed, fmt.Sprintf("it, or one behind it, is not among the %d that a checkpoint vouches for", tree.size)}, nil
+					return &Problem{agreed, fmt.Sprintf("it, or a later one, is not among the %d events that a checkpoint covers", tree.size)}, nil
 				}
 				agreed = tree.size
 			}

@@ -14,8 +14,8 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 )
 
-// Behind returns the events that a file sink holds behind the first kept ones, in
-// their order: what a log that kept those has lost.
+// Behind returns the events that a file sink holds after the first kept ones, in order:
+// those that a log which kept these has lost.
 func Behind(r io.Reader, kept int64) ([]audit.Entry, error) {
 	found := map[int64]audit.Entry{}
 	in := bufio.NewReaderSize(r, maxLine)

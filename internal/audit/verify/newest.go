@@ -15,8 +15,7 @@ import (
 // audit.ParseCheckpoint or audit.Keys.Open reads. It takes every form in which a
 // sink has checkpoints: one by itself, signed or not; lines of the file sink;
 // what "vault kv get -format=json" prints of the entry in Vault; and entries of
-// Vault's audit file. Sinks note more checkpoints than are signed; with signed,
-// only those that are count.
+// Vault's audit file. Sinks also hold unsigned checkpoints; with signed, these do not count.
 func NewestIn(text string, signed bool) (string, error) {
 	if !strings.HasPrefix(strings.TrimSpace(text), "{") {
 		text = strings.TrimLeft(text, "\n")
@@ -43,9 +42,9 @@ func NewestIn(text string, signed bool) (string, error) {
 		return "", fmt.Errorf("reading a sink's lines: %w", err)
 	}
 	if signed {
-		return "", errors.New("there is no signed checkpoint in it")
+		return "", errors.New("it holds no signed checkpoint")
 	}
-	return "", errors.New("there is no checkpoint in it")
+	return "", errors.New("it holds no checkpoint")
 }
 
 // eachString calls do for every string in a sequence of JSON values that is a

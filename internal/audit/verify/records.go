@@ -11,8 +11,8 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 )
 
-// What is kept beside the log in the database is checked against it: no tree
-// covers these tables, yet what they hold follows from the events.
+// The tables beside the log are compared with it: the tree does not cover them, but
+// their content follows from the events.
 
 // ByRevision sorts policies' files.
 func ByRevision(files []audit.PolicyFile) map[string]map[string][]byte {
@@ -26,8 +26,7 @@ func ByRevision(files []audit.PolicyFile) map[string]map[string][]byte {
 	return policies
 }
 
-// AlteredPolicy returns the revision of a policy whose text is not the one that
-// it is the hash of, or "".
+// AlteredPolicy returns the revision of a policy whose text does not match it, or "".
 func AlteredPolicy(policies map[string]map[string][]byte) string {
 	for _, revision := range slices.Sorted(maps.Keys(policies)) {
 		if authz.Revision(policies[revision]) != revision {
@@ -37,8 +36,8 @@ func AlteredPolicy(policies map[string]map[string][]byte) string {
 	return ""
 }
 
-// checkPolicies wants the text of every policy that decided. One that is new may
-// not be stored yet; before a checkpoint is signed, it is.
+// checkPolicies requires the text of every policy that decided. A new one may not be
+// stored yet; it is stored before a checkpoint is signed.
 func (v *verification) checkPolicies(ctx context.Context, s Snapshot) error {
 	files, err := s.Policies(ctx)
 	if err != nil {
@@ -50,7 +49,7 @@ func (v *verification) checkPolicies(ctx context.Context, s Snapshot) error {
 		if !named {
 			index = -1
 		}
-		return &Problem{index, fmt.Sprintf("the text of policy %s was altered", revision)}
+		return &Problem{index, fmt.Sprintf("the text of policy %s was changed", revision)}
 	}
 	for _, revision := range slices.Sorted(maps.Keys(v.policies)) {
 		if index := v.policies[revision]; policies[revision] == nil && index < v.Signed {
@@ -60,8 +59,8 @@ func (v *verification) checkPolicies(ctx context.Context, s Snapshot) error {
 	return nil
 }
 
-// checkErasures wants a PersonErased event behind every event whose personal
-// part is gone.
+// checkErasures requires a PersonErased event after every event whose personal part is
+// missing.
 func (v *verification) checkErasures(ctx context.Context, s Snapshot) error {
 	erasing, err := s.Erasing(ctx)
 	if err != nil {
@@ -72,7 +71,7 @@ func (v *verification) checkErasures(ctx context.Context, s Snapshot) error {
 	}
 	for _, person := range slices.Sorted(maps.Keys(v.missing)) {
 		if at, erased := v.erased[person]; !erased || at < v.missing[person] {
-			return &Problem{v.missing[person], "its personal part is gone, and no event says that it was erased"}
+			return &Problem{v.missing[person], "its personal part is missing, and no event says that it was erased"}
 		}
 	}
 	return nil
@@ -102,7 +101,7 @@ func (v *verification) openReceipts(ctx context.Context, s Snapshot) error {
 	return err
 }
 
-// checkReceipts checks the receipts of an event, which it reads by pages.
+// checkReceipts checks the receipts of an event, which it reads in pages.
 func (v *verification) checkReceipts(ctx context.Context, s Snapshot, row Row) error {
 	if row.Index%pageSize == 0 {
 		v.receipts = map[receiptOf][]byte{}

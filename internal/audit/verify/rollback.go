@@ -12,14 +12,14 @@ type AcceptedRollback struct {
 	Index int64
 }
 
-// Accounts reports whether the rollback is why a copy of the log holds another
-// event at an index than the log does: it was made before.
+// Accounts reports whether the rollback explains that a copy of the log, made before
+// it, differs at an index.
 func (r AcceptedRollback) Accounts(differs int64) bool {
 	return r.Kept <= differs && differs <= r.Index
 }
 
-// RollbackOf is the rollback that an event at an index tells of. Where the event
-// does not say what was kept, nothing was.
+// RollbackOf is the rollback that the event at an index records. If the event does not
+// say how many events were kept, none were.
 func RollbackOf(e audit.Event, index int64) AcceptedRollback {
 	kept, _ := strconv.ParseInt(e.Detail["kept"], 10, 64)
 	return AcceptedRollback{audit.Rollback{From: e.Detail["from"], To: e.Detail["to"], Kept: kept, Reason: e.Detail["reason"]}, index}

@@ -1,8 +1,8 @@
-// Package verify finds out whether a log is the one that was recorded. It
-// trusts nothing that builds the log: the tree is recomputed from the leaves by
-// code of its own, over two hash functions of golang.org/x/mod/sumdb/tlog, and
-// compared with the stored hashes, with the columns and records that repeat the
-// events, and with copies that others hold.
+// Package verify verifies that a log is unchanged since it was recorded. It does not
+// use the code that builds the log: it recomputes the tree from the leaves, with two
+// hash functions of golang.org/x/mod/sumdb/tlog, and compares it with the stored
+// hashes, with the columns and records that repeat the events, and with copies from
+// elsewhere.
 package verify
 
 import (
@@ -44,7 +44,7 @@ type Snapshot interface {
 	Unsequenced(ctx context.Context) (int64, error)
 	// Unauthenticated counts events that the sequencer refused an index.
 	Unauthenticated(ctx context.Context) (int64, error)
-	// Erasing returns whom PersonErased events name that have no index yet.
+	// Erasing returns the persons in PersonErased events that have no index yet.
 	Erasing(ctx context.Context) ([]string, error)
 	// Policies returns every policy that was in force, file by file.
 	Policies(ctx context.Context) ([]audit.PolicyFile, error)
@@ -53,13 +53,13 @@ type Snapshot interface {
 	ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error)
 	// Receipts returns a sink's receipts for the events from index from to before to.
 	Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error)
-	// Contradictions names records and events that do not fit each other.
+	// Contradictions describes records and events that do not agree.
 	Contradictions(ctx context.Context) ([]string, error)
 }
 
-// Problem is the first thing that verification found wrong.
+// Problem is the first error that verification found.
 type Problem struct {
-	Index int64 // of the event, or -1 where it is none in particular
+	Index int64 // of the event, or -1 if the problem is not about one event
 	What  string
 }
 
@@ -70,29 +70,29 @@ func (p *Problem) Error() string {
 	return fmt.Sprintf("event %d: %s", p.Index, p.What)
 }
 
-// Problemf returns a problem with an event, or with none in particular: -1.
+// Problemf returns a problem with an event; index -1: not about one event.
 func Problemf(index int64, format string, args ...any) *Problem {
 	return &Problem{index, fmt.Sprintf(format, args...)}
 }
 
-// Report is what verification found of a log with nothing wrong in it.
+// Report is the result of verifying a log without errors.
 type Report struct {
 	Log             audit.Checkpoint
-	Covered         int64     // events that the copy vouches for
-	Uncovered       time.Time // when the first event behind them was recorded; zero: there is none
+	Covered         int64     // events that the copy covers
+	Uncovered       time.Time // when the first event after them was recorded; zero: there is none
 	Signed          int64     // events that a signed checkpoint covers
 	Unsequenced     int64     // events that have no index yet, and so no proof
 	Unauthenticated int64     // events that the sequencer refused an index
 	Receipts        int64     // each signed by a stored receipt key
 	Erased          int64     // events whose personal part was erased
 	Rollbacks       []audit.Rollback
-	Before          bool // the copy is from before the last of them, which has lost the rest of it
+	Before          bool // the copy is older than the last of them, in which the rest of the copy was lost
 }
 
-// Verify checks that every event is the one that the tree was built from, that
-// nothing is missing, inserted or out of order, that the log extends copy, which
-// may be nil, and that what is kept beside the log agrees with it: records,
-// policies, receipts, and what was erased. What is wrong is a *Problem.
+// Verify checks that every event matches the tree, that none is missing, inserted or
+// out of order, that the log extends copy, which may be nil, and that the tables
+// beside the log agree with it: records, policies, receipts, erasures. An error in
+// the log is a *Problem.
 func Verify(ctx context.Context, s Snapshot, copy *Copy, progress Progress) (Report, error) {
 	head, err := s.Head(ctx)
 	if err != nil {
@@ -143,7 +143,7 @@ type verification struct {
 	copy     *Copy
 	progress func(done, all int64)
 	accepted []AcceptedRollback
-	parted   *Problem // the first event that the copy has another one of
+	parted   *Problem // the first event that differs from the copy
 
 	policies map[string]int64 // by revision, the first event that it decided
 	erased   map[string]int64 // by person, the newest PersonErased event
@@ -186,7 +186,7 @@ func (v *verification) walk(ctx context.Context, s Snapshot) error {
 		if err != nil {
 			return err
 		}
-		return &Problem{v.tree.size, fmt.Sprintf("the tree has a hash (%d) for it, and it is missing", h.Index)}
+		return &Problem{v.tree.size, fmt.Sprintf("it is missing, although the tree has a hash (%d) for it", h.Index)}
 	}
 	return nil
 }
@@ -199,10 +199,10 @@ func (v *verification) checkRow(row Row) error {
 	}
 	if e.ID != row.ID || !e.Time.Equal(row.Time) || e.Type != row.Type || e.Reason != row.Reason || e.Org != row.Org ||
 		e.Actor != (audit.Actor{Kind: row.Kind, ID: row.Actor}) || e.Object != row.Object {
-		return &Problem{row.Index, "its columns are not those of its leaf: it was altered"}
+		return &Problem{row.Index, "its columns differ from its leaf: it was changed"}
 	}
 	if held, ok := v.copy.leaf(row.Index); ok && held != tlog.RecordHash(row.Leaf) {
-		v.parted = &Problem{row.Index, "it is not the one that the sink's copy holds: the log was rewritten"}
+		v.parted = &Problem{row.Index, "it differs from the sink's copy: the log was rewritten"}
 		v.copy.keep(row.Index)
 	}
 	if row.Index == v.copy.end() {
@@ -230,7 +230,7 @@ func (v *verification) checkPersonal(row Row) error {
 		v.Erased++
 		v.missing[row.Actor] = row.Index
 	case row.Personal != nil && audit.PersonalDigest(row.Personal) != l.Personal:
-		return &Problem{row.Index, "its personal part was altered"}
+		return &Problem{row.Index, "its personal part was changed"}
 	}
 	return nil
 }
@@ -241,10 +241,10 @@ func checkHash(want tlog.Hash, index int64, stored func() (StoredHash, error, bo
 		return err
 	}
 	if !ok {
-		return &Problem{index, "the tree does not hold it: it was appended or inserted"}
+		return &Problem{index, "the tree does not contain it: it was appended or inserted"}
 	}
 	if got.Hash != want {
-		return &Problem{index, "it is not the one that the tree was built from: it was altered, moved or inserted, or the tree was"}
+		return &Problem{index, "it does not match the tree: the event or the tree was changed, moved or inserted"}
 	}
 	return nil
 }
@@ -257,13 +257,13 @@ func (v *verification) checkCheckpoint() error {
 			return &Problem{-1, fmt.Sprintf("the sink's copy is of another log (%s, not %s)", c.Origin, v.Log.Origin)}
 		}
 		if c.Root != v.tree.Root() {
-			return &Problem{max(0, v.tree.size-1), "the tree up to it has not the root that the sink's checkpoint has: the log was rewritten"}
+			return &Problem{max(0, v.tree.size-1), "the tree up to it has a different root than the sink's checkpoint: the log was rewritten"}
 		}
 		v.Covered = max(v.Covered, c.Size)
 	}
 	for _, c := range v.copy.signed[v.tree.size] {
 		if c.Origin != v.Log.Origin || c.Root != v.tree.Root() {
-			return &Problem{max(0, v.tree.size-1), "the tree up to it has not the root that was signed: the log was rewritten"}
+			return &Problem{max(0, v.tree.size-1), "the tree up to it has a different root than the signed checkpoint: the log was rewritten"}
 		}
 		v.Signed = max(v.Signed, c.Size)
 	}
@@ -273,11 +273,11 @@ func (v *verification) checkCheckpoint() error {
 func (v *verification) finish() error {
 	switch {
 	case v.tree.size < v.Log.Size:
-		return &Problem{v.tree.size, fmt.Sprintf("it is missing: the log says it holds %d events", v.Log.Size)}
+		return &Problem{v.tree.size, fmt.Sprintf("it is missing: according to its size the log holds %d events", v.Log.Size)}
 	case v.tree.size > v.Log.Size:
-		return &Problem{v.Log.Size, fmt.Sprintf("the log says it holds %d events: it was appended", v.Log.Size)}
+		return &Problem{v.Log.Size, fmt.Sprintf("according to its size the log holds %d events: this one was appended", v.Log.Size)}
 	case v.tree.Root() != v.Log.Root:
-		return &Problem{-1, "the log's root is not that of its events"}
+		return &Problem{-1, "the log's root does not match its events"}
 	case v.copy.end() > v.tree.size:
 		return &Problem{v.tree.size, fmt.Sprintf("it is missing: the sink's copy holds %d events, so the log was truncated or restored", v.copy.end())}
 	}
@@ -289,16 +289,16 @@ func (v *verification) finish() error {
 	v.Covered = max(v.Covered, min(v.copy.end(), v.tree.size))
 	for _, r := range v.Rollbacks {
 		if !slices.ContainsFunc(v.accepted, func(a AcceptedRollback) bool { return a.Rollback == r }) {
-			return &Problem{-1, "the sink's copy notes a rollback that no event of the log accounts for"}
+			return &Problem{-1, "the sink's copy records a rollback for which the log has no event"}
 		}
 	}
 	return nil
 }
 
-// unaccounted returns the problem that the log is not the copy's, unless the
-// copy is from before an accepted rollback, and vouches for what that kept. The
-// event of one counts only within what was signed: anybody who writes to the
-// database could insert one.
+// unaccounted returns the problem that the log differs from the copy, unless the copy
+// is older than an accepted rollback that explains it. The event of a rollback counts
+// only if a signed checkpoint covers it: anybody who writes to the database could
+// insert one.
 func (v *verification) unaccounted() error {
 	if v.parted == nil {
 		return nil
@@ -311,7 +311,7 @@ func (v *verification) unaccounted() error {
 			v.Rollbacks, v.Before = append(v.Rollbacks, r.Rollback), true
 			return nil
 		}
-		v.parted.What += fmt.Sprintf(", or the copy is from before the rollback that event %d accepted, over which no checkpoint was signed yet", r.Index)
+		v.parted.What += fmt.Sprintf(", or the copy is older than the rollback that event %d accepted, which no signed checkpoint covers yet", r.Index)
 	}
 	return v.parted
 }
