@@ -1,9 +1,6 @@
 package archive
 
 import (
-	"crypto"
-	"crypto/rsa"
-	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
 	"strconv"
@@ -158,16 +155,15 @@ func (d *deliveries) receive(index int64, e audit.Event) error {
 	return nil
 }
 
-// check sees that the holder of key's private half signed its receipt, where
+// check checks that the holder of key's private half signed its receipt, where
 // there is one.
-func (d *deliveries) check(origin, key string, public *rsa.PublicKey) error {
+func (d *deliveries) check(origin, key string, public orgkey.Public) error {
 	known := d.byKey[key]
 	if known == nil || known.Receipt != Unchecked {
 		return nil
 	}
 	text := envelope.Delivery{Org: string(known.Org), Origin: origin, KeyID: key, Recipient: known.Recipient, SHA256: known.SHA256}.ReceiptText()
-	digest := sha256.Sum256(text)
-	if rsa.VerifyPKCS1v15(public, crypto.SHA256, digest[:], known.signature) != nil {
+	if !public.Verifies(text, known.signature) {
 		return verify.Problemf(known.Received.Index, "the receipt of key %s was not signed by that key", key)
 	}
 	known.Receipt, known.Unchecked = Signed, ""
@@ -199,14 +195,14 @@ type publicKeyLine struct {
 	Deleted   bool   `json:"deleted,omitzero"`
 }
 
-// vouched returns the public key of a line, if the log vouches for it.
-func (l publicKeyLine) vouched(life *Life) (*rsa.PublicKey, error) {
+// vouched returns the public key of a line, if it has the fingerprint in the log.
+func (l publicKeyLine) vouched(life *Life) (orgkey.Public, error) {
 	public, err := orgkey.ParsePublic(l.PublicKey)
 	if err != nil {
-		return nil, fmt.Errorf("the public key of key %s cannot be read: %w", l.Key, err)
+		return orgkey.Public{}, fmt.Errorf("the public key of key %s cannot be read: %w", l.Key, err)
 	}
-	if orgkey.Thumbprint(public) != life.Fingerprint {
-		return nil, fmt.Errorf("the public key of key %s is not the one that was created", l.Key)
+	if public.Fingerprint() != life.Fingerprint {
+		return orgkey.Public{}, fmt.Errorf("the public key of key %s is not the one that was created", l.Key)
 	}
 	return public, nil
 }

@@ -53,7 +53,7 @@ func (l enrolling) sealed(t *testing.T, key, enrollment string) {
 	audittest.Must(t, err)
 	l.keys[key] = private
 	created := l.Key(audit.KeyCreated, key)
-	created.Detail = map[string]string{"backend": "pkcs11", "algorithm": "rsa-2048", "fingerprint": orgkey.Thumbprint(&private.PublicKey)}
+	created.Detail = map[string]string{"backend": "pkcs11", "algorithm": "rsa-2048", "fingerprint": orgkey.NewPublic(&private.PublicKey).Fingerprint()}
 	sealed := l.event(audit.KeySealed, key, map[string]string{"recipient": "r-" + key, "alg": "a", "sealed": "d-" + key})
 	if enrollment != "" {
 		created.Detail["enrollment"], created.Detail["scope"], sealed.Detail["enrollment"] = enrollment, "node", enrollment
