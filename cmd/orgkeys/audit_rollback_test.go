@@ -209,7 +209,7 @@ func TestARewrittenLogIsNotAcceptedAsABackup(t *testing.T) {
 	s.Generate(t, harness.Org())
 	s.Stop(t)
 	out := ok(t, s, "audit", "verify")
-	if !strings.Contains(out, `a rollback was accepted: "known to us"`) || !strings.Contains(out, "it kept the first 3 of 8 events: the log was rewritten from event 3 on") {
+	if !strings.Contains(out, `a rollback was accepted: "known to us"`) || !strings.Contains(out, "it kept the first 3 of 8 events, and the log was rewritten from event 3 on") {
 		t.Errorf("said %s", out)
 	}
 	if list := ok(t, s, "audit", "list"); !strings.Contains(list, `"kept":"3"`) {

@@ -324,7 +324,7 @@ func TestPromise5_VerifyFindsWhatWasChanged(t *testing.T) {
 		t.Parallel()
 		dir := harness.Copy(t, h.server.Dir)
 		v := harness.Configure(t, harness.In(dir), harness.Set("ORGKEYS_AUDIT_FILE", h.sink))
-		if stdout, stderr, code := v.Run(t, "audit", "erase", "--subject", "admin", "--reason", "asked for"); code != 0 || strings.Contains(stdout, "what 0 events") {
+		if stdout, stderr, code := v.Run(t, "audit", "erase", "--subject", "admin", "--reason", "asked for"); code != 0 || strings.Contains(stdout, "in 0 events") {
 			t.Fatalf("exit code %d\n%s%s", code, stdout, stderr)
 		}
 		if out, code := h.verify(t, dir, h.sink); code != 0 {

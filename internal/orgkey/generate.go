@@ -151,7 +151,7 @@ func (s *Service) export(ctx context.Context, key BackendKey, id string) (der []
 		defer cancel()
 		if kept := key.Destroy(ctx); kept != nil {
 			// Logged here, too, because the caller may see an earlier error only.
-			s.gate.Log.Warn("the back end may still hold its copy of a key that was not released", "key", id, "error", kept)
+			s.gate.Log.Warn("the back end may still have its copy of a key that was not released", "key", id, "error", kept)
 			err = errors.Join(err, kept)
 		}
 		if err != nil {

@@ -304,9 +304,9 @@ func TestACheckpointFromElsewhereVouchesForAnExport(t *testing.T) {
 		{"an older one", signed[0].Note, 30, ""},
 		{"one that covers more", noteBy(t, e.Signer, audit.Checkpoint{Origin: origin, Size: 41}), 0, "event 40: it is missing"},
 		{"one of another tree", noteBy(t, e.Signer, audit.Checkpoint{Origin: origin, Size: 12}), 0, "event 11:"},
-		{"one of another log", noteBy(t, e.Signer, audit.Checkpoint{Origin: "orgkeys/other", Size: 40}), 0, "no given key"},
+		{"one of another log", noteBy(t, e.Signer, audit.Checkpoint{Origin: "orgkeys/other", Size: 40}), 0, "none of the given keys"},
 		{"one that is not signed", signed[3].Text(), 0, "the checkpoint given"},
-		{"one that another key signed", noteBy(t, audittest.NewSigner(t), signed[3].Checkpoint), 0, "no given key"},
+		{"one that another key signed", noteBy(t, audittest.NewSigner(t), signed[3].Checkpoint), 0, "none of the given keys"},
 	} {
 		report, err := archive.Verify(t.Context(), bytes.NewReader(packed), []string{e.VKey(t)}, archive.Outside{Checkpoint: c.checkpoint}, nil)
 		if c.fails == "" && (err != nil || report.Covered != c.covered) || c.fails != "" && (err == nil || !strings.Contains(err.Error(), c.fails)) {
