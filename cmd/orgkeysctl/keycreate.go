@@ -150,10 +150,10 @@ func (m made) write(file *durable.New, text []byte) error {
 // holdsKey reports whether a file has the private key of that fingerprint in it.
 func holdsKey(path, fingerprint string) bool {
 	key, err := readKey(path)
-	return err == nil && client.Fingerprint(&key.PublicKey) == fingerprint
+	return err == nil && client.Fingerprint(key.Public()) == fingerprint
 }
 
-func readKey(path string) (*rsa.PrivateKey, error) {
+func readKey(path string) (client.PrivateKey, error) {
 	text, err := privatefile.Read(path, maxKeyFile, privatefile.Owner)
 	if err != nil {
 		return nil, err
