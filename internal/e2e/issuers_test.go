@@ -136,8 +136,8 @@ func TestDoctorLooksAtTheIssuer(t *testing.T) {
 		state    string
 		says     []string // empty: nothing is wrong
 	}{
-		"found through the issuer": {over(good), nil, "issuer", "ok", []string{"calls itself that"}},
-		"and where to look is set": {over(good), map[string]string{"ORGKEYS_JWKS": "ISSUER/keys"}, "issuer", "ok", []string{"calls itself that"}},
+		"found through the issuer": {over(good), nil, "issuer", "ok", []string{"the metadata has the same name"}},
+		"and where to look is set": {over(good), map[string]string{"ORGKEYS_JWKS": "ISSUER/keys"}, "issuer", "ok", []string{"the metadata has the same name"}},
 		"a slash too many": {func(t *testing.T) string { return over(good)(t) + "/" }, nil,
 			"issuer", "fail", []string{"must be the same to the byte", "orgkeys token explain"}},
 		"a slash too few": {over(with("/.well-known/openid-configuration", `{"issuer":"ISSUER/","jwks_uri":"ISSUER/keys"}`)), nil,
@@ -145,7 +145,7 @@ func TestDoctorLooksAtTheIssuer(t *testing.T) {
 		"a slash too few, and where to look is set": {over(with("/.well-known/openid-configuration", `{"issuer":"ISSUER/","jwks_uri":"ISSUER/keys"}`)),
 			map[string]string{"ORGKEYS_JWKS": "ISSUER/keys"}, "issuer", "fail", []string{"must be the same to the byte"}},
 		"other keys than it says": {over(with("/others", set)), map[string]string{"ORGKEYS_JWKS": "ISSUER/others"},
-			"issuer", "warn", []string{"says that its keys are at", "leave ORGKEYS_JWKS out"}},
+			"issuer", "warn", []string{"says that its keys are at", "unset ORGKEYS_JWKS"}},
 		"unreachable": {func(t *testing.T) string {
 			s := issuerServer(t, &pair, good)
 			s.Close()

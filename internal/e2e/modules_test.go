@@ -90,7 +90,7 @@ func TestModules(t *testing.T) {
 					t.Errorf("listed are %+v, want %s alone", listed, kept.ID)
 				}
 				s.Stop(t)
-				if failing, said := diagnose(t, s); len(failing) != 0 || !strings.Contains(found(said, "sealing key"), "opens what the database holds") {
+				if failing, said := diagnose(t, s); len(failing) != 0 || !strings.Contains(found(said, "sealing key"), "decrypts the database's records") {
 					t.Errorf("doctor fails: %v, of %+v", failing, said)
 				}
 				s.Start(t)
