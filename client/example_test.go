@@ -177,6 +177,6 @@ func ExampleClient_SealedKey() {
 	if err := admin.Receipt(ctx, delivered.Delivery, key); err != nil {
 		log.Fatal(err)
 	}
-	fmt.Println("the key that was vouched for:", client.Fingerprint(&key.PublicKey) == delivered.Fingerprint)
+	fmt.Println("the key that was vouched for:", client.Fingerprint(key.Public()) == delivered.Fingerprint)
 	// Output: the key that was vouched for: true
 }

@@ -33,8 +33,8 @@ type record struct {
 }
 
 // of reports whether the record, which may be nil, is that of key.
-func (r *record) of(key *rsa.PrivateKey) bool {
-	return r != nil && key != nil && r.Fingerprint == client.Fingerprint(&key.PublicKey)
+func (r *record) of(key client.PrivateKey) bool {
+	return r != nil && key != nil && r.Fingerprint == client.Fingerprint(key.Public())
 }
 
 // readRecord returns nil where there is none.
@@ -58,11 +58,11 @@ func readRecord(path string) (*record, error) {
 
 // keyState is how far the node's key is.
 type keyState struct {
-	private *rsa.PrivateKey // nil: there is none
-	record  *record         // nil: nothing was enrolled here
-	token   []byte          // nil: there is none, or no longer
-	id      string          // the token's enrollment
-	begun   bool            // there is a recipient
+	private client.PrivateKey // nil: there is none
+	record  *record           // nil: nothing was enrolled here
+	token   []byte            // nil: there is none, or no longer
+	id      string            // the token's enrollment
+	begun   bool              // there is a recipient
 }
 
 func (k *keyState) clear() { clear(k.token) }
@@ -81,7 +81,7 @@ func (k *keyState) foreign() bool {
 	if k.private == nil || k.enrolled() {
 		return false
 	}
-	return k.record == nil || k.record.Replaces != client.Fingerprint(&k.private.PublicKey)
+	return k.record == nil || k.record.Replaces != client.Fingerprint(k.private.Public())
 }
 
 func readKeyState(s settings) (*keyState, error) {
@@ -156,7 +156,7 @@ func (k *keyState) report(s settings, r *report) {
 		r.State = stateReceived
 	}
 	if k.private != nil {
-		r.Fingerprint = client.Fingerprint(&k.private.PublicKey)
+		r.Fingerprint = client.Fingerprint(k.private.Public())
 	}
 	if k.enrolled() {
 		r.KeyID, r.Enrollment = k.record.KeyID, k.record.Enrollment
@@ -164,7 +164,7 @@ func (k *keyState) report(s settings, r *report) {
 		r.Enrollment = k.id
 	}
 	if k.begun {
-		if key, err := readKey(s.recipientFile); err == nil {
+		if key, err := readRecipient(s.recipientFile); err == nil {
 			r.Recipient, _ = client.RecipientID(&key.PublicKey) // empty for what is no recipient
 		}
 	}
@@ -289,7 +289,7 @@ func (k *keyState) fetch(ctx context.Context, c *client.Client, d *dir, s settin
 	next := record{Delivery: key.Delivery}
 	next.Scope = "" // nobody vouches for it
 	if k.private != nil {
-		next.Replaces = client.Fingerprint(&k.private.PublicKey)
+		next.Replaces = client.Fingerprint(k.private.Public())
 	}
 	if err := d.writeRecord(s, next); err != nil {
 		return err
@@ -393,7 +393,10 @@ func readRecipient(path string) (*rsa.PrivateKey, error) {
 	if f, ok := errors.AsType[*failure](err); ok {
 		return nil, &failure{f.exit, "recipient " + path, "remove it if no enrollment was begun with it; else have an administrator revoke that", f.err}
 	}
-	return key, err
+	if err != nil {
+		return nil, err
+	}
+	return key.(*rsa.PrivateKey), nil // ParsePrivateKey makes no others
 }
 
 // refusedClaim says why no key came, and what to do.
@@ -485,7 +488,7 @@ func unseal(ctx context.Context, s settings, r *report) error {
 	}
 	defer d.close()
 	if exists(s.keyFile) {
-		if there, err := readKey(s.keyFile); err != nil || !there.Equal(private) {
+		if there, err := readKey(s.keyFile); err != nil || client.Fingerprint(there.Public()) != client.Fingerprint(private.Public()) {
 			return usageError("--key-file %s is there already, and is another key", s.keyFile)
 		}
 	}

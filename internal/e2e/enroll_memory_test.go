@@ -188,8 +188,9 @@ func addDelivery(t *testing.T, secrets *harness.Scanner, name string, answer har
 	}
 	opened, err := client.OpenSealed(answer.Body, node)
 	must(t, err)
-	private, err := client.ParsePrivateKey(opened.PEM)
+	parsed, err := client.ParsePrivateKey(opened.PEM)
 	must(t, err)
+	private := parsed.(*rsa.PrivateKey)
 	secrets.AddPrivate(name, private)
 	var sealed struct {
 		Sealed envelope.SealedKey `json:"sealed"`

@@ -81,7 +81,11 @@ func (th *thief) steal(to, name string) (*rsa.PrivateKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	return client.ParsePrivateKey(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}))
+	key, err := client.ParsePrivateKey(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}))
+	if err != nil {
+		return nil, err
+	}
+	return key.(*rsa.PrivateKey), nil
 }
 
 // The one thing that is left to a thief of the service's Vault token: a
