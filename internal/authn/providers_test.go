@@ -86,6 +86,7 @@ func TestRealProviders(t *testing.T) {
 			[]string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_CLAIM_ORG=/ext/org_id", "ORGKEYS_CLAIM_ROLE=/ext/org_role"},
 			map[string]grant{
 				"client": byClientCredentials("client", "secret", url.Values{"audience": {"orgkeys"}, "scope": {"keys"}}),
+				"ada-1":  byAuthorizationCode(url.Values{"audience": {"orgkeys"}, "scope": {"keys"}, "state": {"at least eight"}}, nil),
 			}, "acme", ""},
 		{"better-auth", node("better-auth"), []string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_JWKS=ISSUER/api/auth/jwks", "ORGKEYS_ROLE_MAP=owner=ADMINISTRATOR"},
 			map[string]grant{anyone: bySession()}, "acme", ""},

@@ -24,21 +24,23 @@ func main() {
 		secret := sha256.Sum256([]byte("of the test"))
 		config := &fosite.Config{
 			AccessTokenIssuer: issuer, AccessTokenLifespan: time.Hour, GlobalSecret: secret[:], ClientSecretsHasher: plain{},
-			JWTScopeClaimKey: jwt.JWTScopeFieldList,
+			JWTScopeClaimKey: jwt.JWTScopeFieldList, EnforcePKCE: true,
 		}
 		store := storage.NewMemoryStore()
 		store.Clients["client"] = &fosite.DefaultClient{
-			ID: "client", Secret: []byte("secret"), GrantTypes: []string{"client_credentials"}, Scopes: []string{"keys"}, Audience: []string{"orgkeys"},
+			ID: "client", Secret: []byte("secret"), Scopes: []string{"keys"}, Audience: []string{"orgkeys"},
+			GrantTypes: []string{"client_credentials", "authorization_code"}, ResponseTypes: []string{"code"}, RedirectURIs: []string{issuer + "/callback"},
 		}
 		signing := func(ctx context.Context) (any, error) {
 			k := ctx.Value(theKey{}).(provider.Key)
 			return &jose.JSONWebKey{Key: k.Private, KeyID: k.ID, Algorithm: "ES256", Use: "sig"}, nil
 		}
 		strategy := &compose.CommonStrategy{CoreStrategy: compose.NewOAuth2JWTStrategy(signing, compose.NewOAuth2HMACStrategy(config), config)}
-		oauth := compose.Compose(config, store, strategy, compose.OAuth2ClientCredentialsGrantFactory)
+		oauth := compose.Compose(config, store, strategy,
+			compose.OAuth2ClientCredentialsGrantFactory, compose.OAuth2AuthorizeExplicitFactory, compose.OAuth2PKCEFactory)
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /.well-known/oauth-authorization-server", func(w http.ResponseWriter, _ *http.Request) {
-			answer(w, map[string]any{"issuer": issuer, "jwks_uri": issuer + "/jwks", "token_endpoint": issuer + "/token"})
+			answer(w, map[string]any{"issuer": issuer, "jwks_uri": issuer + "/jwks", "token_endpoint": issuer + "/token", "authorization_endpoint": issuer + "/authorize"})
 		})
 		mux.HandleFunc("GET /jwks", func(w http.ResponseWriter, _ *http.Request) {
 			var set jose.JSONWebKeySet
@@ -47,6 +49,7 @@ func main() {
 			}
 			answer(w, set)
 		})
+		mux.HandleFunc("GET /authorize", func(w http.ResponseWriter, r *http.Request) { authorize(w, r, oauth) })
 		mux.HandleFunc("POST /token", func(w http.ResponseWriter, r *http.Request) { token(w, r, oauth, keys) })
 		return mux
 	})
@@ -55,24 +58,54 @@ func main() {
 // theKey is the context's key that signs: header and signature must be of one.
 type theKey struct{}
 
-func token(w http.ResponseWriter, r *http.Request, oauth fosite.OAuth2Provider, keys *provider.Keys) {
-	now, k := time.Now(), keys.All()[0]
-	ctx := context.WithValue(r.Context(), theKey{}, k)
-	session := &oauth2.JWTSession{
+func sessionOf(subject string) *oauth2.JWTSession {
+	now := time.Now()
+	return &oauth2.JWTSession{
 		JWTClaims: &jwt.JWTClaims{
-			Subject: "client", IssuedAt: now, NotBefore: now,
+			Subject: subject, IssuedAt: now, NotBefore: now,
 			Extra: map[string]any{"ext": map[string]any{"org_id": "acme", "org_role": []string{"ADMINISTRATOR"}}},
 		},
-		JWTHeader: &jwt.Headers{Extra: map[string]any{"kid": k.ID}},
+		JWTHeader: &jwt.Headers{},
 	}
-	request, err := oauth.NewAccessRequest(ctx, r, session)
+}
+
+// authorize takes the one user for logged in, and for agreed.
+func authorize(w http.ResponseWriter, r *http.Request, oauth fosite.OAuth2Provider) {
+	ctx := r.Context()
+	request, err := oauth.NewAuthorizeRequest(ctx, r)
 	if err != nil {
-		oauth.WriteAccessError(ctx, w, request, err)
+		oauth.WriteAuthorizeError(ctx, w, request, err)
 		return
+	}
+	for _, scope := range request.GetRequestedScopes() {
+		request.GrantScope(scope)
 	}
 	for _, audience := range request.GetRequestedAudience() {
 		request.GrantAudience(audience)
 	}
+	response, err := oauth.NewAuthorizeResponse(ctx, request, sessionOf("ada-1"))
+	if err != nil {
+		oauth.WriteAuthorizeError(ctx, w, request, err)
+		return
+	}
+	oauth.WriteAuthorizeResponse(ctx, w, request, response)
+}
+
+func token(w http.ResponseWriter, r *http.Request, oauth fosite.OAuth2Provider, keys *provider.Keys) {
+	k := keys.All()[0]
+	ctx := context.WithValue(r.Context(), theKey{}, k)
+	request, err := oauth.NewAccessRequest(ctx, r, sessionOf("client"))
+	if err != nil {
+		oauth.WriteAccessError(ctx, w, request, err)
+		return
+	}
+	if request.GetGrantTypes().ExactOne("client_credentials") {
+		for _, audience := range request.GetRequestedAudience() {
+			request.GrantAudience(audience)
+		}
+	}
+	// By a code, the session is the one of its authorization, which may be older than the key.
+	request.GetSession().(*oauth2.JWTSession).JWTHeader.Add("kid", k.ID)
 	response, err := oauth.NewAccessResponse(ctx, request)
 	if err != nil {
 		oauth.WriteAccessError(ctx, w, request, err)
