@@ -74,6 +74,15 @@ const (
 	AskPolicy         Action = "policy.ask" // what it would say to the caller
 )
 
+// Actions returns every action.
+func Actions() []Action {
+	return []Action{
+		GenerateKey, ListKeys, DeleteKey, DeleteAllKeys, ListNodes, DeleteNode, RegisterNode, UnregisterNode,
+		FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents, MarkEvents, AskPolicy,
+		CreateEnrollment, ListEnrollments, ApproveEnrollment, RevokeEnrollment, FetchSealedKey, ClaimEnrollment, ReceiveKey,
+	}
+}
+
 // Request is everything a decision is made from.
 type Request struct {
 	Caller Caller

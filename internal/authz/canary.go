@@ -44,11 +44,8 @@ func impossible() map[string]ast.Value {
 		"an empty caller":        ast.NewObject(ast.Item(callerField, ast.ObjectTerm())),
 		"an action nobody knows": input(Request{person("acme"), "canary.unknown", "acme"}),
 	}
-	for _, action := range []Action{
-		GenerateKey, ListKeys, DeleteKey, DeleteAllKeys, ListNodes, DeleteNode, RegisterNode,
-		UnregisterNode, FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents, MarkEvents, AskPolicy,
-	} {
-		for _, caller := range []Caller{person(""), {Kind: Node, Subject: "canary"}} {
+	for _, action := range Actions() {
+		for _, caller := range []Caller{person(""), {Kind: Node, Subject: "canary"}, {Kind: Enrollment, Subject: "canary"}} {
 			name := fmt.Sprintf("two empty organizations (%s, %s)", caller.Kind, action)
 			inputs[name] = input(Request{caller, action, ""})
 		}

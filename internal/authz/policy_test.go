@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
+	"os"
+	"regexp"
 	"slices"
 	"sort"
 	"testing"
@@ -67,7 +69,7 @@ func answer(cell, revision string) Decision {
 
 func TestEveryActionOfTheCodeIsInTheDecisionTable(t *testing.T) {
 	decisions := table(t)
-	for _, action := range allActions() {
+	for _, action := range Actions() {
 		for _, organization := range []string{"own", "another"} {
 			if !slices.ContainsFunc(decisions.Rows, func(r policies.Row) bool {
 				return r.Action == string(action) && r.Organization == organization
@@ -78,10 +80,21 @@ func TestEveryActionOfTheCodeIsInTheDecisionTable(t *testing.T) {
 	}
 }
 
-func allActions() []Action {
-	return []Action{
-		GenerateKey, ListKeys, DeleteKey, DeleteAllKeys, ListNodes, DeleteNode, RegisterNode,
-		UnregisterNode, FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents, MarkEvents, AskPolicy,
+// Which actions there are, the code says a second time, as constants.
+func TestActionsAreAllOfThem(t *testing.T) {
+	source, err := os.ReadFile("authz.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var constants []Action
+	for _, m := range regexp.MustCompile(`(?m)^\t\w+ +Action = "([^"]+)"`).FindAllSubmatch(source, -1) {
+		constants = append(constants, Action(m[1]))
+	}
+	all := Actions()
+	slices.Sort(all)
+	slices.Sort(constants)
+	if len(constants) < 20 || !slices.Equal(all, constants) {
+		t.Errorf("Actions has %q, the constants are %q", all, constants)
 	}
 }
 
@@ -112,10 +125,10 @@ func oracle(r Request) Decision {
 	if r.Action == "" || r.Org == "" || c.Org == "" || c.Subject == "" {
 		return no(MalformedRequest)
 	}
-	if c.Kind != Person && c.Kind != Node || c.Kind == Node && len(c.Roles) > 0 || slices.Contains(c.Roles, "") {
+	if c.Kind != Person && c.Kind != Node && c.Kind != Enrollment || c.Kind != Person && len(c.Roles) > 0 || slices.Contains(c.Roles, "") {
 		return no(MalformedRequest)
 	}
-	if !slices.Contains(allActions(), r.Action) {
+	if !slices.Contains(Actions(), r.Action) {
 		return no(UnknownAction)
 	}
 	if c.Org != r.Org {
@@ -128,8 +141,9 @@ func oracle(r Request) Decision {
 		manager = manager || role == Owner || role == Administrator
 	}
 	byNode := r.Action == RegisterNode || r.Action == UnregisterNode || r.Action == FetchSecrets
+	byEnrollment := r.Action == ClaimEnrollment || r.Action == ReceiveKey
 	switch {
-	case byNode && c.Kind == Node, !byNode && manager, (r.Action == ListNodes || r.Action == AskPolicy) && member:
+	case byNode && c.Kind == Node, byEnrollment && c.Kind == Enrollment, !byNode && !byEnrollment && manager, (r.Action == ListNodes || r.Action == AskPolicy) && member:
 		return yes(WholeOrganization)
 	case (r.Action == ReadEvents || r.Action == MarkEvents) && member:
 		return yes(OwnOnly)
@@ -168,15 +182,15 @@ func TestPolicyAgreesWithTheOracleOnRandomRequests(t *testing.T) {
 func randomRequest(random *rand.Rand) Request {
 	orgs := []org.ID{"acme", "acme", "acme", "acme", "Acme", "globex", "acme ", ""}
 	roles := []Role{Owner, Administrator, Workspaces, Billing, User, User, "ADMINISTRATORS", "owner", "node", "", "*"}
-	actions := append(allActions(), "orgkey", "ORGKEY.LIST", "")
+	actions := append(Actions(), "orgkey", "ORGKEY.LIST", "")
 	r := Request{
 		Caller: Caller{
-			Kind: pick(random, []Kind{Person, Person, Person, Node, Node, "service", ""}), Subject: pick(random, []string{"u-1", "u-2", "x", "y", ""}),
+			Kind: pick(random, []Kind{Person, Person, Person, Node, Node, Enrollment, "service", ""}), Subject: pick(random, []string{"u-1", "u-2", "x", "y", ""}),
 			Org: pick(random, orgs), Name: "OWNER", Email: "OWNER",
 		},
 		Action: pick(random, actions), Org: pick(random, orgs),
 	}
-	if r.Caller.Kind != Node || random.IntN(4) == 0 {
+	if r.Caller.Kind == Person || random.IntN(4) == 0 {
 		for range random.IntN(4) {
 			r.Caller.Roles = append(r.Caller.Roles, pick(random, roles))
 		}
@@ -188,10 +202,11 @@ func pick[T any](random *rand.Rand, from []T) T { return from[random.IntN(len(fr
 
 func FuzzPolicyAgreesWithTheOracle(f *testing.F) {
 	p := shipped(f)
-	for _, action := range allActions() {
+	for _, action := range Actions() {
 		f.Add("user", "u-1", "acme", "OWNER", "BILLING", uint8(2), string(action), "acme")
 		f.Add("user", "u-1", "acme", "USER", "", uint8(1), string(action), "globex")
 		f.Add("node", "k-1", "acme", "", "", uint8(0), string(action), "acme")
+		f.Add("enrollment", "e-1", "acme", "", "", uint8(0), string(action), "acme")
 	}
 	f.Add("user", "u-1", "", "OWNER", "", uint8(1), "orgkey.list", "")
 	f.Add("user", "u-1", "a\xff", "OWNER", "", uint8(1), "orgkey.list", "a\ufffd")
