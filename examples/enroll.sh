@@ -116,8 +116,7 @@ post() {
 	case $status:$reason in
 	200:) ;;
 	202:*) fail 75 "the key is not ready yet" ;;
-	*:enrollment_unknown | *:enrollment_claimed | *:enrollment_closed | *:recipient_unacceptable | *:sealed_unavailable | *:bad_signature | \
-		*:device_not_allowed | *:origin_not_allowed)
+	*:enrollment_unknown | *:enrollment_claimed | *:enrollment_closed | *:recipient_unacceptable | *:sealed_unavailable | *:bad_signature)
 		fail 77 "$(jq -r .message "$work/body")"
 		;;
 	*) fail 75 "$server answers $status $reason" ;;

@@ -423,8 +423,6 @@ func refusedClaim(s settings, id string, recipient *rsa.PublicKey, err error) er
 		return refused("the server does not seal to "+s.recipientFile, "remove it, and run this again")
 	case errors.Is(err, client.SealedUnavailable):
 		return refused("the server's HSM cannot seal keys", "have an administrator hand a key out, and put it into "+s.keyFile)
-	case errors.Is(err, client.DeviceNotAllowed), errors.Is(err, client.OriginNotAllowed):
-		return refused("enrollment "+id+" is not for this machine", "it is bound to another device or kind of key: "+another)
 	}
 	return err
 }

@@ -267,8 +267,6 @@ func TestEnrollmentRefusals(t *testing.T) {
 	for code, text := range map[string]string{
 		"sealed_unavailable":     "the server's HSM cannot seal keys",
 		"recipient_unacceptable": "does not seal to",
-		"device_not_allowed":     "is not for this machine",
-		"origin_not_allowed":     "is not for this machine",
 		"a_code_of_the_future":   "refuses (400)",
 	} {
 		t.Run(code, func(t *testing.T) {
