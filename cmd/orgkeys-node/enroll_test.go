@@ -27,7 +27,7 @@ type minted struct{ ID, Token string }
 func mint(t *testing.T, s *harness.Server, org, terms string) minted {
 	t.Helper()
 	resp := s.Do(t, harness.Request{Method: "POST", Path: "/organization/" + org + "/enrollment", Token: s.Token(t, org, "OWNER"), Body: []byte(terms)})
-	resp.Want(t, http.StatusCreated, "Enrollment created. The token is shown this once.")
+	resp.Want(t, http.StatusCreated, "Enrollment created. The token is shown only once.")
 	var answer struct{ Data minted }
 	if err := json.Unmarshal(resp.Body, &answer); err != nil {
 		t.Fatal(err)

@@ -245,7 +245,7 @@ func TestHostileTextsAreShownAsText(t *testing.T) {
 		w.Header().Set("X-Request-Id", "r")
 		if strings.HasSuffix(r.URL.Path, "/secret") {
 			w.WriteHeader(http.StatusForbidden)
-			_, _ = io.WriteString(w, `{"success":false,"errorCode":"insufficient_role","message":`+string(quoted(note))+`}`)
+			_, _ = io.WriteString(w, `{"success":false,"errorCode":"insufficient_role","requestId":"r","message":`+string(quoted(note))+`}`)
 			return
 		}
 		_, _ = io.WriteString(w, `{"success":true,"total":1,"data":[{"id":"a","state":"open","scope":"node","status":`+string(quoted(note))+`,"note":`+string(quoted(note))+

@@ -368,6 +368,7 @@ func (a *API) generateSealed(c *gin.Context) {
 	}
 	x := exchangeOf(c)
 	err := a.Enrollments.Generate(c.Request.Context(), x.call(), x.org, body, func(answer enroll.Answer) error {
+		c.Header("Vary", "Accept, Sec-Fetch-Mode")
 		c.Header("Location", "/organization/"+answer.Org+"/key/"+answer.KeyID)
 		return writeSealed(c, answer)
 	})

@@ -140,7 +140,7 @@ func oneKeyEach(t *testing.T, db *sql.DB, n int) {
 func mintBy(t *testing.T, s *harness.Server, org, owner, terms string) minted {
 	t.Helper()
 	resp := s.Do(t, harness.Request{Method: http.MethodPost, Path: "/organization/" + org + "/enrollment", Token: owner, Body: []byte(terms)})
-	resp.Want(t, http.StatusCreated, "Enrollment created. The token is shown this once.")
+	resp.Want(t, http.StatusCreated, "Enrollment created. The token is shown only once.")
 	var answer struct {
 		Data minted `json:"data"`
 	}

@@ -16,7 +16,7 @@ const (
 // TestCheckTellsRightFromWrong keeps the checker itself honest: a checker
 // that accepts everything would pass every other test.
 func TestCheckTellsRightFromWrong(t *testing.T) {
-	key := `{"id":"` + id + `","orgId":"acme","publicKey":"-----BEGIN PUBLIC KEY-----\nx","fingerprint":"` + strings.Repeat("a", 43) + `","createdAt":"2026-03-01T12:00:00.000Z","nodeKeys":[]`
+	key := `{"id":"` + id + `","orgId":"acme","publicKey":"-----BEGIN PUBLIC KEY-----\nx","fingerprint":"` + strings.Repeat("a", 43) + `","createdAt":"2026-03-01T12:00:00.000Z","scope":"organization","nodeKeys":[]`
 	errorBody := `{"success":false,"message":"m","errorCode":"internal","requestId":"r-1"}`
 	released := map[string]string{
 		"Content-Type": "application/x-pem-file", "Cache-Control": "no-store", "Vary": "Accept", "X-Key-Id": id,
@@ -59,6 +59,9 @@ func TestCheckTellsRightFromWrong(t *testing.T) {
 		{"503 with Retry-After", "GET", listPath, 503, with(jsonHeader, "Retry-After", "5"), errorBody, true},
 		{"a private key as PEM", "POST", listPath, 200, released, pemText, true},
 		{"a private key as JSON", "POST", listPath, 200, with(released, "Content-Type", "application/json"), `"-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----\n"`, true},
+		{"a private key that is sealed", "POST", listPath, 200, with(released, "Content-Type", "application/json"), `{"org":"acme","origin":"o","keyId":"` + id + `","scope":"organization","algorithm":"rsa-2048","fingerprint":"` + strings.Repeat("a", 43) +
+			`","recipient":"` + strings.Repeat("0", 64) + `","sealed":{"alg":"RSA_AES_KEY_WRAP_SHA_256","value":"eA=="},"sha256":"` + strings.Repeat("0", 64) + `","event":"{}","deliverUntil":"2026-03-01T12:00:00.000Z"}`, true},
+		{"a private key that is sealed by nothing known", "POST", listPath, 200, with(released, "Content-Type", "application/json"), `{"org":"acme","sealed":{"alg":"none","value":"eA=="}}`, false},
 		{"a private key as PKCS#8", "POST", listPath, 200, released, strings.ReplaceAll(pemText, "RSA PRIVATE", "PRIVATE"), false},
 		{"a private key without its ID", "POST", listPath, 200, with(released, "X-Key-Id", ""), pemText, false},
 		{"success for a malformed organization", "GET", "/organization/-x/key", 200, jsonHeader, `{"success":true,"message":"m","data":[]}`, false},
