@@ -199,7 +199,7 @@ func TestErrorsShowLineAndValue(t *testing.T) {
 		"ORGKEYS_AUDIT_SINKS=file,canary":                "ORGKEYS_AUDIT_SINKS",
 		"ORGKEYS_MAX=canary-0123456789":                  "ORGKEYS_MAX: is not a number",
 		"ORGKEYS_LOG_LEVEL=canary-0123456789":            "ORGKEYS_LOG_LEVEL: is none of",
-		"ORGKEYS_VAULT_TOKEN_FILE=x":                     "ORGKEYS_VAULT_TOKEN_FILE is for ORGKEYS_KEYSTORE=vault",
+		"ORGKEYS_VAULT_TOKEN_FILE=x":                     "ORGKEYS_VAULT_TOKEN_FILE is only for ORGKEYS_KEYSTORE=vault",
 		"MAX=5":                                          "MAX is neither a setting",
 		"just text":                                      "not a line of NAME=VALUE",
 		"ORGKEYS_LOG_LEVEL=info\nORGKEYS_LOG_LEVEL=info": "ORGKEYS_LOG_LEVEL is given twice (line 2",
