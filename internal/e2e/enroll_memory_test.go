@@ -18,6 +18,7 @@ import (
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/orgkey/backendtest"
 	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
 )
 
@@ -186,16 +187,13 @@ func addDelivery(t *testing.T, secrets *harness.Scanner, name string, answer har
 	if answer.Status != http.StatusOK {
 		t.Fatalf("a delivery: %d %s", answer.Status, answer.Body)
 	}
-	opened, err := client.OpenSealed(answer.Body, node)
-	must(t, err)
-	parsed, err := client.ParsePrivateKey(opened.PEM)
-	must(t, err)
-	private := parsed.(*rsa.PrivateKey)
-	secrets.AddPrivate(name, private)
 	var sealed struct {
 		Sealed envelope.SealedKey `json:"sealed"`
 	}
 	must(t, json.Unmarshal(answer.Body, &sealed))
+	private, err := backendtest.OpenSealed(sealed.Sealed, node)
+	must(t, err)
+	secrets.AddPrivate(name, private)
 	aes, err := rsa.DecryptOAEP(sha256.New(), nil, node, sealed.Sealed.Value[:node.Size()], nil)
 	must(t, err)
 	secrets.AddAESKey(name+" AES key", aes)

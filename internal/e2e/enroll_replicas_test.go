@@ -20,6 +20,8 @@ import (
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/chaos/cluster"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/orgkey/backendtest"
 )
 
 // replicasOf starts n replicas on one PostgreSQL and Redis, on SoftHSM or on Vault.
@@ -226,18 +228,23 @@ func claimAtOnce(t *testing.T, c *cluster.Cluster, m minted, recipients []*rsa.P
 			resp := c.Replicas[attempt%len(c.Replicas)].Do(t, asks(m, bodies[i]))
 			switch resp.Status {
 			case http.StatusOK:
-				key, err := client.OpenSealed(resp.Body, recipients[i])
+				var sealed struct {
+					Sealed envelope.SealedKey `json:"sealed"`
+				}
+				must(t, json.Unmarshal(resp.Body, &sealed))
+				key, err := backendtest.OpenSealed(sealed.Sealed, recipients[i])
 				if err != nil {
 					t.Error(err)
 					return
 				}
-				receipt(t, c.Replicas[i%len(c.Replicas)], resp, harness.ParsePrivate(t, key.PEM))
+				receipt(t, c.Replicas[i%len(c.Replicas)], resp, key)
 				mu.Lock()
 				defer mu.Unlock()
-				if got[key.Fingerprint] {
+				fingerprint := client.Fingerprint(key.Public())
+				if got[fingerprint] {
 					t.Errorf("two recipients got one key")
 				}
-				got[key.Fingerprint] = true
+				got[fingerprint] = true
 				return
 			case http.StatusConflict:
 				mu.Lock()

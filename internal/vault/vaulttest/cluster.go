@@ -114,7 +114,36 @@ func (c *Cluster) start(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("enabling the audit device: %w", err)
 	}
-	return nil
+	return c.awaitVoters(ctx, root)
+}
+
+// awaitVoters waits until every node may be elected: raft takes a new one in as a
+// non-voter, and autopilot gives it its vote some seconds later. Without the
+// votes of the others, nobody follows a leader that is gone.
+func (c *Cluster) awaitVoters(ctx context.Context, root *api.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, readyWithin)
+	defer cancel()
+	for {
+		voters := 0
+		answer, err := root.Logical().ReadWithContext(ctx, "sys/storage/raft/configuration")
+		if err == nil && answer != nil {
+			config, _ := answer.Data["config"].(map[string]any)
+			servers, _ := config["servers"].([]any)
+			for _, server := range servers {
+				if s, _ := server.(map[string]any); s["voter"] == true {
+					voters++
+				}
+			}
+		}
+		if voters == len(c.Nodes) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d of %d nodes have a vote: %w", voters, len(c.Nodes), errors.Join(ctx.Err(), err))
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
 }
 
 func (c *Cluster) found(ctx context.Context, node *Server) error {
