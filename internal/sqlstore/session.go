@@ -11,6 +11,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgconn/ctxwatch"
 	"github.com/jackc/pgx/v5/stdlib"
 )
 
@@ -41,6 +42,11 @@ var sessionSettings = map[string]string{
 	"tcp_user_timeout":                    "6000",
 }
 
+// cancelAfter is how long behind the end of its context a statement may still
+// end by itself before pgx cancels it, through a pooler: PgBouncer 1.18 can exit
+// when a client that asked it to cancel goes away (pgbouncer's issue 801).
+const cancelAfter = time.Second
+
 var (
 	// errPooled: a connection that should be direct goes through a pooler.
 	errPooled = errors.New("a pooler is in between")
@@ -61,6 +67,9 @@ func newConnector(config pgx.ConnConfig) *connector {
 	pooled.RuntimeParams = withParams(config.RuntimeParams, nil)
 	if pooled.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement {
 		pooled.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+	}
+	pooled.BuildContextWatcherHandler = func(c *pgconn.PgConn) ctxwatch.Handler {
+		return &pgconn.DeadlineContextWatcherHandler{Conn: c.Conn(), DeadlineDelay: cancelAfter}
 	}
 	return &connector{
 		Connector: stdlib.GetConnector(direct, stdlib.OptionAfterConnect(orClose(checkDirect)), stdlib.OptionResetSession(stillDurable())),

@@ -68,7 +68,7 @@ func (s *Server) pooler(user, logins string, ini func(port int, users string) st
 	if err := errors.Join(os.WriteFile(users, []byte(logins), 0o644), os.WriteFile(file, []byte(ini(port, users)), 0o644)); err != nil {
 		return nil, err
 	}
-	cmd := exec.Command("pgbouncer", "-q", file)
+	cmd := exec.Command("pgbouncer", file)
 	cmd.Dir = s.dir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.as, Pdeathsig: syscall.SIGKILL}
 	p := &Pooler{port, user, cmd, new(bytes.Buffer), make(chan error, 1)}
