@@ -197,7 +197,7 @@ func TestARecipientThatWasExchangedInVaultIsFound(t *testing.T) {
 	m := mint(t, s, org, `{}`)
 	_, err := enrollment(t, s.API, m.Token, node, 0).Fetch(t.Context())
 	proxy.Before(nil)
-	if left := <-exchanged; left != nil || !errors.Is(err, client.ErrSealedDamaged) {
+	if left := <-exchanged; left != nil || !errors.Is(err, client.ErrSealedUseless) {
 		t.Fatalf("exchanging: %v; the node: %v", left, err)
 	}
 	key := show(t, s, org, m.ID).Claims[0].KeyID

@@ -267,10 +267,13 @@ func (s *Server) Running() bool {
 	}
 }
 
-// Kill ends the process as a power failure would.
+// Kill ends the process as a power failure would. Any goroutine may call it.
 func (s *Server) Kill() {
-	s.cmd.Process.Kill()
-	<-s.done
+	s.mu.Lock()
+	cmd, done := s.cmd, s.done
+	s.mu.Unlock()
+	cmd.Process.Kill()
+	<-done
 }
 
 // Stop asks the process to end and returns its exit code.

@@ -115,12 +115,15 @@ func (m *Machine) Boot(program, name string) {
 		m.t.Fatal(err)
 	}
 	m.t.Cleanup(func() {
+		var log string
 		if m.t.Failed() && m.pid != 0 {
-			log, _ := m.Inside("journalctl", "--no-pager", "--output=short-monotonic")
-			m.t.Logf("%s\n%s", log, out.String())
+			log, _ = m.Inside("journalctl", "--no-pager", "--output=short-monotonic")
 		}
 		cmd.Process.Kill() // takes its child along, and that all processes of the machine
 		cmd.Wait()
+		if m.t.Failed() {
+			m.t.Logf("%s\n%s", log, out.String())
+		}
 	})
 	harness.Eventually(m.t, 2*harness.Patience, "systemd answers", func() bool {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", cmd.Process.Pid, cmd.Process.Pid))
