@@ -112,7 +112,10 @@ func (c *Cluster) start(ctx context.Context) error {
 	// Relative, so that each node has a file of its own.
 	err = root.Sys().EnableAuditWithOptionsWithContext(ctx, "file", &api.EnableAuditOptions{Type: "file", Options: map[string]string{"file_path": "audit.log"}})
 	if err != nil {
-		return fmt.Errorf("enabling the audit device: %w", err)
+		// The client sends a request again whose answer it did not get.
+		if there, listErr := root.Sys().ListAuditWithContext(ctx); listErr != nil || there["file/"] == nil {
+			return fmt.Errorf("enabling the audit device: %w", errors.Join(err, listErr))
+		}
 	}
 	return c.awaitVoters(ctx, root)
 }
