@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -160,10 +159,4 @@ func (s *settings) certificate() (*tls.Certificate, error) {
 		return nil, &failure{exit: exitConfig, what: "--tls-cert and --tls-key must be a certificate and its own private key", err: err}
 	}
 	return &pair, nil
-}
-
-// fileError reports whether err is about a file that was read.
-func fileError(err error) bool {
-	_, ok := errors.AsType[*os.PathError](err)
-	return ok
 }

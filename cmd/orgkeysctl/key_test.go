@@ -222,7 +222,7 @@ func TestTwoCreateKeysAtOnce(t *testing.T) {
 			results <- string(out)
 		}()
 	}
-	if <-results == <-results {
+	if first, second := <-results, <-results; first == second {
 		t.Error("both have the same key")
 	}
 	if keys := server.List(t, p.org); len(keys) != 2 {

@@ -34,7 +34,7 @@ var nameForm = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]
 
 // ErrNotFresh: Transit answered a creation with a key that is not a new one. Creating an
 // existing key succeeds in Transit, so another client may hold that key.
-var ErrNotFresh = errors.New("Transit did not create a new key")
+var ErrNotFresh = errors.New("a key that Transit was to create is not new")
 
 // errForeignForm: a success that Vault does not answer so, and something between
 // orgkeys and Vault does. It quotes nothing: a private key may be in it.
