@@ -63,6 +63,10 @@ func (e *RecipientError) Error() string { return "recipient " + e.Problem }
 // InputError says what is wrong with a request, in words for its sender.
 type InputError = jsonbody.Error
 
+// MaxConflicts is how many of an enrollment's conflicts leave an event; the rest
+// are counted.
+const MaxConflicts = 20
+
 // Scope is what a key speaks for.
 type Scope string
 
@@ -155,7 +159,7 @@ type Store interface {
 	// Claim gives recipient an open use of enrollment id for deliverFor, and
 	// records claimed(keyID) if it is the first time. Another recipient than
 	// may have it is ErrClaimed; conflict is recorded once a recipient, and for
-	// no more than maxConflicts of them. An enrollment that is over is ErrClosed.
+	// no more than MaxConflicts of them. An enrollment that is over is ErrClosed.
 	Claim(ctx context.Context, id string, recipient Recipient, from string, deliverFor time.Duration, claimed func(keyID string) audit.Event, conflict audit.Event) (Delivery, error)
 	// ClaimOwn begins an administrator's own delivery under keyID, a reserved
 	// place in the organization's quota, or returns the unreceived one of the

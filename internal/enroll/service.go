@@ -25,7 +25,6 @@ const (
 	longestLife     = 30 * 24 * time.Hour
 	usualLife       = 24 * time.Hour
 	listed          = 1000                  // enrollments in a list, the newest
-	maxConflicts    = 20                    // conflicts of an enrollment that leave an event; the rest are counted
 	cleanupDeadline = 5 * time.Second       // for giving up an attempt, or destroying a back end's key
 	refusalTime     = 50 * time.Millisecond // the least that a refusal takes, so that its time says nothing
 	sweepBatch      = 200

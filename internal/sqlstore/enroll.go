@@ -16,10 +16,6 @@ import (
 
 var _ enroll.Store = (*DB)(nil)
 
-// maxConflicts is how many of an enrollment's conflicts leave an event; the rest
-// are counted.
-const maxConflicts = 20
-
 // keyTable is where keys of a scope are. Its names are this package's own.
 func keyTable(s enroll.Scope) string {
 	if s == enroll.ForNode {
@@ -327,7 +323,7 @@ func (d *DB) conflict(ctx context.Context, tx *txn, id, recipient string, event 
 		return err
 	}
 	n, err := exec(ctx, tx, `INSERT INTO enrollment_conflicts (enrollment_id, recipient) SELECT $1, $2
-		WHERE (SELECT count(*) FROM enrollment_conflicts WHERE enrollment_id = $1) < $3 ON CONFLICT DO NOTHING`, id, recipient, maxConflicts)
+		WHERE (SELECT count(*) FROM enrollment_conflicts WHERE enrollment_id = $1) < $3 ON CONFLICT DO NOTHING`, id, recipient, enroll.MaxConflicts)
 	if err != nil || n == 0 {
 		return err
 	}
