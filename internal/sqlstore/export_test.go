@@ -56,3 +56,9 @@ func (d *DB) SessionSetting(ctx context.Context, name string) (value string, err
 	err = d.read.QueryRowContext(ctx, "SELECT current_setting($1)", name).Scan(&value)
 	return value, err
 }
+
+// Execute runs a statement on any connection, in no transaction of this package.
+func (d *DB) Execute(ctx context.Context, statement string) error {
+	_, err := d.read.ExecContext(ctx, statement)
+	return err
+}

@@ -225,6 +225,25 @@ func TestAPoolerThatEndsSessionsLosesNothing(t *testing.T) {
 	}
 }
 
+// A statement whose caller has gone ends by itself, rather than being cancelled:
+// PgBouncer 1.18 may exit over a cancellation (its issue 801).
+func TestAStatementMayEndBeforeItIsCancelledThroughPgBouncer(t *testing.T) {
+	throughPoolers(t, func(t *testing.T, through func(string) string) {
+		direct := newDatabase(t, postgres)
+		db := opened(t, through(direct))
+		admin := raw(t, direct)
+		statement(t, admin, "CREATE TABLE slow (n bigint)")
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		_ = db.Execute(ctx, "INSERT INTO slow SELECT 1 FROM pg_sleep(0.3)") // what the caller hears does not matter
+		var n int
+		until(t, "the statement ended by itself", func() bool {
+			must(t, admin.QueryRow("SELECT count(*) FROM slow").Scan(&n))
+			return n == 1
+		})
+	})
+}
+
 func TestWhatCannotWorkBehindPgBouncerIsRefusedByName(t *testing.T) {
 	direct := newDatabase(t, postgres)
 	p, err := postgres.Pooler("statement")
