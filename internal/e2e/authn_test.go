@@ -279,6 +279,7 @@ func TestPromise9_HostileRequests(t *testing.T) {
 	owner := s.Token(t, "acme", "OWNER")
 	auth := "Authorization: Bearer " + owner + "\r\n"
 	line := "POST /organization/acme/key HTTP/1.1\r\nHost: h\r\n"
+	nonsense := " HTTP/1.1\r\nHost: h\r\n" + auth + "Content-Type: application/json\r\nContent-Length: 8\r\n\r\n{nonsens"
 	for name, request := range map[string]string{
 		"nothing but a line end":         "\r\n\r\n",
 		"noise":                          "\x00\x01\x02\xff\xfe\r\n\r\n",
@@ -305,6 +306,11 @@ func TestPromise9_HostileRequests(t *testing.T) {
 		"a line end in a header's value": line + "X-Request-Id: a\nX-Evil: b\r\n\r\n",
 		"an HTTP/2 preface":              "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
 		"Expect that cannot be met":      line + auth + "Expect: the unexpected\r\n\r\n",
+		"a registration that is no JSON": "POST /register" + nonsense,
+		"a claim that is no JSON":        "POST /enroll/00000000-0000-4000-8000-000000000000" + nonsense,
+		"a receipt that is no JSON":      "POST /enroll/00000000-0000-4000-8000-000000000000/receipt" + nonsense,
+		"a permission that is no JSON":   "POST /organization/acme/enrollment" + nonsense,
+		"a filter that is no JSON":       "POST /systemevent" + nonsense,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
