@@ -33,7 +33,8 @@ func (s *Server) Interfere(t testing.TB, file string, calls []string, what strin
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { i.Stop(t) })
-	Eventually(t, Patience, fmt.Sprintf("strace is attached (%s)", errors.From(0)), func() bool { return traced(i.pid) })
+	// Work in the background may make the call at once, and what says may be to kill.
+	Eventually(t, Patience, fmt.Sprintf("strace is attached (%s)", errors.From(0)), func() bool { return !s.Running() || traced(i.pid) })
 	return i
 }
 
