@@ -66,7 +66,18 @@ func owner(t *testing.T) *person {
 
 // newcomer is somebody who is not logged in.
 func newcomer(t *testing.T, at string) *person {
-	return &person{t: t, home: t.TempDir(), org: harness.Org(), server: at}
+	p := &person{t: t, home: t.TempDir(), org: harness.Org(), server: at}
+	t.Cleanup(func() {
+		if !t.Failed() {
+			return
+		}
+		for line := range strings.Lines(string(server.Output())) {
+			if strings.Contains(line, string(p.org)) || strings.Contains(line, `"level":"ERROR"`) {
+				t.Log("the server: " + line)
+			}
+		}
+	})
+	return p
 }
 
 func (p *person) logIn(role string) {
@@ -86,7 +97,7 @@ func (p *person) command(ctx context.Context, args ...string) *exec.Cmd {
 // run runs a command and returns its exit code and what it printed.
 func (p *person) run(stdin string, args ...string) (code int, out, log string) {
 	p.t.Helper()
-	ctx, cancel := context.WithTimeout(p.t.Context(), harness.Patience)
+	ctx, cancel := context.WithTimeout(p.t.Context(), 4*harness.Patience) // makes RSA keys of 3072 bits, on machines that do much else
 	defer cancel()
 	var stdout, stderr bytes.Buffer
 	cmd := p.command(ctx, args...)
