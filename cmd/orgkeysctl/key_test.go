@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -129,6 +130,13 @@ func (c *cutter) start(t *testing.T) string {
 	t.Cleanup(transport.CloseIdleConnections)
 	forward := &httputil.ReverseProxy{Transport: transport, Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(to) }}
 	between := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// net/http closes the body when the answer begins. If the proxy has not read its
+		// end by then, it takes that for a failure and cuts the answer off.
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			panic(http.ErrAbortHandler)
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
 		if r.Method != http.MethodPost || !strings.HasSuffix(r.URL.Path, c.path) || c.cut.Swap(true) {
 			forward.ServeHTTP(w, r)
 			return
@@ -138,12 +146,12 @@ func (c *cutter) start(t *testing.T) string {
 		}
 		whole := httptest.NewRecorder()
 		forward.ServeHTTP(whole, r)
-		body := whole.Body.Bytes()
+		answer := whole.Body.Bytes()
 		for name, values := range whole.Header() {
 			w.Header()[name] = values
 		}
 		w.WriteHeader(whole.Code)
-		_, _ = w.Write(body[:min(c.after, len(body))])
+		_, _ = w.Write(answer[:min(c.after, len(answer))])
 		_ = http.NewResponseController(w).Flush()
 		panic(http.ErrAbortHandler)
 	}))
