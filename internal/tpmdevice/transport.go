@@ -1,0 +1,128 @@
+package tpmdevice
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+)
+
+const (
+	maxResponse    = 4096 // bytes; what a TPM's device gives at once
+	responseHeader = 10   // tag, size, response code
+	// commandTime bounds one command with its answer: making an RSA key may take a
+	// slow TPM half a minute.
+	commandTime = 90 * time.Second
+	// retryTime is how long a TPM is asked again that says that it is busy.
+	retryTime = 20 * time.Second
+)
+
+// connection is an open TPM. It is tpm2's transport.TPM, and keeps the response
+// codes that go-tpm's own loses when it has asked too often.
+type connection struct {
+	ctx  context.Context
+	path string
+	file interface {
+		io.ReadWriteCloser
+		SetDeadline(time.Time) error
+	}
+}
+
+// open opens a TPM's device, or a Unix socket behind which one is, such as swtpm's.
+func open(ctx context.Context, path string) (*connection, error) {
+	c := &connection{ctx: ctx, path: path}
+	info, err := os.Stat(path)
+	if err == nil && info.Mode()&fs.ModeSocket != 0 {
+		c.file, err = net.DialTimeout("unix", path, commandTime)
+	} else if err == nil {
+		c.file, err = os.OpenFile(path, os.O_RDWR, 0)
+	}
+	switch {
+	case err == nil:
+		return c, nil
+	case errors.Is(err, syscall.EBUSY):
+		return nil, fmt.Errorf("%w: another program has %s open; /dev/tpmrm0 can be shared", ErrBusy, path)
+	}
+	return nil, fmt.Errorf("%w: %w", ErrNoTPM, err)
+}
+
+func (c *connection) close() { _ = c.file.Close() } // what was not answered is lost anyhow
+
+// Send implements transport.TPM.
+func (c *connection) Send(command []byte) ([]byte, error) {
+	until, pause := time.Now().Add(retryTime), 20*time.Millisecond
+	for {
+		response, err := c.exchange(command)
+		if err != nil {
+			return nil, err
+		}
+		code := tpm2.TPMRC(binary.BigEndian.Uint32(response[6:]))
+		switch code {
+		case tpm2.TPMRCRetry, tpm2.TPMRCYielded, tpm2.TPMRCTesting, tpm2.TPMRCNVRate:
+		default:
+			return response, nil
+		}
+		if time.Now().After(until) {
+			return nil, fmt.Errorf("%w: it answers %w", ErrBusy, code)
+		}
+		select {
+		case <-c.ctx.Done():
+			return nil, c.ctx.Err()
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, time.Second)
+	}
+}
+
+func (c *connection) exchange(command []byte) ([]byte, error) {
+	if err := c.ctx.Err(); err != nil {
+		return nil, err
+	}
+	deadline := time.Now().Add(commandTime)
+	if at, ok := c.ctx.Deadline(); ok && at.Before(deadline) {
+		deadline = at
+	}
+	// A device of an old kernel has none, and ends by the driver's own.
+	if err := c.file.SetDeadline(deadline); err != nil && !errors.Is(err, os.ErrNoDeadline) {
+		return nil, c.lost(err)
+	}
+	if _, err := c.file.Write(command); err != nil {
+		return nil, c.lost(err)
+	}
+	buffer, n := make([]byte, maxResponse), 0
+	for {
+		more, err := c.file.Read(buffer[n:])
+		n += more
+		if n >= responseHeader {
+			switch size := int(binary.BigEndian.Uint32(buffer[2:])); {
+			case size < responseHeader || size > maxResponse:
+				return nil, fmt.Errorf("%w: an answer of %d bytes", ErrFailed, size)
+			case n == size:
+				return buffer[:n], nil
+			case n > size:
+				return nil, fmt.Errorf("%w: an answer with something behind it", ErrFailed)
+			}
+		}
+		if err != nil {
+			return nil, c.lost(err)
+		}
+	}
+}
+
+func (c *connection) lost(err error) error {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, syscall.EBUSY):
+		return fmt.Errorf("%w: it does not answer; another program may be using it", ErrBusy)
+	case errors.Is(err, io.EOF), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
+		return fmt.Errorf("%w: it went away", ErrBusy)
+	}
+	return fmt.Errorf("%w: %w", ErrFailed, err)
+}
