@@ -20,6 +20,10 @@ grants := {
 	"orgkey.delete": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"orgkey.delete_all": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"orgkey.fetch_sealed": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"orgkey.add": {}, # nobody, unless a policy of your own says so
+	"device.list": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"device.allow": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
+	"device.remove": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"enrollment.create": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"enrollment.list": {"OWNER": "organization", "ADMINISTRATOR": "organization"},
 	"enrollment.approve": {"OWNER": "organization", "ADMINISTRATOR": "organization"},

@@ -75,5 +75,5 @@ func (a *API) reject(c *gin.Context, reason string, p problem) {
 
 // object is what the path names within the organization, as it was sent.
 func object(c *gin.Context) string {
-	return cmp.Or(c.Param("idKey"), c.Param("idNode"), c.Param("name"))
+	return cmp.Or(c.Param("idKey"), c.Param("idNode"), c.Param("name"), c.Param("ek"))
 }

@@ -23,11 +23,16 @@ type Enrollments interface {
 	Get(ctx context.Context, call gate.Call, org org.ID, id string) (enroll.Enrollment, error)
 	Approve(ctx context.Context, call gate.Call, org org.ID, id string, body []byte) error
 	Revoke(ctx context.Context, call gate.Call, org org.ID, id string) error
-	Claim(ctx context.Context, from enroll.Origin, id string, body []byte, deliver func(enroll.Answer) error) error
+	Claim(ctx context.Context, from enroll.Origin, id string, body []byte, deliver func(enroll.Answer) error, ask func(enroll.Challenge) error) error
 	Receive(ctx context.Context, from enroll.Origin, id string, body []byte) error
 	Generate(ctx context.Context, call gate.Call, org org.ID, body []byte, deliver func(enroll.Answer) error) error
 	Fetch(ctx context.Context, call gate.Call, org org.ID, keyID string, deliver func(enroll.Answer) error) error
 	ReceiveOwn(ctx context.Context, call gate.Call, org org.ID, keyID string, body []byte) error
+	Add(ctx context.Context, call gate.Call, org org.ID, body []byte, deliver func(enroll.Answer) error) error
+	AllowDevice(ctx context.Context, call gate.Call, org org.ID, ek string, body []byte) (enroll.AllowedDevice, error)
+	ListDevices(ctx context.Context, call gate.Call, org org.ID) ([]enroll.AllowedDevice, error)
+	GetDevice(ctx context.Context, call gate.Call, org org.ID, ek string) (enroll.AllowedDevice, error)
+	RemoveDevice(ctx context.Context, call gate.Call, org org.ID, ek string) error
 }
 
 var _ Enrollments = (*enroll.Service)(nil)
@@ -43,6 +48,12 @@ func (a *API) routesEnrollments(r gin.IRouter) {
 	one.GET("", a.organization(authz.ListEnrollments), a.withoutBody, a.existing, a.getEnrollment)
 	one.DELETE("", a.organization(authz.RevokeEnrollment), a.withoutBody, a.existing, a.revokeEnrollment)
 	one.POST("/approve", a.organization(authz.ApproveEnrollment), a.existing, a.approveEnrollment)
+
+	devices := r.Group("/organization/:idOrg/device", a.whileServing, a.authenticate)
+	devices.GET("", a.organization(authz.ListDevices), a.withoutBody, a.listDevices)
+	devices.PUT("/:ek", a.organization(authz.AllowDevice), a.allowDevice)
+	devices.GET("/:ek", a.organization(authz.ListDevices), a.withoutBody, a.getDevice)
+	devices.DELETE("/:ek", a.organization(authz.RemoveDevice), a.withoutBody, a.removeDevice)
 
 	nodes := r.Group("/enroll/:idEnrollment", a.whileServing, noStore)
 	nodes.POST("", a.claimEnrollment)
@@ -110,7 +121,9 @@ type enrollmentEntry struct {
 }
 
 type bindEntry struct {
-	Recipient string `json:"recipient"`
+	Recipient string `json:"recipient,omitempty"`
+	EK        string `json:"ek,omitempty"`
+	TPM       bool   `json:"tpm,omitempty"`
 }
 
 type claimEntry struct {
@@ -120,6 +133,8 @@ type claimEntry struct {
 	Address      string `json:"address"`
 	ClaimedAt    string `json:"claimedAt"`
 	Approved     bool   `json:"approved"`
+	EK           string `json:"ek,omitempty"`
+	Evidence     string `json:"evidence,omitempty"`
 	Fingerprint  string `json:"fingerprint,omitempty"`
 	SHA256       string `json:"sha256,omitempty"`
 	Answers      int    `json:"answers"`
@@ -132,11 +147,16 @@ const manyUses = "This token admits several nodes, so one stolen token can admit
 
 func enrollmentOf(e enroll.Enrollment) enrollmentEntry {
 	entry := enrollmentEntry{
-		ID: e.ID, OrgID: string(e.Org), State: enrollmentState(e), Scope: string(e.Scope), Origin: "backend", Uses: e.Uses, Approval: e.Approval,
+		ID: e.ID, OrgID: string(e.Org), State: enrollmentState(e), Scope: string(e.Scope), Origin: string(e.Origin), Uses: e.Uses, Approval: e.Approval,
 		Note: e.Note, CreatedAt: instant(e.Created), ExpiresAt: instant(e.Expires), Conflicts: e.Conflicts, Claims: make([]claimEntry, len(e.Claims)),
 	}
-	if e.Recipient != "" {
-		entry.Bind = &bindEntry{e.Recipient}
+	switch {
+	case e.TPM == enroll.AnyAllowedTPM:
+		entry.Bind = &bindEntry{TPM: true}
+	case e.TPM != "":
+		entry.Bind = &bindEntry{EK: e.TPM}
+	case e.Recipient != "":
+		entry.Bind = &bindEntry{Recipient: e.Recipient}
 	}
 	if e.Address.IsValid() {
 		entry.IP = e.Address.String()
@@ -179,7 +199,7 @@ func enrollmentState(e enroll.Enrollment) string {
 func claimOf(d enroll.Delivery) claimEntry {
 	entry := claimEntry{
 		KeyID: d.KeyID, State: claimState(d), Recipient: d.Recipient, Address: d.From, ClaimedAt: instant(d.ClaimedAt), Approved: d.Approved,
-		Fingerprint: d.Fingerprint, SHA256: d.Wrapped.SHA256, Answers: d.Answers,
+		EK: d.Device.EK, Evidence: string(d.Device.Evidence), Fingerprint: d.Fingerprint, SHA256: d.Wrapped.SHA256, Answers: d.Answers,
 	}
 	if d.Stage == enroll.Available {
 		entry.DeliverUntil = deadline(d.Until)
@@ -279,19 +299,19 @@ func (a *API) revokeEnrollment(c *gin.Context) {
 
 // sealedAnswer is the answer with a sealed key.
 type sealedAnswer struct {
-	ID           string     `json:"id,omitempty"`
-	Org          string     `json:"org"`
-	Origin       string     `json:"origin"`
-	KeyID        string     `json:"keyId"`
-	Scope        string     `json:"scope"`
-	Algorithm    string     `json:"algorithm"`
-	Fingerprint  string     `json:"fingerprint"`
-	Recipient    string     `json:"recipient"`
-	Sealed       sealedBody `json:"sealed"`
-	SHA256       string     `json:"sha256"`
-	Event        string     `json:"event"`
-	DeliverUntil string     `json:"deliverUntil,omitempty"`
-	MAC          []byte     `json:"mac,omitempty"`
+	ID           string      `json:"id,omitempty"`
+	Org          string      `json:"org"`
+	Origin       string      `json:"origin"`
+	KeyID        string      `json:"keyId"`
+	Scope        string      `json:"scope"`
+	Algorithm    string      `json:"algorithm"`
+	Fingerprint  string      `json:"fingerprint"`
+	Recipient    string      `json:"recipient"`
+	Sealed       *sealedBody `json:"sealed,omitempty"` // not of a key that its holder made
+	SHA256       string      `json:"sha256"`
+	Event        string      `json:"event"`
+	DeliverUntil string      `json:"deliverUntil,omitempty"`
+	MAC          []byte      `json:"mac,omitempty"`
 }
 
 type sealedBody struct {
@@ -308,18 +328,36 @@ func writeSealed(c *gin.Context, a enroll.Answer) error {
 	}
 	c.Header("X-Key-Id", a.KeyID)
 	c.Header("X-Key-Fingerprint", a.Fingerprint)
-	writeJSON(c, http.StatusOK, sealedAnswer{
+	answer := sealedAnswer{
 		ID: a.Enrollment, Org: a.Org, Origin: a.Origin, KeyID: a.KeyID, Scope: string(a.Scope), Algorithm: orgkey.Algorithm,
-		Fingerprint: a.Fingerprint, Recipient: a.Recipient, Sealed: sealedBody(a.Sealed), SHA256: a.SHA256,
-		Event: string(a.Event), DeliverUntil: deadline(a.Until), MAC: a.MAC,
-	})
+		Fingerprint: a.Fingerprint, Recipient: a.Recipient, SHA256: a.SHA256,
+		Event: string(a.Event), MAC: a.MAC,
+	}
+	if a.SHA256 != "" {
+		answer.Sealed, answer.DeliverUntil = new(sealedBody(a.Sealed)), deadline(a.Until)
+	}
+	writeJSON(c, http.StatusOK, answer)
 	return connection.Flush()
 }
 
 func (a *API) claimEnrollment(c *gin.Context) {
 	a.byEnrollment(c, func(ctx context.Context, from enroll.Origin, id string, body []byte) error {
-		return a.Enrollments.Claim(ctx, from, id, body, func(answer enroll.Answer) error { return writeSealed(c, answer) })
+		return a.Enrollments.Claim(ctx, from, id, body, func(answer enroll.Answer) error { return writeSealed(c, answer) }, func(x enroll.Challenge) error {
+			writeJSON(c, http.StatusOK, challengeAnswer{challengeBody{x.IDObject, x.EncSecret, x.MAC}})
+			return nil
+		})
 	})
+}
+
+// challengeAnswer asks a node's TPM for a proof.
+type challengeAnswer struct {
+	Challenge challengeBody `json:"challenge"`
+}
+
+type challengeBody struct {
+	IDObject  []byte `json:"idObject"`
+	EncSecret []byte `json:"encSecret"`
+	MAC       []byte `json:"mac"`
 }
 
 func (a *API) receiveEnrollment(c *gin.Context) {

@@ -53,6 +53,11 @@ var (
 	keyPending      = problem{http.StatusAccepted, "pending", "The key is not ready yet. Please ask again.", 2}
 	noSealing       = problem{http.StatusBadRequest, "sealed_unavailable", "The service's HSM cannot seal a private key to a recipient", 0}
 
+	possessionUnproven = problem{http.StatusBadRequest, "bad_signature", "The request does not prove that its sender has the key's private half", 0}
+	originNotAllowed   = problem{http.StatusForbidden, "origin_not_allowed", "The enrollment is for keys of the other origin: the node asks for one that the back end makes, or the reverse", 0}
+	deviceNotAllowed   = problem{http.StatusForbidden, "device_not_allowed", "The key has to be in a TPM that is allowed, and is not", 0}
+	deviceNotFound     = problem{http.StatusNotFound, "device_not_found", "Device not found", 0}
+	tooManyDevices     = problem{http.StatusBadRequest, "too_many_devices", "Maximum number of devices (10000) has been reached. Please remove existing devices before allowing new ones.", 0}
 	enrollmentUnknown  = problem{http.StatusUnauthorized, "enrollment_unknown", "The enrollment is unknown, or the request was not made with its token", 0}
 	enrollmentClaimed  = problem{http.StatusConflict, "enrollment_claimed", "This enrollment was claimed with another recipient key. If that was not this node, tell an administrator.", 0}
 	enrollmentClosed   = problem{http.StatusGone, "enrollment_closed", "This enrollment is over: it expired, was revoked, or its key was received. Ask an administrator for a new one.", 0}
@@ -173,6 +178,11 @@ func enrollmentProblem(err error) (problem, bool) {
 	}{
 		{enroll.ErrUnknown, enrollmentUnknown},
 		{enroll.ErrClaimed, enrollmentClaimed},
+		{enroll.ErrProof, possessionUnproven},
+		{enroll.ErrOrigin, originNotAllowed},
+		{enroll.ErrDevice, deviceNotAllowed},
+		{enroll.ErrDeviceNotFound, deviceNotFound},
+		{enroll.ErrTooManyDevices, tooManyDevices},
 		{enroll.ErrClosed, enrollmentClosed},
 		{enroll.ErrNotFound, enrollmentNotFound},
 		{enroll.ErrSignature, badSignature},
@@ -197,6 +207,8 @@ func deniedProblem(d *gate.DeniedError) problem {
 		what, area = "secrets of your own organization", "secrets"
 	case strings.HasPrefix(string(d.Action), "enrollment."):
 		what, area = "enrollments of your own organization", "enrollments"
+	case strings.HasPrefix(string(d.Action), "device."):
+		what, area = "devices of your own organization", "devices"
 	case strings.HasPrefix(string(d.Action), "event."):
 		what, area = "events of your own organization", "events"
 	case strings.HasPrefix(string(d.Action), "policy."):
@@ -207,6 +219,10 @@ func deniedProblem(d *gate.DeniedError) problem {
 	case authz.OtherOrganization:
 		p.code, p.message = "other_organization", "Access denied: you can only manage "+what
 	case authz.InsufficientRole:
+		if d.Action == authz.AddKey { // the shipped policy lets nobody
+			p.code, p.message = "insufficient_role", "Insufficient permissions: the policy does not let you add keys of your own"
+			return p
+		}
 		p.code, p.message = "insufficient_role", "Insufficient permissions: only OWNER and ADMINISTRATOR roles can manage "+area
 	}
 	return p

@@ -5,14 +5,17 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"mime"
 	"net/http"
 	"net/url"
 	"time"
 
 	"github.com/gin-gonic/gin"
+	"github.com/go-json-experiment/json/jsontext"
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/jsonbody"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -34,9 +37,39 @@ func (a *API) plainOrSealed(c *gin.Context) {
 		a.generateSealed(c)
 		return
 	}
+	if mediaType, _, err := mime.ParseMediaType(c.GetHeader("Content-Type")); err == nil && mediaType == "application/json" {
+		a.addOrGenerate(c)
+		return
+	}
 	a.withoutBody(c)
 	if !c.IsAborted() {
 		a.generateKey(c)
+	}
+}
+
+// addOrGenerate adds the key that a body names. Any other body is ignored, as the
+// contract has it.
+func (a *API) addOrGenerate(c *gin.Context) {
+	body, ok := a.adminBody(c)
+	if !ok {
+		return
+	}
+	var f struct {
+		PublicKey jsontext.Value `json:"publicKey"`
+	}
+	if jsonbody.Decode(body, &f) != nil || f.PublicKey == nil {
+		a.generateKey(c)
+		return
+	}
+	x := exchangeOf(c)
+	x.action = authz.AddKey
+	err := a.Enrollments.Add(c.Request.Context(), x.call(), x.org, body, func(answer enroll.Answer) error {
+		c.Header("Vary", "Accept, Sec-Fetch-Mode")
+		c.Header("Location", "/organization/"+answer.Org+"/key/"+answer.KeyID)
+		return writeSealed(c, answer)
+	})
+	if err != nil {
+		a.fail(c, err)
 	}
 }
 

@@ -38,6 +38,10 @@ const (
 	EnrollmentExpired  Type = "enrollment.expired" // with unclaimed uses
 	EnrollmentRevoked  Type = "enrollment.revoked"
 
+	DeviceAllowed Type = "device.allowed" // a TPM may have keys of the organization
+	DeviceRemoved Type = "device.removed"
+	DevicesListed Type = "device.listed"
+
 	NodeRegistered   Type = "node.registered"
 	NodeUnregistered Type = "node.unregistered"
 	NodeDeleted      Type = "node.deleted"

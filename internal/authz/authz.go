@@ -68,6 +68,10 @@ const (
 	ApproveEnrollment Action = "enrollment.approve"
 	RevokeEnrollment  Action = "enrollment.revoke"
 	FetchSealedKey    Action = "orgkey.fetch_sealed"
+	AddKey            Action = "orgkey.add" // one that the caller made; the shipped policy lets nobody
+	ListDevices       Action = "device.list"
+	AllowDevice       Action = "device.allow"
+	RemoveDevice      Action = "device.remove"
 	ClaimEnrollment   Action = "enrollment.claim"
 	ReceiveKey        Action = "enrollment.receive"
 	MarkEvents        Action = "event.mark" // as read or unread, for the caller alone
@@ -80,6 +84,7 @@ func Actions() []Action {
 		GenerateKey, ListKeys, DeleteKey, DeleteAllKeys, ListNodes, DeleteNode, RegisterNode, UnregisterNode,
 		FetchSecrets, PutSecret, ListSecrets, DeleteSecret, ReadEvents, MarkEvents, AskPolicy,
 		CreateEnrollment, ListEnrollments, ApproveEnrollment, RevokeEnrollment, FetchSealedKey, ClaimEnrollment, ReceiveKey,
+		AddKey, ListDevices, AllowDevice, RemoveDevice,
 	}
 }
 

@@ -28,6 +28,7 @@ type Config struct {
 	Max             int
 	MaxNodeKeys     int
 	DeliveryTTL     time.Duration
+	TPMRootsFile    string // certificates of the authorities of TPMs; empty: none is believed
 	MaxGenerations  int
 	ReservationTTL  time.Duration
 	ShutdownNotice  time.Duration

@@ -33,6 +33,7 @@ var settings = []Setting{
 	{Name: "ORGKEYS_MAX", Default: "5", Doc: "keys an organization may have, at most 64, because a node's signature is tried against each", set: number(0, 64, func(c *Config) *int { return &c.Max })},
 	{Name: "ORGKEYS_MAX_NODE_KEYS", Default: "1000", Doc: "node keys an organization may have, including those that open enrollments reserve", set: number(0, 100_000, func(c *Config) *int { return &c.MaxNodeKeys })},
 	{Name: "ORGKEYS_DELIVERY_TTL", Default: "168h", Doc: "how long a sealed key waits for its receipt, or its first use, before it is withdrawn", set: duration(time.Minute, 30*24*time.Hour, func(c *Config) *time.Duration { return &c.DeliveryTTL })},
+	{Name: "ORGKEYS_TPM_ROOTS_FILE", Doc: "file with the certificates, PEM, of TPM makers whose endorsement keys are believed; default nobody's, so that each organization lists its TPMs", set: text(func(c *Config) *string { return &c.TPMRootsFile })},
 	{Name: "ORGKEYS_MAX_GENERATIONS", Default: "16", Doc: "concurrent key generations; more get 503", set: number(1, 1024, func(c *Config) *int { return &c.MaxGenerations })},
 	{Name: "ORGKEYS_RESERVATION_TTL", Default: "60s", Doc: "how long a reservation in the quota lasts after a crash; a generation times out after half of it", set: duration(2*time.Second, time.Hour, func(c *Config) *time.Duration { return &c.ReservationTTL })},
 	{Name: "ORGKEYS_KEYSTORE", Default: KeystorePKCS11, Doc: "what makes and seals keys: pkcs11 or vault", set: choice(func(c *Config) *string { return &c.Keystore }, KeystorePKCS11, KeystoreVault)},

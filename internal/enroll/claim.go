@@ -32,15 +32,16 @@ type Origin struct {
 type Answer struct {
 	envelope.Delivery
 	Scope  Scope
-	Sealed envelope.SealedKey
-	Event  []byte    // the log's leaf of orgkey.sealed, verbatim
-	Until  time.Time // when the key is withdrawn unless it was received
-	MAC    []byte    // nil for an administrator's own
+	Sealed envelope.SealedKey // of FromBackend
+	Event  []byte             // the log's leaf of orgkey.sealed, or of FromNode orgkey.created, verbatim
+	Until  time.Time          // when the key is withdrawn unless it was received
+	MAC    []byte             // nil for an administrator's own
 }
 
 // Claim answers a node that asks for the key of enrollment id: deliver writes
-// the wrapped key out. ErrPending says that it is to ask again.
-func (s *Service) Claim(ctx context.Context, from Origin, id string, body []byte, deliver func(Answer) error) error {
+// the wrapped key out, or what the node's own key became; ask writes a challenge
+// out, which its TPM has to answer first. ErrPending says that it is to ask again.
+func (s *Service) Claim(ctx context.Context, from Origin, id string, body []byte, deliver func(Answer) error, ask func(Challenge) error) error {
 	c, err := parseClaim(body)
 	if err != nil {
 		return err
@@ -58,8 +59,14 @@ func (s *Service) Claim(ctx context.Context, from Origin, id string, body []byte
 	}
 	// The address is a machine's, and who audits from an export needs it.
 	pass.Detail = map[string]string{"recipient": c.recipient.ID, "from": from.Address}
-	if err := c.recipient.Check(); err != nil {
-		return s.Gate.Failed(ctx, pass, audit.RequestFailed, "recipient_unacceptable", err)
+	challenge, err := s.judge(ctx, &pass, p, &c)
+	if err != nil {
+		return err
+	}
+	if challenge != nil {
+		challenge.MAC = envelope.ChallengeMAC(k, id, c.recipient.ID, challenge.IDObject, challenge.EncSecret)
+		s.Count(Challenges)
+		return ask(*challenge)
 	}
 	// What was begun is finished although the node hung up: it will ask again.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.AttemptLife/2)
@@ -68,7 +75,7 @@ func (s *Service) Claim(ctx context.Context, from Origin, id string, body []byte
 	if err != nil {
 		return err
 	}
-	return s.serve(ctx, pass, d, k, deliver)
+	return s.serve(ctx, pass, d, k, c.signature, deliver)
 }
 
 func (s *Service) call(from Origin, p Permission) gate.Call {
@@ -146,6 +153,8 @@ func (s *Service) claim(ctx context.Context, pass gate.Pass, id string, recipien
 	case errors.Is(err, ErrClaimed): // which has left its event, or was counted
 		s.Count(Conflicts)
 		return d, err
+	case errors.Is(err, ErrInUse):
+		return d, s.Gate.Failed(ctx, pass, audit.RequestFailed, "recipient_unacceptable", err)
 	case errors.Is(err, ErrClosed):
 		return d, s.Gate.Failed(ctx, pass, audit.RequestFailed, "enrollment_closed", err)
 	default:
@@ -154,8 +163,9 @@ func (s *Service) claim(ctx context.Context, pass gate.Pass, id string, recipien
 }
 
 // serve brings a delivery as far as it goes and has deliver write it out.
-func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k []byte, deliver func(Answer) error) error {
-	d, wrapped, err := s.advance(ctx, pass, d)
+// signature is the holder's, of a key that they made.
+func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k, signature []byte, deliver func(Answer) error) error {
+	d, wrapped, err := s.advance(ctx, pass, d, signature)
 	if errors.Is(err, ErrPending) {
 		return err
 	}
@@ -172,7 +182,9 @@ func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k []byt
 	if err := deliver(answer); err != nil {
 		return fmt.Errorf("writing key %s out: %w", d.KeyID, err)
 	}
-	s.answered(ctx, pass, d)
+	if d.Origin == FromBackend {
+		s.answered(ctx, pass, d)
+	}
 	return nil
 }
 
@@ -186,6 +198,8 @@ func reasonOf(ctx context.Context, err error) string {
 		return "audit_not_acknowledged"
 	case errors.Is(err, ErrClosed):
 		return "enrollment_closed"
+	case errors.Is(err, ErrInUse):
+		return "recipient_unacceptable"
 	default:
 		return gate.ReasonFor(ctx, "generation_failed")
 	}
@@ -200,13 +214,17 @@ type made struct {
 // advance takes the steps that are left until d is available. Each is
 // conditional, so that two who take the same one do it once. It also returns the
 // wrapped key if this call made it.
-func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery) (_ Delivery, wrapped []byte, err error) {
+func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery, signature []byte) (_ Delivery, wrapped []byte, err error) {
 	var own made
 	for {
 		switch d.Stage {
 		case Claimed:
 			if !d.Approved {
 				return d, nil, ErrPending
+			}
+			if d.Origin == FromNode {
+				err = s.storeOwn(ctx, pass, d, signature)
+				break // CRASH: claimed, or sealed with the key pending; asking again goes on.
 			}
 			own, err = s.make(ctx, pass, d)
 			// CRASH: the delivery is claimed, and another attempt can begin when this one's
@@ -224,6 +242,11 @@ func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery) (_ De
 			// CRASH: sealed, and nobody has had it.
 		case Available:
 			return d, own.wrapped, nil
+		case Received:
+			if d.Origin == FromNode { // its answer is no secret, and may be lost as often as any
+				return d, nil, nil
+			}
+			return d, nil, ErrClosed
 		default:
 			return d, nil, ErrClosed
 		}
@@ -335,9 +358,7 @@ func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt
 	created := pass.Event(audit.KeyCreated)
 	created.Object = d.KeyID
 	created.Detail = map[string]string{"fingerprint": fingerprint, "backend": s.Backend, "algorithm": orgkey.Algorithm, "scope": string(d.Scope)}
-	if d.Enrollment != "" {
-		created.Detail["enrollment"] = d.Enrollment
-	}
+	d.describe(created.Detail)
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	err = s.Store.StoreWrapped(storing, d.KeyID, attempt, record,
@@ -364,10 +385,19 @@ func sealedEvent(pass gate.Pass, d Delivery) audit.Event {
 		"recipient": d.Recipient, "alg": d.Wrapped.Alg, "sealed": d.Wrapped.SHA256, "fingerprint": d.Fingerprint,
 		"attempt": d.Attempt, // the key's name in the back end's own records
 	}
-	if d.Enrollment != "" {
-		event.Detail["enrollment"] = d.Enrollment
-	}
+	d.describe(event.Detail)
 	return event
+}
+
+// describe adds to an event's details by which enrollment a key came, and which
+// TPM it, or its recipient, is in.
+func (d Delivery) describe(detail map[string]string) {
+	if d.Enrollment != "" {
+		detail["enrollment"] = d.Enrollment
+	}
+	if d.Device.EK != "" {
+		detail["ek"], detail["evidence"] = d.Device.EK, string(d.Device.Evidence)
+	}
 }
 
 // offer waits until the sinks have the event of the sealing, and releases the key.
@@ -386,7 +416,8 @@ func (s *Service) offer(ctx context.Context, d Delivery) error {
 // answer is what d's recipient gets: the same bytes each time.
 // wrapped is what this call wrapped, if it did.
 func (s *Service) answer(ctx context.Context, d Delivery, wrapped, k []byte) (Answer, error) {
-	if envelope.Digest(wrapped) != d.Wrapped.SHA256 {
+	sealed := d.Origin == FromBackend
+	if sealed && envelope.Digest(wrapped) != d.Wrapped.SHA256 {
 		opened, err := s.Sealer.Open(ctx, []orgkey.Sealed{{Binding: wrappedBinding(d), Ciphertext: d.Wrapped.Value}})
 		if err != nil {
 			return Answer{}, fmt.Errorf("opening the delivery of key %s: %w", d.KeyID, err)
@@ -400,7 +431,7 @@ func (s *Service) answer(ctx context.Context, d Delivery, wrapped, k []byte) (An
 	a := Answer{
 		Delivery: s.vouched(d), Scope: d.Scope, Sealed: envelope.SealedKey{Alg: d.Wrapped.Alg, Value: wrapped}, Event: leaf, Until: d.Until,
 	}
-	if envelope.Digest(wrapped) != d.Wrapped.SHA256 {
+	if sealed && envelope.Digest(wrapped) != d.Wrapped.SHA256 {
 		return Answer{}, fmt.Errorf("the delivery of key %s is not what was sealed: %w", d.KeyID, orgkey.ErrSealBroken)
 	}
 	if k != nil {
@@ -533,7 +564,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, body
 		}
 		return s.Gate.Failed(ctx, pass, audit.KeyRefused, reason, err)
 	}
-	return s.serve(ctx, pass, d, nil, deliver)
+	return s.serve(ctx, pass, d, nil, nil, deliver)
 }
 
 // Fetch has deliver write out an unreceived key of org again.
@@ -548,7 +579,7 @@ func (s *Service) Fetch(ctx context.Context, call gate.Call, org org.ID, keyID s
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.AttemptLife/2)
 	defer cancel()
-	return s.serve(ctx, pass, d, nil, deliver)
+	return s.serve(ctx, pass, d, nil, nil, deliver)
 }
 
 // ReceiveOwn takes an administrator's receipt for key keyID of org.

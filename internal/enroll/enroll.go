@@ -51,14 +51,29 @@ var (
 	ErrNotFound = errors.New("enrollment not found")
 	// ErrSignature: a receipt that the delivered key did not sign.
 	ErrSignature = errors.New("receipt's signature is not valid")
+	// ErrProof: a key of which the asker did not prove to have the private half, or
+	// to have it in the TPM.
+	ErrProof = errors.New("possession of the key is not proven")
+	// ErrOrigin: the enrollment is for keys that the other side makes.
+	ErrOrigin = errors.New("enrollment is for keys of another origin")
+	// ErrDevice: the key must be in a TPM that is allowed, and is not.
+	ErrDevice = errors.New("device is not allowed")
+	// ErrDeviceNotFound: an administrator named a device that is not allowed anyhow.
+	ErrDeviceNotFound = errors.New("device not found")
+	// ErrTooManyDevices: an organization allows as many as it may.
+	ErrTooManyDevices = errors.New("too many devices")
 	// ErrPending: approval, or somebody else's work on the same delivery, is awaited; ask again.
 	ErrPending = errors.New("the key is not ready yet")
 )
 
-// RecipientError says why a private key is not sealed to a recipient.
+// RecipientError says why a private key is not sealed to a recipient, or a key
+// that its holder made is not taken.
 type RecipientError struct{ Problem string }
 
 func (e *RecipientError) Error() string { return "recipient " + e.Problem }
+
+// ErrInUse is a key that its holder made and that is a live one of the organization.
+var ErrInUse = &RecipientError{"is a key that the organization has already; make another one"}
 
 // InputError says what is wrong with a request, in words for its sender.
 type InputError = jsonbody.Error
@@ -75,6 +90,41 @@ const (
 	ForNode         Scope = "node"         // one node of the organization
 	ForOrganization Scope = "organization" // every node of the organization
 )
+
+// KeyOrigin is who makes a key.
+type KeyOrigin string
+
+// The origins of keys.
+const (
+	FromBackend KeyOrigin = "backend" // the HSM or Vault; it is delivered sealed
+	FromNode    KeyOrigin = "node"    // its holder, who sends only the public half
+)
+
+// AnyAllowedTPM is an enrollment's TPM if it is any that the organization allows.
+const AnyAllowedTPM = "allowed"
+
+// Evidence is why a TPM was believed to be one that may have keys.
+type Evidence string
+
+// The evidence.
+const (
+	ByEnrollment  Evidence = "enrollment"  // the enrollment is bound to it
+	ByList        Evidence = "list"        // the organization allows it
+	ByCertificate Evidence = "certificate" // an authority that the operator trusts
+)
+
+// Device is the TPM that a key is in. The zero value is none.
+type Device struct {
+	EK       string // its ID, see package tpm
+	Evidence Evidence
+}
+
+// AllowedDevice is a TPM that may have keys of an organization.
+type AllowedDevice struct {
+	EK      string
+	Note    string
+	Created time.Time
+}
 
 // Stage is how far a delivery is.
 type Stage string
@@ -96,6 +146,8 @@ type Enrollment struct {
 	Org       org.ID
 	Scope     Scope
 	Uses      int
+	Origin    KeyOrigin
+	TPM       string     // the only TPM that may claim it, or AnyAllowedTPM; empty: none is needed
 	Recipient string     // the only recipient that may claim it; empty: any
 	Approval  bool       // each claim waits for an administrator
 	Address   netip.Addr // where the node registers first; zero: anywhere
@@ -115,6 +167,8 @@ type Delivery struct {
 	Enrollment  string // empty: an administrator's own
 	Scope       Scope
 	Stage       Stage
+	Origin      KeyOrigin
+	Device      Device // that the recipient, or the node's own key, is in
 	Recipient   string // R, see envelope.Recipient; empty while open
 	DER         []byte // the recipient's SubjectPublicKeyInfo
 	From        string // the address that claimed it
@@ -140,7 +194,8 @@ type Wrapped struct {
 // Permission is what the service needs of an enrollment to judge a claim.
 type Permission struct {
 	Enrollment
-	K []byte // the token's secret, sealed
+	K         []byte // the token's secret, sealed
+	Challenge []byte // the secret of challenges to TPMs, sealed; nil: it has none
 }
 
 // Store keeps enrollments and deliveries. Every method is one transaction, and
@@ -158,7 +213,7 @@ type Store interface {
 	Permission(ctx context.Context, id string) (Permission, error)
 	// Claim gives recipient an open use of enrollment id for deliverFor, and
 	// records claimed(keyID) if it is the first time. Another recipient than
-	// may have it is ErrClaimed; conflict is recorded once a recipient, and for
+	// may have it is ErrClaimed, and so is a second key in one TPM; conflict is recorded once a recipient, and for
 	// no more than MaxConflicts of them. An enrollment that is over is ErrClosed.
 	Claim(ctx context.Context, id string, recipient Recipient, from string, deliverFor time.Duration, claimed func(keyID string) audit.Event, conflict audit.Event) (Delivery, error)
 	// ClaimOwn begins an administrator's own delivery under keyID, a reserved
@@ -167,6 +222,8 @@ type Store interface {
 	ClaimOwn(ctx context.Context, org org.ID, keyID string, recipient Recipient, limit int, deliverFor time.Duration) (Delivery, error)
 	// Delivery returns a delivery as it is now, or ErrNotFound.
 	Delivery(ctx context.Context, keyID string) (Delivery, error)
+	// Conflict records that a claim of enrollment id was refused, as Claim does.
+	Conflict(ctx context.Context, id, recipient string, conflict audit.Event) error
 	// DeliveryTo returns enrollment id's delivery to a recipient, or ErrNotFound.
 	DeliveryTo(ctx context.Context, id, recipient string) (Delivery, error)
 	// Begin gives attempt the claimed delivery for life, and reports false while
@@ -177,10 +234,13 @@ type Store interface {
 	// StoreWrapped makes the delivery stored and its key pending, if attempt still
 	// has it, or reports orgkey.ErrGone.
 	StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w Wrapped, fingerprint string, created audit.Event) error
+	// StoreOwn makes a claimed delivery of a key that its holder made sealed, and
+	// the key pending; one that is further is let be.
+	StoreOwn(ctx context.Context, keyID string, public []byte, fingerprint string, created audit.Event) error
 	// Seal makes a stored delivery sealed; one that is further is let be.
 	Seal(ctx context.Context, keyID string, sealed audit.Event) error
 	// Offer makes a sealed delivery available for deliverFor and its key
-	// released; one that is further is let be.
+	// released; one of a key that its holder made is received at once. One that is further is let be.
 	Offer(ctx context.Context, keyID string, deliverFor time.Duration) error
 	// Answered counts an answer, and records delivered if it is the first.
 	Answered(ctx context.Context, keyID string, delivered audit.Event) error
@@ -196,6 +256,15 @@ type Store interface {
 	// SweepDeliveries ends what is past its time, at most limit deliveries and
 	// enrollments, and returns how many.
 	SweepDeliveries(ctx context.Context, limit int, events SweepEvents) (int, error)
+	// AllowDevice lets keys of org be in a TPM, or reports ErrTooManyDevices. Again
+	// it changes the note.
+	AllowDevice(ctx context.Context, org org.ID, ek, note string, limit int, event audit.Event) (AllowedDevice, error)
+	// Devices returns those of org, newest first.
+	Devices(ctx context.Context, org org.ID) ([]AllowedDevice, error)
+	// Device returns one of them, or ErrDeviceNotFound.
+	Device(ctx context.Context, org org.ID, ek string) (AllowedDevice, error)
+	// RemoveDevice ends it, or reports ErrDeviceNotFound. Keys stay.
+	RemoveDevice(ctx context.Context, org org.ID, ek string, event audit.Event) error
 	// Leaf returns the leaf of an event.
 	Leaf(ctx context.Context, eventID string) ([]byte, error)
 }

@@ -7,11 +7,15 @@ import (
 	"encoding/pem"
 	"fmt"
 	"math/big"
+	"slices"
+	"strconv"
+	"strings"
 	"sync"
 
 	"github.com/titanous/rocacheck"
 
 	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 // What makes a recipient unacceptable, after what CAs check (CA/Browser Forum,
@@ -28,11 +32,25 @@ type Recipient struct {
 	Public *rsa.PublicKey
 	DER    []byte // its SubjectPublicKeyInfo, encoded anew
 	ID     string // R: hex of SHA-256 over DER
+	Origin KeyOrigin
+	Device Device
 }
 
 // ParseRecipient reads a recipient's PEM, or reports *RecipientError. The caller
 // calls Check before anything is sealed to it.
 func ParseRecipient(text string) (Recipient, error) {
+	return parseKey(text, FromBackend, 3072, 4096)
+}
+
+// parseInTPM is ParseRecipient for one in a TPM, of which many make no longer keys.
+func parseInTPM(text string) (Recipient, error) {
+	return parseKey(text, FromBackend, 2048, 3072, 4096)
+}
+
+// parseOwnKey is ParseRecipient for a key that its holder made.
+func parseOwnKey(text string) (Recipient, error) { return parseKey(text, FromNode, orgkey.Bits) }
+
+func parseKey(text string, origin KeyOrigin, sizes ...int) (Recipient, error) {
 	if len(text) > maxRecipientPEM {
 		return Recipient{}, &RecipientError{"is longer than 2 KiB"}
 	}
@@ -48,15 +66,23 @@ func ParseRecipient(text string) (Recipient, error) {
 	if !ok {
 		return Recipient{}, &RecipientError{"is not an RSA key"}
 	}
-	if bits := public.N.BitLen(); bits != 3072 && bits != 4096 {
-		return Recipient{}, &RecipientError{"is not RSA of 3072 or 4096 bits"}
+	if !slices.Contains(sizes, public.N.BitLen()) {
+		return Recipient{}, &RecipientError{"is not RSA of " + list(sizes) + " bits"}
 	}
 	der, err := x509.MarshalPKIXPublicKey(public)
 	if err != nil {
 		return Recipient{}, fmt.Errorf("encoding a recipient: %w", err)
 	}
 	id, err := envelope.Recipient(public)
-	return Recipient{public, der, id}, err
+	return Recipient{Public: public, DER: der, ID: id, Origin: origin}, err
+}
+
+func list(sizes []int) string {
+	texts := make([]string, len(sizes))
+	for i, n := range sizes {
+		texts[i] = strconv.Itoa(n)
+	}
+	return strings.Join(texts, " or ")
 }
 
 // Check reports *RecipientError if the key is one that others can break. It

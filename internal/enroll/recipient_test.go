@@ -83,7 +83,8 @@ func TestTerms(t *testing.T) {
 	zero := strings.Repeat("0", 64)
 	for _, good := range []string{
 		``, `{}`, `{"uses":1000}`, `{"ttlSeconds":60}`, `{"ttlSeconds":2592000}`, `{"scope":"organization"}`,
-		`{"bind":{"recipient":"` + zero + `"}}`, `{"ip":"::ffff:192.0.2.1"}`, `{"origin":"backend"}`, `{"note":"rack 12"}`,
+		`{"bind":{"recipient":"` + zero + `"}}`, `{"ip":"::ffff:192.0.2.1"}`, `{"origin":"backend"}`, `{"origin":"node","scope":"organization"}`,
+		`{"bind":{"ek":"sha256-` + zero + `"}}`, `{"bind":{"tpm":true},"uses":1000}`, `{"note":"rack 12"}`,
 	} {
 		if _, err := parseTerms([]byte(good)); err != nil {
 			t.Errorf("%s: %v", good, err)
@@ -92,7 +93,7 @@ func TestTerms(t *testing.T) {
 	for _, bad := range []string{
 		`{"unknown":1}`, `{"aproval":true}`, `{"Approval":true}`, `{"bind":{"recipent":"x"}}`,
 		`[]`, `null`, `{"uses":0}`, `{"uses":1001}`, `{"uses":1.5}`, `{"uses":"2"}`, `{"ttlSeconds":59}`, `{"ttlSeconds":2592001}`, `{"ttlSeconds":-1}`,
-		`{"scope":"Node"}`, `{"scope":"organization","uses":2}`, `{"origin":"node"}`, `{"bind":{}}`, `{"bind":{"recipient":"X"}}`, `{"bind":{"ek":"sha256-x"}}`,
+		`{"scope":"Node"}`, `{"scope":"organization","uses":2}`, `{"origin":"moon"}`, `{"bind":{}}`, `{"bind":{"tpm":false}}`, `{"bind":{"tpm":true,"recipient":"` + zero + `"}}`, `{"uses":2,"bind":{"ek":"sha256-` + zero + `"}}`, `{"bind":{"recipient":"X"}}`, `{"bind":{"ek":"sha256-x"}}`,
 		`{"uses":2,"bind":{"recipient":"` + zero + `"}}`, `{"ip":"fe80::1%eth0"}`, `{"ip":"host"}`, `{"uses":2,"ip":"192.0.2.1"}`, `{"note":"a\u202eb"}`,
 		`{"note":"` + strings.Repeat("x", 257) + `"}`, `{"uses":1,"uses":1}`,
 	} {

@@ -17,6 +17,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/tpm"
 )
 
 const (
@@ -30,7 +31,7 @@ const (
 	sweepBatch      = 200
 )
 
-// Config is what a Service is made of. Every field is required.
+// Config is what a Service is made of. Every field but Roots is required.
 type Config struct {
 	Store    Store
 	Keystore orgkey.SealedKeystore
@@ -47,6 +48,7 @@ type Config struct {
 	Count func(Outcome)
 
 	Origin        string        // the audit log's
+	Roots         tpm.Roots     // whose certificates of endorsement keys are believed; zero: nobody's
 	Backend       string        // the keystore's name in audit events
 	Limit         int           // organization keys an organization may have
 	NodeLimit     int           // node keys an organization may have
@@ -60,6 +62,8 @@ type Outcome string
 
 // The outcomes that are counted.
 const (
+	Challenges  Outcome = "challenged" // a TPM was asked for its proof
+	Devices     Outcome = "device_refused"
 	Permissions Outcome = "minted"
 	Claims      Outcome = "claimed"
 	Conflicts   Outcome = "conflict" // another recipient than the one that has it, or may have it
@@ -71,7 +75,7 @@ const (
 
 // Outcomes are all of them.
 func Outcomes() []Outcome {
-	return []Outcome{Permissions, Claims, Conflicts, Receipts, Expirations, Withdrawals, Failures}
+	return []Outcome{Challenges, Devices, Permissions, Claims, Conflicts, Receipts, Expirations, Withdrawals, Failures}
 }
 
 // Service is the use cases of enrollment. Each method leaves an audit event
@@ -122,8 +126,15 @@ func (s *Service) mint(ctx context.Context, pass gate.Pass, t terms, token envel
 	if err != nil {
 		return Enrollment{}, fmt.Errorf("sealing a token: %w", err)
 	}
-	p := Permission{K: k, Enrollment: Enrollment{
-		ID: token.ID, Org: pass.Org, Scope: t.scope, Uses: t.uses, Recipient: t.recipient,
+	challenge := make([]byte, tpm.SecretSize)
+	rand.Read(challenge) // never fails, crypto/rand
+	defer clear(challenge)
+	sealed, err := s.Sealer.Seal(ctx, challengeBinding(pass.Org, token.ID), challenge)
+	if err != nil {
+		return Enrollment{}, fmt.Errorf("sealing a secret of challenges: %w", err)
+	}
+	p := Permission{K: k, Challenge: sealed, Enrollment: Enrollment{
+		ID: token.ID, Org: pass.Org, Scope: t.scope, Uses: t.uses, Recipient: t.recipient, Origin: t.origin, TPM: t.tpm,
 		Approval: t.approval, Address: t.address, Note: t.note,
 	}}
 	limit := s.NodeLimit
@@ -148,8 +159,10 @@ func (s *Service) failure(ctx context.Context, pass gate.Pass, err error) error 
 	switch {
 	case errors.As(err, new(*orgkey.QuotaError)):
 		reason = "quota"
-	case errors.Is(err, ErrNotFound):
+	case errors.Is(err, ErrNotFound), errors.Is(err, ErrDeviceNotFound):
 		reason = "not_found"
+	case errors.Is(err, ErrTooManyDevices):
+		reason = "too_many"
 	}
 	return s.Gate.Failed(ctx, pass, audit.RequestFailed, reason, err)
 }
@@ -293,6 +306,10 @@ func tokenBinding(org org.ID, id string) orgkey.Binding {
 	return orgkey.Binding{Purpose: orgkey.EnrollmentToken, Org: string(org), ID: id}
 }
 
+func challengeBinding(org org.ID, id string) orgkey.Binding {
+	return orgkey.Binding{Purpose: orgkey.ChallengeSecret, Org: string(org), ID: id}
+}
+
 // wrappedBinding binds wrapped bytes to key and recipient as well.
 func wrappedBinding(d Delivery) orgkey.Binding {
 	return orgkey.Binding{Purpose: orgkey.WrappedKey, Org: string(d.Org), ID: d.KeyID + "/" + d.Recipient}
@@ -303,6 +320,8 @@ type terms struct {
 	scope     Scope
 	uses      int
 	life      time.Duration
+	origin    KeyOrigin
+	tpm       string
 	recipient string
 	approval  bool
 	address   netip.Addr

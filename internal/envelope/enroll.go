@@ -79,8 +79,32 @@ func lines(label string, fields ...string) []byte {
 
 // ClaimMAC is the MAC by which a node that has K asks for a key sealed to
 // recipient R: HMAC-SHA-256 with K.
+// With a challenge's secret in place of K it is the proof that the TPM has the key.
 func ClaimMAC(k []byte, enrollment, recipient string) []byte {
-	return hmacSHA256(k, lines("orgkeys/enroll/v1", enrollment, recipient))
+	return hmacSHA256(k, ClaimText(enrollment, recipient))
+}
+
+// ClaimText is what a node signs with a key that it made itself, to show that
+// it has the private half: R is that key's.
+func ClaimText(enrollment, recipient string) []byte {
+	return lines("orgkeys/enroll/v1", enrollment, recipient)
+}
+
+// OwnKeyText is what an administrator signs with a key of their own that org is
+// to have.
+func OwnKeyText(org, recipient string) []byte {
+	return lines("orgkeys/add/v1", org, recipient)
+}
+
+// ChallengeSecret is the secret of the challenge for a key in a TPM, from the
+// enrollment's own for that: one for each recipient, TPM and object.
+func ChallengeSecret(enrollment []byte, id, recipient, ek string, name []byte) []byte {
+	return hmacSHA256(enrollment, lines("orgkeys/challenge-secret/v1", id, recipient, ek, hex.EncodeToString(name)))
+}
+
+// ChallengeMAC is the MAC by which the service sends a challenge.
+func ChallengeMAC(k []byte, enrollment, recipient string, idObject, encSecret []byte) []byte {
+	return hmacSHA256(k, lines("orgkeys/challenge/v1", enrollment, recipient, hex.EncodeToString(idObject), hex.EncodeToString(encSecret)))
 }
 
 // MAC is the MAC by which the service answers a node: whoever made it has K.

@@ -104,7 +104,10 @@ func Open(recipient crypto.Decrypter, text []byte) ([]byte, error) {
 	}
 	key, err := recipient.Decrypt(nil, f.Key, &rsa.OAEPOptions{Hash: crypto.SHA256})
 	defer clear(key)
-	if err != nil || len(key) != keySize || !hmac.Equal(f.MAC, mac(key, f.IV, f.CT)) {
+	if err != nil { // a key in a device says more than that
+		return nil, fmt.Errorf("%w: %w", ErrNotAuthentic, err)
+	}
+	if len(key) != keySize || !hmac.Equal(f.MAC, mac(key, f.IV, f.CT)) {
 		return nil, ErrNotAuthentic
 	}
 	secret := make([]byte, len(f.CT))

@@ -68,7 +68,10 @@ func (k SealedKey) Open(recipient crypto.Decrypter) ([]byte, error) {
 	}
 	key, err := recipient.Decrypt(nil, k.Value[:public.Size()], &rsa.OAEPOptions{Hash: hash})
 	defer clear(key)
-	if err != nil || len(key) != keySize {
+	if err != nil { // a key in a device says more than that
+		return nil, fmt.Errorf("%w: %w", ErrNotAuthentic, err)
+	}
+	if len(key) != keySize {
 		return nil, ErrNotAuthentic
 	}
 	wrap, err := kwp.NewKWP(key)

@@ -39,9 +39,9 @@ type Call struct {
 	Address string // the client's address, as the transport observed it
 }
 
-// objectForm is the form of the IDs of keys and nodes and of the names of secrets.
+// objectForm is the form of the IDs of keys, nodes and devices and of the names of secrets.
 // No other text that a caller sends as one reaches the log.
-var objectForm = regexp.MustCompile(`^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[a-z][a-z0-9_]{0,63})$`)
+var objectForm = regexp.MustCompile(`^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[a-z][a-z0-9_]{0,63}|sha256-[0-9a-f]{64})$`)
 
 // RecordDeadline bounds work that has to leave its event even if the caller is gone.
 const RecordDeadline = 5 * time.Second

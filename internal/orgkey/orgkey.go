@@ -127,6 +127,7 @@ const (
 	CheckpointKey = "checkpoint" // bound to "orgkeys/v1/checkpoint" NUL origin NUL "ed25519"
 
 	EnrollmentToken = "enrollment" // bound to "orgkeys/v1/enrollment" NUL org NUL enrollment ID
+	ChallengeSecret = "challenge"  // bound to "orgkeys/v1/challenge" NUL org NUL enrollment ID
 	WrappedKey      = "delivery"   // bound to "orgkeys/v1/delivery" NUL org NUL key ID "/" R
 )
 

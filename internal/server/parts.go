@@ -21,6 +21,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/redislock"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/tpm"
 	"github.com/orgkeys/orgkeys/internal/vault"
 	"github.com/orgkeys/orgkeys/policies"
 )
@@ -291,4 +292,21 @@ func openLocker(cfg config.Config, log *slog.Logger) (locker, error) {
 		return locker{}, fmt.Errorf("opening the lock on Redis: %w", err)
 	}
 	return locker{l, []api.Check{{Name: "redis", Ask: l.Healthy, Optional: true}}, []prometheus.Collector{l.Outcomes()}, l.Close}, nil
+}
+
+// tpmRoots reads the authorities whose certificates of endorsement keys are
+// believed.
+func tpmRoots(path string) (tpm.Roots, error) {
+	if path == "" {
+		return tpm.Roots{}, nil
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return tpm.Roots{}, fmt.Errorf("ORGKEYS_TPM_ROOTS_FILE: %w", err)
+	}
+	roots, err := tpm.ReadRoots(text)
+	if err != nil {
+		return tpm.Roots{}, fmt.Errorf("ORGKEYS_TPM_ROOTS_FILE %s: %w", path, err)
+	}
+	return roots, nil
 }

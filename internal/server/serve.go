@@ -137,7 +137,12 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	if err != nil {
 		return err
 	}
+	roots, err := tpmRoots(cfg.TPMRootsFile)
+	if err != nil {
+		return err
+	}
 	enrollments, err := enroll.New(enroll.Config{
+		Roots: roots,
 		Gate:  guard,
 		Store: db, Keystore: backend.sealed, Sealer: backend.sealer, Opener: opener, Admit: service.Admit, Enter: nodes.Enter,
 		Count:  func(o enroll.Outcome) { outcomes.WithLabelValues(string(o)).Inc() },

@@ -1,6 +1,7 @@
 package sqlstore
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -26,6 +27,7 @@ func keyTable(s enroll.Scope) string {
 
 // CreateEnrollment implements enroll.Store.
 func (d *DB) CreateEnrollment(ctx context.Context, e enroll.Permission, life time.Duration, keys []string, limit int, event audit.Event) (enroll.Enrollment, error) {
+	e.Origin = cmp.Or(e.Origin, enroll.FromBackend)
 	made := e.Enrollment
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		if err := d.lock(ctx, tx, "org:"+string(e.Org)); err != nil {
@@ -48,9 +50,13 @@ func (d *DB) CreateEnrollment(ctx context.Context, e enroll.Permission, life tim
 		if e.Approval {
 			approval = 1
 		}
-		if _, err := exec(ctx, tx, `INSERT INTO enrollments (id, org_id, scope, uses, recipient, approval, address, note, secret, created_at, expires_at)
-			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)`,
-			e.ID, string(e.Org), string(e.Scope), e.Uses, e.Recipient, approval, address, e.Note, e.K, now, expires); err != nil {
+		recipient := e.Recipient
+		if e.Origin != enroll.FromBackend || e.TPM != "" {
+			recipient = nobody
+		}
+		if _, err := exec(ctx, tx, `INSERT INTO enrollments (id, org_id, scope, uses, recipient, approval, address, note, secret, created_at, expires_at, origin, bind_tpm, bind_recipient, challenge)
+			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)`,
+			e.ID, string(e.Org), string(e.Scope), e.Uses, recipient, approval, address, e.Note, e.K, now, expires, string(e.Origin), e.TPM, e.Recipient, e.Challenge); err != nil {
 			return err
 		}
 		return d.record(ctx, tx, event)
@@ -77,8 +83,8 @@ func (d *DB) takePlaces(ctx context.Context, tx *txn, e enroll.Enrollment, keys 
 				return err
 			}
 		}
-		if _, err := exec(ctx, tx, "INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage) VALUES ($1, $2, $3, $4, 'open')",
-			key, string(e.Org), e.ID, string(e.Scope)); err != nil {
+		if _, err := exec(ctx, tx, "INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage, origin) VALUES ($1, $2, $3, $4, 'open', $5)",
+			key, string(e.Org), e.ID, string(e.Scope), string(e.Origin)); err != nil {
 			return err
 		}
 	}
@@ -114,13 +120,18 @@ func (d *DB) sweepPlaces(ctx context.Context, tx *txn, org org.ID, scope enroll.
 	return err
 }
 
-const enrollmentColumns = "id, org_id, scope, uses, recipient, approval, address, note, created_at, expires_at, revoked_at, conflicts"
+// nobody is what the column recipient has, which no recipient can be, where a
+// program that knows neither origin nor TPMs would believe whoever has the token.
+// bind_recipient says which recipient it really is.
+const nobody = "another version"
+
+const enrollmentColumns = "id, org_id, scope, origin, bind_tpm, uses, CASE WHEN recipient = '" + nobody + "' THEN bind_recipient ELSE recipient END, approval, address, note, created_at, expires_at, revoked_at, conflicts"
 
 func scanEnrollment(scan func(...any) error, more ...any) (e enroll.Enrollment, err error) {
 	var created, expires, revoked sql.NullInt64
 	var approval int
 	var address string
-	err = scan(append([]any{&e.ID, &e.Org, &e.Scope, &e.Uses, &e.Recipient, &approval, &address, &e.Note, &created, &expires, &revoked, &e.Conflicts}, more...)...)
+	err = scan(append([]any{&e.ID, &e.Org, &e.Scope, &e.Origin, &e.TPM, &e.Uses, &e.Recipient, &approval, &address, &e.Note, &created, &expires, &revoked, &e.Conflicts}, more...)...)
 	if err != nil {
 		return e, err
 	}
@@ -178,9 +189,9 @@ func (d *DB) enrollments(ctx context.Context, where string, args ...any) ([]enro
 // Permission implements enroll.Store.
 func (d *DB) Permission(ctx context.Context, id string) (enroll.Permission, error) {
 	found, err := query(ctx, d.read, func(scan func(...any) error) (p enroll.Permission, err error) {
-		p.Enrollment, err = scanEnrollment(scan, &p.K)
+		p.Enrollment, err = scanEnrollment(scan, &p.K, &p.Challenge)
 		return p, err
-	}, "SELECT "+enrollmentColumns+", secret FROM enrollments WHERE id = $1", id)
+	}, "SELECT "+enrollmentColumns+", secret, challenge FROM enrollments WHERE id = $1", id)
 	if err == nil && len(found) == 0 {
 		err = enroll.ErrNotFound
 	}
@@ -195,7 +206,7 @@ func (d *DB) Permission(ctx context.Context, id string) (enroll.Permission, erro
 const deliveryColumns = `SELECT d.key_id, d.org_id, d.enrollment_id, d.scope,
 	CASE WHEN d.stage <> 'ended' AND coalesce(k.state, n.state, 'deleted') = 'deleted' THEN 'ended' ELSE d.stage END,
 	coalesce(d.recipient, ''), d.recipient_key, d.claimed_from, d.claimed_at, d.approved_at IS NOT NULL, d.attempt,
-	d.alg, d.wrapped, d.digest, coalesce(k.sealed, n.sealed), d.fingerprint, d.event_id, d.until, d.answers, d.received_at
+	d.origin, d.ek, d.evidence, d.alg, d.wrapped, d.digest, coalesce(k.sealed, n.sealed), d.fingerprint, d.event_id, d.until, d.answers, d.received_at
 	FROM deliveries d
 	LEFT JOIN org_keys k ON k.id = d.key_id AND d.scope = 'organization'
 	LEFT JOIN keys_of_nodes n ON n.id = d.key_id AND d.scope = 'node'`
@@ -203,7 +214,7 @@ const deliveryColumns = `SELECT d.key_id, d.org_id, d.enrollment_id, d.scope,
 func scanDelivery(scan func(...any) error) (v enroll.Delivery, err error) {
 	var claimed, until, received sql.NullInt64
 	err = scan(&v.KeyID, &v.Org, &v.Enrollment, &v.Scope, &v.Stage, &v.Recipient, &v.DER, &v.From, &claimed, &v.Approved, &v.Attempt,
-		&v.Wrapped.Alg, &v.Wrapped.Value, &v.Wrapped.SHA256, &v.Public, &v.Fingerprint, &v.Event, &until, &v.Answers, &received)
+		&v.Origin, &v.Device.EK, &v.Device.Evidence, &v.Wrapped.Alg, &v.Wrapped.Value, &v.Wrapped.SHA256, &v.Public, &v.Fingerprint, &v.Event, &until, &v.Answers, &received)
 	v.ClaimedAt, v.Until, v.ReceivedAt = micros(claimed), micros(until), micros(received)
 	return v, err
 }
@@ -248,7 +259,7 @@ func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from stri
 		}
 		v, err = delivery(ctx, tx, "d.enrollment_id = $1 AND d.recipient = $2", id, r.ID)
 		switch {
-		case err == nil && (v.Stage == enroll.Received || v.Stage == enroll.Ended):
+		case err == nil && (v.Stage == enroll.Received && v.Origin == enroll.FromBackend || v.Stage == enroll.Ended):
 			return enroll.ErrClosed
 		case err == nil:
 			return nil
@@ -261,9 +272,16 @@ func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from stri
 		if err != nil {
 			return err
 		}
-		if key == "" || e.Recipient != "" && e.Recipient != r.ID {
+		again, err := secondKey(ctx, tx, id, r.Device)
+		if err != nil {
+			return err
+		}
+		if key == "" || again || e.Recipient != "" && e.Recipient != r.ID {
 			refused = true
 			return d.conflict(ctx, tx, id, r.ID, conflict)
+		}
+		if err := d.checkUnused(ctx, tx, e.Org, r); err != nil {
+			return err
 		}
 		if err := claim(ctx, tx, e, key, r, from, now, deliverFor); err != nil {
 			return err
@@ -309,11 +327,52 @@ func claim(ctx context.Context, tx *txn, e enroll.Enrollment, key string, r enro
 	if !e.Approval {
 		until, approved = now+deliverFor.Microseconds(), sql.NullInt64{Int64: now, Valid: true}
 	}
-	if err := one(exec(ctx, tx, `UPDATE deliveries SET stage = 'claimed', recipient = $2, recipient_key = $3, claimed_from = $4, claimed_at = $5, approved_at = $6, until = $7
-		WHERE key_id = $1 AND stage = 'open'`, key, r.ID, r.DER, from, now, approved, until)); err != nil {
+	if err := one(exec(ctx, tx, `UPDATE deliveries SET stage = 'claimed', recipient = $2, recipient_key = $3, claimed_from = $4, claimed_at = $5, approved_at = $6, until = $7, ek = $8, evidence = $9
+		WHERE key_id = $1 AND stage = 'open'`, key, r.ID, r.DER, from, now, approved, until, r.Device.EK, string(r.Device.Evidence))); err != nil {
 		return err
 	}
 	return one(exec(ctx, tx, "UPDATE "+keyTable(e.Scope)+" SET expires_at = $2 WHERE id = $1 AND state = 'reserved'", key, until))
+}
+
+// secondKey reports whether a TPM has a use of the enrollment already: a token
+// for several machines gives one of them no more than one key.
+func secondKey(ctx context.Context, tx *txn, id string, device enroll.Device) (bool, error) {
+	if device.EK == "" {
+		return false, nil
+	}
+	found, err := query(ctx, tx, scanInt, "SELECT count(*) FROM deliveries WHERE enrollment_id = $1 AND ek = $2", id, device.EK)
+	return err == nil && found[0] > 0, err
+}
+
+// checkUnused reports enroll.ErrInUse if a key that its holder made is a live one
+// of the organization, or on its way to be one: deleting a key would not end it.
+func (d *DB) checkUnused(ctx context.Context, tx *txn, org org.ID, r enroll.Recipient) error {
+	if r.Origin != enroll.FromNode {
+		return nil
+	}
+	if err := d.lock(ctx, tx, "key:"+string(org)+"/"+r.ID); err != nil {
+		return err
+	}
+	all, err := query(ctx, tx, scanDelivery, deliveryColumns+" WHERE d.org_id = $1 AND d.recipient = $2 AND d.origin = 'node'", org, r.ID)
+	if err != nil {
+		return err
+	}
+	for _, v := range all {
+		if v.Stage != enroll.Ended {
+			return enroll.ErrInUse
+		}
+	}
+	return nil
+}
+
+// Conflict implements enroll.Store.
+func (d *DB) Conflict(ctx context.Context, id, recipient string, event audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		if err := d.lock(ctx, tx, "enrollment:"+id); err != nil {
+			return err
+		}
+		return d.conflict(ctx, tx, id, recipient, event)
+	})
 }
 
 // conflict counts a recipient that wanted what another has. The first ones leave
@@ -341,6 +400,12 @@ func (d *DB) ClaimOwn(ctx context.Context, org org.ID, keyID string, r enroll.Re
 		if err != nil {
 			return err
 		}
+		if v, err = ownKey(ctx, tx, org, r); err == nil {
+			return nil
+		}
+		if !errors.Is(err, enroll.ErrNotFound) {
+			return err
+		}
 		v, err = delivery(ctx, tx, "d.org_id = $1 AND d.recipient = $2 AND d.enrollment_id = '' AND d.stage NOT IN ('received', 'ended')", org, r.ID)
 		if err == nil && v.Stage != enroll.Ended {
 			return nil
@@ -351,6 +416,9 @@ func (d *DB) ClaimOwn(ctx context.Context, org org.ID, keyID string, r enroll.Re
 		if err != nil && !errors.Is(err, enroll.ErrNotFound) {
 			return err
 		}
+		if err := d.checkUnused(ctx, tx, org, r); err != nil {
+			return err
+		}
 		if err := d.placeOwn(ctx, tx, org, keyID, r, limit, now, now+deliverFor.Microseconds()); err != nil {
 			return err
 		}
@@ -358,6 +426,23 @@ func (d *DB) ClaimOwn(ctx context.Context, org org.ID, keyID string, r enroll.Re
 		return err
 	})
 	return v, err
+}
+
+// ownKey returns what became of a key that its holder, an administrator, added.
+func ownKey(ctx context.Context, tx *txn, org org.ID, r enroll.Recipient) (enroll.Delivery, error) {
+	if r.Origin != enroll.FromNode {
+		return enroll.Delivery{}, enroll.ErrNotFound
+	}
+	all, err := query(ctx, tx, scanDelivery, deliveryColumns+" WHERE d.org_id = $1 AND d.recipient = $2 AND d.enrollment_id = '' AND d.origin = 'node'", org, r.ID)
+	if err != nil {
+		return enroll.Delivery{}, err
+	}
+	for _, v := range all {
+		if v.Stage != enroll.Ended {
+			return v, nil
+		}
+	}
+	return enroll.Delivery{}, enroll.ErrNotFound
 }
 
 // endDelivery ends delivery $1 and keeps nothing of the wrapped key.
@@ -375,8 +460,8 @@ func (d *DB) placeOwn(ctx context.Context, tx *txn, org org.ID, keyID string, r 
 		keyID, org, slots[0], until); err != nil {
 		return err
 	}
-	_, err = exec(ctx, tx, `INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage, recipient, recipient_key, claimed_at, approved_at, until)
-		VALUES ($1, $2, '', 'organization', 'claimed', $3, $4, $5, $5, $6)`, keyID, org, r.ID, r.DER, now, until)
+	_, err = exec(ctx, tx, `INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage, recipient, recipient_key, claimed_at, approved_at, until, origin)
+		VALUES ($1, $2, '', 'organization', 'claimed', $3, $4, $5, $5, $6, $7)`, keyID, org, r.ID, r.DER, now, until, string(cmp.Or(r.Origin, enroll.FromBackend)))
 	return err
 }
 
@@ -428,6 +513,30 @@ func (d *DB) StoreWrapped(ctx context.Context, keyID, attempt string, public []b
 	})
 }
 
+// StoreOwn implements enroll.Store.
+func (d *DB) StoreOwn(ctx context.Context, keyID string, public []byte, fingerprint string, created audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		n, err := exec(ctx, tx, `UPDATE deliveries SET stage = 'sealed', wrapped = $2, fingerprint = $3, event_id = $4
+			WHERE key_id = $1 AND stage = 'claimed' AND origin = 'node' AND approved_at IS NOT NULL`, keyID, []byte{}, fingerprint, created.ID)
+		if err != nil || n == 0 {
+			return err
+		}
+		v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
+		if err != nil {
+			return err
+		}
+		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = 'pending', sealed = $3, created_at = $2 WHERE id = $1 AND state = 'reserved' AND expires_at > $2",
+			keyID, now, public)); err != nil {
+			return err
+		}
+		return d.record(ctx, tx, created)
+	})
+}
+
 // Seal implements enroll.Store.
 func (d *DB) Seal(ctx context.Context, keyID string, sealed audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
@@ -454,7 +563,15 @@ func (d *DB) Offer(ctx context.Context, keyID string, deliverFor time.Duration) 
 		if err != nil {
 			return err
 		}
-		return one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = 'released', released_at = $2, expires_at = NULL WHERE id = $1 AND state = 'pending' AND expires_at > $2", keyID, now))
+		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = 'released', released_at = $2, expires_at = NULL WHERE id = $1 AND state = 'pending' AND expires_at > $2", keyID, now)); err != nil || v.Origin == enroll.FromBackend {
+			return err
+		}
+		// Its holder has it, and came from where the event of its making says.
+		if _, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = $2 WHERE key_id = $1", keyID, now); err != nil {
+			return err
+		}
+		_, err = exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET delivered_at = $2, delivery_event = $3 WHERE id = $1", keyID, now, v.Event)
+		return err
 	})
 }
 

@@ -17,8 +17,10 @@ func (d *DB) CountSealed(ctx context.Context, purpose string) (int, error) {
 		statement = "SELECT count(*) FROM event_keys"
 	case orgkey.EnrollmentToken:
 		statement = "SELECT count(*) FROM enrollments"
+	case orgkey.ChallengeSecret:
+		statement = "SELECT count(*) FROM enrollments WHERE challenge IS NOT NULL"
 	case orgkey.WrappedKey:
-		statement = "SELECT count(*) FROM deliveries WHERE wrapped IS NOT NULL"
+		statement = "SELECT count(*) FROM deliveries WHERE length(wrapped) > 0"
 	}
 	found, err := query(ctx, d.read, scanInt, statement)
 	if err != nil {
@@ -40,8 +42,10 @@ func (d *DB) SealedAfter(ctx context.Context, after orgkey.Binding, limit int) (
 		statement, args = "SELECT origin, '', sealed FROM event_keys WHERE origin > $1 ORDER BY origin LIMIT $2", []any{after.Org, limit}
 	case orgkey.EnrollmentToken:
 		statement = "SELECT org_id, id, secret FROM enrollments WHERE id > $1 ORDER BY id LIMIT $2"
+	case orgkey.ChallengeSecret:
+		statement = "SELECT org_id, id, challenge FROM enrollments WHERE challenge IS NOT NULL AND id > $1 ORDER BY id LIMIT $2"
 	case orgkey.WrappedKey:
-		statement = "SELECT org_id, key_id || '/' || recipient, wrapped FROM deliveries WHERE wrapped IS NOT NULL AND key_id || '/' || recipient > $1 ORDER BY 2 LIMIT $2"
+		statement = "SELECT org_id, key_id || '/' || recipient, wrapped FROM deliveries WHERE length(wrapped) > 0 AND key_id || '/' || recipient > $1 ORDER BY 2 LIMIT $2"
 	}
 	found, err := query(ctx, d.read, func(scan func(...any) error) (s orgkey.Sealed, err error) {
 		s.Binding.Purpose = after.Purpose
@@ -90,6 +94,8 @@ func resealStatements(purpose string) []string {
 		return []string{"UPDATE event_keys SET sealed = $4 WHERE origin = $1 AND $2 = '' AND sealed = $3"}
 	case orgkey.EnrollmentToken:
 		return []string{"UPDATE enrollments SET secret = $4 WHERE org_id = $1 AND id = $2 AND secret = $3"}
+	case orgkey.ChallengeSecret:
+		return []string{"UPDATE enrollments SET challenge = $4 WHERE org_id = $1 AND id = $2 AND challenge = $3"}
 	case orgkey.WrappedKey:
 		return []string{"UPDATE deliveries SET wrapped = $4 WHERE org_id = $1 AND key_id || '/' || recipient = $2 AND wrapped = $3"}
 	}

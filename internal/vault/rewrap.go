@@ -94,7 +94,7 @@ func (r *rewrapper) run(ctx context.Context, settled time.Duration) error {
 func (r *rewrapper) pass(ctx context.Context) error {
 	return errors.Join(r.all(ctx, orgkey.PublicKey, "public keys"), r.all(ctx, orgkey.BootSecret, "boot secrets"),
 		r.all(ctx, orgkey.EventKey, "keys that authenticate events"),
-		r.all(ctx, orgkey.EnrollmentToken, "enrollments"), r.all(ctx, orgkey.WrappedKey, "sealed deliveries"))
+		r.all(ctx, orgkey.EnrollmentToken, "enrollments"), r.all(ctx, orgkey.ChallengeSecret, "challenges of TPMs"), r.all(ctx, orgkey.WrappedKey, "sealed deliveries"))
 }
 
 // all rewraps the records of a purpose, which what names.

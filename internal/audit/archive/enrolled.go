@@ -61,6 +61,24 @@ type deliveries struct {
 	permitted map[string]*Moment  // by enrollment
 	claims    map[string]*claimed // by key
 	approvals map[string]*Moment  // by enrollment and recipient
+	own       map[string]ownKey   // by key
+}
+
+// ownKey is a key that its holder made, with their proof.
+type ownKey struct {
+	index      int64
+	org        org.ID
+	enrollment string // empty: an administrator added it
+	recipient  string
+	signature  []byte
+}
+
+// text is what the holder signed.
+func (k ownKey) text() []byte {
+	if k.enrollment == "" {
+		return envelope.OwnKeyText(string(k.org), k.recipient)
+	}
+	return envelope.ClaimText(k.enrollment, k.recipient)
 }
 
 // claimed is a claim whose key may come to nothing.
@@ -71,7 +89,7 @@ type claimed struct {
 }
 
 func newDeliveries() deliveries {
-	return deliveries{byKey: map[string]*Enrolled{}, permitted: map[string]*Moment{}, claims: map[string]*claimed{}, approvals: map[string]*Moment{}}
+	return deliveries{byKey: map[string]*Enrolled{}, permitted: map[string]*Moment{}, claims: map[string]*claimed{}, approvals: map[string]*Moment{}, own: map[string]ownKey{}}
 }
 
 // add takes the next event into account, after the inventory has. It reports
@@ -90,6 +108,8 @@ func (d *deliveries) add(index int64, e audit.Event, lives *inventory) error {
 			return fmt.Errorf("enrollment %s is claimed, and nobody created it", e.Object)
 		}
 		d.claims[e.Detail["key"]] = &claimed{moment(index, e), e.Detail["from"], e.Detail["recipient"], e.Object}
+	case audit.KeyCreated:
+		return d.made(index, e)
 	case audit.KeySealed:
 		return d.seal(index, e, lives.byKey[e.Object])
 	case audit.KeyDelivered:
@@ -99,6 +119,24 @@ func (d *deliveries) add(index int64, e audit.Event, lives *inventory) error {
 	case audit.KeyReceived:
 		return d.receive(index, e)
 	}
+	return nil
+}
+
+// made takes a key that its holder made into account.
+func (d *deliveries) made(index int64, e audit.Event) error {
+	if e.Detail["backend"] != "node" {
+		return nil
+	}
+	k := ownKey{index: index, org: e.Org, enrollment: e.Detail["enrollment"], recipient: e.Detail["recipient"]}
+	var err error
+	if k.signature, err = base64.StdEncoding.Strict().DecodeString(e.Detail["signature"]); err != nil {
+		return fmt.Errorf("the proof of key %s is no signature: %w", e.Object, err)
+	}
+	if claim := d.claims[e.Object]; k.enrollment != "" && (claim == nil || claim.enrollment != k.enrollment || claim.recipient != k.recipient) {
+		return fmt.Errorf("key %s did not claim enrollment %s, by which it came", e.Object, k.enrollment)
+	}
+	delete(d.claims, e.Object)
+	d.own[e.Object] = k
 	return nil
 }
 
@@ -155,9 +193,12 @@ func (d *deliveries) receive(index int64, e audit.Event) error {
 	return nil
 }
 
-// check checks that the holder of key's private half signed its receipt, where
-// there is one.
+// check checks that the holder of key's private half signed its receipt, and if
+// they made the key their proof, where there is one.
 func (d *deliveries) check(origin, key string, public orgkey.Public) error {
+	if k, made := d.own[key]; made && !public.Verifies(k.text(), k.signature) {
+		return verify.Problemf(k.index, "the proof of key %s was not signed by that key", key)
+	}
 	known := d.byKey[key]
 	if known == nil || known.Receipt != Unchecked {
 		return nil
