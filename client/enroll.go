@@ -52,11 +52,13 @@ func NewRecipient() (*rsa.PrivateKey, error) {
 // hex of SHA-256 over its SubjectPublicKeyInfo.
 func RecipientID(recipient *rsa.PublicKey) (string, error) { return envelope.Recipient(recipient) }
 
-// Enrollment fetches one node's own key with a one-time token. docs/enrollment.md
-// describes the protocol.
+// Enrollment fetches one node's own key with a one-time token, or has the key that
+// the node made accepted. docs/enrollment.md describes the protocol.
 type Enrollment struct {
 	Client *Client
 	token  envelope.Token
+	// TPM has the private half of what the enrollment is about; nil if it is in no TPM.
+	TPM TPM
 	// Recipient opens what the server sends, and must be stored durably before
 	// Fetch: the key is sealed to it once and for all. RSA of 3072 or 4096 bits.
 	Recipient crypto.Decrypter
@@ -69,7 +71,31 @@ func NewEnrollment(c *Client, text []byte, recipient crypto.Decrypter) (*Enrollm
 	if err != nil {
 		return nil, err
 	}
-	return &Enrollment{c, token, recipient}, nil
+	return &Enrollment{Client: c, token: token, Recipient: recipient}, nil
+}
+
+// TPM tells about a key in a TPM 2.0, and answers challenges with it.
+type TPM interface {
+	// EK is the certificate of the TPM's endorsement key with those behind it, or
+	// the endorsement key's public half, PEM.
+	EK(context.Context) (string, error)
+	// PublicArea is the key's TPMT_PUBLIC.
+	PublicArea() []byte
+	// Activate is TPM2_ActivateCredential with key and endorsement key. The caller
+	// clears what it returns.
+	Activate(ctx context.Context, idObject, encSecret []byte) ([]byte, error)
+}
+
+// OwnKeyBits is the size of keys that nodes and administrators make themselves.
+const OwnKeyBits = 2048
+
+// NewOwnKey makes a key for Announce or AddKey.
+func NewOwnKey() (*rsa.PrivateKey, error) {
+	key, err := rsa.GenerateKey(rand.Reader, OwnKeyBits)
+	if err != nil {
+		return nil, fmt.Errorf("making a key: %w", err)
+	}
+	return key, nil
 }
 
 // TokenID is the ID of the enrollment that a token's text is for, or ErrToken.
@@ -120,7 +146,7 @@ type sealedAnswer struct {
 // gets the same key each time. While the key is being made or awaits approval,
 // the error is Pending, which passes.
 func (e *Enrollment) Fetch(ctx context.Context) (*Delivered, error) {
-	public, text, err := recipientPEM(e.Recipient)
+	public, text, err := publicPEM(e.Recipient.Public())
 	if err != nil {
 		return nil, err
 	}
@@ -129,40 +155,139 @@ func (e *Enrollment) Fetch(ctx context.Context) (*Delivered, error) {
 		return nil, err
 	}
 	var key *Delivered
-	err = e.Client.do(ctx, request{
-		method: http.MethodPost, path: "/enroll/" + url.PathEscape(e.token.ID), typ: "application/json",
-		body: func() ([]byte, error) {
-			return json.Marshal(struct {
-				Recipient string `json:"recipient"`
-				MAC       []byte `json:"mac"`
-			}{string(text), envelope.ClaimMAC(e.token.K, e.token.ID, recipient)})
-		},
-		read: func(a *answer) (err error) {
-			key, err = e.read(a, recipient)
-			return err
-		},
+	err = e.claim(ctx, claim{Recipient: string(text)}, recipient, func(a *answer) (err error) {
+		key, err = e.read(a, recipient)
+		return err
 	})
 	return key, err
 }
 
-func (e *Enrollment) read(a *answer, recipient string) (*Delivered, error) {
-	var s sealedAnswer
-	if err := a.decode(&s); err != nil {
+// Announce has own, a key of OwnKeyBits that the node made, accepted: only its
+// public half is sent. It is for an enrollment of origin node, and may be
+// repeated. own must be stored durably before.
+func (e *Enrollment) Announce(ctx context.Context, own crypto.Signer) (*Delivery, error) {
+	public, text, err := publicPEM(own.Public())
+	if err != nil {
 		return nil, err
 	}
-	// Before anything of it is believed.
-	s.Enrollment, s.Recipient = e.token.ID, recipient
-	if !hmac.Equal(s.MAC, s.wire().MAC(e.token.K)) {
-		return nil, fmt.Errorf("%w: %w", a.foreign("JSON with a MAC that the token did not make"), ErrForged)
+	recipient, err := envelope.Recipient(public)
+	if err != nil {
+		return nil, err
+	}
+	signature, err := sign(own, string(envelope.ClaimText(e.token.ID, recipient)))
+	if err != nil {
+		return nil, err
+	}
+	var accepted *Delivery
+	err = e.claim(ctx, claim{PublicKey: string(text), Signature: signature}, recipient, func(a *answer) error {
+		s, err := e.vouched(a, recipient)
+		if err != nil {
+			return err
+		}
+		if s.SHA256 != "" || s.Fingerprint != Fingerprint(public) {
+			return fmt.Errorf("%w: %w", a.foreign("JSON about another key"), ErrForged)
+		}
+		accepted = &s.Delivery
+		return nil
+	})
+	return accepted, err
+}
+
+// claim is what a node asks with.
+type claim struct {
+	Recipient string    `json:"recipient,omitempty"`
+	PublicKey string    `json:"publicKey,omitempty"`
+	Signature string    `json:"signature,omitempty"`
+	MAC       []byte    `json:"mac"`
+	TPM       *tpmClaim `json:"tpm,omitempty"`
+	Proof     []byte    `json:"proof,omitempty"`
+}
+
+type tpmClaim struct {
+	EK     string `json:"ek"`
+	Public []byte `json:"public"`
+}
+
+// claim asks, after the TPM has answered the challenge if the key is in one.
+func (e *Enrollment) claim(ctx context.Context, c claim, recipient string, read func(*answer) error) error {
+	c.MAC = envelope.ClaimMAC(e.token.K, e.token.ID, recipient)
+	if e.TPM != nil {
+		ek, err := e.TPM.EK(ctx)
+		if err != nil {
+			return err
+		}
+		c.TPM = &tpmClaim{ek, e.TPM.PublicArea()}
+		if c.Proof, err = e.prove(ctx, c, recipient); err != nil {
+			return err
+		}
+	}
+	return e.post(ctx, c, read)
+}
+
+// prove gets a challenge and returns the proof that the TPM has the key.
+func (e *Enrollment) prove(ctx context.Context, c claim, recipient string) ([]byte, error) {
+	var s struct {
+		Challenge struct {
+			IDObject  []byte `json:"idObject"`
+			EncSecret []byte `json:"encSecret"`
+			MAC       []byte `json:"mac"`
+		} `json:"challenge"`
+	}
+	err := e.post(ctx, c, func(a *answer) error {
+		if err := a.decode(&s); err != nil {
+			return err
+		}
+		// Before the TPM sees anything of it.
+		if !hmac.Equal(s.Challenge.MAC, envelope.ChallengeMAC(e.token.K, e.token.ID, recipient, s.Challenge.IDObject, s.Challenge.EncSecret)) {
+			return fmt.Errorf("%w: %w", a.foreign("a challenge with a MAC that the token did not make"), ErrForged)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	secret, err := e.TPM.Activate(ctx, s.Challenge.IDObject, s.Challenge.EncSecret)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(secret)
+	return envelope.ClaimMAC(secret, e.token.ID, recipient), nil
+}
+
+func (e *Enrollment) post(ctx context.Context, c claim, read func(*answer) error) error {
+	return e.Client.do(ctx, request{
+		method: http.MethodPost, path: "/enroll/" + url.PathEscape(e.token.ID), typ: "application/json", read: read,
+		body: func() ([]byte, error) { return json.Marshal(c) },
+	})
+}
+
+func (e *Enrollment) read(a *answer, recipient string) (*Delivered, error) {
+	s, err := e.vouched(a, recipient)
+	if err != nil {
+		return nil, err
 	}
 	return open(a, s, e.Recipient)
 }
 
-// recipientPEM returns the public half of a recipient.
-func recipientPEM(recipient crypto.Decrypter) (*rsa.PublicKey, []byte, error) {
-	public, ok := recipient.Public().(*rsa.PublicKey)
+// vouched reads an answer that was made with the token.
+func (e *Enrollment) vouched(a *answer, recipient string) (sealedAnswer, error) {
+	var s sealedAnswer
+	if err := a.decode(&s); err != nil {
+		return s, err
+	}
+	// Before anything of it is believed.
+	s.Enrollment, s.Recipient = e.token.ID, recipient
+	if !hmac.Equal(s.MAC, s.wire().MAC(e.token.K)) {
+		return s, fmt.Errorf("%w: %w", a.foreign("JSON with a MAC that the token did not make"), ErrForged)
+	}
+	return s, nil
+}
+
+// publicPEM returns a public key, and its PEM.
+func publicPEM(key crypto.PublicKey) (*rsa.PublicKey, []byte, error) {
+	public, ok := key.(*rsa.PublicKey)
 	if !ok {
-		return nil, nil, fmt.Errorf("%w: the recipient is not an RSA key", ErrRequest)
+		return nil, nil, fmt.Errorf("%w: it is not an RSA key", ErrRequest)
 	}
 	der, err := x509.MarshalPKIXPublicKey(public)
 	if err != nil {
@@ -231,7 +356,7 @@ func (d Delivery) SignReceipt(key crypto.Signer) ([]byte, error) {
 // recipient gets the same key until its receipt, so that a lost answer is not a
 // lost key. Its receipt is Client.Receipt.
 func (c *Client) SealedKey(ctx context.Context, org string, recipient crypto.Decrypter) (*Delivered, error) {
-	public, text, err := recipientPEM(recipient)
+	public, text, err := publicPEM(recipient.Public())
 	if err != nil {
 		return nil, err
 	}
@@ -262,6 +387,43 @@ func (c *Client) SealedKey(ctx context.Context, org string, recipient crypto.Dec
 	return key, err
 }
 
+// AddKey makes a key that the caller made, RSA of OwnKeyBits, one of org's: only its
+// public half is sent. The shipped policy lets nobody do so. Again it is the same key.
+func (c *Client) AddKey(ctx context.Context, org string, key crypto.Signer) (*Delivery, error) {
+	public, text, err := publicPEM(key.Public())
+	if err != nil {
+		return nil, err
+	}
+	id, err := envelope.Recipient(public)
+	if err != nil {
+		return nil, err
+	}
+	signature, err := sign(key, string(envelope.OwnKeyText(org, id)))
+	if err != nil {
+		return nil, err
+	}
+	var added Delivery
+	err = c.do(ctx, request{
+		method: http.MethodPost, path: orgPath(org, "key"), token: true, typ: "application/json",
+		body: func() ([]byte, error) {
+			return json.Marshal(struct {
+				PublicKey string `json:"publicKey"`
+				Signature string `json:"signature"`
+			}{string(text), signature})
+		},
+		read: func(a *answer) error {
+			if err := a.decode(&added); err != nil {
+				return err
+			}
+			if added.Recipient != id || added.Org != org {
+				return a.foreign("JSON about another key")
+			}
+			return nil
+		},
+	})
+	return &added, err
+}
+
 // OpenSealed opens the JSON text of a sealed answer that was saved, as
 // POST …/key and GET …/key/ID/sealed give it to an administrator. An
 // enrollment's answer it refuses: only the token can tell who made that. The
@@ -277,7 +439,7 @@ func OpenSealed(text []byte, recipient crypto.Decrypter) (*Delivered, error) {
 	if _, err := s.Sealed.Hash(); err != nil || envelope.Digest(s.Sealed.Value) != s.SHA256 {
 		return nil, ErrSealedDamaged
 	}
-	public, _, err := recipientPEM(recipient)
+	public, _, err := publicPEM(recipient.Public())
 	if err != nil {
 		return nil, err
 	}

@@ -134,7 +134,7 @@ func (n Node) open(a *answer) ([]Secret, error) {
 			for _, s := range all {
 				clear(s.Value)
 			}
-			return nil, a.foreign(err.Error())
+			return nil, fmt.Errorf("%w: %w", a.foreign(err.Error()), err)
 		}
 		all = append(all, Secret{name, opened})
 	}

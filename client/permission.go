@@ -13,6 +13,9 @@ import (
 // value lets one node fetch a key of its own within a day.
 type Terms struct {
 	Scope     string        // "node" or "organization"; node if empty
+	Origin    string        // who makes the key, "backend" or "node"; backend if empty
+	EK        string        // the only TPM that may claim it, sha256-…; any if empty
+	TPM       bool          // only a TPM that the organization allows may claim it
 	Uses      int           // nodes that it lets in; 1 if 0
 	Life      time.Duration // how long it may be claimed, in whole seconds; a day if 0
 	Recipient string        // the only recipient that may claim it, lower-case hex; any if empty
@@ -22,13 +25,14 @@ type Terms struct {
 }
 
 type termsFields struct {
-	Scope    string     `json:"scope,omitempty"`
-	Uses     int        `json:"uses,omitzero"`
-	Seconds  int64      `json:"ttlSeconds,omitzero"`
-	Bind     *Recipient `json:"bind,omitempty"`
-	Approval bool       `json:"approval,omitzero"`
-	IP       string     `json:"ip,omitempty"`
-	Note     string     `json:"note,omitempty"`
+	Scope    string `json:"scope,omitempty"`
+	Origin   string `json:"origin,omitempty"`
+	Uses     int    `json:"uses,omitzero"`
+	Seconds  int64  `json:"ttlSeconds,omitzero"`
+	Bind     *Bound `json:"bind,omitempty"`
+	Approval bool   `json:"approval,omitzero"`
+	IP       string `json:"ip,omitempty"`
+	Note     string `json:"note,omitempty"`
 }
 
 // Recipient names a recipient: the lower-case hex SHA-256 of its SubjectPublicKeyInfo.
@@ -36,10 +40,17 @@ type Recipient struct {
 	Recipient string `json:"recipient"`
 }
 
+// Bound says who alone may claim an enrollment.
+type Bound struct {
+	Recipient string `json:"recipient,omitempty"`
+	EK        string `json:"ek,omitempty"`  // a TPM's endorsement key
+	TPM       bool   `json:"tpm,omitempty"` // any TPM that the organization allows
+}
+
 func (t Terms) fields() termsFields {
-	f := termsFields{Scope: t.Scope, Uses: t.Uses, Seconds: int64(t.Life / time.Second), Approval: t.Approval, IP: t.IP, Note: t.Note}
-	if t.Recipient != "" {
-		f.Bind = &Recipient{t.Recipient}
+	f := termsFields{Scope: t.Scope, Origin: t.Origin, Uses: t.Uses, Seconds: int64(t.Life / time.Second), Approval: t.Approval, IP: t.IP, Note: t.Note}
+	if bound := (Bound{t.Recipient, t.EK, t.TPM}); bound != (Bound{}) {
+		f.Bind = &bound
 	}
 	return f
 }
@@ -47,22 +58,22 @@ func (t Terms) fields() termsFields {
 // Permission is an enrollment as administrators see it: for one node, or
 // several, to fetch a key.
 type Permission struct {
-	ID        string     `json:"id"`
-	Org       string     `json:"orgId"`
-	State     string     `json:"state"` // open, waiting, sealed, received, expired or revoked
-	Scope     string     `json:"scope"`
-	Origin    string     `json:"origin"`
-	Uses      int        `json:"uses"`
-	Bind      *Recipient `json:"bind,omitempty"`
-	Approval  bool       `json:"approval"`
-	IP        string     `json:"ip,omitempty"`
-	Note      string     `json:"note,omitempty"`
-	Created   time.Time  `json:"createdAt"`
-	Expires   time.Time  `json:"expiresAt"`
-	Revoked   time.Time  `json:"revokedAt,omitzero"`
-	Conflicts int        `json:"conflicts"` // more than none: a stolen token, or a cloned disk
-	Claims    []Claim    `json:"claims"`
-	Warning   string     `json:"warning,omitempty"`
+	ID        string    `json:"id"`
+	Org       string    `json:"orgId"`
+	State     string    `json:"state"` // open, waiting, sealed, received, expired or revoked
+	Scope     string    `json:"scope"`
+	Origin    string    `json:"origin"`
+	Uses      int       `json:"uses"`
+	Bind      *Bound    `json:"bind,omitempty"`
+	Approval  bool      `json:"approval"`
+	IP        string    `json:"ip,omitempty"`
+	Note      string    `json:"note,omitempty"`
+	Created   time.Time `json:"createdAt"`
+	Expires   time.Time `json:"expiresAt"`
+	Revoked   time.Time `json:"revokedAt,omitzero"`
+	Conflicts int       `json:"conflicts"` // more than none: a stolen token, or a cloned disk
+	Claims    []Claim   `json:"claims"`
+	Warning   string    `json:"warning,omitempty"`
 }
 
 // Claim is one node's claim of an enrollment.
@@ -73,6 +84,8 @@ type Claim struct {
 	Address      string    `json:"address"` // where it came from
 	Claimed      time.Time `json:"claimedAt"`
 	Approved     bool      `json:"approved"`
+	EK           string    `json:"ek,omitempty"`       // the TPM that the key, or its recipient, is in
+	Evidence     string    `json:"evidence,omitempty"` // why that was believed: enrollment, list or certificate
 	Fingerprint  string    `json:"fingerprint,omitempty"`
 	SHA256       string    `json:"sha256,omitempty"`
 	Answers      int       `json:"answers"` // how often the sealed key went out

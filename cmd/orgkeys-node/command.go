@@ -31,6 +31,7 @@ type needs struct {
 var (
 	serverFlags = []string{"server", "ca-file", "tls-cert", "tls-key"}
 	nodeFlags   = []string{"org", "ip", "region", "key-file"}
+	keyFlags    = []string{"origin", "tpm"}
 	reportFlags = []string{"version", "status", "url", "provider", "services"}
 	runFlags    = []string{"config", "wait", "json"}
 )
@@ -50,9 +51,12 @@ pair can open. It lands in --dir (or where --key-file says), and the token file
 is removed. The organization comes with the key.
   orgkeys-node boot --server https://orgkeys.example --ip 192.0.2.7 --region eu --token-file token
 
+With --origin node the node makes the key itself, and only its public half leaves
+it; with --tpm the private key stays in the TPM (docs/nodes.md).
+
 A unit with LoadCredential=orgkeys-node.token:FILE needs no --token-file. A token
 beside a key that was enrolled with another one fetches a new key.`,
-			flags: slices.Concat(serverFlags, nodeFlags, []string{"token-file", "recipient-file", "dir"}, reportFlags, runFlags),
+			flags: slices.Concat(serverFlags, nodeFlags, []string{"token-file", "recipient-file", "dir"}, keyFlags, reportFlags, runFlags),
 			needs: needs{server: true, node: true}, steps: []step{enroll, asNode(fetch), asNode(register)},
 		},
 		{
@@ -62,24 +66,25 @@ the same key until the node has signed for it, and afterwards there is nothing t
   orgkeys-node enroll --server https://orgkeys.example --token-file token --key-file key.pem
 
 Beside the key file it keeps what it needs to go on after an interruption:
-  key.pem.recipient   the private key that opens the answer; removed at the end
+  key.pem.recipient   the private key that opens the answer, or with --origin node
+                      becomes the node's; removed at the end
   key.pem.enrollment  the key's ID and organization; stays, and is no secret`,
-			flags: slices.Concat(serverFlags, []string{"token-file", "key-file", "recipient-file", "dir", "org"}, runFlags),
+			flags: slices.Concat(serverFlags, []string{"token-file", "key-file", "recipient-file", "dir", "org"}, keyFlags, runFlags),
 			needs: needs{server: true}, steps: []step{mustEnroll},
 		},
 		{
 			name: "secrets", help: "only fetch the secrets",
-			flags: slices.Concat(serverFlags, nodeFlags, []string{"dir"}, runFlags),
+			flags: slices.Concat(serverFlags, nodeFlags, []string{"dir", "tpm"}, runFlags),
 			needs: needs{server: true, node: true}, steps: []step{asNode(fetch)},
 		},
 		{
 			name: "register", help: "only register",
-			flags: slices.Concat(serverFlags, nodeFlags, []string{"dir"}, reportFlags, runFlags),
+			flags: slices.Concat(serverFlags, nodeFlags, []string{"dir", "tpm"}, reportFlags, runFlags),
 			needs: needs{server: true, node: true}, steps: []step{asNode(register)},
 		},
 		{
 			name: "unregister", help: "take the node out of its organization",
-			flags: slices.Concat(serverFlags, nodeFlags, []string{"dir"}, runFlags),
+			flags: slices.Concat(serverFlags, nodeFlags, []string{"dir", "tpm"}, runFlags),
 			needs: needs{server: true, node: true}, steps: []step{asNode(unregister)},
 		},
 		{
@@ -87,8 +92,18 @@ Beside the key file it keeps what it needs to go on after an interruption:
 			about: `It says how far the node's key is, which secrets are there, whether an orgkeys
 server answers, and how far this node's clock is from its own.
   orgkeys-node status --server https://orgkeys.example --json`,
-			flags: slices.Concat(serverFlags, []string{"key-file", "token-file", "recipient-file", "dir"}, runFlags),
+			flags: slices.Concat(serverFlags, []string{"key-file", "token-file", "recipient-file", "dir", "tpm"}, runFlags),
 			needs: needs{server: true}, once: true, steps: []step{status},
+		},
+		{
+			name: "ek", help: "show which TPM this machine has, for an administrator to allow",
+			about: `It prints the name of the TPM's endorsement key: the one word that
+  orgkeysctl device allow …
+takes, and an enrollment's "bind":{"ek":…}. It changes nothing in the TPM, and asks
+no server.
+  orgkeys-node ek --tpm /dev/tpmrm0`,
+			flags: []string{"tpm", "json", "config"},
+			once:  true, steps: []step{ek},
 		},
 		{
 			name: "recipient", help: "make the key pair that something is sealed to, and show its public half",
@@ -98,7 +113,7 @@ server answers, and how far this node's clock is from its own.
 
 For a node before it enrolls, so that its token can be bound to it ("bind", with
 the recipient's ID, which standard error shows).`,
-			flags: []string{"recipient-file", "key-file", "dir", "json", "config"},
+			flags: slices.Concat([]string{"recipient-file", "key-file", "dir", "json", "config"}, keyFlags),
 			once:  true, steps: []step{recipient},
 		},
 		{
@@ -113,7 +128,7 @@ PEM, 0600. It asks no server. It overwrites no other key.
 
 The receipt, sent to POST /organization/ORG/key/ID/receipt, has the server delete
 its sealed copy.`,
-			flags: []string{"sealed-file", "recipient-file", "key-file", "receipt-file", "json", "config"},
+			flags: []string{"sealed-file", "recipient-file", "key-file", "receipt-file", "tpm", "json", "config"},
 			needs: needs{sealed: true}, once: true, steps: []step{unseal},
 		},
 	}
@@ -239,10 +254,12 @@ Exit codes:
   64  a setting is missing or wrong
   69  the server cannot be reached or cannot serve now
   73  a file cannot be written
-  75  the clock is off, the key is not ready, or the run was interrupted
+  75  the clock is off, the key is not ready, the TPM is busy or locked out, or the
+      run was interrupted
   76  something that is not orgkeys answers
   77  the server does not accept the key or the token, or refuses the request
-  78  a key, token or certificate file is not as it must be
+  78  a key, token or certificate file is not as it must be, or the TPM is missing,
+      was cleared or fails
 
 64 and 77 end a run at once, the others when --wait is over; running again may help.
 `

@@ -44,7 +44,7 @@ func bashCompletion() string {
 _orgkeys_node() {
 	local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} words=''
 	case $before in
-	--*-file | --tls-cert | --tls-key | --config) COMPREPLY=($(compgen -f -- "$word")) && return ;;
+	--*-file | --tls-cert | --tls-key | --tpm | --config) COMPREPLY=($(compgen -f -- "$word")) && return ;;
 	--dir) COMPREPLY=($(compgen -d -- "$word")) && return ;;
 	esac
 	case $COMP_CWORD:${COMP_WORDS[1]} in
@@ -79,7 +79,7 @@ _orgkeys-node() {
 		return
 	fi
 	case $words[CURRENT-1] in
-	--*-file|--tls-cert|--tls-key|--config) _files; return ;;
+	--*-file|--tls-cert|--tls-key|--tpm|--config) _files; return ;;
 	--dir) _files -/; return ;;
 	esac
 	case $words[2] in
@@ -107,7 +107,7 @@ func fishCompletion() string {
 			kind, usage := flag.UnquoteUsage(all.Lookup(name))
 			more := ""
 			switch kind {
-			case "file", "directory":
+			case "file", "directory", "path":
 				more = " -r -F"
 			case "":
 			default:

@@ -11,6 +11,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/privatefile"
+	"github.com/orgkeys/orgkeys/internal/tpmdevice"
 )
 
 // attemptTimeout bounds one request with its answer, and shortestAttempt and
@@ -43,7 +44,7 @@ func connect(s settings) (*client.Client, error) {
 
 // identify reads the node's key, and what is known of it from its enrollment.
 func identify(s settings) (client.Node, error) {
-	key, err := readKey(s.keyFile)
+	key, err := readKey(s, s.keyFile)
 	if err != nil {
 		return client.Node{}, err
 	}
@@ -68,8 +69,9 @@ func identify(s settings) (client.Node, error) {
 	return n, err
 }
 
-// readKey reads the private key from a file that nobody but its owner may read.
-func readKey(path string) (client.PrivateKey, error) {
+// readKey reads the private key from a file that nobody but its owner may read, or
+// from which the TPM can load it.
+func readKey(s settings, path string) (client.PrivateKey, error) {
 	wrong := func(err error, hint string) (client.PrivateKey, error) {
 		return nil, &failure{exitConfig, "key file " + path, hint, err}
 	}
@@ -80,6 +82,13 @@ func readKey(path string) (client.PrivateKey, error) {
 	}
 	if err != nil {
 		return wrong(err, hint)
+	}
+	if tpmdevice.IsKey(text) {
+		key, err := s.device().Parse(text)
+		if err != nil {
+			return wrong(err, "enroll this node again, with a new token")
+		}
+		return key, nil
 	}
 	key, err := client.ParsePrivateKey(text)
 	if err != nil {

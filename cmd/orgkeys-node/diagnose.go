@@ -22,6 +22,9 @@ func diagnose(s settings, err error) *failure {
 	if f, ok := errors.AsType[*failure](err); ok {
 		return f
 	}
+	if f := tpmTrouble(s, err); f != nil {
+		return f
+	}
 	if refused, ok := errors.AsType[*client.Error](err); ok {
 		return refusal(s, refused)
 	}

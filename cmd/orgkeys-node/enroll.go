@@ -16,6 +16,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/tpmdevice"
 )
 
 // What an enrollment keeps beside the key file.
@@ -88,7 +89,7 @@ func readKeyState(s settings) (*keyState, error) {
 	k := &keyState{begun: exists(s.recipientFile)}
 	var err error
 	if exists(s.keyFile) {
-		if k.private, err = readKey(s.keyFile); err != nil {
+		if k.private, err = readKey(s, s.keyFile); err != nil {
 			return nil, err
 		}
 	}
@@ -155,6 +156,9 @@ func (k *keyState) report(s settings, r *report) {
 	default:
 		r.State = stateReceived
 	}
+	if key, ok := k.private.(*tpmdevice.Key); ok {
+		r.TPM = key.Path()
+	}
 	if k.private != nil {
 		r.Fingerprint = client.Fingerprint(k.private.Public())
 	}
@@ -164,8 +168,8 @@ func (k *keyState) report(s settings, r *report) {
 		r.Enrollment = k.id
 	}
 	if k.begun {
-		if key, err := readRecipient(s.recipientFile); err == nil {
-			r.Recipient, _ = client.RecipientID(&key.PublicKey) // empty for what is no recipient
+		if key, err := readRecipient(s); err == nil {
+			r.Recipient = nameOf(key)
 		}
 	}
 }
@@ -235,8 +239,10 @@ func enroll(ctx context.Context, s settings, r *report) error {
 	if err := d.sync(); err != nil {
 		return cannotStore(s.keyFile, err)
 	}
-	if err := c.Receipt(ctx, k.record.Delivery, k.private); err != nil {
-		return refusedReceipt(s, k.record, err)
+	if k.record.SHA256 != "" { // else the node made the key, and has signed for it by that
+		if err := c.Receipt(ctx, k.record.Delivery, k.private); err != nil {
+			return refusedReceipt(s, k.record, err)
+		}
 	}
 	k.record.Received = true
 	if err := d.writeRecord(s, *k.record); err != nil {
@@ -266,7 +272,7 @@ func (k *keyState) fetch(ctx context.Context, c *client.Client, d *dir, s settin
 	if k.foreign() {
 		return &failure{exitConfig, "key file " + s.keyFile, "move it away, or name another --key-file", errors.New("a key that was not enrolled here would be overwritten")}
 	}
-	recipient, err := ensureRecipient(s)
+	recipient, err := ensureRecipient(ctx, s)
 	if err != nil {
 		return err
 	}
@@ -275,9 +281,12 @@ func (k *keyState) fetch(ctx context.Context, c *client.Client, d *dir, s settin
 		return &failure{exitConfig, "token file " + s.token, "copy the token again as it was shown", err}
 	}
 	defer e.Close()
-	key, err := e.Fetch(ctx)
+	if key, ok := recipient.(*tpmdevice.Key); ok {
+		e.TPM = key
+	}
+	key, err := fetchOrAnnounce(ctx, e, s)
 	if err != nil {
-		return refusedClaim(s, e.ID(), &recipient.PublicKey, err)
+		return refusedClaim(s, e.ID(), recipient, err)
 	}
 	defer clear(key.PEM)
 	if s.org != "" && s.org != key.Org {
@@ -297,12 +306,29 @@ func (k *keyState) fetch(ctx context.Context, c *client.Client, d *dir, s settin
 	if _, err := d.replace(filepath.Base(s.keyFile), key.PEM); err != nil {
 		return cannotStore(s.keyFile, err)
 	}
-	private, err := client.ParsePrivateKey(key.PEM)
+	private, err := readKey(s, s.keyFile)
 	if err != nil {
-		return cannotStore(s.keyFile, err)
+		return err
 	}
 	k.private, k.record = private, &next
 	return nil
+}
+
+// fetchOrAnnounce returns the node's key as it is to be stored: the one that the
+// answer brought, or the one that the recipient file has and the server accepted.
+func fetchOrAnnounce(ctx context.Context, e *client.Enrollment, s settings) (*client.Delivered, error) {
+	if s.origin == originBackend {
+		return e.Fetch(ctx)
+	}
+	accepted, err := e.Announce(ctx, e.Recipient.(client.PrivateKey))
+	if err != nil {
+		return nil, err
+	}
+	text, hint, err := readPrivateFile(s.recipientFile)
+	if err != nil {
+		return nil, &failure{exitConfig, "key " + s.recipientFile, hint, err}
+	}
+	return &client.Delivered{Delivery: *accepted, PEM: text}, nil
 }
 
 // finish removes what the key no longer needs.
@@ -345,14 +371,18 @@ func errorOf(err error) error {
 	return err
 }
 
-// ensureRecipient returns the recipient of --recipient-file, and makes it first if
-// there is none. It is durable before anybody is told of it.
-func ensureRecipient(s settings) (*rsa.PrivateKey, error) {
+// ensureRecipient returns the private key of --recipient-file, which is the
+// recipient or with --origin node the node's own, and makes it first if there is
+// none. It is durable before anybody is told of it.
+func ensureRecipient(ctx context.Context, s settings) (client.PrivateKey, error) {
 	parent := filepath.Dir(s.recipientFile)
 	if err := makeDir(parent); err != nil {
 		return nil, cannotStore(s.recipientFile, err)
 	}
-	key, err := readRecipient(s.recipientFile)
+	key, err := readRecipient(s)
+	if err == nil {
+		err = s.suits(key)
+	}
 	if err == nil {
 		// The run that stored it may have been interrupted before this.
 		if err := syncDir(parent); err != nil {
@@ -363,20 +393,15 @@ func ensureRecipient(s settings) (*rsa.PrivateKey, error) {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	if key, err = client.NewRecipient(); err != nil {
-		return nil, cannotStore(s.recipientFile, err)
+	key, text, err := s.newKey(ctx)
+	if err != nil {
+		return nil, err
 	}
-	return key, storeRecipient(s.recipientFile, key)
+	defer clear(text)
+	return key, storeRecipient(s.recipientFile, text)
 }
 
-func storeRecipient(path string, key *rsa.PrivateKey) error {
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return cannotStore(path, err)
-	}
-	text := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
-	clear(der)
-	defer clear(text)
+func storeRecipient(path string, text []byte) error {
 	root, err := os.OpenRoot(filepath.Dir(path))
 	if err != nil {
 		return cannotStore(path, err)
@@ -388,22 +413,32 @@ func storeRecipient(path string, key *rsa.PrivateKey) error {
 	return nil
 }
 
-func readRecipient(path string) (*rsa.PrivateKey, error) {
-	key, err := readKey(path)
+func readRecipient(s settings) (client.PrivateKey, error) {
+	key, err := readKey(s, s.recipientFile)
 	if f, ok := errors.AsType[*failure](err); ok {
-		return nil, &failure{f.exit, "recipient " + path, "remove it if no enrollment was begun with it; else have an administrator revoke that", f.err}
+		return nil, &failure{f.exit, "recipient " + s.recipientFile, "remove it if no enrollment was begun with it; else have an administrator revoke that", f.err}
 	}
-	if err != nil {
-		return nil, err
+	return key, err
+}
+
+// nameOf is the ID of a recipient; empty for what cannot be one.
+func nameOf(key client.PrivateKey) string {
+	public, ok := key.Public().(*rsa.PublicKey)
+	if !ok {
+		return ""
 	}
-	return key.(*rsa.PrivateKey), nil // ParsePrivateKey makes no others
+	name, _ := client.RecipientID(public) // cannot fail for an RSA key
+	return name
 }
 
 // refusedClaim says why no key came, and what to do.
-func refusedClaim(s settings, id string, recipient *rsa.PublicKey, err error) error {
+func refusedClaim(s settings, id string, recipient client.PrivateKey, err error) error {
 	refused := func(what, hint string) error { return &failure{exitRefused, what, hint, err} }
 	another := "ask an administrator for a new token"
-	named, _ := client.RecipientID(recipient) // cannot fail for an RSA key
+	if f := tpmTrouble(s, err); f != nil && !errors.Is(err, client.ErrSealedUseless) || errors.Is(err, tpmdevice.ErrBusy) {
+		return f
+	}
+	named := nameOf(recipient)
 	switch {
 	case errors.Is(err, client.Pending):
 		return &failure{exitTryLater, "the key of enrollment " + id + " is not ready yet", "if the enrollment needs approval, an administrator approves recipient " + named, err}
@@ -419,6 +454,18 @@ func refusedClaim(s settings, id string, recipient *rsa.PublicKey, err error) er
 		return refused("another recipient than "+s.recipientFile+" has used the token of enrollment "+id, "if this machine did not lose its recipient, the token was stolen or a disk was cloned: have an administrator revoke the enrollment and find out; "+another)
 	case errors.Is(err, client.EnrollmentClosed):
 		return refused("enrollment "+id+" is over: it expired, was revoked, or its key was received", another)
+	case errors.Is(err, client.OriginNotAllowed) && s.origin == originBackend:
+		return refused("the token of enrollment "+id+" is for a key that the node makes itself", "remove "+s.recipientFile+" and run this again with --origin node (or "+variable("origin")+"=node)")
+	case errors.Is(err, client.OriginNotAllowed):
+		return refused("the token of enrollment "+id+" is for a key that the server makes", "remove "+s.recipientFile+" and run this again without --origin node, or ask for an enrollment of origin node")
+	case errors.Is(err, client.DeviceNotAllowed) && s.tpm == "":
+		return refused("the token of enrollment "+id+" is for a key in a TPM", "remove "+s.recipientFile+" and run this again with --tpm "+usualTPM)
+	case errors.Is(err, client.DeviceNotAllowed):
+		return refused("the server does not allow the TPM at "+s.tpm, "orgkeys-node ek names it: have an administrator allow it, or bind the enrollment to it; if it is bound to another machine's, this one has the wrong token")
+	case errors.Is(err, client.BadSignature):
+		return refused("the server does not believe that "+s.recipientFile+" is in the TPM", "does another program answer in the TPM's place? Else "+another)
+	case errors.Is(err, client.RecipientUnacceptable) && s.origin == originNode:
+		return refused("the server does not accept the key in "+s.recipientFile, "remove it, and run this again")
 	case errors.Is(err, client.RecipientUnacceptable):
 		return refused("the server does not seal to "+s.recipientFile, "remove it, and run this again")
 	case errors.Is(err, client.SealedUnavailable):
@@ -445,14 +492,12 @@ func recipient(ctx context.Context, s settings, r *report) error {
 		return err
 	}
 	defer d.close()
-	key, err := ensureRecipient(s)
+	key, err := ensureRecipient(ctx, s)
 	if err != nil {
 		return err
 	}
-	if r.Recipient, err = client.RecipientID(&key.PublicKey); err != nil {
-		return err
-	}
-	der, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	r.Recipient = nameOf(key)
+	der, err := x509.MarshalPKIXPublicKey(key.Public())
 	if err != nil {
 		return err
 	}
@@ -467,7 +512,7 @@ func unseal(ctx context.Context, s settings, r *report) error {
 	if err != nil {
 		return &failure{exitConfig, "reading --sealed-file", "save the server's answer there", err}
 	}
-	recipient, err := readKey(s.recipientFile)
+	recipient, err := readKey(s, s.recipientFile)
 	if err != nil {
 		return err
 	}
@@ -486,7 +531,7 @@ func unseal(ctx context.Context, s settings, r *report) error {
 	}
 	defer d.close()
 	if exists(s.keyFile) {
-		if there, err := readKey(s.keyFile); err != nil || client.Fingerprint(there.Public()) != client.Fingerprint(private.Public()) {
+		if there, err := readKey(s, s.keyFile); err != nil || client.Fingerprint(there.Public()) != client.Fingerprint(private.Public()) {
 			return usageError("--key-file %s is there already, and is another key", s.keyFile)
 		}
 	}

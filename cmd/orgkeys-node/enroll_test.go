@@ -591,7 +591,7 @@ func commandNames(t *testing.T) (names []string) {
 			names = append(names, m[1])
 		}
 	}
-	if len(names) < 8 {
+	if len(names) < 9 {
 		t.Fatalf("--help lists %q", names)
 	}
 	return names
@@ -636,13 +636,13 @@ func TestCompletionInBash(t *testing.T) {
 		return strings.Fields(string(out))
 	}
 	for words, want := range map[string]string{
-		"orgkeys-node ":                    "boot enroll secrets register unregister status recipient unseal completion version help",
+		"orgkeys-node ":                    "boot enroll secrets register unregister status ek recipient unseal completion version help",
 		"orgkeys-node un":                  "unregister unseal",
 		"orgkeys-node boot --to":           "--token-file",
 		"orgkeys-node unseal --re":         "--recipient-file --receipt-file",
 		"orgkeys-node completion ":         "bash zsh fish",
 		"orgkeys-node help enr":            "enroll",
-		"orgkeys-node secrets --wait 1s -": "--server --ca-file --tls-cert --tls-key --org --ip --region --key-file --dir --config --wait --json --help",
+		"orgkeys-node secrets --wait 1s -": "--server --ca-file --tls-cert --tls-key --org --ip --region --key-file --dir --tpm --config --wait --json --help",
 	} {
 		if got := strings.Join(complete(words), " "); got != want {
 			t.Errorf("%q completes to %q, want %q", words, got, want)

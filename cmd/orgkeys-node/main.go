@@ -72,7 +72,9 @@ type report struct {
 	Enrollment     string   `json:"enrollment,omitempty"` // the enrollment's ID
 	State          string   `json:"state,omitempty"`      // of the node's key: see keyState
 	Recipient      string   `json:"recipient,omitempty"`  // how the API names this node's recipient
-	Public         string   `json:"publicKey,omitempty"`  // the recipient's, PEM
+	Public         string   `json:"publicKey,omitempty"`  // the recipient's, or with EK the endorsement key's or its certificate, PEM
+	EK             string   `json:"ek,omitempty"`         // by which an administrator allows the TPM
+	TPM            string   `json:"tpm,omitempty"`        // the path of the TPM that the node's key is in
 	ClockOffset    string   `json:"clockOffset,omitempty"`
 	SecretsFound   []string `json:"secretsFound,omitempty"`
 	SecretsMissing []string `json:"secretsMissing,omitempty"` // fetched once, and not there now
@@ -141,9 +143,8 @@ func (r *report) print(asJSON bool, stdout, stderr io.Writer) int {
 	if !r.OK {
 		out = stderr
 	}
-	if r.Public != "" {
-		// What standard output is for here.
-		if err := write(stdout, r.Public); err != nil {
+	if text := r.standardOutput(); text != "" {
+		if err := write(stdout, text); err != nil {
 			return exitCannotWrite
 		}
 		out = stderr
@@ -152,6 +153,14 @@ func (r *report) print(asJSON bool, stdout, stderr io.Writer) int {
 		return exitCannotWrite
 	}
 	return r.ExitCode
+}
+
+// standardOutput is what a command is asked for, beside its message.
+func (r *report) standardOutput() string {
+	if r.EK != "" && r.Command == "ek" {
+		return r.EK + "\n"
+	}
+	return r.Public
 }
 
 // oneLine keeps what a server says from looking like more than one line of a

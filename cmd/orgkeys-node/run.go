@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/tpmdevice"
 )
 
 // step is one thing to do. It starts anew at each attempt.
@@ -50,7 +51,7 @@ func temporary(err error) bool {
 	if f, ok := errors.AsType[*failure](err); ok && (f.exit == exitUsage || f.exit == exitRefused) {
 		return false
 	}
-	return client.Temporary(err)
+	return errors.Is(err, tpmdevice.ErrBusy) || errors.Is(err, tpmdevice.ErrLockedOut) || client.Temporary(err)
 }
 
 // sayAgain is the time after which the same reason to wait is printed again.
@@ -133,6 +134,11 @@ func status(ctx context.Context, s settings, r *report) error {
 	if r.SecretsFound, r.SecretsMissing, err = listSecrets(s.dir); err != nil {
 		return err
 	}
+	if inTPM, ok := key.private.(*tpmdevice.Key); ok {
+		if err := inTPM.Check(ctx); err != nil {
+			return err
+		}
+	}
 	c, err := connect(s)
 	if err != nil {
 		return err
@@ -153,7 +159,11 @@ func status(ctx context.Context, s settings, r *report) error {
 	if len(r.SecretsMissing) > 0 {
 		missing = fmt.Sprintf(" and %d missing", len(r.SecretsMissing))
 	}
-	r.Message = fmt.Sprintf("key %s (%s), %d secrets in %s%s, server answers, clock within %s",
-		r.Fingerprint, r.State, len(r.SecretsFound), s.dir, missing, health.ClockOffset.Abs().Round(time.Second))
+	where := ""
+	if r.TPM != "" {
+		where = " in the TPM " + r.TPM
+	}
+	r.Message = fmt.Sprintf("key %s%s (%s), %d secrets in %s%s, server answers, clock within %s",
+		r.Fingerprint, where, r.State, len(r.SecretsFound), s.dir, missing, health.ClockOffset.Abs().Round(time.Second))
 	return nil
 }

@@ -43,6 +43,8 @@ type settings struct {
 	json     bool
 
 	recipientFile string
+	origin        string // who makes the key
+	tpm           string // the TPM's path; empty: keys are in files
 	sealedFile    string
 	receiptFile   string
 
@@ -86,6 +88,8 @@ func (s *settings) flags(f *flag.FlagSet) {
 	f.StringVar(&s.keyFile, "key-file", "", "the `file` with the private key, PEM, which only its owner may read (default "+usualKeyFile+", or of a node that enrolls key.pem in --dir)")
 	f.StringVar(&s.token, "token-file", "", "a `file` with the enrollment token by which boot and enroll fetch the private key; removed once the key is there (default the systemd credential "+tokenCredential+", if there is one)")
 	f.StringVar(&s.recipientFile, "recipient-file", "", "the `file` with the private key that opens what is sealed to it, PEM (default the key file with .recipient behind it)")
+	f.StringVar(&s.origin, "origin", originBackend, "who makes the key that boot and enroll get with a token: `backend`, which is the server's, or node; the enrollment says the same")
+	f.StringVar(&s.tpm, "tpm", "", "the `path` of a TPM 2.0, as a device or a Unix socket, that new private keys stay in (a key that is in one already uses "+usualTPM+" unless this says another)")
 	f.StringVar(&s.sealedFile, "sealed-file", "", "the `file` with the sealed key as the server answered it, JSON")
 	f.StringVar(&s.receiptFile, "receipt-file", "", "a `file` for the receipt of a sealed key, JSON, to send to the server")
 	f.StringVar(&s.caFile, "ca-file", "", "a `file` with certificates to trust instead of the system's, PEM")
@@ -310,6 +314,9 @@ func (s *settings) check() error {
 		if _, err := client.New(client.Config{Server: s.server}); err != nil {
 			return usageError("--server: %s", err)
 		}
+	}
+	if s.origin != originBackend && s.origin != originNode {
+		return usageError("--origin %q is neither backend nor node", s.origin)
 	}
 	if (s.tlsCert == "") != (s.tlsKey == "") {
 		return usageError("--tls-cert and --tls-key belong together")

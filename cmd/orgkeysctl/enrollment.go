@@ -46,6 +46,9 @@ orgkeys-node.service). The address and region of the node are left for you to sa
 	}
 	f := cmd.Flags()
 	f.StringVar(&t.Scope, "scope", "node", "what the key speaks for: node or organization")
+	f.StringVar(&t.Origin, "origin", "backend", "who makes the key: backend, or node, which sends only its public half")
+	f.StringVar(&t.EK, "ek", "", "the only TPM that may claim it: the `name` that orgkeys-node ek prints")
+	f.BoolVar(&t.TPM, "tpm", false, "let only TPMs claim it that the organization allows (device allow)")
 	f.IntVar(&t.Uses, "uses", 1, "`number` of nodes that the token lets in, up to 1000: a thief can hide among several")
 	f.DurationVar(&t.Life, "life", 24*time.Hour, "how long it may be claimed, a `duration` from 1m to 720h")
 	f.StringVar(&t.Recipient, "recipient", "", "the only recipient that may claim it: the hex `SHA-256` of its public key")
@@ -142,8 +145,14 @@ func newEnrollmentShow(s *settings) *cobra.Command {
 func showPermission(c *connection, p client.Permission, more ...field) error {
 	all := append([]field{{"enrollment", p.ID}, {"organization", p.Org}}, more...)
 	all = append(all, field{"state", p.State}, field{"scope", p.Scope}, field{"uses", strconv.Itoa(p.Uses)})
+	if p.Origin != "backend" {
+		all = append(all, field{"origin", p.Origin})
+	}
 	if p.Bind != nil {
-		all = append(all, field{"recipient", p.Bind.Recipient})
+		all = append(all, field{"recipient", p.Bind.Recipient}, field{"tpm", p.Bind.EK})
+		if p.Bind.TPM {
+			all = append(all, field{"tpm", "any that is allowed"})
+		}
 	}
 	if p.Approval {
 		all = append(all, field{"approval", "each claim waits for it"})

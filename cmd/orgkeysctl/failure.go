@@ -116,7 +116,7 @@ func refusal(e *client.Error) *failure {
 	case errors.Is(e, client.QuotaExceeded):
 		return &failure{exitRefused, "there is no room", "delete what is not needed any more", said}
 	case errors.Is(e, client.KeyNotFound), errors.Is(e, client.NodeNotFound), errors.Is(e, client.NodeAlreadyDeleted),
-		errors.Is(e, client.SecretNotFound), errors.Is(e, client.EnrollmentNotFound):
+		errors.Is(e, client.SecretNotFound), errors.Is(e, client.EnrollmentNotFound), errors.Is(e, client.DeviceNotFound):
 		return &failure{exit: exitNotFound, err: said}
 	case client.Temporary(e):
 		return &failure{exitUnavailable, fmt.Sprintf("the server cannot serve now, it answers %d", e.Status), "try again later", said}

@@ -60,7 +60,7 @@ Exit codes:
   1   can-i: no
   64  the command line or a setting is wrong
   65  what arrived is damaged
-  66  there is no such key, enrollment, node or secret
+  66  there is no such key, enrollment, device, node or secret
   69  the server or the identity provider cannot be reached, or cannot serve now
   73  a file is there already, or cannot be written
   75  interrupted; run it again
@@ -76,7 +76,7 @@ func newCommand() *cobra.Command {
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
 	s.flags(root.PersistentFlags())
-	root.AddCommand(newLogin(s), newLogout(s), newWhoami(s), newCanI(s), newKey(s), newEnrollment(s), newNode(s), newSecret(s), newEvent(s), newVersion(), newMan())
+	root.AddCommand(newLogin(s), newLogout(s), newWhoami(s), newCanI(s), newKey(s), newEnrollment(s), newDevice(s), newNode(s), newSecret(s), newEvent(s), newVersion(), newMan())
 	return root
 }
 

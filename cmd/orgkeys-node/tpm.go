@@ -1,0 +1,111 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+
+	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/tpmdevice"
+)
+
+// The origins of keys, as enrollments name them.
+const (
+	originBackend = "backend"
+	originNode    = "node"
+)
+
+// usualTPM is Linux's device of a TPM that several programs share.
+const usualTPM = "/dev/tpmrm0"
+
+func (s settings) device() tpmdevice.Device {
+	return tpmdevice.Device{Path: cmp.Or(s.tpm, usualTPM)}
+}
+
+// newKey makes the private key that an enrollment begins with: a recipient, or the
+// node's own. It returns the text to store, too.
+func (s settings) newKey(ctx context.Context) (client.PrivateKey, []byte, error) {
+	if s.tpm != "" {
+		use := tpmdevice.Decrypting
+		if s.origin == originNode {
+			use = tpmdevice.Speaking
+		}
+		key, err := s.device().Create(ctx, use)
+		if err != nil {
+			return nil, nil, err
+		}
+		text, err := key.PEM()
+		return key, text, err
+	}
+	if s.origin == originNode {
+		key, err := client.NewOwnKey()
+		if err != nil {
+			return nil, nil, cannotStore(s.recipientFile, err)
+		}
+		der := x509.MarshalPKCS1PrivateKey(key)
+		defer clear(der)
+		return key, pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: der}), nil // the form in which the server hands keys out
+	}
+	key, err := client.NewRecipient()
+	if err != nil {
+		return nil, nil, cannotStore(s.recipientFile, err)
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, nil, cannotStore(s.recipientFile, err)
+	}
+	defer clear(der)
+	return key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}
+
+// suits reports a key that an earlier run made by other settings.
+func (s settings) suits(key client.PrivateKey) error {
+	if _, inTPM := key.(*tpmdevice.Key); inTPM == (s.tpm != "") {
+		return nil
+	}
+	what := "a key in a file, and --tpm is set"
+	if s.tpm == "" {
+		what = "a key in a TPM, and --tpm is not set"
+	}
+	return &failure{exitUsage, "recipient " + s.recipientFile + " is " + what, "set --tpm as before, or remove the file if no enrollment was begun with it", nil}
+}
+
+// ek shows the name of the TPM.
+func ek(ctx context.Context, s settings, r *report) error {
+	d := s.device()
+	e, err := d.Endorsement(ctx)
+	if err != nil {
+		return err
+	}
+	r.EK, r.Public, r.TPM = e.ID, e.PEM, d.Path
+	certificate := "without a certificate"
+	if e.Certificate != nil {
+		certificate = "with a certificate of " + e.Certificate.Issuer.String()
+	}
+	r.add("endorsement key of " + d.Path + ", " + certificate)
+	return nil
+}
+
+// tpmTrouble says what is wrong with a TPM, and what to do; nil for other errors.
+func tpmTrouble(s settings, err error) *failure {
+	path := s.device().Path
+	switch {
+	case errors.Is(err, tpmdevice.ErrBusy):
+		return &failure{exitTryLater, "the TPM at " + path + " is busy", "another program may be using it; " + usualTPM + " can be shared", err}
+	case errors.Is(err, tpmdevice.ErrLockedOut):
+		return &failure{exitTryLater, "the TPM at " + path + " is locked out after wrong passwords", "wait until it recovers, or end the lockout (tpm2_dictionarylockout --clear-lockout)", err}
+	case errors.Is(err, tpmdevice.ErrCleared):
+		return &failure{exitConfig, "the TPM at " + path + " was cleared, or is another one than made the key", "the key is gone: remove its file, and enroll this node again with a new token", err}
+	case errors.Is(err, tpmdevice.ErrBlob):
+		return &failure{exitConfig, "the TPM at " + path + " does not load the key", "its file is damaged: remove it, and enroll this node again with a new token", err}
+	case errors.Is(err, tpmdevice.ErrNoTPM):
+		return &failure{exitConfig, "there is no TPM at " + path, "check --tpm, whether the firmware has the TPM switched on, and whether this user may open it (on many systems: group tss)", err}
+	case errors.Is(err, tpmdevice.ErrDecryption):
+		return &failure{exitProtocol, "what came is not for the key in the TPM", "something between this node and " + s.server + " may be changing answers", err}
+	case errors.Is(err, tpmdevice.ErrFailed):
+		return &failure{exitConfig, "the TPM at " + path + " fails", "restart the machine; if that does not help, the TPM is broken", err}
+	}
+	return nil
+}
