@@ -258,6 +258,7 @@ TYPES = {
     "orgkey.created", "orgkey.delivered", "orgkey.withdrawn", "orgkey.refused", "orgkey.deleted", "orgkey.all_deleted", "orgkey.listed",
     "orgkey.sealed", "orgkey.received",
     "enrollment.created", "enrollment.listed", "enrollment.claimed", "enrollment.conflict", "enrollment.approved", "enrollment.expired", "enrollment.revoked",
+    "device.allowed", "device.removed", "device.listed",
     "node.registered", "node.unregistered", "node.deleted", "node.listed",
     "secret.fetched", "secret.put", "secret.deleted", "secret.listed",
     "event.read", "event.marked", "policy.asked", "request.failed", "access.denied", "authn.failed",
@@ -336,6 +337,7 @@ class Deliveries:
     def __init__(self, inventory):
         self.inventory, self.known, self.signatures = inventory, {}, {}
         self.permitted, self.claims, self.approvals = {}, {}, {}
+        self.own = {}  # keys that their holders made, with their proofs
 
     def add(self, index, e):
         kind, detail, thing = e["type"], e.get("detail", {}), e.get("object")
@@ -348,12 +350,23 @@ class Deliveries:
         elif kind == "enrollment.claimed":
             need(thing in self.permitted, "event %d: the enrollment is claimed, and nobody created it" % index)
             self.claims[detail.get("key")] = moment(index, e), detail.get("from"), detail.get("recipient"), thing
+        elif kind == "orgkey.created" and detail.get("backend") == "node":
+            self.made(index, e, thing, detail)
         elif kind == "orgkey.sealed":
             self.seal(index, e, thing, detail)
         elif kind == "orgkey.delivered" and thing in self.known:
             self.known[thing]["delivered"] = moment(index, e)
         elif kind == "orgkey.received":
             self.receive(index, e, thing, detail)
+
+    def made(self, index, e, key, detail):
+        recipient, enrollment = detail.get("recipient", ""), detail.get("enrollment")
+        lines = ("orgkeys/add/v1", e["org"], recipient)
+        if enrollment:
+            claim = self.claims.pop(key, (None,) * 4)
+            need(claim[2:] == (recipient, enrollment), "event %d: the key did not claim the enrollment by which it came" % index)
+            lines = ("orgkeys/enroll/v1", enrollment, recipient)
+        self.own[key] = index, "".join(line + "\n" for line in lines), b64(detail.get("signature", ""))
 
     def seal(self, index, e, key, detail):
         life = self.inventory.lives.get(key)
@@ -391,7 +404,10 @@ class Deliveries:
         known["receipt"], known["unchecked"] = "unchecked", "the export was made without public keys"
 
     def check(self, origin, key, public):
-        """The holder of the key's private half signed for what arrived."""
+        """The holder of the key's private half signed for what arrived, or that they made it."""
+        if key in self.own:
+            index, text, signature = self.own[key]
+            need(rsa_verify(public, text.encode(), signature), "event %d: the proof of key %s was not signed by that key" % (index, key))
         if key not in self.signatures:
             return
         known = self.known[key]

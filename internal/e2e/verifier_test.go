@@ -128,6 +128,14 @@ func byEnrollment(t *testing.T, s *harness.Server) {
 	do(t, s, 200, harness.Request{Method: "POST", Path: at + "/" + waiting.ID + "/approve", Token: owner, Body: approval, Header: http.Header{"Content-Type": {"application/json"}}})
 	do(t, s, 200, harness.Request{Method: "DELETE", Path: at + "/" + waiting.ID, Token: owner})
 	do(t, s, 200, harness.Request{Method: "GET", Path: at, Token: owner})
+	own, err := client.NewOwnKey()
+	must(t, err)
+	_, err = enrollmentOver(t, s, mint(t, s, org, `{"origin":"node"}`).Token, nil).Announce(t.Context(), own)
+	must(t, err)
+	device := "/organization/" + org + "/device/sha256-" + strings.Repeat("0", 64)
+	for _, method := range []string{"PUT", "GET", "DELETE"} {
+		do(t, s, 200, harness.Request{Method: method, Path: device, Token: owner})
+	}
 	late := mint(t, s, org, `{}`)
 	db := s.Database(t)
 	harness.Exec(t, db, "UPDATE enrollments SET expires_at = 1 WHERE id = '"+late.ID+"'")
