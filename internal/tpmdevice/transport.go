@@ -48,7 +48,7 @@ func open(ctx context.Context, path string) (*connection, error) {
 	switch {
 	case err == nil:
 		return c, nil
-	case errors.Is(err, syscall.EBUSY):
+	case errors.Is(err, syscall.EBUSY), errors.Is(err, syscall.EAGAIN): // EAGAIN: others wait for the socket
 		return nil, fmt.Errorf("%w: another program has %s open; /dev/tpmrm0 can be shared", ErrBusy, path)
 	}
 	return nil, fmt.Errorf("%w: %w", ErrNoTPM, err)

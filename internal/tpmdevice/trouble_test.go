@@ -53,11 +53,7 @@ func before(t *testing.T, real *tpmtest.TPM, answer func() []byte) tpmdevice.Dev
 
 func serve(c net.Conn, real *tpmtest.TPM, answer func() []byte) {
 	defer c.Close()
-	behind, err := net.Dial("unix", real.Socket)
-	if err != nil {
-		return
-	}
-	defer behind.Close()
+	var behind net.Conn
 	for {
 		command, err := message(c)
 		if err != nil {
@@ -65,6 +61,12 @@ func serve(c net.Conn, real *tpmtest.TPM, answer func() []byte) {
 		}
 		response := answer()
 		if response == nil {
+			if behind == nil { // a TPM has one connection at a time
+				if behind, err = net.Dial("unix", real.Socket); err != nil {
+					return
+				}
+				defer behind.Close()
+			}
 			if _, err := behind.Write(command); err != nil {
 				return
 			}
