@@ -43,8 +43,8 @@ type Recipient struct {
 // Bound says who alone may claim an enrollment.
 type Bound struct {
 	Recipient string `json:"recipient,omitempty"`
-	EK        string `json:"ek,omitempty"`  // a TPM's endorsement key
-	TPM       bool   `json:"tpm,omitempty"` // any TPM that the organization allows
+	EK        string `json:"ek,omitempty"` // a TPM's endorsement key
+	TPM       bool   `json:"tpm,omitzero"` // any TPM that the organization allows
 }
 
 func (t Terms) fields() termsFields {

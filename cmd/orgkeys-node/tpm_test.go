@@ -116,6 +116,12 @@ func TestFirstBootInTheTPM(t *testing.T) {
 	if text, err := os.ReadFile(filepath.Join(e.dir, "env_s3")); err != nil || string(text) != "A=1" {
 		t.Errorf("env_s3 holds %q, %v", text, err)
 	}
+	// A machine with the organization's key goes on beside it.
+	beside := newMachine(t, s.API)
+	beside.install(s.Generate(t, org).PEM)
+	if out, err := beside.command(org, "boot", "--ip", "192.0.2.200").CombinedOutput(); err != nil {
+		t.Errorf("with the organization's key: %v %s", err, out)
+	}
 	device.Restart(t)
 	e.run(0, " in the TPM "+device.Socket+" (enrolled), 1 secrets in ", "status", "--tpm", device.Socket)
 	e.run(0, "unregistered", "unregister", "--tpm", device.Socket)
@@ -164,6 +170,32 @@ func TestARecipientInTheTPM(t *testing.T) {
 	s.Do(t, harness.Request{Method: "PUT", Path: "/organization/" + org + "/device/sha256-xyz", Token: owner}).Want(t, 400, `ek is not "sha256-" and 64 lower-case hex digits`)
 	s.Do(t, harness.Request{Method: "PUT", Path: one, Token: s.Token(t, org, "USER")}).Want(t, 403, "Insufficient permissions: only OWNER and ADMINISTRATOR roles can manage devices")
 	e.run(0, "registered", "boot")
+}
+
+// A TPM of a maker that the operator trusts needs no list, and one of another
+// maker is not let in.
+func TestATPMOfATrustedMaker(t *testing.T) {
+	t.Parallel()
+	sold, authorities := tpmtest.Manufacture(t)
+	other, _ := tpmtest.Manufacture(t)
+	roots := filepath.Join(t.TempDir(), "roots.pem")
+	if err := os.WriteFile(roots, authorities, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := harness.Start(t, harness.Set("ORGKEYS_TPM_ROOTS_FILE", roots))
+	org := harness.Org()
+	m := mint(t, s, org, `{"origin":"node","bind":{"tpm":true},"uses":2}`)
+	e := newEnrolling(t, s.API, m.Token)
+	e.run(77, "the server does not allow the TPM", "enroll", "--wait", "forever", "--origin", "node", "--tpm", other.Socket)
+	e = newEnrolling(t, s.API, m.Token)
+	e.run(0, "registered", "boot", "--origin", "node", "--tpm", sold.Socket)
+	if shown := enrollments(t, s, org, m.ID); !strings.Contains(shown, `"evidence":"certificate"`) {
+		t.Errorf("the administrator sees %s", shown)
+	}
+	// Nobody's certificate is believed where the operator names no maker.
+	s = harness.Start(t)
+	e = newEnrolling(t, s.API, mint(t, s, org, `{"origin":"node","bind":{"tpm":true}}`).Token)
+	e.run(77, "the server does not allow the TPM", "enroll", "--wait", "forever", "--origin", "node", "--tpm", sold.Socket)
 }
 
 // A liar says of a key in a TPM what is not so.

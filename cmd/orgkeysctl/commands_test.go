@@ -86,6 +86,32 @@ func TestEnrollments(t *testing.T) {
 	}
 }
 
+func TestDevices(t *testing.T) {
+	t.Parallel()
+	p := owner(t)
+	ek := "sha256-" + strings.Repeat("0", 64)
+	if out := p.does("device", "list"); !strings.Contains(out, "no devices") {
+		t.Errorf("before any: %s", out)
+	}
+	p.does("device", "allow", "--note", "rack 12", ek)
+	p.fails(exitRefused, "invalid_request", "device", "allow", "sha256-x")
+	if out := p.does("device", "list"); !strings.Contains(out, ek) || !strings.Contains(out, "rack 12") {
+		t.Errorf("the list is %s", out)
+	}
+	var devices []client.Device
+	if err := json.Unmarshal([]byte(p.does("device", "list", "--json")), &devices); err != nil || len(devices) != 1 || devices[0].EK != ek {
+		t.Errorf("%+v, %v", devices, err)
+	}
+	for _, flags := range [][]string{{"--ek", ek}, {"--tpm"}} {
+		out := p.does(append([]string{"enrollment", "create", "--origin", "node", "--token-out", "token" + flags[0]}, flags...)...)
+		if !strings.Contains(out, "origin") || !strings.Contains(out, "tpm") {
+			t.Errorf("%q: %s", flags, out)
+		}
+	}
+	p.does("device", "remove", ek)
+	p.fails(exitNotFound, "device_not_found", "device", "remove", ek)
+}
+
 // Each snippet brings the token that was minted to where orgkeys-node looks for it.
 func TestSnippets(t *testing.T) {
 	t.Parallel()
