@@ -19,6 +19,7 @@ import (
 	"strings"
 	"testing"
 
+	jsonv2 "github.com/go-json-experiment/json"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -26,6 +27,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit/archive"
 	"github.com/orgkeys/orgkeys/internal/audit/audittest"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -371,6 +373,18 @@ func TestTamperedExportsAreRefusedByBothImplementations(t *testing.T) {
 			m.edit(t, "events.jsonl", func(lines []string) []string { return renumber(append(lines, "\n"+lines[3])) })
 		}, 40},
 		{"a line with a field that is not known", func(t *testing.T, m *members) { m.edit(t, "events.jsonl", at(12, "}\n", `,"x":1}`+"\n")) }, 12},
+		{"a member twice in an event", func(t *testing.T, m *members) { m.edit(t, "events.jsonl", at(12, `{"v":1,`, `{"v":1,"v":1,`)) }, 12},
+		{"a member of an event that is not known", func(t *testing.T, m *members) { m.edit(t, "events.jsonl", at(12, `{"v":1,`, `{"v":1,"x":1,`)) }, 12},
+		{"a detail twice", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", at(32, `"detail":{`, `"detail":{"ip":"192.0.2.7",`))
+		}, 32},
+		{"a line with its index twice", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", at(12, `{"index":12`, `{"index":12,"index":12`))
+		}, 12},
+		{"a line with two receipts of one sink", func(t *testing.T, m *members) {
+			m.edit(t, "events.jsonl", at(31, `"receipts":{`, `"receipts":{"vault":"vault:v1:AAAA",`))
+		}, 31},
+		{"a line without its index", func(t *testing.T, m *members) { m.edit(t, "events.jsonl", at(12, `"index":12,`, ``)) }, 12},
 		{"everything rewritten, signed by another key", func(t *testing.T, m *members) {
 			m.edit(t, "events.jsonl", at(12, "u-1", "u-2"))
 			m.signWith(t, mallory, origin, m.leaves(t))
@@ -504,6 +518,80 @@ func refused(t *testing.T, packed []byte, key string, index int64) {
 	}
 	if said, ok := byPython(t, packed, key); ok {
 		t.Errorf("the independent implementation says %s", said)
+	}
+}
+
+// A log that is read in many pieces is checked like a short one.
+func TestALongExportIsCheckedToItsEnd(t *testing.T) {
+	l := newBigLog(t, 3000, 300)
+	var out bytes.Buffer
+	_, err := archive.Write(t.Context(), &out, l, nil, t.TempDir(), "a test", nil)
+	audittest.Must(t, err)
+	report, err := verifyExport(t, out.Bytes(), l.vkey)
+	if err != nil || report.Keys != 300 {
+		t.Fatalf("%d keys, %v", report.Keys, err)
+	}
+	for name, c := range map[string]struct {
+		change func([]string) []string
+		index  int64
+	}{
+		"altered":             {at(1500, "user-1", "user-2"), 2999},
+		"of another index":    {at(1500, `"index":1500`, `"index":1501`), 1500},
+		"dropped":             {func(l []string) []string { return append(l[:1500:1500], l[1501:]...) }, 1500},
+		"put twice":           {func(l []string) []string { return slices.Insert(l, 1500, l[1500]) }, 1501},
+		"the last one's half": {func(l []string) []string { l[2999] = l[2999][:100] + "\n"; return l }, 2999},
+		"too long":            {at(1500, `,"event"`, strings.Repeat(" ", 1<<20)+`,"event"`), -1},
+	} {
+		m := unpack(t, out.Bytes())
+		m.edit(t, "events.jsonl", c.change)
+		m.relist(t)
+		var problem *verify.Problem
+		if _, err := verifyExport(t, m.pack(t), l.vkey); !errors.As(err, &problem) || problem.Index != c.index {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	m := unpack(t, out.Bytes()) // white space between the members of a line is allowed, also if it is much
+	m.edit(t, "events.jsonl", at(1500, `,"event"`, strings.Repeat(" ", 300_000)+`,"event"`))
+	m.relist(t)
+	if _, err := verifyExport(t, m.pack(t), l.vkey); err != nil {
+		t.Error(err)
+	}
+}
+
+// The inventory is what encoding a Life gives, whatever the events hold.
+func TestTheInventoryIsOrdinaryJSON(t *testing.T) {
+	e := audittest.NewSigned(t)
+	values := []string{"", "x", "a\"b\\c\u2028<é>", "683f334f-31c2-4300-9a01-b96eceffc579", "683F334F-31c2-4300-9a01-b96eceffc579", "683f334f+31c2-4300-9a01-b96eceffc579",
+		"VXY3gR8pBtaHUe071sZNYuNBAvzsp1qbLsU9XiG0Olw", "VXY3gR8pBtaHUe071sZNYuNBAvzsp1qbLsU9XiG0Olx", strings.Repeat("long", 3000)}
+	for i, v := range values {
+		created := e.Key(audit.KeyCreated, fmt.Sprintf("k-%d", i)+v)
+		created.Request, created.Reason, created.Detail = v, v, map[string]string{"fingerprint": v, "algorithm": v, "backend": v}
+		created.Actor.ID = v
+		used := e.Node(audit.NodeRegistered, created.Object, "n"+v)
+		used.Request = v
+		deleted := e.Key(audit.KeyDeleted, created.Object)
+		deleted.Request, deleted.Action = v, authz.Action(v)
+		e.Record(t, created, used, deleted)
+	}
+	packed := export(t, e)
+	if _, err := verifyExport(t, packed, e.VKey(t)); err != nil {
+		t.Error(err)
+	}
+	if said, ok := byPython(t, packed, e.VKey(t)); !ok {
+		t.Error(said)
+	}
+	n := 0
+	for line := range bytes.Lines(unpack(t, packed).get(t, "inventory.jsonl")) {
+		var life archive.Life
+		audittest.Must(t, jsonv2.Unmarshal(line, &life, jsonv2.RejectUnknownMembers(true)))
+		again, err := jsonv2.Marshal(life, jsonv2.Deterministic(true))
+		if err != nil || string(again)+"\n" != string(line) {
+			t.Errorf("%v: %.500s\n%.500s", err, again, line)
+		}
+		n++
+	}
+	if n != 3+len(values) {
+		t.Errorf("%d keys", n)
 	}
 }
 

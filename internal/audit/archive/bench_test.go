@@ -3,6 +3,9 @@ package archive_test
 import (
 	"context"
 	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,27 +15,35 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 	"golang.org/x/sys/unix"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/archive"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
-// bigLog is the audittest.SignedLog of a large log, without a database.
+// bigLog is a large log without a database, whose events are made when they are
+// asked for: only its size counts.
 type bigLog struct {
-	leaves [][]byte
-	head   audit.Signed
-	vkey   string
+	size int64
+	keys int64 // created in its first tenth and more, one every ten events
+	head audit.Signed
+	vkey string
 }
 
 func (l *bigLog) Entries(_ context.Context, index int64, limit int) ([]audit.Entry, error) {
 	var all []audit.Entry
-	for i := index; i < min(index+int64(limit), int64(len(l.leaves))); i++ {
-		all = append(all, audit.Entry{Index: i, Leaf: l.leaves[i]})
+	for i := index; i < min(index+int64(limit), l.size); i++ {
+		r, err := l.event(i).Encode()
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, audit.Entry{Index: i, Leaf: r.Leaf})
 	}
 	return all, nil
 }
@@ -57,28 +68,34 @@ func (l *bigLog) Receipts(context.Context, string, int64, int64) ([]audit.Receip
 	return nil, nil
 }
 
-func newBigLog(b *testing.B, n int) *bigLog {
+func (l *bigLog) event(i int64) audit.Event {
+	id := sha256.Sum256(binary.BigEndian.AppendUint64(nil, uint64(i)))
+	e := audit.Event{
+		ID: uuid.UUID(id[:16]).String(), Time: time.UnixMicro(1_800_000_000_000_000 + 977*i).UTC(),
+		Type: audit.KeysListed, Outcome: audit.Success, Org: org.ID(fmt.Sprintf("org-%d", i/10%1000)),
+		Actor: audit.Actor{Kind: authz.Person, ID: "user-1234567890"}, Action: "orgkey.list", Request: "683f334f-31c2-4300-9a01-b96eceffc579",
+	}
+	switch {
+	case i/10 >= l.keys:
+	case i%10 == 0:
+		e.Type, e.Object = audit.KeyCreated, fmt.Sprintf("key-%d", i)
+		e.Detail = map[string]string{"backend": "vault", "algorithm": "rsa-2048", "fingerprint": "VXY3gR8pBtaHUe071sZNYuNBAvzsp1qbLsU9XiG0Olw"}
+	case i%10 == 1:
+		e.Type, e.Object = audit.KeyDelivered, fmt.Sprintf("key-%d", i-1)
+	}
+	return e
+}
+
+func newBigLog(b testing.TB, size, keys int64) *bigLog {
 	b.Helper()
-	l := &bigLog{}
-	for i := range n {
-		e := audit.New(audit.KeysListed, org.ID(fmt.Sprintf("org-%d", i/10%1000)))
-		e.Actor, e.Action, e.Request = audit.Actor{Kind: authz.Person, ID: "user-1234567890"}, "orgkey.list", "683f334f-31c2-4300-9a01-b96eceffc579"
-		switch i % 10 {
-		case 0:
-			e.Type, e.Object = audit.KeyCreated, fmt.Sprintf("key-%d", i)
-			e.Detail = map[string]string{"backend": "vault", "algorithm": "rsa-2048", "fingerprint": "VXY3gR8pBtaHUe071sZNYuNBAvzsp1qbLsU9XiG0Olw"}
-		case 1:
-			e.Type, e.Object = audit.KeyDelivered, fmt.Sprintf("key-%d", i-1)
-		}
-		r, err := e.Encode()
+	l := &bigLog{size: size, keys: keys}
+	var tree verify.Frontier
+	for i := range size {
+		r, err := l.event(i).Encode()
 		if err != nil {
 			b.Fatal(err)
 		}
-		l.leaves = append(l.leaves, r.Leaf)
-	}
-	_, root, err := audit.Grow(0, l.leaves, nil)
-	if err != nil {
-		b.Fatal(err)
+		tree.Push(tlog.RecordHash(r.Leaf))
 	}
 	skey, vkey, err := note.GenerateKey(nil, "orgkeys/bench")
 	if err != nil {
@@ -88,7 +105,7 @@ func newBigLog(b *testing.B, n int) *bigLog {
 	if err != nil {
 		b.Fatal(err)
 	}
-	c := audit.Checkpoint{Origin: "orgkeys/bench", Size: int64(n), Root: root}
+	c := audit.Checkpoint{Origin: "orgkeys/bench", Size: size, Root: tree.Root()}
 	text, err := note.Sign(&note.Note{Text: c.Text()}, signer)
 	if err != nil {
 		b.Fatal(err)
@@ -97,17 +114,26 @@ func newBigLog(b *testing.B, n int) *bigLog {
 	return l
 }
 
-// BenchmarkExport exports and verifies a log of ORGKEYS_BENCH_EVENTS events
-// (100,000 if unset), a tenth of them new keys.
-func BenchmarkExport(b *testing.B) {
-	n := 100_000
-	if text := os.Getenv("ORGKEYS_BENCH_EVENTS"); text != "" {
-		var err error
-		if n, err = strconv.Atoi(text); err != nil {
-			b.Fatal(err)
-		}
+func setting(b *testing.B, name string, otherwise int64) int64 {
+	b.Helper()
+	text := os.Getenv(name)
+	if text == "" {
+		return otherwise
 	}
-	l := newBigLog(b, n)
+	n, err := strconv.ParseInt(text, 10, 64)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return n
+}
+
+// BenchmarkExport exports and verifies a log of ORGKEYS_BENCH_EVENTS events
+// (100,000 if unset), a tenth of them new keys, or ORGKEYS_BENCH_KEYS. With
+// ORGKEYS_BENCH_ARCHIVE the export stays under that name, and its key beside it in
+// NAME.key, for builds of the program to verify.
+func BenchmarkExport(b *testing.B) {
+	n := setting(b, "ORGKEYS_BENCH_EVENTS", 100_000)
+	l := newBigLog(b, n, setting(b, "ORGKEYS_BENCH_KEYS", n/10))
 	path := filepath.Join(b.TempDir(), "export.tar.gz")
 	export := func() {
 		f, err := os.Create(path)
@@ -134,7 +160,12 @@ func BenchmarkExport(b *testing.B) {
 		rate(b, before)
 	})
 	export()
-	l.leaves = nil
+	if kept := os.Getenv("ORGKEYS_BENCH_ARCHIVE"); kept != "" {
+		if err := errors.Join(os.Rename(path, kept), os.WriteFile(kept+".key", []byte(l.vkey+"\n"), 0o600)); err != nil {
+			b.Fatal(err)
+		}
+		path = kept
+	}
 	runtime.GC()
 	b.Run("verify", func(b *testing.B) {
 		before := cpuTime(b)

@@ -94,39 +94,53 @@ func newDeliveries() deliveries {
 
 // add takes the next event into account, after the inventory has. It reports
 // what cannot be.
-func (d *deliveries) add(index int64, e audit.Event, lives *inventory) error {
-	if e.Outcome != audit.Success {
+func (d *deliveries) add(index int64, e *audit.Event, lives *inventory) error {
+	switch e.Type {
+	case audit.KeyCreated:
+		if e.Detail["backend"] != nodeMade {
+			return nil
+		}
+		fallthrough
+	case audit.EnrollmentCreated, audit.EnrollmentApproved, audit.EnrollmentClaimed, audit.KeySealed, audit.KeyDelivered, audit.KeyReceived:
+		if e.Outcome == audit.Success {
+			return d.note(index, e, lives)
+		}
+	}
+	return nil
+}
+
+func (d *deliveries) note(index int64, told *audit.Event, lives *inventory) error {
+	if told.Type == audit.KeyDelivered && d.byKey[told.Object] == nil {
 		return nil
 	}
+	e := told.Clone() // what is kept must not keep the text that it was read from
 	switch e.Type {
 	case audit.EnrollmentCreated:
-		d.permitted[e.Object] = moment(index, e)
+		d.permitted[e.Object] = momentOf(index, e)
 	case audit.EnrollmentApproved:
-		d.approvals[e.Object+"/"+e.Detail["recipient"]] = moment(index, e)
+		d.approvals[e.Object+"/"+e.Detail["recipient"]] = momentOf(index, e)
 	case audit.EnrollmentClaimed:
 		if d.permitted[e.Object] == nil {
 			return fmt.Errorf("enrollment %s is claimed, and nobody created it", e.Object)
 		}
-		d.claims[e.Detail["key"]] = &claimed{moment(index, e), e.Detail["from"], e.Detail["recipient"], e.Object}
+		d.claims[e.Detail["key"]] = &claimed{momentOf(index, e), e.Detail["from"], e.Detail["recipient"], e.Object}
 	case audit.KeyCreated:
 		return d.made(index, e)
 	case audit.KeySealed:
-		return d.seal(index, e, lives.byKey[e.Object])
+		return d.seal(index, e, lives, lives.find(e.Object))
 	case audit.KeyDelivered:
-		if known := d.byKey[e.Object]; known != nil {
-			known.Delivered = moment(index, e)
-		}
+		d.byKey[e.Object].Delivered = momentOf(index, e)
 	case audit.KeyReceived:
 		return d.receive(index, e)
 	}
 	return nil
 }
 
+// nodeMade is the back end, in the log, of a key that its holder made.
+const nodeMade = "node"
+
 // made takes a key that its holder made into account.
 func (d *deliveries) made(index int64, e audit.Event) error {
-	if e.Detail["backend"] != "node" {
-		return nil
-	}
 	k := ownKey{index: index, org: e.Org, enrollment: e.Detail["enrollment"], recipient: e.Detail["recipient"]}
 	var err error
 	if k.signature, err = base64.StdEncoding.Strict().DecodeString(e.Detail["signature"]); err != nil {
@@ -140,16 +154,16 @@ func (d *deliveries) made(index int64, e audit.Event) error {
 	return nil
 }
 
-func (d *deliveries) seal(index int64, e audit.Event, life *Life) error {
-	if life == nil || life.Org != e.Org {
+func (d *deliveries) seal(index int64, e audit.Event, lives *inventory, life *life) error {
+	if life == nil || lives.org(life) != e.Org {
 		return fmt.Errorf("key %s of %s is sealed, and was never created", e.Object, e.Org)
 	}
 	if d.byKey[e.Object] != nil {
 		return fmt.Errorf("key %s is sealed a second time", e.Object)
 	}
 	known := &Enrolled{
-		Key: e.Object, Org: e.Org, Scope: life.scope, Enrollment: e.Detail["enrollment"], Permitted: life.Created,
-		Recipient: e.Detail["recipient"], SHA256: e.Detail["sealed"], Sealed: moment(index, e), Receipt: None,
+		Key: e.Object, Org: e.Org, Scope: lives.scope(life), Enrollment: e.Detail["enrollment"], Permitted: lives.created(life),
+		Recipient: e.Detail["recipient"], SHA256: e.Detail["sealed"], Sealed: momentOf(index, e), Receipt: None,
 	}
 	if known.Enrollment != "" {
 		claim := d.claims[e.Object]
@@ -173,7 +187,7 @@ func (d *deliveries) receive(index int64, e audit.Event) error {
 	case known.Received != nil:
 		return fmt.Errorf("key %s is received a second time", e.Object)
 	}
-	known.Received = moment(index, e)
+	known.Received = momentOf(index, e)
 	text, signed := e.Detail["signature"]
 	if !signed {
 		known.Receipt = Used
@@ -222,7 +236,7 @@ func (d *deliveries) withoutKey(key string) {
 func (d *deliveries) told(lives *inventory) []Enrolled {
 	all := make([]Enrolled, len(d.all))
 	for i, e := range d.all {
-		e.Nodes = lives.byKey[e.Key].Nodes
+		e.Nodes = lives.nodes(lives.find(e.Key))
 		all[i] = *e
 	}
 	return all
@@ -236,13 +250,13 @@ type publicKeyLine struct {
 	Deleted   bool   `json:"deleted,omitzero"`
 }
 
-// vouched returns the public key of a line, if it has the fingerprint in the log.
-func (l publicKeyLine) vouched(life *Life) (orgkey.Public, error) {
+// vouched returns the public key of a line, if it has that fingerprint.
+func (l publicKeyLine) vouched(fingerprint string) (orgkey.Public, error) {
 	public, err := orgkey.ParsePublic(l.PublicKey)
 	if err != nil {
 		return orgkey.Public{}, fmt.Errorf("the public key of key %s cannot be read: %w", l.Key, err)
 	}
-	if public.Fingerprint() != life.Fingerprint {
+	if public.Fingerprint() != fingerprint {
 		return orgkey.Public{}, fmt.Errorf("the public key of key %s is not the one that was created", l.Key)
 	}
 	return public, nil

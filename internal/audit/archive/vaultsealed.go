@@ -86,12 +86,15 @@ func (s *sealings) entry(raw []byte, mark vaultMark) error {
 }
 
 // event notes which key in Vault an event of the log is about.
-func (s *sealings) event(index int64, e audit.Event) {
-	if name := e.Detail["attempt"]; e.Type == audit.KeySealed && name != "" {
+func (s *sealings) event(index int64, e *audit.Event) {
+	if e.Type != audit.KeySealed {
+		return
+	}
+	if name := strings.Clone(e.Detail["attempt"]); name != "" {
 		if s.delivered == nil {
 			s.delivered = map[string]delivery{}
 		}
-		s.delivered[name] = delivery{index, e.Object}
+		s.delivered[name] = delivery{index, strings.Clone(e.Object)}
 	}
 }
 

@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
-	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
@@ -14,13 +13,11 @@ import (
 	"hash"
 	"io"
 	"io/fs"
-	"runtime"
 	"slices"
 	"strings"
 
-	"golang.org/x/mod/sumdb/tlog"
-
 	"github.com/go-json-experiment/json"
+	"github.com/klauspost/compress/gzip"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
@@ -53,7 +50,7 @@ func Verify(ctx context.Context, r io.Reader, vkeys []string, outside Outside, p
 	if err != nil {
 		return Report{}, err
 	}
-	x := verifier{deliveries: newDeliveries(), keys: keys, vkeys: vkeys, vault: outside.Vault, progress: progress.Ticking(), points: map[int64][]tlog.Hash{}, policies: map[string]map[string][]byte{}}
+	x := verifier{deliveries: newDeliveries(), keys: keys, vkeys: vkeys, vault: outside.Vault, progress: progress.Ticking(), policies: map[string]map[string][]byte{}}
 	if outside.Checkpoint != "" {
 		if x.kept, err = keys.Open(outside.Checkpoint); err != nil {
 			return Report{}, fmt.Errorf("the checkpoint given: %w", err)
@@ -75,7 +72,7 @@ type verifier struct {
 	report   Report
 	left     []Member // not read yet
 	tree     verify.Frontier
-	points   map[int64][]tlog.Hash // the roots that checkpoints give, by size
+	points   []audit.Checkpoint // that are signed, and not passed yet; without their origin
 	newest   audit.Checkpoint
 	accepted []verify.AcceptedRollback
 	receipts map[string]audit.ReceiptKeys
@@ -89,7 +86,7 @@ type verifier struct {
 func wrong(format string, args ...any) error { return verify.Problemf(-1, format, args...) }
 
 func (x *verifier) read(ctx context.Context, r io.Reader) error {
-	compressed := bufio.NewReaderSize(r, 1<<20)
+	compressed := bufio.NewReaderSize(r, 64<<10)
 	packed, err := gzip.NewReader(compressed)
 	if err != nil {
 		return wrong("it is not an export: %v", err)
@@ -230,7 +227,13 @@ func (x *verifier) member(ctx context.Context, h *tar.Header, in io.Reader) erro
 	want := x.left[0]
 	x.left = x.left[1:]
 	hashed := &hashing{r: in, sum: sha256.New()}
-	if err := x.content(ctx, h, hashed); err != nil {
+	var err error
+	if h.Name == eventsName {
+		err = x.readEvents(ctx, hashed)
+	} else {
+		err = x.content(h, hashed)
+	}
+	if err != nil {
 		return err
 	}
 	if hashed.size != want.Size || hex.EncodeToString(hashed.sum.Sum(nil)) != want.SHA256 {
@@ -247,19 +250,21 @@ type hashing struct {
 
 func (h *hashing) Read(b []byte) (int, error) {
 	n, err := h.r.Read(b)
-	h.sum.Write(b[:n])
-	h.size += int64(n)
+	h.add(b[:n])
 	return n, err
 }
 
-func (x *verifier) content(ctx context.Context, h *tar.Header, in io.Reader) error {
+func (h *hashing) add(b []byte) {
+	h.sum.Write(b)
+	h.size += int64(len(b))
+}
+
+func (x *verifier) content(h *tar.Header, in io.Reader) error {
 	switch h.Name {
 	case checkpointsName:
 		return x.readCheckpoints(in)
 	case receiptKeysName:
 		return x.readReceiptKeys(in, h.Size)
-	case eventsName:
-		return x.readEvents(ctx, in)
 	case inventoryName:
 		return x.readInventory(in)
 	case publicKeysName:
@@ -299,7 +304,7 @@ func (x *verifier) readCheckpoints(in io.Reader) error {
 		if s.Origin != m.Origin || s.Size < x.newest.Size {
 			return wrong("%s: line %d is out of order, or belongs to another log", checkpointsName, n+1)
 		}
-		x.points[s.Size] = append(x.points[s.Size], s.Root)
+		x.points = append(x.points, audit.Checkpoint{Size: s.Size, Root: s.Root})
 		x.newest = s.Checkpoint
 		x.report.Checkpoints++
 		return nil
@@ -356,154 +361,13 @@ func (x *verifier) checkPolicies() error {
 	return nil
 }
 
-// batch is some lines of events; batches are parsed concurrently and processed in order.
-type batch struct {
-	first  int64
-	raw    [][]byte
-	parsed []parsedEvent
-	err    error
-	done   chan struct{}
-}
-
-type parsedEvent struct {
-	event    audit.Event
-	leaf     tlog.Hash
-	receipts int64
-}
-
-const batchLines = 500
-
-// readEvents parses and checks lines on all processors, and adds them to the tree in
-// order.
-func (x *verifier) readEvents(ctx context.Context, in io.Reader) error {
-	if err := x.checkPolicies(); err != nil {
-		return err
-	}
-	if err := x.checkPoints(); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	queue := make(chan *batch, 2*runtime.NumCPU())
-	readErr := make(chan error, 1)
-	go func() {
-		defer close(queue)
-		readErr <- x.queueLines(ctx, in, queue)
-	}()
-	var err error
-	for b := range queue {
-		if <-b.done; err == nil {
-			if err = x.take(b); err != nil {
-				cancel()
-			}
-		}
-	}
-	return errors.Join(err, cancelled(<-readErr, err))
-}
-
-// cancelled leaves out that the reader stopped because of err.
-func cancelled(readErr, err error) error {
-	if err != nil && errors.Is(readErr, context.Canceled) {
-		return nil
-	}
-	return readErr
-}
-
-func (x *verifier) queueLines(ctx context.Context, in io.Reader, queue chan<- *batch) error {
-	b := &batch{done: make(chan struct{})}
-	send := func() error {
-		go x.parse(b)
-		select {
-		case queue <- b:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		b = &batch{first: b.first + int64(len(b.raw)), done: make(chan struct{})}
-		return nil
-	}
-	err := lines(eventsName, in, func(_ int64, raw []byte) error {
-		if b.raw = append(b.raw, bytes.Clone(raw)); len(b.raw) < batchLines {
-			return nil
-		}
-		return send()
-	})
-	return errors.Join(err, send())
-}
-
-func (x *verifier) parse(b *batch) {
-	defer close(b.done)
-	b.parsed = make([]parsedEvent, 0, len(b.raw))
-	for i, raw := range b.raw {
-		p, err := x.parseEvent(b.first+int64(i), raw)
-		if err != nil {
-			b.err = err
-			return
-		}
-		b.parsed = append(b.parsed, p)
-	}
-}
-
-func (x *verifier) parseEvent(index int64, raw []byte) (p parsedEvent, err error) {
-	var l exportLine
-	if err := json.Unmarshal(raw, &l, json.RejectUnknownMembers(true)); err != nil || l.Index == nil {
-		return p, verify.Problemf(index, "its line is not in the format of an export")
-	}
-	if *l.Index != index {
-		return p, verify.Problemf(index, "it is missing: event %d is at its position", *l.Index)
-	}
-	if p.event, err = audit.Decode(l.Event); err != nil {
-		return p, verify.Problemf(index, "its leaf is not an event")
-	}
-	p.leaf = tlog.RecordHash(l.Event)
-	for sink, receipt := range l.Receipts {
-		if err := x.receipts[sink].Verify(l.Event, []byte(receipt)); err != nil {
-			return p, verify.Problemf(index, "the receipt of sink %s: %v", sink, err)
-		}
-		p.receipts++
-	}
-	return p, nil
-}
-
-// take adds a batch to the tree, to the lives of keys, and compares it with
-// Vault's audit file.
-func (x *verifier) take(b *batch) error {
-	for _, p := range b.parsed {
-		index := x.tree.Size()
-		if p.event.Policy != "" && x.policies[p.event.Policy] == nil {
-			return verify.Problemf(index, "the text of the policy that decided, %s, is missing", p.event.Policy)
-		}
-		if err := x.lives.add(index, p.event); err != nil {
-			return verify.Problemf(index, "%v", err)
-		}
-		if err := x.deliveries.add(index, p.event, &x.lives); err != nil {
-			return verify.Problemf(index, "%v", err)
-		}
-		if x.vault != nil {
-			if err := x.vault.match(index, p.leaf); err != nil {
-				return err
-			}
-			x.vault.sealed.event(index, p.event)
-		}
-		if p.event.Type == audit.RollbackAccepted {
-			r := verify.RollbackOf(p.event, index)
-			x.report.Rollbacks = append(x.report.Rollbacks, r.Rollback)
-			x.accepted = append(x.accepted, r)
-		}
-		x.report.Receipts += p.receipts
-		x.tree.Push(p.leaf)
-		if err := x.checkRoot(); err != nil {
-			return err
-		}
-	}
-	x.progress(x.tree.Size(), x.report.Manifest.Size)
-	return b.err
-}
-
 // checkRoot compares the tree, at its present size, with the checkpoints of that size.
 func (x *verifier) checkRoot() error {
-	roots := x.points[x.tree.Size()]
-	if len(roots) > 0 && slices.ContainsFunc(roots, func(r tlog.Hash) bool { return r != x.tree.Root() }) {
-		return verify.Problemf(x.tree.Size()-1, "the events up to it do not match the signed checkpoint: at least one was changed, removed, inserted or moved")
+	for len(x.points) > 0 && x.points[0].Size <= x.tree.Size() {
+		if x.points[0].Size == x.tree.Size() && x.points[0].Root != x.tree.Root() {
+			return verify.Problemf(x.tree.Size()-1, "the events up to it do not match the signed checkpoint: at least one was changed, removed, inserted or moved")
+		}
+		x.points = x.points[1:]
 	}
 	if x.kept.Size == x.tree.Size() && (x.kept.Origin != x.report.Manifest.Origin || x.kept.Root != x.tree.Root()) {
 		return verify.Problemf(x.tree.Size()-1, "the events up to it do not match the given checkpoint: the log was rewritten, or it is another log")
@@ -530,24 +394,25 @@ func (x *verifier) readInventory(in io.Reader) error {
 	if err := x.complete(); err != nil {
 		return err
 	}
+	var want []byte
 	err := lines(inventoryName, in, func(n int64, raw []byte) error {
-		if n >= int64(len(x.lives.lives)) {
+		if n >= int64(x.lives.len()) {
 			return wrong("%s: line %d is about a key that is in no event", inventoryName, n+1)
 		}
-		life := x.lives.lives[n]
-		want, err := life.line()
-		if err != nil {
+		life := x.lives.at(int(n))
+		var err error
+		if want, err = x.lives.appendLine(want[:0], life); err != nil {
 			return err
 		}
 		if !bytes.Equal(raw, want) {
-			return verify.Problemf(life.Created.Index, "line %d of the inventory, about key %s, does not agree with the events", n+1, life.Key)
+			return verify.Problemf(life.created.index, "line %d of the inventory, about key %s, does not agree with the events", n+1, x.lives.key(life))
 		}
 		x.report.Keys++
 		return nil
 	})
-	if err == nil && x.report.Keys < int64(len(x.lives.lives)) {
-		life := x.lives.lives[x.report.Keys]
-		return verify.Problemf(life.Created.Index, "key %s is missing from the inventory", life.Key)
+	if err == nil && x.report.Keys < int64(x.lives.len()) {
+		life := x.lives.at(int(x.report.Keys))
+		return verify.Problemf(life.created.index, "key %s is missing from the inventory", x.lives.key(life))
 	}
 	return err
 }
@@ -555,9 +420,9 @@ func (x *verifier) readInventory(in io.Reader) error {
 // readPublicKeys takes the public halves of the keys that live, each vouched
 // for by its fingerprint in the log, and checks with them what they signed.
 func (x *verifier) readPublicKeys(in io.Reader) error {
-	for _, life := range x.lives.lives {
-		if life.Ended != nil {
-			x.deliveries.withoutKey(life.Key)
+	for life := range x.lives.all() {
+		if life.ended != nil {
+			x.deliveries.withoutKey(x.lives.key(life))
 		}
 	}
 	live := x.lives.live()
@@ -567,7 +432,7 @@ func (x *verifier) readPublicKeys(in io.Reader) error {
 		if err := json.Unmarshal(raw, &l, json.RejectUnknownMembers(true)); err != nil || (l.PublicKey == nil) != l.Deleted {
 			return wrong("%s: line %d is not a public key", publicKeysName, n+1)
 		}
-		if n >= int64(len(live)) || l.Key != live[n].Key {
+		if n >= int64(len(live)) || l.Key != x.lives.key(live[n]) {
 			return wrong("%s: line %d is of key %s, which is not the next that lives", publicKeysName, n+1, l.Key)
 		}
 		read++
@@ -575,15 +440,15 @@ func (x *verifier) readPublicKeys(in io.Reader) error {
 			x.deliveries.withoutKey(l.Key)
 			return nil
 		}
-		public, err := l.vouched(live[n])
+		public, err := l.vouched(x.lives.fingerprint(live[n]))
 		if err != nil {
-			return verify.Problemf(live[n].Created.Index, "%v", err)
+			return verify.Problemf(live[n].created.index, "%v", err)
 		}
 		x.report.PublicKeys++
 		return x.deliveries.check(x.report.Manifest.Origin, l.Key, public)
 	})
 	if err == nil && read < len(live) {
-		return verify.Problemf(live[read].Created.Index, "the public key of key %s is missing", live[read].Key)
+		return verify.Problemf(live[read].created.index, "the public key of key %s is missing", x.lives.key(live[read]))
 	}
 	return err
 }

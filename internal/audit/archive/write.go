@@ -218,18 +218,18 @@ func (x *writer) writePublicKeys(ctx context.Context, w io.Writer) error {
 	for page := range slices.Chunk(x.lives.live(), publicKeysPage) {
 		ids := make([]string, len(page))
 		for i, life := range page {
-			ids[i] = life.Key
+			ids[i] = x.lives.key(life)
 		}
 		opened, err := x.open(ctx, ids)
 		if err != nil {
 			return err
 		}
-		for _, life := range page {
-			der, there := opened[life.Key]
-			l := publicKeyLine{Key: life.Key, PublicKey: der, Deleted: !there}
+		for i, life := range page {
+			der, there := opened[ids[i]]
+			l := publicKeyLine{Key: ids[i], PublicKey: der, Deleted: !there}
 			if there {
-				if _, err := l.vouched(life); err != nil {
-					return verify.Problemf(life.Created.Index, "%v", err)
+				if _, err := l.vouched(x.lives.fingerprint(life)); err != nil {
+					return verify.Problemf(life.created.index, "%v", err)
 				}
 			}
 			b, err := json.Marshal(l, json.Deterministic(true))
@@ -351,7 +351,7 @@ func (x *writer) lines(ctx context.Context, entries []audit.Entry) ([]byte, erro
 		if err != nil {
 			return nil, verify.Problemf(e.Index, "its leaf is not an event")
 		}
-		if err := x.lives.add(e.Index, event); err != nil {
+		if err := x.lives.add(e.Index, &event); err != nil {
 			return nil, verify.Problemf(e.Index, "%v", err)
 		}
 		if event.Policy != "" {

@@ -9,25 +9,27 @@ import (
 // Frontier is a tree that grows leaf by leaf, of which only the roots of the
 // complete subtrees are kept, largest first.
 type Frontier struct {
-	size  int64
-	stack []tlog.Hash
+	size   int64
+	stack  []tlog.Hash
+	stored []tlog.Hash
 }
 
 // Size returns how many leaves the tree has.
 func (f *Frontier) Size() int64 { return f.size }
 
 // Push appends a leaf to the tree and returns the hashes that tlog stores for it.
+// They are valid until the next call.
 func (f *Frontier) Push(h tlog.Hash) []tlog.Hash {
-	stored := []tlog.Hash{h}
+	f.stored = append(f.stored[:0], h)
 	for n := f.size; n&1 == 1; n >>= 1 {
 		last := len(f.stack) - 1
 		h = tlog.NodeHash(f.stack[last], h)
 		f.stack = f.stack[:last]
-		stored = append(stored, h)
+		f.stored = append(f.stored, h)
 	}
 	f.stack = append(f.stack, h)
 	f.size++
-	return stored
+	return f.stored
 }
 
 // Root returns the tree's root hash (RFC 6962, 2.1).
