@@ -562,7 +562,7 @@ func TestALongExportIsCheckedToItsEnd(t *testing.T) {
 func TestTheInventoryIsOrdinaryJSON(t *testing.T) {
 	e := audittest.NewSigned(t)
 	values := []string{"", "x", "a\"b\\c\u2028<é>", "683f334f-31c2-4300-9a01-b96eceffc579", "683F334F-31c2-4300-9a01-b96eceffc579", "683f334f+31c2-4300-9a01-b96eceffc579",
-		"VXY3gR8pBtaHUe071sZNYuNBAvzsp1qbLsU9XiG0Olw", "VXY3gR8pBtaHUe071sZNYuNBAvzsp1qbLsU9XiG0Olx", strings.Repeat("long", 3000)}
+		"VXY3gR8pBtaHUe071sZNYuNBAvzsp1qbLsU9XiG0Olw", "VXY3gR8pBtaHUe071sZNYuNBAvzsp1qbLsU9XiG0Olx", strings.Repeat("long", 1000)}
 	for i, v := range values {
 		created := e.Key(audit.KeyCreated, fmt.Sprintf("k-%d", i)+v)
 		created.Request, created.Reason, created.Detail = v, v, map[string]string{"fingerprint": v, "algorithm": v, "backend": v}
