@@ -58,15 +58,21 @@ func (a *answer) generatedKey(org string) (*GeneratedKey, error) {
 	return key, nil
 }
 
-// Key is an organization key as the list shows it.
+// Key is an organization key, or a node key, as the list shows it.
 type Key struct {
-	ID          string     `json:"id"`
-	Org         string     `json:"orgId"`
-	PublicKey   string     `json:"publicKey"`   // PKIX (SubjectPublicKeyInfo), PEM
-	Fingerprint string     `json:"fingerprint"` // RFC 7638
-	Created     time.Time  `json:"createdAt"`
-	LastUsed    time.Time  `json:"lastUsed,omitzero"`  // when a node signed with it last; zero if none did
-	Delivery    string     `json:"delivery,omitempty"` // "unconfirmed" if nobody knows whether the private half arrived
+	ID          string    `json:"id"`
+	Org         string    `json:"orgId"`
+	PublicKey   string    `json:"publicKey"`   // PKIX (SubjectPublicKeyInfo), PEM
+	Fingerprint string    `json:"fingerprint"` // RFC 7638
+	Created     time.Time `json:"createdAt"`
+	LastUsed    time.Time `json:"lastUsed,omitzero"`  // when a node signed with it last; zero if none did
+	Delivery    string    `json:"delivery,omitempty"` // "unconfirmed" if nobody knows whether the private half arrived
+	// When the private half was written out last without an error, and to what address;
+	// no proof that it was read. Zero and empty if it never was.
+	DeliveredAt time.Time  `json:"deliveredAt,omitzero"`
+	DeliveredTo string     `json:"deliveredTo,omitempty"`
+	Scope       string     `json:"scope"`                // "organization" or "node": what the key speaks for
+	Enrollment  string     `json:"enrollment,omitempty"` // by which it was fetched
 	Nodes       []KeyOwner `json:"nodeKeys"`
 }
 
@@ -82,14 +88,19 @@ func (c *Client) Keys(ctx context.Context, org string) ([]Key, error) {
 	return list[Key](ctx, c, orgPath(org, "key"))
 }
 
+// NodeKeys lists the keys that speak for one node of the organization, newest first.
+func (c *Client) NodeKeys(ctx context.Context, org string) ([]Key, error) {
+	return list[Key](ctx, c, orgPath(org, "key")+"?scope=node")
+}
+
 // DeleteKey deletes a key. No node can use it from then on.
 func (c *Client) DeleteKey(ctx context.Context, org, id string) error {
-	return c.remove(ctx, orgPath(org, "key", id), KeyNotFound)
+	return c.remove(ctx, orgPath(org, "key", id), "Organization key deleted", KeyNotFound)
 }
 
 // DeleteKeys deletes all keys of the organization.
 func (c *Client) DeleteKeys(ctx context.Context, org string) error {
-	return c.remove(ctx, orgPath(org, "key"), "")
+	return c.remove(ctx, orgPath(org, "key"), "Successfully deleted ", "")
 }
 
 // RegisteredNode is a node as the list shows it.
@@ -115,7 +126,7 @@ func (c *Client) Nodes(ctx context.Context, org string) ([]RegisteredNode, error
 // DeleteNode takes a node out. It may register again: what ends its access is
 // deleting its key.
 func (c *Client) DeleteNode(ctx context.Context, org, id string) error {
-	return c.remove(ctx, orgPath(org, "node", id), NodeAlreadyDeleted)
+	return c.remove(ctx, orgPath(org, "node", id), "Node deleted", NodeAlreadyDeleted)
 }
 
 // StoredSecret is a boot secret without its value, which nobody can read back.
@@ -135,13 +146,13 @@ func (c *Client) StoredSecrets(ctx context.Context, org string) ([]StoredSecret,
 func (c *Client) PutSecret(ctx context.Context, org, name string, value []byte) error {
 	return c.do(ctx, request{
 		method: http.MethodPut, path: orgPath(org, "secret", name), token: true, typ: "application/octet-stream",
-		body: func() ([]byte, error) { return value, nil }, read: readDone,
+		body: func() ([]byte, error) { return value, nil }, read: done("Secret stored"),
 	})
 }
 
 // DeleteSecret deletes a boot secret. Nodes remove it the next time they fetch secrets.
 func (c *Client) DeleteSecret(ctx context.Context, org, name string) error {
-	return c.remove(ctx, orgPath(org, "secret", name), SecretNotFound)
+	return c.remove(ctx, orgPath(org, "secret", name), "Secret deleted", SecretNotFound)
 }
 
 // Health asks whether the server is there. It needs no token.
@@ -201,7 +212,7 @@ func list[T any](ctx context.Context, c *Client, path string) ([]T, error) {
 
 // remove deletes what path names. If the answer to an earlier attempt was lost,
 // gone is what a later one hears, and means that it is done.
-func (c *Client) remove(ctx context.Context, path string, gone Code) error {
+func (c *Client) remove(ctx context.Context, path, message string, gone Code) error {
 	attempts, lost := 0, false
 	temporary := func(err error) bool {
 		attempts++
@@ -210,7 +221,7 @@ func (c *Client) remove(ctx context.Context, path string, gone Code) error {
 		}
 		return Temporary(err)
 	}
-	err := c.do(ctx, request{method: http.MethodDelete, path: path, token: true, read: readDone, temporary: temporary})
+	err := c.do(ctx, request{method: http.MethodDelete, path: path, token: true, read: done(message), temporary: temporary})
 	if lost && attempts > 1 && errors.Is(err, gone) {
 		return nil
 	}

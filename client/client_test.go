@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -166,6 +167,8 @@ var foreignAnswers = map[string]http.HandlerFunc{
 	"JSON without a type":  answering(200, "", `{"success":true,"data":[]}`),
 	"other JSON":           answering(200, "application/json", `{"ok":true}`),
 	"an empty object":      answering(200, "application/json", `{}`),
+	"a gateway's {}":       answering(200, "application/json", `{}`, "X-Request-Id", "r"),
+	"a gateway's success":  answering(200, "application/json", `{"success":true,"message":"OK","data":null}`, "X-Request-Id", "r", "X-Secret-Count", "1"),
 	"null":                 answering(200, "application/json", `null`),
 	"a list":               answering(200, "application/json", `[]`),
 	"a failure as success": answering(200, "application/json", `{"success":false,"message":"x","errorCode":"bad_signature"}`),
@@ -237,15 +240,22 @@ func TestForeignAnswersAreToldApart(t *testing.T) {
 		url := stub(t, h)
 		c, node := newClient(t, client.Config{Server: url, Token: anyToken}), nodeAt(t, url)
 		for call, do := range map[string]func() error{
-			"register":     func() error { return node.Register(t.Context(), client.Registration{Version: "1", Status: "s"}) },
-			"unregister":   func() error { return node.Unregister(t.Context()) },
-			"secrets":      func() error { _, err := node.Secrets(t.Context()); return err },
-			"generate key": func() error { _, err := c.GenerateKey(t.Context(), "acme"); return err },
-			"keys":         func() error { _, err := c.Keys(t.Context(), "acme"); return err },
-			"nodes":        func() error { _, err := c.Nodes(t.Context(), "acme"); return err },
-			"delete key":   func() error { return c.DeleteKey(t.Context(), "acme", "k") },
-			"put secret":   func() error { return c.PutSecret(t.Context(), "acme", "s", nil) },
-			"health":       func() error { _, err := c.Health(t.Context()); return err },
+			"register":      func() error { return node.Register(t.Context(), client.Registration{Version: "1", Status: "s"}) },
+			"unregister":    func() error { return node.Unregister(t.Context()) },
+			"secrets":       func() error { _, err := node.Secrets(t.Context()); return err },
+			"generate key":  func() error { _, err := c.GenerateKey(t.Context(), "acme"); return err },
+			"keys":          func() error { _, err := c.Keys(t.Context(), "acme"); return err },
+			"nodes":         func() error { _, err := c.Nodes(t.Context(), "acme"); return err },
+			"delete key":    func() error { return c.DeleteKey(t.Context(), "acme", "k") },
+			"delete keys":   func() error { return c.DeleteKeys(t.Context(), "acme") },
+			"delete node":   func() error { return c.DeleteNode(t.Context(), "acme", "n") },
+			"put secret":    func() error { return c.PutSecret(t.Context(), "acme", "s", nil) },
+			"delete secret": func() error { return c.DeleteSecret(t.Context(), "acme", "s") },
+			"revoke":        func() error { return c.RevokeEnrollment(t.Context(), "acme", "e") },
+			"approve":       func() error { return c.ApproveEnrollment(t.Context(), "acme", "e", "r") },
+			"receipt":       func() error { return c.Receipt(t.Context(), client.Delivery{Enrollment: "e"}, testKey) },
+			"own receipt":   func() error { return c.Receipt(t.Context(), client.Delivery{Org: "acme", KeyID: "k"}, testKey) },
+			"health":        func() error { _, err := c.Health(t.Context()); return err },
 		} {
 			err := do()
 			if foreign, ok := errors.AsType[*client.ForeignError](err); !ok || !client.Temporary(err) || foreign.Status == 0 {
@@ -281,11 +291,14 @@ func TestAnswersWithADoubtfulSecretAreRefusedAsAWhole(t *testing.T) {
 		"too many":              strings.Join(many, ","),
 		"a failure":             good + `,"success":false`,
 	} {
-		node := nodeAt(t, stub(t, answering(200, "application/json", "{"+body+"}", "X-Request-Id", "r")))
+		node := nodeAt(t, stub(t, answering(200, "application/json", "{"+body+"}", "X-Request-Id", "r", "X-Secret-Count", strconv.Itoa(strings.Count(body, `_enc":`)))))
 		secrets, err := node.Secrets(t.Context())
 		if _, ok := errors.AsType[*client.ForeignError](err); !ok || secrets != nil {
 			t.Errorf("%s: %q, %v", name, secrets, err)
 		}
+	}
+	if _, err := nodeAt(t, stub(t, answering(200, "application/json", "{"+good+"}", "X-Secret-Count", "2"))).Secrets(t.Context()); err == nil {
+		t.Error("a secret that was lost on the way is not missed")
 	}
 	// Answers may gain fields.
 	node := nodeAt(t, stub(t, answering(200, "application/json", "{"+good+`,"more":1}`)))

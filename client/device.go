@@ -19,7 +19,7 @@ type Device struct {
 // AllowDevice allows a TPM, or changes its note. Repeating it is harmless.
 func (c *Client) AllowDevice(ctx context.Context, org, ek, note string) error {
 	return c.do(ctx, request{
-		method: http.MethodPut, path: orgPath(org, "device", ek), token: true, typ: "application/json", read: readDone,
+		method: http.MethodPut, path: orgPath(org, "device", ek), token: true, typ: "application/json", read: done("Device allowed"),
 		body: func() ([]byte, error) {
 			return json.Marshal(struct {
 				Note string `json:"note,omitempty"`
@@ -35,5 +35,5 @@ func (c *Client) Devices(ctx context.Context, org string) ([]Device, error) {
 
 // RemoveDevice ends the permission of a TPM. Keys in it stay.
 func (c *Client) RemoveDevice(ctx context.Context, org, ek string) error {
-	return c.remove(ctx, orgPath(org, "device", ek), DeviceNotFound)
+	return c.remove(ctx, orgPath(org, "device", ek), "Device removed", DeviceNotFound)
 }

@@ -333,7 +333,7 @@ func (c *Client) Receipt(ctx context.Context, d Delivery, key crypto.Signer) err
 		path = orgPath(d.Org, "key", d.KeyID, "receipt")
 	}
 	return c.do(ctx, request{
-		method: http.MethodPost, path: path, typ: "application/json", token: d.Enrollment == "", read: readDone,
+		method: http.MethodPost, path: path, typ: "application/json", token: d.Enrollment == "", read: done("Receipt recorded"),
 		body: func() ([]byte, error) { return d.SignReceipt(key) },
 	})
 }

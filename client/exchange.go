@@ -9,8 +9,8 @@ import (
 	"io"
 	"mime"
 	"net/http"
-	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -191,25 +191,23 @@ func (a *answer) decode(v any) error {
 	return nil
 }
 
-// readDone reads an answer that has nothing to say but that it is done.
-func readDone(a *answer) error {
-	var body struct {
-		Success bool `json:"success"`
+// done reads an answer that has nothing to say but that it is done, in a message
+// that begins so. Others answer 200 and success as well; a node that believed them
+// would count as registered, and a key as received or deleted, and be neither.
+func done(message string) func(*answer) error {
+	return func(a *answer) error {
+		var body struct {
+			Success bool   `json:"success"`
+			Message string `json:"message"`
+		}
+		if err := a.decode(&body); err != nil {
+			return err
+		}
+		if !body.Success || !strings.HasPrefix(body.Message, message) {
+			return a.foreign(fmt.Sprintf("JSON without success and the message %q", message))
+		}
+		return nil
 	}
-	if err := a.decode(&body); err != nil {
-		return err
-	}
-	if !body.Success {
-		return a.foreign("JSON without success")
-	}
-	return nil
-}
-
-var requestIDForm = regexp.MustCompile(`^[A-Za-z0-9-]{1,64}$`)
-
-// hasRequestID reports whether the answer has what every answer of orgkeys has.
-func (a *answer) hasRequestID() bool {
-	return requestIDForm.MatchString(a.header.Get("X-Request-Id"))
 }
 
 // parseRetryAfter reads seconds or a date (RFC 9110, 10.2.3). A date is by the

@@ -67,13 +67,13 @@ type registerFields struct {
 func (n Node) Register(ctx context.Context, r Registration) error {
 	return n.Client.do(ctx, n.request("/register", func(signed signedFields) any {
 		return registerFields{signed, r.Version, r.Status, r.URL, r.Provider, r.Services}
-	}, readDone))
+	}, done("Node registered")))
 }
 
 // Unregister takes the node out of its organization. For a node that is not
 // there it does nothing.
 func (n Node) Unregister(ctx context.Context) error {
-	err := n.Client.do(ctx, n.request("/unregister", nil, readDone))
+	err := n.Client.do(ctx, n.request("/unregister", nil, done("Node unregistered")))
 	if errors.Is(err, NodeNotFound) {
 		return nil
 	}
@@ -142,9 +142,10 @@ func (n Node) open(a *answer) ([]Secret, error) {
 	return all, nil
 }
 
-// wantSecrets reports an object that may not be an answer to Secrets. It matters
-// most for one without secrets, after which a node forgets those that it has:
-// gateways answer {} for want of anything better.
+// wantSecrets reports an object that may not be an answer to Secrets. Secrets prove
+// themselves: they open with the node's key. After an answer without any a node
+// forgets those that it has, and gateways answer {} for want of anything better, with
+// an X-Request-Id of their own: so the header with their number must be there.
 func (a *answer) wantSecrets(fields map[string]jsontext.Value) error {
 	if success, ok := fields["success"]; fields == nil || ok && string(success) != "true" {
 		return a.foreign("JSON without success")
@@ -158,8 +159,10 @@ func (a *answer) wantSecrets(fields map[string]jsontext.Value) error {
 	switch {
 	case secrets > maxSecrets:
 		return a.foreign(fmt.Sprintf("more than %d secrets", maxSecrets))
-	case secrets == 0 && (len(fields) > 0 || !a.hasRequestID()):
-		return a.foreign("JSON without any secret and without X-Request-Id")
+	case len(a.header.Values("X-Secret-Count")) > 0 && a.header.Get("X-Secret-Count") != strconv.Itoa(secrets):
+		return a.foreign(fmt.Sprintf("%d secrets, and X-Secret-Count is %.20q", secrets, a.header.Get("X-Secret-Count")))
+	case secrets == 0 && len(a.header.Values("X-Secret-Count")) == 0:
+		return a.foreign("JSON without any secret and without X-Secret-Count")
 	}
 	return nil
 }

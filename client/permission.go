@@ -163,13 +163,13 @@ func (c *Client) Permission(ctx context.Context, org, id string) (*Permission, e
 // RevokeEnrollment ends an enrollment: what was not claimed gives its place in
 // the quota back, and what nobody received is withdrawn. Keys that were received stay.
 func (c *Client) RevokeEnrollment(ctx context.Context, org, id string) error {
-	return c.remove(ctx, orgPath(org, "enrollment", id), "")
+	return c.remove(ctx, orgPath(org, "enrollment", id), "Enrollment revoked", "")
 }
 
 // ApproveEnrollment lets a recipient's claim go on.
 func (c *Client) ApproveEnrollment(ctx context.Context, org, id, recipient string) error {
 	return c.do(ctx, request{
-		method: http.MethodPost, path: orgPath(org, "enrollment", id, "approve"), token: true, typ: "application/json", read: readDone,
+		method: http.MethodPost, path: orgPath(org, "enrollment", id, "approve"), token: true, typ: "application/json", read: done("Claim approved"),
 		body: func() ([]byte, error) { return json.Marshal(Recipient{recipient}) },
 	})
 }

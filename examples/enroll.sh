@@ -174,5 +174,6 @@ value() { jq -er --arg name "$1" '.[$name]' "$answer"; }
 signature=$(printf 'orgkeys/receipt/v1\n%s\n%s\n%s\n%s\n%s\n' "$(value origin)" "$(value org)" "$(value keyId)" "$R" "$(value sha256)" |
 	openssl dgst -sha256 -sign "$key" | openssl base64 -A)
 jq -n --arg recipient "$R" --arg signature "$signature" '{recipient: $recipient, signature: $signature}' | post "/enroll/$id/receipt"
+[ "$(jq -r .message "$work/body" 2>/dev/null)" = 'Receipt recorded' ] || fail 75 "$server answers as something else than orgkeys does"
 rm -f "$token_file" "$recipient"
 echo "enroll.sh: key $(value keyId) of $(value org) is in $key"

@@ -135,6 +135,11 @@ func TestFirstBootWithAToken(t *testing.T) {
 		outcome.KeyFingerprint != e.fingerprint() || !strings.Contains(shown, outcome.KeyID) {
 		t.Errorf("status says %+v", outcome)
 	}
+	keys, err := s.Client(t, org, "OWNER").NodeKeys(t.Context(), org)
+	if err != nil || len(keys) != 1 || keys[0].ID != outcome.KeyID || keys[0].Scope != "node" || keys[0].Enrollment != m.ID ||
+		keys[0].DeliveredTo != "127.0.0.1" || keys[0].DeliveredAt.IsZero() {
+		t.Errorf("node keys %+v, %v", keys, err)
+	}
 	// The token's setting may go, too: the node knows that it is enrolled.
 	cmd := exec.Command(binary, "boot", "--server", s.API, "--ip", "192.0.2.7", "--region", "eu", "--dir", e.dir)
 	cmd.Env = []string{"PATH=/nonexistent"}

@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -200,11 +201,14 @@ func serving(answer []byte) http.HandlerFunc {
 		w.Header().Set("X-Request-Id", "r")
 		switch r.URL.Path {
 		case "/secrets":
+			w.Header().Set("X-Secret-Count", strconv.Itoa(bytes.Count(answer, []byte(`_enc":`))))
 			w.Write(answer)
 		case "/healthz":
 			fmt.Fprint(w, `{"status":"ok"}`)
-		default:
-			fmt.Fprint(w, `{"success":true,"message":"done"}`)
+		case "/register":
+			fmt.Fprint(w, `{"success":true,"message":"Node registered successfully"}`)
+		case "/unregister":
+			fmt.Fprint(w, `{"success":true,"message":"Node unregistered successfully"}`)
 		}
 	}
 }

@@ -38,6 +38,7 @@ var passing = map[string]struct {
 	"a page":                     {answering(200, "text/html", "<html>"), 76, `of Content-Type "text/html"`},
 	"a page called JSON":         {answering(200, "application/json", "<html>"), 76, "JSON of another form"},
 	"empty object":               {answering(200, "application/json", "{}"), 76, "something that is not orgkeys"},
+	"empty object by a gateway":  {answering(200, "application/json", "{}", "X-Request-Id", "r"), 76, "without X-Secret-Count"},
 	"another's 400":              {answering(400, "text/html", "The plain HTTP request was sent to HTTPS port"), 76, "400"},
 	"401":                        {answering(401, "text/html", ""), 76, "401"},
 	"402":                        {answering(402, "text/html", ""), 76, "402"},
@@ -54,6 +55,7 @@ var passing = map[string]struct {
 	"another's code":             {answering(403, "application/json", `{"success":false,"message":"x","errorCode":"E42"}`), 76, "JSON without an errorCode"},
 	"another's code of our form": {answering(403, "application/json", `{"success":false,"message":"x","errorCode":"forbidden"}`), 76, "an errorCode without a requestId"},
 	"another's success":          {answering(200, "application/json", `{"success":true,"data":{}}`), 76, "something that is not orgkeys"},
+	"success by a gateway":       {answering(200, "application/json", `{"success":true,"message":"OK"}`, "X-Request-Id", "r"), 76, "without X-Secret-Count"},
 	"HTTP/1.0":                   {saying("HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<html>"), 76, "of Content-Type"},
 	"closed in the middle":       {saying("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{\"env_s3_enc\":"), 69, "unexpected EOF"},
 	"broken chunks":              {saying("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\n{}\r\n"), 69, "chunk"},
@@ -98,6 +100,31 @@ func TestWhatMayPassIsWaitedFor(t *testing.T) {
 			m.want(0, "1 secrets written, 0 unchanged, registered", "boot", "--wait", "1m")
 			if n := asked.Load(); n != 4 {
 				t.Errorf("%d requests, want 4", n)
+			}
+		})
+	}
+}
+
+// Nobody else's success counts for registered, or unregistered.
+func TestNoForeignAnswerRegisters(t *testing.T) {
+	for name, c := range passing {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var foreign atomic.Bool
+			m := newMachine(t, stub(t, func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == "/secrets" || !foreign.Load() {
+					serving([]byte("{}"))(w, r)
+					return
+				}
+				c.h(w, r)
+			}))
+			m.want(0, "registered", "boot", "--wait", "0s")
+			m.want(0, "unregistered", "unregister", "--wait", "0s")
+			foreign.Store(true)
+			for _, command := range []string{"boot", "register", "unregister"} {
+				if code, out := m.run(command, "--wait", "0s"); code != c.code {
+					t.Errorf("%s: exit code %d, want %d, printed %s", command, code, c.code, out)
+				}
 			}
 		})
 	}

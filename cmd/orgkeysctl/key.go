@@ -16,10 +16,15 @@ func newKey(s *settings) *cobra.Command {
 }
 
 func newKeyList(s *settings) *cobra.Command {
-	return &cobra.Command{
+	var scope string
+	cmd := &cobra.Command{
 		Use: "list", Short: "List the organization's keys, newest first", Args: cobra.NoArgs,
 		RunE: s.connected(func(ctx context.Context, c *connection, _ []string) error {
-			keys, err := c.Keys(ctx, c.Org)
+			read := map[string]func(context.Context, string) ([]client.Key, error){"organization": c.Keys, "node": c.NodeKeys}[scope]
+			if read == nil {
+				return usage("--scope is %q, neither organization nor node", scope)
+			}
+			keys, err := read(ctx, c.Org)
 			if err != nil {
 				return err
 			}
@@ -28,11 +33,24 @@ func newKeyList(s *settings) *cobra.Command {
 			}
 			var rows [][]string
 			for _, k := range keys {
-				rows = append(rows, []string{k.ID, instant(k.Created), instant(k.LastUsed), nodesOf(k), k.Delivery, k.Fingerprint})
+				rows = append(rows, []string{k.ID, instant(k.Created), instant(k.LastUsed), nodesOf(k), deliveryOf(k), k.Fingerprint})
 			}
 			return table(c.out, []string{"ID", "CREATED", "LAST USED", "NODES", "DELIVERY", "FINGERPRINT"}, rows, "no keys")
 		}),
 	}
+	cmd.Flags().StringVar(&scope, "scope", "organization", "keys that speak for the whole `organization`, or for one node each: node")
+	return cmd
+}
+
+// deliveryOf says when a key was handed out and to what address.
+func deliveryOf(k client.Key) string {
+	if k.DeliveredAt.IsZero() {
+		return k.Delivery
+	}
+	if k.DeliveredTo == "" { // the person was erased
+		return instant(k.DeliveredAt)
+	}
+	return instant(k.DeliveredAt) + " to " + k.DeliveredTo
 }
 
 // nodesOf counts the nodes that have a key, and those that have signed with it.
@@ -50,13 +68,15 @@ func newKeyShow(s *settings) *cobra.Command {
 	return &cobra.Command{
 		Use: "show ID", Short: "Show a key with its nodes and its public half", Args: cobra.ExactArgs(1),
 		RunE: s.connected(func(ctx context.Context, c *connection, args []string) error {
-			keys, err := c.Keys(ctx, c.Org)
-			if err != nil {
-				return err
-			}
-			for _, k := range keys {
-				if k.ID == args[0] {
-					return showKey(c, k)
+			for _, read := range []func(context.Context, string) ([]client.Key, error){c.Keys, c.NodeKeys} {
+				keys, err := read(ctx, c.Org)
+				if err != nil {
+					return err
+				}
+				for _, k := range keys {
+					if k.ID == args[0] {
+						return showKey(c, k)
+					}
 				}
 			}
 			return &failure{exit: exitNotFound, what: fmt.Sprintf("organization %s has no key %q", c.Org, args[0]), hint: "orgkeysctl key list shows them"}
@@ -69,8 +89,8 @@ func showKey(c *connection, k client.Key) error {
 		return printJSON(c.out, k)
 	}
 	all := []field{
-		{"key", k.ID}, {"organization", k.Org}, {"fingerprint", k.Fingerprint}, {"created", instant(k.Created)},
-		{"last used", instant(k.LastUsed)}, {"delivery", k.Delivery},
+		{"key", k.ID}, {"organization", k.Org}, {"scope", k.Scope}, {"enrollment", k.Enrollment}, {"fingerprint", k.Fingerprint}, {"created", instant(k.Created)},
+		{"last used", instant(k.LastUsed)}, {"delivery", deliveryOf(k)},
 	}
 	for _, n := range k.Nodes {
 		has := "may have it"

@@ -54,6 +54,10 @@ func TestAKeyIsSealedToThisMachine(t *testing.T) {
 		t.Errorf("%d received deliveries of the key", n)
 	}
 	looksLike(t, "key-list", p.home, p.does("key", "list"))
+	if out := p.does("key", "list", "--scope", "node"); out != "no keys\n" {
+		t.Errorf("node keys: %s", out)
+	}
+	p.fails(exitUsage, `"pigeon", neither organization nor node`, "key", "list", "--scope", "pigeon")
 	looksLike(t, "key-show", p.home, p.does("key", "show", key.ID))
 	looksLike(t, "key-list-json", p.home, p.does("key", "list", "--json"))
 	p.fails(exitNotFound, "has no key", "key", "show", "nonsense")

@@ -108,6 +108,9 @@ func TestAnswersAboutNodesAndSecrets(t *testing.T) {
 		if a.StatusCode != 200 || string(a.body) != c.want || a.Header.Get("Cache-Control") != "no-store" {
 			t.Errorf("%s: %d %s", c.request, a.StatusCode, a.body)
 		}
+		if n := a.Header.Get("X-Secret-Count"); (n == "1") != (c.request == "POST /secrets") {
+			t.Errorf("%s: X-Secret-Count %q", c.request, n)
+		}
 		if last := b.nodes.asked[len(b.nodes.asked)-1]; last != c.asked {
 			t.Errorf("%s: asked %q", c.request, last)
 		}
