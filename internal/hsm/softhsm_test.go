@@ -339,6 +339,7 @@ func TestPINFile(t *testing.T) {
 		"a line's end after it":   {"1234\r\n", 0o600, "1234"},
 		"spaces belong to it":     {" 12 34 ", 0o600, " 12 34 "},
 		"the longest":             {strings.Repeat("1", 255), 0o600, strings.Repeat("1", 255)},
+		"mounted for its group":   {"1234", 0o440, "1234"},
 		"readable by the group":   {"1234", 0o640, ""},
 		"readable by others":      {"1234", 0o604, ""},
 		"writable by the group":   {"1234", 0o620, ""},

@@ -101,6 +101,46 @@ func until(t *testing.T, what string, ok func() bool) {
 	}
 }
 
+// A process opens as many connections as it is allowed to, and no more, however
+// many requests wait for the database.
+func TestAProcessOpensNoMoreConnectionsThanItMay(t *testing.T) {
+	for _, most := range []int{sqlstore.MinConnections, 9} {
+		location := newDatabase(t, postgres)
+		db, err := sqlstore.Open(t.Context(), location)
+		must(t, err)
+		must(t, db.Migrate(t.Context()))
+		db.LimitConnections(most)
+		beside := raw(t, location)
+		held, err := beside.Begin()
+		must(t, err)
+		statement(t, held, "LOCK TABLE org_keys IN ACCESS EXCLUSIVE MODE")
+		var all sync.WaitGroup
+		for range 30 {
+			all.Go(func() {
+				if _, err := db.Keys(t.Context(), "acme"); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		sessions := func() (n, waiting int) {
+			must(t, held.QueryRow(`SELECT count(*), count(*) FILTER (WHERE wait_event_type = 'Lock')
+				FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()`).Scan(&n, &waiting))
+			statement(t, held, "SELECT pg_stat_clear_snapshot()") // or it would show the same sessions until its end
+			return n, waiting
+		}
+		until(t, "every connection waits", func() bool { _, waiting := sessions(); return waiting >= most })
+		for range 20 {
+			if n, _ := sessions(); n > most {
+				t.Fatalf("%d connections, want at most %d", n, most)
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+		must(t, held.Rollback())
+		all.Wait()
+		must(t, db.Close())
+	}
+}
+
 // Promise 9: a PostgreSQL that is down is an error at once, and one that is
 // back is used again without opening it again.
 func TestPostgresRestarted(t *testing.T) {
