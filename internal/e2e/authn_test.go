@@ -15,6 +15,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -62,7 +63,6 @@ func TestUnusableCallersHear401(t *testing.T) {
 		return b
 	}
 	with := func(change harness.Claims) string { return issuer.Sign(t, "es", nil, payload(change)) }
-	now := time.Now().Unix()
 
 	accepted := map[string]string{
 		"RS256":                           issuer.Sign(t, "rs", nil, payload(nil)),
@@ -82,66 +82,18 @@ func TestUnusableCallersHear401(t *testing.T) {
 		}
 	}
 
-	parts := strings.Split(with(nil), ".")
-	stranger := harness.NewECKey(t)
-	public, err := x509.MarshalPKIXPublicKey(&rsaKey.PublicKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	publicPEM := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public})
-	refused := map[string]string{
-		"alg none":                                  raw(`{"alg":"none","typ":"JWT"}`, payload(nil), nil),
-		"alg None with a key ID":                    raw(`{"alg":"None","kid":"es"}`, payload(nil), nil),
-		"alg none with a good signature":            raw(`{"alg":"none","kid":"es"}`, payload(nil), []byte(parts[2])),
-		"HS256 with the public key's PEM as secret": hs256(`{"alg":"HS256","kid":"rs"}`, payload(nil), publicPEM),
-		"HS256 with the public key's DER as secret": hs256(`{"alg":"HS256","kid":"rs"}`, payload(nil), public),
-		"HS256 with an empty secret":                hs256(`{"alg":"HS256"}`, payload(nil), nil),
-		"RS512 by a key published for RS256":        harness.SignAs(t, jose.RS512, rsaKey, "rs", payload(nil)),
-		"PS256 by a key published for RS256":        harness.SignAs(t, jose.PS256, rsaKey, "rs", payload(nil)),
-		"ES256 under an RSA key's ID":               harness.SignAs(t, jose.ES256, stranger, "rs", payload(nil)),
-		"a stranger's key under a known ID":         harness.SignAs(t, jose.ES256, stranger, "es", payload(nil)),
-		"a stranger's key that came along as jwk":   embedded(t, stranger, payload(nil)),
-		"a critical header nobody understands":      critical(t, issuer, payload(nil)),
-		"a key ID that is a path":                   harness.SignAs(t, jose.ES256, stranger, "../../etc/passwd", payload(nil)),
-		"a key ID that is SQL":                      harness.SignAs(t, jose.ES256, stranger, "' OR '1'='1", payload(nil)),
-		"an empty key ID":                           harness.SignAs(t, jose.ES256, stranger, "", payload(nil)),
-		"expired":                                   with(harness.Claims{"exp": now - 3600}),
-		"no expiry":                                 with(harness.Claims{"exp": nil}),
-		"an expiry that is a string":                with(harness.Claims{"exp": fmt.Sprint(now + 3600)}),
-		"not valid yet":                             with(harness.Claims{"nbf": now + 3600}),
-		"another audience":                          with(harness.Claims{"aud": "somebody-else"}),
-		"no audience":                               with(harness.Claims{"aud": nil}),
-		"an empty audience":                         with(harness.Claims{"aud": ""}),
-		"an empty list of audiences":                with(harness.Claims{"aud": []string{}}),
-		"another issuer":                            with(harness.Claims{"iss": "https://evil.test"}),
-		"no issuer":                                 with(harness.Claims{"iss": nil}),
-		"the issuer with a slash more":              with(harness.Claims{"iss": issuer.Name + "/"}),
-		"no subject":                                with(harness.Claims{"sub": nil}),
-		"an empty subject":                          with(harness.Claims{"sub": ""}),
-		"no organization":                           with(harness.Claims{"org_id": nil}),
-		"an empty organization":                     with(harness.Claims{"org_id": ""}),
-		"an organization that is a list":            with(harness.Claims{"org_id": []string{org, org}}),
-		"an organization that is a number":          with(harness.Claims{"org_id": 1}),
-		"an organization that is an object":         with(harness.Claims{"org_id": map[string]string{"$ne": ""}}),
-		"a token that is bound to a key":            with(harness.Claims{"cnf": map[string]string{"jkt": "x"}}),
-		"an actor who is nobody":                    with(harness.Claims{"act": map[string]string{}}),
-		"a duplicate organization":                  issuer.Sign(t, "es", nil, replaced(payload(nil), `"org_role"`, `"org_id":"`+org+`","org_role"`)),
-		"a duplicate role":                          issuer.Sign(t, "es", nil, replaced(payload(nil), `"org_role":"OWNER"`, `"org_role":"USER","org_role":"OWNER"`)),
-		"a payload that is no JSON":                 issuer.Sign(t, "es", nil, []byte("no JSON")),
-		"a payload that is a list":                  issuer.Sign(t, "es", nil, []byte("[]")),
-		"a payload nested without end":              issuer.Sign(t, "es", nil, []byte(strings.Repeat("[", 9000))),
-		"trailing data after the payload":           issuer.Sign(t, "es", nil, append(payload(nil), "{}"...)),
-		"a changed payload":                         parts[0] + "." + base64.RawURLEncoding.EncodeToString(payload(harness.Claims{"sub": "other"})) + "." + parts[2],
-		"a signature cut short":                     strings.Join(parts[:2], ".") + "." + parts[2][:20],
-		"no signature":                              parts[0] + "." + parts[1] + ".",
-		"two parts":                                 parts[0] + "." + parts[1],
-		"four parts":                                strings.Join(parts, ".") + "." + parts[2],
-		"five parts, as an encrypted token has":     "e30.e30.e30.e30.e30",
-		"nothing at all":                            ".",
-		"only dots":                                 "..",
-		"text":                                      "secret",
-		"a token of 14,000 bytes":                   strings.Repeat("a", 14000),
-	}
+	refused := hostileTokens(t, issuer, rsaKey, payload)
+	maps.Copy(refused, map[string]string{
+		"no subject":                        with(harness.Claims{"sub": nil}),
+		"an empty subject":                  with(harness.Claims{"sub": ""}),
+		"no organization":                   with(harness.Claims{"org_id": nil}),
+		"an empty organization":             with(harness.Claims{"org_id": ""}),
+		"an organization that is a list":    with(harness.Claims{"org_id": []string{org, org}}),
+		"an organization that is a number":  with(harness.Claims{"org_id": 1}),
+		"an organization that is an object": with(harness.Claims{"org_id": map[string]string{"$ne": ""}}),
+		"a duplicate organization":          issuer.Sign(t, "es", nil, replaced(payload(nil), `"org_role"`, `"org_id":"`+org+`","org_role"`)),
+		"a duplicate role":                  issuer.Sign(t, "es", nil, replaced(payload(nil), `"org_role":"OWNER"`, `"org_role":"USER","org_role":"OWNER"`)),
+	})
 	for name, token := range refused {
 		for _, r := range []harness.Request{{Method: "POST", Path: harness.KeyPath(org)}} {
 			r.Token = token
@@ -184,6 +136,66 @@ func TestUnusableCallersHear401(t *testing.T) {
 	})
 	if len(events) != 0 {
 		t.Errorf("callers nobody knows cost a log entry each: %+v", events)
+	}
+}
+
+// hostileTokens are tokens that nobody may accept, whatever the settings say about
+// claims. The issuer has the keys rs, which is rsaKey, and es; payload is a good
+// token's, changed.
+func hostileTokens(t *testing.T, issuer *harness.Issuer, rsaKey *rsa.PrivateKey, payload func(harness.Claims) []byte) map[string]string {
+	t.Helper()
+	with := func(change harness.Claims) string { return issuer.Sign(t, "es", nil, payload(change)) }
+	now := time.Now().Unix()
+	parts := strings.Split(with(nil), ".")
+	stranger := harness.NewECKey(t)
+	public, err := x509.MarshalPKIXPublicKey(&rsaKey.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	publicPEM := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public})
+	return map[string]string{
+		"alg none":                                  raw(`{"alg":"none","typ":"JWT"}`, payload(nil), nil),
+		"alg None with a key ID":                    raw(`{"alg":"None","kid":"es"}`, payload(nil), nil),
+		"alg none with a good signature":            raw(`{"alg":"none","kid":"es"}`, payload(nil), []byte(parts[2])),
+		"HS256 with the public key's PEM as secret": hs256(`{"alg":"HS256","kid":"rs"}`, payload(nil), publicPEM),
+		"HS256 with the public key's DER as secret": hs256(`{"alg":"HS256","kid":"rs"}`, payload(nil), public),
+		"HS256 with an empty secret":                hs256(`{"alg":"HS256"}`, payload(nil), nil),
+		"RS512 by a key published for RS256":        harness.SignAs(t, jose.RS512, rsaKey, "rs", payload(nil)),
+		"PS256 by a key published for RS256":        harness.SignAs(t, jose.PS256, rsaKey, "rs", payload(nil)),
+		"ES256 under an RSA key's ID":               harness.SignAs(t, jose.ES256, stranger, "rs", payload(nil)),
+		"a stranger's key under a known ID":         harness.SignAs(t, jose.ES256, stranger, "es", payload(nil)),
+		"a stranger's key that came along as jwk":   embedded(t, stranger, payload(nil)),
+		"a critical header nobody understands":      critical(t, issuer, payload(nil)),
+		"a key ID that is a path":                   harness.SignAs(t, jose.ES256, stranger, "../../etc/passwd", payload(nil)),
+		"a key ID that is SQL":                      harness.SignAs(t, jose.ES256, stranger, "' OR '1'='1", payload(nil)),
+		"an empty key ID":                           harness.SignAs(t, jose.ES256, stranger, "", payload(nil)),
+		"expired":                                   with(harness.Claims{"exp": now - 3600}),
+		"no expiry":                                 with(harness.Claims{"exp": nil}),
+		"an expiry that is a string":                with(harness.Claims{"exp": fmt.Sprint(now + 3600)}),
+		"not valid yet":                             with(harness.Claims{"nbf": now + 3600}),
+		"another audience":                          with(harness.Claims{"aud": "somebody-else"}),
+		"no audience":                               with(harness.Claims{"aud": nil}),
+		"an empty audience":                         with(harness.Claims{"aud": ""}),
+		"an empty list of audiences":                with(harness.Claims{"aud": []string{}}),
+		"another issuer":                            with(harness.Claims{"iss": "https://evil.test"}),
+		"no issuer":                                 with(harness.Claims{"iss": nil}),
+		"the issuer with a slash more":              with(harness.Claims{"iss": issuer.Name + "/"}),
+		"a token that is bound to a key":            with(harness.Claims{"cnf": map[string]string{"jkt": "x"}}),
+		"an actor who is nobody":                    with(harness.Claims{"act": map[string]string{}}),
+		"a payload that is no JSON":                 issuer.Sign(t, "es", nil, []byte("no JSON")),
+		"a payload that is a list":                  issuer.Sign(t, "es", nil, []byte("[]")),
+		"a payload nested without end":              issuer.Sign(t, "es", nil, []byte(strings.Repeat("[", 9000))),
+		"trailing data after the payload":           issuer.Sign(t, "es", nil, append(payload(nil), "{}"...)),
+		"a changed payload":                         parts[0] + "." + base64.RawURLEncoding.EncodeToString(payload(harness.Claims{"sub": "other"})) + "." + parts[2],
+		"a signature cut short":                     strings.Join(parts[:2], ".") + "." + parts[2][:20],
+		"no signature":                              parts[0] + "." + parts[1] + ".",
+		"two parts":                                 parts[0] + "." + parts[1],
+		"four parts":                                strings.Join(parts, ".") + "." + parts[2],
+		"five parts, as an encrypted token has":     "e30.e30.e30.e30.e30",
+		"nothing at all":                            ".",
+		"only dots":                                 "..",
+		"text":                                      "secret",
+		"a token of 14,000 bytes":                   strings.Repeat("a", 14000),
 	}
 }
 
