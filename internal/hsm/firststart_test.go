@@ -267,7 +267,7 @@ func (f *firstStarts) checkToken(said string) {
 		}
 		for _, object := range found {
 			id, err := readAttribute(lib, h, object, pkcs11.CKA_ID)
-			if text := hex.EncodeToString(id); err != nil || text != sealID && text != signID {
+			if text := hex.EncodeToString(id); err != nil || text != sealID && text != sealID+hex.EncodeToString(macID(nil)) && text != signID {
 				f.t.Errorf("an object with CKA_ID %q is left, %v; in use are %s", text, err, said)
 			}
 		}

@@ -217,7 +217,7 @@ func generateSealingKey(lib *module, h pkcs11.SessionHandle, format byte, label 
 		return key, nil
 	}
 	key.mac, err = lib.GenerateKey(h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_GENERIC_SECRET_KEY_GEN, nil)},
-		sealTemplate(sealMACLabel, id, token, pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY))
+		sealTemplate(sealMACLabel, macID(id), token, pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY))
 	if err != nil {
 		err = fmt.Errorf("making the sealing key's HMAC key by CKM_GENERIC_SECRET_KEY_GEN: %w", err)
 		return key, errors.Join(err, lib.DestroyObject(h, key.cipher))

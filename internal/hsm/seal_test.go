@@ -3,8 +3,10 @@
 package hsm
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 
@@ -152,6 +154,64 @@ func TestModuleTroubleIsNotABrokenRecord(t *testing.T) {
 	_, err = token.Open(bounded(t), []orgkey.Sealed{{Binding: b, Ciphertext: sealed}})
 	if !errors.Is(err, orgkey.ErrUnavailable) || errors.Is(err, orgkey.ErrSealBroken) {
 		t.Errorf("Open: %v, want ErrUnavailable", err)
+	}
+}
+
+// The AES key and the HMAC key of format 2 have different CKA_IDs, since tokens may
+// give none twice. Those that older versions made, or an operator, have the same.
+func TestTheTwoKeysOfFormat2(t *testing.T) {
+	cfg := freshToken(t)
+	if os.Getenv(kind) == "" {
+		if err := dropSealingKey(cfg); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cfg.noGCM, cfg.CreateSealingKey = true, true
+	with := func(do func(*Token) error) (id []byte) {
+		t.Helper()
+		token, err := Open(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id = token.SealingKeyID()
+		if err := errors.Join(do(token), token.Close()); err != nil {
+			t.Fatal(err)
+		}
+		return id
+	}
+	binding := orgkey.Binding{Org: "acme", ID: "one"}
+	var sealed []byte
+	id := with(func(token *Token) (err error) {
+		sealed, err = token.Seal(t.Context(), binding, []byte("value"))
+		return err
+	})
+	inToken(t, cfg, func(lib *module, h pkcs11.SessionHandle) {
+		for _, want := range []struct {
+			keyType uint
+			id      []byte
+		}{{pkcs11.CKK_AES, id}, {pkcs11.CKK_GENERIC_SECRET, macID(id)}} {
+			found, err := find(lib, h, 2, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+				pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, want.keyType))
+			if err != nil || len(found) != 1 {
+				t.Fatalf("%d keys of type %d, %v", len(found), want.keyType, err)
+			}
+			if got, err := readAttribute(lib, h, found[0], pkcs11.CKA_ID); err != nil || !bytes.Equal(got, want.id) {
+				t.Errorf("the key of type %d has CKA_ID %q, %v, want %q", want.keyType, got, err, want.id)
+			}
+			if err := lib.SetAttributeValue(h, found[0], []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_ID, id)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	same := with(func(token *Token) error {
+		opened, err := token.Open(t.Context(), []orgkey.Sealed{{Binding: binding, Ciphertext: sealed}})
+		if err == nil && string(opened[0]) != "value" {
+			t.Errorf("opened %q", opened[0])
+		}
+		return err
+	})
+	if !bytes.Equal(same, id) {
+		t.Errorf("the sealing key is %x, and was %x", same, id)
 	}
 }
 

@@ -32,6 +32,10 @@ const (
 // maxLabelled bounds a search for keys by label.
 const maxLabelled = 100
 
+// macID is the CKA_ID of the HMAC key that belongs to the AES key with this one.
+// Some tokens, such as AWS CloudHSM's, give no CKA_ID to two keys.
+func macID(id []byte) []byte { return join(id, []byte("-mac")) }
+
 func newKeyID() []byte {
 	id := make([]byte, keyIDSize)
 	rand.Read(id)
@@ -157,15 +161,18 @@ func (t *Token) sealingKeyByID(h pkcs11.SessionHandle, id []byte) (sealingKey, e
 }
 
 func (t *Token) keyByID(h pkcs11.SessionHandle, id []byte) (sealingKey, error) {
-	named := func(keyType uint) ([]pkcs11.ObjectHandle, error) {
+	named := func(keyType uint, id []byte) ([]pkcs11.ObjectHandle, error) {
 		return find(t.lib, h, 2, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
 			pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, keyType), pkcs11.NewAttribute(pkcs11.CKA_ID, id))
 	}
-	ciphers, err := named(pkcs11.CKK_AES)
+	ciphers, err := named(pkcs11.CKK_AES, id)
 	if err != nil {
 		return sealingKey{}, err
 	}
-	macs, err := named(pkcs11.CKK_GENERIC_SECRET)
+	macs, err := named(pkcs11.CKK_GENERIC_SECRET, macID(id))
+	if err == nil && len(macs) == 0 { // older ones, and an operator's, have the AES key's
+		macs, err = named(pkcs11.CKK_GENERIC_SECRET, id)
+	}
 	if err != nil {
 		return sealingKey{}, err
 	}
@@ -409,12 +416,16 @@ func (t *Token) removeUnchosen(ctx context.Context, h pkcs11.SessionHandle, purp
 	return nil
 }
 
-// destroyByID destroys every token object with that CKA_ID. Another process may
-// be at it too.
+// destroyByID destroys every token object with that CKA_ID, and the HMAC key that
+// belongs to it. Another process may be at it too.
 func (t *Token) destroyByID(h pkcs11.SessionHandle, id []byte) error {
-	found, err := find(t.lib, h, maxLabelled, pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_ID, id))
-	if err != nil {
-		return err
+	var found []pkcs11.ObjectHandle
+	for _, id := range [][]byte{id, macID(id)} {
+		more, err := find(t.lib, h, maxLabelled, pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_ID, id))
+		if err != nil {
+			return err
+		}
+		found = append(found, more...)
 	}
 	for _, object := range found {
 		if err := t.lib.DestroyObject(h, object); err != nil && !is(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
