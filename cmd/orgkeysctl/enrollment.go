@@ -162,6 +162,9 @@ func showPermission(c *connection, p client.Permission, more ...field) error {
 	if p.Conflicts > 0 {
 		all = append(all, field{"conflicts", strconv.Itoa(p.Conflicts) + ": somebody else has the token, or a disk was cloned; revoke it, and find out"})
 	}
+	for _, recipient := range p.Refused {
+		all = append(all, field{"refused", recipient})
+	}
 	if err := fields(c.out, all...); err != nil || len(p.Claims) == 0 {
 		return err
 	}

@@ -116,6 +116,7 @@ type enrollmentEntry struct {
 	ExpiresAt string       `json:"expiresAt"`
 	RevokedAt string       `json:"revokedAt,omitempty"`
 	Conflicts int          `json:"conflicts"`
+	Refused   []string     `json:"refusedRecipients,omitempty"`
 	Claims    []claimEntry `json:"claims"`
 	Warning   string       `json:"warning,omitempty"`
 }
@@ -148,7 +149,7 @@ const manyUses = "This token admits several nodes, so one stolen token can admit
 func enrollmentOf(e enroll.Enrollment) enrollmentEntry {
 	entry := enrollmentEntry{
 		ID: e.ID, OrgID: string(e.Org), State: enrollmentState(e), Scope: string(e.Scope), Origin: string(e.Origin), Uses: e.Uses, Approval: e.Approval,
-		Note: e.Note, CreatedAt: instant(e.Created), ExpiresAt: instant(e.Expires), Conflicts: e.Conflicts, Claims: make([]claimEntry, len(e.Claims)),
+		Note: e.Note, CreatedAt: instant(e.Created), ExpiresAt: instant(e.Expires), Conflicts: e.Conflicts, Refused: e.Refused, Claims: make([]claimEntry, len(e.Claims)),
 	}
 	switch {
 	case e.TPM == enroll.AnyAllowedTPM:

@@ -157,6 +157,7 @@ type Enrollment struct {
 	Over      bool      // whether that has come, by the database's clock
 	Revoked   time.Time // zero: it was not
 	Conflicts int       // claims by other recipients that were refused
+	Refused   []string  // those recipients, no more than MaxConflicts of them, sorted
 	Claims    []Delivery
 }
 

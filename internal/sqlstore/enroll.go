@@ -183,6 +183,22 @@ func (d *DB) enrollments(ctx context.Context, where string, args ...any) ([]enro
 			e.Claims = append(e.Claims, c)
 		}
 	}
+	if !slices.ContainsFunc(found, func(e enroll.Enrollment) bool { return e.Conflicts > 0 }) {
+		return found, nil
+	}
+	refused, err := query(ctx, d.read, func(scan func(...any) error) (c [2]string, err error) {
+		err = scan(&c[0], &c[1])
+		return c, err
+	},
+		"SELECT enrollment_id, recipient FROM enrollment_conflicts WHERE enrollment_id IN (SELECT id FROM enrollments WHERE "+where+") ORDER BY recipient", args...)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range refused {
+		if e := places[c[0]]; e != nil {
+			e.Refused = append(e.Refused, c[1])
+		}
+	}
 	return found, nil
 }
 

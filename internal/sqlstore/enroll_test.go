@@ -147,6 +147,9 @@ func TestConflictsLeaveTwentyEvents(t *testing.T) {
 		if n := recorded(t, db, audit.EnrollmentConflict); err != nil || e.Conflicts != 50 || n != 20 {
 			t.Errorf("%d conflicts counted, %d events, %v; want 50 and 20", e.Conflicts, n, err)
 		}
+		if len(e.Refused) != enroll.MaxConflicts || !slices.IsSorted(e.Refused) || e.Refused[19] != fmt.Sprintf("%064x", 19) {
+			t.Errorf("refused recipients %q", e.Refused)
+		}
 	})
 }
 
