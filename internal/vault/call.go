@@ -48,6 +48,18 @@ func newRedirectError(r request, answer *http.Response) *statusError {
 	return &statusError{request: r, status: answer.StatusCode, foreign: true, location: host}
 }
 
+// Statuses by which sys/health, and a load balancer that asks it, tells what kind of
+// node answers (https://developer.hashicorp.com/vault/api-docs/system/health).
+const (
+	statusRecovery    = 472
+	statusPerformance = 473
+)
+
+var standby = map[int]string{
+	statusRecovery:    "this Vault is the secondary of a disaster-recovery pair and answers nothing until it is promoted: let VAULT_ADDR lead to the primary cluster, or promote this one",
+	statusPerformance: "this node is a performance standby, and what is in between does not let requests pass to it: let the load balancer's check ask for sys/health?perfstandbyok=true, or VAULT_ADDR lead to the active node",
+}
+
 func redirect(status int) bool { return status >= 300 && status < 400 }
 
 func (e *statusError) Error() string {
@@ -55,12 +67,16 @@ func (e *statusError) Error() string {
 		return fmt.Sprintf("Vault answered %s %s with %d, a redirect to %s, which is not followed: let VAULT_ADDR lead to the active node, "+
 			"through a load balancer that checks sys/health, and make sure that every node's api_addr is reachable from here", e.request.method, e.request.path, e.status, e.location)
 	}
-	return fmt.Sprintf("Vault answered %s %s with %d: %s", e.request.method, e.request.path, e.status, strings.Join(e.messages, "; "))
+	said := strings.Join(e.messages, "; ")
+	if words, ok := standby[e.status]; ok {
+		said = words
+	}
+	return fmt.Sprintf("Vault answered %s %s with %d: %s", e.request.method, e.request.path, e.status, said)
 }
 
 func (e *statusError) Unwrap() error {
 	switch {
-	case e.foreign:
+	case e.foreign, standby[e.status] != "":
 		return orgkey.ErrUnavailable
 	case e.status == http.StatusForbidden:
 		return ErrDenied

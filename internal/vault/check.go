@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -191,6 +192,16 @@ func (c *Client) checkSeal(ctx context.Context) []Finding {
 		return []Finding{fatal("vault operator init, then unseal it and "+runSetup, "Vault is not initialized")}
 	case status.Sealed:
 		return []Finding{fatal("vault operator unseal", "Vault is sealed")}
+	}
+	return c.checkSecondary(ctx)
+}
+
+// checkSecondary finds a Vault that is unsealed and answers nothing all the same.
+// What keeps sys/health from being asked is no finding: others see to that.
+func (c *Client) checkSecondary(ctx context.Context) []Finding {
+	_, err := c.send(ctx, &session{api: c.base}, request{method: http.MethodGet, path: "sys/health", query: url.Values{"standbyok": {"true"}, "perfstandbyok": {"true"}}})
+	if e, ok := errors.AsType[*statusError](err); ok && standby[e.status] != "" {
+		return []Finding{fatal("let VAULT_ADDR (or VAULT_AGENT_ADDR if set) lead to a Vault that serves", "%v", err)}
 	}
 	return nil
 }

@@ -75,6 +75,44 @@ func TestVaultSealed(t *testing.T) {
 	backAtWork(t, late)
 }
 
+// Vault Enterprise, and load balancers by its sys/health, answer with statuses of
+// Vault's own for nodes that cannot serve. No Enterprise runs here, so a proxy says
+// what its documentation says.
+func TestStandbysOfEnterpriseAreNamed(t *testing.T) {
+	for status, words := range map[int]string{472: "disaster-recovery", 473: "performance standby"} {
+		for name, body := range map[string]string{"by Vault": `{"errors":[]}`, "by a health check": `{"initialized":true,"sealed":false,"standby":true}`, "without a body": ""} {
+			t.Run(fmt.Sprint(status, " ", name), func(t *testing.T) {
+				proxy, c := through(t)
+				proxy.Before(func(w http.ResponseWriter, _ *http.Request) bool {
+					w.WriteHeader(status)
+					fmt.Fprint(w, body)
+					return false
+				})
+				for call, do := range everything(t.Context(), c) {
+					if err := do(); !errors.Is(err, orgkey.ErrUnavailable) || errors.Is(err, vault.ErrLogin) || !strings.Contains(err.Error(), words) {
+						t.Errorf("%s: got %v", call, err)
+					}
+				}
+				if p := problems(c); !strings.Contains(p, words) {
+					t.Errorf("the check at start finds: %s", p)
+				}
+			})
+		}
+	}
+	// It answers sys/seal-status as if all were well.
+	proxy, c := through(t)
+	proxy.Before(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path != "/v1/sys/health" {
+			return true
+		}
+		w.WriteHeader(472)
+		return false
+	})
+	if p := problems(c); !strings.Contains(p, "disaster-recovery") || strings.Contains(p, "\n") {
+		t.Errorf("the check at start finds: %s", p)
+	}
+}
+
 func TestVaultRestarted(t *testing.T) {
 	c := open(t)
 	if err := server.Kill(); err != nil {
