@@ -265,6 +265,26 @@ func (c *Cluster) AuditFiles() []string {
 	return files
 }
 
+const documentedCA = "/etc/haproxy/vault-ca.pem"
+
+// documentedBalancer is haproxy's section in docs/operations.md, without its servers.
+func documentedBalancer() (string, error) {
+	root, err := Root()
+	if err != nil {
+		return "", err
+	}
+	text, err := os.ReadFile(filepath.Join(root, "docs", "operations.md"))
+	if err != nil {
+		return "", err
+	}
+	_, after, found := strings.Cut(string(text), "```text\nlisten vault\n")
+	section, _, ended := strings.Cut(after, "  server n1 ")
+	if !found || !ended || !strings.Contains(section, "bind :8200\n") || !strings.Contains(section, documentedCA) {
+		return "", errors.New("docs/operations.md shows no haproxy in front of a cluster that tests can use")
+	}
+	return "listen vault\n" + section, nil
+}
+
 // balance runs haproxy, which asks each node whether it is the active one.
 func (c *Cluster) balance() error {
 	port, err := freeport.Find()
@@ -272,9 +292,13 @@ func (c *Cluster) balance() error {
 		return err
 	}
 	c.Address = fmt.Sprintf("https://127.0.0.1:%d", port)
+	documented, err := documentedBalancer()
+	if err != nil {
+		return err
+	}
 	var text strings.Builder
-	fmt.Fprintf(&text, "defaults\n  mode tcp\n  timeout connect 2s\n  timeout client 60s\n  timeout server 60s\nlisten vault\n  bind 127.0.0.1:%d\n"+
-		"  option httpchk GET /v1/sys/health\n  http-check expect status 200\n  default-server check check-ssl verify required ca-file %s inter 500ms fall 2 rise 1 on-marked-down shutdown-sessions\n", port, c.CACert)
+	text.WriteString("defaults\n  timeout connect 2s\n  timeout client 60s\n  timeout server 60s\n")
+	text.WriteString(strings.NewReplacer("bind :8200", fmt.Sprintf("bind 127.0.0.1:%d", port), documentedCA, c.CACert).Replace(documented))
 	for _, node := range c.Nodes {
 		fmt.Fprintf(&text, "  server %s %s\n", filepath.Base(node.Dir), host(node.Address))
 	}
