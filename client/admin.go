@@ -221,7 +221,7 @@ func (c *Client) remove(ctx context.Context, path, message string, gone Code) er
 		}
 		return Temporary(err)
 	}
-	err := c.do(ctx, request{method: http.MethodDelete, path: path, token: true, read: done(message), temporary: temporary})
+	err := c.do(ctx, request{method: http.MethodDelete, path: path + c.reason, token: true, read: done(message), temporary: temporary})
 	if lost && attempts > 1 && errors.Is(err, gone) {
 		return nil
 	}

@@ -109,6 +109,7 @@ type Config struct {
 type Client struct {
 	config Config
 	base   string
+	reason string // of deletions, as a query
 	http   *http.Client
 }
 
@@ -130,7 +131,7 @@ func New(c Config) (*Client, error) {
 	if c.Transport == nil {
 		c.Transport = transport(c, base)
 	}
-	return &Client{c, base.String(), &http.Client{
+	return &Client{config: c, base: base.String(), http: &http.Client{
 		Transport: c.Transport,
 		// A redirect comes from something in between: the API has none.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },

@@ -35,6 +35,7 @@ const (
 	EnrollmentClosed      Code = "enrollment_closed"
 	EnrollmentNotFound    Code = "enrollment_not_found"
 	EnrollmentUnknown     Code = "enrollment_unknown"
+	EventNotFound         Code = "event_not_found"
 	GenerationFailed      Code = "generation_failed"
 	HeaderTooLarge        Code = "header_too_large"
 	InsufficientRole      Code = "insufficient_role"

@@ -60,7 +60,7 @@ orgkeys-node.service). The address and region of the node are left for you to sa
 	return cmd
 }
 
-func createEnrollment(ctx context.Context, c *connection, t client.Terms, out string, write snippet) error {
+func createEnrollment(ctx context.Context, c *connection, t client.Terms, out string, write printSnippet) error {
 	store := func([]byte) error { return nil }
 	if out != "" {
 		file, err := newKeyFile(out)

@@ -49,7 +49,7 @@ var _ Rejections = gate.Gate{}
 // of authn.Verifier.Authenticate.
 type Authenticator func(ctx context.Context, h http.Header) (authz.Caller, error)
 
-// Config is what an API is made of. Only CORSOrigins, Proxies and Checks may be left out.
+// Config is what an API is made of. Only Console, CORSOrigins, Proxies and Checks may be left out.
 type Config struct {
 	Keys         Keys
 	Nodes        Nodes
@@ -57,15 +57,19 @@ type Config struct {
 	Rejections   Rejections
 	Enrollments  Enrollments
 	DryRuns      DryRuns
+	OrgLog       OrgLog
 	Authenticate Authenticator
 	// Unauthenticated counts a refused caller for the summaries in the audit log;
 	// authn.Failures.Count does that.
 	Unauthenticated func(reason string)
-	Checks          []Check              // what readiness asks
-	Metrics         *prometheus.Registry // gets this package's metrics, and is what /metrics shows
-	Log             *slog.Logger
-	CORSOrigins     []string // exact origins that browsers may call from
-	Proxies         Proxies
+	// Console makes the pages under /console/, which are a client of the API: the
+	// handler that it is given. nil: there are none.
+	Console     func(api http.Handler) http.Handler
+	Checks      []Check              // what readiness asks
+	Metrics     *prometheus.Registry // gets this package's metrics, and is what /metrics shows
+	Log         *slog.Logger
+	CORSOrigins []string // exact origins that browsers may call from
+	Proxies     Proxies
 }
 
 // API serves the contract. Its zero value is not usable; New makes one.
@@ -82,7 +86,7 @@ type API struct {
 
 // New returns an API, or an error that says what is wrong with c.
 func New(c Config) (*API, error) {
-	if c.Keys == nil || c.Nodes == nil || c.SystemEvents == nil || c.Enrollments == nil || c.DryRuns == nil || c.Rejections == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
+	if c.Keys == nil || c.Nodes == nil || c.SystemEvents == nil || c.Enrollments == nil || c.DryRuns == nil || c.OrgLog == nil || c.Rejections == nil || c.Authenticate == nil || c.Unauthenticated == nil || c.Metrics == nil || c.Log == nil {
 		return nil, errors.New("the API lacks its use cases, its gate, authentication, metrics or log")
 	}
 	crossOrigin, err := newCORS(c.CORSOrigins)
@@ -101,8 +105,12 @@ func New(c Config) (*API, error) {
 	a.routesSystemEvents(a.public)
 	a.routesEnrollments(a.public)
 	a.routesDryRuns(a.public)
+	a.routesOrgLog(a.public)
 	a.routesHealth(a.public)
 	a.public.GET("/openapi.yaml", serveDocument)
+	if c.Console != nil {
+		a.routesConsole(a.public, c.Console(a.public))
+	}
 	a.admin = a.engine()
 	a.routesAdmin(a.admin)
 	return a, nil

@@ -3,11 +3,16 @@ package api
 import (
 	"cmp"
 	"errors"
+	"net/http"
+	"net/url"
+	"regexp"
+	"unicode/utf8"
 
 	"github.com/gin-gonic/gin"
 
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/jsonbody"
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
@@ -62,6 +67,25 @@ func (a *API) organization(action authz.Action) gin.HandlerFunc {
 	}
 }
 
+// reasonForm is what a client may say in a deletion's ?reason=. It is for people, and
+// goes into the part of the event that can be erased.
+var reasonForm = regexp.MustCompile(`\A[^\p{Cc}\p{Cf}\x{2028}\x{2029}]{1,200}\z`)
+
+// reasoned reads the reason for a deletion, which may be left out.
+func (a *API) reasoned(c *gin.Context) {
+	query, err := url.ParseQuery(c.Request.URL.RawQuery)
+	given, there := query["reason"]
+	if err == nil && !there {
+		return
+	}
+	if err != nil || len(given) != 1 || !utf8.ValidString(given[0]) || !reasonForm.MatchString(given[0]) {
+		wrong := &jsonbody.Error{Field: "reason", Problem: "is not 1 to 200 characters without control characters"}
+		a.reject(c, "invalid", problem{http.StatusBadRequest, "invalid_request", wrong.Error(), 0})
+		return
+	}
+	exchangeOf(c).note = given[0]
+}
+
 // reject refuses an authenticated request at the edge, after the policy has decided and
 // the audit log has the refusal.
 func (a *API) reject(c *gin.Context, reason string, p problem) {
@@ -75,5 +99,5 @@ func (a *API) reject(c *gin.Context, reason string, p problem) {
 
 // object is what the path names within the organization, as it was sent.
 func object(c *gin.Context) string {
-	return cmp.Or(c.Param("idKey"), c.Param("idNode"), c.Param("name"), c.Param("ek"))
+	return cmp.Or(c.Param("idKey"), c.Param("idNode"), c.Param("name"), c.Param("ek"), c.Param("idEvent"))
 }

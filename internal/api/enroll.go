@@ -46,7 +46,7 @@ func (a *API) routesEnrollments(r gin.IRouter) {
 	all.GET("", a.organization(authz.ListEnrollments), a.withoutBody, a.listEnrollments)
 	one := all.Group("/:idEnrollment")
 	one.GET("", a.organization(authz.ListEnrollments), a.withoutBody, a.existing, a.getEnrollment)
-	one.DELETE("", a.organization(authz.RevokeEnrollment), a.withoutBody, a.existing, a.revokeEnrollment)
+	one.DELETE("", a.organization(authz.RevokeEnrollment), a.withoutBody, a.reasoned, a.existing, a.revokeEnrollment)
 	one.POST("/approve", a.organization(authz.ApproveEnrollment), a.existing, a.approveEnrollment)
 
 	devices := r.Group("/organization/:idOrg/device", a.whileServing, a.authenticate)

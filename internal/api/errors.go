@@ -15,6 +15,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/orglog"
 )
 
 // problem is an error as clients see it. Codes are in openapi.yaml, and stable.
@@ -58,6 +59,10 @@ var (
 	deviceNotAllowed   = problem{http.StatusForbidden, "device_not_allowed", "The key has to be in a TPM that is allowed, and is not", 0}
 	deviceNotFound     = problem{http.StatusNotFound, "device_not_found", "Device not found", 0}
 	tooManyDevices     = problem{http.StatusBadRequest, "too_many_devices", "Maximum number of devices (10000) has been reached. Please remove existing devices before allowing new ones.", 0}
+
+	eventNotFound = problem{http.StatusNotFound, "event_not_found", "Event not found", 0}
+	notCovered    = problem{http.StatusAccepted, "pending", "No signed checkpoint covers the event yet. Please ask again.", 5}
+
 	enrollmentUnknown  = problem{http.StatusUnauthorized, "enrollment_unknown", "The enrollment is unknown, or the request was not made with its token", 0}
 	enrollmentClaimed  = problem{http.StatusConflict, "enrollment_claimed", "This enrollment was claimed with another recipient key. If that was not this node, tell an administrator.", 0}
 	enrollmentClosed   = problem{http.StatusGone, "enrollment_closed", "This enrollment is over: it expired, was revoked, or its key was received. Ask an administrator for a new one.", 0}
@@ -115,6 +120,10 @@ func problemFor(err error) problem {
 		return ofEnrollment
 	case errors.As(err, &quota):
 		return quotaProblem(quota)
+	case errors.Is(err, orglog.ErrNotFound):
+		return eventNotFound
+	case errors.Is(err, orglog.ErrNotCovered):
+		return notCovered
 	case errors.Is(err, orgkey.ErrNotFound):
 		return keyNotFound
 	case errors.Is(err, orgkey.ErrOverloaded):

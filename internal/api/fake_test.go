@@ -154,7 +154,7 @@ func newBench(t *testing.T, adjust func(*Config)) *bench {
 	t.Helper()
 	b := &bench{t: t, keys: &useCases{private: testPEM()}, nodes: &nodeUseCases{}, events: &eventUseCase{}, logs: &logs{}, metrics: prometheus.NewRegistry()}
 	c := Config{
-		Keys: b.keys, Rejections: b.keys, Nodes: b.nodes, SystemEvents: b.events, Enrollments: noEnrollments{}, DryRuns: noDryRuns{}, Log: slog.New(slog.NewJSONHandler(b.logs, nil)), Metrics: b.metrics,
+		Keys: b.keys, Rejections: b.keys, Nodes: b.nodes, SystemEvents: b.events, Enrollments: noEnrollments{}, DryRuns: noDryRuns{}, OrgLog: noOrgLog{}, Log: slog.New(slog.NewJSONHandler(b.logs, nil)), Metrics: b.metrics,
 		Unauthenticated: func(reason string) {
 			b.mu.Lock()
 			defer b.mu.Unlock()
@@ -292,7 +292,7 @@ func eventually(t *testing.T, what string, condition func() bool) {
 func newFuzzBench(f *testing.F) *bench {
 	keys := &useCases{}
 	a, err := New(Config{
-		Keys: keys, Rejections: keys, Nodes: &nodeUseCases{}, SystemEvents: &eventUseCase{}, Enrollments: noEnrollments{}, DryRuns: noDryRuns{}, Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(), Unauthenticated: func(string) {},
+		Keys: keys, Rejections: keys, Nodes: &nodeUseCases{}, SystemEvents: &eventUseCase{}, Enrollments: noEnrollments{}, DryRuns: noDryRuns{}, OrgLog: noOrgLog{}, Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(), Unauthenticated: func(string) {},
 		Authenticate: func(context.Context, http.Header) (authz.Caller, error) { return authz.Caller{Subject: "alice"}, nil },
 	})
 	if err != nil {
@@ -316,3 +316,6 @@ type noEnrollments struct{ Enrollments }
 
 // noDryRuns is never called: dry runs are tested with the real use case.
 type noDryRuns struct{ DryRuns }
+
+// noOrgLog is never called: the log is tested with the real use case.
+type noOrgLog struct{ OrgLog }

@@ -27,7 +27,7 @@ func (a *API) routesKeys(r gin.IRouter) {
 	keys := r.Group("/organization/:idOrg/key", a.whileServing, a.authenticate)
 	keys.GET("", a.organization(authz.ListKeys), a.withoutBody, a.listKeys)
 	keys.DELETE("", a.organization(authz.DeleteAllKeys), a.withoutBody, a.deleteKeys)
-	keys.DELETE("/:idKey", a.organization(authz.DeleteKey), a.withoutBody, a.deleteKey)
+	keys.DELETE("/:idKey", a.organization(authz.DeleteKey), a.withoutBody, a.reasoned, a.deleteKey)
 }
 
 // plainOrSealed answers with the private key itself, as the contract has it, or

@@ -43,10 +43,10 @@ func (a *API) routesNodes(r gin.IRouter) {
 
 	org := r.Group("/organization/:idOrg", a.whileServing, a.authenticate)
 	org.GET("/nodes", a.organization(authz.ListNodes), a.withoutBody, a.listNodes)
-	org.DELETE("/node/:idNode", a.organization(authz.DeleteNode), a.withoutBody, a.deleteNode)
+	org.DELETE("/node/:idNode", a.organization(authz.DeleteNode), a.withoutBody, a.reasoned, a.deleteNode)
 	org.GET("/secret", a.organization(authz.ListSecrets), a.withoutBody, a.listSecrets)
 	org.PUT("/secret/:name", a.organization(authz.PutSecret), a.putSecret)
-	org.DELETE("/secret/:name", a.organization(authz.DeleteSecret), a.withoutBody, a.deleteSecret)
+	org.DELETE("/secret/:name", a.organization(authz.DeleteSecret), a.withoutBody, a.reasoned, a.deleteSecret)
 }
 
 func noStore(c *gin.Context) { c.Header("Cache-Control", "no-store") }

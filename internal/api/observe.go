@@ -23,6 +23,7 @@ type exchange struct {
 	caller  authz.Caller
 	org     org.ID // empty where the path names none, or a malformed one
 	action  authz.Action
+	note    string // why, in the client's words
 	code    string // of the problem answered
 	aborted bool   // aborted after the response had begun
 	last    bool   // of its connection
@@ -33,7 +34,7 @@ const exchangeKey = "orgkeys.exchange"
 func exchangeOf(c *gin.Context) *exchange { return c.MustGet(exchangeKey).(*exchange) }
 
 func (x *exchange) call() gate.Call {
-	return gate.Call{Caller: x.caller, Request: x.id, Address: x.address}
+	return gate.Call{Caller: x.caller, Request: x.id, Address: x.address, Note: x.note}
 }
 
 var requestIDForm = regexp.MustCompile(`^[A-Za-z0-9-]{1,64}$`)

@@ -109,6 +109,7 @@ type Personal struct {
 	Name    string `json:"name,omitempty"`
 	Email   string `json:"email,omitempty"`
 	Address string `json:"address,omitempty"`
+	Note    string `json:"note,omitempty"` // why, in the words of who did it
 }
 
 // New returns an event with a fresh ID and the present time.

@@ -81,6 +81,15 @@ type Config struct {
 	TrustedProxies []netip.Prefix
 	CORSOrigins    []string
 
+	Console             string // "true" or "false"; see HasConsole
+	ConsoleURL          string
+	ConsoleClientID     string
+	ConsoleClientSecret string
+	ConsoleScopes       []string
+	ConsoleResource     string
+	ConsoleAudience     string
+	ConsoleIssuer       string // with IssuersFile; else Issuer
+
 	// Libraries are variables of the file that libraries read; the environment
 	// does not have them.
 	Libraries map[string]string
@@ -259,7 +268,7 @@ func (c *Config) check() error {
 	if !Loopback(c.AdminListen) {
 		return fmt.Errorf("ORGKEYS_ADMIN_LISTEN is %s: it must be a loopback address such as 127.0.0.1:4000, because the admin listener has no authentication", c.AdminListen)
 	}
-	return errors.Join(c.checkTokens(), c.checkStorage(), c.checkSinks(), c.checkVault())
+	return errors.Join(c.checkTokens(), c.checkStorage(), c.checkSinks(), c.checkVault(), c.checkConsole())
 }
 
 func (c *Config) fill() {
@@ -329,6 +338,27 @@ func (c *Config) aboutOneIssuer() (names []string) {
 // Development reports whether the development issuer signs the tokens.
 func (c *Config) Development() bool { return c.Issuer == "" && c.IssuersFile == "" }
 
+// HasConsole reports whether the console is served.
+func (c *Config) HasConsole() bool {
+	return c.Console == "true" || c.Console == "" && c.Development()
+}
+
+func (c *Config) checkConsole() error {
+	switch {
+	case c.Development() || !c.HasConsole():
+		return nil // ignored reports what would have no effect
+	case c.ConsoleURL == "" || c.ConsoleClientID == "":
+		return errors.New("ORGKEYS_CONSOLE=true needs ORGKEYS_CONSOLE_URL and ORGKEYS_CONSOLE_CLIENT_ID: where browsers reach the service, and as which client people sign in at the provider")
+	case c.IssuersFile != "" && c.ConsoleIssuer == "":
+		return errors.New("ORGKEYS_CONSOLE=true with ORGKEYS_ISSUERS_FILE needs ORGKEYS_CONSOLE_ISSUER: the issuer that people sign in at")
+	case c.IssuersFile == "" && c.ConsoleIssuer != "":
+		return errors.New("ORGKEYS_CONSOLE_ISSUER is for ORGKEYS_ISSUERS_FILE: people sign in at ORGKEYS_ISSUER")
+	case strings.HasPrefix(c.ConsoleURL, "http:") && (c.TLSCertFile != "" || c.TLSByProxy):
+		return errors.New("ORGKEYS_CONSOLE_URL is http, but the service is reached over TLS: it begins with https")
+	}
+	return nil
+}
+
 // Loopback reports whether a listener's address is reachable from this host only.
 func Loopback(listen string) bool {
 	host, _, err := net.SplitHostPort(listen)
@@ -371,6 +401,10 @@ func (c *Config) checkStorage() error {
 // ignored reports settings that were given and would have no effect.
 func (c *Config) ignored(given []string) error {
 	var errs []error
+	noProvider, why := c.Development() || !c.HasConsole(), "ORGKEYS_CONSOLE is not true"
+	if c.Development() {
+		why = "the development issuer's tokens are what people sign in to the console with"
+	}
 	for _, i := range []struct {
 		name    string
 		without bool
@@ -382,6 +416,14 @@ func (c *Config) ignored(given []string) error {
 		{"ORGKEYS_VAULT_ROLE_ID_FILE", c.VaultAuth == VaultTokenFile, "ORGKEYS_VAULT_AUTH is token_file"},
 		{"ORGKEYS_VAULT_SECRET_ID_FILE", c.VaultAuth == VaultTokenFile, "ORGKEYS_VAULT_AUTH is token_file"},
 		{"ORGKEYS_VAULT_SECRET_ID_PATH", c.VaultAuth == VaultTokenFile, "ORGKEYS_VAULT_AUTH is token_file"},
+		{"ORGKEYS_CONSOLE_URL", noProvider, why},
+		{"ORGKEYS_CONSOLE_CLIENT_ID", noProvider, why},
+		{"ORGKEYS_CONSOLE_CLIENT_SECRET", noProvider, why},
+		{"ORGKEYS_CONSOLE_CLIENT_SECRET_FILE", noProvider, why},
+		{"ORGKEYS_CONSOLE_SCOPES", noProvider, why},
+		{"ORGKEYS_CONSOLE_RESOURCE", noProvider, why},
+		{"ORGKEYS_CONSOLE_AUDIENCE", noProvider, why},
+		{"ORGKEYS_CONSOLE_ISSUER", noProvider, why},
 		{"ORGKEYS_TLS_KEY_FILE", c.TLSCertFile == "", "ORGKEYS_TLS_CERT_FILE is not set"},
 		{"ORGKEYS_TLS_CLIENT_CA_FILE", c.TLSCertFile == "", "ORGKEYS_TLS_CERT_FILE is not set"},
 	} {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -79,6 +80,14 @@ var settings = []Setting{
 	{Name: "ORGKEYS_TLS_BY_PROXY", Default: "false", Doc: "true: a proxy terminates TLS; needs ORGKEYS_TRUSTED_PROXIES", set: boolean(func(c *Config) *bool { return &c.TLSByProxy })},
 	{Name: "ORGKEYS_TRUSTED_PROXIES", Doc: "addresses or CIDRs of proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted, none wider than 10.0.0.0/8 or fc00::/7; default none", set: prefixes},
 	{Name: "ORGKEYS_CORS_ORIGINS", Doc: "exact origins of web pages that may call the API; default none", set: list(func(c *Config) *[]string { return &c.CORSOrigins })},
+	{Name: "ORGKEYS_CONSOLE", Doc: "true or false: the pages under /console/; default true with the development issuer, else false: docs/console.md", set: choice(func(c *Config) *string { return &c.Console }, "true", "false")},
+	{Name: "ORGKEYS_CONSOLE_URL", Doc: "where browsers reach the service, such as https://keys.example.com; the provider sends them back to this and /console/callback", set: consoleURL},
+	{Name: "ORGKEYS_CONSOLE_CLIENT_ID", Doc: "the console's client at the OIDC provider", set: text(func(c *Config) *string { return &c.ConsoleClientID })},
+	{Name: "ORGKEYS_CONSOLE_CLIENT_SECRET", Doc: "its secret; default none: a public client, with PKCE", Secret: true, set: text(func(c *Config) *string { return &c.ConsoleClientSecret })},
+	{Name: "ORGKEYS_CONSOLE_SCOPES", Default: "openid", Doc: "the scopes to ask the provider for", set: list(func(c *Config) *[]string { return &c.ConsoleScopes })},
+	{Name: "ORGKEYS_CONSOLE_RESOURCE", Doc: "the API that the access token is for (RFC 8707), where the provider wants it named", set: text(func(c *Config) *string { return &c.ConsoleResource })},
+	{Name: "ORGKEYS_CONSOLE_AUDIENCE", Doc: "the same, for providers that call it audience", set: text(func(c *Config) *string { return &c.ConsoleAudience })},
+	{Name: "ORGKEYS_CONSOLE_ISSUER", Doc: "which issuer of ORGKEYS_ISSUERS_FILE people sign in at", set: text(func(c *Config) *string { return &c.ConsoleIssuer })},
 	{Name: "ORGKEYS_SHUTDOWN_NOTICE", Default: "0s", Doc: "how long requests are still served after a signal while /readyz already fails, so that a load balancer can notice", set: duration(0, 5*time.Minute, func(c *Config) *time.Duration { return &c.ShutdownNotice })},
 	{Name: "ORGKEYS_SHUTDOWN_TIMEOUT", Default: "35s", Doc: "how long requests in progress may take after a signal", set: duration(time.Second, 10*time.Minute, func(c *Config) *time.Duration { return &c.ShutdownTimeout })},
 	{Name: "ORGKEYS_LOG_LEVEL", Default: "info", Doc: "debug, info, warn or error", set: choice(func(c *Config) *string { return &c.LogLevel }, "debug", "info", "warn", "error")},
@@ -112,6 +121,20 @@ func address(field func(*Config) *string) func(*Config, string) error {
 		*field(c) = v
 		return nil
 	}
+}
+
+// consoleURL is an origin as browsers write it: everything that is compared with it
+// comes from one.
+func consoleURL(c *Config, v string) error {
+	u, err := url.Parse(v)
+	if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Hostname() == "" || v != u.Scheme+"://"+u.Host || v != strings.ToLower(v) {
+		return errors.New("is not of the form https://host or https://host:port, in lower case")
+	}
+	if u.Scheme == "http" && !Loopback(net.JoinHostPort(u.Hostname(), "0")) {
+		return errors.New("is not https, and http is for this machine only")
+	}
+	c.ConsoleURL = v
+	return nil
 }
 
 func number(low, high int, field func(*Config) *int) func(*Config, string) error {

@@ -37,6 +37,7 @@ type Call struct {
 	Caller  authz.Caller
 	Request string // the request's ID
 	Address string // the client's address, as the transport observed it
+	Note    string // why, in the caller's words; goes into the events' personal part
 }
 
 // objectForm is the form of the IDs of keys, nodes and devices and of the names of secrets.
@@ -173,6 +174,6 @@ func (p Pass) Event(t audit.Type) audit.Event {
 	if caller.ActedBy != "" {
 		e.Add(map[string]string{"actedBy": caller.ActedBy})
 	}
-	e.Personal = audit.Personal{Name: caller.Name, Email: caller.Email, Address: p.Call.Address}
+	e.Personal = audit.Personal{Name: caller.Name, Email: caller.Email, Address: p.Call.Address, Note: p.Call.Note}
 	return e
 }

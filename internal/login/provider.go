@@ -1,7 +1,7 @@
 // Package login signs a person in at an OpenID provider, from a command line:
 // in the person's own browser on this machine (authorization code with PKCE,
 // RFC 8252), or in one elsewhere (device authorization, RFC 8628). It keeps the
-// session in a file and refreshes it.
+// session in a file and refreshes it. Web signs people in for a server's own pages.
 //
 // # Refreshing
 //
@@ -63,6 +63,8 @@ type endpoints struct {
 	provider    *oidc.Provider
 	Revocation  string `json:"revocation_endpoint"`
 	NamesItself bool   `json:"authorization_response_iss_parameter_supported"`
+
+	AuthMethods []string `json:"token_endpoint_auth_methods_supported"`
 }
 
 // client is the HTTP client for the provider. It is not the server's: the two

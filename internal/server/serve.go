@@ -23,6 +23,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/orglog"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/systemevent"
 )
@@ -153,9 +154,15 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 		return err
 	}
 	failures := &authn.Failures{}
+	pages, err := newConsole(cfg, version, tokens, failures, policy, db, log)
+	if err != nil {
+		return err
+	}
 	surface, err := api.New(api.Config{
 		Keys: service, Nodes: nodes, Enrollments: enrollments,
 		SystemEvents: systemevent.New(guard, db), DryRuns: dryrun.New(guard),
+		OrgLog:       orglog.New(orglog.Config{Gate: guard, Store: db, Limit: cfg.Max, NodeLimit: cfg.MaxNodeKeys, Sinks: auditLog.Sinks, Covered: checkpoints.Status}),
+		Console:      pages,
 		Rejections:   guard,
 		Authenticate: tokens.Authenticate, Unauthenticated: failures.Count,
 		Checks: append([]api.Check{

@@ -2,13 +2,16 @@
 // "client" is a server; "orgkeysctl" is a command line, a public client: it must use PKCE, and its
 // tokens are opaque unless each request for one names the resource. POST /test/rotate adds a signing key and keeps the last one.
 //
-//   node server.mjs CERT KEY     prints the issuer when it listens
+// "console" is a web application with a secret, where its address is given.
+//
+//   node server.mjs CERT KEY [REDIRECT]     prints the issuer when it listens
 import { readFileSync } from 'node:fs'
 import https from 'node:https'
 import { generateKeyPair, exportJWK } from 'jose'
 import { Provider } from 'oidc-provider'
 
-const [cert, key] = process.argv.slice(2).map((file) => readFileSync(file))
+const [cert, key] = process.argv.slice(2, 4).map((file) => readFileSync(file))
+const redirect = process.argv[4]
 const resource = 'https://orgkeys.example'
 const keys = []
 let issuer, provider
@@ -25,8 +28,11 @@ async function rotate() {
     }, {
       client_id: 'orgkeysctl', application_type: 'native', token_endpoint_auth_method: 'none', redirect_uris: ['http://127.0.0.1/callback'],
       grant_types: ['authorization_code', 'refresh_token', 'urn:ietf:params:oauth:grant-type:device_code'], id_token_signed_response_alg: 'ES256',
-    }],
-    pkce: { required: (ctx, client) => client.clientId === 'orgkeysctl' },
+    }, ...(redirect ? [{
+      client_id: 'console', client_secret: 'of-the-console', redirect_uris: [redirect],
+      grant_types: ['authorization_code'], id_token_signed_response_alg: 'ES256',
+    }] : [])],
+    pkce: { required: (ctx, client) => client.clientId !== 'client' },
     cookies: { keys: ['of the test'] },
     findAccount: (ctx, id) => ({ accountId: id, claims: () => ({ sub: id }) }),
     extraTokenClaims: () => ({ org_id: ['acme'], realm_access: { roles: ['offline_access', 'org-admins'] } }),
@@ -37,8 +43,8 @@ async function rotate() {
       revocation: { enabled: true },
       resourceIndicators: {
         enabled: true,
-        defaultResource: (ctx, client) => (client.clientId === 'orgkeysctl' ? undefined : resource),
-        useGrantedResource: (ctx) => ctx.oidc.client.clientId !== 'orgkeysctl',
+        defaultResource: (ctx, client) => (client.clientId === 'client' ? resource : undefined),
+        useGrantedResource: (ctx) => ctx.oidc.client.clientId === 'client',
         getResourceServerInfo: () => ({ scope: 'keys', audience: 'orgkeys', accessTokenFormat: 'jwt', jwt: { sign: { alg: 'ES256' } } }),
       },
     },

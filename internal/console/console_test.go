@@ -1,0 +1,254 @@
+package console_test
+
+import (
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+)
+
+// A day in the life of an organization, all of it in the console.
+func TestPromise15_TheConsoleInChromium(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t, harness.Set("ORGKEYS_CHECKPOINT_INTERVAL", "1s"))
+	b := openBrowser(t, s.API)
+	b.signIn(s.Token(t, "acme", "OWNER"), "keys")
+	b.shows("There is no key yet")
+
+	// The private key is in the file that the browser saves, and nowhere else.
+	private := generate(t, b)
+	scan := &harness.Scanner{}
+	scan.AddPrivate("the generated key", private)
+	if found := scan.ScanMemory(s.Memory(t)); len(found) > 0 {
+		t.Errorf("the server's memory holds %v", found)
+	}
+	var wire []string
+	b.get(&wire, `return tools.seen.bodies`)
+	if len(wire) == 0 {
+		t.Error("nothing was seen on the wire")
+	}
+	for _, body := range wire {
+		if found := scan.Scan([]byte(body)); len(found) > 0 {
+			t.Errorf("the wire carried %v", found)
+		}
+	}
+	b.shows("Key made", "Key sealed to its recipient", "Private key handed out", "Receipt signed")
+	id := b.path()[len("/console/keys/"):]
+	if keys := s.List(t, "acme"); len(keys) != 1 || keys[0].ID != id || keys[0].Public(t).N.Cmp(private.N) != 0 {
+		t.Fatalf("the organization's keys are %v", keys)
+	}
+	var left int
+	b.get(&left, `return await page.evaluate(() => new Promise((done) => {
+		const o = indexedDB.open('orgkeys', 1)
+		o.onsuccess = () => { const r = o.result.transaction('recipients').objectStore('recipients').count(); r.onsuccess = () => done(r.result) } }))`)
+	if left != 0 {
+		t.Error("the recipient outlives the receipt")
+	}
+
+	// A boot secret is written and never read; a node fetches its key, and the secret.
+	b.do(`await page.goto(BASE + '/console/secrets')
+		await page.fill('[name=name]', 'env_s3')
+		await page.fill('[name=value]', 'AWS_REGION=eu-west-1\nSECOND=line')
+		await page.click('text=Store >> nth=-1')
+		await page.waitForSelector('.notice.good')`)
+	b.shows("env_s3")
+	b.lacks("eu-west-1")
+	note := `<img src=x onerror=alert(1)> "quoted" {{.}} ` + "\u202e" + `txet`
+	b.do(`await page.goto(BASE + '/console/enrollments')
+		await page.fill('[name=note]', NOTE)
+		await page.click('main button.main')
+		await page.waitForSelector('#token')`, "NOTE", strings.ReplaceAll(note, "\u202e", ""))
+	var token string
+	b.get(&token, `return await page.locator('#token').innerText()`)
+	b.shows("shown this once", "shell", "cloud-init", "systemd")
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "token"), []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	node := exec.CommandContext(t.Context(), harness.NodeBinary(t), "boot", "--server", s.API, "--ip", "192.0.2.7", "--region", "eu", "--dir", filepath.Join(dir, "node"), "--token-file", filepath.Join(dir, "token"))
+	if out, err := node.CombinedOutput(); err != nil {
+		t.Fatalf("orgkeys-node: %v\n%s", err, out)
+	}
+	stored, err := os.ReadFile(filepath.Join(dir, "node", "env_s3"))
+	if err != nil || string(stored) != "AWS_REGION=eu-west-1\nSECOND=line" {
+		t.Errorf("the node has %q, %v", stored, err)
+	}
+	b.do(`await page.click('text=Who claims it')`)
+	b.shows("received", "127.0.0.1", `<img src=x onerror=alert(1)>`)
+	b.lacks(token)
+	register(t, s, private, "192.0.2.9", `<b>v1</b>`, "</td><script>alert(2)</script>")
+	b.do(`await page.goto(BASE + '/console/nodes')`)
+	b.shows("192.0.2.7", "192.0.2.9", "<b>v1</b>", "<script>alert(2)</script>")
+	b.do(`const row = page.locator('tr', { hasText: '192.0.2.7' })
+		await row.locator('summary').click()
+		await row.locator('[name=reason]').fill('was <i>replaced</i>')
+		await row.locator('button').click()
+		await page.waitForSelector('.notice.good')`)
+	b.lacks("192.0.2.7")
+	b.do(`await page.goto(BASE + '/console/events?show=nodes')`)
+	b.shows("Node deleted", "was <i>replaced</i>")
+
+	everyScreen(t, b, id)
+
+	// An event verifies in the browser; one that was changed in the database does not.
+	key := verifierKey(t, s)
+	b.do(`await page.goto(BASE + '/console/keys/' + ID)
+		await page.click('.timeline li:first-child >> text=verify')
+		await page.fill('#verify-key', KEY)
+		await page.click('#verify-start')
+		await page.waitForFunction(() => /Verified|Not verified/.test(document.getElementById('verify-verdict').textContent), null, { timeout: 60000 })`, "ID", id, "KEY", key)
+	b.shows("Verified: the log holds this event, unchanged", "The checkpoint is signed by the key")
+	if dir := os.Getenv("ORGKEYS_SCREENSHOTS"); dir != "" {
+		screenshots(b, dir, id, key)
+	}
+	other := strings.TrimSpace(strings.Split(verifierKey(t, harness.Start(t, harness.Set("ORGKEYS_CHECKPOINT_INTERVAL", "1s"))), "\n")[0])
+	verifyAgain := func(key, want string) {
+		t.Helper()
+		b.do(`await page.fill('#verify-key', KEY)
+			await page.click('#verify-start')
+			await page.waitForFunction(() => document.getElementById('verify-verdict').textContent === 'Checking …' || true)
+			await page.waitForFunction(() => /erified|authenticated/.test(document.getElementById('verify-verdict').textContent))`, "KEY", key)
+		b.shows(want)
+	}
+	verifyAgain(other, "not signed by that key")
+	verifyAgain("", "Included, but not authenticated")
+	db := s.Database(t)
+	harness.Unprotect(t, db)
+	harness.Exec(t, db, "UPDATE events SET leaf = CAST(replace(CAST(leaf AS TEXT), '\"outcome\":\"success\"', '\"outcome\":\"failure\"') AS BLOB) WHERE object = ? AND type = 'orgkey.created'", id)
+	verifyAgain(key, "the event, or the log, was changed")
+
+	deleteKey(t, s, b, id)
+}
+
+// generate generates a key in the console, and returns what the browser saved.
+func generate(t *testing.T, b *browser) *rsa.PrivateKey {
+	t.Helper()
+	var text string
+	b.get(&text, `page.on('response', async (r) => { if (r.url().includes('/console/')) tools.seen.bodies.push(await r.text().catch(() => '')) })
+		page.on('request', (r) => { if (r.postData()) tools.seen.bodies.push(r.postData()) })
+		await page.click('#generate-start')
+		await page.waitForSelector('#generate-save', { state: 'visible', timeout: 60000 })
+		const [download] = await Promise.all([page.waitForEvent('download'), page.click('#generate-save')])
+		if (download.suggestedFilename() !== 'private_key.pem') throw new Error(download.suggestedFilename())
+		const chunks = []
+		for await (const chunk of await download.createReadStream()) chunks.push(chunk)
+		await page.click('#generate-finish')
+		await page.waitForURL('**/console/keys/*-*')
+		return Buffer.concat(chunks).toString()`)
+	block, rest := pem.Decode([]byte(text))
+	if block == nil || len(rest) > 0 || block.Type != "RSA PRIVATE KEY" {
+		t.Fatalf("the browser saved %.60q", text)
+	}
+	private, err := x509.ParsePKCS1PrivateKey(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(pem.EncodeToMemory(block)) != text {
+		t.Error("the file has another form than openssl writes")
+	}
+	return private
+}
+
+func (b *browser) path() (path string) {
+	b.t.Helper()
+	b.get(&path, `return new URL(page.url()).pathname`)
+	return path
+}
+
+func register(t *testing.T, s *harness.Server, key *rsa.PrivateKey, ip, version, status string) {
+	t.Helper()
+	c, err := client.New(client.Config{Server: s.API})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := client.Node{Client: c, Org: "acme", IP: ip, Region: "eu", Key: key}
+	if err := n.Register(t.Context(), client.Registration{Version: version, Status: status}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func verifierKey(t *testing.T, s *harness.Server) string {
+	t.Helper()
+	var key string
+	harness.Eventually(t, harness.Patience, "a verifier key", func() bool {
+		out, _, code := s.Run(t, "audit", "key")
+		key = strings.TrimSpace(out)
+		return code == 0 && key != ""
+	})
+	return key
+}
+
+// Every screen, at both widths and in both schemes.
+func everyScreen(t *testing.T, b *browser, key string) {
+	t.Helper()
+	var enrollment string
+	b.get(&enrollment, `await page.goto(BASE + '/console/enrollments')
+		return await page.locator('td a').first().getAttribute('href')`)
+	for _, path := range []string{"", "keys", "keys/" + key, "enrollments", strings.TrimPrefix(enrollment, "/console/"), "nodes", "secrets", "events", "verify", "policy?action=orgkey.generate", "events?show=nonsense&object=nothing", "nowhere"} {
+		for _, look := range []struct {
+			width  int
+			scheme string
+		}{{375, "dark"}, {1600, "light"}} {
+			var found struct {
+				Axe      []string
+				Overflow struct {
+					By      int
+					Element string
+				}
+			}
+			b.get(&found, `await page.setViewportSize({ width: Number(WIDTH), height: 900 })
+				await page.emulateMedia({ colorScheme: SCHEME })
+				await page.goto(BASE + '/console/' + PATH)
+				for (const d of await page.locator('details').all()) await d.evaluate((e) => { e.open = true })
+				return { Axe: await tools.axe(page), Overflow: await tools.overflow(page) }`,
+				"WIDTH", map[int]string{375: "375", 1600: "1600"}[look.width], "SCHEME", look.scheme, "PATH", path)
+			for _, violation := range found.Axe {
+				t.Errorf("/console/%s, %d, %s: %s", path, look.width, look.scheme, violation)
+			}
+			if found.Overflow.By > 0 || found.Overflow.Element != "" {
+				t.Errorf("/console/%s at %d is %d wider than the window: %s", path, look.width, found.Overflow.By, found.Overflow.Element)
+			}
+		}
+	}
+}
+
+// deleteKey deletes a key in the console, by keyboard alone.
+func deleteKey(t *testing.T, s *harness.Server, b *browser, id string) {
+	t.Helper()
+	b.do(`await page.goto(BASE + '/console/keys/' + ID)
+		const until = async (test) => { for (let i = 0; i < 80; i++) { await page.keyboard.press('Tab'); if (await page.evaluate(test)) return } throw new Error('not reached by keyboard') }
+		await until(() => document.activeElement.textContent === 'Delete this key')
+		await page.keyboard.press('Enter')
+		await until(() => document.activeElement.name === 'reason')
+		await page.keyboard.press('Enter') // without a reason nothing is sent
+		await page.keyboard.type('rotated')
+		await page.keyboard.press('Enter')
+		await page.waitForURL('**/console/keys?done=key-deleted')`, "ID", id)
+	b.shows("There is no key yet", "The key is deleted")
+	if keys := s.List(t, "acme"); len(keys) != 0 {
+		t.Errorf("there is still %v", keys)
+	}
+	b.do(`await page.goto(BASE + '/console/keys/' + ID)`, "ID", id)
+	b.shows("This key is no more", "Key deleted", "rotated")
+}
+
+var leafForm = regexp.MustCompile(`^\{"v":1,`)
+
+// What is exported is the log's own bytes.
+func checkExport(t *testing.T, text string) {
+	t.Helper()
+	for line := range strings.Lines(text) {
+		if !leafForm.MatchString(line) || !json.Valid([]byte(line)) {
+			t.Errorf("the export has %.80q", line)
+		}
+	}
+}

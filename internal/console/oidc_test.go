@@ -1,0 +1,140 @@
+package console_test
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/freeport"
+)
+
+// startProvider runs node-oidc-provider on another site than the console's.
+func startProvider(t *testing.T, redirect string) (issuer, caFile string) {
+	t.Helper()
+	build := exec.CommandContext(t.Context(), "../authn/providers/build")
+	build.Stderr = os.Stderr
+	programs, err := build.Output()
+	if err != nil {
+		t.Fatalf("building the providers: %v", err)
+	}
+	ca := harness.NewCA(t)
+	certificate := ca.Issue(t, "provider")
+	dir := filepath.Join(strings.TrimSpace(string(programs)), "oidc-provider")
+	cmd := exec.Command("node", filepath.Join(dir, "server.mjs"), certificate.Cert, certificate.Key, redirect)
+	cmd.Dir = dir
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = stdin.Close(); _ = cmd.Wait() })
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil {
+		t.Fatalf("the provider does not say where it listens: %v", err)
+	}
+	go func() { _, _ = io.Copy(io.Discard, stdout) }()
+	return strings.TrimSpace(line), ca.File
+}
+
+// With a provider, people sign in there and come back; what comes back to another
+// browser, twice, or with another's state signs nobody in.
+func TestPromise15_SigningInAtAProvider(t *testing.T) {
+	t.Parallel()
+	at, err := freeport.Find()
+	if err != nil {
+		t.Fatal(err)
+	}
+	address, console := fmt.Sprintf("127.0.0.1:%d", at), fmt.Sprintf("http://localhost:%d", at)
+	issuer, caFile := startProvider(t, console+"/console/callback")
+	s := harness.Start(t, harness.Set("ORGKEYS_LISTEN", address), harness.Set("ORGKEYS_ISSUER", issuer), harness.Set("ORGKEYS_AUDIENCE", "orgkeys"), harness.Set("ORGKEYS_JWKS_CA_FILE", caFile),
+		harness.Set("ORGKEYS_CLAIM_ROLE", "/realm_access/roles"), harness.Set("ORGKEYS_ROLE_MAP", "org-admins=ADMINISTRATOR"),
+		harness.Set("ORGKEYS_CONSOLE", "true"), harness.Set("ORGKEYS_CONSOLE_URL", console), harness.Set("ORGKEYS_CONSOLE_CLIENT_ID", "console"),
+		harness.Set("ORGKEYS_CONSOLE_CLIENT_SECRET", "of-the-console"), harness.Set("ORGKEYS_CONSOLE_RESOURCE", "https://orgkeys.example"), harness.Set("ORGKEYS_CONSOLE_SCOPES", "openid,keys"))
+	b := openBrowser(t, console, strings.TrimPrefix(issuer, "https://"))
+	var answer string
+	b.get(&answer, `const back = page.waitForRequest((r) => r.url().startsWith(BASE + '/console/callback'))
+		await page.goto(BASE + '/console/enrollments')
+		await page.click('text=Continue')
+		const request = await back
+		await page.waitForURL(BASE + '/console/enrollments')
+		return request.url()`)
+	b.shows("There is no enrollment")
+	back, err := url.Parse(answer)
+	if err != nil || back.Query().Get("code") == "" || len(back.Query().Get("state")) < 43 {
+		t.Fatalf("the browser came back with %s, %v", answer, err)
+	}
+	var header string
+	b.get(&header, `return await page.locator('header').innerText()`)
+	if !strings.Contains(header, "acme") || !strings.Contains(header, "ADMINISTRATOR") {
+		t.Errorf("signed in as %q", header)
+	}
+
+	// The code, in another browser, again, or with a state that was made up.
+	for _, path := range []string{back.RequestURI(), "/console/callback?code=x&state=", "/console/callback?code=x", "/console/callback?error=access_denied&state=" + back.Query().Get("state")} {
+		stranger := newPerson(t, s)
+		if got := stranger.send(path, nil); got.StatusCode != http.StatusBadRequest || stranger.session() != nil {
+			t.Errorf("a stranger with %s gets %d", path, got.StatusCode)
+		}
+	}
+	mallory := newPerson(t, s)
+	begun := mallory.send("/console/sign-in/begin?to=//evil.example", nil)
+	asked, err := url.Parse(begun.Header.Get("Location"))
+	if err != nil || begun.StatusCode != http.StatusSeeOther || !strings.HasPrefix(asked.String(), issuer) {
+		t.Fatalf("signing in begins with %d %s", begun.StatusCode, asked)
+	}
+	q := asked.Query()
+	if q.Get("code_challenge_method") != "S256" || q.Get("nonce") == "" || q.Get("redirect_uri") != console+"/console/callback" || q.Get("response_type") != "code" {
+		t.Errorf("the provider is asked for %v", q)
+	}
+	// Somebody else's code in one's own sign-in: PKCE and nonce are of the other.
+	injected := mallory.send("/console/callback?code="+back.Query().Get("code")+"&iss="+url.QueryEscape(issuer)+"&state="+q.Get("state"), nil)
+	if injected.StatusCode < 400 || mallory.session() != nil {
+		t.Errorf("an injected code gets %d", injected.StatusCode)
+	}
+	denied := newPerson(t, s)
+	begun = denied.send("/console/sign-in/begin", nil)
+	asked, _ = url.Parse(begun.Header.Get("Location"))
+	got := denied.send("/console/callback?error=access_denied&error_description=%3Cscript%3E&iss="+url.QueryEscape(issuer)+"&state="+asked.Query().Get("state"), nil)
+	if got.StatusCode != http.StatusForbidden || strings.Contains(got.text, "<script>") || denied.session() != nil {
+		t.Errorf("a denied sign-in gets %d", got.StatusCode)
+	}
+	if got := denied.send("/console/sign-in", url.Values{"token": {"x"}}); got.StatusCode != http.StatusMethodNotAllowed {
+		t.Errorf("pasting a token answers %d", got.StatusCode)
+	}
+
+	// A second tab has the same session, and signing out in it ends both.
+	b.do(`const second = await context.newPage()
+		await second.goto(BASE + '/console/keys')
+		await second.waitForSelector('#generate-start', { state: 'visible' })
+		await page.goto(BASE + '/console/keys')
+		await second.click('text=Sign out')
+		await second.waitForSelector('text=You are signed out')
+		await page.click('#generate-start')
+		await page.waitForSelector('#generate-problem:has-text("You are signed out")', { timeout: 60000 })
+		await page.click('#generate-problem a')
+		await page.click('text=Continue')
+		await page.waitForURL(BASE + '/console/keys')
+		await page.waitForSelector('text=Open the key that is not saved yet')
+		await page.click('#generate-start')
+		await page.waitForSelector('#generate-save', { state: 'visible', timeout: 60000 })
+		await page.reload()
+		await page.click('#generate-start')
+		await page.waitForSelector('#generate-save', { state: 'visible', timeout: 60000 })`)
+	if n := harness.Number(t, s.Database(t), "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 1 {
+		t.Errorf("a session that ended, a reload and a second try made %d keys", n)
+	}
+}

@@ -1,0 +1,429 @@
+package console_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"io"
+	"io/fs"
+	"mime/multipart"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+)
+
+// person is somebody with cookies and without a browser.
+type person struct {
+	t       *testing.T
+	s       *harness.Server
+	cookies map[string]*http.Cookie
+}
+
+func newPerson(t *testing.T, s *harness.Server) *person {
+	return &person{t, s, map[string]*http.Cookie{}}
+}
+
+// page is an answer with its body read.
+type page struct {
+	*http.Response
+	text string
+}
+
+// send sends a form, or with none a GET, as a browser on a page of the console would.
+func (p *person) send(path string, form url.Values, header ...string) page {
+	p.t.Helper()
+	method, body := http.MethodGet, io.Reader(nil)
+	if form != nil {
+		method, body = http.MethodPost, strings.NewReader(form.Encode())
+	}
+	kind := "application/x-www-form-urlencoded"
+	if path == "/console/secrets" && form != nil {
+		var parts bytes.Buffer
+		w := multipart.NewWriter(&parts)
+		for name := range form {
+			_ = w.WriteField(name, form.Get(name))
+		}
+		_ = w.Close()
+		kind, body = w.FormDataContentType(), &parts
+	}
+	req, err := http.NewRequestWithContext(p.t.Context(), method, p.s.API+path, body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if form != nil {
+		req.Header.Set("Content-Type", kind)
+		req.Header.Set("Sec-Fetch-Site", "same-origin")
+	}
+	for _, c := range p.cookies {
+		req.AddCookie(c)
+	}
+	for i := 0; i < len(header); i += 2 {
+		if header[i] == "Host" {
+			req.Host = header[i+1]
+			continue
+		}
+		req.Header.Set(header[i], header[i+1])
+		if header[i+1] == "" {
+			req.Header.Del(header[i])
+		}
+	}
+	resp, err := p.s.HTTP.Do(req)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for _, c := range resp.Cookies() {
+		if p.cookies[c.Name] = c; c.MaxAge < 0 {
+			delete(p.cookies, c.Name)
+		}
+	}
+	return page{resp, string(text)}
+}
+
+func (p *person) signIn(role string) *person {
+	p.t.Helper()
+	return p.signInWith(p.s.Token(p.t, "acme", role))
+}
+
+func (p *person) signInWith(token string) *person {
+	p.t.Helper()
+	if got := p.send("/console/sign-in", url.Values{"token": {token}}); got.StatusCode != http.StatusSeeOther || got.Header.Get("Location") != "/console/" {
+		p.t.Fatalf("signing in answers %d %s", got.StatusCode, got.text)
+	}
+	return p
+}
+
+// session is the cookie of the session.
+func (p *person) session() *http.Cookie {
+	for name, c := range p.cookies {
+		if strings.HasPrefix(name, "orgkeys-session-") {
+			return c
+		}
+	}
+	return nil
+}
+
+// out fails the test unless the person is sent to the sign-in page.
+func (p *person) out(why string) {
+	p.t.Helper()
+	if got := p.send("/console/keys", nil); got.StatusCode != http.StatusSeeOther || !strings.HasPrefix(got.Header.Get("Location"), "/console/sign-in") {
+		p.t.Errorf("%s: still signed in: %d", why, got.StatusCode)
+	}
+	if got := p.send("/console/api/key", url.Values{}); got.StatusCode != http.StatusUnauthorized || !strings.Contains(got.text, "signed_out") {
+		p.t.Errorf("%s: a script hears %d %s", why, got.StatusCode, got.text)
+	}
+}
+
+func TestPromise15_ASessionIsACookieThatNothingElseReplaces(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	ada := newPerson(t, s)
+	ada.out("nobody")
+
+	// What a browser brought along is not taken over.
+	planted := &http.Cookie{Name: "orgkeys-session-" + port(s), Value: strings.Repeat("A", 43)}
+	ada.cookies[planted.Name] = planted
+	ada.signIn("OWNER")
+	c := ada.session()
+	if c == nil || c.Value == planted.Value || !c.HttpOnly || c.SameSite != http.SameSiteLaxMode || c.Secure || c.MaxAge <= 0 || c.MaxAge > 8*3600 || c.Name != planted.Name {
+		t.Fatalf("the cookie is %v", c)
+	}
+	token := s.Token(t, "acme", "OWNER")
+	for _, path := range []string{"", "keys", "enrollments", "nodes", "secrets", "events", "verify", "policy"} {
+		got := ada.send("/console/"+path, nil)
+		if got.StatusCode != http.StatusOK || got.Header.Get("Cache-Control") != "no-store" || !strings.HasPrefix(got.Header.Get("Content-Security-Policy"), "default-src 'none';") {
+			t.Errorf("/console/%s answers %d %v", path, got.StatusCode, got.Header)
+		}
+		if strings.Contains(got.text, token) || strings.Contains(got.text, c.Value) {
+			t.Errorf("/console/%s holds a secret", path)
+		}
+	}
+	db := s.Database(t)
+	sealed := harness.Strings(t, db, "SELECT hex(sealed) || hex(id) || hex(holder) FROM console_sessions")
+	if len(sealed) != 1 || strings.Contains(sealed[0], strings.ToUpper(hexOf(token[:40]))) {
+		t.Errorf("the database has %d sessions, or the token", len(sealed))
+	}
+
+	// A cookie that was planted beside it makes it nobody's.
+	if got := ada.send("/console/keys", nil, "Cookie", c.Name+"="+strings.Repeat("B", 43)); got.StatusCode != http.StatusSeeOther {
+		t.Errorf("two cookies: %d", got.StatusCode)
+	}
+
+	// The row of one session opens under no other cookie.
+	bob := newPerson(t, s).signIn("USER")
+	harness.Exec(t, db, "UPDATE console_sessions SET sealed = (SELECT sealed FROM console_sessions ORDER BY rowid LIMIT 1)")
+	bob.out("another session's row")
+	bob.signIn("USER")
+
+	// Signing out ends it for everybody who has the cookie.
+	thief := newPerson(t, s)
+	thief.cookies[c.Name] = c
+	if got := ada.send("/console/sign-out", url.Values{}); got.StatusCode != http.StatusSeeOther {
+		t.Errorf("signing out answers %d", got.StatusCode)
+	}
+	ada.out("signed out")
+	thief.out("a stolen cookie after signing out")
+
+	// It ends in time, whatever the browser keeps.
+	ada.signIn("OWNER")
+	harness.Exec(t, db, "UPDATE console_sessions SET expires_at = 1")
+	ada.out("an expired session")
+
+	// It ends with its token.
+	short, _, code := s.Run(t, "token", "--org", "acme", "--role", "OWNER", "--ttl", "2s")
+	if code != 0 {
+		t.Fatal("no token")
+	}
+	ada.signInWith(strings.TrimSpace(short))
+	harness.Eventually(t, harness.Patience, "the end of the token", func() bool {
+		return ada.send("/console/", nil).StatusCode == http.StatusSeeOther
+	})
+
+	// A person has sixteen.
+	first := newPerson(t, s).signIn("OWNER")
+	for range 16 {
+		newPerson(t, s).signIn("OWNER")
+	}
+	first.out("the oldest of seventeen")
+	for _, bad := range []string{"", "x", token[:len(token)-2] + "xx", strings.Repeat("y", 20_000)} {
+		nobody := newPerson(t, s)
+		if got := nobody.send("/console/sign-in", url.Values{"token": {bad}}); got.StatusCode < 400 || len(nobody.cookies) > 0 || strings.Contains(got.text, "yyyy") {
+			t.Errorf("the token %.20q: %d", bad, got.StatusCode)
+		}
+	}
+}
+
+func port(s *harness.Server) string { return s.API[strings.LastIndexByte(s.API, ':')+1:] }
+
+func hexOf(text string) string {
+	const digits = "0123456789abcdef"
+	var b strings.Builder
+	for _, c := range []byte(text) {
+		b.WriteByte(digits[c>>4])
+		b.WriteByte(digits[c&15])
+	}
+	return b.String()
+}
+
+func TestPromise15_ChangesComeFromPagesOfTheConsole(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	ada := newPerson(t, s).signIn("OWNER")
+	secret := url.Values{"name": {"planted"}, "value": {"x"}}
+	for _, header := range [][]string{
+		{"Sec-Fetch-Site", "cross-site"},
+		{"Sec-Fetch-Site", "same-site"},
+		{"Sec-Fetch-Site", "", "Origin", "http://127.0.0.1:1"},
+		{"Sec-Fetch-Site", "", "Origin", "null"},
+		{"Sec-Fetch-Site", "", "Origin", "https://evil.example"},
+		{"Host", "evil.example:" + port(s)},
+		{"Host", "127.0.0.1.evil.example"},
+		{"Host", "localhost.evil.example"},
+	} {
+		for path, form := range map[string]url.Values{
+			"/console/secrets": secret, "/console/enrollments": {}, "/console/sign-out": {}, "/console/api/key": {},
+			"/console/sign-in": {"token": {s.Token(t, "acme", "OWNER")}},
+		} {
+			if got := ada.send(path, form, header...); got.StatusCode != http.StatusForbidden {
+				t.Errorf("%s with %q answers %d", path, header, got.StatusCode)
+			}
+		}
+	}
+	if got := ada.send("/console/secrets", nil); got.StatusCode != http.StatusOK || strings.Contains(got.text, "planted") {
+		t.Errorf("a refused request had an effect, or ended the session: %d", got.StatusCode)
+	}
+	if got := ada.send("/console/secrets", secret, "Host", "localhost:"+port(s)); got.StatusCode != http.StatusSeeOther {
+		t.Errorf("at localhost it answers %d, although the cookie came along", got.StatusCode)
+	}
+	for _, method := range []string{"HEAD", "PUT", "DELETE", "OPTIONS"} {
+		req, err := http.NewRequestWithContext(t.Context(), method, s.API+"/console/keys", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := s.HTTP.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusMethodNotAllowed {
+			t.Errorf("%s answers %d", method, resp.StatusCode)
+		}
+	}
+}
+
+func TestPromise15_SignInLeadsToThisConsoleOnly(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	token := s.Token(t, "acme", "OWNER")
+	for to, want := range map[string]string{
+		"/console/keys": "/console/keys", "/console/events?show=keys&by=a%26b": "/console/events?show=keys&by=a%26b",
+		"https://evil.example/console/": "/console/", "//evil.example/console/": "/console/", "/console/../../evil": "/console/",
+		"/console//evil.example": "/console/", `/console/\evil.example`: "/console/", "/\\evil.example": "/console/", "javascript:alert(1)": "/console/",
+		"/console/sign-out": "/console/", "/organization/acme/key": "/console/", "": "/console/", "/console/%2e%2e/x": "/console/", "/console/\r\nX: y": "/console/",
+		"/console/api/key": "/console/",
+	} {
+		got := newPerson(t, s).send("/console/sign-in", url.Values{"token": {token}, "to": {to}})
+		if got.StatusCode != http.StatusSeeOther || got.Header.Get("Location") != want {
+			t.Errorf("%q leads to %d %q", to, got.StatusCode, got.Header.Get("Location"))
+		}
+	}
+}
+
+// Of people who may only read, no page has a button, and a form that they make up
+// themselves is refused as by the API, with the same event.
+func TestPromise15_WhoMayOnlyReadHasNoButtons(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	text, err := os.ReadFile(filepath.Join(harness.ModuleRoot(t), "policies", "authz.rego"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, action := range []string{"orgkey.list", "enrollment.list", "secret.list"} {
+		text = bytes.Replace(text, []byte(`"`+action+`": {`), []byte(`"`+action+`": {"BILLING": "organization", `), 1)
+	}
+	text = bytes.Replace(text, []byte(`"event.read": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "own", "BILLING": "own"`),
+		[]byte(`"event.read": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "own", "BILLING": "organization"`), 1)
+	if err := os.WriteFile(filepath.Join(dir, "authz.rego"), text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := harness.Start(t, harness.Set("ORGKEYS_POLICY_DIR", dir))
+	key := s.Generate(t, "acme")
+	s.PutSecret(t, "acme", "env_s3", []byte("x"))
+	owner, auditor := newPerson(t, s).signIn("OWNER"), newPerson(t, s).signIn("BILLING")
+	button := regexp.MustCompile(`<form method="post" action="/console/([^"]*)"|id="generate"`)
+	for _, path := range []string{"", "keys", "keys/" + key.ID, "enrollments", "nodes", "secrets", "events", "verify", "policy"} {
+		got := auditor.send("/console/"+path, nil)
+		if got.StatusCode != http.StatusOK {
+			t.Errorf("/console/%s answers %d", path, got.StatusCode)
+		}
+		for _, found := range button.FindAllStringSubmatch(got.text, -1) {
+			if found[1] != "sign-out" {
+				t.Errorf("/console/%s has %s", path, found[0])
+			}
+		}
+	}
+	if got := owner.send("/console/keys/"+key.ID, nil); !strings.Contains(got.text, `action="/console/keys/`+key.ID+`/delete"`) {
+		t.Error("an owner cannot delete: the search for buttons finds nothing")
+	}
+	if got := owner.send("/console/keys", nil); !strings.Contains(got.text, `id="generate"`) {
+		t.Error("an owner cannot generate: the search for buttons finds nothing")
+	}
+	denied := func() int64 {
+		return harness.Number(t, s.Database(t), "SELECT count(*) FROM events WHERE type = 'access.denied'")
+	}
+	before := denied()
+	forms := map[string]url.Values{
+		"/console/keys/" + key.ID + "/delete":     {"reason": {"x"}},
+		"/console/enrollments":                    {"scope": {"node"}},
+		"/console/secrets":                        {"name": {"planted"}, "value": {"x"}},
+		"/console/secrets/env_s3/delete":          {"reason": {"x"}},
+		"/console/nodes/" + key.ID + "/delete":    {"reason": {"x"}},
+		"/console/api/key/" + key.ID + "/receipt": {},
+	}
+	for path, form := range forms {
+		if got := auditor.send(path, form); got.StatusCode != http.StatusForbidden {
+			t.Errorf("%s answers %d %s", path, got.StatusCode, got.text)
+		}
+	}
+	if after := denied(); after != before+int64(len(forms)) {
+		t.Errorf("%d refusals left %d events", len(forms), after-before)
+	}
+	if keys := s.List(t, "acme"); len(keys) != 1 {
+		t.Errorf("the organization has %d keys", len(keys))
+	}
+	user := newPerson(t, s).signIn("USER")
+	if got := user.send("/console/", nil); got.StatusCode != http.StatusOK || strings.Contains(got.text, "/console/keys") {
+		t.Errorf("a member without rights gets %d %s", got.StatusCode, got.text)
+	}
+	if got := user.send("/console/keys", nil); got.StatusCode != http.StatusForbidden || !strings.Contains(got.text, "insufficient_role") {
+		t.Errorf("a member without rights gets keys: %d", got.StatusCode)
+	}
+}
+
+// Hostile texts are shown as texts, wherever the person can put them.
+func TestPromise15_HostileTextsAreTexts(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	ada := newPerson(t, s).signIn("OWNER")
+	const hostile = `"><script>alert(1)</script>`
+	escaped := "&lt;script&gt;"
+	for _, path := range []string{"/console/events?show=" + url.QueryEscape(hostile), "/console/events?object=" + url.QueryEscape(hostile), "/console/events?by=" + url.QueryEscape(hostile),
+		"/console/events?from=" + url.QueryEscape(hostile), "/console/verify?event=" + url.QueryEscape(hostile), "/console/policy?action=" + url.QueryEscape(hostile),
+		"/console/keys?done=" + url.QueryEscape(hostile), "/console/keys/" + url.PathEscape(hostile), "/console/enrollments/" + url.PathEscape(hostile), "/console/" + url.PathEscape(hostile),
+		"/console/sign-in?to=" + url.QueryEscape("/console/"+hostile)} {
+		if got := ada.send(path, nil); strings.Contains(got.text, "<script>alert") || got.StatusCode >= 500 {
+			t.Errorf("%s answers %d %s", path, got.StatusCode, got.text)
+		}
+	}
+	got := ada.send("/console/enrollments", url.Values{"note": {hostile}})
+	if got.StatusCode != http.StatusCreated {
+		t.Fatalf("minting answers %d %s", got.StatusCode, got.text)
+	}
+	if got := ada.send("/console/enrollments", nil); strings.Contains(got.text, "<script>alert") || !strings.Contains(got.text, escaped) {
+		t.Error("the note is not shown as text")
+	}
+	for _, value := range []string{"", "9999999999999999999", "-1", "1e9"} {
+		if got := ada.send("/console/enrollments", url.Values{"uses": {value}, "hours": {"999999999"}}); got.StatusCode != http.StatusBadRequest {
+			t.Errorf("uses %q answers %d", value, got.StatusCode)
+		}
+	}
+	if got := ada.send("/console/secrets", url.Values{"name": {"big"}, "value": {strings.Repeat("x", 300<<10)}}); got.StatusCode < 400 || got.StatusCode >= 500 {
+		t.Errorf("a large form answers %d", got.StatusCode)
+	}
+	export := ada.send("/console/events/export", nil)
+	if export.StatusCode != http.StatusOK || !strings.HasPrefix(export.Header.Get("Content-Disposition"), "attachment;") || strings.Count(export.text, "\n") < 3 {
+		t.Errorf("the export answers %d %v", export.StatusCode, export.Header)
+	}
+	checkExport(t, export.text)
+}
+
+// The whole console is small: what a browser loads of it, and what a reader reads.
+func TestTheConsoleIsSmall(t *testing.T) {
+	t.Parallel()
+	var packed bytes.Buffer
+	lines := 0
+	w := gzip.NewWriter(&packed)
+	for _, dir := range []string{"static", "templates"} {
+		err := fs.WalkDir(os.DirFS(dir), ".", func(name string, e fs.DirEntry, err error) error {
+			if err != nil || e.IsDir() {
+				return err
+			}
+			text, err := os.ReadFile(filepath.Join(dir, name))
+			if err != nil {
+				return err
+			}
+			lines += bytes.Count(text, []byte("\n"))
+			_, err = w.Write(text)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d lines, %d bytes compressed", lines, packed.Len())
+	if lines < 100 || lines >= 2000 || packed.Len() > 150<<10 {
+		t.Errorf("the console has %d lines, and %d bytes compressed", lines, packed.Len())
+	}
+}
+
+func TestWithoutTheSettingThereIsNoConsole(t *testing.T) {
+	t.Parallel()
+	issuer := harness.NewIssuer(t)
+	for _, s := range []*harness.Server{harness.Start(t, harness.Set("ORGKEYS_CONSOLE", "false")), harness.Start(t, harness.TrustedBy(issuer))} {
+		if got := newPerson(t, s).send("/console/", nil); got.StatusCode != http.StatusNotFound {
+			t.Errorf("the console answers %d", got.StatusCode)
+		}
+	}
+}

@@ -1,0 +1,211 @@
+package console
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/authz"
+)
+
+// visit is one request of somebody who is signed in.
+type visit struct {
+	*Console
+	*signed
+	w   http.ResponseWriter
+	r   *http.Request
+	api *client.Client
+	org string
+}
+
+// signedIn serves h to people who are signed in, and sends others to the sign-in page.
+func (c *Console) signedIn(h func(*visit) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		who, err := c.session(r)
+		if errors.Is(err, errSignedOut) {
+			to := home
+			if r.Method == http.MethodGet {
+				to = r.URL.RequestURI()
+			}
+			http.Redirect(w, r, "/console/sign-in?"+url.Values{"to": {destination(to)}}.Encode(), http.StatusSeeOther)
+			return
+		}
+		if err != nil {
+			c.Log.Error("the session of the console could not be read", "error", err)
+			c.problem(w, r, http.StatusServiceUnavailable, "Not available", "The service cannot answer at the moment. Please try again shortly.")
+			return
+		}
+		v := &visit{Console: c, signed: who, w: w, r: r, org: string(who.caller.Org)}
+		if v.api, err = v.client(); err == nil {
+			err = h(v)
+		}
+		if err != nil {
+			v.fail(err)
+		}
+	}
+}
+
+// client is a client of the API in this process.
+func (v *visit) client() (*client.Client, error) {
+	return client.New(client.Config{Server: "http://localhost", Token: v.bearer, Transport: inside{v.Console.api, v.r}, UserAgent: "orgkeys-console"})
+}
+
+func (v *visit) bearer(context.Context) (string, error) { return v.token, nil }
+
+// inside has requests answered by a handler of this process, as of the same client
+// that asks for the page.
+type inside struct {
+	handler http.Handler
+	of      *http.Request
+}
+
+// handedOn are the headers by which the API tells where a request came from.
+var handedOn = []string{"X-Forwarded-For", "X-Forwarded-Proto", "X-Request-Id"}
+
+func (i inside) RoundTrip(req *http.Request) (*http.Response, error) {
+	i.prepare(req)
+	answer := &recorder{header: http.Header{}, status: http.StatusOK}
+	i.handler.ServeHTTP(answer, req)
+	return &http.Response{
+		StatusCode: answer.status, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: answer.header, Request: req,
+		Body: body{bytes.NewReader(answer.text.Bytes())}, ContentLength: int64(answer.text.Len()),
+	}, nil
+}
+
+func (i inside) prepare(req *http.Request) {
+	req.RequestURI, req.RemoteAddr, req.TLS, req.Host = req.URL.RequestURI(), i.of.RemoteAddr, i.of.TLS, i.of.Host
+	req.Proto, req.ProtoMajor, req.ProtoMinor = i.of.Proto, i.of.ProtoMajor, i.of.ProtoMinor
+	for _, name := range handedOn {
+		if given, there := i.of.Header[name]; there {
+			req.Header[name] = given
+		}
+	}
+	if req.Body == nil {
+		req.Body = http.NoBody
+	}
+}
+
+type body struct{ *bytes.Reader }
+
+func (body) Close() error { return nil }
+
+// recorder is an answer that stays in the process.
+type recorder struct {
+	header http.Header
+	status int
+	text   bytes.Buffer
+}
+
+func (r *recorder) Header() http.Header              { return r.header }
+func (r *recorder) WriteHeader(status int)           { r.status = status }
+func (r *recorder) Write(b []byte) (int, error)      { return r.text.Write(b) }
+func (r *recorder) Flush()                           {}
+func (r *recorder) SetWriteDeadline(time.Time) error { return nil }
+
+// forward answers a script of a page with what the API answers, in the person's name.
+// It goes to the caller's own organization, and no token comes back.
+func (c *Console) forward(w http.ResponseWriter, r *http.Request) {
+	who, err := c.session(r)
+	if err != nil {
+		status, message := http.StatusServiceUnavailable, "The service cannot answer at the moment. Please try again shortly."
+		if errors.Is(err, errSignedOut) {
+			status, message = http.StatusUnauthorized, "You are signed out. Sign in again, and repeat this."
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(status)
+		_, _ = w.Write([]byte(`{"success":false,"message":"` + message + `","errorCode":"signed_out"}`))
+		return
+	}
+	req := r.Clone(r.Context())
+	req.Header = http.Header{"Authorization": {"Bearer " + who.token}}
+	for _, name := range []string{"Accept", "Content-Type", "Content-Length", "User-Agent"} {
+		if given, there := r.Header[name]; there {
+			req.Header[name] = given
+		}
+	}
+	organization := "/organization/" + string(who.caller.Org)
+	req.URL = &url.URL{
+		Path:    organization + strings.TrimPrefix(r.URL.Path, "/console/api"),
+		RawPath: organization + strings.TrimPrefix(r.URL.EscapedPath(), "/console/api"),
+	}
+	inside{c.api, r}.prepare(req)
+	c.api.ServeHTTP(w, req)
+}
+
+// may reports whether the policy lets the person do something now: which buttons to
+// show. The API decides when one is pressed.
+func (v *visit) may(action string) bool {
+	d, err := v.Policy.Decide(v.r.Context(), authz.Request{Caller: v.caller, Action: authz.Action(action), Org: v.caller.Org})
+	return err == nil && d.Allow
+}
+
+// show renders a page for the person.
+func (v *visit) show(status int, name, title string, data any) error {
+	v.render(v.w, status, name, &view{Title: title, Page: name, Static: v.version, Version: v.Version, Data: data, Done: done[v.r.URL.Query().Get("done")], visit: v})
+	return nil
+}
+
+// done are what a page says after something was done, by what its address says.
+var done = map[string]string{
+	"key-deleted":    "The key is deleted. Requests signed with it are refused from now on.",
+	"revoked":        "The enrollment is revoked.",
+	"approved":       "The claim is approved. The node gets its key the next time it asks.",
+	"node-deleted":   "The node is deleted.",
+	"secret-stored":  "The boot secret is stored. Nodes get it the next time they fetch.",
+	"secret-deleted": "The boot secret is deleted.",
+}
+
+// then sends the browser to a page after something was done, so that reloading does
+// not do it again.
+func (v *visit) then(page, what string) error {
+	http.Redirect(v.w, v.r, page+"?"+url.Values{"done": {what}}.Encode(), http.StatusSeeOther)
+	return nil
+}
+
+// form reads what was sent.
+func (v *visit) form() (url.Values, error) {
+	if err := v.r.ParseForm(); err != nil {
+		return nil, errForm
+	}
+	return v.r.PostForm, nil
+}
+
+// failure is what a page says of something that failed.
+type failure struct {
+	Message, Code, Request string
+}
+
+func explain(err error) (int, failure) {
+	refused, ok := errors.AsType[*client.Error](err)
+	switch {
+	case ok:
+		return refused.Status, failure{refused.Message, string(refused.Code), refused.RequestID}
+	case errors.Is(err, errForm):
+		return http.StatusBadRequest, failure{Message: "The form could not be read, or is too large. Nothing was done."}
+	}
+	return http.StatusInternalServerError, failure{Message: "The page could not be made. The server's log says why."}
+}
+
+func (v *visit) fail(err error) {
+	status, f := explain(err)
+	if f.Code == "" {
+		v.Log.Error("a page of the console failed", "path", v.r.Pattern, "error", err)
+	}
+	if status == http.StatusUnauthorized { // the token ended in between
+		http.Redirect(v.w, v.r, "/console/sign-in", http.StatusSeeOther)
+		return
+	}
+	if status < http.StatusBadRequest {
+		status = http.StatusServiceUnavailable
+	}
+	title := "That did not work"
+	if status == http.StatusForbidden {
+		title = "You may not do that"
+	}
+	_ = v.show(status, "failure", title, f) // show has no error
+}

@@ -1,0 +1,100 @@
+package login
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
+	"golang.org/x/oauth2"
+)
+
+// How long a provider's metadata is used without asking again, and how long one
+// that did not answer is left alone.
+const (
+	metadataLife = 10 * time.Minute
+	failureLife  = 5 * time.Second
+)
+
+// Web signs people in for pages that a server has: authorization code with PKCE,
+// which comes back to an address of the server's.
+type Web struct {
+	Provider
+	Secret   string // of a confidential client; empty: a public one
+	Redirect string // where the provider sends browsers back to
+
+	mu    sync.Mutex
+	found *endpoints
+	fault error
+	until time.Time
+}
+
+// Attempt is one sign-in. All of it is known to the browser that began it, and to nobody else.
+type Attempt struct{ State, Nonce, Verifier string }
+
+// Begin returns the provider's address to send the browser to.
+func (w *Web) Begin(ctx context.Context, a Attempt) (string, error) {
+	_, e, err := w.endpoints(ctx)
+	if err != nil {
+		return "", err
+	}
+	return e.AuthCodeURL(a.State, append(w.target(), oauth2.S256ChallengeOption(a.Verifier), oidc.Nonce(a.Nonce))...), nil
+}
+
+// Finish makes a session of what the browser came back with, whose state the caller has compared.
+func (w *Web) Finish(ctx context.Context, a Attempt, query url.Values) (Session, error) {
+	ctx, e, err := w.endpoints(ctx)
+	switch {
+	case err != nil:
+		return Session{}, err
+	case (e.NamesItself || query.Has("iss")) && query.Get("iss") != w.Issuer:
+		return Session{}, fmt.Errorf("%w: another issuer answered: %q", ErrProvider, query.Get("iss"))
+	case query.Get("error") != "":
+		return Session{}, fmt.Errorf("%w: %q %q", ErrDenied, query.Get("error"), query.Get("error_description"))
+	case query.Get("code") == "":
+		return Session{}, fmt.Errorf("%w: its answer has no code", ErrProvider)
+	}
+	token, err := e.Exchange(ctx, query.Get("code"), append(w.target(), oauth2.VerifierOption(a.Verifier))...)
+	if err != nil {
+		return Session{}, fmt.Errorf("%w: exchanging the code: %w", ErrProvider, withoutAnswer(err))
+	}
+	return w.granted(ctx, e, token, a.Nonce)
+}
+
+// withoutAnswer leaves out the body of a refusal, which may have anything in it.
+func withoutAnswer(err error) error {
+	if refusal, ok := errors.AsType[*oauth2.RetrieveError](err); ok {
+		return fmt.Errorf("it answers %d %s", refusal.Response.StatusCode, cmp.Or(refusal.ErrorCode, "without an error code"))
+	}
+	return err
+}
+
+// endpoints are the provider's, asked for at most every metadataLife.
+func (w *Web) endpoints(ctx context.Context) (context.Context, *endpoints, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if time.Now().Before(w.until) {
+		if w.fault != nil {
+			return ctx, nil, w.fault
+		}
+		c, err := w.client()
+		return oidc.ClientContext(ctx, c), w.found, err
+	}
+	ctx, e, err := w.discover(context.WithoutCancel(ctx))
+	if err != nil {
+		w.fault, w.until = err, time.Now().Add(failureLife)
+		return ctx, nil, err
+	}
+	e.ClientSecret, e.RedirectURL = w.Secret, w.Redirect
+	// Where a provider does not say, client_secret_basic is what it takes (OpenID Connect Discovery, 3).
+	if w.Secret != "" && (len(e.AuthMethods) == 0 || slices.Contains(e.AuthMethods, "client_secret_basic")) {
+		e.Endpoint.AuthStyle = oauth2.AuthStyleInHeader
+	}
+	w.found, w.fault, w.until = e, nil, time.Now().Add(metadataLife)
+	return ctx, e, nil
+}

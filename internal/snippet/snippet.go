@@ -1,0 +1,97 @@
+// Package snippet is how to bring an enrollment's token to a machine: texts to paste,
+// which the command line prints and the console shows.
+package snippet
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// ErrUnsafe: a part has a character that shells, YAML or systemd care about.
+var ErrUnsafe = errors.New("cannot stand in a snippet")
+
+// Kinds returns the names of the snippets, in the order in which they are offered.
+func Kinds() []string { return []string{"shell", "cloud-init", "systemd"} }
+
+// Write writes the snippet of that kind. What goes in has none of the characters that
+// shells, YAML or systemd care about: the token is base64url and hyphens, and the
+// server's URL and the ID are checked.
+func Write(w io.Writer, kind, server, id, token string) error {
+	text, known := map[string]string{"shell": shellSnippet, "cloud-init": cloudSnippet, "systemd": systemdSnippet}[kind]
+	if !known {
+		return fmt.Errorf("there is no snippet for %q", kind)
+	}
+	for _, part := range []string{server, id, token} {
+		if strings.ContainsFunc(part, unsafe) {
+			return fmt.Errorf("%q %w", part, ErrUnsafe)
+		}
+	}
+	_, err := strings.NewReplacer("{server}", server, "{id}", id, "{token}", token).WriteString(w, text)
+	return err
+}
+
+func unsafe(c rune) bool {
+	return !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.ContainsRune("-._~:/[]", c))
+}
+
+const shellSnippet = `# On the node, as the user that orgkeys-node runs as. Enrollment {id}
+set -eu
+: "${IP:?the address of the node}" "${REGION:?its region}"
+DIR=${DIR:-/var/lib/orgkeys-node}
+install -d -m 0700 "$DIR"
+(umask 077 && cat >"$DIR/token") <<'TOKEN'
+{token}
+TOKEN
+orgkeys-node boot --server {server} --ip "$IP" --region "$REGION" --dir "$DIR" --token-file "$DIR/token"
+`
+
+// cloudSnippet is examples/cloud-init.yaml with a token in it.
+const cloudSnippet = `#cloud-config
+# Enrollment {id}. The image has orgkeys-node and its unit. Whatever runs on the
+# machine can read this; the token is worth nothing any more once the node has its key.
+users:
+  - default
+  - name: orgkeys-node
+    system: true
+    homedir: /nonexistent
+    no_create_home: true
+    shell: /usr/sbin/nologin
+
+write_files:
+  - path: /etc/orgkeys-node/env
+    permissions: "0644"
+    content: |
+      ORGKEYS_NODE_SERVER={server}
+      ORGKEYS_NODE_IP=ADDRESS
+      ORGKEYS_NODE_REGION=REGION
+      ORGKEYS_NODE_TOKEN_FILE=/var/lib/orgkeys-node/token
+  - path: /var/lib/orgkeys-node/token
+    owner: orgkeys-node:orgkeys-node
+    permissions: "0600"
+    defer: true # until the user is there
+    content: {token}
+
+runcmd:
+  - [systemctl, enable, --now, orgkeys-node.service]
+`
+
+const systemdSnippet = `# As root on the node, where orgkeys-node.service is installed. It takes the credential
+# orgkeys-node.token (systemd 252 and newer). Enrollment {id}
+set -eu
+: "${IP:?the address of the node}" "${REGION:?its region}"
+install -d -m 0700 /etc/credstore
+(umask 077 && cat >/etc/credstore/orgkeys-node.token) <<'TOKEN'
+{token}
+TOKEN
+install -d -m 0755 /etc/orgkeys-node
+cat >/etc/orgkeys-node/env <<ENV
+ORGKEYS_NODE_SERVER={server}
+ORGKEYS_NODE_IP=$IP
+ORGKEYS_NODE_REGION=$REGION
+ENV
+systemctl enable orgkeys-node.service
+systemctl restart orgkeys-node.service
+rm /etc/credstore/orgkeys-node.token
+`
