@@ -188,6 +188,14 @@ func TestPromise15_ASessionIsACookieThatNothingElseReplaces(t *testing.T) {
 		return ada.send("/console/", nil).StatusCode == http.StatusSeeOther
 	})
 
+	// Scripts are given keys in their sealed form, whatever they accept.
+	for _, accept := range []string{"application/x-pem-file", "*/*", "application/json", ""} {
+		got := ada.signIn("OWNER").send("/console/api/key", url.Values{}, "Accept", accept)
+		if got.StatusCode != http.StatusBadRequest || strings.Contains(got.text, "PRIVATE KEY") {
+			t.Errorf("with Accept %q a script gets %d %.60s", accept, got.StatusCode, got.text)
+		}
+	}
+
 	// A person has sixteen.
 	first := newPerson(t, s).signIn("OWNER")
 	for range 16 {

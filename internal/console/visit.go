@@ -122,8 +122,10 @@ func (c *Console) forward(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	req := r.Clone(r.Context())
-	req.Header = http.Header{"Authorization": {"Bearer " + who.token}}
-	for _, name := range []string{"Accept", "Content-Type", "Content-Length", "User-Agent"} {
+	// A key is only asked for in its sealed form: whatever the browser accepts, no
+	// private key in clear comes from here.
+	req.Header = http.Header{"Authorization": {"Bearer " + who.token}, "Accept": {"application/vnd.orgkeys.sealed+json"}}
+	for _, name := range []string{"Content-Type", "Content-Length", "User-Agent"} {
 		if given, there := r.Header[name]; there {
 			req.Header[name] = given
 		}

@@ -45,7 +45,7 @@ var ErrForm = errors.New("not a session's cookie")
 // ParseSecret reads what Text wrote.
 func ParseSecret(text string) (s Secret, err error) {
 	b, err := base64.RawURLEncoding.Strict().DecodeString(text)
-	if err != nil || len(b) != secretSize {
+	if err != nil || len(b) != secretSize || len(text) != base64.RawURLEncoding.EncodedLen(secretSize) { // line ends are passed over
 		return s, ErrForm
 	}
 	return Secret(b), nil
@@ -77,8 +77,8 @@ type Stored struct {
 
 // Store keeps sessions. Its implementation is sqlstore.DB.
 type Store interface {
-	// KeepSession stores s, and ends those of the same holder that expire first
-	// while there are more than most.
+	// KeepSession stores s, and ends the oldest of the same holder while there are
+	// more than most.
 	KeepSession(ctx context.Context, s Stored, most int) error
 	// Session returns one that has not expired, or false.
 	Session(ctx context.Context, id string) (Stored, bool, error)

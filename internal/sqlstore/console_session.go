@@ -12,14 +12,15 @@ var _ session.Store = (*DB)(nil)
 // KeepSession implements session.Store.
 func (d *DB) KeepSession(ctx context.Context, s session.Stored, most int) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		if _, err := exec(ctx, tx, "DELETE FROM console_sessions WHERE expires_at <= $1", time.Now().UnixMicro()); err != nil {
+		now := time.Now().UnixMicro()
+		if _, err := exec(ctx, tx, "DELETE FROM console_sessions WHERE expires_at <= $1", now); err != nil {
 			return err
 		}
-		if _, err := exec(ctx, tx, "INSERT INTO console_sessions (id, holder, sealed, expires_at) VALUES ($1, $2, $3, $4)", s.ID, s.Holder, s.Sealed, s.Expires.UnixMicro()); err != nil {
+		if _, err := exec(ctx, tx, "INSERT INTO console_sessions (id, holder, sealed, created_at, expires_at) VALUES ($1, $2, $3, $4, $5)", s.ID, s.Holder, s.Sealed, now, s.Expires.UnixMicro()); err != nil {
 			return err
 		}
 		_, err := exec(ctx, tx, `DELETE FROM console_sessions WHERE holder = $1 AND id <> $2 AND id NOT IN (
-			SELECT id FROM console_sessions WHERE holder = $1 AND id <> $2 ORDER BY expires_at DESC, id LIMIT $3)`, s.Holder, s.ID, most-1)
+			SELECT id FROM console_sessions WHERE holder = $1 AND id <> $2 ORDER BY created_at DESC, id LIMIT $3)`, s.Holder, s.ID, most-1)
 		return err
 	})
 }

@@ -35,7 +35,7 @@ async function fetchSealed(recipient) {
     try {
       return await ask('key', {
         method: 'POST', body: JSON.stringify({ recipient: recipient.pem }),
-        headers: { Accept: 'application/vnd.orgkeys.sealed+json', 'Content-Type': 'application/json' },
+        headers: { 'Content-Type': 'application/json' },
       })
     } catch (error) {
       if (error.code !== 'pending' || patience === 0) throw error

@@ -6,9 +6,10 @@ CREATE TABLE console_sessions (
     id         TEXT PRIMARY KEY,
     holder     TEXT NOT NULL,
     sealed     BYTEA NOT NULL,
+    created_at BIGINT NOT NULL,
     expires_at BIGINT NOT NULL
 );
-CREATE INDEX console_sessions_of_holder ON console_sessions (holder, expires_at);
+CREATE INDEX console_sessions_of_holder ON console_sessions (holder, created_at);
 CREATE INDEX console_sessions_ending ON console_sessions (expires_at);
 
 -- An organization's part of the log, newest first: all of it, or about one object.
