@@ -70,6 +70,7 @@ func TestPromise15_TheConsoleInChromium(t *testing.T) {
 	var token string
 	b.get(&token, `return await page.locator('#token').innerText()`)
 	b.shows("shown this once", "shell", "cloud-init", "systemd")
+	b.looksRight("the minted token", "")
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "token"), []byte(token), 0o600); err != nil {
 		t.Fatal(err)
@@ -98,6 +99,7 @@ func TestPromise15_TheConsoleInChromium(t *testing.T) {
 	b.shows("Node deleted", "was <i>replaced</i>")
 
 	everyScreen(t, b, id)
+	withoutScripts(b, id)
 
 	// An event verifies in the browser; one that was changed in the database does not.
 	key := verifierKey(t, s)
@@ -195,32 +197,51 @@ func everyScreen(t *testing.T, b *browser, key string) {
 	var enrollment string
 	b.get(&enrollment, `await page.goto(BASE + '/console/enrollments')
 		return await page.locator('td a').first().getAttribute('href')`)
-	for _, path := range []string{"", "keys", "keys/" + key, "enrollments", strings.TrimPrefix(enrollment, "/console/"), "nodes", "secrets", "events", "verify", "policy?action=orgkey.generate", "events?show=nonsense&object=nothing", "nowhere"} {
-		for _, look := range []struct {
-			width  int
-			scheme string
-		}{{375, "dark"}, {1600, "light"}} {
-			var found struct {
-				Axe      []string
-				Overflow struct {
-					By      int
-					Element string
-				}
-			}
-			b.get(&found, `await page.setViewportSize({ width: Number(WIDTH), height: 900 })
-				await page.emulateMedia({ colorScheme: SCHEME })
-				await page.goto(BASE + '/console/' + PATH)
-				for (const d of await page.locator('details').all()) await d.evaluate((e) => { e.open = true })
-				return { Axe: await tools.axe(page), Overflow: await tools.overflow(page) }`,
-				"WIDTH", map[int]string{375: "375", 1600: "1600"}[look.width], "SCHEME", look.scheme, "PATH", path)
-			for _, violation := range found.Axe {
-				t.Errorf("/console/%s, %d, %s: %s", path, look.width, look.scheme, violation)
-			}
-			if found.Overflow.By > 0 || found.Overflow.Element != "" {
-				t.Errorf("/console/%s at %d is %d wider than the window: %s", path, look.width, found.Overflow.By, found.Overflow.Element)
+	for _, path := range []string{"", "keys", "keys/" + key, "enrollments", strings.TrimPrefix(enrollment, "/console/"), "nodes", "secrets", "events", "verify", "policy?action=orgkey.generate",
+		"sign-in", "events?show=nonsense&object=nothing", "keys/00000000-0000-4000-8000-000000000000", "nowhere"} {
+		b.looksRight("/console/"+path, `await page.goto(BASE + '/console/'+PATH)`, "PATH", path)
+	}
+}
+
+// looksRight goes somewhere at both widths and in both schemes, and has axe-core and the
+// layout checked, with everything unfolded.
+func (b *browser) looksRight(what, visit string, with ...string) {
+	b.t.Helper()
+	for _, look := range [][2]string{{"375", "dark"}, {"1600", "light"}} {
+		var found struct {
+			Axe      []string
+			Overflow struct {
+				By      int
+				Element string
 			}
 		}
+		b.get(&found, `await page.setViewportSize({ width: Number(WIDTH), height: 900 })
+			await page.emulateMedia({ colorScheme: SCHEME })
+			`+visit+`
+			for (const d of await page.locator('details').all()) await d.evaluate((e) => { e.removeAttribute('name'); e.open = true })
+			return { Axe: await tools.axe(page), Overflow: await tools.overflow(page) }`,
+			append(with, "WIDTH", look[0], "SCHEME", look[1])...)
+		for _, violation := range found.Axe {
+			b.t.Errorf("%s, %v: %s", what, look, violation)
+		}
+		if found.Overflow.By > 0 || found.Overflow.Element != "" {
+			b.t.Errorf("%s, %v, is %d wider than the window: %s", what, look, found.Overflow.By, found.Overflow.Element)
+		}
 	}
+}
+
+// Without JavaScript pages are read, and say what needs it.
+func withoutScripts(b *browser, key string) {
+	b.t.Helper()
+	b.do(`const plain = await tools.open({ javaScriptEnabled: false, storageState: await context.storageState() })
+		const other = await plain.newPage()
+		for (const [path, want] of [['', 'Audit log'], ['keys', 'orgkeysctl key create'], ['keys/' + KEY, 'Key made'], ['enrollments', 'received'], ['nodes', 'Region'], ['secrets', 'env_s3'],
+			['events', 'Boot secret stored'], ['verify', 'verify-proof'], ['policy', 'orgkey.generate']]) {
+			await other.goto(BASE + '/console/' + path)
+			const text = await other.locator('main').innerText()
+			if (!text.includes(want)) throw new Error(path + ' without JavaScript: ' + text)
+		}
+		await plain.close()`, "KEY", key)
 }
 
 // deleteKey deletes a key in the console, by keyboard alone.
