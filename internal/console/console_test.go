@@ -236,7 +236,7 @@ func withoutScripts(b *browser, key string) {
 	b.do(`const plain = await tools.open({ javaScriptEnabled: false, storageState: await context.storageState() })
 		const other = await plain.newPage()
 		for (const [path, want] of [['', 'Audit log'], ['keys', 'orgkeysctl key create'], ['keys/' + KEY, 'Key made'], ['enrollments', 'received'], ['nodes', 'Region'], ['secrets', 'env_s3'],
-			['events', 'Boot secret stored'], ['verify', 'verify-proof'], ['policy', 'orgkey.generate']]) {
+			['events', 'Events read'], ['verify', 'verify-proof'], ['policy', 'orgkey.generate']]) {
 			await other.goto(BASE + '/console/' + path)
 			const text = await other.locator('main').innerText()
 			if (!text.includes(want)) throw new Error(path + ' without JavaScript: ' + text)
