@@ -1,7 +1,7 @@
 # What the orgkeys service may do in Vault. Loaded as "orgkeys-service" by
 # vault/setup; the service compares its token with this at every start.
 
-# Keys in the making. Creating needs only "update": Transit has no existence
+# Keys in the making, and keys made ahead. Creating needs only "update": Transit has no existence
 # check there. "read" is how the service confirms that a key is gone; it shows
 # public halves.
 path "orgkeys/keys/+" {
@@ -24,7 +24,8 @@ path "orgkeys/export/encryption-key/+/1" {
 }
 
 # Keys that leave only wrapped to a recipient's public key, and those recipients:
-# each is there for a fraction of a second, under a random name. No other way out
+# each is there for a fraction of a second, under a random name; keys made ahead
+# wait there until they are taken. No other way out
 # is allowed, nor another hash than Transit's default, SHA-256.
 path "orgkeys-sealed/keys/+" {
   capabilities       = ["read", "update", "delete"]

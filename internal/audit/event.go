@@ -61,6 +61,7 @@ const (
 	DatabaseChanged  Type = "log.database_changed" // the log continues in another database: after a failover, a recovery or a move
 	SealsRewrapped   Type = "seal.rewrapped"       // a run of "orgkeys rewrap"
 	PersonErased     Type = "person.erased"        // a person's data was deleted
+	PoolFilled       Type = "pool.filled"          // keys were made ahead, or destroyed; in totals
 )
 
 // Outcome says how it ended.

@@ -31,6 +31,7 @@ type Config struct {
 	TPMRootsFile    string // certificates of the authorities of TPMs; empty: none is believed
 	MaxGenerations  int
 	ReservationTTL  time.Duration
+	Pool            int // keys made ahead
 	ShutdownNotice  time.Duration
 	ShutdownTimeout time.Duration
 	LogLevel        string

@@ -37,6 +37,7 @@ var settings = []Setting{
 	{Name: "ORGKEYS_TPM_ROOTS_FILE", Doc: "file with the certificates, PEM, of TPM makers whose endorsement keys are believed; default nobody's, so that each organization lists its TPMs", set: text(func(c *Config) *string { return &c.TPMRootsFile })},
 	{Name: "ORGKEYS_MAX_GENERATIONS", Default: "16", Doc: "concurrent key generations; more get 503", set: number(1, 1024, func(c *Config) *int { return &c.MaxGenerations })},
 	{Name: "ORGKEYS_RESERVATION_TTL", Default: "60s", Doc: "how long a reservation in the quota lasts after a crash; a generation times out after half of it", set: duration(2*time.Second, time.Hour, func(c *Config) *time.Duration { return &c.ReservationTTL })},
+	{Name: "ORGKEYS_POOL", Default: "4", Doc: "keys made ahead inside the back end, for each use; 0: none. With Vault all replicas share them and need the same value", set: number(0, 256, func(c *Config) *int { return &c.Pool })},
 	{Name: "ORGKEYS_KEYSTORE", Default: KeystorePKCS11, Doc: "what makes and seals keys: pkcs11 or vault", set: choice(func(c *Config) *string { return &c.Keystore }, KeystorePKCS11, KeystoreVault)},
 	{Name: "ORGKEYS_PKCS11_MODULE", Doc: "path of the PKCS#11 library; default SoftHSM's", set: text(func(c *Config) *string { return &c.PKCS11Module })},
 	{Name: "ORGKEYS_PKCS11_INIT_ARGS", Doc: "the library's parameters in CK_C_INITIALIZE_ARGS.pReserved, which NSS needs; default none", set: text(func(c *Config) *string { return &c.Token.InitArgs })},

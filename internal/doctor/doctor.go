@@ -160,7 +160,7 @@ func (d *doctor) backend(ctx context.Context, db *sqlstore.DB) (sinks []audit.Si
 		d.hsm(ctx, db)
 		return sinks, end
 	}
-	client, sound := d.vault(ctx)
+	client, sound := d.vault(ctx, db)
 	if client != nil {
 		end = client.Close // it gives the token back
 	}
@@ -169,6 +169,7 @@ func (d *doctor) backend(ctx context.Context, db *sqlstore.DB) (sinks []audit.Si
 	}
 	d.receiptKey(ctx, db, client)
 	d.sealingKey(ctx, db, client.Sealer())
+	d.pool(ctx, db)
 	d.vaultClock(ctx)
 	if slices.Contains(d.cfg.AuditSinks, config.SinkVault) {
 		sinks = append(sinks, client.Sink())

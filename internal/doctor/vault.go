@@ -17,13 +17,17 @@ import (
 
 // vault returns the client if the login succeeds, and whether Vault is set up
 // correctly.
-func (d *doctor) vault(ctx context.Context) (client *vault.Client, sound bool) {
+func (d *doctor) vault(ctx context.Context, db *sqlstore.DB) (client *vault.Client, sound bool) {
 	if d.cfg.VaultAuth == config.VaultAppRole && d.cfg.VaultSecretIDPath != "" {
 		d.warn("Vault", "ask /readyz on the running server's admin listener, or give doctor a secret ID of its own",
 			"not examined: a wrapped secret ID is good for one login, which is the server's")
 		return nil, false
 	}
-	client, err := vault.Open(ctx, vault.Config{Login: server.VaultLogin(d.cfg), ReapGrace: d.cfg.ReservationTTL, Log: d.log})
+	settings := vault.Config{Login: server.VaultLogin(d.cfg), ReapGrace: d.cfg.ReservationTTL, Log: d.log}
+	if db != nil {
+		settings.Live = db.Needed
+	}
+	client, err := vault.Open(ctx, settings)
 	if err != nil {
 		d.fail("Vault", "check VAULT_ADDR and VAULT_CACERT, that Vault runs and is unsealed, and the login's files", "%v", err)
 		return nil, false
@@ -81,4 +85,35 @@ func (d *doctor) vaultClock(ctx context.Context) {
 		return
 	}
 	d.clock("Vault's", time.Since(date.Add(500*time.Millisecond)), clockDoubt+time.Second)
+}
+
+// pool examines the keys that wait in Vault.
+func (d *doctor) pool(ctx context.Context, db *sqlstore.DB) {
+	if db == nil {
+		return
+	}
+	all, err := db.Ahead(ctx)
+	if err != nil {
+		d.fail("key pool", "see the database's own log", "%v", err)
+		return
+	}
+	ready, expired := 0, 0
+	for _, a := range all {
+		switch {
+		case a.Expired:
+			expired++
+		case a.Sealed != nil:
+			ready++
+		}
+	}
+	switch {
+	case expired > 0:
+		d.warn("key pool", "start the service, or look for the reason in its log: it destroys them", "%d keys in the pool have expired", expired)
+	case d.cfg.Pool == 0 && len(all) > 0:
+		d.warn("key pool", "restart every replica with the same ORGKEYS_POOL: one that has 0 destroys the keys", "ORGKEYS_POOL is 0, but %d keys are in the pool", len(all))
+	case d.cfg.Pool == 0:
+		d.ok("key pool", "off")
+	default:
+		d.ok("key pool", "%d keys wait in Vault, of at most %d for export and %d to be sealed", ready, d.cfg.Pool, d.cfg.Pool)
+	}
 }

@@ -58,7 +58,7 @@ func TestPromise5_TheIndependentVerifierKnowsEveryEventOfTheProgram(t *testing.T
 // from the beginning on.
 func allHappens(t *testing.T, except []string, rotate func(*testing.T), opts ...harness.Option) {
 	ca := harness.NewCA(t)
-	opts = append(opts, harness.TLS(ca, ca.Issue(t, "orgkeys")), harness.Set("ORGKEYS_MAX", "2"), harness.Set("ORGKEYS_AUDIT_FILE", filepath.Join(t.TempDir(), "sink.jsonl")))
+	opts = append(opts, harness.TLS(ca, ca.Issue(t, "orgkeys")), harness.Set("ORGKEYS_MAX", "2"), harness.Set("ORGKEYS_POOL", "1"), harness.Set("ORGKEYS_AUDIT_FILE", filepath.Join(t.TempDir(), "sink.jsonl")))
 	s := harness.Start(t, opts...)
 	org := harness.Org()
 	s.Generate(t, org)
@@ -76,6 +76,7 @@ func allHappens(t *testing.T, except []string, rotate func(*testing.T), opts ...
 	s.Start(t)
 	byEverybody(t, s, ca)
 	byEnrollment(t, s)
+	filled(t, s, 1)
 	s.Stop(t) // writes the summary of callers whom nobody knows
 	s.Start(t)
 	succeeds(t, s, "audit", "erase", "--subject", "admin", "--reason", "a test")

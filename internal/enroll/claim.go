@@ -266,10 +266,21 @@ func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery, signa
 // make has the back end make and wrap a key, commits both, and destroys the
 // back end's copy.
 func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (made, error) {
-	attempt := uuid.NewString()
-	mine, err := s.Store.Begin(ctx, d.KeyID, attempt, s.AttemptLife)
+	attempt, mine, taken, err := s.begin(ctx, d.KeyID)
 	if err != nil {
 		return made{}, fmt.Errorf("beginning key %s: %w", d.KeyID, err)
+	}
+	if mine && taken != nil {
+		m, used, err := s.fromPool(ctx, pass, d, taken)
+		if used || err == nil {
+			return m, err
+		}
+		s.Gate.Log.Warn("a key out of the pool could not be used; another one is made", "key", d.KeyID, "pool", taken.ID, "error", err)
+		s.giveUp(ctx, d.KeyID, taken.ID)
+		attempt = uuid.NewString()
+		if mine, err = s.Store.Begin(ctx, d.KeyID, attempt, s.AttemptLife); err != nil {
+			return made{}, fmt.Errorf("beginning key %s: %w", d.KeyID, err)
+		}
 	}
 	if !mine {
 		return made{}, ErrPending
@@ -282,6 +293,48 @@ func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (made, e
 		return made{}, err
 	}
 	return made{attempt, wrapped}, nil
+}
+
+// begin begins an attempt, with a key out of the pool if there is one: the attempt's
+// name is the key's then.
+func (s *Service) begin(ctx context.Context, keyID string) (attempt string, mine bool, taken *orgkey.Taken[orgkey.SealableKey], err error) {
+	attempt = uuid.NewString()
+	if s.Pool == nil {
+		mine, err = s.Store.Begin(ctx, keyID, attempt, s.AttemptLife)
+		return attempt, mine, nil, err
+	}
+	mine, taken, err = s.Pool.Begin(ctx, keyID, attempt, s.AttemptLife)
+	if taken != nil {
+		attempt = taken.ID
+	}
+	return attempt, mine, taken, err
+}
+
+// fromPool has the back end wrap a key out of the pool, destroys it there, and only then
+// commits both: the key is the delivery's only if this deletion removed it.
+// used says that nothing else may be tried for this attempt.
+func (s *Service) fromPool(ctx context.Context, pass gate.Pass, d Delivery, taken *orgkey.Taken[orgkey.SealableKey]) (_ made, used bool, err error) {
+	key, since, err := taken.Open(ctx)
+	if err != nil {
+		return made{}, false, err
+	}
+	var wrapped envelope.SealedKey
+	recipient, err := recipientOf(d)
+	if err == nil {
+		wrapped, err = key.Seal(ctx, recipient)
+	}
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	// CRASH: the delivery is claimed, and what is in the back end bears the attempt's name.
+	if err := errors.Join(err, key.Destroy(ending)); err != nil {
+		return made{}, false, err
+	}
+	// CRASH: the key is lost, and another attempt begins when this one's life is over.
+	stored, err := s.store(ctx, pass, d, taken.ID, orgkey.NewPublic(key.Public()), wrapped, orgkey.AheadDetail(since))
+	if err != nil && !stored {
+		s.giveUp(ctx, d.KeyID, taken.ID)
+	}
+	return made{taken.ID, wrapped.Value}, true, err
 }
 
 func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attempt string) (value []byte, stored bool, err error) {
@@ -310,7 +363,7 @@ func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attem
 	if err != nil {
 		return nil, false, backEnd("wrapping", d, err)
 	}
-	stored, err = s.store(ctx, pass, d, attempt, orgkey.NewPublic(key.Public()), wrapped)
+	stored, err = s.store(ctx, pass, d, attempt, orgkey.NewPublic(key.Public()), wrapped, nil)
 	return wrapped.Value, stored, err
 }
 
@@ -339,7 +392,7 @@ func recipientOf(d Delivery) (*rsa.PublicKey, error) {
 
 // store commits a wrapped key and its record. stored also says that they may
 // have been committed.
-func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt string, public orgkey.Public, wrapped envelope.SealedKey) (stored bool, err error) {
+func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt string, public orgkey.Public, wrapped envelope.SealedKey, pool map[string]string) (stored bool, err error) {
 	der, err := public.DER()
 	if err != nil {
 		return false, fmt.Errorf("encoding key %s: %w", d.KeyID, err)
@@ -359,6 +412,7 @@ func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt
 	created.Object = d.KeyID
 	created.Detail = map[string]string{"fingerprint": fingerprint, "backend": s.Backend, "algorithm": orgkey.Algorithm, "scope": string(d.Scope)}
 	d.describe(created.Detail)
+	created.Add(pool)
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	err = s.Store.StoreWrapped(storing, d.KeyID, attempt, record,

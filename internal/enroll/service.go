@@ -38,6 +38,7 @@ type Config struct {
 	Sealer   orgkey.Sealer
 	Opener   *orgkey.Opener
 	Gate     gate.Gate
+	Pool     Pool // nil: no keys are made ahead
 	// Admit takes a place among the generations under way, or reports orgkey.ErrOverloaded.
 	Admit func() (leave func(), err error)
 	// Enter takes a place among the verifications for strangers under way. leave
@@ -55,6 +56,14 @@ type Config struct {
 	AttemptLife   time.Duration // how long a crash may hold a delivery; a generation has half of it
 	AuditDeadline time.Duration // how long a release waits for the audit sinks
 	DeliverFor    time.Duration // how long a sealed key waits for its receipt
+}
+
+// Pool has keys that were made ahead. Its implementations are keypool.Shared and
+// keypool.Local.
+type Pool interface {
+	// Begin does what Store.Begin does. If there is a key in the pool, the same
+	// transaction takes it; its ID is the attempt's name then.
+	Begin(ctx context.Context, keyID, attempt string, life time.Duration) (mine bool, _ *orgkey.Taken[orgkey.SealableKey], err error)
 }
 
 // Outcome is what became of an enrollment or a delivery.

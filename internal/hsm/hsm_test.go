@@ -172,6 +172,17 @@ func besideSealing(ctx context.Context, sealer orgkey.Sealer, do func() error) (
 	return <-ended, sealed
 }
 
+// madeAhead is the token with keys that wait in the pool, for no time.
+type madeAhead struct{ *Token }
+
+func (m madeAhead) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
+	return m.CreateAhead(ctx, name)
+}
+
+func (m madeAhead) CreateSealed(ctx context.Context, name string) (orgkey.SealableKey, error) {
+	return m.CreateAhead(ctx, name)
+}
+
 func TestContract(t *testing.T) {
 	token := open(t, freshToken(t))
 	gone := func(t *testing.T, name string) {
@@ -181,6 +192,7 @@ func TestContract(t *testing.T) {
 		}
 	}
 	t.Run("keystore", func(t *testing.T) { backendtest.Keystore(t, token, gone) })
+	t.Run("keys made ahead", func(t *testing.T) { backendtest.Keystore(t, madeAhead{token}, gone) })
 	t.Run("sealer", func(t *testing.T) { backendtest.Sealer(t, token) })
 	if n := privateKeys(t, token); n != 0 {
 		t.Errorf("%d private keys stayed in the token", n)
@@ -190,6 +202,7 @@ func TestContract(t *testing.T) {
 	}
 	if token.courier.wrap.rfc5649 {
 		t.Run("sealed keys", func(t *testing.T) { backendtest.Sealed(t, token, gone) })
+		t.Run("keys made ahead, sealed", func(t *testing.T) { backendtest.Sealed(t, madeAhead{token}, gone) })
 	} else {
 		t.Run("no sealed keys", func(t *testing.T) { backendtest.NoSealed(t, token) })
 	}

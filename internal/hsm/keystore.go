@@ -108,6 +108,9 @@ type key struct {
 	life  *life
 	pair  *pair
 
+	ahead bool       // made ahead: it holds no session, and its objects are used through others
+	using sync.Mutex // a call under way, of a key made ahead
+
 	mu        sync.Mutex
 	session   *session // nil: given back
 	destroyed bool     // confirmed
@@ -192,6 +195,9 @@ func (k *key) Export(ctx context.Context) ([]byte, error) {
 // use runs f in the key's session, and late afterwards if ctx ended meanwhile.
 // It is not done again in a new life: the key has not outlived the old one.
 func (k *key) use(ctx context.Context, f func(pkcs11.SessionHandle) error, late func()) error {
+	if k.ahead {
+		return k.useAhead(ctx, f, late)
+	}
 	k.mu.Lock()
 	s, t, l := k.session, k.token, k.life
 	k.mu.Unlock()
@@ -221,6 +227,12 @@ func (k *key) Destroy(ctx context.Context) error {
 	defer k.mu.Unlock()
 	if k.destroyed {
 		return nil
+	}
+	if k.ahead {
+		if err := k.useAhead(ctx, func(h pkcs11.SessionHandle) error { return k.pair.destroy(k.token.lib, h) }, func() {}); err == nil {
+			k.destroyed = true
+			return nil
+		}
 	}
 	if s := k.session; s != nil {
 		k.session = nil

@@ -58,6 +58,9 @@ func (*Token) CreateSealed(context.Context, string) (orgkey.SealableKey, error) 
 // DestroySealed reports ErrNoCgo.
 func (*Token) DestroySealed(context.Context, string) error { return ErrNoCgo }
 
+// CreateAhead reports ErrNoCgo.
+func (*Token) CreateAhead(context.Context, string) (orgkey.HeldKey, error) { return nil, ErrNoCgo }
+
 // Examine reports ErrNoCgo.
 func Examine(context.Context, Config) ([]Requirement, error) { return nil, ErrNoCgo }
 

@@ -40,36 +40,49 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	ctx, cancel := context.WithTimeout(ctx, s.reservationLife/2)
 	defer cancel()
 
-	id := uuid.NewString()
-	if err := s.reserve(ctx, org, id); err != nil {
+	served := sync.OnceFunc(s.busy())
+	defer served()
+	place, err := s.place(ctx, org)
+	id := place.id
+	if err != nil {
 		if !errors.As(err, new(*QuotaError)) {
 			s.cancel(ctx, id) // the reservation may exist although its answer was lost
 		}
 		return s.refused(ctx, pass, err)
 	}
+	defer func() { clear(place.der) }()
 	// CRASH: a place in the quota stays taken until the reservation expires.
-	if !s.admission.TryAcquire(1) {
-		s.cancel(ctx, id)
-		return s.refused(ctx, pass, ErrOverloaded)
-	}
-	leave := sync.OnceFunc(func() { s.admission.Release(1) })
-	defer leave()
-	key, err := s.keystore.Create(ctx, id)
-	// CRASH: as above; a session key in the HSM is gone with the process,
-	// and a Transit key has the reservation's name, by which the reaper finds it.
-	if err != nil {
-		s.cancel(ctx, id)
-		return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
+	leave := func() {}
+	var key BackendKey
+	if place.der == nil {
+		if leave, err = s.Admit(); err != nil {
+			s.cancel(ctx, id)
+			return s.refused(ctx, pass, err)
+		}
+		defer leave()
+		key, err = s.keystore.Create(ctx, id)
+		// CRASH: as above; a session key in the HSM is gone with the process,
+		// and a Transit key has the reservation's name, by which the reaper finds it.
+		if err != nil {
+			s.cancel(ctx, id)
+			return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
+		}
+		place.public = NewPublic(key.Public())
 	}
 	// The private key is exported while the record is stored and the audit log
-	// acknowledges it. The release needs both.
-	public := NewPublic(key.Public())
-	var der []byte
-	defer func() { clear(der) }()
+	// acknowledges it. The release needs both. One from the pool is exported already.
+	public := place.public
 	pending := false
-	err = s.concurrently(ctx,
-		func(ctx context.Context) (err error) { der, err = s.export(ctx, key, id); return err },
-		func(ctx context.Context) (err error) { pending, err = s.storeRecord(ctx, pass, id, public); return err })
+	halves := []func(context.Context) error{
+		func(ctx context.Context) (err error) {
+			pending, err = s.storeRecord(ctx, pass, id, public, place.detail)
+			return err
+		},
+	}
+	if key != nil {
+		halves = append(halves, func(ctx context.Context) (err error) { place.der, err = s.export(ctx, key, id); return err })
+	}
+	err = s.concurrently(ctx, halves...)
 	// CRASH: if record and event are committed by now, the sweeper deletes the
 	// record at its expiry, with an event that says so. The reaper leaves a
 	// Transit key alone until then.
@@ -89,8 +102,9 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	}
 	// CRASH: the key is released and listed as delivery "unconfirmed"; it is unknown
 	// whether its holder got all of it, so nothing deletes it automatically.
+	served()
 	leave() // back end and audit log are done; a slow reader delays no other caller
-	private := encodePEM(der)
+	private := encodePEM(place.der)
 	defer clear(private)
 	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: public.Fingerprint(), PEM: private}); err != nil {
 		s.withdraw(ctx, pass, id, "write_failed")
@@ -101,19 +115,77 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	return nil
 }
 
-// reserve takes a place in org's quota. The lock only keeps concurrent
-// requests from colliding in the store, so after lockPatience reserve continues
-// without it.
+// place is a place in an organization's quota, and the key out of the pool that was
+// taken with it, if there was one that could be had.
+type place struct {
+	id     string // the key's, and the reservation's
+	der    []byte // the private key; nil: no key was taken. The caller clears it
+	public Public
+	detail map[string]string // for the event
+}
+
+// place takes a place in org's quota, with a key out of the pool if there is one. A
+// pool key that cannot be had is destroyed, and costs the caller nothing but time: it
+// gets a place for a key that is still to be made.
+func (s *Service) place(ctx context.Context, org org.ID) (place, error) {
+	if s.pool == nil {
+		id := uuid.NewString()
+		return place{id: id}, s.reserve(ctx, org, id)
+	}
+	p := place{id: uuid.NewString()}
+	var taken *Taken[BackendKey]
+	err := s.locked(ctx, org, func() (err error) {
+		taken, err = s.pool.Reserve(ctx, org, p.id, s.limit, s.reservationLife)
+		return err
+	})
+	if err != nil || taken == nil {
+		return p, err
+	}
+	p.id = taken.ID
+	// CRASH: the reservation has the pool key's name, by which the reaper finds the key
+	// once the reservation has expired.
+	if p.public, p.der, p.detail, err = s.claim(ctx, taken); err == nil {
+		return p, nil
+	}
+	s.gate.Log.Warn("a key out of the pool could not be used; another one is made", "key", taken.ID, "error", err)
+	s.cancel(ctx, taken.ID)
+	p = place{id: uuid.NewString()}
+	return p, s.reserve(ctx, org, p.id)
+}
+
+// claim exports a key out of the pool and destroys it in the back end. The key is the
+// caller's only if its own deletion removed it there, so claim fails otherwise.
+func (s *Service) claim(ctx context.Context, taken *Taken[BackendKey]) (Public, []byte, map[string]string, error) {
+	key, made, err := taken.Open(ctx)
+	if err != nil {
+		return Public{}, nil, nil, err
+	}
+	der, err := s.export(ctx, key, taken.ID)
+	if err != nil {
+		clear(der)
+		return Public{}, nil, nil, err
+	}
+	return NewPublic(key.Public()), der, AheadDetail(made), nil
+}
+
+// reserve takes a place in org's quota for a key that is still to be made.
 func (s *Service) reserve(ctx context.Context, org org.ID, id string) error {
-	locked, cancel := context.WithTimeout(ctx, lockPatience)
-	unlock, err := s.locker.Lock(locked, org)
+	return s.locked(ctx, org, func() error { return s.store.Reserve(ctx, org, id, s.limit, s.reservationLife) })
+}
+
+// locked does what takes a place in org's quota under its lock. The lock only keeps
+// concurrent requests from colliding in the store, so after lockPatience locked
+// continues without it.
+func (s *Service) locked(ctx context.Context, org org.ID, do func() error) error {
+	patient, cancel := context.WithTimeout(ctx, lockPatience)
+	unlock, err := s.locker.Lock(patient, org)
 	cancel()
 	if err == nil {
 		defer unlock()
 	} else if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	return s.store.Reserve(ctx, org, id, s.limit, s.reservationLife)
+	return do()
 }
 
 // errBug is a panic, which the server's log describes.
@@ -163,7 +235,7 @@ func (s *Service) export(ctx context.Context, key BackendKey, id string) (der []
 
 // storeRecord stores the record of a key, which is pending from then on, and waits
 // until the audit log has acknowledged it.
-func (s *Service) storeRecord(ctx context.Context, pass gate.Pass, id string, public Public) (pending bool, err error) {
+func (s *Service) storeRecord(ctx context.Context, pass gate.Pass, id string, public Public, detail map[string]string) (pending bool, err error) {
 	der, err := public.DER()
 	if err != nil {
 		return false, fmt.Errorf("encoding key %s: %w", id, err)
@@ -175,6 +247,7 @@ func (s *Service) storeRecord(ctx context.Context, pass gate.Pass, id string, pu
 	created := pass.Event(audit.KeyCreated)
 	created.Object = id
 	created.Add(map[string]string{"fingerprint": public.Fingerprint(), "backend": s.backend, "algorithm": Algorithm})
+	created.Add(detail)
 	// Not aborted with ctx: it would be unknown whether the record exists.
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()

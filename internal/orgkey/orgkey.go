@@ -114,8 +114,8 @@ type BackendKey interface {
 // Binding ties a sealed value to its owner and purpose. A value decrypts only
 // under the binding that it was sealed under.
 type Binding struct {
-	Purpose string // PublicKey, BootSecret, EventKey or CheckpointKey
-	Org     string // the organization's ID; for EventKey and CheckpointKey, the log's origin
+	Purpose string // one of those below
+	Org     string // the organization's ID; for EventKey and CheckpointKey, the log's origin; for PoolKey, the use
 	ID      string // the key's ID, or the secret's name; empty for EventKey
 }
 
@@ -129,6 +129,8 @@ const (
 	EnrollmentToken = "enrollment" // bound to "orgkeys/v1/enrollment" NUL org NUL enrollment ID
 	ChallengeSecret = "challenge"  // bound to "orgkeys/v1/challenge" NUL org NUL enrollment ID
 	WrappedKey      = "delivery"   // bound to "orgkeys/v1/delivery" NUL org NUL key ID "/" R
+
+	PoolKey = "pool" // bound to "orgkeys/v1/pool" NUL use NUL the key's name in the back end
 )
 
 // PublicKeyOf is the binding of an organization's public key.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -22,7 +23,7 @@ const (
 	sweepBatch      = 200                    // expired records a transaction
 )
 
-// Config holds the parts of a Service. Every field is required.
+// Config holds the parts of a Service. Every field but Pool is required.
 type Config struct {
 	Store    Store
 	Keystore Keystore
@@ -30,6 +31,7 @@ type Config struct {
 	Opener   *Opener // with the same Sealer
 	Locker   Locker
 	Gate     gate.Gate
+	Pool     Pool // nil: no keys are made ahead
 
 	Backend         string        // the keystore's name in audit events
 	Limit           int           // keys an organization may have
@@ -47,7 +49,10 @@ type Service struct {
 	sealer    Sealer
 	opener    *Opener
 	locker    Locker
+	pool      Pool
 	admission *semaphore.Weighted
+	waiting   atomic.Int64 // callers who wait for a key
+	quiet     atomic.Int64 // when the last of them was served, in nanoseconds since the epoch
 
 	backend         string
 	limit           int
@@ -64,7 +69,7 @@ func New(c Config) (*Service, error) {
 		return nil, fmt.Errorf("limit %d, concurrency %d, reservation life %s, audit deadline %s: out of range", c.Limit, c.Concurrency, c.ReservationLife, c.AuditDeadline)
 	}
 	return &Service{
-		gate: c.Gate, store: c.Store, keystore: c.Keystore, sealer: c.Sealer, locker: c.Locker,
+		gate: c.Gate, store: c.Store, keystore: c.Keystore, sealer: c.Sealer, locker: c.Locker, pool: c.Pool,
 		admission: semaphore.NewWeighted(int64(c.Concurrency)), opener: c.Opener,
 		backend: c.Backend, limit: c.Limit, reservationLife: c.ReservationLife, auditDeadline: c.AuditDeadline,
 	}, nil
@@ -76,7 +81,25 @@ func (s *Service) Admit() (leave func(), err error) {
 	if !s.admission.TryAcquire(1) {
 		return nil, ErrOverloaded
 	}
-	return sync.OnceFunc(func() { s.admission.Release(1) }), nil
+	served := s.busy()
+	return sync.OnceFunc(func() { s.admission.Release(1); served() }), nil
+}
+
+// busy counts a caller who waits for a key, until served is called.
+func (s *Service) busy() (served func()) {
+	s.waiting.Add(1)
+	return func() {
+		s.quiet.Store(time.Now().UnixNano())
+		s.waiting.Add(-1)
+	}
+}
+
+// Idle is for how long nobody has waited for a key; 0 while somebody does.
+func (s *Service) Idle() time.Duration {
+	if s.waiting.Load() > 0 {
+		return 0
+	}
+	return max(0, time.Since(time.Unix(0, s.quiet.Load())))
 }
 
 // List returns org's released keys, newest first. It fails closed: one record

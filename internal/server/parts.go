@@ -17,7 +17,9 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/keypool"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/redislock"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
@@ -35,8 +37,18 @@ type backend struct {
 	sink     audit.Sink // nil: the back end is no audit sink
 	signer   audit.Signer
 	healthy  func(context.Context) error
+	pool     func(keypool.Config) keyPool
+	mark     func() string               // of the credentials in use; empty: it is not known
 	reap     func(context.Context) error // clears what crashes left in the back end, until ctx ends
 	close    func() error
+}
+
+// keyPool has keys that were made ahead.
+type keyPool interface {
+	orgkey.Pool
+	enroll.Pool
+	prometheus.Collector
+	Run(context.Context) error
 }
 
 // sinks are the audit sinks that cfg requires.
@@ -120,6 +132,8 @@ func openHSM(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB
 	return backend{
 		name: config.KeystorePKCS11, keystore: token, sealed: token, sealer: token, healthy: token.Healthy,
 		signer: &hsmSigner{token: token, sealer: token, db: db},
+		pool:   func(c keypool.Config) keyPool { return keypool.NewLocal(c, db, token) },
+		mark:   func() string { return "" },                // a login's pool keys end with it
 		reap:   func(context.Context) error { return nil }, // session objects go with their process
 		close:  token.Close,
 	}, nil
@@ -136,8 +150,8 @@ func HSMConfig(cfg config.Config, dir string) hsm.Config {
 }
 
 // openVaultClient logs in to Vault and refuses one that is not set up as it must be.
-func openVaultClient(ctx context.Context, cfg config.Config, log *slog.Logger) (*vault.Client, error) {
-	client, err := vault.Open(ctx, vault.Config{Login: VaultLogin(cfg), ReapGrace: cfg.ReservationTTL, Log: log})
+func openVaultClient(ctx context.Context, cfg config.Config, live vault.Live, log *slog.Logger) (*vault.Client, error) {
+	client, err := vault.Open(ctx, vault.Config{Login: VaultLogin(cfg), ReapGrace: cfg.ReservationTTL, Live: live, Log: log})
 	if err != nil {
 		return nil, err
 	}
@@ -157,7 +171,7 @@ func openVaultClient(ctx context.Context, cfg config.Config, log *slog.Logger) (
 }
 
 func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slog.Logger) (backend, error) {
-	client, err := openVaultClient(ctx, cfg, log)
+	client, err := openVaultClient(ctx, cfg, db.Needed, log)
 	if err != nil {
 		return backend{}, err
 	}
@@ -182,8 +196,9 @@ func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slo
 	}
 	return backend{
 		name: config.KeystoreVault, keystore: client.Keystore(), sealed: client.Keystore(), sealer: client.Sealer(), sink: sink, signer: sink,
-		healthy: client.Healthy, close: func() error { client.Close(); return nil },
-		reap: func(ctx context.Context) error { client.ReapEvery(ctx, reapInterval(cfg), db.Reserved); return nil },
+		pool: func(c keypool.Config) keyPool { return keypool.NewShared(c, db, client.Keystore(), client.Sealer()) },
+		mark: client.Keystore().Credentials, healthy: client.Healthy, close: func() error { client.Close(); return nil },
+		reap: func(ctx context.Context) error { client.ReapEvery(ctx, reapInterval(cfg), db.Needed); return nil },
 	}, nil
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/dryrun"
 	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/keypool"
 	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/orglog"
@@ -118,8 +119,18 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	if err != nil {
 		return err
 	}
-	service, err := orgkey.New(orgkey.Config{
-		Gate:  guard,
+	var service *orgkey.Service
+	pool := backend.pool(keypool.Config{
+		Size: cfg.Pool, Idle: func() time.Duration { return service.Idle() }, Exclusive: db.Exclusive, Record: auditLog.Record,
+		Sinks:   func() error { return errors.Join(sinkTrouble(auditLog), auditLog.Halted()) },
+		Backend: backend.name, Log: log,
+	})
+	var ahead keyPool
+	if cfg.Pool > 0 {
+		ahead = pool
+	}
+	service, err = orgkey.New(orgkey.Config{
+		Gate: guard, Pool: ahead,
 		Store: db, Keystore: backend.keystore, Sealer: backend.sealer, Opener: opener, Locker: lock.Locker,
 		Backend: backend.name, Limit: cfg.Max, Concurrency: cfg.MaxGenerations,
 		ReservationLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline,
@@ -144,7 +155,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	}
 	enrollments, err := enroll.New(enroll.Config{
 		Roots: roots,
-		Gate:  guard,
+		Gate:  guard, Pool: ahead,
 		Store: db, Keystore: backend.sealed, Sealer: backend.sealer, Opener: opener, Admit: service.Admit, Enter: nodes.Enter,
 		Count:  func(o enroll.Outcome) { outcomes.WithLabelValues(string(o)).Inc() },
 		Origin: head.Origin, Backend: backend.name, Limit: cfg.Max, NodeLimit: cfg.MaxNodeKeys,
@@ -175,7 +186,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 			{Name: "audit events", Ask: func(ctx context.Context) error { return unauthenticated(ctx, db) }, Optional: true},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.Ready() }},
 		}, lock.checks...),
-		Metrics: newRegistry(db, auditLog, checkpoints, append(lock.metrics, lost, outcomes)), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
+		Metrics: newRegistry(db, auditLog, checkpoints, append(lock.metrics, lost, outcomes, pool)), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
 	if err != nil {
 		return err
@@ -199,6 +210,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	running.Go(func() error { return service.Sweep(background, sweepInterval) })
 	running.Go(func() error { return enrollments.Sweep(background, sweepInterval) })
 	running.Go(func() error { return backend.reap(background) })
+	running.Go(func() error { return pool.Run(background) })
 	running.Go(func() error { return nodes.Keep(background, keepInterval) })
 	running.Go(func() error { tokens.Run(background); return nil })
 	if cfg.IssuersFile != "" {
@@ -212,7 +224,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	if cfg.DatabaseURL != "" {
 		running.Go(func() error {
 			announce(background, db, func() sqlstore.Replica {
-				return sqlstore.Replica{Address: public.Addr().String(), Version: version, Policy: policy.Revision(), Max: cfg.Max, Timeline: auditLog.Attended(background)}
+				return sqlstore.Replica{Address: public.Addr().String(), Version: version, Policy: policy.Revision(), Max: cfg.Max, Timeline: auditLog.Attended(background), Credentials: backend.mark()}
 			}, log)
 			return nil
 		})

@@ -483,18 +483,23 @@ func (d *DB) placeOwn(ctx context.Context, tx *txn, org org.ID, keyID string, r 
 
 // Begin implements enroll.Store.
 func (d *DB) Begin(ctx context.Context, keyID, attempt string, life time.Duration) (bool, error) {
-	var n int64
+	mine := false
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
 		}
-		n, err = exec(ctx, tx, `UPDATE deliveries SET attempt = $2, attempt_until = $4
-			WHERE key_id = $1 AND stage = 'claimed' AND approved_at IS NOT NULL AND (attempt_until IS NULL OR attempt_until <= $3)`,
-			keyID, attempt, now, now+life.Microseconds())
+		mine, err = begin(ctx, tx, keyID, attempt, now, life)
 		return err
 	})
-	return err == nil && n == 1, err
+	return err == nil && mine, err
+}
+
+func begin(ctx context.Context, tx *txn, keyID, attempt string, now int64, life time.Duration) (mine bool, err error) {
+	n, err := exec(ctx, tx, `UPDATE deliveries SET attempt = $2, attempt_until = $4
+		WHERE key_id = $1 AND stage = 'claimed' AND approved_at IS NOT NULL AND (attempt_until IS NULL OR attempt_until <= $3)`,
+		keyID, attempt, now, now+life.Microseconds())
+	return n == 1, err
 }
 
 // GiveUp implements enroll.Store.

@@ -33,9 +33,17 @@ const isLive = "slot IS NOT NULL AND state = " + released
 // organization's lock; UNIQUE (org_id, slot) refuses a second taker even if
 // two got here at once.
 func (d *DB) Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) error {
+	_, err := d.reserve(ctx, org, id, limit, life, false)
+	return err
+}
+
+// reserve takes a place under id or, if ahead is set and there is a pool key, takes that
+// key and the place under its ID.
+func (d *DB) reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration, ahead bool) (*orgkey.Ahead, error) {
 	var full error
+	var taken *orgkey.Ahead
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
-		full = nil
+		full, taken = nil, nil
 		if err := d.lock(ctx, tx, "org:"+string(org)); err != nil {
 			return err
 		}
@@ -57,14 +65,23 @@ func (d *DB) Reserve(ctx context.Context, org org.ID, id string, limit int, life
 			full = &orgkey.QuotaError{Limit: limit} // what shorten did is to stay
 			return nil
 		}
+		name := id
+		if ahead {
+			if taken, err = d.takeAhead(ctx, tx, orgkey.UsePlain, now); err != nil {
+				return err
+			}
+			if taken != nil {
+				name = taken.ID
+			}
+		}
 		_, err = exec(ctx, tx, "INSERT INTO org_keys (id, org_id, slot, state, expires_at) VALUES ($1, $2, $3, "+reserved+", $4)",
-			id, org, slot, now+life.Microseconds())
+			name, org, slot, now+life.Microseconds())
 		return err
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return full
+	return taken, full
 }
 
 // shorten has what was reserved by a clock that was set back since expire no later
@@ -404,27 +421,21 @@ func (d *DB) HasSealed(ctx context.Context) (bool, error) {
 	return len(found) > 0, err
 }
 
-// Reserved returns which of ids are reserved or pending, and not expired.
-func (d *DB) Reserved(ctx context.Context, ids []string) (map[string]bool, error) {
+// Needed returns which of ids, names in the back end, are still needed: reserved or
+// pending, an attempt's or in the pool, and not expired.
+func (d *DB) Needed(ctx context.Context, ids []string) (map[string]bool, error) {
 	live := map[string]bool{}
-	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
-		now, err := d.now(ctx, tx)
+	now := d.present()
+	for _, id := range ids {
+		found, err := query(ctx, d.read, scanInt, "SELECT (SELECT count(*) FROM org_keys WHERE id = $1 AND state IN ("+reserved+", "+pending+") AND expires_at > "+now+
+			") + (SELECT count(*) FROM pool_keys WHERE id = $1 AND expires_at > "+now+
+			") + (SELECT count(*) FROM deliveries WHERE attempt = $1 AND stage = 'claimed' AND attempt_until IS NOT NULL AND attempt_until > "+now+")", id)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		for _, id := range ids {
-			found, err := query(ctx, tx, scanInt, "SELECT count(*) FROM org_keys WHERE id = $1 AND state IN ("+reserved+", "+pending+") AND expires_at > $2", id, now)
-			if err != nil {
-				return err
-			}
-			if found[0] > 0 {
-				live[id] = true
-			}
+		if found[0] > 0 {
+			live[id] = true
 		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
 	}
 	return live, nil
 }

@@ -47,6 +47,10 @@ func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.
 		if _, err := exec(ctx, tx, "DELETE FROM sinks_ahead"); err != nil {
 			return err
 		}
+		// What was taken from the pool since the backup is in it again.
+		if _, err := exec(ctx, tx, "DELETE FROM pool_keys"); err != nil {
+			return err
+		}
 		void, err = d.voidEnrollments(ctx, tx, v)
 		return err
 	})

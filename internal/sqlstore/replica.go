@@ -16,6 +16,8 @@ type Replica struct {
 	Max        int           // keys that an organization may have
 	ClockAhead time.Duration // of the database's clock, as found when it was announced
 	Timeline   string        // of the database, under which its sinks were found to fit the log; empty: they are not known to
+
+	Credentials string // a mark of those that it uses for the back end; empty: it is not known
 }
 
 // replicaLife is how long a replica counts that said nothing more, and
@@ -47,10 +49,10 @@ func announce(ctx context.Context, tx *txn, r Replica) error {
 	if _, err := exec(ctx, tx, "DELETE FROM replicas WHERE abs(seen_at - "+postgresNow+") > $1::bigint", replicaMemory.Microseconds()); err != nil {
 		return fmt.Errorf("forgetting replicas: %w", err)
 	}
-	_, err := exec(ctx, tx, `INSERT INTO replicas (id, address, version, policy, max_keys, clock_ahead, seen_at, timeline)
-		VALUES ($1, $2, $3, $4, $5, $6::bigint - `+postgresNow+", "+postgresNow+`, nullif($7, '')) ON CONFLICT (id) DO UPDATE SET
-		address = $2, version = $3, policy = $4, max_keys = $5, clock_ahead = excluded.clock_ahead, seen_at = excluded.seen_at, timeline = coalesce(excluded.timeline, replicas.timeline)`,
-		r.ID, r.Address, r.Version, r.Policy, r.Max, time.Now().UnixMicro(), r.Timeline)
+	_, err := exec(ctx, tx, `INSERT INTO replicas (id, address, version, policy, max_keys, clock_ahead, seen_at, timeline, credentials)
+		VALUES ($1, $2, $3, $4, $5, $6::bigint - `+postgresNow+", "+postgresNow+`, nullif($7, ''), nullif($8, '')) ON CONFLICT (id) DO UPDATE SET
+		address = $2, version = $3, policy = $4, max_keys = $5, clock_ahead = excluded.clock_ahead, seen_at = excluded.seen_at, timeline = coalesce(excluded.timeline, replicas.timeline), credentials = excluded.credentials`,
+		r.ID, r.Address, r.Version, r.Policy, r.Max, time.Now().UnixMicro(), r.Timeline, r.Credentials)
 	return err
 }
 

@@ -320,7 +320,7 @@ func TestOnlyGenerationsUnderWayAreReserved(t *testing.T) {
 		all := []string{reserved, underWay, done, late, uuid.NewString()}
 		want := map[string]bool{reserved: true, underWay: true}
 		eventually(t, func() (int, error) {
-			got, err := db.Reserved(t.Context(), all)
+			got, err := db.Needed(t.Context(), all)
 			if err == nil && !maps.Equal(got, want) {
 				err = fmt.Errorf("reserved are %v, want %v", got, want)
 			}

@@ -581,7 +581,16 @@ func (c *Client) checkLeftBehind(ctx context.Context) []Finding {
 		if err != nil {
 			return []Finding{failed(err, runSetup, "the keys in Transit cannot be listed")}
 		}
+		needed := map[string]bool{}
+		if c.config.Live != nil {
+			if needed, err = c.config.Live(ctx, names); err != nil {
+				continue // the database has a check of its own
+			}
+		}
 		for _, name := range names {
+			if needed[name] {
+				continue
+			}
 			if age, err := c.age(ctx, mount+"/keys/"+name); err == nil && age > c.config.ReapGrace {
 				old++
 			}

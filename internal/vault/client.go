@@ -5,7 +5,7 @@
 // What it uses in Vault is set up by vault/setup and allowed by
 // vault/service.hcl and vault/reaper.hcl, five mounts each with one purpose:
 //
-//	orgkeys/         Transit; each key lives there from Create to Destroy only
+//	orgkeys/         Transit; each key lives there from Create to Destroy only, or waits in the pool before
 //	orgkeys-sealed/  Transit; keys that leave it only wrapped, and their recipients
 //	orgkeys-seal/    Transit; the key "seal" from which a key per binding is derived
 //	orgkeys-audit/   Transit; the key "receipt" that signs audit events
@@ -66,6 +66,8 @@ type Config struct {
 	CallTimeout time.Duration
 	// ReapGrace is the age below which Reap leaves a key alone; 5 min when zero.
 	ReapGrace time.Duration
+	// Live is which keys Check takes for needed; none when nil.
+	Live Live
 	// Log receives logins and their failures; slog.Default() when nil.
 	Log *slog.Logger
 }

@@ -141,6 +141,8 @@ type key struct {
 	name   string
 	public *rsa.PublicKey
 
+	ahead bool // made ahead: Destroy succeeds only if its own call removed the key
+
 	mu      sync.Mutex
 	gone    bool
 	useless bool // its private half could not be had
@@ -220,8 +222,12 @@ func (k *key) Destroy(ctx context.Context) error {
 		return nil
 	}
 	ctx = correlated(context.WithoutCancel(ctx), k.name)
+	remove := k.c.remove
+	if k.ahead {
+		remove = k.c.removeOwn
+	}
 	removed := make(chan error, 1)
-	k.c.abandoned.Go(func() { removed <- k.c.remove(ctx, keysMount+"/keys/"+k.name) })
+	k.c.abandoned.Go(func() { removed <- remove(ctx, keysMount+"/keys/"+k.name) })
 	var enough <-chan time.Time // never, unless the key is useless
 	if k.useless {
 		enough = time.After(uselessPatience)
@@ -261,14 +267,10 @@ func (c *Client) remove(ctx context.Context, path string) error {
 	if deleteErr != nil && !badRequest(deleteErr) {
 		return deleteErr
 	}
-	_, err := c.do(ctx, request{method: http.MethodGet, path: path})
-	switch {
-	case errors.Is(err, errNotFound):
-		return nil
-	case err != nil:
-		return fmt.Errorf("confirming that it is deleted: %w", err)
+	if err := c.confirmGone(ctx, path); err != nil {
+		return errors.Join(err, deleteErr)
 	}
-	return errors.Join(errors.New("it is still there"), deleteErr)
+	return nil
 }
 
 // abandon removes, in the background, the key at path, whose creation may still be in

@@ -54,6 +54,7 @@ type session struct {
 	secret *api.Secret   // the login's answer; nil if another program renews the token
 	file   string        // where the token was read, if it was
 	ended  chan struct{} // closed when another session has taken its place
+	mark   string        // of the credentials that it came of
 
 	between string // what the login's answer says of who gave it in Vault's stead
 }
@@ -180,7 +181,7 @@ func (a *AppRole) logIn(ctx context.Context, base *api.Client, roleID, secretID 
 	if err != nil {
 		return nil, err
 	}
-	s.secret, s.between = secret, between(header)
+	s.secret, s.between, s.mark = secret, between(header), credentialMark(roleID, secretID)
 	return s, nil
 }
 
@@ -278,7 +279,7 @@ func (f *TokenFile) get(_ context.Context, base *api.Client, stale *session) (*s
 	if err != nil {
 		return nil, err
 	}
-	s.file = f.Path
+	s.file, s.mark = f.Path, credentialMark(token)
 	return s, nil
 }
 

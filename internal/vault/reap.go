@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Live answers which of names a generation under way may still need: reserved
-// or pending, and not expired.
+// Live answers which of names are still needed: by a generation under way, reserved
+// or pending and not expired, or because they are in the pool.
 type Live func(ctx context.Context, names []string) (map[string]bool, error)
 
 // Reap deletes the keys that a crash left in Transit, and returns how many: a
@@ -21,11 +21,11 @@ type Live func(ctx context.Context, names []string) (map[string]bool, error)
 // and that no generation needs any more has no owner; and deleting what
 // another replica has just deleted is no error.
 //
-// What sealed deliveries leave bears no name that a generation has: there the
-// age alone decides, which no attempt reaches.
+// What the attempts of sealed deliveries leave bears no name that live knows: of
+// those the age alone decides, which no attempt reaches.
 func (c *Client) Reap(ctx context.Context, live Live) (int, error) {
 	generated, err := c.reapMount(ctx, keysMount, live)
-	sealed, sealedErr := c.reapMount(ctx, sealedMount, func(context.Context, []string) (map[string]bool, error) { return nil, nil })
+	sealed, sealedErr := c.reapMount(ctx, sealedMount, live)
 	return generated + sealed, errors.Join(err, sealedErr)
 }
 

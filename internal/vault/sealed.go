@@ -52,6 +52,7 @@ type sealableKey struct {
 	c      *Client
 	name   string
 	public *rsa.PublicKey
+	ahead  bool // as of key
 
 	mu   sync.Mutex
 	gone bool
@@ -143,7 +144,11 @@ func (k *sealableKey) Destroy(ctx context.Context) error {
 	if k.gone {
 		return nil
 	}
-	if err := k.c.remove(correlated(context.WithoutCancel(ctx), k.name), sealedMount+"/keys/"+k.name); err != nil {
+	remove := k.c.remove
+	if k.ahead {
+		remove = k.c.removeOwn
+	}
+	if err := remove(correlated(context.WithoutCancel(ctx), k.name), sealedMount+"/keys/"+k.name); err != nil {
 		return fmt.Errorf("destroying a sealed key: %w", err)
 	}
 	k.gone = true

@@ -17,15 +17,27 @@ import (
 )
 
 func TestKeystoreContract(t *testing.T) {
-	backendtest.Keystore(t, open(t).Keystore(), func(t *testing.T, name string) {
-		t.Helper()
-		eventually(t, func() error {
-			s, err := root(t).Logical().ReadWithContext(t.Context(), "orgkeys/keys/"+name)
-			if err == nil && s != nil {
-				err = fmt.Errorf("Transit still has key %s", name)
-			}
-			return err
-		})
+	for what, ks := range map[string]orgkey.Keystore{"at once": open(t).Keystore(), "ahead": madeAhead{open(t).Keystore()}} {
+		t.Run(what, func(t *testing.T) { backendtest.Keystore(t, ks, goneFromTransit) })
+	}
+}
+
+// madeAhead is the keystore with keys that wait in the pool, for no time.
+type madeAhead struct{ *vault.Keystore }
+
+func (m madeAhead) Create(ctx context.Context, name string) (orgkey.BackendKey, error) {
+	public, err := m.CreateAhead(ctx, orgkey.UsePlain, name)
+	return m.TakenPlain(name, public), err
+}
+
+func goneFromTransit(t *testing.T, name string) {
+	t.Helper()
+	eventually(t, func() error {
+		s, err := root(t).Logical().ReadWithContext(t.Context(), "orgkeys/keys/"+name)
+		if err == nil && s != nil {
+			err = fmt.Errorf("Transit still has key %s", name)
+		}
+		return err
 	})
 }
 

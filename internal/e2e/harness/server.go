@@ -2,6 +2,7 @@ package harness
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -103,10 +104,12 @@ func Configure(t testing.TB, opts ...Option) *Server {
 	return s
 }
 
+// newServer has no keys made ahead unless a test, or ORGKEYS_TEST_POOL, sets how many:
+// many tests count what is in the back end, and each start would cost four keys.
 func newServer(binary, dir string, opts ...Option) *Server {
 	s := &Server{
 		Dir: dir, binary: binary, args: []string{"serve"}, HTTP: httpClient(nil),
-		env: map[string]string{"ORGKEYS_LISTEN": "127.0.0.1:0"}, tokens: map[string]string{}, out: &Output{},
+		env: map[string]string{"ORGKEYS_LISTEN": "127.0.0.1:0", "ORGKEYS_POOL": cmp.Or(os.Getenv("ORGKEYS_TEST_POOL"), "0")}, tokens: map[string]string{}, out: &Output{},
 	}
 	for _, o := range opts {
 		o(s)

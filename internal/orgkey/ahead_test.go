@@ -1,0 +1,88 @@
+package orgkey_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// onePool has one key, made ahead in a real token, and does with it what a test wants.
+type onePool struct {
+	db    orgkey.Store
+	open  func(orgkey.BackendKey) (orgkey.BackendKey, error)
+	taken int
+	key   orgkey.BackendKey
+	id    string
+}
+
+func (p *onePool) Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) (*orgkey.Taken[orgkey.BackendKey], error) {
+	if p.taken++; p.taken > 1 {
+		return nil, p.db.Reserve(ctx, org, id, limit, life)
+	}
+	if err := p.db.Reserve(ctx, org, p.id, limit, life); err != nil {
+		return nil, err
+	}
+	return &orgkey.Taken[orgkey.BackendKey]{ID: p.id, Open: func(context.Context) (orgkey.BackendKey, time.Time, error) {
+		k, err := p.open(p.key)
+		return k, time.Now(), err
+	}}, nil
+}
+
+// notOwn is a key that another deletion removed.
+type notOwn struct{ orgkey.BackendKey }
+
+func (k notOwn) Destroy(ctx context.Context) error {
+	return errors.Join(errors.New("another deletion may have removed the key"), k.BackendKey.Destroy(ctx))
+}
+
+// unexportable is a key that is gone.
+type unexportable struct{ orgkey.BackendKey }
+
+func (k unexportable) Export(context.Context) ([]byte, error) { return nil, errors.New("not found") }
+
+// A key out of the pool is released only if it was opened, exported, and destroyed by the
+// caller's own deletion. Otherwise the caller gets another key, and one place is taken.
+func TestAPoolKeyThatIsNotOwnIsNotReleased(t *testing.T) {
+	for what, c := range map[string]struct {
+		open     func(orgkey.BackendKey) (orgkey.BackendKey, error)
+		released bool
+	}{
+		"it is": {func(k orgkey.BackendKey) (orgkey.BackendKey, error) { return k, nil }, true},
+		"its record does not open": {func(k orgkey.BackendKey) (orgkey.BackendKey, error) {
+			return nil, errors.Join(orgkey.ErrSealBroken, k.Destroy(context.Background()))
+		}, false},
+		"it is gone":                  {func(k orgkey.BackendKey) (orgkey.BackendKey, error) { return unexportable{k}, nil }, false},
+		"another deletion removed it": {func(k orgkey.BackendKey) (orgkey.BackendKey, error) { return notOwn{k}, nil }, false},
+	} {
+		t.Run(what, func(t *testing.T) {
+			ahead, err := token.CreateAhead(t.Context(), uuid.NewString())
+			if err != nil {
+				t.Fatal(err)
+			}
+			pool := &onePool{open: c.open, key: ahead, id: uuid.NewString()}
+			f := newFixture(t, func(cfg *orgkey.Config) {
+				pool.db, cfg.Pool, cfg.Limit = cfg.Store, pool, 1
+			})
+			id, _ := f.generate(t, "acme")
+			if (id == pool.id) != c.released {
+				t.Errorf("the pool key %s, and the caller got %s", pool.id, id)
+			}
+			if got, want := f.history(t, "object = ?", pool.id), "orgkey.created orgkey.delivered"; (got == want) != c.released || got != "" && !c.released {
+				t.Errorf("of the pool key the log says %q", got)
+			}
+			keys, err := f.List(t.Context(), owner("acme"), "acme")
+			if err != nil || len(keys) != 1 || keys[0].ID != id {
+				t.Errorf("listed are %v, %v", keys, err)
+			}
+			if c.released != (keys[0].Fingerprint == orgkey.NewPublic(ahead.Public()).Fingerprint()) {
+				t.Error("the public key is of another key than was released")
+			}
+		})
+	}
+}

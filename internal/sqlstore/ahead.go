@@ -1,0 +1,116 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// takeAhead takes a pool key of a use in tx, or returns nil: it deletes the key's row.
+// Of several takers at once each gets another key. An ID that is a key's
+// already, in a database that was restored or altered, is not taken.
+func (d *DB) takeAhead(ctx context.Context, tx *txn, use orgkey.Use, now int64) (*orgkey.Ahead, error) {
+	taken, err := query(ctx, tx, func(scan func(...any) error) (a orgkey.Ahead, err error) {
+		err = scan(&a.ID, &a.Use, &a.Sealed)
+		return a, err
+	}, `DELETE FROM pool_keys WHERE id = (SELECT p.id FROM pool_keys p WHERE p.use = $1 AND p.sealed IS NOT NULL AND p.expires_at > $2
+		AND NOT EXISTS (SELECT 1 FROM org_keys k WHERE k.id = p.id) AND NOT EXISTS (SELECT 1 FROM keys_of_nodes k WHERE k.id = p.id)
+		ORDER BY p.expires_at, p.id LIMIT 1`+d.forUpdate(" SKIP LOCKED")+`) AND sealed IS NOT NULL RETURNING id, use, sealed`, string(use), now)
+	if err != nil || len(taken) == 0 {
+		return nil, err
+	}
+	return &taken[0], nil
+}
+
+// ReserveAhead implements keypool.Store.
+func (d *DB) ReserveAhead(ctx context.Context, org org.ID, id string, limit int, life time.Duration) (*orgkey.Ahead, error) {
+	return d.reserve(ctx, org, id, limit, life, true)
+}
+
+// BeginAhead implements keypool.Store.
+func (d *DB) BeginAhead(ctx context.Context, keyID, attempt string, life time.Duration) (mine bool, taken *orgkey.Ahead, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+		taken = nil
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if mine, err = begin(ctx, tx, keyID, attempt, now, life); err != nil || !mine {
+			return err
+		}
+		if taken, err = d.takeAhead(ctx, tx, orgkey.UseSealed, now); err != nil || taken == nil {
+			return err
+		}
+		return one(exec(ctx, tx, "UPDATE deliveries SET attempt = $3 WHERE key_id = $1 AND attempt = $2", keyID, attempt, taken.ID))
+	})
+	if err != nil {
+		return false, nil, err
+	}
+	return mine, taken, nil
+}
+
+// AddAhead implements keypool.Store.
+func (d *DB) AddAhead(ctx context.Context, use orgkey.Use, id string, limit int, life time.Duration) (added bool, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+		added = false
+		if err := d.lock(ctx, tx, "pool rows"); err != nil {
+			return err
+		}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		n, err := query(ctx, tx, scanInt, "SELECT count(*) FROM pool_keys WHERE use = $1 AND expires_at > $2", string(use), now)
+		if err != nil || n[0] >= limit {
+			return err
+		}
+		_, err = exec(ctx, tx, "INSERT INTO pool_keys (id, use, expires_at) VALUES ($1, $2, $3)", id, string(use), now+life.Microseconds())
+		added = err == nil
+		return err
+	})
+	return added && err == nil, err
+}
+
+// FillAhead implements keypool.Store.
+func (d *DB) FillAhead(ctx context.Context, id string, sealed []byte, life time.Duration) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		return one(exec(ctx, tx, "UPDATE pool_keys SET sealed = $3, expires_at = $4 WHERE id = $1 AND sealed IS NULL AND expires_at > $2", id, now, sealed, now+life.Microseconds()))
+	})
+}
+
+// RemoveAhead implements keypool.Store.
+func (d *DB) RemoveAhead(ctx context.Context, id string) (removed bool, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+		n, err := exec(ctx, tx, "DELETE FROM pool_keys WHERE id = $1", id)
+		removed = n == 1
+		return err
+	})
+	return removed && err == nil, err
+}
+
+// Ahead implements keypool.Store.
+func (d *DB) Ahead(ctx context.Context) ([]orgkey.Ahead, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (a orgkey.Ahead, err error) {
+		err = scan(&a.ID, &a.Use, &a.Sealed, &a.Expired)
+		return a, err
+	}, "SELECT id, use, sealed, expires_at <= "+d.present()+" FROM pool_keys ORDER BY expires_at, id")
+}
+
+// Credentials implements keypool.Store.
+func (d *DB) Credentials(ctx context.Context) ([]string, error) {
+	if !d.postgres {
+		return nil, nil
+	}
+	return query(ctx, d.read, func(scan func(...any) error) (string, error) {
+		var mark sql.NullString
+		err := scan(&mark)
+		return mark.String, err
+	}, liveReplicas("credentials", 1), replicaLife.Microseconds())
+}

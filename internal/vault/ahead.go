@@ -1,0 +1,118 @@
+package vault
+
+import (
+	"context"
+	"crypto/rsa"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+)
+
+// errNotOwn: this process's deletion did not remove the key, or it is not known
+// whether it did. Somebody else may have the key.
+var errNotOwn = errors.New("another deletion than this one may have removed the key")
+
+// aheadMount is where keys made ahead for a use live.
+func aheadMount(use orgkey.Use) string {
+	if use == orgkey.UseSealed {
+		return sealedMount
+	}
+	return keysMount
+}
+
+// CreateAhead makes a key that stays in Transit until it is taken or discarded. The
+// creation is sent once; if its outcome is unknown, the key is abandoned.
+func (k *Keystore) CreateAhead(ctx context.Context, use orgkey.Use, name string) (*rsa.PublicKey, error) {
+	if !nameForm.MatchString(name) {
+		return nil, fmt.Errorf("creating a key ahead: %q is not a UUID", name)
+	}
+	public, err := k.c.create(once(correlated(ctx, name)), aheadMount(use)+"/keys/"+name)
+	if err != nil {
+		return nil, fmt.Errorf("creating a key ahead: %w", err)
+	}
+	return public, nil
+}
+
+// TakenPlain is a key made ahead for orgkey.UsePlain. Its Destroy succeeds only if
+// its own deletion removed the key: of several deletions at once Transit answers
+// one with 204. A key whose Destroy failed must not be released.
+func (k *Keystore) TakenPlain(name string, public *rsa.PublicKey) orgkey.BackendKey {
+	return &key{c: k.c, name: name, public: public, ahead: true}
+}
+
+// TakenSealed is likewise a key made ahead for orgkey.UseSealed.
+func (k *Keystore) TakenSealed(name string, public *rsa.PublicKey) orgkey.SealableKey {
+	return &sealableKey{c: k.c, name: name, public: public, ahead: true}
+}
+
+// Discard removes a key made ahead and confirms that it is gone. What is not there
+// is no error.
+func (k *Keystore) Discard(ctx context.Context, use orgkey.Use, name string) error {
+	if !nameForm.MatchString(name) {
+		return fmt.Errorf("discarding a key: %q is not a UUID", name)
+	}
+	ctx = correlated(ctx, name)
+	place := aheadMount(use) + "/keys/" + name
+	allowErr := k.c.allowDeletion(ctx, place)
+	if err := k.c.remove(ctx, place); err != nil {
+		return fmt.Errorf("discarding a key: %w", errors.Join(err, allowErr))
+	}
+	return nil
+}
+
+// Credentials identifies what the client is logged in with, without revealing it. It
+// is empty while the client is not logged in.
+func (k *Keystore) Credentials() string {
+	if s := k.c.current.Load(); s != nil {
+		return s.mark
+	}
+	return ""
+}
+
+// credentialMark is of credentials of at least 122 random bits, so that nobody can
+// find them from it.
+func credentialMark(parts ...string) string {
+	sum := sha256.Sum256([]byte("orgkeys credentials\x00" + strings.Join(parts, "\x00")))
+	return hex.EncodeToString(sum[:8])
+}
+
+// removeOwn deletes the key at path and confirms that it is gone. It reports
+// errNotOwn, after it has removed the key anyhow, unless the one deletion that it sends
+// first was answered with 204.
+func (c *Client) removeOwn(ctx context.Context, path string) error {
+	answer, err := c.do(once(ctx), request{method: http.MethodDelete, path: path})
+	if err == nil && answer.status == http.StatusNoContent {
+		return c.confirmGone(ctx, path)
+	}
+	return errors.Join(errNotOwn, err, c.remove(ctx, path))
+}
+
+// confirmGone reports an error unless there is no key at path.
+func (c *Client) confirmGone(ctx context.Context, path string) error {
+	_, err := c.do(ctx, request{method: http.MethodGet, path: path})
+	switch {
+	case errors.Is(err, errNotFound):
+		return nil
+	case err != nil:
+		return fmt.Errorf("confirming that it is deleted: %w", err)
+	}
+	return errors.New("it is still there")
+}
+
+// Newest returns a function that reports whether a ciphertext is of the sealing key's
+// newest version.
+func (s *Sealer) Newest(ctx context.Context) (func([]byte) bool, error) {
+	key, err := s.Key(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return func(ciphertext []byte) bool {
+		version, err := parseCiphertext(ciphertext)
+		return err == nil && version == key.Latest
+	}, nil
+}
