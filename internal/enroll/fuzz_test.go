@@ -44,7 +44,10 @@ func FuzzRequests(f *testing.F) {
 		`{"recipient":` + string(quoted) + `,"mac":"AAAA\n"}`, `{"recipient":` + string(quoted) + `,"mac":"AB=="}`,
 		`{"recipient":"` + r + `","signature":"AAAA"}`, `{"recipient":"` + r + `\n","signature":"AAAA"}`, `{"Recipient":"` + r + `","signature":"AAAA"}`,
 		`{"scope":"organization","uses":1,"ttlSeconds":600,"bind":{"recipient":"` + r + `"},"approval":true,"note":"rack 7"}`,
-		`{"scope":"node","uses":100,"ip":"::ffff:192.0.2.7"}`, `{"ip":"fe80::1%eth0"}`, `{"uses":1e2}`, `{"ttlSeconds":9223372036854775807}`, `{"bind":{}}`,
+		`{"scope":"node","uses":100,"ip":"::ffff:192.0.2.7"}`, `{"ip":"fe80::1%eth0"}`, `{"uses":1e2}`, `{"origin":"node","bind":{"tpm":true}}`, `{"bind":{"ek":"sha256-` + r + `"},"origin":"backend"}`,
+		`{"recipient":` + string(quoted) + `,"mac":"AAAA","tpm":{"ek":"AAAA","public":"AAAA"},"proof":"AAAA"}`,
+		`{"publicKey":` + string(quoted) + `,"mac":"AAAA","signature":"AAAA"}`,
+		`{"ttlSeconds":9223372036854775807}`, `{"bind":{}}`,
 	} {
 		f.Add([]byte(body))
 	}
@@ -69,27 +72,43 @@ func FuzzRequests(f *testing.F) {
 				t.Errorf("%s is %x of %q", field, decoded, text(field))
 			}
 		}
-		key := func(r Recipient) {
-			block, _ := pem.Decode([]byte(text("recipient")))
+		key := func(r Recipient, field string, sizes ...int) {
+			block, _ := pem.Decode([]byte(text(field)))
 			if block == nil {
-				t.Fatalf("a recipient out of %q", text("recipient"))
+				t.Fatalf("a key out of %q", text(field))
 			}
 			der, err := x509.MarshalPKIXPublicKey(r.Public)
 			sum := sha256.Sum256(der)
 			same, otherErr := x509.ParsePKIXPublicKey(block.Bytes)
 			if err != nil || otherErr != nil || !r.Public.Equal(same) || string(der) != string(r.DER) || r.ID != hex.EncodeToString(sum[:]) {
-				t.Errorf("recipient %s of %q", r.ID, text("recipient"))
+				t.Errorf("key %s of %q", r.ID, text(field))
 			}
-			if bits := r.Public.N.BitLen(); bits != 3072 && bits != 4096 {
-				t.Errorf("a recipient of %d bits", bits)
+			if bits := r.Public.N.BitLen(); !slices.Contains(sizes, bits) {
+				t.Errorf("%s of %d bits", field, bits)
 			}
 		}
 		if c, err := parseClaim(body); accepted(err) {
-			key(c.recipient)
+			within, _ := sent["tpm"].(map[string]any)
+			switch {
+			case c.recipient.Origin == FromNode:
+				key(c.recipient, "publicKey", 2048)
+				encodes("signature", c.signature)
+			case c.tpm != nil:
+				key(c.recipient, "recipient", 2048, 3072, 4096)
+			default:
+				key(c.recipient, "recipient", 3072, 4096)
+			}
 			encodes("mac", c.mac)
+			if (c.tpm != nil) != (within != nil) || c.tpm != nil && base64.StdEncoding.EncodeToString(c.tpm.public) != within["public"] {
+				t.Errorf("a TPM of %v", sent)
+			}
 		}
 		if own, err := parseOwn(body); accepted(err) {
-			key(own)
+			key(own, "recipient", 3072, 4096)
+		}
+		if added, signature, err := parseAdded(body); accepted(err) {
+			key(added, "publicKey", 2048)
+			encodes("signature", signature)
 		}
 		if r, err := parseReceipt(body); accepted(err) {
 			encodes("signature", r.signature)
@@ -134,8 +153,16 @@ func checkTerms(t *testing.T, got terms, sent map[string]any) {
 		t.Errorf("approval %t of %v", got.approval, sent)
 	}
 	bind, bound := sent["bind"].(map[string]any)
-	if bound != (got.recipient != "") || bound && (bind["recipient"] != got.recipient || got.uses != 1) {
-		t.Errorf("bound to %q, %d uses, of %v", got.recipient, got.uses, sent)
+	recipient, _ := bind["recipient"].(string)
+	ek, _ := bind["ek"].(string)
+	if recipient == "" && ek == "" && bind["tpm"] == true {
+		ek = AnyAllowedTPM
+	}
+	if got.recipient != recipient || got.tpm != ek || bound != (recipient+ek != "") || (recipient != "" || ek != AnyAllowedTPM && ek != "") && got.uses != 1 {
+		t.Errorf("bound to %q and %q, %d uses, of %v", got.recipient, got.tpm, got.uses, sent)
+	}
+	if got.origin != FromBackend && sent["origin"] != string(got.origin) {
+		t.Errorf("origin %q of %v", got.origin, sent)
 	}
 	if ip, _ := sent["ip"].(string); (ip != "") != got.address.IsValid() || got.address.Is4In6() || got.address.Zone() != "" {
 		t.Errorf("address %s of %v", got.address, sent)

@@ -189,7 +189,7 @@ func TestTheTwoKeysOfFormat2(t *testing.T) {
 		for _, want := range []struct {
 			keyType uint
 			id      []byte
-		}{{pkcs11.CKK_AES, id}, {pkcs11.CKK_GENERIC_SECRET, macID(id)}} {
+		}{{pkcs11.CKK_AES, id}, {pkcs11.CKK_GENERIC_SECRET, append(bytes.Clone(id), "-mac"...)}} {
 			found, err := find(lib, h, 2, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
 				pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, want.keyType))
 			if err != nil || len(found) != 1 {
