@@ -253,6 +253,8 @@ func TestForeignAnswersAreToldApart(t *testing.T) {
 			"delete secret": func() error { return c.DeleteSecret(t.Context(), "acme", "s") },
 			"revoke":        func() error { return c.RevokeEnrollment(t.Context(), "acme", "e") },
 			"approve":       func() error { return c.ApproveEnrollment(t.Context(), "acme", "e", "r") },
+			"allow":         func() error { return c.AllowDevice(t.Context(), "acme", "sha256-0", "") },
+			"remove device": func() error { return c.RemoveDevice(t.Context(), "acme", "sha256-0") },
 			"receipt":       func() error { return c.Receipt(t.Context(), client.Delivery{Enrollment: "e"}, testKey) },
 			"own receipt":   func() error { return c.Receipt(t.Context(), client.Delivery{Org: "acme", KeyID: "k"}, testKey) },
 			"health":        func() error { _, err := c.Health(t.Context()); return err },
