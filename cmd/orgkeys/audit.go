@@ -20,7 +20,7 @@ import (
 
 func newAudit() *cobra.Command {
 	cmd := &cobra.Command{Use: "audit", Short: "Read and verify the audit log"}
-	cmd.AddCommand(newAuditVerify(), newVerifyExport(), newAuditList(), newAuditExport(), newAuditProve(), newVerifyProof(),
+	cmd.AddCommand(newAuditVerify(), newVerifyExport(), newAuditList(), newAuditExport(), newAuditPublish(), newVerifyTiles(), newAuditProve(), newVerifyProof(),
 		newAuditKey(), newAuditCheckpoint(), newAuditErase(), newAcceptRollback())
 	return cmd
 }

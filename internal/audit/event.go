@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"maps"
 	"time"
@@ -154,6 +155,13 @@ type Leaf struct {
 // TimeFormat is how leaves write time: UTC, to the microsecond.
 const TimeFormat = "2006-01-02T15:04:05.000000Z"
 
+// MaxLeaf is the size of the largest leaf, in bytes: what an entry bundle of
+// C2SP tlog-tiles takes.
+const MaxLeaf = 1<<16 - 1
+
+// ErrLeafTooLarge: an event would have a leaf of more than MaxLeaf bytes.
+var ErrLeafTooLarge = errors.New("the event is too large for the log")
+
 // Record is an event in the form in which it is stored.
 type Record struct {
 	ID       string
@@ -170,7 +178,7 @@ type Record struct {
 
 // Encode returns the event in the form in which it is stored. The leaf commits to the personal part by
 // a salted digest: a change is detected, and after an erasure the digest cannot be
-// used to test a guess.
+// used to test a guess. It reports ErrLeafTooLarge.
 func (e Event) Encode() (Record, error) {
 	l := Leaf{
 		Version: 1, ID: e.ID, Time: e.Time.UTC().Format(TimeFormat), Type: e.Type, Outcome: e.Outcome,
@@ -190,6 +198,9 @@ func (e Event) Encode() (Record, error) {
 	r.Leaf, err = json.Marshal(l, json.Deterministic(true))
 	if err != nil {
 		return Record{}, fmt.Errorf("encoding event %s: %w", e.ID, err)
+	}
+	if len(r.Leaf) > MaxLeaf {
+		return Record{}, fmt.Errorf("encoding event %s of type %s: %w", e.ID, e.Type, ErrLeafTooLarge)
 	}
 	return r, nil
 }

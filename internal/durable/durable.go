@@ -81,6 +81,9 @@ func Replace(path string, content []byte) error {
 	return syncDir(filepath.Dir(path))
 }
 
+// Sync makes the names in a directory last, whoever made them.
+func Sync(dir string) error { return syncDir(dir) }
+
 // Remove removes path, if it is there, for good.
 func Remove(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -1,0 +1,206 @@
+package tiles
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/mod/sumdb/tlog"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/durable"
+)
+
+// Source is a log that can be published. Its implementation is sqlstore.
+type Source interface {
+	Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error)
+	LastSigned(ctx context.Context) (audit.Signed, error)
+}
+
+// Reasons why nothing is published.
+var (
+	ErrNotSigned = errors.New("no signed checkpoint: start the server, or run \"orgkeys audit checkpoint\" while it is stopped")
+	ErrRewritten = errors.New("the log does not extend what is published there: it was set back or rewritten since, or it is another log; publish it to another directory")
+)
+
+// writers is how many files are written, and flushed to disk, at once.
+const writers = 16
+
+// Publish writes the log, up to its newest signed checkpoint, to dir, which
+// may hold what was published before. The checkpoint comes last: whoever reads it finds
+// all that it covers, and after a crash the next call goes on. Nothing that
+// was published is changed or removed but the checkpoint. It returns the checkpoint
+// that is published then. A log that does not have the root that was signed is
+// a *verify.Problem.
+func Publish(ctx context.Context, dir string, source Source, progress verify.Progress) (signed audit.Signed, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return audit.Signed{}, err
+	}
+	unlock, err := durable.Lock(ctx, filepath.Join(dir, ".lock"))
+	if err != nil {
+		return audit.Signed{}, err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	head, err := source.LastSigned(ctx)
+	if err != nil {
+		return audit.Signed{}, err
+	}
+	if head.Size == 0 {
+		return audit.Signed{}, ErrNotSigned
+	}
+	published, err := readPublished(dir)
+	if err != nil {
+		return audit.Signed{}, err
+	}
+	if published.size > head.Size || published.origin != "" && published.origin != head.Origin {
+		return audit.Signed{}, ErrRewritten
+	}
+	p := publication{dir: dir, source: source, head: head, tick: progress.Ticking()}
+	// The first pass only reads: a file of a wrong log could never be replaced.
+	nothing := func(string, []byte) error { return nil }
+	if err := p.walk(ctx, published.clone(), nothing); err != nil {
+		return audit.Signed{}, err
+	}
+	if err := p.write(ctx, published.tree); err != nil {
+		return audit.Signed{}, err
+	}
+	if err := durable.Replace(filepath.Join(dir, checkpointName), []byte(head.Note)); err != nil {
+		return audit.Signed{}, err
+	}
+	return head, nil
+}
+
+// published is what a directory holds.
+type published struct {
+	*tree
+	origin string // empty: nothing
+}
+
+func readPublished(dir string) (published, error) {
+	note, err := os.ReadFile(filepath.Join(dir, checkpointName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return published{tree: &tree{}}, nil
+	}
+	if err != nil {
+		return published{}, err
+	}
+	c, err := audit.ParseCheckpoint(string(note))
+	if err != nil {
+		return published{}, fmt.Errorf("%s in %s: %w", checkpointName, dir, err)
+	}
+	t, err := loadEdge(c.Size, func(path string) ([]byte, error) { return os.ReadFile(filepath.Join(dir, path)) })
+	if err != nil {
+		return published{}, fmt.Errorf("what is published in %s cannot be read: %w", dir, err)
+	}
+	if t.root() != c.Root {
+		return published{}, fmt.Errorf("the tiles in %s do not match their checkpoint: they were changed", dir)
+	}
+	return published{t, c.Origin}, nil
+}
+
+type publication struct {
+	dir    string
+	source Source
+	head   audit.Signed
+	tick   func(done, all int64)
+}
+
+// write writes what is new, in no order. When it returns a crash of the machine loses
+// nothing of it, also if an earlier process, which crashed, wrote a part.
+func (p *publication) write(ctx context.Context, from *tree) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(writers)
+	dirs := map[string]bool{filepath.Dir(p.dir): true}
+	err := p.walk(ctx, from, func(path string, content []byte) error {
+		for d := path; d != "."; {
+			d = filepath.Dir(d)
+			dirs[filepath.Join(p.dir, d)] = true
+		}
+		group.Go(func() error { return writeOnce(filepath.Join(p.dir, path), content) })
+		return ctx.Err()
+	})
+	if waited := group.Wait(); waited != nil { // which is why walk was cancelled
+		return waited
+	}
+	for dir := range dirs {
+		err = errors.Join(err, durable.Sync(dir))
+	}
+	return err
+}
+
+// writeOnce writes a file that never changes. One that is there must hold the same.
+func writeOnce(path string, content []byte) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	f, err := durable.Create(path)
+	if err == nil {
+		err = f.Write(content)
+	}
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	held, err := os.ReadFile(path)
+	if err == nil && !bytes.Equal(held, content) {
+		err = fmt.Errorf("%s does not hold what the log holds: it was changed, or belongs to another log", path)
+	}
+	return err
+}
+
+// walk goes from what is published to the head, and passes on each file that comes
+// about. The events of a bundle that was not full are read again: they must be those
+// that were published.
+func (p *publication) walk(ctx context.Context, t *tree, emit func(path string, content []byte) error) error {
+	var before []tlog.Hash
+	if len(t.levels) > 0 {
+		before, t.levels[0] = t.levels[0], make([]tlog.Hash, 0, width)
+	}
+	t.size -= int64(len(before))
+	for first := t.size; first < p.head.Size; first = t.size {
+		w := int(min(width, p.head.Size-first))
+		bundle, err := p.bundle(ctx, t, w, before, emit)
+		if err != nil {
+			return err
+		}
+		before = nil
+		if err := emit(bundlePath(first/width, w), bundle); err != nil {
+			return err
+		}
+		p.tick(t.size, p.head.Size)
+	}
+	if t.root() != p.head.Root {
+		return verify.Problemf(-1, "the events do not have the root hash that was signed, or do not extend those that are published: run \"orgkeys audit verify\"")
+	}
+	return t.edge(emit)
+}
+
+// bundle reads the next w events into the tree and into an entry bundle.
+func (p *publication) bundle(ctx context.Context, t *tree, w int, before []tlog.Hash, emit func(path string, content []byte) error) ([]byte, error) {
+	page, err := p.source.Entries(ctx, t.size, w)
+	if err != nil {
+		return nil, err
+	}
+	if len(page) < w {
+		return nil, verify.Problemf(t.size+int64(len(page)), "it is missing: the signed checkpoint covers %d events", p.head.Size)
+	}
+	var bundle []byte
+	for i, e := range page {
+		h := tlog.RecordHash(e.Leaf)
+		if i < len(before) && h != before[i] {
+			return nil, fmt.Errorf("event %d: %w", e.Index, ErrRewritten)
+		}
+		if bundle, err = appendEntry(bundle, e.Leaf); err != nil {
+			return nil, verify.Problemf(e.Index, "%v", err)
+		}
+		if err := t.push(h, emit); err != nil {
+			return nil, err
+		}
+	}
+	return bundle, nil
+}
