@@ -76,6 +76,30 @@ func TestFirstBootWithAKeyOfItsOwn(t *testing.T) {
 	e.run(64, "is neither backend nor node", "boot", "--origin", "moon")
 }
 
+// A node's own key acts for that node only, and deleting it ends it.
+func TestPromise14_AKeyThatANodeMadeActsForItOnly(t *testing.T) {
+	s := harness.Start(t)
+	org := harness.Org()
+	device := tpmtest.Start(t)
+	allow(t, s, org, ekOf(t, device))
+	boot := []string{"boot", "--origin", "node"}
+	first := newEnrolling(t, s.API, mint(t, s, org, `{"origin":"node"}`).Token)
+	second := newEnrolling(t, s.API, mint(t, s, org, `{"origin":"node","bind":{"tpm":true}}`).Token)
+	first.run(0, "registered 192.0.2.81", boot[0], append(boot[1:], "--ip", "192.0.2.81")...)
+	second.run(0, "registered 192.0.2.82", boot[0], append(boot[1:], "--ip", "192.0.2.82", "--tpm", device.Socket)...)
+	first.run(77, "belongs to another node", "register", "--ip", "192.0.2.82")
+	second.run(77, "belongs to another node", "register", "--ip", "192.0.2.81", "--tpm", device.Socket)
+	first.run(77, "belongs to another node", "unregister", "--ip", "192.0.2.82")
+	var outcome struct{ KeyID string }
+	if out := second.run(0, "", "status", "--json", "--tpm", device.Socket); json.Unmarshal([]byte(out), &outcome) != nil {
+		t.Fatal(out)
+	}
+	s.Do(t, harness.Request{Method: "DELETE", Path: harness.KeyPath(org) + "/" + outcome.KeyID, Token: s.Token(t, org, "OWNER")}).
+		Want(t, 200, "Organization key deleted successfully")
+	second.run(77, "does not accept this key", "register", "--ip", "192.0.2.82", "--tpm", device.Socket)
+	first.run(0, "registered 192.0.2.81", "register", "--ip", "192.0.2.81")
+}
+
 // A key in the TPM registers, fetches and opens secrets, and unregisters. The TPM
 // is restarted between any two steps.
 func TestFirstBootInTheTPM(t *testing.T) {

@@ -101,7 +101,8 @@ func Examine(ctx context.Context, cfg config.Config, version string) []Diagnosis
 }
 
 func (d *doctor) configuration() {
-	err := errors.Join(
+	_, roots := server.TPMRoots(d.cfg.TPMRootsFile)
+	err := errors.Join(roots,
 		api.CheckTransport(api.ServerConfig{
 			Address: d.cfg.Listen, TLS: api.TLSFiles{Cert: d.cfg.TLSCertFile, Key: d.cfg.TLSKeyFile, ClientCA: d.cfg.ClientCAFile},
 			Proxies: api.Proxies{Trusted: d.cfg.TrustedProxies, TLS: d.cfg.TLSByProxy},

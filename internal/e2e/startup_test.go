@@ -43,6 +43,8 @@ func TestPromise10_DoubtfulConfigurationsAreRefused(t *testing.T) {
 		settings map[string]string
 		says     string
 	}{
+		{"makers of TPMs from a file that is not there", with(nil, "ORGKEYS_TPM_ROOTS_FILE", "/nonexistent/roots.pem"), "ORGKEYS_TPM_ROOTS_FILE"},
+		{"makers of TPMs from a file without certificates", with(nil, "ORGKEYS_TPM_ROOTS_FILE", open), "ORGKEYS_TPM_ROOTS_FILE"},
 		{"an unknown setting", with(nil, "ORGKEYS_LISTN", "127.0.0.1:0"), "ORGKEYS_LISTN"},
 		{"an empty audience", with(configured, "ORGKEYS_AUDIENCE", ""), "ORGKEYS_AUDIENCE"},
 		{"an audience of blanks", with(configured, "ORGKEYS_AUDIENCE", "  "), "ORGKEYS_AUDIENCE"},

@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-func publicPEM(t *testing.T, k *rsa.PublicKey) string {
+func publicPEM(t testing.TB, k *rsa.PublicKey) string {
 	t.Helper()
 	der, err := x509.MarshalPKIXPublicKey(k)
 	if err != nil {

@@ -309,9 +309,9 @@ func openLocker(cfg config.Config, log *slog.Logger) (locker, error) {
 	return locker{l, []api.Check{{Name: "redis", Ask: l.Healthy, Optional: true}}, []prometheus.Collector{l.Outcomes()}, l.Close}, nil
 }
 
-// tpmRoots reads the authorities whose certificates of endorsement keys are
-// believed.
-func tpmRoots(path string) (tpm.Roots, error) {
+// TPMRoots reads the authorities whose certificates of endorsement keys are
+// believed. Without a path there are none.
+func TPMRoots(path string) (tpm.Roots, error) {
 	if path == "" {
 		return tpm.Roots{}, nil
 	}

@@ -149,7 +149,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	if err != nil {
 		return err
 	}
-	roots, err := tpmRoots(cfg.TPMRootsFile)
+	roots, err := TPMRoots(cfg.TPMRootsFile)
 	if err != nil {
 		return err
 	}

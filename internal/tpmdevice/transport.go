@@ -42,8 +42,10 @@ func open(ctx context.Context, path string) (*connection, error) {
 	info, err := os.Stat(path)
 	if err == nil && info.Mode()&fs.ModeSocket != 0 {
 		c.file, err = net.DialTimeout("unix", path, commandTime)
+	} else if err == nil && info.Mode()&fs.ModeCharDevice != 0 {
+		c.file, err = openDevice(path)
 	} else if err == nil {
-		c.file, err = os.OpenFile(path, os.O_RDWR, 0)
+		err = errors.New(path + " is neither a device nor a socket") // to which nothing is written
 	}
 	switch {
 	case err == nil:
@@ -52,6 +54,18 @@ func open(ctx context.Context, path string) (*connection, error) {
 		return nil, fmt.Errorf("%w: another program has %s open; /dev/tpmrm0 can be shared", ErrBusy, path)
 	}
 	return nil, fmt.Errorf("%w: %w", ErrNoTPM, err)
+}
+
+// openDevice opens a device so that a command is done when it is written. Linux
+// answers a read of one that does not block with nothing, as at an end, until the
+// response is there (drivers/char/tpm/tpm-dev-common.c), and os.OpenFile would
+// have it not block. The driver has its own limit to how long a command takes.
+func openDevice(path string) (*os.File, error) {
+	fd, err := syscall.Open(path, syscall.O_RDWR|syscall.O_CLOEXEC|syscall.O_NOCTTY, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
 }
 
 func (c *connection) close() { _ = c.file.Close() } // what was not answered is lost anyhow
@@ -90,7 +104,7 @@ func (c *connection) exchange(command []byte) ([]byte, error) {
 	if at, ok := c.ctx.Deadline(); ok && at.Before(deadline) {
 		deadline = at
 	}
-	// A device of an old kernel has none, and ends by the driver's own.
+	// A device has none.
 	if err := c.file.SetDeadline(deadline); err != nil && !errors.Is(err, os.ErrNoDeadline) {
 		return nil, c.lost(err)
 	}

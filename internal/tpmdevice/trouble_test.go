@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
+	"golang.org/x/sys/unix"
 
 	"github.com/orgkeys/orgkeys/internal/tpm"
 	"github.com/orgkeys/orgkeys/internal/tpm/tpmtest"
@@ -51,7 +53,7 @@ func before(t *testing.T, real *tpmtest.TPM, answer func() []byte) tpmdevice.Dev
 	return tpmdevice.Device{Path: l.Addr().String()}
 }
 
-func serve(c net.Conn, real *tpmtest.TPM, answer func() []byte) {
+func serve(c io.ReadWriteCloser, real *tpmtest.TPM, answer func() []byte) {
 	defer c.Close()
 	var behind net.Conn
 	for {
@@ -80,7 +82,7 @@ func serve(c net.Conn, real *tpmtest.TPM, answer func() []byte) {
 	}
 }
 
-func message(c net.Conn) ([]byte, error) {
+func message(c io.Reader) ([]byte, error) {
 	header := make([]byte, 10)
 	if _, err := io.ReadFull(c, header); err != nil {
 		return nil, err
@@ -154,6 +156,57 @@ func TestHostileAndBusyAnswers(t *testing.T) {
 			t.Errorf("while another program has it: %v", err)
 		}
 	})
+}
+
+// A TPM may be a character device, such as Linux's. A terminal is one, too.
+func TestADevice(t *testing.T) {
+	t.Parallel()
+	real := tpmtest.Start(t)
+	master, path := terminal(t)
+	go serve(master, real, func() []byte { return nil })
+	d := tpmdevice.Device{Path: path}
+	key, err := d.Create(t.Context(), tpmdevice.Speaking)
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest := sha256.Sum256(nil)
+	if _, err := key.Sign(nil, digest[:], crypto.SHA256); err != nil {
+		t.Error(err)
+	}
+}
+
+// terminal returns both ends of one that changes no byte, the second by its path.
+func terminal(t *testing.T) (*os.File, string) {
+	t.Helper()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = master.Close() })
+	raw, err := master.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	number := 0
+	if e := raw.Control(func(fd uintptr) {
+		if err = unix.IoctlSetPointerInt(int(fd), unix.TIOCSPTLCK, 0); err != nil {
+			return
+		}
+		if number, err = unix.IoctlGetInt(int(fd), unix.TIOCGPTN); err != nil {
+			return
+		}
+		err = unix.IoctlSetTermios(int(fd), unix.TCSETS, &unix.Termios{Cflag: unix.CS8 | unix.CREAD, Cc: [19]uint8{unix.VMIN: 1}})
+	}); e != nil || err != nil {
+		t.Fatal(e, err)
+	}
+	path := fmt.Sprintf("/dev/pts/%d", number)
+	// The other end stays open between two uses: a terminal that nobody has open is hung up.
+	kept, err := os.OpenFile(path, os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = kept.Close() })
+	return master, path
 }
 
 // Power cuts while the key is in use do not lock it.
