@@ -116,7 +116,8 @@ post() {
 	case $status:$reason in
 	200:) ;;
 	202:*) fail 75 "the key is not ready yet" ;;
-	*:enrollment_unknown | *:enrollment_claimed | *:enrollment_closed | *:recipient_unacceptable | *:sealed_unavailable | *:bad_signature)
+	*:enrollment_unknown | *:enrollment_claimed | *:enrollment_closed | *:recipient_unacceptable | *:sealed_unavailable | *:bad_signature | \
+		*:origin_not_allowed | *:device_not_allowed)
 		fail 77 "$(jq -r .message "$work/body")"
 		;;
 	*) fail 75 "$server answers $status $reason" ;;
