@@ -254,12 +254,10 @@ Exit codes:
   64  a setting is missing or wrong
   69  the server cannot be reached or cannot serve now
   73  a file cannot be written
-  75  the clock is off, the key is not ready, the TPM is busy or locked out, or the
-      run was interrupted
+  75  the clock is off, the key or the TPM is not ready, or the run was interrupted
   76  something that is not orgkeys answers
   77  the server does not accept the key or the token, or refuses the request
-  78  a key, token or certificate file is not as it must be, or the TPM is missing,
-      was cleared or fails
+  78  a key, token or certificate file, or the TPM, is not as it must be
 
 64 and 77 end a run at once, the others when --wait is over; running again may help.
 `
