@@ -43,7 +43,7 @@ func (d *DB) OrgEvents(ctx context.Context, f orglog.Filter) ([]orglog.Stored, e
 		c.add("e.occurred_at < ?", f.Until.UnixMicro())
 	}
 	if f.Before > 0 {
-		c.add("e.seq < ?", f.Before)
+		c.add("(e.occurred_at, e.seq) < (SELECT b.occurred_at, b.seq FROM events b WHERE b.seq = ?)", f.Before)
 	}
 	if len(f.Types) > 0 {
 		names := make([]string, len(f.Types))
@@ -52,7 +52,7 @@ func (d *DB) OrgEvents(ctx context.Context, f orglog.Filter) ([]orglog.Stored, e
 		}
 		c.terms = append(c.terms, "e.type IN ("+strings.Join(names, ", ")+")")
 	}
-	return query(ctx, d.read, scanOrgEvent, orgEvent+strings.Join(c.terms, " AND ")+" ORDER BY e.seq DESC LIMIT "+c.arg(f.Take), c.args...)
+	return query(ctx, d.read, scanOrgEvent, orgEvent+strings.Join(c.terms, " AND ")+" ORDER BY e.occurred_at DESC, e.seq DESC LIMIT "+c.arg(f.Take), c.args...)
 }
 
 // OrgEvent implements orglog.Store.

@@ -12,6 +12,9 @@ CREATE TABLE console_sessions (
 CREATE INDEX console_sessions_of_holder ON console_sessions (holder, created_at);
 CREATE INDEX console_sessions_ending ON console_sessions (expires_at);
 
+-- What waits for its receipt, of one organization.
+CREATE INDEX deliveries_of_org ON deliveries (org_id, stage);
+
 -- An organization's part of the log, newest first: all of it, or about one object.
-CREATE INDEX events_of_org ON events (org_id, seq);
+CREATE INDEX events_of_org ON events (org_id, occurred_at, seq);
 CREATE INDEX events_of_object ON events (org_id, object, seq) WHERE object <> '';
