@@ -196,7 +196,7 @@ func (v *visit) mint() error {
 
 func readTerms(form url.Values) (client.Terms, error) {
 	t := client.Terms{
-		Scope: form.Get("scope"), Recipient: form.Get("recipient"), IP: form.Get("ip"), Note: form.Get("note"), Approval: form.Get("approval") != "",
+		Scope: form.Get("scope"), Origin: form.Get("origin"), EK: form.Get("ek"), TPM: form.Get("tpm") != "", Recipient: form.Get("recipient"), IP: form.Get("ip"), Note: form.Get("note"), Approval: form.Get("approval") != "",
 	}
 	uses, err := strconv.Atoi(cmp.Or(form.Get("uses"), "1"))
 	hours, err2 := strconv.Atoi(cmp.Or(form.Get("hours"), "24"))
@@ -327,11 +327,11 @@ type group struct {
 var groups = []group{
 	{"", "everything", nil},
 	{"keys", "keys", []string{"orgkey.created", "orgkey.sealed", "orgkey.delivered", "orgkey.received", "orgkey.withdrawn", "orgkey.refused", "orgkey.deleted", "orgkey.all_deleted"}},
-	{"enrollments", "enrollments", []string{"enrollment.created", "enrollment.claimed", "enrollment.conflict", "enrollment.approved", "enrollment.expired", "enrollment.revoked"}},
+	{"enrollments", "enrollments and devices", []string{"enrollment.created", "enrollment.claimed", "enrollment.conflict", "enrollment.approved", "enrollment.expired", "enrollment.revoked", "device.allowed", "device.removed"}},
 	{"nodes", "nodes", []string{"node.registered", "node.unregistered", "node.deleted"}},
 	{"secrets", "boot secrets", []string{"secret.put", "secret.deleted", "secret.fetched"}},
 	{"refused", "what was refused or failed", []string{"access.denied", "request.failed", "orgkey.refused", "enrollment.conflict"}},
-	{"reads", "reads", []string{"orgkey.listed", "enrollment.listed", "node.listed", "secret.listed", "event.read", "event.marked", "policy.asked"}},
+	{"reads", "reads", []string{"orgkey.listed", "enrollment.listed", "node.listed", "secret.listed", "device.listed", "event.read", "event.marked", "policy.asked"}},
 }
 
 type eventsData struct {

@@ -147,6 +147,7 @@ var labels = map[string]string{
 	"enrollment.expired": "Enrollment expired", "enrollment.revoked": "Enrollment revoked", "enrollment.listed": "Enrollments listed",
 	"node.registered": "Node registered", "node.unregistered": "Node unregistered", "node.deleted": "Node deleted", "node.listed": "Nodes listed",
 	"secret.fetched": "Boot secrets fetched", "secret.put": "Boot secret stored", "secret.deleted": "Boot secret deleted", "secret.listed": "Boot secrets listed",
+	"device.allowed": "Device allowed", "device.removed": "Device removed", "device.listed": "Devices listed",
 	"event.read": "Events read", "event.marked": "Events marked", "policy.asked": "Policy asked", "request.failed": "Request failed", "access.denied": "Access denied",
 	"seal.rewrapped": "Seals rewrapped", "person.erased": "Person erased",
 }
