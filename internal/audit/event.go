@@ -116,8 +116,13 @@ type Personal struct {
 
 // New returns an event with a fresh ID and the present time.
 func New(t Type, org org.ID) Event {
-	return Event{ID: uuid.NewString(), Time: time.Now().UTC(), Type: t, Outcome: Success, Org: org}
+	return Event{ID: NewID(), Time: time.Now().UTC(), Type: t, Outcome: Success, Org: org}
 }
+
+// NewID returns a UUID that sorts by time (version 7, RFC 9562, section 5.7). Rows
+// with such IDs share the pages of their indices with those before, so that a
+// commit has fewer to write: with random ones it was a page a row and index.
+func NewID() string { return uuid.Must(uuid.NewV7()).String() } // crypto/rand never fails
 
 // Add adds to the event's details, without changing a map that other events share.
 func (e *Event) Add(detail map[string]string) {

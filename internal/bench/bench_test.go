@@ -469,9 +469,9 @@ type nodes struct {
 }
 
 // startNodes starts the program, with two boot secrets to fetch.
-func startNodes(b *testing.B, registrations int) nodes {
+func startNodes(b *testing.B, registrations int, opts ...harness.Option) nodes {
 	b.Helper()
-	s := harness.Start(b, harness.Set("ORGKEYS_TIMESTAMP_WINDOW", "3600s"))
+	s := harness.Start(b, append(opts, harness.Set("ORGKEYS_TIMESTAMP_WINDOW", "3600s"))...)
 	key := s.Generate(b, "bench")
 	owner := s.Token(b, "bench", "OWNER")
 	for _, name := range []string{"env_s3", "env_gcs"} {
@@ -526,19 +526,19 @@ func BenchmarkNodesAtHalfLoad(b *testing.B) {
 			whole := phase(b, 16, 0, measuring, func(i int) error { return c.do(n, i) })
 			interval := 2 * whole / measuring
 			b.ResetTimer()
-			percentiles(b, atIntervals(b, interval, func(i int) error { return c.do(n, measuring+i) }))
+			percentiles(b, atIntervals(b, b.N, interval, func(i int) error { return c.do(n, measuring+i) }))
 			b.ReportMetric(float64(time.Second)/float64(interval), "offered/s")
 		})
 	}
 }
 
-// atIntervals has do begin b.N times, whether or not earlier ones have ended,
+// atIntervals has do begin n times, whether or not earlier ones have ended,
 // and returns how long after its moment each was done.
-func atIntervals(b *testing.B, interval time.Duration, do func(i int) error) []time.Duration {
-	took := make([]time.Duration, b.N)
+func atIntervals(b *testing.B, n int, interval time.Duration, do func(i int) error) []time.Duration {
+	took := make([]time.Duration, n)
 	var wg sync.WaitGroup
 	begin := time.Now()
-	for i := range b.N {
+	for i := range n {
 		moment := begin.Add(time.Duration(i) * interval)
 		time.Sleep(time.Until(moment))
 		wg.Go(func() {

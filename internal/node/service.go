@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/google/uuid"
 	"golang.org/x/sync/semaphore"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -133,7 +132,7 @@ func (s *Service) Register(ctx context.Context, from Origin, body []byte) error 
 		return err
 	}
 	n := r.node
-	n.ID = uuid.NewString()
+	n.ID = audit.NewID()
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
 	err = s.store.Register(ctx, s.use(r), n, func(id string, c Change) audit.Event {

@@ -70,6 +70,9 @@ func Race(t testing.TB) Option {
 	return func(s *Server) { s.binary = path }
 }
 
+// Program runs the program at path instead of the present build.
+func Program(path string) Option { return func(s *Server) { s.binary = path } }
+
 // TrustedBy makes the server trust the issuer's tokens instead of the
 // development issuer's.
 func TrustedBy(i *Issuer) Option {
