@@ -420,6 +420,9 @@ func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt
 	if errors.Is(err, orgkey.ErrGone) {
 		return false, fmt.Errorf("storing key %s: %w", d.KeyID, err)
 	}
+	if err == nil {
+		s.Opener.Remember(d.Org, orgkey.SealedKey{ID: d.KeyID, Sealed: record}, public)
+	}
 	return true, err
 }
 

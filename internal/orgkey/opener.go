@@ -83,6 +83,12 @@ func (o *Opener) Open(ctx context.Context, org org.ID, sealed []SealedKey) (map[
 	return keys, errors.Join(broken, err)
 }
 
+// Remember has Open know what the record decrypts to, which the caller has just had sealed: the
+// first signature by a new key need not ask the back end.
+func (o *Opener) Remember(org org.ID, k SealedKey, public Public) {
+	o.opened.Add(Sealed{PublicKeyOf(org, k.ID), k.Sealed}.digest(), opened{public: public})
+}
+
 // share unseals items, once for all calls that miss the same.
 func (o *Opener) share(ctx context.Context, items []Sealed) (map[string]Public, error) {
 	var names strings.Builder

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -1114,5 +1115,50 @@ func TestLocalLockSerializesAnOrganizationAndForgetsIt(t *testing.T) {
 		t.Error(err)
 	} else {
 		again()
+	}
+}
+
+// What the caller has just had sealed is known, for that organization, key and
+// ciphertext only.
+func TestARememberedKeyIsKnownByItsCiphertext(t *testing.T) {
+	sealer := &countingSealer{Sealer: token}
+	opener, err := orgkey.NewOpener(sealer, slog.New(slog.DiscardHandler), time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := orgkey.NewDecoy()
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := public.DER()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const id, other = "11ea7a05-6cc2-495a-a581-466cc1cd2067", "22ea7a05-6cc2-495a-a581-466cc1cd2067"
+	sealed, err := token.Seal(t.Context(), orgkey.PublicKeyOf("acme", id), der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opener.Remember("acme", orgkey.SealedKey{ID: id, Sealed: sealed}, public)
+	keys, err := opener.Open(t.Context(), "acme", []orgkey.SealedKey{{ID: id, Sealed: sealed}})
+	if err != nil || keys[id].Fingerprint() != public.Fingerprint() || sealer.opened.Load() != 0 {
+		t.Errorf("opened %d values for %v, %v", sealer.opened.Load(), keys, err)
+	}
+	changed := slices.Clone(sealed)
+	changed[len(changed)-1] ^= 1
+	for what, open := range map[string]func() (map[string]orgkey.Public, error){
+		"another organization's": func() (map[string]orgkey.Public, error) {
+			return opener.Open(t.Context(), "globex", []orgkey.SealedKey{{ID: id, Sealed: sealed}})
+		},
+		"another key's": func() (map[string]orgkey.Public, error) {
+			return opener.Open(t.Context(), "acme", []orgkey.SealedKey{{ID: other, Sealed: sealed}})
+		},
+		"another ciphertext": func() (map[string]orgkey.Public, error) {
+			return opener.Open(t.Context(), "acme", []orgkey.SealedKey{{ID: id, Sealed: changed}})
+		},
+	} {
+		if keys, err := open(); !errors.Is(err, orgkey.ErrSealBroken) || len(keys) != 0 {
+			t.Errorf("%s: opened %v, %v", what, keys, err)
+		}
 	}
 }
