@@ -84,6 +84,7 @@ type Client struct {
 	stop       context.CancelFunc
 	stopped    chan struct{}
 	auditCheck auditCheck
+	cacheCheck cacheCheck
 
 	abandoned sync.WaitGroup // removals under way in the background
 }

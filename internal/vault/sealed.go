@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"sync"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/google/uuid"
@@ -159,8 +160,22 @@ func (k *sealableKey) Destroy(ctx context.Context) error {
 // export to another key may wait for a lock for ever.
 var errCacheDisabled = fmt.Errorf("%w: this Vault runs with disable_cache=true, with which byok-export can make it hang: remove that from its configuration", orgkey.ErrSealedUnavailable)
 
-// cached asks each time: after a failover another server answers.
+// cacheCheck is when Vault was last found to have its cache.
+type cacheCheck struct {
+	mu sync.Mutex
+	at time.Time
+}
+
+// cached asks once in auditCheckLife: after a failover another server answers. What it
+// refuses is asked again each time.
 func (c *Client) cached(ctx context.Context) error {
+	c.cacheCheck.mu.Lock()
+	at := c.cacheCheck.at
+	c.cacheCheck.mu.Unlock()
+	if time.Since(at) < auditCheckLife {
+		return nil
+	}
+	at = time.Now()
 	answer, err := c.do(ctx, request{method: http.MethodGet, path: "sys/config/state/sanitized"})
 	if err != nil {
 		return fmt.Errorf("reading whether Vault's cache is enabled: %w", err)
@@ -171,5 +186,11 @@ func (c *Client) cached(ctx context.Context) error {
 	if err == nil && state.DisableCache {
 		err = errCacheDisabled
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	c.cacheCheck.mu.Lock()
+	defer c.cacheCheck.mu.Unlock()
+	c.cacheCheck.at = at
+	return nil
 }
