@@ -43,7 +43,7 @@ func (d *DB) OrgEvents(ctx context.Context, f orglog.Filter) ([]orglog.Stored, e
 		c.add("e.occurred_at < ?", f.Until.UnixMicro())
 	}
 	if f.Before > 0 {
-		c.add("(e.occurred_at, e.seq) < (SELECT b.occurred_at, b.seq FROM events b WHERE b.seq = ?)", f.Before)
+		c.add("e.seq < ?", f.Before)
 	}
 	if len(f.Types) > 0 {
 		names := make([]string, len(f.Types))
@@ -52,7 +52,7 @@ func (d *DB) OrgEvents(ctx context.Context, f orglog.Filter) ([]orglog.Stored, e
 		}
 		c.terms = append(c.terms, "e.type IN ("+strings.Join(names, ", ")+")")
 	}
-	return query(ctx, d.read, scanOrgEvent, orgEvent+strings.Join(c.terms, " AND ")+" ORDER BY e.occurred_at DESC, e.seq DESC LIMIT "+c.arg(f.Take), c.args...)
+	return query(ctx, d.read, scanOrgEvent, orgEvent+strings.Join(c.terms, " AND ")+" ORDER BY e.seq DESC LIMIT "+c.arg(f.Take), c.args...)
 }
 
 // OrgEvent implements orglog.Store.
@@ -115,6 +115,7 @@ func (d *DB) OrgCounts(ctx context.Context, org org.ID, first time.Time) (orglog
 			counts.EventsByHour[hour] = n
 		}
 		return nil
-	}, `SELECT (occurred_at - $2) / 3600000000 AS hour, count(*) FROM events WHERE org_id = $1 AND occurred_at >= $2 GROUP BY hour`, org, first.UnixMicro())
+	}, `SELECT (occurred_at - $2) / 3600000000 AS hour, count(*)
+		FROM (SELECT occurred_at FROM events WHERE org_id = $1 ORDER BY seq DESC LIMIT $3) recent WHERE occurred_at >= $2 GROUP BY hour`, org, first.UnixMicro(), orglog.MostCounted)
 	return counts, err
 }
