@@ -29,7 +29,7 @@ const (
 	maxTake   = 1000
 	maxTypes  = 64
 	// MostCounted bounds the events that a summary counts by hour: the newest ones.
-	MostCounted = 50_000
+	MostCounted = 20_000
 	// Day is what a summary's plot covers, in hours.
 	Day = 24
 )
