@@ -1,12 +1,15 @@
 package keypool
 
 import (
+	"bytes"
 	"context"
 	"crypto/rsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -64,11 +67,21 @@ type Shared struct {
 	store    Store
 	keystore Keystore
 	sealer   Sealer
+
+	mu     sync.Mutex
+	opened map[string]opened // by the key's name, so that a taker need not wait for the sealer
+}
+
+// opened is a row that the sealer has opened.
+type opened struct {
+	row orgkey.Ahead
+	record
+	public *rsa.PublicKey
 }
 
 // NewShared returns a pool whose keys wait in keystore.
 func NewShared(c Config, store Store, keystore Keystore, sealer Sealer) *Shared {
-	p := &Shared{store: store, keystore: keystore, sealer: sealer}
+	p := &Shared{store: store, keystore: keystore, sealer: sealer, opened: map[string]opened{}}
 	p.runner = newRunner(c, p)
 	return p
 }
@@ -118,13 +131,20 @@ func open[K any](p *Shared, use orgkey.Use, ahead *orgkey.Ahead, key func(string
 	}}
 }
 
-// read opens the record of a pool key.
-func (p *Shared) read(ctx context.Context, a orgkey.Ahead) (r record, _ *rsa.PublicKey, err error) {
-	opened, err := p.sealer.Open(ctx, []orgkey.Sealed{{Binding: orgkey.AheadOf(a.Use, a.ID), Ciphertext: a.Sealed}})
-	if err != nil {
-		return r, nil, err
+// read opens the record of a pool key, unless the very same row was opened before.
+func (p *Shared) read(ctx context.Context, a orgkey.Ahead) (record, *rsa.PublicKey, error) {
+	p.mu.Lock()
+	known, ok := p.opened[a.ID]
+	p.mu.Unlock()
+	if ok && known.row.Use == a.Use && bytes.Equal(known.row.Sealed, a.Sealed) {
+		return known.record, known.public, nil
 	}
-	if err := json.Unmarshal(opened[0], &r, json.RejectUnknownMembers(true)); err != nil {
+	text, err := p.sealer.Open(ctx, []orgkey.Sealed{{Binding: orgkey.AheadOf(a.Use, a.ID), Ciphertext: a.Sealed}})
+	if err != nil {
+		return record{}, nil, err
+	}
+	var r record
+	if err := json.Unmarshal(text[0], &r, json.RejectUnknownMembers(true)); err != nil {
 		return r, nil, err
 	}
 	parsed, err := x509.ParsePKIXPublicKey(r.Public)
@@ -135,7 +155,19 @@ func (p *Shared) read(ctx context.Context, a orgkey.Ahead) (r record, _ *rsa.Pub
 	if !ok {
 		return r, nil, errors.New("it is not an RSA key")
 	}
+	p.mu.Lock()
+	p.opened[a.ID] = opened{a, r, public}
+	p.mu.Unlock()
 	return r, public, nil
+}
+
+// forgetAllBut drops what was opened of rows that are not there any more.
+func (p *Shared) forgetAllBut(all []orgkey.Ahead) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	maps.DeleteFunc(p.opened, func(id string, _ opened) bool {
+		return !slices.ContainsFunc(all, func(a orgkey.Ahead) bool { return a.ID == id })
+	})
 }
 
 // add implements stock.
@@ -162,6 +194,9 @@ func (p *Shared) add(ctx context.Context, use orgkey.Use) (full bool, err error)
 	if err != nil {
 		p.forget(ctx, a)
 		return false, errors.Join(fmt.Errorf("storing a key made ahead: %w", err), p.destroy(ctx, a, reasonFailed))
+	}
+	if _, _, err := p.read(making, a); err != nil {
+		return false, fmt.Errorf("reading a key made ahead: %w", err)
 	}
 	return false, nil
 }
@@ -203,8 +238,11 @@ func (p *Shared) destroy(ctx context.Context, a orgkey.Ahead, reason string) err
 // keep implements stock.
 func (p *Shared) keep(ctx context.Context) error {
 	all, err := p.store.Ahead(ctx)
-	if err != nil || len(all) == 0 {
+	if err != nil {
 		return err
+	}
+	if p.forgetAllBut(all); len(all) == 0 {
+		return nil
 	}
 	now, err := p.present(ctx)
 	if err != nil {

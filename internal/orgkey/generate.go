@@ -71,11 +71,10 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	}
 	// The private key is exported while the record is stored and the audit log
 	// acknowledges it. The release needs both. One from the pool is exported already.
-	public := place.public
-	pending := false
+	record, pending := place, false
 	halves := []func(context.Context) error{
 		func(ctx context.Context) (err error) {
-			pending, err = s.storeRecord(ctx, pass, id, public, place.detail)
+			pending, err = s.storeRecord(ctx, pass, record)
 			return err
 		},
 	}
@@ -106,7 +105,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	leave() // back end and audit log are done; a slow reader delays no other caller
 	private := encodePEM(place.der)
 	defer clear(private)
-	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: public.Fingerprint(), PEM: private}); err != nil {
+	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: record.public.Fingerprint(), PEM: private}); err != nil {
 		s.withdraw(ctx, pass, id, "write_failed")
 		return fmt.Errorf("writing key %s out: %w", id, err)
 	}
@@ -121,6 +120,7 @@ type place struct {
 	id     string // the key's, and the reservation's
 	der    []byte // the private key; nil: no key was taken. The caller clears it
 	public Public
+	sealed []byte            // the public key, if it is sealed already
 	detail map[string]string // for the event
 }
 
@@ -141,11 +141,11 @@ func (s *Service) place(ctx context.Context, org org.ID) (place, error) {
 	if err != nil || taken == nil {
 		return p, err
 	}
-	p.id = taken.ID
 	// CRASH: the reservation has the pool key's name, by which the reaper finds the key
 	// once the reservation has expired.
-	if p.public, p.der, p.detail, err = s.claim(ctx, taken); err == nil {
-		return p, nil
+	claimed, err := s.claim(ctx, org, taken)
+	if err == nil {
+		return claimed, nil
 	}
 	s.gate.Log.Warn("a key out of the pool could not be used; another one is made", "key", taken.ID, "error", err)
 	s.cancel(ctx, taken.ID)
@@ -153,19 +153,36 @@ func (s *Service) place(ctx context.Context, org org.ID) (place, error) {
 	return p, s.reserve(ctx, org, p.id)
 }
 
-// claim exports a key out of the pool and destroys it in the back end. The key is the
-// caller's only if its own deletion removed it there, so claim fails otherwise.
-func (s *Service) claim(ctx context.Context, taken *Taken[BackendKey]) (Public, []byte, map[string]string, error) {
+// claim exports a key out of the pool and destroys it in the back end, while its public
+// half is sealed. The key is the caller's only if its own deletion removed it in the back
+// end, so claim fails otherwise.
+func (s *Service) claim(ctx context.Context, org org.ID, taken *Taken[BackendKey]) (place, error) {
 	key, made, err := taken.Open(ctx)
 	if err != nil {
-		return Public{}, nil, nil, err
+		return place{}, err
 	}
-	der, err := s.export(ctx, key, taken.ID)
+	p := place{id: taken.ID, public: NewPublic(key.Public()), detail: AheadDetail(made)}
+	err = s.concurrently(ctx,
+		func(ctx context.Context) (err error) { p.der, err = s.export(ctx, key, p.id); return err },
+		func(ctx context.Context) (err error) { p.sealed, err = s.seal(ctx, org, p.id, p.public); return err })
 	if err != nil {
-		clear(der)
-		return Public{}, nil, nil, err
+		clear(p.der)
+		return place{}, err
 	}
-	return NewPublic(key.Public()), der, AheadDetail(made), nil
+	return p, nil
+}
+
+// seal seals the public key of org's key id.
+func (s *Service) seal(ctx context.Context, org org.ID, id string, public Public) ([]byte, error) {
+	der, err := public.DER()
+	if err != nil {
+		return nil, fmt.Errorf("encoding key %s: %w", id, err)
+	}
+	sealed, err := s.sealer.Seal(ctx, PublicKeyOf(org, id), der)
+	if err != nil {
+		return nil, fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, err)
+	}
+	return sealed, nil
 }
 
 // reserve takes a place in org's quota for a key that is still to be made.
@@ -235,19 +252,17 @@ func (s *Service) export(ctx context.Context, key BackendKey, id string) (der []
 
 // storeRecord stores the record of a key, which is pending from then on, and waits
 // until the audit log has acknowledged it.
-func (s *Service) storeRecord(ctx context.Context, pass gate.Pass, id string, public Public, detail map[string]string) (pending bool, err error) {
-	der, err := public.DER()
-	if err != nil {
-		return false, fmt.Errorf("encoding key %s: %w", id, err)
-	}
-	sealed, err := s.sealer.Seal(ctx, PublicKeyOf(pass.Org, id), der)
-	if err != nil {
-		return false, fmt.Errorf("sealing key %s: %w: %w", id, ErrBackend, err)
+func (s *Service) storeRecord(ctx context.Context, pass gate.Pass, p place) (pending bool, err error) {
+	id, sealed := p.id, p.sealed
+	if sealed == nil {
+		if sealed, err = s.seal(ctx, pass.Org, id, p.public); err != nil {
+			return false, err
+		}
 	}
 	created := pass.Event(audit.KeyCreated)
 	created.Object = id
-	created.Add(map[string]string{"fingerprint": public.Fingerprint(), "backend": s.backend, "algorithm": Algorithm})
-	created.Add(detail)
+	created.Add(map[string]string{"fingerprint": p.public.Fingerprint(), "backend": s.backend, "algorithm": Algorithm})
+	created.Add(p.detail)
 	// Not aborted with ctx: it would be unknown whether the record exists.
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
