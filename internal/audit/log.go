@@ -4,8 +4,7 @@
 // An event's row is committed in the transaction of the change it describes.
 // A sequencer, one at a time across all replicas, then gives rows their index
 // and appends their leaves to the tree in batches, so writers never queue
-// behind the tree's head. (On SQLite, which has one writer anyhow, an event that
-// somebody waits for gets its index in its own transaction: see Store.AtOnce.) Each sink is fed from its own last
+// behind the tree's head. Each sink is fed from its own last
 // checkpoint on: at least once, in order, keyed by index. An operation that must
 // not happen before the log and its sinks have its event waits in
 // Log.Acknowledged.
@@ -54,11 +53,6 @@ type Store interface {
 	// condition no event gets an index: it reports *TimelineError or
 	// *RollbackError, or *HaltError because of another replica's sinks.
 	Sequence(ctx context.Context, limit int, only Condition) (int, error)
-	// AtOnce has transactions whose event somebody will wait for give their indices to
-	// it and to at most limit events that wait, where that spares a commit, if the
-	// condition that only returns is met; grown is told the log's size after the
-	// commit. It holds until end is called. Sequence does what they leave.
-	AtOnce(limit int, only func(context.Context) (Condition, error), grown func(size int64)) (end func())
 	// Timeline identifies the database's history: it is another one after a
 	// failover or a restored backup (PostgreSQL's timeline ID). It is empty if the
 	// database has none.
@@ -334,7 +328,6 @@ func (l *Log) CheckExtends(ctx context.Context) error {
 
 // Run sequences events and feeds the sinks until ctx ends.
 func (l *Log) Run(ctx context.Context) error {
-	defer l.store.AtOnce(sinkBatch, l.condition, l.grewTo)()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { l.sequence(ctx); return nil })
 	for _, f := range l.followers {

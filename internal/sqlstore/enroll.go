@@ -565,7 +565,6 @@ func (d *DB) Seal(ctx context.Context, keyID string, sealed audit.Event) error {
 		if err != nil || n == 0 {
 			return err
 		}
-		tx.awaited = true
 		return d.record(ctx, tx, sealed)
 	})
 }

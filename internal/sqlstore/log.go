@@ -152,37 +152,6 @@ func (d *DB) Sequence(ctx context.Context, limit int, only audit.Condition) (int
 	return n, nil
 }
 
-// AtOnce implements audit.Store. PostgreSQL shares commits itself, but not among
-// transactions that hold the sequencer's lock.
-func (d *DB) AtOnce(limit int, only func(context.Context) (audit.Condition, error), grown func(size int64)) (end func()) {
-	if d.writer == nil {
-		return func() {}
-	}
-	d.writer.indices.Store(&indices{
-		give: func(ctx context.Context, tx *txn) (int64, error) { return d.giveAtOnce(ctx, tx, limit, only) }, grown: grown,
-	})
-	return func() { d.writer.indices.Store(nil) }
-}
-
-func (d *DB) giveAtOnce(ctx context.Context, tx *txn, limit int, only func(context.Context) (audit.Condition, error)) (size int64, err error) {
-	condition, err := only(ctx)
-	if err != nil {
-		return 0, err
-	}
-	if err := d.mayGrow(ctx, tx, condition); err != nil {
-		return 0, err
-	}
-	_, refused, err := d.sequence(ctx, tx, limit)
-	if err != nil {
-		return 0, err
-	}
-	if refused > 0 { // the sequencer reports it
-		return 0, &audit.UnauthenticatedError{Count: refused}
-	}
-	head, err := readHead(ctx, tx)
-	return head.Size, err
-}
-
 // How long PostgreSQL leaves a lock to an idle holder, which may be stopped, and how
 // often a holder that is busy elsewhere sends something.
 const (

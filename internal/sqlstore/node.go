@@ -236,7 +236,6 @@ func (d *DB) Secrets(ctx context.Context, org org.ID, by node.Signer, ip netip.A
 		for i, s := range secrets {
 			names[i] = s.Name
 		}
-		tx.awaited = true
 		return d.record(ctx, tx, event(names))
 	})
 	if err != nil {

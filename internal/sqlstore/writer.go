@@ -5,7 +5,6 @@ import (
 	"database/sql"
 	"errors"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -18,25 +17,8 @@ type writer struct {
 	done  chan struct{}
 	ended bool
 
-	indices atomic.Pointer[indices] // of events that are awaited; nil: only the sequencer gives them
-
-	last batch // that was committed
-
 	conn     *sql.Conn // nil until the first change, and after the connection failed
 	prepared map[string]*sql.Stmt
-}
-
-// batch is how many changes shared a commit, and how long that took.
-type batch struct {
-	changes int
-	took    time.Duration
-}
-
-// indices gives events that are waiting their indices, in the transaction of the
-// newest of them.
-type indices struct {
-	give  func(context.Context, *txn) (size int64, err error)
-	grown func(size int64) // told of the log's size after the commit
 }
 
 type change struct {
@@ -147,7 +129,6 @@ type txn struct {
 	writer    *writer // SQLite only
 	recorded  bool    // whether events are in it
 	unhurried bool    // others follow them within the second, and nobody waits for these
-	awaited   bool    // somebody waits until the sinks have them
 }
 
 func (t *txn) ExecContext(ctx context.Context, text string, args ...any) (sql.Result, error) {
@@ -184,11 +165,9 @@ func (t *txn) QueryRowContext(ctx context.Context, text string, args ...any) *sq
 func (w *writer) run() {
 	defer close(w.done)
 	for first := range w.queue {
-		changes := w.collect(first)
-		started := time.Now()
-		err := w.commit(changes)
-		w.last = batch{len(changes), time.Since(started)}
-		for _, c := range changes {
+		batch := w.collect(first)
+		err := w.commit(batch)
+		for _, c := range batch {
 			if c.err == nil {
 				c.err = err
 			}
@@ -197,45 +176,21 @@ func (w *writer) run() {
 	}
 }
 
-// mostGathering is how long a change waits at most for others to share its commit.
-const mostGathering = 2 * time.Millisecond
-
-// collect takes the waiting changes. If several shared the last commit it waits
-// for as many, since their callers are likely to be back, but for no longer than
-// half of what that commit took: what a commit costs is shared by all that are in it.
-// A change that comes alone never waits for a second.
+// collect takes the waiting changes; it never waits for more.
 func (w *writer) collect(first *change) []*change {
-	all := []*change{first}
-	var over <-chan time.Time
-	for len(all) < batchSize {
+	batch := []*change{first}
+	for len(batch) < batchSize {
 		select {
 		case c, ok := <-w.queue:
 			if !ok {
-				return all
+				return batch
 			}
-			all = append(all, c)
-			continue
+			batch = append(batch, c)
 		default:
-		}
-		if len(all) >= w.last.changes {
-			return all
-		}
-		if over == nil {
-			timer := time.NewTimer(min(w.last.took/2, mostGathering))
-			defer timer.Stop()
-			over = timer.C
-		}
-		select {
-		case c, ok := <-w.queue:
-			if !ok {
-				return all
-			}
-			all = append(all, c)
-		case <-over:
-			return all
+			return batch
 		}
 	}
-	return all
+	return batch
 }
 
 // commit runs a batch in one transaction. Only a change that
@@ -269,36 +224,7 @@ func (w *writer) commit(batch []*change) error {
 			return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
 		}
 	}
-	size, grown, err := w.giveIndices(tx)
-	if err != nil {
-		return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
-	}
-	if err := tx.Commit(); err != nil {
-		return unavailable(err)
-	}
-	if size > 0 {
-		grown(size)
-	}
-	return nil
-}
-
-// giveIndices gives the events of a batch their indices if somebody waits for that,
-// which spares a commit of its own, and returns the log's size then, and who is to be
-// told of it. If that fails the
-// batch goes on without: the sequencer tries again, and says why.
-func (w *writer) giveIndices(tx *txn) (size int64, grown func(int64), err error) {
-	indices := w.indices.Load()
-	if indices == nil || !tx.awaited {
-		return 0, nil, nil
-	}
-	give := &change{ctx: context.Background(), do: func(ctx context.Context, tx *txn) (err error) {
-		size, err = indices.give(ctx, tx)
-		return err
-	}}
-	if err := apply(give.ctx, tx, give); err != nil || give.err != nil {
-		return 0, nil, err
-	}
-	return size, indices.grown, nil
+	return unavailable(tx.Commit())
 }
 
 func apply(ctx context.Context, tx *txn, c *change) error {
