@@ -251,6 +251,38 @@ func TestAnotherLogIsNotPublishedOverIt(t *testing.T) {
 	}
 }
 
+// signedBefore is a log with the newest checkpoint of another.
+type signedBefore struct {
+	*log
+	signed audit.Signed
+}
+
+func (l signedBefore) LastSigned(context.Context) (audit.Signed, error) { return l.signed, nil }
+
+// Bundles and tiles that agree with each other are a forgery all the same, unless
+// the signature covers them; and none of them are written.
+func TestARewrittenLogUnderTheOldCheckpoint(t *testing.T) {
+	t.Parallel()
+	l := newLog(t)
+	genuine, forged := t.TempDir(), t.TempDir()
+	l.publish(t, genuine, 700)
+	signed, err := l.LastSigned(t.Context())
+	audittest.Must(t, err)
+	l.branch = 100
+	l.publish(t, forged, 700)
+	audittest.Must(t, os.WriteFile(filepath.Join(forged, "checkpoint"), []byte(signed.Note), 0o600))
+	if _, err := l.check(t, forged); !errors.As(err, new(*verify.Problem)) {
+		t.Errorf("the forged files: %v", err)
+	}
+	empty := t.TempDir()
+	if _, err := tiles.Publish(t.Context(), empty, signedBefore{l, signed}, nil); !errors.As(err, new(*verify.Problem)) {
+		t.Errorf("publishing them: %v", err)
+	}
+	if left := files(t, empty); len(left) != 0 {
+		t.Errorf("%d files were written", len(left))
+	}
+}
+
 // A killed process leaves what was published whole, and the next one goes on.
 func TestAKillAtAnyMomentLosesNothing(t *testing.T) {
 	if to := os.Getenv("TILES_TEST_PUBLISH"); to != "" {
