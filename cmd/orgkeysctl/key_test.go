@@ -53,6 +53,7 @@ func TestAKeyIsSealedToThisMachine(t *testing.T) {
 	if n := harness.Number(t, db, `SELECT count(*) FROM deliveries WHERE key_id = ? AND stage = 'received' AND wrapped IS NULL`, key.ID); n != 1 {
 		t.Errorf("%d received deliveries of the key", n)
 	}
+	p.env = append(p.env, "ORGKEYSCTL_SCOPE=openid") // a login's, and not that of keys
 	looksLike(t, "key-list", p.home, p.does("key", "list"))
 	if out := p.does("key", "list", "--scope", "node"); out != "no keys\n" {
 		t.Errorf("node keys: %s", out)

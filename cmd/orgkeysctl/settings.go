@@ -75,7 +75,7 @@ func (s *settings) load(cmd *cobra.Command) error {
 	return s.loadFile(cmd, known)
 }
 
-func (s *settings) loadFile(cmd *cobra.Command, known map[string]string) error {
+func (s *settings) loadFile(cmd *cobra.Command, known map[string]*pflag.Flag) error {
 	path := s.config
 	if path == "" {
 		path = filepath.Join(s.dir, "config")
@@ -97,29 +97,31 @@ func (s *settings) loadFile(cmd *cobra.Command, known map[string]string) error {
 
 // variables maps each setting's variable to its flag, for all commands: a
 // variable of another command is no mistake.
-func variables(root *cobra.Command) map[string]string {
-	known := map[string]string{}
+func variables(root *cobra.Command) map[string]*pflag.Flag {
+	known := map[string]*pflag.Flag{}
 	for _, flags := range []*pflag.FlagSet{root.PersistentFlags(), loginFlags()} {
 		flags.VisitAll(func(f *pflag.Flag) {
 			if !slices.Contains(perRun, f.Name) {
-				known[variable(f.Name)] = f.Name
+				known[variable(f.Name)] = f
 			}
 		})
 	}
 	return known
 }
 
-func apply(cmd *cobra.Command, known, values map[string]string, from string) error {
+func apply(cmd *cobra.Command, known map[string]*pflag.Flag, values map[string]string, from string) error {
 	for name, value := range values {
-		flagName, ok := known[name]
+		setting, ok := known[name]
 		if !ok {
 			return usage("%s in %s is no setting: orgkeysctl --help and orgkeysctl login --help list them", name, from)
 		}
-		f := cmd.Flags().Lookup(flagName)
-		if f == nil || f.Changed {
+		f := cmd.Flags().Lookup(setting.Name)
+		// A flag of this name that means something else is not set: --scope of a login
+		// is that of tokens, --scope of "key list" is that of keys.
+		if f == nil || f.Changed || f.Usage != setting.Usage {
 			continue
 		}
-		if err := cmd.Flags().Set(flagName, value); err != nil {
+		if err := cmd.Flags().Set(setting.Name, value); err != nil {
 			return usage("%s in %s: %w", name, from, err)
 		}
 	}
