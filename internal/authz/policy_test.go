@@ -143,7 +143,7 @@ func oracle(r Request) Decision {
 	byNode := r.Action == RegisterNode || r.Action == UnregisterNode || r.Action == FetchSecrets
 	byEnrollment := r.Action == ClaimEnrollment || r.Action == ReceiveKey
 	switch {
-	case byNode && c.Kind == Node, byEnrollment && c.Kind == Enrollment, !byNode && !byEnrollment && manager, (r.Action == ListNodes || r.Action == AskPolicy) && member:
+	case byNode && c.Kind == Node, byEnrollment && c.Kind == Enrollment, !byNode && !byEnrollment && manager && r.Action != AddKey, (r.Action == ListNodes || r.Action == AskPolicy) && member:
 		return yes(WholeOrganization)
 	case (r.Action == ReadEvents || r.Action == MarkEvents) && member:
 		return yes(OwnOnly)
