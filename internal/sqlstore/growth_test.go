@@ -105,6 +105,13 @@ func TestTheLogWaitsForOtherReplicasSinks(t *testing.T) {
 	if err := grows(t, db, only); err != nil {
 		t.Errorf("when all have: %v", err)
 	}
+	// A recovery to a point in time brought back the row of a process that has ended.
+	statement(t, admin, "INSERT INTO replicas (id, address, version, policy, max_keys, clock_ahead, seen_at, timeline) SELECT 'ended', address, version, policy, max_keys, clock_ahead, seen_at - 1000000, '00000099' FROM replicas WHERE id = 'other'")
+	must(t, other.ForgetReplica(t.Context(), "other"))
+	must(t, db.Record(t.Context(), event(audit.KeysListed, "acme", "")))
+	if err := grows(t, db, only); err != nil {
+		t.Errorf("when the process that took its place has ended: %v", err)
+	}
 }
 
 // The event that accepts a rollback comes right behind what the log kept, before

@@ -56,12 +56,14 @@ func announce(ctx context.Context, tx *txn, r Replica) error {
 	return err
 }
 
-// ForgetReplica says that the replica has ended.
+// ForgetReplica says that the replica has ended, and with it those that had its address
+// before. Otherwise one that was killed would count again, as after a recovery to a
+// point in time, which brings back its row with the timeline of then.
 func (d *DB) ForgetReplica(ctx context.Context, id string) error {
 	if !d.postgres {
 		return nil
 	}
-	_, err := d.read.ExecContext(ctx, "DELETE FROM replicas WHERE id = $1", id)
+	_, err := d.read.ExecContext(ctx, "DELETE FROM replicas r USING replicas own WHERE own.id = $1 AND r.address = own.address AND r.seen_at <= own.seen_at", id)
 	return unavailable(err)
 }
 
