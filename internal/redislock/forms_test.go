@@ -294,16 +294,16 @@ func TestSentinels(t *testing.T) {
 				return fmt.Sprintf("port 0\ntls-port %d\nbind %s\nbind-source-addr %s\ntls-cert-file %s\ntls-key-file %s\ntls-ca-cert-file %s\ntls-auth-clients no\ntls-replication yes\n",
 					port, host, host, a.file(name+".crt"), a.file(name+".key"), a.file("ca.crt"))
 			}
-			runWith := func(program string, host net.IP, port int, text string) (kill func()) {
+			runWith := func(host net.IP, port int, text string, args ...string) (kill func()) {
 				file := filepath.Join(t.TempDir(), "redis.conf")
 				must(t, os.WriteFile(file, []byte(listen(host, port)+text), 0o600))
-				return runAt(t, fmt.Sprintf("%s:%d", host, port), program, file)
+				return runAt(t, fmt.Sprintf("%s:%d", host, port), "redis-server", append([]string{file}, args...)...)
 			}
 			server := "save \"\"\nrequirepass secret\nmasterauth secret\nuser orgkeys on >password ~orgkeys:quota:* resetchannels -@all " + redislock.Commands + "\n"
 			first, second := net.IPv4(127, 0, 0, 2), net.IPv4(127, 0, 0, 3)
 			primary, replica := port(t), port(t)
-			kill := runWith("redis-server", first, primary, server)
-			runWith("redis-server", second, replica, server+fmt.Sprintf("replicaof %s %d\n", first, primary))
+			kill := runWith(first, primary, server)
+			runWith(second, replica, server+fmt.Sprintf("replicaof %s %d\n", first, primary))
 			sentinel := fmt.Sprintf("sentinel monitor orgkeys %s %d 1\nsentinel auth-pass orgkeys secret\nsentinel down-after-milliseconds orgkeys 500\nsentinel failover-timeout orgkeys 3000\n", first, primary)
 			if tt.theirs != "" {
 				sentinel += "requirepass " + tt.theirs + "\nsentinel sentinel-pass " + tt.theirs + "\n"
@@ -311,7 +311,7 @@ func TestSentinels(t *testing.T) {
 			var addrs []string
 			for i := range 2 {
 				host, p := net.IPv4(127, 0, 0, byte(4+i)), port(t)
-				runWith("redis-sentinel", host, p, sentinel)
+				runWith(host, p, sentinel, "--sentinel")
 				addrs = append(addrs, fmt.Sprintf("%s:%d", host, p))
 			}
 			c := redislock.Config{URL: "redis://" + tt.user + addrs[0] + "?master_name=orgkeys&addr=" + addrs[1] + tt.more}
