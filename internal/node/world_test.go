@@ -226,7 +226,7 @@ func (w *world) releaseSealedFor(org, sealedFor org.ID) key {
 	}
 	ctx := w.t.Context()
 	w.must(w.db.Reserve(ctx, org, k.id, 100, time.Minute))
-	w.must(w.db.StorePending(ctx, k.id, sealed, audit.New(audit.KeyCreated, org)))
+	w.must(w.db.StorePending(ctx, k.id, k.id, sealed, audit.New(audit.KeyCreated, org)))
 	w.must(w.db.Release(ctx, k.id))
 	return k
 }

@@ -33,7 +33,7 @@ type Ahead struct {
 // key's Destroy if Open succeeds: the key may be released only if Destroy succeeds.
 type Taken[K any] struct {
 	// ID is the key's name in the back end. It has taken the place of the ID that the
-	// transaction was given, and fences off every other taker.
+	// transaction was given.
 	ID string
 	// Open returns the key and when it was made. If it fails, the key is destroyed.
 	Open func(context.Context) (K, time.Time, error)
@@ -43,8 +43,8 @@ type Taken[K any] struct {
 // keypool.Local.
 type Pool interface {
 	// Reserve does what Store.Reserve does. If there is a key in the pool, the same
-	// transaction takes it; its ID is the ID of the reservation then.
-	Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) (*Taken[BackendKey], error)
+	// transaction takes it; the reservation is for that key then.
+	Reserve(ctx context.Context, org org.ID, asked string, limit int, life time.Duration) (*Taken[BackendKey], error)
 }
 
 // AheadOf is the binding of a pool key's record.

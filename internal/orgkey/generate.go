@@ -40,13 +40,13 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	ctx, cancel := context.WithTimeout(ctx, s.reservationLife/2)
 	defer cancel()
 
-	served := sync.OnceFunc(s.busy())
+	served := sync.OnceFunc(s.Busy())
 	defer served()
 	place, err := s.place(ctx, org)
 	id := place.id
 	if err != nil {
 		if !errors.As(err, new(*QuotaError)) {
-			s.cancel(ctx, id) // the reservation may exist although its answer was lost
+			s.cancel(ctx, place.asked) // the reservation may exist although its answer was lost
 		}
 		return s.refused(ctx, pass, err)
 	}
@@ -56,7 +56,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	var key BackendKey
 	if place.der == nil {
 		if leave, err = s.Admit(); err != nil {
-			s.cancel(ctx, id)
+			s.cancel(ctx, place.asked)
 			return s.refused(ctx, pass, err)
 		}
 		defer leave()
@@ -64,7 +64,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 		// CRASH: as above; a session key in the HSM is gone with the process,
 		// and a Transit key has the reservation's name, by which the reaper finds it.
 		if err != nil {
-			s.cancel(ctx, id)
+			s.cancel(ctx, place.asked)
 			return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
 		}
 		place.public = NewPublic(key.Public())
@@ -91,7 +91,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err, "generation_failed")))
 		return err
 	case err != nil:
-		s.cancel(ctx, id)
+		s.cancel(ctx, place.asked)
 		return s.refused(ctx, pass, err)
 	}
 	if err := s.store.Release(ctx, id); err != nil {
@@ -117,7 +117,8 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 // place is a place in an organization's quota, and the key out of the pool that was
 // taken with it, if there was one that could be had.
 type place struct {
-	id     string // the key's, and the reservation's
+	id     string // the key's
+	asked  string // the reservation's own, which fences off whoever took the same pool key before a failover
 	der    []byte // the private key; nil: no key was taken. The caller clears it
 	public Public
 	sealed []byte            // the public key, if it is sealed already
@@ -129,13 +130,12 @@ type place struct {
 // gets a place for a key that is still to be made.
 func (s *Service) place(ctx context.Context, org org.ID) (place, error) {
 	if s.pool == nil {
-		id := uuid.NewString()
-		return place{id: id}, s.reserve(ctx, org, id)
+		return s.reserve(ctx, org)
 	}
-	p := place{id: uuid.NewString()}
+	p := newPlace()
 	var taken *Taken[BackendKey]
 	err := s.locked(ctx, org, func() (err error) {
-		taken, err = s.pool.Reserve(ctx, org, p.id, s.limit, s.reservationLife)
+		taken, err = s.pool.Reserve(ctx, org, p.asked, s.limit, s.reservationLife)
 		return err
 	})
 	if err != nil || taken == nil {
@@ -145,12 +145,21 @@ func (s *Service) place(ctx context.Context, org org.ID) (place, error) {
 	// once the reservation has expired.
 	claimed, err := s.claim(ctx, org, taken)
 	if err == nil {
+		claimed.asked = p.asked
 		return claimed, nil
 	}
 	s.gate.Log.Warn("a key out of the pool could not be used; another one is made", "key", taken.ID, "error", err)
-	s.cancel(ctx, taken.ID)
-	p = place{id: uuid.NewString()}
-	return p, s.reserve(ctx, org, p.id)
+	// The place stays taken meanwhile: another caller may wait for the next free one.
+	if err := s.store.Exchange(ctx, p.asked, s.reservationLife); !errors.Is(err, ErrGone) {
+		return p, err
+	}
+	return s.reserve(ctx, org)
+}
+
+// newPlace is a place for a key that is still to be made.
+func newPlace() place {
+	id := uuid.NewString()
+	return place{id: id, asked: id}
 }
 
 // claim exports a key out of the pool and destroys it in the back end, while its public
@@ -186,8 +195,9 @@ func (s *Service) seal(ctx context.Context, org org.ID, id string, public Public
 }
 
 // reserve takes a place in org's quota for a key that is still to be made.
-func (s *Service) reserve(ctx context.Context, org org.ID, id string) error {
-	return s.locked(ctx, org, func() error { return s.store.Reserve(ctx, org, id, s.limit, s.reservationLife) })
+func (s *Service) reserve(ctx context.Context, org org.ID) (place, error) {
+	p := newPlace()
+	return p, s.locked(ctx, org, func() error { return s.store.Reserve(ctx, org, p.asked, s.limit, s.reservationLife) })
 }
 
 // locked does what takes a place in org's quota under its lock. The lock only keeps
@@ -266,7 +276,7 @@ func (s *Service) storeRecord(ctx context.Context, pass gate.Pass, p place) (pen
 	// Not aborted with ctx: it would be unknown whether the record exists.
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
-	if err := s.store.StorePending(storing, id, sealed, created); err != nil {
+	if err := s.store.StorePending(storing, id, p.asked, sealed, created); err != nil {
 		return false, fmt.Errorf("storing key %s: %w", id, err)
 	}
 	waiting, cancel := context.WithTimeout(ctx, s.auditDeadline)
@@ -279,11 +289,11 @@ func (s *Service) storeRecord(ctx context.Context, pass gate.Pass, p place) (pen
 
 // cancel gives a reservation back, even if the caller is gone. If that fails, the
 // reservation expires.
-func (s *Service) cancel(ctx context.Context, id string) {
+func (s *Service) cancel(ctx context.Context, asked string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
-	if err := s.store.Cancel(ctx, id); err != nil {
-		s.gate.Log.Warn("a reservation could not be cancelled and stays in the quota until it expires", "key", id, "error", err)
+	if err := s.store.Cancel(ctx, asked); err != nil {
+		s.gate.Log.Warn("a reservation could not be cancelled and stays in the quota until it expires", "reservation", asked, "error", err)
 	}
 }
 

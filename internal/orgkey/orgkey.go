@@ -191,14 +191,18 @@ type Record struct {
 // the events given are committed in it or nothing is. Its implementation is
 // sqlstore.
 type Store interface {
-	// Reserve takes a place for key id in org's quota until life has passed, or
+	// Reserve takes a place for key asked in org's quota until life has passed, or
 	// reports *QuotaError. It succeeds only while fewer than limit places are
-	// taken, counting every state.
-	Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) error
+	// taken, counting every state. asked, which is used once, stays the reservation's
+	// own ID, also where a pool's Reserve has given its place to a pool key.
+	Reserve(ctx context.Context, org org.ID, asked string, limit int, life time.Duration) error
+	// Exchange has a live reservation be for key asked instead of a pool key, until life
+	// has passed, or reports ErrGone.
+	Exchange(ctx context.Context, asked string, life time.Duration) error
 	// Cancel gives a reservation back; a missing one is no error.
-	Cancel(ctx context.Context, id string) error
-	// StorePending turns a live reservation into a pending record, or reports ErrGone.
-	StorePending(ctx context.Context, id string, sealed []byte, created audit.Event) error
+	Cancel(ctx context.Context, asked string) error
+	// StorePending turns a live reservation for key id into a pending record, or reports ErrGone.
+	StorePending(ctx context.Context, id, asked string, sealed []byte, created audit.Event) error
 	// Release turns a live pending record into a released one, or reports ErrGone.
 	Release(ctx context.Context, id string) error
 	// Delivered marks a released key's private half as written out.

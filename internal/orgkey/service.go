@@ -81,12 +81,12 @@ func (s *Service) Admit() (leave func(), err error) {
 	if !s.admission.TryAcquire(1) {
 		return nil, ErrOverloaded
 	}
-	served := s.busy()
+	served := s.Busy()
 	return sync.OnceFunc(func() { s.admission.Release(1); served() }), nil
 }
 
-// busy counts a caller who waits for a key, until served is called.
-func (s *Service) busy() (served func()) {
+// Busy counts a caller who waits for a key, until served is called.
+func (s *Service) Busy() (served func()) {
 	s.waiting.Add(1)
 	return func() {
 		s.quiet.Store(time.Now().UnixNano())

@@ -466,8 +466,8 @@ type overtaken struct {
 	stored, happened chan struct{}
 }
 
-func (o overtaken) StorePending(ctx context.Context, id string, sealed []byte, created audit.Event) error {
-	err := o.Store.StorePending(context.WithoutCancel(ctx), id, sealed, created)
+func (o overtaken) StorePending(ctx context.Context, id, asked string, sealed []byte, created audit.Event) error {
+	err := o.Store.StorePending(context.WithoutCancel(ctx), id, asked, sealed, created)
 	close(o.stored)
 	<-o.happened
 	select {
@@ -1078,7 +1078,7 @@ func TestPromise3_TheSweeperGivesBackWhatACrashLeft(t *testing.T) {
 	crashed("pending")
 	created := audit.New(audit.KeyCreated, "acme")
 	created.Object = "pending"
-	if err := f.db.StorePending(t.Context(), "pending", []byte("x"), created); err != nil {
+	if err := f.db.StorePending(t.Context(), "pending", "pending", []byte("x"), created); err != nil {
 		t.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(t.Context())

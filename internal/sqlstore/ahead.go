@@ -9,6 +9,13 @@ import (
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
+// aheadSlack is by how much the database's clock may be set back, as by a failover, before
+// a pool key seems to expire later than it can.
+const aheadSlack = time.Minute
+
+// aheadAtMost is the latest expiry of a pool key, counted from now: a later one was altered.
+const aheadAtMost = orgkey.MaxAge + aheadSlack
+
 // takeAhead takes a pool key of a use in tx, or returns nil: it deletes the key's row.
 // Of several takers at once each gets another key. An ID that is a key's
 // already, in a database that was restored or altered, is not taken.
@@ -16,9 +23,9 @@ func (d *DB) takeAhead(ctx context.Context, tx *txn, use orgkey.Use, now int64) 
 	taken, err := query(ctx, tx, func(scan func(...any) error) (a orgkey.Ahead, err error) {
 		err = scan(&a.ID, &a.Use, &a.Sealed)
 		return a, err
-	}, `DELETE FROM pool_keys WHERE id = (SELECT p.id FROM pool_keys p WHERE p.use = $1 AND p.sealed IS NOT NULL AND p.expires_at > $2
+	}, `DELETE FROM pool_keys WHERE id = (SELECT p.id FROM pool_keys p WHERE p.use = $1 AND p.sealed IS NOT NULL AND p.expires_at > $2 AND p.expires_at <= $3
 		AND NOT EXISTS (SELECT 1 FROM org_keys k WHERE k.id = p.id) AND NOT EXISTS (SELECT 1 FROM keys_of_nodes k WHERE k.id = p.id)
-		ORDER BY p.expires_at, p.id LIMIT 1`+d.forUpdate(" SKIP LOCKED")+`) AND sealed IS NOT NULL RETURNING id, use, sealed`, string(use), now)
+		ORDER BY p.expires_at, p.id LIMIT 1`+d.forUpdate(" SKIP LOCKED")+`) AND sealed IS NOT NULL RETURNING id, use, sealed`, string(use), now, now+aheadAtMost.Microseconds())
 	if err != nil || len(taken) == 0 {
 		return nil, err
 	}
@@ -26,8 +33,8 @@ func (d *DB) takeAhead(ctx context.Context, tx *txn, use orgkey.Use, now int64) 
 }
 
 // ReserveAhead implements keypool.Store.
-func (d *DB) ReserveAhead(ctx context.Context, org org.ID, id string, limit int, life time.Duration) (*orgkey.Ahead, error) {
-	return d.reserve(ctx, org, id, limit, life, true)
+func (d *DB) ReserveAhead(ctx context.Context, org org.ID, asked string, limit int, life time.Duration) (*orgkey.Ahead, error) {
+	return d.reserve(ctx, org, asked, limit, life, true)
 }
 
 // BeginAhead implements keypool.Store.
@@ -100,7 +107,7 @@ func (d *DB) Ahead(ctx context.Context) ([]orgkey.Ahead, error) {
 	return query(ctx, d.read, func(scan func(...any) error) (a orgkey.Ahead, err error) {
 		err = scan(&a.ID, &a.Use, &a.Sealed, &a.Expired)
 		return a, err
-	}, "SELECT id, use, sealed, expires_at <= "+d.present()+" FROM pool_keys ORDER BY expires_at, id")
+	}, "SELECT id, use, sealed, expires_at <= "+d.present()+" OR expires_at > "+d.present()+" + $1 FROM pool_keys ORDER BY expires_at, id", aheadAtMost.Microseconds())
 }
 
 // Credentials implements keypool.Store.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/keypool"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -49,7 +50,8 @@ func TestAPoolKeyIsTakenWithThePlaceInTheQuota(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
 		id := inPool(t, db, orgkey.UsePlain, time.Hour)
 		other := inPool(t, db, orgkey.UseSealed, time.Hour)
-		taken, err := db.ReserveAhead(t.Context(), "acme", uuid.NewString(), 2, time.Minute)
+		asked := uuid.NewString()
+		taken, err := db.ReserveAhead(t.Context(), "acme", asked, 2, time.Minute)
 		if err != nil || taken == nil || taken.ID != id || string(taken.Sealed) != "sealed "+id || taken.Use != orgkey.UsePlain {
 			t.Fatalf("took %+v, %v", taken, err)
 		}
@@ -74,8 +76,8 @@ func TestAPoolKeyIsTakenWithThePlaceInTheQuota(t *testing.T) {
 		if rows := poolRows(t, db); rows[spare].ID != spare {
 			t.Error("a refused request took a key")
 		}
-		// What was cancelled does not return.
-		if err := db.Cancel(t.Context(), id); err != nil {
+		// What was cancelled, by who may not have had the answer, does not return.
+		if err := db.Cancel(t.Context(), asked); err != nil {
 			t.Fatal(err)
 		}
 		if rows := poolRows(t, db); len(rows) != 2 {
@@ -100,6 +102,7 @@ func TestOnlyFinishedPoolKeysInTimeAreTaken(t *testing.T) {
 			t.Errorf("the reaper would delete it: %v, %v", needed, err)
 		}
 		old := inPool(t, db, orgkey.UsePlain, time.Millisecond)
+		altered := inPool(t, db, orgkey.UsePlain, 2*orgkey.MaxAge)
 		used := inPool(t, db, orgkey.UsePlain, time.Hour)
 		if err := db.Reserve(t.Context(), "initech", used, 1, time.Minute); err != nil {
 			t.Fatal(err) // as in a restored database, where a key has the ID already
@@ -108,8 +111,8 @@ func TestOnlyFinishedPoolKeysInTimeAreTaken(t *testing.T) {
 		if taken, err := db.ReserveAhead(t.Context(), "acme", uuid.NewString(), 1, time.Minute); err != nil || taken != nil {
 			t.Errorf("took %+v, %v", taken, err)
 		}
-		if !poolRows(t, db)[old].Expired {
-			t.Error("a key that expired is not said to have")
+		if rows := poolRows(t, db); !rows[old].Expired || !rows[altered].Expired || rows[used].Expired {
+			t.Errorf("only the first and second of these have expired, or are altered: %v", []orgkey.Ahead{rows[old], rows[altered], rows[used]})
 		}
 		// Too late, and twice.
 		late := uuid.NewString()
@@ -162,6 +165,67 @@ func TestTwoTakersNeverShareAPoolKey(t *testing.T) {
 		}
 		if rows := poolRows(t, db); len(got)+len(rows) != keys {
 			t.Errorf("%d keys were taken and %d are in the pool, of %d", len(got), len(rows), keys)
+		}
+	})
+}
+
+// A failover loses the transaction in which one request took a pool key, and another takes
+// it. What the first does then is not done to the reservation of the second.
+func TestAReservationIsThatOfWhoAskedForIt(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		first, second, id := uuid.NewString(), uuid.NewString(), uuid.NewString()
+		take := func(asked string) {
+			t.Helper()
+			added, err := db.AddAhead(t.Context(), orgkey.UsePlain, id, 1, time.Minute)
+			if err := errors.Join(err, db.FillAhead(t.Context(), id, []byte("sealed"), time.Hour)); err != nil || !added {
+				t.Fatal(added, err)
+			}
+			if taken, err := db.ReserveAhead(t.Context(), "acme", asked, 1, time.Minute); err != nil || taken == nil || taken.ID != id {
+				t.Fatal(taken, err)
+			}
+		}
+		take(first)
+		if err := db.Cancel(t.Context(), first); err != nil { // as if it had not been
+			t.Fatal(err)
+		}
+		take(second)
+		if err := db.StorePending(t.Context(), id, first, []byte("x"), event(audit.KeyCreated, "acme", id)); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("the first stored its record: %v", err)
+		}
+		if err := db.Exchange(t.Context(), first, time.Minute); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("the first exchanged its key: %v", err)
+		}
+		if err := db.Cancel(t.Context(), first); err != nil {
+			t.Error(err)
+		}
+		if err := db.StorePending(t.Context(), id, second, []byte("x"), event(audit.KeyCreated, "acme", id)); err != nil {
+			t.Errorf("the second: %v", err)
+		}
+	})
+}
+
+// The place stays taken while its key is exchanged, and the pool key is not needed any more.
+func TestAPlaceKeepsWhileItsKeyIsExchanged(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id, asked := inPool(t, db, orgkey.UsePlain, time.Hour), uuid.NewString()
+		if taken, err := db.ReserveAhead(t.Context(), "acme", asked, 1, time.Second); err != nil || taken == nil {
+			t.Fatal(taken, err)
+		}
+		if err := db.Exchange(t.Context(), asked, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(1100 * time.Millisecond)
+		if needed, err := db.Needed(t.Context(), []string{id, asked}); err != nil || needed[id] || !needed[asked] {
+			t.Errorf("needed are %v, %v", needed, err)
+		}
+		if err := db.StorePending(t.Context(), id, asked, []byte("x"), event(audit.KeyCreated, "acme", id)); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("the pool key was stored: %v", err)
+		}
+		if err := db.StorePending(t.Context(), asked, asked, []byte("x"), event(audit.KeyCreated, "acme", asked)); err != nil {
+			t.Error(err)
+		}
+		if err := db.Exchange(t.Context(), asked, time.Hour); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("a pending key was exchanged: %v", err)
 		}
 	})
 }

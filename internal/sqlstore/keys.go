@@ -32,14 +32,14 @@ const isLive = "slot IS NOT NULL AND state = " + released
 // Reserve implements orgkey.Store. The lowest free slot is taken under the
 // organization's lock; UNIQUE (org_id, slot) refuses a second taker even if
 // two got here at once.
-func (d *DB) Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) error {
-	_, err := d.reserve(ctx, org, id, limit, life, false)
+func (d *DB) Reserve(ctx context.Context, org org.ID, asked string, limit int, life time.Duration) error {
+	_, err := d.reserve(ctx, org, asked, limit, life, false)
 	return err
 }
 
-// reserve takes a place under id or, if ahead is set and there is a pool key, takes that
-// key and the place under its ID.
-func (d *DB) reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration, ahead bool) (*orgkey.Ahead, error) {
+// reserve takes a place for key asked or, if ahead is set and there is a pool key, takes
+// that key and the place for it.
+func (d *DB) reserve(ctx context.Context, org org.ID, asked string, limit int, life time.Duration, ahead bool) (*orgkey.Ahead, error) {
 	var full error
 	var taken *orgkey.Ahead
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
@@ -65,7 +65,7 @@ func (d *DB) reserve(ctx context.Context, org org.ID, id string, limit int, life
 			full = &orgkey.QuotaError{Limit: limit} // what shorten did is to stay
 			return nil
 		}
-		name := id
+		name := asked
 		if ahead {
 			if taken, err = d.takeAhead(ctx, tx, orgkey.UsePlain, now); err != nil {
 				return err
@@ -74,8 +74,8 @@ func (d *DB) reserve(ctx context.Context, org org.ID, id string, limit int, life
 				name = taken.ID
 			}
 		}
-		_, err = exec(ctx, tx, "INSERT INTO org_keys (id, org_id, slot, state, expires_at) VALUES ($1, $2, $3, "+reserved+", $4)",
-			name, org, slot, now+life.Microseconds())
+		_, err = exec(ctx, tx, "INSERT INTO org_keys (id, org_id, slot, state, expires_at, asked) VALUES ($1, $2, $3, "+reserved+", $4, $5)",
+			name, org, slot, now+life.Microseconds(), asked)
 		return err
 	})
 	if err != nil {
@@ -181,18 +181,30 @@ func (d *DB) end(ctx context.Context, tx *txn, keys []keyState, now int64, withd
 
 const endKey = "UPDATE org_keys" + endedKey
 
-// Cancel implements orgkey.Store.
-func (d *DB) Cancel(ctx context.Context, id string) error {
+// Exchange implements orgkey.Store.
+func (d *DB) Exchange(ctx context.Context, asked string, life time.Duration) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		_, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = "+reserved, id)
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		return one(exec(ctx, tx, "UPDATE org_keys SET id = asked, expires_at = $3 WHERE asked = $1 AND state = "+reserved+" AND expires_at > $2", asked, now, now+life.Microseconds()))
+	})
+}
+
+// Cancel implements orgkey.Store.
+func (d *DB) Cancel(ctx context.Context, asked string) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		_, err := exec(ctx, tx, "DELETE FROM org_keys WHERE asked = $1 AND state = "+reserved, asked)
 		return err
 	})
 }
 
-// StorePending implements orgkey.Store. The key's ID fences off a stale owner:
-// a reservation that expired and was given to another has another ID.
-func (d *DB) StorePending(ctx context.Context, id string, sealed []byte, created audit.Event) error {
-	return d.changeOne(ctx, created, "UPDATE org_keys SET state = "+pending+", sealed = $3, created_at = $2 WHERE id = $1 AND state = "+reserved+" AND expires_at > $2", id, sealed)
+// StorePending implements orgkey.Store. The reservation's own ID fences off a stale
+// owner: a reservation that expired and was given to another has another one, also if
+// a failover lost the first and both were given the same pool key.
+func (d *DB) StorePending(ctx context.Context, id, asked string, sealed []byte, created audit.Event) error {
+	return d.changeOne(ctx, created, "UPDATE org_keys SET state = "+pending+", sealed = $3, created_at = $2 WHERE id = $1 AND asked = $4 AND state = "+reserved+" AND expires_at > $2", id, sealed, asked)
 }
 
 // Release implements orgkey.Store.

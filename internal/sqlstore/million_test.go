@@ -71,7 +71,7 @@ func generateAndDelete(ctx context.Context, db *sqlstore.DB) error {
 	id := uuid.NewString()
 	return errors.Join(
 		db.Reserve(ctx, "other", id, 5, life),
-		db.StorePending(ctx, id, []byte("sealed"), event(audit.KeyCreated, "other", id)),
+		db.StorePending(ctx, id, id, []byte("sealed"), event(audit.KeyCreated, "other", id)),
 		db.Release(ctx, id),
 		db.DeleteKey(ctx, "other", id, event(audit.KeyDeleted, "other", id)))
 }

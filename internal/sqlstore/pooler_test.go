@@ -134,7 +134,7 @@ func TestTwoReplicasThroughPgBouncer(t *testing.T) {
 						}
 						return
 					}
-					if err := db.StorePending(t.Context(), id, []byte("sealed"), event(audit.KeyCreated, acme, id)); err != nil {
+					if err := db.StorePending(t.Context(), id, id, []byte("sealed"), event(audit.KeyCreated, acme, id)); err != nil {
 						t.Error(err)
 					}
 					if err := db.Release(t.Context(), id); err != nil {
@@ -204,7 +204,7 @@ func TestAPoolerThatEndsSessionsLosesNothing(t *testing.T) {
 					for began := time.Now(); time.Since(began) < 4*time.Second; time.Sleep(400 * time.Millisecond) {
 						id := uuid.NewString()
 						if err := errors.Join(db.Reserve(t.Context(), acme, id, 100, life),
-							db.StorePending(t.Context(), id, []byte("sealed"), event(audit.KeyCreated, acme, id)), db.Release(t.Context(), id)); err != nil {
+							db.StorePending(t.Context(), id, id, []byte("sealed"), event(audit.KeyCreated, acme, id)), db.Release(t.Context(), id)); err != nil {
 							t.Errorf("after %s: %v", time.Since(began), err)
 						}
 						if _, err := db.Sequence(t.Context(), 100, audit.Condition{}); err != nil {

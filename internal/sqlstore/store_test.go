@@ -116,7 +116,7 @@ func event(kind audit.Type, org org.ID, id string) audit.Event {
 func pending(t testing.TB, db *sqlstore.DB, org org.ID, limit int) string {
 	t.Helper()
 	id := reserve(t, db, org, limit)
-	if err := db.StorePending(t.Context(), id, []byte("sealed "+id), event(audit.KeyCreated, org, id)); err != nil {
+	if err := db.StorePending(t.Context(), id, id, []byte("sealed "+id), event(audit.KeyCreated, org, id)); err != nil {
 		t.Fatal(err)
 	}
 	return id
@@ -239,10 +239,10 @@ func TestAnExpiredPlaceIsGivenAgainAndItsOwnerFencedOff(t *testing.T) {
 			id := uuid.NewString()
 			return id, db.Reserve(t.Context(), "acme", id, 1, life)
 		})
-		if err := db.StorePending(t.Context(), stale, []byte("x"), event(audit.KeyCreated, "acme", stale)); !errors.Is(err, orgkey.ErrGone) {
+		if err := db.StorePending(t.Context(), stale, stale, []byte("x"), event(audit.KeyCreated, "acme", stale)); !errors.Is(err, orgkey.ErrGone) {
 			t.Errorf("the stale owner stored its key: %v", err)
 		}
-		if err := db.StorePending(t.Context(), fresh, []byte("x"), event(audit.KeyCreated, "acme", fresh)); err != nil {
+		if err := db.StorePending(t.Context(), fresh, fresh, []byte("x"), event(audit.KeyCreated, "acme", fresh)); err != nil {
 			t.Errorf("the new owner: %v", err)
 		}
 	})
@@ -307,7 +307,7 @@ func TestOnlyGenerationsUnderWayAreReserved(t *testing.T) {
 			id := uuid.NewString()
 			if err := errors.Join(
 				db.Reserve(t.Context(), org, id, 9, life),
-				db.StorePending(t.Context(), id, []byte("x"), event(audit.KeyCreated, org, id)),
+				db.StorePending(t.Context(), id, id, []byte("x"), event(audit.KeyCreated, org, id)),
 			); err != nil {
 				t.Fatal(err)
 			}
@@ -335,7 +335,7 @@ func TestAPendingKeyPastItsExpiryIsNotReleasedButSwept(t *testing.T) {
 		if err := db.Reserve(t.Context(), "acme", id, 1, 50*time.Millisecond); err != nil {
 			t.Fatal(err)
 		}
-		if err := db.StorePending(t.Context(), id, []byte("x"), event(audit.KeyCreated, "acme", id)); err != nil {
+		if err := db.StorePending(t.Context(), id, id, []byte("x"), event(audit.KeyCreated, "acme", id)); err != nil {
 			t.Fatal(err)
 		}
 		n := eventually(t, func() (int, error) {
@@ -450,7 +450,7 @@ func TestDeletingAllKeysCancelsWhatIsUnderWay(t *testing.T) {
 		if err != nil || n.Keys != 2 {
 			t.Fatalf("deleted %d keys, %v; want the 2 released ones", n.Keys, err)
 		}
-		if err := db.StorePending(t.Context(), underWay, []byte("x"), event(audit.KeyCreated, "acme", underWay)); !errors.Is(err, orgkey.ErrGone) {
+		if err := db.StorePending(t.Context(), underWay, underWay, []byte("x"), event(audit.KeyCreated, "acme", underWay)); !errors.Is(err, orgkey.ErrGone) {
 			t.Errorf("a cancelled generation was stored: %v", err)
 		}
 		if err := db.Release(t.Context(), waiting); !errors.Is(err, orgkey.ErrGone) {
@@ -488,11 +488,11 @@ func TestAChangeThatFailsLeavesNoEvent(t *testing.T) {
 			t.Fatal(err)
 		}
 		// The same event's ID again violates a constraint after the key's row changed.
-		if err := db.StorePending(t.Context(), id, []byte("x"), created); !errors.Is(err, orgkey.ErrUnavailable) {
+		if err := db.StorePending(t.Context(), id, id, []byte("x"), created); !errors.Is(err, orgkey.ErrUnavailable) {
 			t.Fatalf("a second event with the same ID: %v", err)
 		}
 		again := event(audit.KeyCreated, "acme", id)
-		if err := db.StorePending(t.Context(), id, []byte("x"), again); err != nil {
+		if err := db.StorePending(t.Context(), id, id, []byte("x"), again); err != nil {
 			t.Errorf("the reservation was changed by the failed transaction: %v", err)
 		}
 	})
