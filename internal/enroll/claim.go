@@ -266,6 +266,7 @@ func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery, signa
 // make has the back end make and wrap a key, commits both, and destroys the
 // back end's copy.
 func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (made, error) {
+	defer s.Busy()()
 	attempt, mine, taken, err := s.begin(ctx, d.KeyID)
 	if err != nil {
 		return made{}, fmt.Errorf("beginning key %s: %w", d.KeyID, err)

@@ -41,6 +41,8 @@ type Config struct {
 	Pool     Pool // nil: no keys are made ahead
 	// Admit takes a place among the generations under way, or reports orgkey.ErrOverloaded.
 	Admit func() (leave func(), err error)
+	// Busy counts a caller who waits for a key, until served is called.
+	Busy func() (served func())
 	// Enter takes a place among the verifications for strangers under way. leave
 	// gives it back, says whether the caller proved to be known, and returns the
 	// error that one hears whose address failed too often.

@@ -32,6 +32,8 @@ const (
 	look        = 25 * time.Millisecond  // between two looks whether that is so
 	elsewhere   = 100 * time.Millisecond // while another replica makes a key
 	upkeep      = 10 * time.Second       // between two searches for keys that must go
+	stale       = 2 * upkeep             // what a search found is asked again by a taker
+	clocks      = time.Hour              // by how much replicas' clocks may differ
 	retry       = 2 * time.Second        // after a failure
 	firstReport = 10 * time.Second       // after the start, before the first event with totals
 	reportEvery = time.Minute            // at least, between two of them
@@ -97,41 +99,43 @@ func (r *runner) taken(use orgkey.Use, had bool) {
 	}
 }
 
-// Run fills the pool, and destroys what must go, until ctx ends.
+// Run fills the pool, and destroys what must go, until ctx ends. What must go does not
+// wait for filling, which does not happen while keys are wanted.
 func (r *runner) Run(ctx context.Context) error {
-	said, wait, wake := "", settle, (<-chan struct{})(nil)
+	var both sync.WaitGroup
+	both.Go(func() { r.repeat(ctx, nil, "the pool of keys is not looked after", r.tend) })
+	both.Go(func() { r.repeat(ctx, r.wake, "the pool of keys is not filled", r.fill) })
+	both.Wait()
+	return r.leave(ctx)
+}
+
+// repeat does something until ctx ends: soon, then every upkeep and at each wake, and
+// after a failure, which it logs, as soon as retry has passed.
+func (r *runner) repeat(ctx context.Context, wake <-chan struct{}, failed string, do func(context.Context) error) {
+	said, wait, woken := "", settle, (<-chan struct{})(nil)
 	for {
-		keep := true
 		select {
 		case <-ctx.Done():
-			return r.leave(ctx)
-		case <-wake:
-			keep = false
+			return
+		case <-woken:
 		case <-time.After(wait):
 		}
-		err := r.once(ctx, keep)
+		err := do(ctx)
 		if err == nil {
-			said, wait, wake = "", upkeep, r.wake
+			said, wait, woken = "", upkeep, wake
 			continue
 		}
-		wait, wake = retry, nil
+		wait, woken = retry, nil
 		if text := err.Error(); ctx.Err() == nil && text != said {
-			r.Log.Warn("the pool of keys is not filled", "error", err)
+			r.Log.Warn(failed, "error", err)
 			said = text
 		}
 	}
 }
 
-func (r *runner) once(ctx context.Context, keep bool) error {
-	if keep {
-		if err := r.stock.keep(ctx); err != nil {
-			return err
-		}
-	}
-	if err := r.fill(ctx); err != nil {
-		return err
-	}
-	return r.report(ctx, false)
+// tend destroys what must go, and reports.
+func (r *runner) tend(ctx context.Context) error {
+	return errors.Join(r.stock.keep(ctx), r.report(ctx, false))
 }
 
 // fill makes keys until there are enough.
@@ -218,8 +222,8 @@ func (r *runner) leave(ctx context.Context) error {
 
 var errTooOld = errors.New("the pool key is past its age")
 
-// checkAge refuses a key that has waited too long, or was made in the future: then a
-// clock has been set back, and its age is not known.
+// checkAge refuses a key of this process that has waited too long, or was made in the
+// future: then a clock has been set back, and its age is not known.
 func checkAge(made time.Time) error {
 	if age := time.Since(made); age > orgkey.MaxAge || age < -time.Minute {
 		return errTooOld

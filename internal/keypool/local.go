@@ -19,7 +19,7 @@ type Maker interface {
 
 // Reserver takes places in the quota and begins attempts, as orgkey.Store and enroll.Store do.
 type Reserver interface {
-	Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) error
+	Reserve(ctx context.Context, org org.ID, asked string, limit int, life time.Duration) error
 	Begin(ctx context.Context, keyID, attempt string, life time.Duration) (bool, error)
 }
 
@@ -60,11 +60,11 @@ func (p *Local) uses() []orgkey.Use { return []orgkey.Use{orgkey.UseAny} }
 
 // Reserve implements orgkey.Pool. The process alone has its keys, and gives each to one
 // caller, after that caller's reservation.
-func (p *Local) Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) (*orgkey.Taken[orgkey.BackendKey], error) {
-	if err := p.store.Reserve(ctx, org, id, limit, life); err != nil {
+func (p *Local) Reserve(ctx context.Context, org org.ID, asked string, limit int, life time.Duration) (*orgkey.Taken[orgkey.BackendKey], error) {
+	if err := p.store.Reserve(ctx, org, asked, limit, life); err != nil {
 		return nil, err
 	}
-	return take(p, id, func(k orgkey.HeldKey) (orgkey.BackendKey, bool) { return k, true }), nil
+	return take(p, asked, func(k orgkey.HeldKey) (orgkey.BackendKey, bool) { return k, true }), nil
 }
 
 // Begin implements enroll.Pool.

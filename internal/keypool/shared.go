@@ -22,9 +22,9 @@ import (
 // Store keeps the rows of a shared pool. Each method is one transaction. Its
 // implementation is sqlstore.
 type Store interface {
-	// ReserveAhead does what orgkey.Store.Reserve does, under the ID of a pool key for
+	// ReserveAhead does what orgkey.Store.Reserve does, for a pool key for
 	// orgkey.UsePlain if there is one, whose row it deletes.
-	ReserveAhead(ctx context.Context, org org.ID, id string, limit int, life time.Duration) (*orgkey.Ahead, error)
+	ReserveAhead(ctx context.Context, org org.ID, asked string, limit int, life time.Duration) (*orgkey.Ahead, error)
 	// BeginAhead does what enroll.Store.Begin does, likewise, for orgkey.UseSealed.
 	BeginAhead(ctx context.Context, keyID, attempt string, life time.Duration) (mine bool, taken *orgkey.Ahead, err error)
 	// AddAhead adds a row for a key that is to be made within life, unless the pool has
@@ -70,6 +70,7 @@ type Shared struct {
 
 	mu     sync.Mutex
 	opened map[string]opened // by the key's name, so that a taker need not wait for the sealer
+	latest present           // so that a taker need not ask, either
 }
 
 // opened is a row that the sealer has opened.
@@ -96,8 +97,8 @@ type record struct {
 func (p *Shared) uses() []orgkey.Use { return []orgkey.Use{orgkey.UsePlain, orgkey.UseSealed} }
 
 // Reserve implements orgkey.Pool.
-func (p *Shared) Reserve(ctx context.Context, org org.ID, id string, limit int, life time.Duration) (*orgkey.Taken[orgkey.BackendKey], error) {
-	ahead, err := p.store.ReserveAhead(ctx, org, id, limit, life)
+func (p *Shared) Reserve(ctx context.Context, org org.ID, asked string, limit int, life time.Duration) (*orgkey.Taken[orgkey.BackendKey], error) {
+	ahead, err := p.store.ReserveAhead(ctx, org, asked, limit, life)
 	if err != nil {
 		return nil, err
 	}
@@ -120,15 +121,41 @@ func open[K any](p *Shared, use orgkey.Use, ahead *orgkey.Ahead, key func(string
 		return nil
 	}
 	return &orgkey.Taken[K]{ID: ahead.ID, Open: func(ctx context.Context) (none K, made time.Time, err error) {
+		defer p.forgetOpened(ahead.ID)
+		reason := reasonFailed
 		r, public, err := p.read(ctx, *ahead)
 		if err == nil {
-			err = checkAge(r.Made)
+			reason, err = p.check(ctx, *ahead, r)
 		}
 		if err != nil {
-			return none, made, errors.Join(fmt.Errorf("opening pool key %s: %w", ahead.ID, err), p.destroy(ctx, *ahead, reasonFailed))
+			return none, made, errors.Join(fmt.Errorf("opening pool key %s: %w", ahead.ID, err), p.destroy(ctx, *ahead, reason))
 		}
 		return key(ahead.ID, public), r.Made, nil
 	}}
+}
+
+// check refuses a key that must be destroyed, but that keep has not come to. It asks what
+// is present only if that is not known, or if a key does not match it, which may be newer.
+func (p *Shared) check(ctx context.Context, a orgkey.Ahead, r record) (reason string, err error) {
+	p.mu.Lock()
+	now := p.latest
+	p.mu.Unlock()
+	if time.Since(now.at) < stale && now.doom(a, r) == "" {
+		return "", nil
+	}
+	if now, err = p.present(ctx); err != nil {
+		return reasonFailed, err
+	}
+	if reason = now.doom(a, r); reason != "" {
+		return reason, fmt.Errorf("the pool key must not be used any more: %s", reason)
+	}
+	return "", nil
+}
+
+func (p *Shared) forgetOpened(id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.opened, id)
 }
 
 // read opens the record of a pool key, unless the very same row was opened before.
@@ -274,9 +301,27 @@ func (p *Shared) keep(ctx context.Context) error {
 type present struct {
 	sealedAsNow func([]byte) bool
 	credentials []string // of all replicas; nil: not known
+	at          time.Time
 }
 
+// doom is the reason for which a key must be destroyed, or empty. Its age is for the
+// database to know, whose clock all replicas share: here only a time that no clock
+// explains is one.
+func (now present) doom(a orgkey.Ahead, r record) string {
+	switch {
+	case !now.sealedAsNow(a.Sealed):
+		return reasonSealingKey
+	case time.Since(r.Made).Abs() > orgkey.MaxAge+clocks:
+		return reasonExpired
+	case now.credentials != nil && !slices.Contains(now.credentials, r.Credentials):
+		return reasonCredentials
+	}
+	return ""
+}
+
+// present asks what is present, and remembers it.
 func (p *Shared) present(ctx context.Context) (now present, err error) {
+	now.at = time.Now()
 	if now.sealedAsNow, err = p.sealer.Newest(ctx); err != nil {
 		return now, err
 	}
@@ -287,6 +332,9 @@ func (p *Shared) present(ctx context.Context) (now present, err error) {
 	if all = append(all, p.keystore.Credentials()); !slices.Contains(all, "") {
 		now.credentials = all
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.latest = now
 	return now, nil
 }
 
@@ -308,12 +356,8 @@ func (p *Shared) doom(ctx context.Context, a orgkey.Ahead, now present) (string,
 		return "", err
 	case err != nil:
 		return reasonUnreadable, nil
-	case checkAge(r.Made) != nil:
-		return reasonExpired, nil
-	case now.credentials != nil && !slices.Contains(now.credentials, r.Credentials):
-		return reasonCredentials, nil
 	}
-	return "", nil
+	return now.doom(a, r), nil
 }
 
 // ready implements stock.

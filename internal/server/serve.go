@@ -156,7 +156,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	enrollments, err := enroll.New(enroll.Config{
 		Roots: roots,
 		Gate:  guard, Pool: ahead,
-		Store: db, Keystore: backend.sealed, Sealer: backend.sealer, Opener: opener, Admit: service.Admit, Enter: nodes.Enter,
+		Store: db, Keystore: backend.sealed, Sealer: backend.sealer, Opener: opener, Admit: service.Admit, Busy: service.Busy, Enter: nodes.Enter,
 		Count:  func(o enroll.Outcome) { outcomes.WithLabelValues(string(o)).Inc() },
 		Origin: head.Origin, Backend: backend.name, Limit: cfg.Max, NodeLimit: cfg.MaxNodeKeys,
 		AttemptLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline, DeliverFor: cfg.DeliveryTTL,
