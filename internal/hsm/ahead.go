@@ -18,7 +18,7 @@ func (t *Token) CreateAhead(ctx context.Context, name string) (orgkey.HeldKey, e
 	if err != nil {
 		return nil, err
 	}
-	k.ahead = true
+	k.ahead, k.turn = true, make(chan struct{}, 1)
 	k.life.generate.put(k.session)
 	k.session = nil
 	return k, nil
@@ -35,25 +35,31 @@ func (k *key) Alive() bool {
 }
 
 // useAhead is use for a key that waited in the pool. It takes a sealing session, which
-// no generation occupies.
+// no generation occupies. Who waits for a call under way, for what one session destroys
+// another must not wrap, waits without one.
 func (k *key) useAhead(ctx context.Context, f func(pkcs11.SessionHandle) error, late func()) error {
 	l := k.life
 	ctx, cancel := context.WithTimeoutCause(ctx, k.token.limits.answer, errSlow)
 	defer cancel()
+	select {
+	case k.turn <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	s, err := l.seal.take(ctx)
 	if err != nil {
+		<-k.turn
 		return err
 	}
+	end := func() { l.seal.put(s); <-k.turn }
 	running, err := s.call(ctx, func(h pkcs11.SessionHandle) error {
-		k.using.Lock() // what one session destroys, another must not wrap
-		defer k.using.Unlock()
 		if k.pair.gone {
 			return errDestroyed
 		}
 		return f(h)
-	}, func(error) { late(); l.seal.put(s) })
+	}, func(error) { late(); end() })
 	if !running {
-		l.seal.put(s)
+		end()
 	}
 	if err != nil && lost(err) {
 		k.token.renew(l, err)

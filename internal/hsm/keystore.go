@@ -108,8 +108,8 @@ type key struct {
 	life  *life
 	pair  *pair
 
-	ahead bool       // made ahead: it holds no session, and its objects are used through others
-	using sync.Mutex // a call under way, of a key made ahead
+	ahead bool          // made ahead: it holds no session, and its objects are used through others
+	turn  chan struct{} // of a key made ahead: held by the call under way
 
 	mu        sync.Mutex
 	session   *session // nil: given back
@@ -242,6 +242,9 @@ func (k *key) Destroy(ctx context.Context) error {
 		}
 	}
 	if err := k.token.checkAbsent(ctx, k.pair.name); err != nil {
+		if k.ahead && errors.Is(err, errPresent) { // no session of its own whose end would end it
+			k.token.renew(k.life, err)
+		}
 		return fault("confirming that the key is destroyed", err)
 	}
 	k.destroyed = true
