@@ -53,9 +53,9 @@ func (w *Web) Finish(ctx context.Context, a Attempt, query url.Values) (Session,
 	case err != nil:
 		return Session{}, err
 	case (e.NamesItself || query.Has("iss")) && query.Get("iss") != w.Issuer:
-		return Session{}, fmt.Errorf("%w: another issuer answered: %q", ErrProvider, query.Get("iss"))
+		return Session{}, fmt.Errorf("%w: another issuer answered: %.100q", ErrProvider, query.Get("iss"))
 	case query.Get("error") != "":
-		return Session{}, fmt.Errorf("%w: %q %q", ErrDenied, query.Get("error"), query.Get("error_description"))
+		return Session{}, fmt.Errorf("%w: %.100q %.100q", ErrDenied, query.Get("error"), query.Get("error_description"))
 	case query.Get("code") == "":
 		return Session{}, fmt.Errorf("%w: its answer has no code", ErrProvider)
 	}
@@ -69,7 +69,7 @@ func (w *Web) Finish(ctx context.Context, a Attempt, query url.Values) (Session,
 // withoutAnswer leaves out the body of a refusal, which may have anything in it.
 func withoutAnswer(err error) error {
 	if refusal, ok := errors.AsType[*oauth2.RetrieveError](err); ok {
-		return fmt.Errorf("it answers %d %s", refusal.Response.StatusCode, cmp.Or(refusal.ErrorCode, "without an error code"))
+		return fmt.Errorf("it answers %d %.100s", refusal.Response.StatusCode, cmp.Or(refusal.ErrorCode, "without an error code"))
 	}
 	return err
 }
@@ -78,17 +78,25 @@ func withoutAnswer(err error) error {
 func (w *Web) endpoints(ctx context.Context) (context.Context, *endpoints, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if time.Now().Before(w.until) {
-		if w.fault != nil {
-			return ctx, nil, w.fault
-		}
-		c, err := w.client()
-		return oidc.ClientContext(ctx, c), w.found, err
+	if !time.Now().Before(w.until) {
+		w.renew(context.WithoutCancel(ctx))
 	}
-	ctx, e, err := w.discover(context.WithoutCancel(ctx))
+	if w.fault != nil {
+		return ctx, nil, w.fault
+	}
+	c, err := w.client()
+	return oidc.ClientContext(ctx, c), w.found, err
+}
+
+// renew asks for the metadata. While it cannot be had, what was found before is used
+// on: it seldom changes, and without it nobody could sign in.
+func (w *Web) renew(ctx context.Context) {
+	_, e, err := w.discover(ctx)
 	if err != nil {
-		w.fault, w.until = err, time.Now().Add(failureLife)
-		return ctx, nil, err
+		if w.until = time.Now().Add(failureLife); w.found == nil {
+			w.fault = err
+		}
+		return
 	}
 	e.ClientSecret, e.RedirectURL = w.Secret, w.Redirect
 	// Where a provider does not say, client_secret_basic is what it takes (OpenID Connect Discovery, 3).
@@ -96,5 +104,4 @@ func (w *Web) endpoints(ctx context.Context) (context.Context, *endpoints, error
 		e.Endpoint.AuthStyle = oauth2.AuthStyleInHeader
 	}
 	w.found, w.fault, w.until = e, nil, time.Now().Add(metadataLife)
-	return ctx, e, nil
 }
