@@ -59,7 +59,7 @@ type LogEntry struct {
 
 // LogPage is a part of the organization's events, newest first.
 type LogPage struct {
-	Entries []LogEntry `json:"data"`
+	Entries []LogEntry `json:"data"` // may be empty although there is a next page
 	Next    int64      `json:"next"` // LogFilter.Before of the next page; 0: there is none
 }
 

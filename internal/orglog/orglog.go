@@ -28,7 +28,8 @@ const (
 	usualTake = 100
 	maxTake   = 1000
 	maxTypes  = 64
-	// MostCounted bounds the events that a summary counts by hour: the newest ones.
+	// MostCounted bounds the events that a summary counts by hour, the newest ones, and
+	// those that one page of a query is looked for in.
 	MostCounted = 20_000
 	// Day is what a summary's plot covers, in hours.
 	Day = 24
@@ -67,12 +68,18 @@ type Filter struct {
 	Person string    // the subject whose events alone the caller may see
 	Before int64     // only numbers below this
 	Take   int
+	Floor  int64 // only numbers from this on
+}
+
+// sparse reports whether those that match may be few of those that an index leads to.
+func (f Filter) sparse() bool {
+	return len(f.Types) > 0 || f.Actor != "" || f.Person != "" || !f.From.IsZero() || !f.Until.IsZero()
 }
 
 // Page is a part of what was asked for, newest first.
 type Page struct {
-	Events []Event
-	Next   int64 // Before of the next page; 0: there is none
+	Events []Event // may be empty although there is a next page
+	Next   int64   // Before of the next page; 0: there is none
 }
 
 // Proof shows that the log holds an event. Its JSON is that of "orgkeys audit prove".
@@ -123,6 +130,9 @@ type Summary struct {
 type Store interface {
 	// OrgEvents returns at most f.Take events that match f, newest first.
 	OrgEvents(ctx context.Context, f Filter) ([]Stored, error)
+	// OrgFloor returns the number of the n-th newest event of f.Org, with f.Object if that
+	// is not empty, below f.Before; 0 if there are fewer.
+	OrgFloor(ctx context.Context, f Filter, n int) (int64, error)
 	// OrgEvent returns the organization's event with the ID, or false. person is as in Filter.
 	OrgEvent(ctx context.Context, org org.ID, id, person string) (Stored, bool, error)
 	// OrgCounts returns how the organization stands; first is the beginning of the first hour.
@@ -177,11 +187,18 @@ func (s *Service) Events(ctx context.Context, call gate.Call, org org.ID, query 
 func (s *Service) page(ctx context.Context, f Filter) (Page, error) {
 	take := f.Take
 	f.Take++ // one more tells whether there is a next page
+	if f.sparse() {
+		floor, err := s.c.Store.OrgFloor(ctx, f, MostCounted)
+		if err != nil {
+			return Page{}, err
+		}
+		f.Floor = floor
+	}
 	stored, err := s.c.Store.OrgEvents(ctx, f)
 	if err != nil {
 		return Page{}, err
 	}
-	var page Page
+	page := Page{Next: f.Floor}
 	if len(stored) > take {
 		stored = stored[:take]
 		page.Next = stored[take-1].Number
@@ -189,7 +206,7 @@ func (s *Service) page(ctx context.Context, f Filter) (Page, error) {
 	page.Events = make([]Event, len(stored))
 	for i, one := range stored {
 		page.Events[i].Stored = one
-		if one.Personal == nil {
+		if one.Personal == nil || ofAnother(one.Leaf, f.Org) {
 			continue
 		}
 		if page.Events[i].Person, err = audit.DecodePersonal(one.Personal); err != nil {
@@ -197,6 +214,14 @@ func (s *Service) page(ctx context.Context, f Filter) (Page, error) {
 		}
 	}
 	return page, nil
+}
+
+// ofAnother reports whether somebody of another organization did what leaf says:
+// what is known of that person is not this organization's. So is that of a leaf
+// that cannot be read.
+func ofAnother(leaf []byte, org org.ID) bool {
+	e, err := audit.Decode(leaf)
+	return err != nil || e.ActorOrg != "" && e.ActorOrg != org
 }
 
 // failed records that what the caller may read could not be read.

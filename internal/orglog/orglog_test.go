@@ -1,6 +1,7 @@
 package orglog
 
 import (
+	"context"
 	"errors"
 	"net/url"
 	"reflect"
@@ -8,7 +9,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/jsonbody"
+	"github.com/orgkeys/orgkeys/internal/org"
 )
 
 func TestQueries(t *testing.T) {
@@ -32,6 +36,83 @@ func TestQueries(t *testing.T) {
 		wrong, ok := errors.AsType[*jsonbody.Error](err)
 		if !ok || strings.Contains(wrong.Error(), "<") {
 			t.Errorf("%q: %v", bad, err)
+		}
+	}
+}
+
+// long is the store of an organization with events 1 to long, of which only the first match.
+type long struct {
+	Store
+	size, matching int64
+	floors         int
+}
+
+func (l *long) OrgFloor(_ context.Context, f Filter, n int) (int64, error) {
+	l.floors++
+	top := l.size
+	if f.Before > 0 {
+		top = f.Before - 1
+	}
+	return max(top-int64(n)+1, 0), nil
+}
+
+func (l *long) OrgEvents(_ context.Context, f Filter) (found []Stored, err error) {
+	for i := l.matching; i > 0 && i >= f.Floor && len(found) < f.Take; i-- {
+		if f.Before == 0 || i < f.Before {
+			found = append(found, Stored{Number: i})
+		}
+	}
+	return found, nil
+}
+
+// A page is looked for in so many events and no more; the pages together have all that match.
+func TestAPageIsLookedForInFewEvents(t *testing.T) {
+	t.Parallel()
+	store := &long{size: 3*MostCounted + 7, matching: 7}
+	s := New(Config{Store: store})
+	found, pages := 0, 0
+	for f := (Filter{Org: "acme", Actor: "ada", Take: 3}); ; pages++ {
+		page, err := s.page(t.Context(), f)
+		if err != nil || pages > 10 {
+			t.Fatalf("%d pages, %v", pages, err)
+		}
+		if pages < 3 && (len(page.Events) > 0 || page.Next == 0) {
+			t.Errorf("page %d has %d events, next %d", pages, len(page.Events), page.Next)
+		}
+		found += len(page.Events)
+		if f.Before = page.Next; f.Before == 0 {
+			break
+		}
+	}
+	if found != 7 || store.floors < 4 {
+		t.Errorf("%d pages have %d events, with %d floors", pages, found, store.floors)
+	}
+	before := store.floors
+	if page, err := s.page(t.Context(), Filter{Org: "acme", Take: 100}); err != nil || len(page.Events) != 7 || page.Next != 0 || store.floors != before {
+		t.Errorf("without a filter there are %d events, next %d, %d floors, %v", len(page.Events), page.Next, store.floors-before, err)
+	}
+}
+
+// one is the store of an organization with one event.
+type one struct {
+	Store
+	event Stored
+}
+
+func (o one) OrgEvents(context.Context, Filter) ([]Stored, error) { return []Stored{o.event}, nil }
+
+func TestWhatIsKnownOfAStrangerIsNotShown(t *testing.T) {
+	t.Parallel()
+	for of, shown := range map[org.ID]bool{"acme": true, "": true, "other": false} {
+		e := audit.New(audit.AccessDenied, "acme")
+		e.Actor, e.ActorOrg, e.Personal = audit.Actor{Kind: authz.Person, ID: "eve"}, of, audit.Personal{Name: "Eve", Email: "eve@other.example", Address: "192.0.2.1"}
+		record, err := e.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		page, err := New(Config{Store: one{event: Stored{Leaf: record.Leaf, Personal: record.Personal}}}).page(t.Context(), Filter{Org: "acme", Take: 1})
+		if err != nil || len(page.Events) != 1 || (page.Events[0].Person == e.Personal) != shown || !shown && page.Events[0].Person != (audit.Personal{}) {
+			t.Errorf("of a person of %q acme reads %+v, %v", of, page.Events, err)
 		}
 	}
 }

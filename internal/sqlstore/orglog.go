@@ -23,13 +23,32 @@ func scanOrgEvent(scan func(...any) error) (s orglog.Stored, err error) {
 	return s, err
 }
 
-// OrgEvents implements orglog.Store.
-func (d *DB) OrgEvents(ctx context.Context, f orglog.Filter) ([]orglog.Stored, error) {
-	var c conditions
+// indexed are the conditions that events_of_org, or events_of_object, leads to.
+func indexed(f orglog.Filter) (c conditions) {
 	c.add("e.org_id = ?", f.Org)
 	if f.Object != "" {
 		c.add("e.object <> '' AND e.object = ?", f.Object) // the condition of events_of_object
 	}
+	if f.Before > 0 {
+		c.add("e.seq < ?", f.Before)
+	}
+	return c
+}
+
+// OrgFloor implements orglog.Store.
+func (d *DB) OrgFloor(ctx context.Context, f orglog.Filter, n int) (int64, error) {
+	c := indexed(f)
+	found, err := query(ctx, d.read, func(scan func(...any) error) (seq int64, err error) { return seq, scan(&seq) },
+		"SELECT e.seq FROM events e WHERE "+strings.Join(c.terms, " AND ")+" ORDER BY e.seq DESC LIMIT 1 OFFSET "+c.arg(n-1), c.args...)
+	if err != nil || len(found) == 0 {
+		return 0, err
+	}
+	return found[0], nil
+}
+
+// OrgEvents implements orglog.Store.
+func (d *DB) OrgEvents(ctx context.Context, f orglog.Filter) ([]orglog.Stored, error) {
+	c := indexed(f)
 	if f.Actor != "" {
 		c.add("e.actor = ?", f.Actor)
 	}
@@ -42,8 +61,8 @@ func (d *DB) OrgEvents(ctx context.Context, f orglog.Filter) ([]orglog.Stored, e
 	if !f.Until.IsZero() {
 		c.add("e.occurred_at < ?", f.Until.UnixMicro())
 	}
-	if f.Before > 0 {
-		c.add("e.seq < ?", f.Before)
+	if f.Floor > 0 {
+		c.add("e.seq >= ?", f.Floor)
 	}
 	if len(f.Types) > 0 {
 		names := make([]string, len(f.Types))

@@ -3,6 +3,7 @@ package sqlstore_test
 import (
 	"fmt"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -70,6 +71,32 @@ func TestOrgEventsPageByPageAndByEveryFilter(t *testing.T) {
 				t.Errorf("%s: %q, want %q", name, got, c.want)
 			}
 		}
+		for name, c := range map[string]struct {
+			f    orglog.Filter
+			n    int
+			want string // the newest n of what an index leads to, oldest first
+		}{
+			"the second":              {orglog.Filter{Org: "acme"}, 2, all[1]},
+			"the last":                {orglog.Filter{Org: "acme"}, len(all), all[len(all)-1]},
+			"more than there are":     {orglog.Filter{Org: "acme"}, len(all) + 1, ""},
+			"a filter is not counted": {orglog.Filter{Org: "acme", Actor: "nobody", Types: []string{"secret.put"}}, 2, all[1]},
+			"an object's":             {orglog.Filter{Org: "acme", Object: "k-1"}, 4, ""},
+			"before the first":        {orglog.Filter{Org: "acme", Before: 1}, 1, ""},
+		} {
+			floor, err := db.OrgFloor(t.Context(), c.f, c.n)
+			if err != nil || (floor == 0) != (c.want == "") {
+				t.Errorf("%s: the floor is %d, %v", name, floor, err)
+			}
+			if floor == 0 {
+				continue
+			}
+			if above, _ := read(orglog.Filter{Floor: floor, Take: 100}); len(above) != c.n || above[c.n-1] != c.want {
+				t.Errorf("%s: from the floor on there are %q", name, above)
+			}
+			if second, err := db.OrgFloor(t.Context(), orglog.Filter{Org: "acme", Before: floor}, 1); c.n == 2 && (err != nil || second == 0 || second >= floor) {
+				t.Errorf("%s: below the floor the newest is %d, %v", name, second, err)
+			}
+		}
 		first, err := db.OrgEvents(t.Context(), orglog.Filter{Org: "other", Take: 1})
 		if err != nil || len(first) != 1 {
 			t.Fatalf("%v, %v", first, err)
@@ -129,6 +156,26 @@ func TestConsoleSessions(t *testing.T) {
 		}
 		if err := db.DropSession(t.Context(), "3"); err != nil {
 			t.Error(err)
+		}
+		var at sync.WaitGroup
+		for i := range 12 {
+			at.Go(func() {
+				if err := db.KeepSession(t.Context(), session.Stored{ID: fmt.Sprint("at once ", i), Holder: "eve", Sealed: []byte("x"), Expires: time.Now().Add(time.Hour)}, 3); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		at.Wait()
+		n := 0
+		for i := range 12 {
+			if _, there, err := db.Session(t.Context(), fmt.Sprint("at once ", i)); err != nil {
+				t.Error(err)
+			} else if there {
+				n++
+			}
+		}
+		if n != 3 {
+			t.Errorf("of twelve that began at once %d are there", n)
 		}
 	})
 }
