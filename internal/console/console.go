@@ -29,6 +29,8 @@ import (
 	"path"
 	"strings"
 
+	"golang.org/x/sync/semaphore"
+
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/login"
 	"github.com/orgkeys/orgkeys/internal/session"
@@ -37,6 +39,13 @@ import (
 // maxForm is the size of the largest form, in bytes: a boot secret of 64 KiB, with
 // room around it.
 const maxForm = 96 << 10
+
+// What goes on at once, at most.
+const (
+	maxExchanges = 16 // codes at the provider for tokens; more are refused
+	maxLookups   = 8  // sessions in the database; more wait
+	maxExports   = 4  // of events; more are refused
+)
 
 // contentPolicy lets a page load what this package serves and nothing else. No script
 // can turn text into markup or code (Trusted Types).
@@ -70,8 +79,10 @@ type Console struct {
 	Config
 	api     http.Handler // set by Asking
 	handler http.Handler
-	static  map[string]asset
-	version string // of the static files, in their address
+	// What anybody may cause without being signed in, and what is large.
+	exchanges, lookups, exports *semaphore.Weighted
+	static                      map[string]asset
+	version                     string // of the static files, in their address
 }
 
 //go:embed static
@@ -84,7 +95,10 @@ type asset struct {
 
 // New returns the pages, which ask nothing before Asking.
 func New(c Config) (*Console, error) {
-	con := &Console{Config: c, static: map[string]asset{}}
+	con := &Console{
+		Config: c, static: map[string]asset{},
+		exchanges: semaphore.NewWeighted(maxExchanges), lookups: semaphore.NewWeighted(maxLookups), exports: semaphore.NewWeighted(maxExports),
+	}
 	digest := sha256.New()
 	err := fs.WalkDir(staticFiles, "static", func(name string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {
@@ -170,7 +184,7 @@ func (c *Console) protected(next http.Handler) http.Handler {
 	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c.problem(w, r, http.StatusForbidden, "Refused", "This request was sent by a page of another site. Nothing was done.")
 	}))
-	guarded := crossOrigin.Handler(next)
+	guarded := crossOrigin.Handler(c.unlessEmbedded(next))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("Content-Security-Policy", contentPolicy)
@@ -188,6 +202,19 @@ func (c *Console) protected(next http.Handler) http.Handler {
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, maxForm)
 		guarded.ServeHTTP(w, r)
+	})
+}
+
+// unlessEmbedded refuses what a page of another site loads without showing it as a page:
+// reading leaves events in the name of whoever is signed in. Links lead here as ever.
+func (c *Console) unlessEmbedded(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		site := r.Header.Get("Sec-Fetch-Site")
+		if (site == "same-site" || site == "cross-site") && r.Header.Get("Sec-Fetch-Dest") != "document" {
+			c.problem(w, r, http.StatusForbidden, "Refused", "This page was asked for by a page of another site.")
+			return
+		}
+		next.ServeHTTP(w, r)
 	})
 }
 

@@ -24,6 +24,17 @@ func TestPromise15_TheConsoleInChromium(t *testing.T) {
 	b.signIn(s.Token(t, "acme", "OWNER"), "keys")
 	b.shows("There is no key yet")
 
+	// A refusal ends the recipient only if it proves that there is no key for it.
+	for code, want := range map[string]int{"insufficient_role": 1, "quota_exceeded": 0} {
+		b.do(`await page.route('**/console/api/key', (r) => r.fulfill({ status: 403, contentType: 'application/json', body: JSON.stringify({ success: false, message: 'refused: ' + CODE, errorCode: CODE }) }))
+			await page.click('#generate-start')
+			await page.waitForSelector('#generate-problem:has-text("refused: ' + CODE + '")')
+			await page.unroute('**/console/api/key')`, "CODE", code)
+		if got := b.recipients(); got != want {
+			t.Errorf("after %s the browser has %d recipients", code, got)
+		}
+	}
+
 	// The private key is in the file that the browser saves, and nowhere else.
 	private := generate(t, b)
 	scan := &harness.Scanner{}
@@ -46,11 +57,7 @@ func TestPromise15_TheConsoleInChromium(t *testing.T) {
 	if keys := s.List(t, "acme"); len(keys) != 1 || keys[0].ID != id || keys[0].Public(t).N.Cmp(private.N) != 0 {
 		t.Fatalf("the organization's keys are %v", keys)
 	}
-	var left int
-	b.get(&left, `return await page.evaluate(() => new Promise((done) => {
-		const o = indexedDB.open('orgkeys', 1)
-		o.onsuccess = () => { const r = o.result.transaction('recipients').objectStore('recipients').count(); r.onsuccess = () => done(r.result) } }))`)
-	if left != 0 {
+	if b.recipients() != 0 {
 		t.Error("the recipient outlives the receipt")
 	}
 
@@ -160,6 +167,15 @@ func generate(t *testing.T, b *browser) *rsa.PrivateKey {
 		t.Error("the file has another form than openssl writes")
 	}
 	return private
+}
+
+// recipients is how many the browser has stored.
+func (b *browser) recipients() (n int) {
+	b.t.Helper()
+	b.get(&n, `return await page.evaluate(() => new Promise((done) => {
+		const o = indexedDB.open('orgkeys', 1)
+		o.onsuccess = () => { const r = o.result.transaction('recipients').objectStore('recipients').count(); r.onsuccess = () => done(r.result) } }))`)
+	return n
 }
 
 func (b *browser) path() (path string) {

@@ -3,7 +3,6 @@ package console
 import (
 	"bytes"
 	"cmp"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -405,7 +404,8 @@ func (v *visit) events() error {
 	return v.show(http.StatusOK, "events", "Events", data)
 }
 
-// exportPages bounds an export, at 1000 events a page. Whoever needs more has "orgkeys audit export".
+// exportPages bounds an export, at 1000 events a page; with a filter a page looks through
+// as many as the API says. Whoever needs more has "orgkeys audit export".
 const exportPages = 10
 
 // export sends the events that match, newest first, one leaf a line.
@@ -414,30 +414,45 @@ func (v *visit) export() error {
 	if err != nil {
 		return err
 	}
+	if !v.exports.TryAcquire(1) {
+		return &client.Error{Status: http.StatusServiceUnavailable, Code: client.Overloaded, Message: "There are too many exports at once. Please try again shortly."}
+	}
+	defer v.exports.Release(1)
 	f.Take = 1000
-	var all bytes.Buffer
-	for range exportPages {
-		page, err := v.api.Log(v.r.Context(), v.org, f)
-		if err != nil {
+	for n := range exportPages {
+		lines, next, err := v.lines(f)
+		if err != nil && n == 0 {
 			return err
 		}
-		for _, e := range page.Entries {
-			line, err := json.Marshal(e.Leaf)
-			if err != nil || !jsontext.Value(e.Leaf).IsValid() {
-				return errors.Join(fmt.Errorf("an event is not JSON: %.80s", line), err)
-			}
-			all.WriteString(e.Leaf)
-			all.WriteByte('\n')
+		if err != nil { // an end that nobody takes for the export's
+			v.Log.Error("an export of events broke off", "error", err)
+			panic(http.ErrAbortHandler)
 		}
-		if f.Before = page.Next; f.Before == 0 {
-			break
+		if h := v.w.Header(); n == 0 {
+			h.Set("Content-Type", "application/jsonl")
+			h.Set("Content-Disposition", fmt.Sprintf(`attachment; filename="events-%s-%s.jsonl"`, v.org, time.Now().UTC().Format("20060102T150405Z")))
 		}
+		if _, err := v.w.Write(lines); err != nil || next == 0 {
+			return nil // nobody is there any more, or all is sent
+		}
+		f.Before = next
 	}
-	h := v.w.Header()
-	h.Set("Content-Type", "application/jsonl")
-	h.Set("Content-Disposition", fmt.Sprintf(`attachment; filename="events-%s-%s.jsonl"`, v.org, time.Now().UTC().Format("20060102T150405Z")))
-	_, _ = io.Copy(v.w, &all) // nobody is there any more
 	return nil
+}
+
+// lines are the leaves of a page of events, and where the next page begins.
+func (v *visit) lines(f client.LogFilter) (lines []byte, next int64, err error) {
+	page, err := v.api.Log(v.r.Context(), v.org, f)
+	if err != nil {
+		return nil, 0, err
+	}
+	for _, e := range page.Entries {
+		if !jsontext.Value(e.Leaf).IsValid() {
+			return nil, 0, fmt.Errorf("an event is not JSON: %.80q", e.Leaf)
+		}
+		lines = append(append(lines, e.Leaf...), '\n')
+	}
+	return lines, page.Next, nil
 }
 
 func (v *visit) verify() error {

@@ -252,6 +252,24 @@ func TestPromise15_ChangesComeFromPagesOfTheConsole(t *testing.T) {
 	if got := ada.send("/console/secrets", secret, "Host", "localhost:"+port(s)); got.StatusCode != http.StatusSeeOther {
 		t.Errorf("at localhost it answers %d, although the cookie came along", got.StatusCode)
 	}
+	// Nor does a page of another site read in the person's name; a link leads here as ever.
+	reads := func() int64 {
+		return harness.Number(t, s.Database(t), "SELECT count(*) FROM events WHERE type = 'event.read'")
+	}
+	before := reads()
+	for _, site := range []string{"same-site", "cross-site"} {
+		for _, dest := range []string{"image", "script", "iframe", "empty", ""} {
+			if got := ada.send("/console/events", nil, "Sec-Fetch-Site", site, "Sec-Fetch-Dest", dest); got.StatusCode != http.StatusForbidden {
+				t.Errorf("a read as %q by a page that is %s answers %d", dest, site, got.StatusCode)
+			}
+		}
+	}
+	if after := reads(); after != before {
+		t.Errorf("refused reads left %d events", after-before)
+	}
+	if got := ada.send("/console/events", nil, "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Dest", "document"); got.StatusCode != http.StatusOK || reads() != before+1 {
+		t.Errorf("a link from another site answers %d", got.StatusCode)
+	}
 	for _, method := range []string{"HEAD", "PUT", "DELETE", "OPTIONS"} {
 		req, err := http.NewRequestWithContext(t.Context(), method, s.API+"/console/keys", nil)
 		if err != nil {

@@ -1,6 +1,7 @@
 package console
 
 import (
+	"context"
 	"encoding/base64"
 	"errors"
 	"net/http"
@@ -81,7 +82,7 @@ func (c *Console) session(r *http.Request) (*signed, error) {
 	if err != nil {
 		return nil, errSignedOut
 	}
-	stored, there, err := c.Sessions.Session(r.Context(), secret.ID())
+	stored, there, err := c.lookup(r.Context(), secret)
 	if err != nil {
 		return nil, err
 	}
@@ -101,6 +102,15 @@ func (c *Console) session(r *http.Request) (*signed, error) {
 		return nil, err
 	}
 	return &signed{secret, token, caller, stored.Expires}, nil
+}
+
+// lookup reads a session. Any cookie of the right form asks for one, so few read at once.
+func (c *Console) lookup(ctx context.Context, secret session.Secret) (session.Stored, bool, error) {
+	if err := c.lookups.Acquire(ctx, 1); err != nil {
+		return session.Stored{}, false, err
+	}
+	defer c.lookups.Release(1)
+	return c.Sessions.Session(ctx, secret.ID())
 }
 
 func (c *Console) authenticate(r *http.Request, token string) (authz.Caller, error) {
@@ -141,14 +151,18 @@ func (c *Console) start(w http.ResponseWriter, r *http.Request, token string) er
 	return nil
 }
 
-// end ends the session that the browser has, if it has one.
+// end ends the session that the browser has, if it has one. Only then is anything written.
 func (c *Console) end(r *http.Request) {
 	text, _ := c.cookie(r, "session")
 	secret, err := session.ParseSecret(text)
 	if err != nil {
 		return
 	}
-	if err := c.Sessions.DropSession(r.Context(), secret.ID()); err != nil {
+	_, there, err := c.lookup(r.Context(), secret)
+	if err == nil && there {
+		err = c.Sessions.DropSession(r.Context(), secret.ID())
+	}
+	if err != nil {
 		c.Log.Warn("a session of the console could not be ended before its time", "error", err)
 	}
 }
@@ -249,6 +263,11 @@ func (c *Console) callback(w http.ResponseWriter, r *http.Request) {
 		c.signInPage(w, r, http.StatusBadRequest, home, "This sign-in was begun in another tab or browser, or too long ago. Please begin again.", false)
 		return
 	}
+	if !c.exchanges.TryAcquire(1) {
+		c.signInPage(w, r, http.StatusServiceUnavailable, home, "There are too many sign-ins at once. Please reload this page.", false)
+		return
+	}
+	defer c.exchanges.Release(1)
 	c.setCookie(w, r, "sign-in", "", 0)
 	to := home
 	if decoded, err := base64.RawURLEncoding.DecodeString(encoded); err == nil {

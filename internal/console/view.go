@@ -167,8 +167,10 @@ type entry struct {
 	Type    string            `json:"type"`
 	Outcome string            `json:"outcome"`
 	Reason  string            `json:"reason"`
+	Org     string            `json:"org"`
 	Kind    string            `json:"actorKind"`
 	Actor   string            `json:"actor"`
+	Of      string            `json:"actorOrg"`
 	Action  string            `json:"action"`
 	Object  string            `json:"object"`
 	Request string            `json:"request"`
@@ -190,17 +192,21 @@ func entries(page client.LogPage) []entry {
 // Words is the type in words.
 func (e entry) Words() string { return label(e.Type) }
 
-// By is who did it.
+// By is who did it. A name is what a token says, so it never stands alone.
 func (e entry) By() string {
+	by := e.Actor
 	switch {
-	case e.Name != "":
-		return e.Name
-	case e.Kind == "node":
-		return "key " + e.Actor[:min(8, len(e.Actor))]
 	case e.Actor == "":
 		return "nobody known"
+	case e.Kind == "node":
+		by = "key " + e.Actor[:min(8, len(e.Actor))]
+	case e.Name != "":
+		by = e.Name + " (" + e.Actor + ")"
 	}
-	return e.Actor
+	if e.Of != "" && e.Of != e.Org {
+		by += ", of " + e.Of
+	}
+	return by
 }
 
 // Bad reports whether it did not succeed.

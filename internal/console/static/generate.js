@@ -29,6 +29,10 @@ async function stored(mode, act) {
   }
 }
 
+// Refusals that prove that there is no key for the recipient. After any other, such as of a
+// role that was taken away, there may be one that only this recipient opens.
+const hopeless = ['quota_exceeded', 'recipient_unacceptable']
+
 // The key of the recipient. While the service makes it the answer is 202.
 async function fetchSealed(recipient) {
   for (let patience = 60; ; patience--) {
@@ -77,8 +81,7 @@ export async function offerGenerating(section) {
     try {
       answer = await fetchSealed(recipient)
     } catch (error) {
-      const made = !(error instanceof Refused) || error.status >= 500 || error.status === 401 || error.status === 202
-      if (!made) await stored('readwrite', (s) => s.delete(org))
+      if (error instanceof Refused && hopeless.includes(error.code)) await stored('readwrite', (s) => s.delete(org))
       throw error
     }
     if (answer.recipient !== recipient.id || answer.org !== org) throw new Error('The answer is for somebody else. Nothing of it was used.')

@@ -1,0 +1,159 @@
+package console
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/login"
+	"github.com/orgkeys/orgkeys/internal/session"
+)
+
+// empty has no session, and counts what it is asked for.
+type empty struct{ read, dropped int }
+
+func (*empty) KeepSession(context.Context, session.Stored, int) error { return nil }
+
+func (e *empty) Session(context.Context, string) (session.Stored, bool, error) {
+	e.read++
+	return session.Stored{}, false, nil
+}
+
+func (e *empty) DropSession(context.Context, string) error {
+	e.dropped++
+	return nil
+}
+
+func limited(t *testing.T) (*Console, *empty) {
+	t.Helper()
+	store := &empty{}
+	c, err := New(Config{Sessions: store, URL: "https://keys.example", Provider: &login.Web{}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c, store
+}
+
+func ask(c *Console, ctx context.Context, method, path, cookie string) *httptest.ResponseRecorder {
+	r := httptest.NewRequestWithContext(ctx, method, path, nil)
+	r.Header.Set("Cookie", cookie)
+	w := httptest.NewRecorder()
+	c.handler.ServeHTTP(w, r)
+	return w
+}
+
+// Whoever is not signed in causes few requests to the provider, few reads and no writes.
+func TestWhoIsNotSignedInCausesLittle(t *testing.T) {
+	t.Parallel()
+	c, store := limited(t)
+	secret := session.NewSecret()
+	callback := "/console/callback?code=x&state=" + url.QueryEscape(attempt(secret).State)
+	cookie := "__Host-orgkeys-sign-in-443=" + secret.Text() + "."
+	if !c.exchanges.TryAcquire(maxExchanges) {
+		t.Fatal("there are fewer places")
+	}
+	if w := ask(c, t.Context(), "GET", callback, cookie); w.Code != http.StatusServiceUnavailable || !strings.Contains(w.Body.String(), "too many sign-ins at once") || len(w.Result().Cookies()) > 0 {
+		t.Errorf("one sign-in too many gets %d %v", w.Code, w.Result().Cookies())
+	}
+	c.exchanges.Release(maxExchanges)
+	if w := ask(c, t.Context(), "GET", callback, cookie); strings.Contains(w.Body.String(), "too many") || len(w.Result().Cookies()) != 1 || !c.exchanges.TryAcquire(maxExchanges) {
+		t.Errorf("afterwards one gets %d %v, or its place is not given back", w.Code, w.Result().Cookies())
+	}
+
+	planted := "__Host-orgkeys-session-443=" + secret.Text()
+	if w := ask(c, t.Context(), "POST", "/console/sign-out", planted); w.Code != http.StatusSeeOther || store.read != 1 || store.dropped != 0 {
+		t.Errorf("signing out without a session: %d, %d reads, %d writes", w.Code, store.read, store.dropped)
+	}
+	if !c.lookups.TryAcquire(maxLookups) {
+		t.Fatal("there are fewer places, or one is not given back")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if w := ask(c, ctx, "GET", "/console/keys", planted); w.Code != http.StatusServiceUnavailable || store.read != 1 {
+		t.Errorf("one lookup too many gets %d, %d reads", w.Code, store.read)
+	}
+}
+
+func TestExportsAreFewAndWholeOrBroken(t *testing.T) {
+	t.Parallel()
+	c, _ := limited(t)
+	asked := 0
+	c.Asking(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		switch asked++; r.URL.Query().Get("before") {
+		case "":
+			fmt.Fprint(w, `{"success":true,"data":[{"index":7,"event":"{\"v\":1}"}],"next":7}`)
+		case "7":
+			fmt.Fprint(w, `{"success":true,"data":[],"next":5}`)
+		case "5":
+			fmt.Fprint(w, `{"success":true,"data":[{"index":1,"event":"{\"v\":1}"}]}`)
+		default:
+			w.WriteHeader(http.StatusForbidden)
+			fmt.Fprint(w, `{"success":false,"message":"no","errorCode":"access_denied"}`)
+		}
+	}))
+	export := func(query string) (w *httptest.ResponseRecorder, broken any, err error) {
+		w = httptest.NewRecorder()
+		defer func() { broken = recover() }()
+		v := &visit{Console: c, signed: &signed{token: "x"}, w: w, r: httptest.NewRequest("GET", "/console/events/export?"+query, nil), org: "acme"}
+		if v.api, err = v.client(); err == nil {
+			err = v.export()
+		}
+		return w, broken, err
+	}
+	if w, broken, err := export(""); err != nil || broken != nil || w.Body.String() != "{\"v\":1}\n{\"v\":1}\n" || asked != 3 {
+		t.Errorf("the export is %q after %d pages, %v, %v", w.Body, asked, broken, err)
+	}
+	if w, broken, err := export("before=9"); broken != nil || err == nil || w.Header().Get("Content-Disposition") != "" {
+		t.Errorf("refused at once: %v, %v, %v", w.Header(), broken, err)
+	}
+	c.Asking(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		if r.URL.Query().Get("before") == "" {
+			fmt.Fprint(w, `{"success":true,"data":[{"index":7,"event":"{\"v\":1}"}],"next":7}`)
+			return
+		}
+		w.WriteHeader(http.StatusForbidden)
+		fmt.Fprint(w, `{"success":false,"message":"no","errorCode":"access_denied"}`)
+	}))
+	if _, broken, _ := export(""); broken != http.ErrAbortHandler {
+		t.Errorf("an export that fails on its way ends with %v", broken)
+	}
+	if !c.exports.TryAcquire(maxExports) {
+		t.Fatal("there are fewer places, or one is not given back")
+	}
+	_, _, err := export("")
+	if status, f := explain(err); status != http.StatusServiceUnavailable || !strings.Contains(f.Message, "too many exports") {
+		t.Errorf("one export too many gets %d %v", status, f)
+	}
+}
+
+func TestWhoDidIt(t *testing.T) {
+	t.Parallel()
+	for want, e := range map[string]entry{
+		"Ada (u-1)":             {Org: "acme", Of: "acme", Kind: "user", Actor: "u-1"},
+		"Ada (u-2), of other":   {Org: "acme", Of: "other", Kind: "user", Actor: "u-2"},
+		"key 01234567":          {Org: "acme", Of: "acme", Kind: "node", Actor: "0123456789"},
+		"nobody known":          {Org: "acme"},
+		"u-3":                   {Org: "acme", Actor: "u-3"},
+		"Ada (u-4) (u-5)":       {Org: "acme", Actor: "u-5"},
+		"Ada (u-6), of a third": {Org: "", Of: "a third", Actor: "u-6"},
+	} {
+		switch want {
+		case "u-3":
+		case "Ada (u-4) (u-5)":
+			e.Name = "Ada (u-4)"
+		default:
+			e.Name = "Ada"
+		}
+		if got := e.By(); got != want {
+			t.Errorf("%+v is by %q, want %q", e, got, want)
+		}
+	}
+}
