@@ -13,6 +13,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -370,5 +371,32 @@ func TestPromise14_ANodeKeyActsForItsNodeOnEveryReplica(t *testing.T) {
 		want(second, there, "400 bad_signature", a, b)
 		want(second, free, "400 bad_signature", a, b)
 		nodes.CloseIdleConnections()
+	}
+}
+
+// TestPathsThatAreNoText: what PostgreSQL takes for no text is as unknown as what
+// there is none of.
+func TestPathsThatAreNoText(t *testing.T) {
+	t.Parallel()
+	c := replicasOf(t, "SoftHSM", 1)
+	s, org := c.Replicas[0], harness.Org()
+	owner := s.Token(t, org, "OWNER")
+	for _, c := range []struct {
+		method, path string
+		status       int
+	}{
+		{"GET", "/device/%s", 404}, {"DELETE", "/device/%s", 404}, {"PUT", "/device/%s", 400},
+		{"DELETE", "/secret/%s", 404}, {"DELETE", "/node/%s", 404},
+		{"DELETE", "/key/%s", 404}, {"GET", "/key/%s/sealed", 404},
+		{"GET", "/enrollment/%s", 404}, {"DELETE", "/enrollment/%s", 404},
+		{"GET", "/event/%s/proof", 404}, {"GET", "/event?object=%s", 400}, {"GET", "/event?actor=%s", 400}, {"GET", "/event?type=%s", 400},
+		{"GET", "/decision/%s", 400},
+	} {
+		for _, text := range []string{"%00", "a%00b", "%ff", "a%c3"} {
+			path := strings.Replace(c.path, "%s", text, 1)
+			if got := s.Do(t, harness.Request{Method: c.method, Path: "/organization/" + org + path, Token: owner}); got.Status != c.status {
+				t.Errorf("%s %s: %d %s, want %d", c.method, path, got.Status, got.Body, c.status)
+			}
+		}
 	}
 }

@@ -41,6 +41,9 @@ func (s *Service) judge(ctx context.Context, pass *gate.Pass, p Permission, c *c
 		reason = "origin_not_allowed"
 	case errors.Is(err, ErrDevice):
 		s.Count(Devices)
+		if p.TPM != "" { // which has left its event as a conflict, or was counted
+			return nil, err
+		}
 		reason = "device_not_allowed"
 	case errors.Is(err, ErrProof):
 		reason = "bad_signature"
@@ -269,6 +272,9 @@ func (s *Service) GetDevice(ctx context.Context, call gate.Call, org org.ID, ek 
 	if err != nil {
 		return AllowedDevice{}, err
 	}
+	if !tpm.IsEK(ek) { // such a device cannot exist
+		return AllowedDevice{}, s.failure(ctx, pass, ErrDeviceNotFound)
+	}
 	device, err := s.Store.Device(ctx, org, ek)
 	if err != nil {
 		return AllowedDevice{}, s.failure(ctx, pass, err)
@@ -281,6 +287,9 @@ func (s *Service) RemoveDevice(ctx context.Context, call gate.Call, org org.ID, 
 	pass, err := s.Gate.Decide(ctx, call, authz.RemoveDevice, org, ek)
 	if err != nil {
 		return err
+	}
+	if !tpm.IsEK(ek) { // such a device cannot exist
+		return s.failure(ctx, pass, ErrDeviceNotFound)
 	}
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()

@@ -112,6 +112,9 @@ func (s *Service) DeleteSecret(ctx context.Context, call gate.Call, org org.ID, 
 	if err != nil {
 		return err
 	}
+	if !secretName.MatchString(name) { // such a secret cannot exist
+		return s.recordFailure(ctx, pass, ErrSecretNotFound)
+	}
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
 	return s.recordFailure(ctx, pass, s.store.DeleteSecret(ctx, org, name, pass.Event(audit.SecretDeleted)))

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"net/netip"
+	"regexp"
 	"strings"
 	"time"
 
@@ -19,6 +20,10 @@ const (
 	maxServices  = 1<<53 - 1
 	maxProvider  = 64 // bytes of free text: whatever an operator called it
 )
+
+// keyForm is the one form in which key IDs are issued. PostgreSQL takes no text
+// with U+0000 in it.
+var keyForm = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 
 type endpoint string
 
@@ -38,7 +43,7 @@ type request struct {
 	timestamp string // as sent
 	time      time.Time
 	signature []byte
-	named     string // the ID of the key that signed, as the sender says; it only selects
+	named     string // the ID of the key that signed, as the sender says; it only selects; empty: none that can be
 	node      Node   // of register
 }
 
@@ -97,7 +102,7 @@ func (f signedFields) check(e endpoint) (request, error) {
 	if r.timestamp, r.time, err = timestampField(f.Timestamp); err != nil {
 		return r, err
 	}
-	if f.KeyID != nil {
+	if f.KeyID != nil && keyForm.MatchString(*f.KeyID) { // another one is no key's
 		r.named = *f.KeyID
 	}
 	r.signature, err = signatureField(f.Signature)

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
@@ -113,6 +114,23 @@ func TestStrangersAllHearTheSame(t *testing.T) {
 		}
 		if nodes := w.nodes("acme"); len(nodes) != 0 {
 			t.Errorf("nodes %v", nodes)
+		}
+	})
+}
+
+// What no key, secret or node can be called is as unknown as what there is none
+// of: PostgreSQL refuses texts with U+0000 or bytes that are no UTF-8.
+func TestNamedByWhatDatabasesRefuse(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		for _, name := range []string{"\x00", "a\x00b", "\xff", "a\xc3", "", "A", strings.Repeat("x", 1<<10)} {
+			w.want(fmt.Sprintf("deleting secret %.20q", name), w.service.DeleteSecret(t.Context(), by("acme", authz.Owner), "acme", name), node.ErrSecretNotFound)
+			if !utf8.ValidString(name) { // JSON has none
+				continue
+			}
+			good := k.signedAt("192.0.2.1", w.now())
+			w.must(w.register(good.with("key_id", name)))
+			w.want(fmt.Sprintf("key_id %.20q", name), w.register(good.with("key_id", name).with("region", "us")), node.ErrSignature)
 		}
 	})
 }

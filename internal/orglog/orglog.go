@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"strconv"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -287,7 +288,7 @@ func parse(query string) (Filter, error) {
 }
 
 func notText(value string) string {
-	if textForm.MatchString(value) {
+	if utf8.ValidString(value) && textForm.MatchString(value) {
 		return ""
 	}
 	return "is not 1 to 256 characters without control characters"

@@ -29,7 +29,7 @@ func TestQueries(t *testing.T) {
 	}
 	for _, bad := range []string{
 		"%zz", "a=1", "type=", "type=x", "type=DROP.TABLE", strings.Repeat("type=a.b&", maxTypes+1), "take=0", "take=1001", "take=x", "take=1&take=2",
-		"before=0", "before=-1", "before=x", "from=yesterday", "from=", "until=2026", "object=", "actor=" + url.QueryEscape("a\x00b"), "object=" + strings.Repeat("x", 257),
+		"before=0", "before=-1", "before=x", "from=yesterday", "from=", "until=2026", "object=", "actor=" + url.QueryEscape("a\x00b"), "actor=%ff", "object=a%c3", "object=" + strings.Repeat("x", 257),
 		url.QueryEscape("<script>") + "=1",
 	} {
 		_, err := parse(bad)
