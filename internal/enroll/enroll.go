@@ -72,8 +72,9 @@ type RecipientError struct{ Problem string }
 
 func (e *RecipientError) Error() string { return "recipient " + e.Problem }
 
-// ErrInUse is a key that its holder made and that is a live one of the organization.
-var ErrInUse = &RecipientError{"is a key that the organization has already; make another one"}
+// ErrInUse is a key that its holder made and that is a live one already, of
+// whatever organization: its holder has the private half, and may know.
+var ErrInUse = &RecipientError{"is a key that is in use already; make another one"}
 
 // InputError says what is wrong with a request, in words for its sender.
 type InputError = jsonbody.Error

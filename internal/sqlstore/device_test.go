@@ -12,6 +12,8 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/enroll"
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -34,8 +36,25 @@ func accepted(t *testing.T, db *sqlstore.DB, d enroll.Delivery) enroll.Delivery 
 	return d
 }
 
-// A key that its holder made is one live key of the organization at most, and is
-// answered for as long as it lives.
+// sealedKey is a delivery of acme that is available, and its key as whoever opened
+// it would present it as their own.
+func sealedKey(t *testing.T, db *sqlstore.DB) (enroll.Delivery, enroll.Recipient) {
+	t.Helper()
+	held := recipient(t)
+	held.Origin = enroll.FromNode
+	id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := claim(t, db, id, recipient(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return offeredAs(t, db, d, orgkey.NewPublic(held.Public).Fingerprint()), held
+}
+
+// A key that its holder made is one live key at most, whatever the organization, and
+// is answered for as long as it lives.
 func TestKeysThatTheirHoldersMade(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
 		own := recipient(t)
@@ -87,6 +106,9 @@ func TestKeysThatTheirHoldersMade(t *testing.T) {
 		if _, err := db.ClaimOwn(t.Context(), "acme", uuid.NewString(), own, 5, time.Hour); !errors.Is(err, enroll.ErrInUse) {
 			t.Errorf("an administrator adds it, too: %v", err)
 		}
+		if _, err := db.ClaimOwn(t.Context(), "other", uuid.NewString(), own, 5, time.Hour); !errors.Is(err, enroll.ErrInUse) {
+			t.Errorf("another organization adds it, too: %v", err)
+		}
 		if err := db.DeleteKey(t.Context(), "acme", d.KeyID, event(audit.KeyDeleted, "acme", d.KeyID)); err != nil {
 			t.Fatal(err)
 		}
@@ -100,6 +122,19 @@ func TestKeysThatTheirHoldersMade(t *testing.T) {
 		accepted(t, db, added)
 		if again, err := db.ClaimOwn(t.Context(), "acme", uuid.NewString(), own, 5, time.Hour); err != nil || again.KeyID != added.KeyID {
 			t.Errorf("added again: %+v, %v", again, err)
+		}
+		// Nor does a key become its holder's own that the back end made and sealed.
+		sealed, held := sealedKey(t, db)
+		for _, organization := range []org.ID{"acme", "other"} {
+			if _, err := db.ClaimOwn(t.Context(), organization, uuid.NewString(), held, 5, time.Hour); !errors.Is(err, enroll.ErrInUse) {
+				t.Errorf("a sealed key is added to %s: %v", organization, err)
+			}
+		}
+		if err := db.DeleteKey(t.Context(), "acme", sealed.KeyID, event(audit.KeyDeleted, "acme", sealed.KeyID)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := db.ClaimOwn(t.Context(), "other", uuid.NewString(), held, 5, time.Hour); err != nil {
+			t.Errorf("adding one that was deleted: %v", err)
 		}
 		// An enrollment that was revoked in between leaves no key.
 		other := recipient(t)

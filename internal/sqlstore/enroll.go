@@ -296,7 +296,7 @@ func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from stri
 			refused = true
 			return d.conflict(ctx, tx, id, r.ID, conflict)
 		}
-		if err := d.checkUnused(ctx, tx, e.Org, r); err != nil {
+		if err := d.checkUnused(ctx, tx, r); err != nil {
 			return err
 		}
 		if err := claim(ctx, tx, e, key, r, from, now, deliverFor); err != nil {
@@ -361,15 +361,17 @@ func secondKey(ctx context.Context, tx *txn, id string, device enroll.Device) (b
 }
 
 // checkUnused reports enroll.ErrInUse if a key that its holder made is a live one
-// of the organization, or on its way to be one: deleting a key would not end it.
-func (d *DB) checkUnused(ctx context.Context, tx *txn, org org.ID, r enroll.Recipient) error {
+// already, or on its way to be one: deleting a key would not end it, and one line
+// that it signed would speak for two organizations.
+func (d *DB) checkUnused(ctx context.Context, tx *txn, r enroll.Recipient) error {
 	if r.Origin != enroll.FromNode {
 		return nil
 	}
-	if err := d.lock(ctx, tx, "key:"+string(org)+"/"+r.ID); err != nil {
+	if err := d.lock(ctx, tx, "key:"+r.ID); err != nil {
 		return err
 	}
-	all, err := query(ctx, tx, scanDelivery, deliveryColumns+" WHERE d.org_id = $1 AND d.recipient = $2 AND d.origin = 'node'", org, r.ID)
+	all, err := query(ctx, tx, scanDelivery, deliveryColumns+" WHERE d.recipient = $1 AND d.origin = 'node' OR d.fingerprint = $2 AND d.fingerprint <> ''",
+		r.ID, orgkey.NewPublic(r.Public).Fingerprint())
 	if err != nil {
 		return err
 	}
@@ -432,7 +434,7 @@ func (d *DB) ClaimOwn(ctx context.Context, org org.ID, keyID string, r enroll.Re
 		if err != nil && !errors.Is(err, enroll.ErrNotFound) {
 			return err
 		}
-		if err := d.checkUnused(ctx, tx, org, r); err != nil {
+		if err := d.checkUnused(ctx, tx, r); err != nil {
 			return err
 		}
 		if err := d.placeOwn(ctx, tx, org, keyID, r, limit, now, now+deliverFor.Microseconds()); err != nil {

@@ -67,11 +67,16 @@ func claim(t *testing.T, db *sqlstore.DB, id string, r enroll.Recipient) (enroll
 // offered takes a claimed delivery to the stage at which the key goes out.
 func offered(t *testing.T, db *sqlstore.DB, d enroll.Delivery) enroll.Delivery {
 	t.Helper()
+	return offeredAs(t, db, d, "print")
+}
+
+func offeredAs(t *testing.T, db *sqlstore.DB, d enroll.Delivery, fingerprint string) enroll.Delivery {
+	t.Helper()
 	attempt := uuid.NewString()
 	if mine, err := db.Begin(t.Context(), d.KeyID, attempt, time.Minute); err != nil || !mine {
 		t.Fatalf("beginning: %t, %v", mine, err)
 	}
-	err := db.StoreWrapped(t.Context(), d.KeyID, attempt, []byte("public"), enroll.Wrapped{Alg: envelope.WrapSHA256, Value: []byte("wrapped"), SHA256: "digest"}, "print", event(audit.KeyCreated, "acme", d.KeyID))
+	err := db.StoreWrapped(t.Context(), d.KeyID, attempt, []byte("public"), enroll.Wrapped{Alg: envelope.WrapSHA256, Value: []byte("wrapped"), SHA256: "digest"}, fingerprint, event(audit.KeyCreated, "acme", d.KeyID))
 	if err == nil {
 		err = db.Seal(t.Context(), d.KeyID, event(audit.KeySealed, "acme", d.KeyID))
 	}

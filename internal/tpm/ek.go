@@ -186,11 +186,15 @@ var (
 	tpmManufacturer    = asn1.ObjectIdentifier{2, 23, 133, 2, 1}
 )
 
-// Certified reports *Error unless the key came with a certificate of an
-// endorsement key that leads to one of the roots, at that time.
+// Certified reports *Error unless the key is one of RSA and came with a certificate
+// of an endorsement key that leads to one of the roots, at that time. A TPM that is
+// sold with a key on a curve has one of RSA as well, and would be two.
 func (k EK) Certified(r Roots, now time.Time) error {
 	if len(k.chain) == 0 || r.pool == nil {
 		return wrong("has no certificate")
+	}
+	if k.rsa == nil {
+		return wrong("is not RSA: the organization has to list it")
 	}
 	own := *k.chain[0]
 	if err := checkProfile(&own); err != nil {

@@ -154,6 +154,21 @@ func TestCertificatesThatAreNotBelieved(t *testing.T) {
 	}
 }
 
+// A TPM with certificates of two endorsement keys is one.
+func TestACertificateOfAKeyOnACurve(t *testing.T) {
+	t.Parallel()
+	maker := newAuthority(t)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ek, err := tpm.ReadEK(maker.issue(t, &key.PublicKey, func(*x509.Certificate) {}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantWrong(t, "P-256", ek.Certified(maker.roots(t), time.Now()), "is not RSA: the organization has to list it")
+}
+
 func TestEndorsementKeysThatAreNotRead(t *testing.T) {
 	t.Parallel()
 	maker := newAuthority(t)

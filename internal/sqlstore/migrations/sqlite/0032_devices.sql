@@ -16,8 +16,11 @@ ALTER TABLE deliveries ADD COLUMN origin TEXT NOT NULL DEFAULT 'backend';
 ALTER TABLE deliveries ADD COLUMN ek TEXT NOT NULL DEFAULT '';
 ALTER TABLE deliveries ADD COLUMN evidence TEXT NOT NULL DEFAULT '';
 
+-- What a key that its holder made may not be: one that is there already.
+CREATE INDEX deliveries_of_own_keys ON deliveries (recipient) WHERE origin = 'node';
+CREATE INDEX deliveries_by_fingerprint ON deliveries (fingerprint) WHERE fingerprint <> '';
+
 -- The TPMs, by their endorsement keys, that may have keys of an organization.
-CREATE INDEX deliveries_of_own_keys ON deliveries (org_id, recipient) WHERE origin = 'node';
 CREATE TABLE devices (
     org_id     TEXT NOT NULL,
     ek         TEXT NOT NULL,
