@@ -83,18 +83,22 @@ func readKey(s settings, path string) (client.PrivateKey, error) {
 	if err != nil {
 		return wrong(err, hint)
 	}
-	if tpmdevice.IsKey(text) {
-		key, err := s.device().Parse(text)
-		if err != nil {
-			return wrong(err, "enroll this node again, with a new token")
-		}
-		return key, nil
+	key, err := s.parseKey(text)
+	if err != nil && tpmdevice.IsKey(text) {
+		return wrong(err, "enroll this node again, with a new token")
 	}
-	key, err := client.ParsePrivateKey(text)
 	if err != nil {
 		return wrong(err, "copy the PEM again as it was handed out")
 	}
 	return key, nil
+}
+
+// parseKey reads the text of a private key, in a file or in the TPM.
+func (s settings) parseKey(text []byte) (client.PrivateKey, error) {
+	if tpmdevice.IsKey(text) {
+		return s.device().Parse(text)
+	}
+	return client.ParsePrivateKey(text)
 }
 
 // readPrivateFile reads a file that nobody else may read, and that belongs to
@@ -112,8 +116,13 @@ func readPrivateFile(path string) (text []byte, hint string, err error) {
 	if err := checkOwner(info); err != nil {
 		return nil, "chown it", err
 	}
-	text, err = io.ReadAll(io.LimitReader(f, maxKeyFile))
-	return text, "", err
+	// One buffer, which the caller clears: one that grows would leave copies.
+	text = make([]byte, min(info.Size(), maxKeyFile))
+	n, err := io.ReadFull(f, text)
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) { // it was cut meanwhile
+		err = nil
+	}
+	return text[:n], "", err
 }
 
 // readCertificate reads the client certificate, nil if there is to be none.

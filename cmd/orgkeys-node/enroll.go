@@ -225,6 +225,11 @@ func enroll(ctx context.Context, s settings, r *report) error {
 	if k.delivered() && k.record.Received {
 		return k.finish(d, s, r)
 	}
+	recipients, err := d.openOther(ctx, filepath.Dir(s.recipientFile))
+	if err != nil {
+		return err
+	}
+	defer recipients.close()
 	c, err := connect(s)
 	if err != nil {
 		return err
@@ -327,6 +332,14 @@ func fetchOrAnnounce(ctx context.Context, e *client.Enrollment, s settings) (*cl
 	text, hint, err := readPrivateFile(s.recipientFile)
 	if err != nil {
 		return nil, &failure{exitConfig, "key " + s.recipientFile, hint, err}
+	}
+	stored, err := s.parseKey(text)
+	if err == nil && client.Fingerprint(stored.Public()) != accepted.Fingerprint {
+		err = errors.New("it is not the key that the server accepted a moment ago")
+	}
+	if err != nil {
+		clear(text)
+		return nil, &failure{exitConfig, "key " + s.recipientFile, "something else writes to it: put back the key that was there, or have an administrator revoke the enrollment, and remove it", err}
 	}
 	return &client.Delivered{Delivery: *accepted, PEM: text}, nil
 }

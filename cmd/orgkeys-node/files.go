@@ -72,6 +72,18 @@ func openDir(ctx context.Context, path string) (*dir, error) {
 	return d, nil
 }
 
+// openOther locks another directory that a run writes to; nil if it is d itself.
+func (d *dir) openOther(ctx context.Context, path string) (*dir, error) {
+	own, err := d.root.Stat(".")
+	if err != nil {
+		return nil, err
+	}
+	if there, err := os.Stat(path); err == nil && os.SameFile(own, there) {
+		return nil, nil
+	}
+	return openDir(ctx, path)
+}
+
 // makeDir is os.MkdirAll for directories that last: what is in one that was
 // made a moment ago would go with it when the power does.
 func makeDir(path string) error {
@@ -127,6 +139,9 @@ func (d *dir) wait(ctx context.Context) error {
 }
 
 func (d *dir) close() {
+	if d == nil {
+		return
+	}
 	// Closing gives the lock back; nothing was written through these.
 	_ = d.lock.Close()
 	_ = d.root.Close()

@@ -24,15 +24,19 @@ func (s settings) device() tpmdevice.Device {
 	return tpmdevice.Device{Path: cmp.Or(s.tpm, usualTPM)}
 }
 
+// use is what the key that an enrollment begins with is for.
+func (s settings) use() tpmdevice.Use {
+	if s.origin == originNode {
+		return tpmdevice.Speaking
+	}
+	return tpmdevice.Decrypting
+}
+
 // newKey makes the private key that an enrollment begins with: a recipient, or the
 // node's own. It returns the text to store, too.
 func (s settings) newKey(ctx context.Context) (client.PrivateKey, []byte, error) {
 	if s.tpm != "" {
-		use := tpmdevice.Decrypting
-		if s.origin == originNode {
-			use = tpmdevice.Speaking
-		}
-		key, err := s.device().Create(ctx, use)
+		key, err := s.device().Create(ctx, s.use())
 		if err != nil {
 			return nil, nil, err
 		}
@@ -62,14 +66,19 @@ func (s settings) newKey(ctx context.Context) (client.PrivateKey, []byte, error)
 
 // suits reports a key that an earlier run made by other settings.
 func (s settings) suits(key client.PrivateKey) error {
-	if _, inTPM := key.(*tpmdevice.Key); inTPM == (s.tpm != "") {
+	made, inTPM := key.(*tpmdevice.Key)
+	flag, what := "--tpm", ""
+	switch {
+	case inTPM && s.tpm == "":
+		what = "a key in a TPM, and --tpm is not set"
+	case !inTPM && s.tpm != "":
+		what = "a key in a file, and --tpm is set"
+	case inTPM && made.Use() != s.use():
+		flag, what = "--origin", "a key in the TPM that was made for another --origin than "+s.origin
+	default:
 		return nil
 	}
-	what := "a key in a file, and --tpm is set"
-	if s.tpm == "" {
-		what = "a key in a TPM, and --tpm is not set"
-	}
-	return &failure{exitUsage, "recipient " + s.recipientFile + " is " + what, "set --tpm as before, or remove the file if no enrollment was begun with it", nil}
+	return &failure{exitUsage, "recipient " + s.recipientFile + " is " + what, "set " + flag + " as before, or remove the file if no enrollment was begun with it", nil}
 }
 
 // ek shows the name of the TPM.
@@ -96,6 +105,8 @@ func tpmTrouble(s settings, err error) *failure {
 		return &failure{exitTryLater, "the TPM at " + path + " is busy", "another program may be using it; " + usualTPM + " can be shared", err}
 	case errors.Is(err, tpmdevice.ErrLockedOut):
 		return &failure{exitTryLater, "the TPM at " + path + " is locked out after wrong passwords", "wait until it recovers, or end the lockout (tpm2_dictionarylockout --clear-lockout)", err}
+	case errors.Is(err, tpmdevice.ErrOwned):
+		return &failure{exitConfig, "a hierarchy of the TPM at " + path + " has a password, or is switched off", "orgkeys-node uses those of the owner and of the endorsement without one (tpm2_changeauth): remove their passwords, or switch them on in the firmware", err}
 	case errors.Is(err, tpmdevice.ErrCleared):
 		return &failure{exitConfig, "the TPM at " + path + " was cleared, or is another one than made the key", "the key is gone: remove its file, and enroll this node again with a new token", err}
 	case errors.Is(err, tpmdevice.ErrBlob):

@@ -65,7 +65,17 @@ func TestPromise9_HostileClaimsOfTPMs(t *testing.T) {
 			t.Errorf("%s: %d %s", what, resp.Status, resp.Body)
 		}
 	}
-	claim("a TPM that nobody allows", func(map[string]any) {})
+	for range 3 {
+		claim("a TPM that nobody allows", func(map[string]any) {})
+	}
+	// As often as a thief asks, one event says so.
+	for kind, want := range map[string]int{"enrollment.conflict": 1, "request.failed": 0} {
+		page := s.Do(t, harness.Request{Method: "GET", Path: "/organization/" + org + "/event?type=" + kind, Token: s.Token(t, org, "OWNER")})
+		var list struct{ Data []json.RawMessage }
+		if err := json.Unmarshal(page.Body, &list); err != nil || len(list.Data) != want {
+			t.Errorf("%d events %s, want %d: %s %v", len(list.Data), kind, want, page.Body, err)
+		}
+	}
 	for what, value := range map[string]any{
 		"nothing": nil, "a list": []int{1}, "a text": "x", "an empty object": map[string]any{}, "a number for an EK": map[string]any{"ek": 1, "public": b64(area)},
 		"no EK": map[string]any{"ek": "", "public": b64(area)}, "a long EK": map[string]any{"ek": strings.Repeat("x", 40<<10), "public": b64(area)},

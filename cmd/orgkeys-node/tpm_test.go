@@ -6,12 +6,17 @@ import (
 	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	mathrand "math/rand/v2"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -74,6 +79,59 @@ func TestFirstBootWithAKeyOfItsOwn(t *testing.T) {
 	e := newEnrolling(t, s.API, m.Token)
 	e.run(77, "is for a key that the server makes", "boot", "--wait", "forever", "--origin", "node")
 	e.run(64, "is neither backend nor node", "boot", "--origin", "moon")
+}
+
+// A key in the TPM that was made for the other origin says so, and is no broken TPM.
+func TestAKeyInTheTPMForTheOtherOrigin(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	device := tpmtest.Start(t)
+	for made, origin := range map[string]string{"backend": "node", "node": "backend"} {
+		e := newEnrolling(t, s.API, mint(t, s, harness.Org(), `{"origin":"`+origin+`"}`).Token)
+		e.run(77, "remove", "enroll", "--wait", "forever", "--tpm", device.Socket, "--origin", made)
+		e.run(64, "is a key in the TPM that was made for another --origin than "+origin, "enroll", "--wait", "0s", "--tpm", device.Socket, "--origin", origin)
+	}
+}
+
+// Another key that comes into --recipient-file meanwhile is not stored as the one
+// that the server accepted, and other runs are kept out of its directory.
+func TestTheOwnKeyThatIsStoredIsTheOneThatWasAccepted(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	target, err := url.Parse(s.API)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := filepath.Join(t.TempDir(), "apart", "own.pem")
+	other, err := client.NewOwnKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httputil.NewSingleHostReverseProxy(target)
+	var kept []byte
+	proxy.ModifyResponse = func(*http.Response) error {
+		if kept != nil {
+			return nil
+		}
+		if _, err := os.Stat(filepath.Join(filepath.Dir(own), ".orgkeys-node.lock")); err != nil {
+			t.Errorf("the directory is not locked: %v", err)
+		}
+		if kept, err = os.ReadFile(own); err != nil {
+			return err
+		}
+		return os.WriteFile(own, pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(other)}), 0o600)
+	}
+	between := httptest.NewServer(proxy)
+	defer between.Close()
+	e := newEnrolling(t, between.URL, mint(t, s, harness.Org(), `{"origin":"node"}`).Token)
+	enroll := []string{"--wait", "0s", "--origin", "node", "--recipient-file", own}
+	e.run(78, "it is not the key that the server accepted a moment ago", "enroll", enroll...)
+	e.has("token")
+	if err := os.WriteFile(own, kept, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e.run(0, "enrolled key", "enroll", enroll...)
+	e.has("key.pem", "key.pem.enrollment")
 }
 
 // A node's own key acts for that node only, and deleting it ends it.

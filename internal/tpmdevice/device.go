@@ -28,6 +28,8 @@ var (
 	ErrBusy = errors.New("the TPM is busy")
 	// ErrLockedOut: it saw too many wrong passwords, and refuses for a while.
 	ErrLockedOut = errors.New("the TPM is locked out")
+	// ErrOwned: a hierarchy of it has a password, or is switched off.
+	ErrOwned = errors.New("a hierarchy of the TPM has a password, or is switched off")
 	// ErrCleared: the key was made under another storage root key: the TPM was
 	// cleared since, or it is another one. The key is gone for good.
 	ErrCleared = errors.New("the TPM was cleared, or is another one")
@@ -45,6 +47,7 @@ type Key struct {
 	blob
 	device Device
 	public *rsa.PublicKey
+	use    Use
 }
 
 var _ interface {
@@ -54,6 +57,9 @@ var _ interface {
 
 // Path is that of the TPM.
 func (k *Key) Path() string { return k.device.Path }
+
+// Use is what the key was made for.
+func (k *Key) Use() Use { return k.use }
 
 // PublicArea is the key's TPMT_PUBLIC.
 func (k *Key) PublicArea() []byte { return k.blob.public[2:] } // behind the length
@@ -122,7 +128,11 @@ func (d Device) key(b blob) (*Key, error) {
 	if err != nil {
 		return nil, wrong
 	}
-	return &Key{b, d, public.(*rsa.PublicKey)}, nil
+	use := Decrypting
+	if area.ObjectAttributes.SignEncrypt {
+		use = Speaking
+	}
+	return &Key{b, d, public.(*rsa.PublicKey), use}, nil
 }
 
 // Sign implements crypto.Signer: RSASSA-PKCS1-v1_5 over a SHA-256 digest.
@@ -131,7 +141,7 @@ func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, 
 		return nil, errors.New("the TPM's key signs RSASSA-PKCS1-v1_5 with SHA-256 only")
 	}
 	var signature []byte
-	err := k.use(context.Background(), func(t *session, h tpm2.TPMHandle, name tpm2.TPM2BName) error {
+	err := k.load(context.Background(), func(t *session, h tpm2.TPMHandle, name tpm2.TPM2BName) error {
 		signed, err := tpm2.Sign{
 			KeyHandle: tpm2.AuthHandle{Handle: h, Name: name, Auth: t.encrypted(tpm2.AESEncryption(128, tpm2.EncryptIn))},
 			Digest:    tpm2.TPM2BDigest{Buffer: digest},
@@ -174,7 +184,7 @@ func (k *Key) Decrypt(_ io.Reader, ciphertext []byte, opts crypto.DecrypterOpts)
 		return nil, errors.New("the TPM's key decrypts RSAES-OAEP with SHA-256 or SHA-1 only")
 	}
 	var message []byte
-	err := k.use(context.Background(), func(t *session, h tpm2.TPMHandle, name tpm2.TPM2BName) error {
+	err := k.load(context.Background(), func(t *session, h tpm2.TPMHandle, name tpm2.TPM2BName) error {
 		opened, err := tpm2.RSADecrypt{
 			KeyHandle:  tpm2.AuthHandle{Handle: h, Name: name, Auth: t.encrypted(tpm2.AESEncryption(128, tpm2.EncryptInOut))},
 			CipherText: tpm2.TPM2BPublicKeyRSA{Buffer: ciphertext},
@@ -195,14 +205,14 @@ func (k *Key) Decrypt(_ io.Reader, ciphertext []byte, opts crypto.DecrypterOpts)
 
 // Check reports why the TPM cannot use the key, or nothing.
 func (k *Key) Check(ctx context.Context) error {
-	return k.use(ctx, func(*session, tpm2.TPMHandle, tpm2.TPM2BName) error { return nil })
+	return k.load(ctx, func(*session, tpm2.TPMHandle, tpm2.TPM2BName) error { return nil })
 }
 
 // Activate answers a challenge (TPM2_ActivateCredential). The caller clears what
 // it returns.
 func (k *Key) Activate(ctx context.Context, idObject, encSecret []byte) ([]byte, error) {
 	var secret []byte
-	err := k.use(ctx, func(t *session, h tpm2.TPMHandle, name tpm2.TPM2BName) error {
+	err := k.load(ctx, func(t *session, h tpm2.TPMHandle, name tpm2.TPM2BName) error {
 		auth, end, err := tpm2.HMACSession(t, tpm2.TPMAlgSHA256, 16, tpm2.Salted(t.srk.ObjectHandle, *t.srkPublic), tpm2.AESEncryption(128, tpm2.EncryptOut))
 		if err != nil {
 			return err
@@ -274,8 +284,8 @@ func (d Device) with(ctx context.Context, do func(*session) error) error {
 	return explain(do(t))
 }
 
-// use loads the key for one operation.
-func (k *Key) use(ctx context.Context, do func(*session, tpm2.TPMHandle, tpm2.TPM2BName) error) error {
+// load loads the key for one operation.
+func (k *Key) load(ctx context.Context, do func(*session, tpm2.TPMHandle, tpm2.TPM2BName) error) error {
 	return k.device.with(ctx, func(t *session) error {
 		// A blob of another parent is refused like a damaged one.
 		if !bytes.Equal(k.parent, t.srk.Name.Buffer) {
@@ -332,6 +342,7 @@ func explain(err error) error {
 		is   error
 	}{
 		{tpm2.TPMRCLockout, ErrLockedOut},
+		{tpm2.TPMRCBadAuth, ErrOwned}, {tpm2.TPMRCAuthFail, ErrOwned}, {tpm2.TPMRCHierarchy, ErrOwned},
 		{tpm2.TPMRCObjectMemory, ErrBusy}, {tpm2.TPMRCSessionMemory, ErrBusy}, {tpm2.TPMRCObjectHandles, ErrBusy}, {tpm2.TPMRCSessionHandles, ErrBusy},
 		{tpm2.TPMRCReferenceH0, ErrBusy}, {tpm2.TPMRCReferenceS0, ErrBusy}, // a reset between two commands
 		{tpm2.TPMRCInitialize, ErrBusy},
@@ -340,7 +351,7 @@ func explain(err error) error {
 			return fmt.Errorf("%w: it answers %w", known.is, err)
 		}
 	}
-	for _, known := range []error{ErrNoTPM, ErrBusy, ErrLockedOut, ErrCleared, ErrBlob, ErrFailed, ErrDecryption, context.Canceled, context.DeadlineExceeded} {
+	for _, known := range []error{ErrNoTPM, ErrBusy, ErrLockedOut, ErrOwned, ErrCleared, ErrBlob, ErrFailed, ErrDecryption, context.Canceled, context.DeadlineExceeded} {
 		if errors.Is(err, known) {
 			return err
 		}

@@ -10,6 +10,9 @@ import (
 	"os"
 	"testing"
 
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
 	"github.com/orgkeys/orgkeys/internal/tpm"
 	"github.com/orgkeys/orgkeys/internal/tpm/tpmtest"
 	"github.com/orgkeys/orgkeys/internal/tpmdevice"
@@ -86,6 +89,29 @@ func TestAKeyInTheTPM(t *testing.T) {
 			t.Errorf("activating another's: %v", err)
 		}
 		software.Restart(t)
+	}
+}
+
+// A TPM whose owner has a password is not broken.
+func TestATPMWithAPassword(t *testing.T) {
+	t.Parallel()
+	for _, hierarchy := range []tpm2.TPMHandle{tpm2.TPMRHOwner, tpm2.TPMRHEndorsement} {
+		software := tpmtest.Start(t)
+		d := tpmdevice.Device{Path: software.Socket}
+		software.Do(t, func(raw transport.TPM) {
+			if _, err := (tpm2.HierarchyChangeAuth{
+				AuthHandle: tpm2.AuthHandle{Handle: hierarchy, Auth: tpm2.PasswordAuth(nil)}, NewAuth: tpm2.TPM2BAuth{Buffer: []byte("password")},
+			}).Execute(raw); err != nil {
+				t.Fatal(err)
+			}
+		})
+		_, err := d.Endorsement(t.Context())
+		if hierarchy == tpm2.TPMRHOwner {
+			_, err = d.Create(t.Context(), tpmdevice.Speaking)
+		}
+		if !errors.Is(err, tpmdevice.ErrOwned) {
+			t.Errorf("hierarchy %#x: %v", hierarchy, err)
+		}
 	}
 }
 

@@ -124,6 +124,9 @@ func TestHostileAndBusyAnswers(t *testing.T) {
 		want   error
 	}{
 		"locked out":     {code(tpm2.TPMRCLockout), tpmdevice.ErrLockedOut},
+		"a password":     {code(tpm2.TPMRCBadAuth), tpmdevice.ErrOwned},
+		"another's":      {code(tpm2.TPMRCAuthFail | 0x980), tpmdevice.ErrOwned},
+		"switched off":   {code(tpm2.TPMRCHierarchy | 0x180), tpmdevice.ErrOwned},
 		"out of memory":  {code(tpm2.TPMRCObjectMemory), tpmdevice.ErrBusy},
 		"not started":    {code(tpm2.TPMRCInitialize), tpmdevice.ErrBusy},
 		"failure":        {code(tpm2.TPMRCFailure), tpmdevice.ErrFailed},
