@@ -422,12 +422,13 @@ func (d *DB) forUpdate(how string) string {
 }
 
 // HasSealed reports whether anything that was sealed is kept: a public key, a
-// boot secret, the key that signs checkpoints, or the key of events' MACs.
+// boot secret, a pool key's record, the key that signs checkpoints, or the key of events' MACs.
 func (d *DB) HasSealed(ctx context.Context) (bool, error) {
 	found, err := query(ctx, d.read, scanInt, `SELECT 1 FROM org_keys WHERE sealed IS NOT NULL
 		UNION ALL SELECT 1 FROM keys_of_nodes WHERE sealed IS NOT NULL
 		UNION ALL SELECT 1 FROM enrollments
 		UNION ALL SELECT 1 FROM boot_secrets WHERE sealed IS NOT NULL
+		UNION ALL SELECT 1 FROM pool_keys WHERE sealed IS NOT NULL
 		UNION ALL SELECT 1 FROM checkpoint_keys WHERE sealed IS NOT NULL
 		UNION ALL SELECT 1 FROM event_keys LIMIT 1`)
 	return len(found) > 0, err
