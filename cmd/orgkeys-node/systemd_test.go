@@ -16,6 +16,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/e2e/systemd"
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
 // nodeUser is the user that the unit runs as, in the machines of these tests.
@@ -184,7 +185,7 @@ func foreign(h http.HandlerFunc) func(*testing.T, *box) func() {
 
 // overTLS has the front speak TLS under the node's own authority once it ends.
 func overTLS(t *testing.T, b *box, first *tls.Config) func() {
-	ca := harness.NewCA(t)
+	ca := testca.New(t)
 	pair := ca.Issue(t, "localhost").Pair(t)
 	b.settings("https://localhost:"+port(b.front.address), "ORGKEYS_NODE_CA_FILE=/etc/orgkeys-node/ca.pem")
 	authority, err := os.ReadFile(ca.File)
@@ -241,7 +242,7 @@ var conditions = map[string]condition{
 		return func() { b.Put("hosts", "127.0.0.1 localhost\n", 0o644, 0) }
 	}},
 	"untrusted certificate": {false, func(t *testing.T, b *box) func() {
-		return overTLS(t, b, &tls.Config{Certificates: []tls.Certificate{harness.NewCA(t).Issue(t, "localhost").Pair(t)}})
+		return overTLS(t, b, &tls.Config{Certificates: []tls.Certificate{testca.New(t).Issue(t, "localhost").Pair(t)}})
 	}},
 	"TLS not yet up": {false, func(t *testing.T, b *box) func() { return overTLS(t, b, nil) }},
 	"authority comes later": {false, func(t *testing.T, b *box) func() {

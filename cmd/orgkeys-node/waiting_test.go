@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
 // passing are answers that say nothing about this node, and how a run ends that
@@ -194,7 +195,7 @@ func TestFilesMayComeLater(t *testing.T) {
 			return rewritten(t, ca, nil, 0o644)
 		}, 78, "no certificate in --ca-file"},
 		"another authority": {func(t *testing.T, _ *machine, ca string) func() error {
-			other, err := os.ReadFile(harness.NewCA(t).File)
+			other, err := os.ReadFile(testca.New(t).File)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -275,7 +276,7 @@ func TestAuthorityThatIsInstalledLaterIsTrusted(t *testing.T) {
 // A server with ORGKEYS_TLS_CLIENT_CA_FILE is reached with a certificate, and a
 // node without one is told what is missing.
 func TestClientCertificates(t *testing.T) {
-	ca := harness.NewCA(t)
+	ca := testca.New(t)
 	s := harness.Start(t, harness.TLS(ca, ca.Issue(t, "server")), harness.Set("ORGKEYS_TLS_CLIENT_CA_FILE", ca.File))
 	s.HTTP.Transport.(*http.Transport).TLSClientConfig.Certificates = []tls.Certificate{ca.Issue(t, "administrator").Pair(t)}
 	// Probes, which have no certificate, ask the admin listener.
@@ -285,7 +286,7 @@ func TestClientCertificates(t *testing.T) {
 	org := harness.Org()
 	m := newMachine(t, s.API)
 	m.install(s.Generate(t, org).PEM)
-	own, foreign := ca.Issue(t, "node"), harness.NewCA(t).Issue(t, "node")
+	own, foreign := ca.Issue(t, "node"), testca.New(t).Issue(t, "node")
 	run := func(more ...string) (int, string) {
 		out, err := m.command(org, "boot", append([]string{"--ca-file", ca.File, "--wait", "0s"}, more...)...).CombinedOutput()
 		return exitCode(err), string(out)

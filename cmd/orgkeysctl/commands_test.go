@@ -21,6 +21,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
 // enroll claims the key of a token as a node does, from a new recipient.
@@ -190,7 +191,7 @@ func TestASessionIsForOneServer(t *testing.T) {
 
 func TestAServerThatAsksForACertificate(t *testing.T) {
 	t.Parallel()
-	ca := harness.NewCA(t)
+	ca := testca.New(t)
 	own := ca.Issue(t, "ada")
 	s := harness.Start(t, harness.TLS(ca, ca.Issue(t, "server")), harness.Set("ORGKEYS_TLS_CLIENT_CA_FILE", ca.File))
 	p := newcomer(t, s.API)

@@ -4,14 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"io"
 	"net/http"
 	"net/http/cookiejar"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -19,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/orgkeys/orgkeys/internal/authn/providertest"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/login"
 )
@@ -26,44 +25,14 @@ import (
 // provider is a real OpenID provider, node-oidc-provider, that runs, and a server
 // that trusts its tokens.
 type provider struct {
-	issuer, caFile string
-	ca             *harness.CA
-	server         *harness.Server
+	*providertest.Provider
+	server *harness.Server
 }
 
 func startProvider(t *testing.T) *provider {
 	t.Helper()
-	build := exec.CommandContext(t.Context(), "../../internal/authn/providers/build")
-	build.Stderr = os.Stderr
-	programs, err := build.Output()
-	if err != nil {
-		t.Fatalf("building the providers: %v", err)
-	}
-	p := &provider{ca: harness.NewCA(t)}
-	p.caFile = p.ca.File
-	certificate := p.ca.Issue(t, "provider")
-	dir := filepath.Join(strings.TrimSpace(string(programs)), "oidc-provider")
-	cmd := exec.Command("node", filepath.Join(dir, "server.mjs"), certificate.Cert, certificate.Key)
-	cmd.Dir = dir
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = stdin.Close(); _ = cmd.Wait() })
-	line, err := bufio.NewReader(stdout).ReadString('\n')
-	if err != nil {
-		t.Fatalf("the provider does not say where it listens: %v", err)
-	}
-	go func() { _, _ = io.Copy(io.Discard, stdout) }()
-	p.issuer = strings.TrimSpace(line)
-	p.server = harness.Start(t, harness.Set("ORGKEYS_ISSUER", p.issuer), harness.Set("ORGKEYS_AUDIENCE", "orgkeys"), harness.Set("ORGKEYS_JWKS_CA_FILE", p.caFile),
+	p := &provider{Provider: providertest.Start(t, "oidc-provider")}
+	p.server = harness.Start(t, harness.Set("ORGKEYS_ISSUER", p.Issuer), harness.Set("ORGKEYS_AUDIENCE", "orgkeys"), harness.Set("ORGKEYS_JWKS_CA_FILE", p.CA.File),
 		harness.Set("ORGKEYS_CLAIM_ROLE", "/realm_access/roles"), harness.Set("ORGKEYS_ROLE_MAP", "org-admins=ADMINISTRATOR"))
 	return p
 }
@@ -71,8 +40,8 @@ func startProvider(t *testing.T) *provider {
 func (p *provider) newcomer(t *testing.T) *person {
 	ada := newcomer(t, p.server.API)
 	ada.org = "acme"
-	ada.env = []string{"ORGKEYSCTL_ISSUER=" + p.issuer, "ORGKEYSCTL_CLIENT_ID=orgkeysctl", "ORGKEYSCTL_RESOURCE=https://orgkeys.example",
-		"ORGKEYSCTL_SCOPE=openid,offline_access,keys", "ORGKEYSCTL_ISSUER_CA_FILE=" + p.caFile, "ORGKEYSCTL_NO_BROWSER=true"}
+	ada.env = []string{"ORGKEYSCTL_ISSUER=" + p.Issuer, "ORGKEYSCTL_CLIENT_ID=orgkeysctl", "ORGKEYSCTL_RESOURCE=https://orgkeys.example",
+		"ORGKEYSCTL_SCOPE=openid,offline_access,keys", "ORGKEYSCTL_ISSUER_CA_FILE=" + p.CA.File, "ORGKEYSCTL_NO_BROWSER=true"}
 	return ada
 }
 
@@ -83,9 +52,9 @@ func (p *provider) browser(t *testing.T) *http.Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: p.ca.Pool()}}
-	t.Cleanup(transport.CloseIdleConnections)
-	return &http.Client{Jar: jar, Transport: transport, Timeout: harness.Patience}
+	browser := p.Client(t)
+	browser.Jar = jar
+	return browser
 }
 
 var hidden = regexp.MustCompile(`<input type="hidden" name="([^"]+)" value="([^"]*)"`)
@@ -265,7 +234,7 @@ func loginInTheBrowser(t *testing.T, p *provider) {
 // refresh uses a refresh token as a thief would.
 func refresh(t *testing.T, p *provider, token string) int {
 	t.Helper()
-	resp, err := p.browser(t).PostForm(p.issuer+"/token", url.Values{"grant_type": {"refresh_token"}, "refresh_token": {token}, "client_id": {"orgkeysctl"}})
+	resp, err := p.browser(t).PostForm(p.Issuer+"/token", url.Values{"grant_type": {"refresh_token"}, "refresh_token": {token}, "client_id": {"orgkeysctl"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -313,7 +282,7 @@ func loginRefused(t *testing.T, p *provider) {
 			t.Error(err)
 			return
 		}
-		back := url.Values{"error": {"access_denied"}, "error_description": {"\x1b[31mno"}, "state": asked.Query()["state"], "iss": {p.issuer}}
+		back := url.Values{"error": {"access_denied"}, "error_description": {"\x1b[31mno"}, "state": asked.Query()["state"], "iss": {p.Issuer}}
 		resp, err := http.Get(asked.Query().Get("redirect_uri") + "?" + back.Encode())
 		if err != nil || resp.StatusCode != http.StatusForbidden {
 			t.Errorf("%v, %v", resp, err)

@@ -1,15 +1,10 @@
 package authn
 
 import (
-	"bufio"
 	"bytes"
-	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"fmt"
 	"io"
 	"net/http"
@@ -27,6 +22,7 @@ import (
 
 	vaultapi "github.com/hashicorp/vault/api"
 
+	"github.com/orgkeys/orgkeys/internal/authn/providertest"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/org"
@@ -50,15 +46,6 @@ type grant func(t *testing.T, p *realProvider) string
 // test's own. Their tokens are accepted with settings alone, and no request is lost
 // while they rotate their keys under load.
 func TestRealProviders(t *testing.T) {
-	programs := buildProviders(t)
-	node := func(name string) func(*testing.T) *realProvider {
-		return func(t *testing.T) *realProvider {
-			return startProvider(t, "node", filepath.Join(programs, name, "server.mjs"))
-		}
-	}
-	program := func(name string) func(*testing.T) *realProvider {
-		return func(t *testing.T) *realProvider { return startProvider(t, filepath.Join(programs, name)) }
-	}
 	zitadel := []string{
 		"ORGKEYS_CLAIM_ORG=urn:zitadel:iam:user:resourceowner:id", "ORGKEYS_CLAIM_ROLE=urn:zitadel:iam:org:project:roles",
 		"ORGKEYS_ROLE_MAP=orgkeys-admin=ADMINISTRATOR",
@@ -71,7 +58,7 @@ func TestRealProviders(t *testing.T) {
 		org      org.ID
 		rests    string // the subject whose way to a token does not outlast a rotation
 	}{
-		{"oidc-provider", node("oidc-provider"),
+		{"oidc-provider", program("oidc-provider"),
 			[]string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_CLAIM_ROLE=/realm_access/roles", "ORGKEYS_ROLE_MAP=org-admins=ADMINISTRATOR"},
 			map[string]grant{
 				"client": byClientCredentials("client", "secret", nil),
@@ -88,7 +75,7 @@ func TestRealProviders(t *testing.T) {
 				"client": byClientCredentials("client", "secret", url.Values{"audience": {"orgkeys"}, "scope": {"keys"}}),
 				"ada-1":  byAuthorizationCode(url.Values{"audience": {"orgkeys"}, "scope": {"keys"}, "state": {"at least eight"}}, nil),
 			}, "acme", ""},
-		{"better-auth", node("better-auth"), []string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_JWKS=ISSUER/api/auth/jwks", "ORGKEYS_ROLE_MAP=owner=ADMINISTRATOR"},
+		{"better-auth", program("better-auth"), []string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_JWKS=ISSUER/api/auth/jwks", "ORGKEYS_ROLE_MAP=owner=ADMINISTRATOR"},
 			map[string]grant{anyone: bySession()}, "acme", ""},
 		{"Vault", startVault, []string{"ORGKEYS_AUDIENCE=orgkeys"}, map[string]grant{anyone: byVault()}, "acme", ""},
 	} {
@@ -190,66 +177,18 @@ func (p *realProvider) verifier(t *testing.T, settings []string) *Verifier {
 	return must(New(nil, issuers...))
 }
 
-func buildProviders(t *testing.T) string {
-	t.Helper()
-	build := exec.Command("providers/build")
-	build.Stderr = os.Stderr
-	out, err := build.Output()
-	if err != nil {
-		t.Fatalf("building the providers: %v", err)
-	}
-	return strings.TrimSpace(string(out))
-}
-
-// startProvider starts one of the programs in providers/.
-func startProvider(t *testing.T, command ...string) *realProvider {
-	t.Helper()
-	dir := t.TempDir()
-	certificate := selfSigned(t, keysForTests().ec)
-	certFile, keyFile := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	private := must(x509.MarshalPKCS8PrivateKey(certificate.PrivateKey))
-	for file, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]}, keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
-		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
+// program starts one of the programs in providers/.
+func program(name string) func(*testing.T) *realProvider {
+	return func(t *testing.T) *realProvider {
+		t.Helper()
+		started := providertest.Start(t, name)
+		p := &realProvider{issuer: started.Issuer, caFile: started.CA.File, http: started.Client(t)}
+		p.rotate = p.rotateItself
+		if name != "better-auth" { // which has no metadata
+			p.endpoints(t)
 		}
+		return p
 	}
-	cmd := exec.CommandContext(context.Background(), command[0], append(command[1:], certFile, keyFile)...)
-	cmd.Dir = filepath.Dir(command[len(command)-1])
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = stdin.Close(); _ = cmd.Wait() })
-	line, err := bufio.NewReader(stdout).ReadString('\n')
-	if err != nil {
-		t.Fatalf("%s does not say where it listens: %v", command, err)
-	}
-	go func() { _, _ = io.Copy(io.Discard, stdout) }()
-	p := newRealProvider(t, strings.TrimSpace(line), certFile)
-	p.rotate = p.rotateItself
-	if filepath.Base(cmd.Dir) != "better-auth" { // which has no metadata
-		p.endpoints(t)
-	}
-	return p
-}
-
-// newRealProvider is for one that listens, with the authority of its certificate.
-func newRealProvider(t *testing.T, issuer, caFile string) *realProvider {
-	t.Helper()
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(must(os.ReadFile(caFile))) {
-		t.Fatalf("%s has no certificate", caFile)
-	}
-	return &realProvider{issuer: issuer, caFile: caFile, http: &http.Client{
-		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}, Timeout: 30 * time.Second,
-	}}
 }
 
 // endpoints reads those of the metadata.
@@ -427,7 +366,7 @@ func startVault(t *testing.T) *realProvider {
 	must(root.Logical().Write("identity/entity-alias", map[string]any{
 		"name": "ada", "canonical_id": entity.Data["id"], "mount_accessor": mounts["userpass/"].Accessor,
 	}))
-	p := newRealProvider(t, server.Address+"/v1/identity/oidc", server.CACert)
+	p := &realProvider{issuer: server.Address + "/v1/identity/oidc", caFile: server.CACert}
 	p.rotate = func(t *testing.T) {
 		if _, err := root.Logical().Write("identity/oidc/key/orgkeys/rotate", nil); err != nil {
 			t.Fatal(err)

@@ -1,54 +1,16 @@
 package console_test
 
 import (
-	"bufio"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/orgkeys/orgkeys/internal/authn/providertest"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/freeport"
 )
-
-// startProvider runs node-oidc-provider on another site than the console's.
-func startProvider(t *testing.T, redirect string) (issuer, caFile string) {
-	t.Helper()
-	build := exec.CommandContext(t.Context(), "../authn/providers/build")
-	build.Stderr = os.Stderr
-	programs, err := build.Output()
-	if err != nil {
-		t.Fatalf("building the providers: %v", err)
-	}
-	ca := harness.NewCA(t)
-	certificate := ca.Issue(t, "provider")
-	dir := filepath.Join(strings.TrimSpace(string(programs)), "oidc-provider")
-	cmd := exec.Command("node", filepath.Join(dir, "server.mjs"), certificate.Cert, certificate.Key, redirect)
-	cmd.Dir = dir
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = stdin.Close(); _ = cmd.Wait() })
-	line, err := bufio.NewReader(stdout).ReadString('\n')
-	if err != nil {
-		t.Fatalf("the provider does not say where it listens: %v", err)
-	}
-	go func() { _, _ = io.Copy(io.Discard, stdout) }()
-	return strings.TrimSpace(line), ca.File
-}
 
 // With a provider, people sign in there and come back; what comes back to another
 // browser, twice, or with another's state signs nobody in.
@@ -59,8 +21,9 @@ func TestPromise15_SigningInAtAProvider(t *testing.T) {
 		t.Fatal(err)
 	}
 	address, console := fmt.Sprintf("127.0.0.1:%d", at), fmt.Sprintf("http://localhost:%d", at)
-	issuer, caFile := startProvider(t, console+"/console/callback")
-	s := harness.Start(t, harness.Set("ORGKEYS_LISTEN", address), harness.Set("ORGKEYS_ISSUER", issuer), harness.Set("ORGKEYS_AUDIENCE", "orgkeys"), harness.Set("ORGKEYS_JWKS_CA_FILE", caFile),
+	provider := providertest.Start(t, "oidc-provider", console+"/console/callback") // on another site than the console
+	issuer := provider.Issuer
+	s := harness.Start(t, harness.Set("ORGKEYS_LISTEN", address), harness.Set("ORGKEYS_ISSUER", issuer), harness.Set("ORGKEYS_AUDIENCE", "orgkeys"), harness.Set("ORGKEYS_JWKS_CA_FILE", provider.CA.File),
 		harness.Set("ORGKEYS_CLAIM_ROLE", "/realm_access/roles"), harness.Set("ORGKEYS_ROLE_MAP", "org-admins=ADMINISTRATOR"),
 		harness.Set("ORGKEYS_CONSOLE", "true"), harness.Set("ORGKEYS_CONSOLE_URL", console), harness.Set("ORGKEYS_CONSOLE_CLIENT_ID", "console"),
 		harness.Set("ORGKEYS_CONSOLE_CLIENT_SECRET", "of-the-console"), harness.Set("ORGKEYS_CONSOLE_RESOURCE", "https://orgkeys.example"), harness.Set("ORGKEYS_CONSOLE_SCOPES", "openid,keys"))

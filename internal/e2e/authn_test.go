@@ -27,6 +27,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
 // TestUnusableCallersHear401 is the contract on authentication through the real program:
@@ -222,7 +223,7 @@ func TestUnknownKeyIDsCauseFewFetches(t *testing.T) {
 	var fetches atomic.Int64
 	var document atomic.Value
 	document.Store(issuer.Document(t))
-	ca := harness.NewCA(t)
+	ca := testca.New(t)
 	provider := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		fetches.Add(1)
 		w.Header().Set("Content-Type", "application/json")

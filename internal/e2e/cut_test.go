@@ -12,6 +12,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
 // TestClientGoneBeforeTheBody: the key is withdrawn, its place free, and the
@@ -60,7 +61,7 @@ func TestClientGoneBeforeTheBody(t *testing.T) {
 // the server cannot write the key out whole.
 func TestClientGoneDuringTheBody(t *testing.T) {
 	t.Parallel()
-	ca := harness.NewCA(t)
+	ca := testca.New(t)
 	s := harness.Start(t, harness.TLS(ca, ca.Issue(t, "server")), harness.Set("ORGKEYS_MAX", "1"))
 
 	t.Run("the stream is reset", func(t *testing.T) {
@@ -146,7 +147,7 @@ type http2Client struct {
 }
 
 // dialHTTP2 connects with an initial stream window of the given size.
-func dialHTTP2(t *testing.T, s *harness.Server, ca *harness.CA, window uint32) *http2Client {
+func dialHTTP2(t *testing.T, s *harness.Server, ca *testca.CA, window uint32) *http2Client {
 	t.Helper()
 	conn, err := tls.Dial("tcp", strings.TrimPrefix(s.API, "https://"), &tls.Config{RootCAs: ca.Pool(), NextProtos: []string{"h2"}})
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
 // TestTheFileOfIssuersIsFollowed: an issuer that is added to the file is believed, one
@@ -111,7 +112,7 @@ func issuerServer(t *testing.T, pair *tls.Certificate, documents map[string]stri
 // said in one line, with a remedy, before anybody's token is refused for it.
 func TestDoctorLooksAtTheIssuer(t *testing.T) {
 	t.Parallel()
-	ca := harness.NewCA(t)
+	ca := testca.New(t)
 	pair := ca.Issue(t, "issuer").Pair(t)
 	set := string(harness.NewIssuer(t).Document(t))
 	const metadata = `{"issuer":"ISSUER","jwks_uri":"ISSUER/keys"}`

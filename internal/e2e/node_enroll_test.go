@@ -34,6 +34,7 @@ import (
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
 // enrollingNode is a machine with an enrollment token, and orgkeys-node on it.
@@ -532,7 +533,7 @@ func TestPromise13_ANodeBelievesNobodyInBetween(t *testing.T) {
 	t.Parallel()
 	s := harness.Start(t)
 	org := harness.Org()
-	ca := harness.NewCA(t)
+	ca := testca.New(t)
 	target, err := url.Parse(s.API)
 	if err != nil {
 		t.Fatal(err)

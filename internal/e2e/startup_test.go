@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
 // TestPromise10_DoubtfulConfigurationsAreRefused: promptly, without listening,
@@ -24,7 +25,7 @@ func TestPromise10_DoubtfulConfigurationsAreRefused(t *testing.T) {
 	if err := os.Chmod(open, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	ca := harness.NewCA(t)
+	ca := testca.New(t)
 	cert := ca.Issue(t, "server")
 	other := ca.Issue(t, "other")
 	with := func(base map[string]string, change ...string) map[string]string {

@@ -8,9 +8,10 @@ import (
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
-func serverTLS(t *testing.T, ca *harness.CA) *tls.Config {
+func serverTLS(t *testing.T, ca *testca.CA) *tls.Config {
 	t.Helper()
 	return &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, "provider").Pair(t)}}
 }
@@ -19,7 +20,7 @@ func serverTLS(t *testing.T, ca *harness.CA) *tls.Config {
 // certificate, and a broken file leaves the last good one in force.
 func TestTLSFilesAreReadAgainWhenTheyChange(t *testing.T) {
 	t.Parallel()
-	ca := harness.NewCA(t)
+	ca := testca.New(t)
 	dir := t.TempDir()
 	s := harness.Start(t, harness.TLS(ca, ca.IssueIn(t, dir, "first")))
 	serving := func() string {
@@ -52,7 +53,7 @@ func TestTLSFilesAreReadAgainWhenTheyChange(t *testing.T) {
 
 func TestClientCertificatesAreRequiredOfTheConfiguredAuthority(t *testing.T) {
 	t.Parallel()
-	ca, clients, strangers := harness.NewCA(t), harness.NewCA(t), harness.NewCA(t)
+	ca, clients, strangers := testca.New(t), testca.New(t), testca.New(t)
 	s := harness.Start(t, harness.TLS(ca, ca.Issue(t, "server")), harness.Set("ORGKEYS_TLS_CLIENT_CA_FILE", clients.File))
 	get := func(certs ...tls.Certificate) (int, error) {
 		c := http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: ca.Pool(), Certificates: certs}}}

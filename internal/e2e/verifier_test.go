@@ -21,6 +21,7 @@ import (
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/chaos/cluster"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
 // eventTypes are all that the source declares.
@@ -57,7 +58,7 @@ func TestPromise5_TheIndependentVerifierKnowsEveryEventOfTheProgram(t *testing.T
 // allHappens has every event but those of except happen, and verifies exports
 // from the beginning on.
 func allHappens(t *testing.T, except []string, rotate func(*testing.T), opts ...harness.Option) {
-	ca := harness.NewCA(t)
+	ca := testca.New(t)
 	opts = append(opts, harness.TLS(ca, ca.Issue(t, "orgkeys")), harness.Set("ORGKEYS_MAX", "2"), harness.Set("ORGKEYS_POOL", "1"), harness.Set("ORGKEYS_AUDIT_FILE", filepath.Join(t.TempDir(), "sink.jsonl")))
 	s := harness.Start(t, opts...)
 	org := harness.Org()
@@ -156,7 +157,7 @@ func enrollmentOver(t *testing.T, s *harness.Server, token string, recipient *rs
 }
 
 // byEverybody does what users, nodes and strangers can do, well and wrongly.
-func byEverybody(t *testing.T, s *harness.Server, ca *harness.CA) {
+func byEverybody(t *testing.T, s *harness.Server, ca *testca.CA) {
 	t.Helper()
 	org := harness.Org()
 	owner, user := s.Token(t, org, "OWNER"), s.Token(t, org, "USER")

@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+
+	"github.com/orgkeys/orgkeys/internal/sourcetree"
 )
 
 // A build is the program, compiled once for a test process.
@@ -83,7 +85,7 @@ func built(t testing.TB, name string) string {
 }
 
 func compile(dir, name, command string, flags ...string) (string, error) {
-	root, err := moduleRoot()
+	root, err := sourcetree.Root()
 	if err != nil {
 		return "", err
 	}
@@ -99,26 +101,9 @@ func compile(dir, name, command string, flags ...string) (string, error) {
 // ModuleRoot is the directory of go.mod.
 func ModuleRoot(t testing.TB) string {
 	t.Helper()
-	root, err := moduleRoot()
+	root, err := sourcetree.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
 	return root
-}
-
-func moduleRoot() (string, error) {
-	dir, err := os.Getwd()
-	if err != nil {
-		return "", fmt.Errorf("finding go.mod: %w", err)
-	}
-	for {
-		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
-			return dir, nil
-		}
-		parent := filepath.Dir(dir)
-		if parent == dir {
-			return "", fmt.Errorf("finding go.mod: none above the test's directory")
-		}
-		dir = parent
-	}
 }

@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
 // Patience bounds every wait for something that should take milliseconds. It
@@ -83,7 +85,7 @@ func TrustedBy(i *Issuer) Option {
 }
 
 // TLS serves with the certificate, and makes the server's client trust its CA.
-func TLS(ca *CA, cert CertFiles) Option {
+func TLS(ca *testca.CA, cert testca.Files) Option {
 	return func(s *Server) {
 		s.env["ORGKEYS_TLS_CERT_FILE"] = cert.Cert
 		s.env["ORGKEYS_TLS_KEY_FILE"] = cert.Key

@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/orgkeys/orgkeys/internal/freeport"
+	"github.com/orgkeys/orgkeys/internal/sourcetree"
 )
 
 // Cluster is three Vaults that share their storage by raft, with TLS, behind a
@@ -269,7 +270,7 @@ const documentedCA = "/etc/haproxy/vault-ca.pem"
 
 // documentedBalancer is haproxy's section in docs/operations.md, without its servers.
 func documentedBalancer() (string, error) {
-	root, err := Root()
+	root, err := sourcetree.Root()
 	if err != nil {
 		return "", err
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/orgkeys/orgkeys/internal/freeport"
+	"github.com/orgkeys/orgkeys/internal/sourcetree"
 	"github.com/orgkeys/orgkeys/internal/vault"
 )
 
@@ -42,31 +43,12 @@ type Server struct {
 	exited  chan struct{}
 }
 
-// Root is the repository's directory, the nearest one above the working
-// directory that holds vault/setup.
-func Root() (string, error) {
-	dir, err := os.Getwd()
-	if err != nil {
-		return "", err
-	}
-	for {
-		if _, err := os.Stat(filepath.Join(dir, "vault", "setup")); err == nil {
-			return dir, nil
-		}
-		parent := filepath.Dir(dir)
-		if parent == dir {
-			return "", errors.New("no directory above the working directory holds vault/setup")
-		}
-		dir = parent
-	}
-}
-
 // Binary is the Vault to run: ORGKEYS_TEST_VAULT, or what vault/devserver/build built.
 func Binary() (string, error) {
 	if path := os.Getenv("ORGKEYS_TEST_VAULT"); path != "" {
 		return path, nil
 	}
-	root, err := Root()
+	root, err := sourcetree.Root()
 	if err != nil {
 		return "", err
 	}
@@ -317,7 +299,7 @@ func (s *Server) HTTP() (*http.Client, error) {
 // Setup runs vault/setup with a short-lived token of the policy in
 // vault/setup.hcl, and returns what it printed.
 func (s *Server) Setup(ctx context.Context, args ...string) (string, error) {
-	root, err := Root()
+	root, err := sourcetree.Root()
 	if err != nil {
 		return "", err
 	}
@@ -343,7 +325,7 @@ func (s *Server) Setup(ctx context.Context, args ...string) (string, error) {
 // Of VAULT_ variables it gets those that a caller's shell may well have set
 // and that change what Vault's command line prints.
 func (s *Server) RunSetup(ctx context.Context, token string, args ...string) (string, error) {
-	root, err := Root()
+	root, err := sourcetree.Root()
 	if err != nil {
 		return "", err
 	}

@@ -1,6 +1,9 @@
-package harness
+// Package testca makes certificates for tests.
+package testca
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
@@ -14,7 +17,7 @@ import (
 	"time"
 )
 
-// CA is a certificate authority of the test's own.
+// CA is a certificate authority of one test.
 type CA struct {
 	File string // its certificate, PEM
 
@@ -22,11 +25,11 @@ type CA struct {
 	cert *x509.Certificate
 }
 
-// CertFiles are a certificate and its key as files.
-type CertFiles struct{ Cert, Key string }
+// Files are a certificate and its key as files.
+type Files struct{ Cert, Key string }
 
-// NewCA makes a certificate authority.
-func NewCA(t testing.TB) *CA {
+// New makes an authority.
+func New(t testing.TB) *CA {
 	t.Helper()
 	ca := &CA{}
 	files := ca.write(t, t.TempDir(), &x509.Certificate{
@@ -43,13 +46,13 @@ func NewCA(t testing.TB) *CA {
 
 // Issue writes a certificate for 127.0.0.1, good for servers and clients,
 // under the common name.
-func (ca *CA) Issue(t testing.TB, name string) CertFiles {
+func (ca *CA) Issue(t testing.TB, name string) Files {
 	t.Helper()
 	return ca.IssueIn(t, t.TempDir(), name)
 }
 
 // IssueIn is Issue into a directory; what is there is replaced.
-func (ca *CA) IssueIn(t testing.TB, dir, name string) CertFiles {
+func (ca *CA) IssueIn(t testing.TB, dir, name string) Files {
 	t.Helper()
 	return ca.write(t, dir, &x509.Certificate{
 		Subject: pkix.Name{CommonName: name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: []string{"localhost"},
@@ -64,9 +67,12 @@ func (ca *CA) Pool() *x509.CertPool {
 	return pool
 }
 
-func (ca *CA) write(t testing.TB, dir string, template *x509.Certificate) CertFiles {
+func (ca *CA) write(t testing.TB, dir string, template *x509.Certificate) Files {
 	t.Helper()
-	key := NewECKey(t)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +91,7 @@ func (ca *CA) write(t testing.TB, dir string, template *x509.Certificate) CertFi
 	if err != nil {
 		t.Fatal(err)
 	}
-	files := CertFiles{filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")}
+	files := Files{filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")}
 	for path, block := range map[string]*pem.Block{
 		files.Cert: {Type: "CERTIFICATE", Bytes: der},
 		files.Key:  {Type: "PRIVATE KEY", Bytes: keyDER},
@@ -101,7 +107,7 @@ func (ca *CA) write(t testing.TB, dir string, template *x509.Certificate) CertFi
 }
 
 // Pair loads the files.
-func (f CertFiles) Pair(t testing.TB) tls.Certificate {
+func (f Files) Pair(t testing.TB) tls.Certificate {
 	t.Helper()
 	pair, err := tls.LoadX509KeyPair(f.Cert, f.Key)
 	if err != nil {
