@@ -11,8 +11,8 @@ COPY policies policies
 COPY vault vault
 # --build-arg VERSION=v1.2.3; .git, from which go build would know it, is not in here.
 ARG VERSION
-RUN CGO_ENABLED=1 go build -trimpath -tags nomsgpack -ldflags="-s -w -X main.release=$VERSION" -o /out/ ./cmd/orgkeys
-RUN CGO_ENABLED=0 go build -trimpath -ldflags="-s -w -X main.release=$VERSION" -o /out/ ./cmd/orgkeys-node ./cmd/orgkeysctl
+RUN CGO_ENABLED=1 go build -trimpath -tags nomsgpack -ldflags="-s -w -X github.com/orgkeys/orgkeys/internal/version.release=$VERSION" -o /out/ ./cmd/orgkeys
+RUN CGO_ENABLED=0 go build -trimpath -ldflags="-s -w -X github.com/orgkeys/orgkeys/internal/version.release=$VERSION" -o /out/ ./cmd/orgkeys-node ./cmd/orgkeysctl
 
 # What docker-compose.yml sets Vault up with: the vault command line, and this
 # project's policies and set-up script.

@@ -183,8 +183,3 @@ func (n Node) openOne(name string, value jsontext.Value) ([]byte, error) {
 	}
 	return opened, nil
 }
-
-// Fingerprint is that of the node's key, or empty if it is not an RSA key.
-func (n Node) Fingerprint() string {
-	return Fingerprint(n.Key.Public())
-}

@@ -183,6 +183,7 @@ var servicesOf = map[string][]string{
 	"internal/hsm/hsmtest":         {"SoftHSM"},
 	"internal/e2e/harness":         {"SoftHSM"},
 	"internal/chaos/cluster":       {"SoftHSM", "Vault", "PostgreSQL", "Redis"},
+	"internal/authn/providertest":  {"providers/build"},
 }
 
 // The table of tests names each package that has any, and the services that its

@@ -7,6 +7,8 @@ import (
 	"math"
 	"slices"
 	"strings"
+
+	"github.com/orgkeys/orgkeys/internal/version"
 )
 
 // command is one of the things that orgkeys-node does.
@@ -176,7 +178,7 @@ func answer(args []string, out io.Writer) error {
 		if len(rest) > 0 {
 			return usageError("%q is one argument too many", rest[0])
 		}
-		return write(out, version()+"\n")
+		return write(out, version.Of("orgkeys-node")+"\n")
 	case completionCommand:
 		if asksForHelp {
 			return write(out, completionHelp)

@@ -10,7 +10,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -19,7 +18,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 	"syscall"
 	"unicode"
@@ -172,22 +170,4 @@ func oneLine(text string) string {
 		}
 		return c
 	}, text)
-}
-
-// release is the version that an image's build gives to the linker, where there
-// is no repository to know it from.
-var release string
-
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "orgkeys-node (unknown build)"
-	}
-	revision := ""
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			revision = s.Value
-		}
-	}
-	return strings.Join(strings.Fields(fmt.Sprintf("orgkeys-node %s %s %s", cmp.Or(release, info.Main.Version), revision, info.GoVersion)), " ")
 }

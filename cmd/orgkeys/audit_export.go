@@ -20,6 +20,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/version"
 )
 
 // withLog runs do on the log that the settings name.
@@ -80,7 +81,7 @@ func export(cmd *cobra.Command, ctx context.Context, db *sqlstore.DB, open archi
 	if err != nil {
 		return err
 	}
-	manifest, err := archive.Write(ctx, f, db, open, dir, version(), progressTo(cmd.ErrOrStderr(), "exported"))
+	manifest, err := archive.Write(ctx, f, db, open, dir, version.Of("orgkeys"), progressTo(cmd.ErrOrStderr(), "exported"))
 	if err == nil {
 		err = f.Sync()
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/doctor"
 	"github.com/orgkeys/orgkeys/internal/server"
+	"github.com/orgkeys/orgkeys/internal/version"
 	"github.com/spf13/cobra"
 )
 
@@ -38,7 +39,7 @@ Settings, as environment variables or as lines of the --config file:
 			if err != nil {
 				return err
 			}
-			return server.Serve(cmd.Context(), cfg, version(), newLogger(cfg))
+			return server.Serve(cmd.Context(), cfg, version.Of("orgkeys"), newLogger(cfg))
 		},
 	}
 }
@@ -142,7 +143,7 @@ func examine(cmd *cobra.Command) []doctor.Diagnosis {
 	if err != nil {
 		return doctor.Misconfigured(err)
 	}
-	return doctor.Examine(cmd.Context(), cfg, version())
+	return doctor.Examine(cmd.Context(), cfg, version.Of("orgkeys"))
 }
 
 func printLines(w io.Writer, found []doctor.Diagnosis) error {

@@ -3,14 +3,11 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/signal"
-	"runtime/debug"
-	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -18,6 +15,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/commandline"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/version"
 )
 
 func main() {
@@ -76,13 +74,12 @@ HSM, hands each private key out exactly once, keeps the public key only
 encrypted, and records every operation in an audit log that can be verified.
 
 Settings are environment variables; "orgkeys serve --help" lists them all.`,
-		Version:       version(),
+		Version:       version.Of("orgkeys"),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.SetVersionTemplate("{{.Version}}\n")
 	root.PersistentFlags().String("config", "", "file of NAME=VALUE lines with settings; the environment takes precedence")
-	root.AddCommand(newServe(), newToken(), newAudit(), newMigrate(), newDoctor(), newRewrap(), newVersion())
+	root.AddCommand(newServe(), newToken(), newAudit(), newMigrate(), newDoctor(), newRewrap(), commandline.NewVersion())
 	return root
 }
 
@@ -102,33 +99,4 @@ func load(cmd *cobra.Command) (config.Config, error) {
 		}
 	}
 	return cfg, nil
-}
-
-func newVersion() *cobra.Command {
-	return &cobra.Command{
-		Use:   "version",
-		Short: "Print the version and how the binary was built",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), version())
-			return err
-		},
-	}
-}
-
-// release is the version that an image's build gives to the linker, where there
-// is no repository to know it from.
-var release string
-
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "orgkeys (unknown build)"
-	}
-	setting := map[string]string{}
-	for _, s := range info.Settings {
-		setting[s.Key] = s.Value
-	}
-	return strings.Join(strings.Fields(fmt.Sprintf("orgkeys %s %s cgo=%s %s",
-		cmp.Or(release, info.Main.Version), setting["vcs.revision"], setting["CGO_ENABLED"], info.GoVersion)), " ")
 }

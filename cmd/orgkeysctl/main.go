@@ -5,20 +5,18 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
-	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
 	"github.com/orgkeys/orgkeys/internal/commandline"
+	"github.com/orgkeys/orgkeys/internal/version"
 )
 
 func main() {
@@ -72,38 +70,9 @@ func newCommand() *cobra.Command {
 	s := &settings{}
 	root := &cobra.Command{
 		Use: "orgkeysctl", Short: "An organization's keys, nodes and secrets in orgkeys", Long: about,
-		Version: version(), SilenceUsage: true, SilenceErrors: true,
+		Version: version.Of("orgkeysctl"), SilenceUsage: true, SilenceErrors: true,
 	}
-	root.SetVersionTemplate("{{.Version}}\n")
 	s.flags(root.PersistentFlags())
-	root.AddCommand(newLogin(s), newLogout(s), newWhoami(s), newCanI(s), newKey(s), newEnrollment(s), newDevice(s), newNode(s), newSecret(s), newEvent(s), newVersion(), newMan())
+	root.AddCommand(newLogin(s), newLogout(s), newWhoami(s), newCanI(s), newKey(s), newEnrollment(s), newDevice(s), newNode(s), newSecret(s), newEvent(s), commandline.NewVersion(), newMan())
 	return root
-}
-
-func newVersion() *cobra.Command {
-	return &cobra.Command{
-		Use: "version", Short: "Print the version and how the program was built", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), version())
-			return err
-		},
-	}
-}
-
-// release is the version that an image's build gives to the linker, where there
-// is no repository to know it from.
-var release string
-
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "orgkeysctl (unknown build)"
-	}
-	revision := ""
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			revision = s.Value
-		}
-	}
-	return strings.Join(strings.Fields(fmt.Sprintf("orgkeysctl %s %s %s", cmp.Or(release, info.Main.Version), revision, info.GoVersion)), " ")
 }

@@ -5,6 +5,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/cobra/doc"
+
+	"github.com/orgkeys/orgkeys/internal/version"
 )
 
 func newMan() *cobra.Command {
@@ -16,7 +18,7 @@ func newMan() *cobra.Command {
 			}
 			root := cmd.Root()
 			root.DisableAutoGenTag = true // pages of one version are the same on every day
-			header := &doc.GenManHeader{Title: "ORGKEYSCTL", Section: "1", Source: version()}
+			header := &doc.GenManHeader{Title: "ORGKEYSCTL", Section: "1", Source: version.Of("orgkeysctl")}
 			if err := doc.GenManTree(root, header, args[0]); err != nil {
 				return &failure{exit: exitCannotWrite, err: err}
 			}

@@ -15,6 +15,7 @@ import (
 // Execute runs the command that args name below root.
 func Execute(ctx context.Context, root *cobra.Command, args []string) error {
 	root.SetHelpCommand(newHelp(root))
+	root.SetVersionTemplate("{{.Version}}\n")
 	root.InitDefaultCompletionCmd(args...) // before group, so that its words are known too
 	group(root)
 	if err := check(root, args); err != nil {
@@ -100,6 +101,19 @@ func unknown(cmd *cobra.Command, word string) error {
 
 func seeHelp(cmd *cobra.Command) string {
 	return fmt.Sprintf("(%q lists them)", cmd.CommandPath()+" --help")
+}
+
+// NewVersion is a command that prints the root's version, as --version does.
+func NewVersion() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version and how the program was built",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), cmd.Root().Version)
+			return err
+		},
+	}
 }
 
 func newHelp(root *cobra.Command) *cobra.Command {

@@ -68,9 +68,6 @@ func load(path string) (*module, error) {
 	return &module{ctx, functions}, nil
 }
 
-// major is the major version of PKCS#11 that the list of functions says.
-func (m *module) major() byte { return byte(m.functions.version[0]) }
-
 // initialize calls C_Initialize; args is what the library documents for
 // CK_C_INITIALIZE_ARGS.pReserved, empty for none.
 func (m *module) initialize(args string) error {

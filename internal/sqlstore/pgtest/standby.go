@@ -58,11 +58,6 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// Promote makes a standby a primary, and returns when it takes writes.
-func (s *Server) Promote() error {
-	return s.Query("SELECT pg_promote(true, 60)", new(bool))
-}
-
 // Query asks the server, as its superuser, for one row.
 func (s *Server) Query(query string, into ...any) error {
 	db, err := sql.Open("pgx", s.URL("postgres"))
