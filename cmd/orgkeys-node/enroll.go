@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/durable"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/tpmdevice"
 )
@@ -241,7 +242,7 @@ func enroll(ctx context.Context, s settings, r *report) error {
 		}
 	}
 	// What an earlier run stored may not be durable yet.
-	if err := d.sync(); err != nil {
+	if err := durable.SyncIn(d.root); err != nil {
 		return cannotStore(s.keyFile, err)
 	}
 	if k.record.SHA256 != "" { // else the node made the key, and has signed for it by that
@@ -351,7 +352,7 @@ func (k *keyState) finish(d *dir, s settings, r *report) error {
 	if err := os.Remove(s.recipientFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return cannotStore(s.recipientFile, fmt.Errorf("removing it: %w", err))
 	}
-	if err := d.sync(); err != nil {
+	if err := durable.SyncIn(d.root); err != nil {
 		return cannotStore(s.keyFile, err)
 	}
 	if k.token == nil {
@@ -362,7 +363,7 @@ func (k *keyState) finish(d *dir, s settings, r *report) error {
 	err := os.Remove(s.token)
 	switch {
 	case err == nil:
-		_ = syncDir(filepath.Dir(s.token)) // of a directory that cannot be read, too, the file is gone
+		_ = durable.Sync(filepath.Dir(s.token)) // of a directory that cannot be read, too, the file is gone
 	case ofSystemd(s.token):
 		r.add("the token is a credential of the unit, which goes with it; remove its source")
 	default:
@@ -389,7 +390,7 @@ func errorOf(err error) error {
 // none. It is durable before anybody is told of it.
 func ensureRecipient(ctx context.Context, s settings) (client.PrivateKey, error) {
 	parent := filepath.Dir(s.recipientFile)
-	if err := makeDir(parent); err != nil {
+	if err := durable.MkdirAll(parent); err != nil {
 		return nil, cannotStore(s.recipientFile, err)
 	}
 	key, err := readRecipient(s)
@@ -398,7 +399,7 @@ func ensureRecipient(ctx context.Context, s settings) (client.PrivateKey, error)
 	}
 	if err == nil {
 		// The run that stored it may have been interrupted before this.
-		if err := syncDir(parent); err != nil {
+		if err := durable.Sync(parent); err != nil {
 			return nil, cannotStore(s.recipientFile, err)
 		}
 		return key, nil

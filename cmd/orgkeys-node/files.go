@@ -9,13 +9,13 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"syscall"
 	"time"
 
 	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/durable"
 )
 
 const (
@@ -41,7 +41,7 @@ func openDir(ctx context.Context, path string) (*dir, error) {
 	wrong := func(err error, hint string) (*dir, error) {
 		return nil, &failure{exitCannotWrite, "directory " + path, hint, err}
 	}
-	if err := makeDir(path); err != nil {
+	if err := durable.MkdirAll(path); err != nil {
 		return wrong(err, "create it, mode 0700, owned by the user that this runs as")
 	}
 	root, err := os.OpenRoot(path)
@@ -65,9 +65,9 @@ func openDir(ctx context.Context, path string) (*dir, error) {
 	d := &dir{root, lock}
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
-	if err := d.wait(ctx); err != nil {
+	if err := durable.LockFile(ctx, d.lock); err != nil {
 		d.close()
-		return wrong(err, "another run holds it")
+		return wrong(err, "wait until another run ends")
 	}
 	return d, nil
 }
@@ -84,32 +84,6 @@ func (d *dir) openOther(ctx context.Context, path string) (*dir, error) {
 	return openDir(ctx, path)
 }
 
-// makeDir is os.MkdirAll for directories that last: what is in one that was
-// made a moment ago would go with it when the power does.
-func makeDir(path string) error {
-	err := os.Mkdir(path, 0o700)
-	if errors.Is(err, fs.ErrNotExist) && path != filepath.Dir(path) {
-		if err = makeDir(filepath.Dir(path)); err == nil {
-			err = os.Mkdir(path, 0o700)
-		}
-	}
-	if errors.Is(err, fs.ErrExist) { // what it is shows when it is opened
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
-}
-
 // checkOwner refuses what belongs to another user, who could change it, or its
 // mode, at any time. Root could do so anyhow.
 func checkOwner(info fs.FileInfo) error {
@@ -121,21 +95,6 @@ func checkOwner(info fs.FileInfo) error {
 		return fmt.Errorf("it belongs to user %d, and this runs as user %d", stat.Uid, user)
 	}
 	return nil
-}
-
-// wait takes the lock, which another run gives back even if it is killed.
-func (d *dir) wait(ctx context.Context) error {
-	for {
-		err := syscall.Flock(int(d.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-		if err == nil || !errors.Is(err, syscall.EWOULDBLOCK) {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(100 * time.Millisecond):
-		}
-	}
 }
 
 func (d *dir) close() {
@@ -229,7 +188,7 @@ func (d *dir) remove(name string) error {
 	if err := d.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return d.sync()
+	return durable.SyncIn(d.root)
 }
 
 // write makes the secret name hold value and reports whether it did not before.
@@ -246,18 +205,10 @@ func (d *dir) replace(name string, value []byte) (changed bool, err error) {
 	if d.holds(name, value) {
 		return false, nil
 	}
-	temporary := "." + name + ".new"
-	// A run that was killed may have left one.
-	if err := d.root.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := durable.ReplaceIn(d.root, name, value); err != nil {
 		return false, err
 	}
-	if err := d.writeSynced(temporary, value); err != nil {
-		return false, errors.Join(err, d.root.Remove(temporary))
-	}
-	if err := d.root.Rename(temporary, name); err != nil {
-		return false, errors.Join(err, d.root.Remove(temporary))
-	}
-	return true, d.sync()
+	return true, nil
 }
 
 // holds reports whether name is a file of mode 0600 that has value in it.
@@ -274,27 +225,6 @@ func (d *dir) holds(name string, value []byte) bool {
 	have, err := io.ReadAll(io.LimitReader(f, int64(len(value))+1))
 	defer clear(have)
 	return err == nil && bytes.Equal(have, value)
-}
-
-func (d *dir) writeSynced(name string, value []byte) error {
-	f, err := d.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(value)
-	if err == nil {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
-}
-
-// sync makes a rename last.
-func (d *dir) sync() error {
-	f, err := d.root.Open(".")
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
 
 // listSecrets returns which of the secrets that earlier runs wrote are in path,

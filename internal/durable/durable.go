@@ -36,10 +36,7 @@ func Create(path string) (*New, error) {
 // Write gives the file its content and its name, unless something has taken the
 // name meanwhile.
 func (n *New) Write(content []byte) error {
-	_, err := n.temporary.Write(content)
-	if err == nil {
-		err = n.temporary.Sync()
-	}
+	err := writeSynced(n.temporary, content)
 	if err == nil {
 		// Unlike a rename, a link is never made in place of another file.
 		err = os.Link(n.temporary.Name(), n.path)
@@ -61,22 +58,57 @@ func (n *New) Discard() error {
 	return errors.Join(err, os.Remove(name))
 }
 
-// Replace makes path hold content, whatever it held before.
+// Replace makes path hold content, whatever it held before. Its writers exclude
+// each other, as with Lock: what a crash left of an earlier call is removed.
 func Replace(path string, content []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	dir, err := os.OpenRoot(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(content)
-	if err == nil {
-		err = f.Sync()
+	return errors.Join(ReplaceIn(dir, filepath.Base(path), content), dir.Close())
+}
+
+// ReplaceIn is Replace in an open directory.
+func ReplaceIn(dir *os.Root, name string, content []byte) error {
+	temporary := "." + name + ".new"
+	if err := dir.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
-	err = errors.Join(err, f.Close())
+	f, err := dir.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	err = errors.Join(writeSynced(f, content), f.Close())
 	if err == nil {
-		err = os.Rename(f.Name(), path)
+		err = dir.Rename(temporary, name)
 	}
 	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
+		return errors.Join(err, dir.Remove(temporary))
+	}
+	return SyncIn(dir)
+}
+
+func writeSynced(f *os.File, content []byte) error {
+	if _, err := f.Write(content); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// MkdirAll makes a directory, mode 0700, and those above it. Unlike after
+// os.MkdirAll, they are still there after a crash.
+func MkdirAll(path string) error {
+	err := os.Mkdir(path, 0o700)
+	if errors.Is(err, fs.ErrNotExist) && path != filepath.Dir(path) {
+		if err = MkdirAll(filepath.Dir(path)); err == nil {
+			err = os.Mkdir(path, 0o700)
+		}
+	}
+	if errors.Is(err, fs.ErrExist) { // it may be no directory: opening it tells
+		return nil
+	}
+	if err != nil {
+		return err
 	}
 	return syncDir(filepath.Dir(path))
 }
@@ -104,17 +136,25 @@ func Lock(ctx context.Context, path string) (unlock func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := LockFile(ctx, f); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), f.Close())
+	}
+	return f.Close, nil // which gives the lock back
+}
+
+// LockFile is Lock for an open file: closing it gives the lock back.
+func LockFile(ctx context.Context, f *os.File) error {
 	for {
 		taken, err := tryLock(f)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("locking %s: %w", path, err), f.Close())
+			return fmt.Errorf("locking: %w", err)
 		}
 		if taken {
-			return f.Close, nil // which gives the lock back
+			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return nil, errors.Join(fmt.Errorf("%s: %w: %w", path, ErrLocked, ctx.Err()), f.Close())
+			return fmt.Errorf("%w: %w", ErrLocked, ctx.Err())
 		case <-time.After(lockPause):
 		}
 	}

@@ -101,6 +101,35 @@ func TestReplaceAndRemove(t *testing.T) {
 	wantFiles(t, dir, nil)
 }
 
+func TestReplaceRemovesWhatACrashLeft(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, ".session.new"), []byte("an old token"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := durable.Replace(filepath.Join(dir, "session"), []byte("new")); err != nil {
+		t.Fatal(err)
+	}
+	wantFiles(t, dir, map[string]string{"session": "new"})
+}
+
+func TestDirectoriesAreMade(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a", "b")
+	for range 2 {
+		if err := durable.MkdirAll(path); err != nil {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o700 {
+			t.Errorf("%v, %v", info, err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(path, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := durable.MkdirAll(filepath.Join(path, "file", "below")); err == nil {
+		t.Error("a directory below a file was made")
+	}
+}
+
 func TestALockIsWaitedFor(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lock")
 	unlock, err := durable.Lock(t.Context(), path)
