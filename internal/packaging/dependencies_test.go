@@ -20,18 +20,21 @@ const (
 	asTools    = "Tools"
 )
 
+// toolsFile lists the tools. Nothing else is in its module.
+const toolsFile = "scripts/tools/go.mod"
+
 func TestEveryDependencyIsDocumentedWithItsLicence(t *testing.T) {
-	mod := goMod(t)
+	mod, toolsMod := goMod(t, "go.mod"), goMod(t, toolsFile)
 	documented := documentedModules(t)
 	programs := modulesOf(t, mod, imports(t, "{{range .Imports}}{{.}}\n{{end}}", "-deps", "./cmd/..."))
 	everywhere := modulesOf(t, mod, imports(t,
 		"{{range .Imports}}{{.}}\n{{end}}{{range .TestImports}}{{.}}\n{{end}}{{range .XTestImports}}{{.}}\n{{end}}", "./..."))
 	tests := slices.DeleteFunc(everywhere, func(m string) bool { return slices.Contains(programs, m) })
 	var tools []string
-	for _, tool := range mod.Tool {
+	for _, tool := range toolsMod.Tool {
 		tools = append(tools, tool.Path)
 	}
-	for section, want := range map[string][]string{inPrograms: programs, inTests: tests, asTools: modulesOf(t, mod, tools)} {
+	for section, want := range map[string][]string{inPrograms: programs, inTests: tests, asTools: modulesOf(t, toolsMod, tools)} {
 		var got []string
 		for _, m := range documented[section] {
 			got = append(got, m.path)
@@ -41,9 +44,13 @@ func TestEveryDependencyIsDocumentedWithItsLicence(t *testing.T) {
 			t.Errorf("section %q of docs/dependencies.md\n has %q\nneeds %q", section, got, want)
 		}
 	}
-	for _, section := range documented {
+	for title, section := range documented {
+		file := "go.mod"
+		if title == asTools {
+			file = toolsFile
+		}
 		for _, m := range section {
-			if got := licence(t, m.path); got != m.licence {
+			if got := licence(t, file, m.path); got != m.licence {
 				t.Errorf("%s ships the licence %s; docs/dependencies.md says %s", m.path, got, m.licence)
 			}
 			if m.reason == "" {
@@ -73,11 +80,11 @@ func documentedModules(t *testing.T) map[string][]module {
 	return sections
 }
 
-func goMod(t *testing.T) *modfile.File {
+func goMod(t *testing.T, path string) *modfile.File {
 	t.Helper()
-	f, err := modfile.Parse("go.mod", []byte(read(t, "go.mod")), nil)
+	f, err := modfile.Parse(path, []byte(read(t, path)), nil)
 	if err != nil {
-		t.Fatalf("parsing go.mod: %v", err)
+		t.Fatalf("parsing %s: %v", path, err)
 	}
 	return f
 }
@@ -116,10 +123,11 @@ func modulesOf(t *testing.T, mod *modfile.File, packages []string) []string {
 
 func within(pkg, module string) bool { return pkg == module || strings.HasPrefix(pkg, module+"/") }
 
-// licence names the licence whose text is in the module's own licence file.
-func licence(t *testing.T, path string) string {
+// licence names the licence whose text is in the module's own licence file. The
+// module is one that the go.mod at file requires.
+func licence(t *testing.T, file, path string) string {
 	t.Helper()
-	dir := strings.TrimSpace(goTool(t, "list", "-m", "-f", "{{.Dir}}", path))
+	dir := strings.TrimSpace(goTool(t, "list", "-m", "-modfile="+file, "-f", "{{.Dir}}", path))
 	for _, name := range []string{"LICENSE", "LICENSE.txt", "LICENSE.md"} {
 		b, err := os.ReadFile(filepath.Join(dir, name))
 		if err != nil {

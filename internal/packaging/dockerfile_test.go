@@ -99,7 +99,7 @@ func TestImagesArePinned(t *testing.T) {
 func TestImageIsBuiltWithTheLanguageVersionOfGoMod(t *testing.T) {
 	build := dockerfile(t)[0]
 	tag := strings.TrimSuffix(strings.TrimPrefix(build.image, "golang:"), "-bookworm")
-	image, module := "go"+tag, "go"+goMod(t).Go.Version
+	image, module := "go"+tag, "go"+goMod(t, "go.mod").Go.Version
 	if version.Lang(image) != version.Lang(module) || version.Compare(image, module) < 0 {
 		t.Errorf("the image is built with %s; go.mod says %s", image, module)
 	}
