@@ -107,7 +107,7 @@ func New(c Config) (*API, error) {
 	a.routesDryRuns(a.public)
 	a.routesOrgLog(a.public)
 	a.routesHealth(a.public)
-	a.public.GET("/openapi.yaml", serveDocument)
+	get(a.public, "/openapi.yaml", serveDocument)
 	if c.Console != nil {
 		a.routesConsole(a.public, c.Console(a.public))
 	}
@@ -129,6 +129,12 @@ func (a *API) Leave() { a.leaving.Store(true) }
 // Drain makes the API refuse new requests and report that it is not ready. Requests in
 // progress continue.
 func (a *API) Drain() { a.draining.Store(true) }
+
+// get routes what is read. HEAD is answered as GET is, by the same handlers and with the
+// same events; net/http leaves the body out.
+func get(r gin.IRoutes, path string, handlers ...gin.HandlerFunc) {
+	r.Match([]string{http.MethodGet, http.MethodHead}, path, handlers...)
+}
 
 // engine is Gin without opinions: a path matches as it was sent or not at all.
 // Matching the escaped path keeps "%2F" from being a separator; parameters are

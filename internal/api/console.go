@@ -13,8 +13,7 @@ func (a *API) routesConsole(r gin.IRouter, pages http.Handler) {
 		c.Request.Header.Set("X-Request-Id", exchangeOf(c).id)
 		pages.ServeHTTP(c.Writer, c.Request)
 	}
-	r.GET("/console", func(c *gin.Context) { c.Redirect(http.StatusSeeOther, "/console/") })
-	for _, method := range []string{http.MethodGet, http.MethodPost} {
-		r.Handle(method, "/console/*page", a.whileServing, noStore, serve)
-	}
+	get(r, "/console", func(c *gin.Context) { c.Redirect(http.StatusSeeOther, "/console/") })
+	get(r, "/console/*page", a.whileServing, noStore, serve)
+	r.POST("/console/*page", a.whileServing, noStore, serve)
 }

@@ -27,7 +27,7 @@ func newCORS(origins []string) (*cors.Cors, error) {
 	return cors.New(cors.Options{
 		// AllowedOrigins would ignore case and know wildcards.
 		AllowOriginFunc: func(origin string) bool { return slices.Contains(allowed, origin) },
-		AllowedMethods:  []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete},
+		AllowedMethods:  []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete},
 		AllowedHeaders:  []string{"Accept", "Authorization", "Content-Type", "X-Request-Id"},
 		ExposedHeaders:  []string{"Location", "X-Key-Id", "X-Key-Fingerprint", "X-Request-Id", "Retry-After"},
 		MaxAge:          preflightLife,

@@ -21,8 +21,8 @@ type DryRuns interface {
 var _ DryRuns = (*dryrun.Service)(nil)
 
 func (a *API) routesDryRuns(r gin.IRouter) {
-	r.GET("/organization/:idOrg/decision/:action", a.whileServing, a.authenticate, a.organization(authz.AskPolicy), a.withoutBody, a.askPolicy)
-	r.GET("/organization/:idOrg/decision", a.whileServing, a.authenticate, a.organization(authz.AskPolicy), a.withoutBody, a.askWholePolicy)
+	get(r, "/organization/:idOrg/decision/:action", a.whileServing, a.authenticate, a.organization(authz.AskPolicy), a.withoutBody, a.askPolicy)
+	get(r, "/organization/:idOrg/decision", a.whileServing, a.authenticate, a.organization(authz.AskPolicy), a.withoutBody, a.askWholePolicy)
 }
 
 type decisionAnswer struct {

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gin-gonic/gin"
+
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
@@ -66,15 +68,13 @@ func TestPathsAndMethods(t *testing.T) {
 		status       int
 		allow        string
 	}{
-		{"HEAD", keys, 405, "DELETE, GET, POST"},
-		{"PUT", keys, 405, "DELETE, GET, POST"},
-		{"PATCH", keys, 405, "DELETE, GET, POST"},
-		{"OPTIONS", keys, 405, "DELETE, GET, POST"},
-		{"TRACE", keys, 405, "DELETE, GET, POST"},
-		{"PROPFIND", keys, 405, "DELETE, GET, POST"},
+		{"PUT", keys, 405, "DELETE, GET, HEAD, POST"},
+		{"PATCH", keys, 405, "DELETE, GET, HEAD, POST"},
+		{"OPTIONS", keys, 405, "DELETE, GET, HEAD, POST"},
+		{"TRACE", keys, 405, "DELETE, GET, HEAD, POST"},
+		{"PROPFIND", keys, 405, "DELETE, GET, HEAD, POST"},
 		{"GET", key, 405, "DELETE"},
-		{"HEAD", "/healthz", 405, "GET"},
-		{"POST", "/readyz", 405, "GET"},
+		{"POST", "/readyz", 405, "GET, HEAD"},
 		{"HEAD", "/nowhere", 404, ""},
 		{"GET", "/", 404, ""},
 		{"GET", "/organization", 404, ""},
@@ -109,6 +109,41 @@ func TestPathsAndMethods(t *testing.T) {
 		if !strings.HasPrefix(asked, "reject ") {
 			t.Errorf("a path that does not exist reached %q", asked)
 		}
+	}
+}
+
+// HEAD is routed wherever GET is, but not where reading hands a key out.
+func TestHEADIsGETWithoutABody(t *testing.T) {
+	b := newBench(t, nil)
+	routes := map[string][]string{}
+	for _, e := range []*gin.Engine{b.api.public, b.api.admin} {
+		for _, r := range e.Routes() {
+			routes[r.Method] = append(routes[r.Method], r.Path)
+		}
+	}
+	const handsOut = "/organization/:idOrg/key/:idKey/sealed"
+	without := slices.DeleteFunc(slices.Clone(routes["GET"]), func(path string) bool { return path == handsOut })
+	slices.Sort(without)
+	slices.Sort(routes["HEAD"])
+	if len(without) != len(routes["GET"])-1 || !slices.Equal(without, routes["HEAD"]) {
+		t.Errorf("GET has %q, HEAD has %q", routes["GET"], routes["HEAD"])
+	}
+	for _, path := range []string{"/organization/acme/key", "/organization/acme/nodes", "/organization/a%20b/key", "/healthz", "/readyz", "/openapi.yaml"} {
+		get, head := b.ask("GET", path), b.ask("HEAD", path)
+		if head.StatusCode != get.StatusCode || len(head.body) > 0 || len(get.body) == 0 {
+			t.Errorf("%s: GET %d with %d bytes, HEAD %d with %d", path, get.StatusCode, len(get.body), head.StatusCode, len(head.body))
+		}
+		for _, name := range []string{"Content-Type", "Cache-Control", "X-Content-Type-Options"} {
+			if head.Header.Get(name) != get.Header.Get(name) {
+				t.Errorf("%s: %s is %q by HEAD, and %q by GET", path, name, head.Header.Get(name), get.Header.Get(name))
+			}
+		}
+	}
+	if listed := slices.DeleteFunc(b.keys.log(), func(asked string) bool { return asked != "list acme" }); len(listed) != 2 {
+		t.Errorf("two lists, one by HEAD, asked for %q", b.keys.log())
+	}
+	if a := b.ask("HEAD", "/organization/acme/key/"+keyID+"/sealed"); a.StatusCode != 405 || a.Header.Get("Allow") != "GET" {
+		t.Errorf("HEAD of a key that is handed out: %d, Allow %q", a.StatusCode, a.Header.Get("Allow"))
 	}
 }
 

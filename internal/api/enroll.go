@@ -43,23 +43,24 @@ const sealedForm = "application/vnd.orgkeys.sealed+json"
 func (a *API) routesEnrollments(r gin.IRouter) {
 	all := r.Group("/organization/:idOrg/enrollment", a.whileServing, a.authenticate)
 	all.POST("", a.organization(authz.CreateEnrollment), a.createEnrollment)
-	all.GET("", a.organization(authz.ListEnrollments), a.withoutBody, a.listEnrollments)
+	get(all, "", a.organization(authz.ListEnrollments), a.withoutBody, a.listEnrollments)
 	one := all.Group("/:idEnrollment")
-	one.GET("", a.organization(authz.ListEnrollments), a.withoutBody, a.existing, a.getEnrollment)
+	get(one, "", a.organization(authz.ListEnrollments), a.withoutBody, a.existing, a.getEnrollment)
 	one.DELETE("", a.organization(authz.RevokeEnrollment), a.withoutBody, a.reasoned, a.existing, a.revokeEnrollment)
 	one.POST("/approve", a.organization(authz.ApproveEnrollment), a.existing, a.approveEnrollment)
 
 	devices := r.Group("/organization/:idOrg/device", a.whileServing, a.authenticate)
-	devices.GET("", a.organization(authz.ListDevices), a.withoutBody, a.listDevices)
+	get(devices, "", a.organization(authz.ListDevices), a.withoutBody, a.listDevices)
 	devices.PUT("/:ek", a.organization(authz.AllowDevice), a.allowDevice)
-	devices.GET("/:ek", a.organization(authz.ListDevices), a.withoutBody, a.getDevice)
-	devices.DELETE("/:ek", a.organization(authz.RemoveDevice), a.withoutBody, a.removeDevice)
+	get(devices, "/:ek", a.organization(authz.ListDevices), a.withoutBody, a.getDevice)
+	devices.DELETE("/:ek", a.organization(authz.RemoveDevice), a.withoutBody, a.reasoned, a.removeDevice)
 
 	nodes := r.Group("/enroll/:idEnrollment", a.whileServing, noStore)
 	nodes.POST("", a.claimEnrollment)
 	nodes.POST("/receipt", a.receiveEnrollment)
 
 	keys := r.Group("/organization/:idOrg/key/:idKey", a.whileServing, a.authenticate)
+	// Not by HEAD: what was handed out, and to nobody, would count as delivered.
 	keys.GET("/sealed", a.organization(authz.FetchSealedKey), a.withoutBody, a.fetchSealed)
 	keys.POST("/receipt", a.organization(authz.FetchSealedKey), a.receiveSealed)
 }

@@ -141,8 +141,8 @@ type health struct {
 }
 
 func (a *API) routesHealth(r gin.IRouter) {
-	r.GET(healthPath, live)
-	r.GET(readyPath, func(c *gin.Context) {
+	get(r, healthPath, live)
+	get(r, readyPath, func(c *gin.Context) {
 		if _, ok := a.ready.ask(c.Request.Context()); !ok || a.ending() {
 			a.refuse(c, notReady)
 			return
@@ -163,8 +163,8 @@ type detailedHealth struct {
 }
 
 func (a *API) routesAdmin(r gin.IRouter) {
-	r.GET(healthPath, live)
-	r.GET(readyPath, func(c *gin.Context) {
+	get(r, healthPath, live)
+	get(r, readyPath, func(c *gin.Context) {
 		states, ok := a.ready.ask(c.Request.Context())
 		if states == nil {
 			states = []state{}
@@ -178,5 +178,5 @@ func (a *API) routesAdmin(r gin.IRouter) {
 			writeJSON(c, http.StatusOK, detailedHealth{health{"ready"}, states})
 		}
 	})
-	r.GET("/metrics", gin.WrapH(promhttp.HandlerFor(a.Metrics, promhttp.HandlerOpts{ErrorHandling: promhttp.HTTPErrorOnError})))
+	get(r, "/metrics", gin.WrapH(promhttp.HandlerFor(a.Metrics, promhttp.HandlerOpts{ErrorHandling: promhttp.HTTPErrorOnError})))
 }

@@ -25,8 +25,8 @@ func (a *API) routesKeys(r gin.IRouter) {
 	r.POST("/organization/:idOrg/key", a.whileServing, formAuthorization, a.authenticate,
 		a.organization(authz.GenerateKey), a.plainOrSealed)
 	keys := r.Group("/organization/:idOrg/key", a.whileServing, a.authenticate)
-	keys.GET("", a.organization(authz.ListKeys), a.withoutBody, a.listKeys)
-	keys.DELETE("", a.organization(authz.DeleteAllKeys), a.withoutBody, a.deleteKeys)
+	get(keys, "", a.organization(authz.ListKeys), a.withoutBody, a.listKeys)
+	keys.DELETE("", a.organization(authz.DeleteAllKeys), a.withoutBody, a.reasoned, a.deleteKeys)
 	keys.DELETE("/:idKey", a.organization(authz.DeleteKey), a.withoutBody, a.reasoned, a.deleteKey)
 }
 

@@ -39,12 +39,12 @@ func (a *API) routesNodes(r gin.IRouter) {
 	signed.POST("/unregister", a.signed("Node unregistered successfully", a.Nodes.Unregister))
 	signed.POST("/secrets", a.fetchSecrets)
 
-	r.GET("/node", a.whileServing, a.authenticate, a.withoutBody, a.listNodesByService)
+	get(r, "/node", a.whileServing, a.authenticate, a.withoutBody, a.listNodesByService)
 
 	org := r.Group("/organization/:idOrg", a.whileServing, a.authenticate)
-	org.GET("/nodes", a.organization(authz.ListNodes), a.withoutBody, a.listNodes)
+	get(org, "/nodes", a.organization(authz.ListNodes), a.withoutBody, a.listNodes)
 	org.DELETE("/node/:idNode", a.organization(authz.DeleteNode), a.withoutBody, a.reasoned, a.deleteNode)
-	org.GET("/secret", a.organization(authz.ListSecrets), a.withoutBody, a.listSecrets)
+	get(org, "/secret", a.organization(authz.ListSecrets), a.withoutBody, a.listSecrets)
 	org.PUT("/secret/:name", a.organization(authz.PutSecret), a.putSecret)
 	org.DELETE("/secret/:name", a.organization(authz.DeleteSecret), a.withoutBody, a.reasoned, a.deleteSecret)
 }

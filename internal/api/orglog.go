@@ -26,10 +26,10 @@ var _ OrgLog = (*orglog.Service)(nil)
 
 func (a *API) routesOrgLog(r gin.IRouter) {
 	of := r.Group("/organization/:idOrg", a.whileServing, a.authenticate)
-	of.GET("/event", a.organization(authz.ReadEvents), a.withoutBody, a.listEvents)
-	of.GET("/event/:idEvent/proof", a.organization(authz.ReadEvents), a.withoutBody, a.proveEvent)
-	of.GET("/checkpoint", a.organization(authz.ReadEvents), a.withoutBody, a.newestCheckpoint)
-	of.GET("/summary", a.organization(authz.ListKeys), a.withoutBody, a.summarize)
+	get(of, "/event", a.organization(authz.ReadEvents), a.withoutBody, a.listEvents)
+	get(of, "/event/:idEvent/proof", a.organization(authz.ReadEvents), a.withoutBody, a.proveEvent)
+	get(of, "/checkpoint", a.organization(authz.ReadEvents), a.withoutBody, a.newestCheckpoint)
+	get(of, "/summary", a.organization(authz.ListKeys), a.withoutBody, a.summarize)
 }
 
 type logPage struct {
