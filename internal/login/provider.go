@@ -62,6 +62,7 @@ type endpoints struct {
 	oauth2.Config
 	provider    *oidc.Provider
 	Revocation  string `json:"revocation_endpoint"`
+	EndSession  string `json:"end_session_endpoint"`
 	NamesItself bool   `json:"authorization_response_iss_parameter_supported"`
 
 	AuthMethods []string `json:"token_endpoint_auth_methods_supported"`

@@ -66,6 +66,24 @@ func (w *Web) Finish(ctx context.Context, a Attempt, query url.Values) (Session,
 	return w.granted(ctx, e, token, a.Nonce)
 }
 
+// LogOut returns the provider's address to end a person's session there, or an empty text
+// where it has none (OpenID Connect RP-Initiated Logout 1.0). The provider asks the person
+// first: no ID token is kept that would vouch for the request.
+func (w *Web) LogOut(ctx context.Context) (string, error) {
+	_, e, err := w.endpoints(ctx)
+	if err != nil || e.EndSession == "" {
+		return "", err
+	}
+	u, err := url.Parse(e.EndSession)
+	if err != nil || !confidential(u) {
+		return "", fmt.Errorf("%w: its end_session_endpoint is %.100q", ErrProvider, e.EndSession)
+	}
+	query := u.Query()
+	query.Set("client_id", w.ClientID)
+	u.RawQuery = query.Encode()
+	return u.String(), nil
+}
+
 // withoutAnswer leaves out the body of a refusal, which may have anything in it.
 func withoutAnswer(err error) error {
 	if refusal, ok := errors.AsType[*oauth2.RetrieveError](err); ok {
