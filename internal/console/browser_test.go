@@ -2,6 +2,9 @@ package console_test
 
 import (
 	"bufio"
+	"crypto/sha256"
+	"crypto/tls"
+	"encoding/base64"
 	"encoding/json"
 	"io"
 	"os"
@@ -24,8 +27,30 @@ type browser struct {
 }
 
 // openBrowser starts one. At its end no page has broken its own policy, and none has
-// asked any host but those allowed.
+// asked any host but the server and these, which are reached over TLS.
 func openBrowser(t *testing.T, base string, hosts ...string) *browser {
+	t.Helper()
+	return openBrowserWith(t, base, []string{trusting(t, hosts...)}, hosts...)
+}
+
+// trusting is Chromium's flag to believe the certificates that these addresses have now, and no others of the test.
+func trusting(t *testing.T, addresses ...string) string {
+	t.Helper()
+	var pins []string
+	for _, address := range addresses {
+		c, err := tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pin := sha256.Sum256(c.ConnectionState().PeerCertificates[0].RawSubjectPublicKeyInfo)
+		pins = append(pins, base64.StdEncoding.EncodeToString(pin[:]))
+		c.Close()
+	}
+	return "--ignore-certificate-errors-spki-list=" + strings.Join(pins, ",")
+}
+
+// openBrowserWith is openBrowser with flags for Chromium.
+func openBrowserWith(t *testing.T, base string, flags []string, hosts ...string) *browser {
 	t.Helper()
 	build := exec.CommandContext(t.Context(), "browser/build")
 	build.Stderr = os.Stderr
@@ -34,7 +59,7 @@ func openBrowser(t *testing.T, base string, hosts ...string) *browser {
 		t.Fatalf("installing what drives the browser: %v", err)
 	}
 	dir := strings.TrimSpace(string(out))
-	cmd := exec.Command("node", filepath.Join(dir, "driver.mjs"), "/usr/bin/chromium")
+	cmd := exec.Command("node", append([]string{filepath.Join(dir, "driver.mjs"), "/usr/bin/chromium"}, flags...)...)
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {

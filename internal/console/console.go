@@ -162,6 +162,9 @@ func (c *Console) routes() *http.ServeMux {
 	page("POST /console/enrollments/{id}/revoke", (*visit).revoke)
 	page("GET /console/nodes", (*visit).nodes)
 	page("POST /console/nodes/{id}/delete", (*visit).deleteNode)
+	page("GET /console/devices", (*visit).devices)
+	page("POST /console/devices", (*visit).allowDevice)
+	page("POST /console/devices/{ek}/remove", (*visit).removeDevice)
 	page("GET /console/secrets", (*visit).secrets)
 	page("POST /console/secrets", (*visit).putSecret)
 	page("POST /console/secrets/{name}/delete", (*visit).deleteSecret)
@@ -185,6 +188,7 @@ func (c *Console) protected(next http.Handler) http.Handler {
 		c.problem(w, r, http.StatusForbidden, "Refused", "This request was sent by a page of another site. Nothing was done.")
 	}))
 	guarded := crossOrigin.Handler(c.unlessEmbedded(next))
+	strict := c.ownsHost()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("Content-Security-Policy", contentPolicy)
@@ -195,6 +199,9 @@ func (c *Console) protected(next http.Handler) http.Handler {
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("X-Frame-Options", "DENY")
 		h.Set("Cache-Control", "no-store")
+		if strict {
+			h.Set("Strict-Transport-Security", "max-age=31536000")
+		}
 		// A name that somebody else's DNS resolves to this machine would make their page one of this origin.
 		if c.URL == "" && !loopback(r.Host) {
 			c.problem(w, r, http.StatusForbidden, "Refused", "With the development issuer the console is for this machine only: open it at 127.0.0.1 or localhost.")
@@ -234,6 +241,13 @@ func (c *Console) secure(r *http.Request) bool {
 		return r.TLS != nil
 	}
 	return strings.HasPrefix(c.URL, "https:")
+}
+
+// ownsHost reports whether browsers may be told never to use http for the console's host
+// name again. That speaks for every port of it, so only from the usual one of https.
+func (c *Console) ownsHost() bool {
+	u, err := url.Parse(c.URL)
+	return err == nil && u.Scheme == "https" && u.Port() == ""
 }
 
 // origin is the address that browsers know the service by.

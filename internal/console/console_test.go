@@ -14,6 +14,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/tpm/tpmtest"
 )
 
 // A day in the life of an organization, all of it in the console.
@@ -105,7 +106,10 @@ func TestPromise15_TheConsoleInChromium(t *testing.T) {
 	b.do(`await page.goto(BASE + '/console/events?show=nodes')`)
 	b.shows("Node deleted", "was <i>replaced</i>")
 
+	allowDevice(t, b)
+	approve(t, s, b)
 	everyScreen(t, b, id)
+	removeDevice(b)
 	withoutScripts(b, id)
 
 	// An event verifies in the browser; one that was changed in the database does not.
@@ -138,6 +142,114 @@ func TestPromise15_TheConsoleInChromium(t *testing.T) {
 	verifyAgain(key, "the event, or the log, was changed")
 
 	deleteKey(t, s, b, id)
+	endings(t, s, b)
+}
+
+// allowDevice allows a TPM by what orgkeys-node prints of a real one.
+func allowDevice(t *testing.T, b *browser) {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), harness.NodeBinary(t), "ek", "--tpm", tpmtest.Start(t).Socket).Output()
+	if err != nil {
+		t.Fatalf("orgkeys-node ek: %v", err)
+	}
+	ek := strings.TrimSpace(string(out))
+	b.do(`await page.goto(BASE + '/console/')
+		await page.click('nav >> text=Devices')`)
+	b.shows("No device is allowed")
+	b.do(`await page.fill('[name=ek]', 'sha256-x')
+		await page.click('main button.main')
+		if (await page.evaluate(() => document.querySelector('[name=ek]').checkValidity())) throw new Error('a device that is none is sent')
+		await page.fill('[name=ek]', EK)
+		await page.fill('[name=note]', '<b>rack 12</b>')
+		await page.keyboard.press('Enter')
+		await page.waitForSelector('.notice.good')`, "EK", ek)
+	b.shows(ek, "<b>rack 12</b>", "The device is allowed")
+}
+
+// removeDevice removes the device by keyboard alone.
+func removeDevice(b *browser) {
+	b.t.Helper()
+	b.do(`await page.goto(BASE + '/console/devices')` + byKeyboard + `
+		await until(() => document.activeElement.textContent === 'Remove …')
+		await page.keyboard.press('Enter')
+		await until(() => document.activeElement.name === 'reason')
+		await page.keyboard.type('sold')
+		await page.keyboard.press('Enter')
+		await page.waitForURL('**/console/devices?done=device-removed')`)
+	b.shows("No device is allowed", "The device is removed")
+	b.do(`await page.goto(BASE + '/console/events?show=enrollments')`)
+	b.shows("Device allowed", "Device removed", "sold")
+}
+
+// approve has a node wait for its approval, which the browser gives for the recipient
+// that the node says.
+func approve(t *testing.T, s *harness.Server, b *browser) {
+	t.Helper()
+	b.do(`await page.goto(BASE + '/console/enrollments')
+		await page.click('text=Mint an enrollment')
+		await page.check('[name=approval]')
+		await page.click('main button.main')
+		await page.waitForSelector('#token')`)
+	var token string
+	b.get(&token, `return await page.locator('#token').innerText()`)
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "token"), []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	boot := func(wait string) *exec.Cmd {
+		return exec.CommandContext(t.Context(), harness.NodeBinary(t), "boot", "--wait", wait, "--server", s.API, "--ip", "192.0.2.8", "--region", "eu",
+			"--dir", filepath.Join(dir, "node"), "--token-file", filepath.Join(dir, "token"))
+	}
+	out, err := boot("0s").CombinedOutput()
+	recipient := regexp.MustCompile(`an administrator approves recipient ([0-9a-f]{64})`).FindSubmatch(out)
+	if err == nil || recipient == nil {
+		t.Fatalf("a node that is not approved: %v\n%s", err, out)
+	}
+	node, said := boot("120s"), &harness.Output{}
+	node.Stderr = said
+	if err := node.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- node.Wait() }()
+	b.do(`await page.click('text=Who claims it')`)
+	b.shows("waiting", string(recipient[1]))
+	b.looksRight("a claim that waits", "")
+	select {
+	case err := <-ended:
+		t.Fatalf("the node did not wait: %v\n%s", err, said.From(0))
+	default:
+	}
+	b.do(`await page.click('button:has-text("Approve")')
+		await page.waitForSelector('.notice.good:has-text("The claim is approved")')`)
+	if err := <-ended; err != nil {
+		t.Fatalf("orgkeys-node: %v\n%s", err, said.From(0))
+	}
+	b.do(`await page.reload()
+		await page.waitForSelector('td:has-text("received")')
+		await page.goto(BASE + '/console/nodes')`)
+	b.shows("192.0.2.8")
+	b.do(`await page.goto(BASE + '/console/events?show=enrollments')`)
+	b.shows("Claim approved")
+}
+
+// endings are those of a session: it expires, or is signed out.
+func endings(t *testing.T, s *harness.Server, b *browser) {
+	t.Helper()
+	harness.Exec(t, s.Database(t), "UPDATE console_sessions SET expires_at = 1")
+	b.do(`await page.click('nav >> text=Boot secrets')
+		await page.waitForURL('**/console/sign-in?to=%2Fconsole%2Fsecrets')
+		await page.fill('textarea[name=token]', TOKEN)
+		await page.click('main button')
+		await page.waitForURL('**/console/secrets')`, "TOKEN", s.Token(t, "acme", "OWNER"))
+	b.shows("env_s3")
+	// Neither a page nor a cookie is left in the browser for whoever comes next.
+	b.do(`await page.click('text=Sign out')
+		await page.waitForSelector('text=You are signed out')
+		await page.goBack()
+		await page.waitForURL('**/console/sign-in?to=*')
+		if ((await context.cookies()).length) throw new Error('left: ' + JSON.stringify(await context.cookies()))`)
+	b.lacks("env_s3")
 }
 
 // generate generates a key in the console, and returns what the browser saved.
@@ -213,7 +325,7 @@ func everyScreen(t *testing.T, b *browser, key string) {
 	var enrollment string
 	b.get(&enrollment, `await page.goto(BASE + '/console/enrollments')
 		return await page.locator('td a').first().getAttribute('href')`)
-	for _, path := range []string{"", "keys", "keys/" + key, "enrollments", strings.TrimPrefix(enrollment, "/console/"), "nodes", "secrets", "events", "verify", "policy?action=orgkey.generate",
+	for _, path := range []string{"", "keys", "keys/" + key, "enrollments", strings.TrimPrefix(enrollment, "/console/"), "nodes", "devices", "secrets", "events", "verify", "policy?action=orgkey.generate",
 		"sign-in", "events?show=nonsense&object=nothing", "keys/00000000-0000-4000-8000-000000000000", "nowhere"} {
 		b.looksRight("/console/"+path, `await page.goto(BASE + '/console/'+PATH)`, "PATH", path)
 	}
@@ -251,7 +363,7 @@ func withoutScripts(b *browser, key string) {
 	b.t.Helper()
 	b.do(`const plain = await tools.open({ javaScriptEnabled: false, storageState: await context.storageState() })
 		const other = await plain.newPage()
-		for (const [path, want] of [['', 'Audit log'], ['keys', 'orgkeysctl key create'], ['keys/' + KEY, 'Key made'], ['enrollments', 'received'], ['nodes', 'Region'], ['secrets', 'env_s3'],
+		for (const [path, want] of [['', 'Audit log'], ['keys', 'orgkeysctl key create'], ['keys/' + KEY, 'Key made'], ['enrollments', 'received'], ['nodes', 'Region'], ['devices', 'orgkeys-node ek'], ['secrets', 'env_s3'],
 			['events', 'Events read'], ['verify', 'verify-proof'], ['policy', 'orgkey.generate']]) {
 			await other.goto(BASE + '/console/' + path)
 			const text = await other.locator('main').innerText()
@@ -260,11 +372,14 @@ func withoutScripts(b *browser, key string) {
 		await plain.close()`, "KEY", key)
 }
 
+// byKeyboard is JavaScript: until(test) presses Tab until what has the focus passes the test.
+const byKeyboard = `
+		const until = async (test) => { for (let i = 0; i < 80; i++) { await page.keyboard.press('Tab'); if (await page.evaluate(test)) return } throw new Error('not reached by keyboard') }`
+
 // deleteKey deletes a key in the console, by keyboard alone.
 func deleteKey(t *testing.T, s *harness.Server, b *browser, id string) {
 	t.Helper()
-	b.do(`await page.goto(BASE + '/console/keys/' + ID)
-		const until = async (test) => { for (let i = 0; i < 80; i++) { await page.keyboard.press('Tab'); if (await page.evaluate(test)) return } throw new Error('not reached by keyboard') }
+	b.do(`await page.goto(BASE + '/console/keys/' + ID)`+byKeyboard+`
 		await until(() => document.activeElement.textContent === 'Delete this key')
 		await page.keyboard.press('Enter')
 		await until(() => document.activeElement.name === 'reason')

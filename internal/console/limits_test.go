@@ -80,6 +80,19 @@ func TestWhoIsNotSignedInCausesLittle(t *testing.T) {
 	}
 }
 
+// All that a sign-in sends is its own, and none of it follows from the rest.
+func TestSignInsAreApart(t *testing.T) {
+	t.Parallel()
+	seen := map[string]bool{}
+	one, other := attempt(session.NewSecret()), attempt(session.NewSecret())
+	for _, text := range []string{one.State, one.Nonce, one.Verifier, other.State, other.Nonce, other.Verifier} {
+		if len(text) < 43 || seen[text] { // RFC 7636, 4.1
+			t.Errorf("%q is short, or not its own", text)
+		}
+		seen[text] = true
+	}
+}
+
 func TestExportsAreFewAndWholeOrBroken(t *testing.T) {
 	t.Parallel()
 	c, _ := limited(t)

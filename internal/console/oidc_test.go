@@ -3,6 +3,7 @@ package console_test
 import (
 	"fmt"
 	"net/http"
+	"net/http/cookiejar"
 	"net/url"
 	"strings"
 	"testing"
@@ -10,7 +11,83 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authn/providertest"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/freeport"
+	"github.com/orgkeys/orgkeys/internal/login"
 )
+
+// atProvider are the settings of a server whose console signs people in at a provider.
+func atProvider(p *providertest.Provider, console string) []harness.Option {
+	return []harness.Option{
+		harness.Set("ORGKEYS_ISSUER", p.Issuer), harness.Set("ORGKEYS_AUDIENCE", "orgkeys"), harness.Set("ORGKEYS_JWKS_CA_FILE", p.CA.File),
+		harness.Set("ORGKEYS_CLAIM_ROLE", "/realm_access/roles"), harness.Set("ORGKEYS_ROLE_MAP", "org-admins=ADMINISTRATOR"),
+		harness.Set("ORGKEYS_CONSOLE", "true"), harness.Set("ORGKEYS_CONSOLE_URL", console), harness.Set("ORGKEYS_CONSOLE_CLIENT_ID", "console"),
+		harness.Set("ORGKEYS_CONSOLE_CLIENT_SECRET", clientSecret), harness.Set("ORGKEYS_CONSOLE_RESOURCE", apiResource), harness.Set("ORGKEYS_CONSOLE_SCOPES", "openid,keys"),
+	}
+}
+
+// What the provider knows the console and the API by.
+const (
+	clientSecret = "of-the-console"
+	apiResource  = "https://orgkeys.example"
+)
+
+// A code is worth nothing without the verifier of the sign-in that it came from (PKCE), and an
+// ID token nothing in another sign-in (nonce).
+func TestACodeIsOfOneSignIn(t *testing.T) {
+	t.Parallel()
+	const redirect = "https://keys.example/console/callback"
+	p := providertest.Start(t, "oidc-provider", redirect)
+	web := &login.Web{
+		Provider: login.Provider{Issuer: p.Issuer, ClientID: "console", Resource: apiResource, Scopes: []string{"openid", "keys"}, CAFile: p.CA.File},
+		Secret:   clientSecret, Redirect: redirect,
+	}
+	begun := login.Attempt{State: "state", Nonce: "nonce", Verifier: strings.Repeat("v", 43)}
+	another := login.Attempt{State: "state", Nonce: "another", Verifier: begun.Verifier}
+	stolen := login.Attempt{State: "state", Nonce: begun.Nonce, Verifier: strings.Repeat("w", 43)}
+	for _, c := range []struct {
+		with login.Attempt
+		want string // "": it signs in
+	}{{begun, ""}, {stolen, "invalid_grant"}, {another, "for another login"}} {
+		session, err := web.Finish(t.Context(), c.with, comeBack(t, p, web, begun))
+		if c.want == "" && (err != nil || session.Access == "") || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want) || session.Access != "") {
+			t.Errorf("a code of %v, with %v: %v, want %q", begun, c.with, err, c.want)
+		}
+	}
+	answer := comeBack(t, p, web, begun)
+	answer.Set("iss", "https://other.example")
+	if _, err := web.Finish(t.Context(), begun, answer); err == nil || !strings.Contains(err.Error(), "another issuer answered") {
+		t.Errorf("a code that another issuer sends: %v", err)
+	}
+}
+
+// comeBack signs in at the provider, as a browser, and returns what it sends to the console.
+func comeBack(t *testing.T, p *providertest.Provider, web *login.Web, a login.Attempt) url.Values {
+	t.Helper()
+	address, err := web.Begin(t.Context(), a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var back url.Values
+	browser := p.Client(t)
+	if browser.Jar, err = cookiejar.New(nil); err != nil {
+		t.Fatal(err)
+	}
+	browser.CheckRedirect = func(req *http.Request, _ []*http.Request) error {
+		if strings.HasPrefix(req.URL.String(), web.Redirect) {
+			back = req.URL.Query()
+			return http.ErrUseLastResponse
+		}
+		return nil
+	}
+	resp, err := browser.Get(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if back.Get("code") == "" || back.Get("state") != a.State {
+		t.Fatalf("the provider sends %v, %d", back, resp.StatusCode)
+	}
+	return back
+}
 
 // With a provider, people sign in there and come back; what comes back to another
 // browser, twice, or with another's state signs nobody in.
@@ -23,10 +100,7 @@ func TestPromise15_SigningInAtAProvider(t *testing.T) {
 	address, console := fmt.Sprintf("127.0.0.1:%d", at), fmt.Sprintf("http://localhost:%d", at)
 	provider := providertest.Start(t, "oidc-provider", console+"/console/callback") // on another site than the console
 	issuer := provider.Issuer
-	s := harness.Start(t, harness.Set("ORGKEYS_LISTEN", address), harness.Set("ORGKEYS_ISSUER", issuer), harness.Set("ORGKEYS_AUDIENCE", "orgkeys"), harness.Set("ORGKEYS_JWKS_CA_FILE", provider.CA.File),
-		harness.Set("ORGKEYS_CLAIM_ROLE", "/realm_access/roles"), harness.Set("ORGKEYS_ROLE_MAP", "org-admins=ADMINISTRATOR"),
-		harness.Set("ORGKEYS_CONSOLE", "true"), harness.Set("ORGKEYS_CONSOLE_URL", console), harness.Set("ORGKEYS_CONSOLE_CLIENT_ID", "console"),
-		harness.Set("ORGKEYS_CONSOLE_CLIENT_SECRET", "of-the-console"), harness.Set("ORGKEYS_CONSOLE_RESOURCE", "https://orgkeys.example"), harness.Set("ORGKEYS_CONSOLE_SCOPES", "openid,keys"))
+	s := harness.Start(t, append(atProvider(provider, console), harness.Set("ORGKEYS_LISTEN", address))...)
 	b := openBrowser(t, console, strings.TrimPrefix(issuer, "https://"))
 	var answer string
 	b.get(&answer, `const back = page.waitForRequest((r) => r.url().startsWith(BASE + '/console/callback'))

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -247,6 +248,36 @@ func (v *visit) deleteNode() error {
 		return err
 	}
 	return v.then("/console/nodes", "node-deleted")
+}
+
+func (v *visit) devices() error {
+	all, err := v.api.Devices(v.r.Context(), v.org)
+	if err != nil {
+		return err
+	}
+	return v.show(http.StatusOK, "devices", "Devices", all)
+}
+
+func (v *visit) allowDevice() error {
+	form, err := v.form()
+	if err != nil {
+		return err
+	}
+	if err := v.api.AllowDevice(v.r.Context(), v.org, strings.TrimSpace(form.Get("ek")), form.Get("note")); err != nil {
+		return err
+	}
+	return v.then("/console/devices", "device-allowed")
+}
+
+func (v *visit) removeDevice() error {
+	form, err := v.form()
+	if err != nil {
+		return err
+	}
+	if err := v.because(form).RemoveDevice(v.r.Context(), v.org, v.r.PathValue("ek")); err != nil {
+		return err
+	}
+	return v.then("/console/devices", "device-removed")
 }
 
 func (v *visit) secrets() error {

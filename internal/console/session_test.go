@@ -3,6 +3,8 @@ package console_test
 import (
 	"bytes"
 	"compress/gzip"
+	"crypto/rand"
+	"crypto/rsa"
 	"io"
 	"io/fs"
 	"mime/multipart"
@@ -13,7 +15,9 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
@@ -138,7 +142,7 @@ func TestPromise15_ASessionIsACookieThatNothingElseReplaces(t *testing.T) {
 		t.Fatalf("the cookie is %v", c)
 	}
 	token := s.Token(t, "acme", "OWNER")
-	for _, path := range []string{"", "keys", "enrollments", "nodes", "secrets", "events", "verify", "policy"} {
+	for _, path := range []string{"", "keys", "enrollments", "nodes", "devices", "secrets", "events", "verify", "policy"} {
 		got := ada.send("/console/"+path, nil)
 		if got.StatusCode != http.StatusOK || got.Header.Get("Cache-Control") != "no-store" || !strings.HasPrefix(got.Header.Get("Content-Security-Policy"), "default-src 'none';") {
 			t.Errorf("/console/%s answers %d %v", path, got.StatusCode, got.Header)
@@ -238,7 +242,7 @@ func TestPromise15_ChangesComeFromPagesOfTheConsole(t *testing.T) {
 		{"Host", "localhost.evil.example"},
 	} {
 		for path, form := range map[string]url.Values{
-			"/console/secrets": secret, "/console/enrollments": {}, "/console/sign-out": {}, "/console/api/key": {},
+			"/console/secrets": secret, "/console/enrollments": {}, "/console/devices": {"ek": {"sha256-" + strings.Repeat("0", 64)}}, "/console/sign-out": {}, "/console/api/key": {},
 			"/console/sign-in": {"token": {s.Token(t, "acme", "OWNER")}},
 		} {
 			if got := ada.send(path, form, header...); got.StatusCode != http.StatusForbidden {
@@ -270,7 +274,7 @@ func TestPromise15_ChangesComeFromPagesOfTheConsole(t *testing.T) {
 	if got := ada.send("/console/events", nil, "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Dest", "document"); got.StatusCode != http.StatusOK || reads() != before+1 {
 		t.Errorf("a link from another site answers %d", got.StatusCode)
 	}
-	for _, method := range []string{"HEAD", "PUT", "DELETE", "OPTIONS"} {
+	for _, method := range []string{"PUT", "DELETE", "OPTIONS"} {
 		req, err := http.NewRequestWithContext(t.Context(), method, s.API+"/console/keys", nil)
 		if err != nil {
 			t.Fatal(err)
@@ -282,6 +286,72 @@ func TestPromise15_ChangesComeFromPagesOfTheConsole(t *testing.T) {
 		resp.Body.Close()
 		if resp.StatusCode != http.StatusMethodNotAllowed {
 			t.Errorf("%s answers %d", method, resp.StatusCode)
+		}
+	}
+}
+
+// Every page is answered to HEAD as to GET, without the body; what changes something is not.
+func TestHEADOfPages(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	key := s.Generate(t, "acme")
+	ada := newPerson(t, s).signIn("OWNER")
+	head := func(path string) page {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodHead, s.API+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.AddCookie(ada.session())
+		resp, err := s.HTTP.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return page{resp, string(text)}
+	}
+	style := regexp.MustCompile(`/console/static/[^"]+\.css`).FindString(ada.send("/console/", nil).text)
+	for _, path := range []string{"", "/", "/keys", "/keys/" + key.ID, "/enrollments", "/nodes", "/devices", "/secrets", "/events", "/events/export", "/verify", "/policy", "/sign-in", "/nowhere",
+		strings.TrimPrefix(style, "/console"), "/api/event/00000000-0000-4000-8000-000000000000/proof"} {
+		got, bare := ada.send("/console"+path, nil), head("/console"+path)
+		if bare.StatusCode != got.StatusCode || bare.text != "" || path != "" && got.text == "" {
+			t.Errorf("%s: GET %d with %d bytes, HEAD %d with %d", path, got.StatusCode, len(got.text), bare.StatusCode, len(bare.text))
+		}
+		for _, name := range []string{"Content-Type", "Cache-Control", "Content-Security-Policy", "Location", "X-Frame-Options"} {
+			if bare.Header.Get(name) != got.Header.Get(name) {
+				t.Errorf("%s: %s is %q by HEAD, and %q by GET", path, name, bare.Header.Get(name), got.Header.Get(name))
+			}
+		}
+	}
+	for _, path := range []string{"/sign-out", "/keys/" + key.ID + "/delete", "/devices/x/remove", "/api/key"} {
+		if got := head("/console" + path); got.StatusCode != http.StatusMethodNotAllowed && got.StatusCode != http.StatusNotFound {
+			t.Errorf("HEAD of %s answers %d", path, got.StatusCode)
+		}
+	}
+	if len(s.List(t, "acme")) != 1 || ada.send("/console/keys", nil).StatusCode != http.StatusOK {
+		t.Error("a HEAD changed something")
+	}
+	nobody := newPerson(t, s)
+	if got := nobody.send("/console/keys", nil); got.Header.Get("Location") != "/console/sign-in?to=%2Fconsole%2Fkeys" {
+		t.Errorf("signing in leads to %s", got.Header.Get("Location"))
+	}
+}
+
+// A link from elsewhere does not have a page say that something was done.
+func TestPagesSayWhatWasDoneHere(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	ada := newPerson(t, s).signIn("OWNER")
+	for path, said := range map[string]string{"/console/keys?done=key-deleted": "The key is deleted", "/console/sign-in?out": "You are signed out"} {
+		for site, want := range map[string]bool{"same-origin": true, "": true, "none": false, "cross-site": false, "same-site": false} {
+			got := ada.send(path, nil, "Sec-Fetch-Site", site, "Sec-Fetch-Dest", "document")
+			if got.StatusCode != http.StatusOK || strings.Contains(got.text, said) != want {
+				t.Errorf("%s from %q answers %d, and says so: %v", path, site, got.StatusCode, !want)
+			}
 		}
 	}
 }
@@ -313,7 +383,7 @@ func TestPromise15_WhoMayOnlyReadHasNoButtons(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, action := range []string{"orgkey.list", "enrollment.list", "secret.list"} {
+	for _, action := range []string{"orgkey.list", "enrollment.list", "device.list", "secret.list"} {
 		text = bytes.Replace(text, []byte(`"`+action+`": {`), []byte(`"`+action+`": {"BILLING": "organization", `), 1)
 	}
 	text = bytes.Replace(text, []byte(`"event.read": {"OWNER": "organization", "ADMINISTRATOR": "organization", "WORKSPACES": "own", "BILLING": "own"`),
@@ -324,9 +394,14 @@ func TestPromise15_WhoMayOnlyReadHasNoButtons(t *testing.T) {
 	s := harness.Start(t, harness.Set("ORGKEYS_POLICY_DIR", dir))
 	key := s.Generate(t, "acme")
 	s.PutSecret(t, "acme", "env_s3", []byte("x"))
+	admin, ek := s.Client(t, "acme", "OWNER"), "sha256-"+strings.Repeat("0", 64)
+	if err := admin.AllowDevice(t.Context(), "acme", ek, ""); err != nil {
+		t.Fatal(err)
+	}
+	waiting := claimed(t, s, admin)
 	owner, auditor := newPerson(t, s).signIn("OWNER"), newPerson(t, s).signIn("BILLING")
 	button := regexp.MustCompile(`<form method="post" action="/console/([^"]*)"|id="generate"`)
-	for _, path := range []string{"", "keys", "keys/" + key.ID, "enrollments", "nodes", "secrets", "events", "verify", "policy"} {
+	for _, path := range []string{"", "keys", "keys/" + key.ID, "enrollments", "enrollments/" + waiting.ID, "nodes", "devices", "secrets", "events", "verify", "policy"} {
 		got := auditor.send("/console/"+path, nil)
 		if got.StatusCode != http.StatusOK {
 			t.Errorf("/console/%s answers %d", path, got.StatusCode)
@@ -343,17 +418,28 @@ func TestPromise15_WhoMayOnlyReadHasNoButtons(t *testing.T) {
 	if got := owner.send("/console/keys", nil); !strings.Contains(got.text, `id="generate"`) {
 		t.Error("an owner cannot generate: the search for buttons finds nothing")
 	}
+	for path, action := range map[string]string{
+		"enrollments/" + waiting.ID: "/approve", "enrollments": "/console/enrollments", "devices": "/console/devices/" + ek + "/remove", "secrets": "/console/secrets/env_s3/delete",
+	} {
+		if got := owner.send("/console/"+path, nil); !strings.Contains(got.text, action+`"`) {
+			t.Errorf("an owner has no %s in %s: the search for buttons finds nothing", action, path)
+		}
+	}
 	denied := func() int64 {
 		return harness.Number(t, s.Database(t), "SELECT count(*) FROM events WHERE type = 'access.denied'")
 	}
 	before := denied()
 	forms := map[string]url.Values{
-		"/console/keys/" + key.ID + "/delete":     {"reason": {"x"}},
-		"/console/enrollments":                    {"scope": {"node"}},
-		"/console/secrets":                        {"name": {"planted"}, "value": {"x"}},
-		"/console/secrets/env_s3/delete":          {"reason": {"x"}},
-		"/console/nodes/" + key.ID + "/delete":    {"reason": {"x"}},
-		"/console/api/key/" + key.ID + "/receipt": {},
+		"/console/keys/" + key.ID + "/delete":             {"reason": {"x"}},
+		"/console/enrollments":                            {"scope": {"node"}},
+		"/console/secrets":                                {"name": {"planted"}, "value": {"x"}},
+		"/console/secrets/env_s3/delete":                  {"reason": {"x"}},
+		"/console/devices":                                {"ek": {ek}},
+		"/console/devices/" + ek + "/remove":              {"reason": {"x"}},
+		"/console/enrollments/" + waiting.ID + "/approve": {"recipient": {waiting.Claims[0].Recipient}},
+		"/console/enrollments/" + waiting.ID + "/revoke":  {"reason": {"x"}},
+		"/console/nodes/" + key.ID + "/delete":            {"reason": {"x"}},
+		"/console/api/key/" + key.ID + "/receipt":         {},
 	}
 	for path, form := range forms {
 		if got := auditor.send(path, form); got.StatusCode != http.StatusForbidden {
@@ -366,6 +452,12 @@ func TestPromise15_WhoMayOnlyReadHasNoButtons(t *testing.T) {
 	if keys := s.List(t, "acme"); len(keys) != 1 {
 		t.Errorf("the organization has %d keys", len(keys))
 	}
+	if devices, err := admin.Devices(t.Context(), "acme"); err != nil || len(devices) != 1 {
+		t.Errorf("the organization allows %v, %v", devices, err)
+	}
+	if still, err := admin.Permission(t.Context(), "acme", waiting.ID); err != nil || still.Claims[0].Approved || still.State != "waiting" {
+		t.Errorf("the claim is now %+v, %v", still, err)
+	}
 	user := newPerson(t, s).signIn("USER")
 	if got := user.send("/console/", nil); got.StatusCode != http.StatusOK || strings.Contains(got.text, "/console/keys") {
 		t.Errorf("a member without rights gets %d %s", got.StatusCode, got.text)
@@ -373,6 +465,36 @@ func TestPromise15_WhoMayOnlyReadHasNoButtons(t *testing.T) {
 	if got := user.send("/console/keys", nil); got.StatusCode != http.StatusForbidden || !strings.Contains(got.text, "insufficient_role") {
 		t.Errorf("a member without rights gets keys: %d", got.StatusCode)
 	}
+}
+
+// claimed is an enrollment whose one claim waits for its approval.
+func claimed(t *testing.T, s *harness.Server, admin *client.Client) *client.Permission {
+	t.Helper()
+	minted, err := admin.CreateEnrollment(t.Context(), "acme", client.Terms{Scope: "node", Uses: 1, Life: time.Hour, Approval: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	node, err := client.New(client.Config{Server: s.API, Retry: client.Retry{For: harness.Patience, Temporary: func(error) bool { return false }}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	recipient, err := rsa.GenerateKey(rand.Reader, 3072)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := client.NewEnrollment(node, minted.Token, recipient)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	if _, err := e.Fetch(t.Context()); err == nil {
+		t.Fatal("a claim that nobody approved got its key")
+	}
+	one, err := admin.Permission(t.Context(), "acme", minted.ID)
+	if err != nil || len(one.Claims) != 1 {
+		t.Fatalf("%+v, %v", one, err)
+	}
+	return one
 }
 
 // Hostile texts are shown as texts, wherever the person can put them.

@@ -185,11 +185,12 @@ type signInView struct {
 	Begin    string // where the provider's sign-in begins
 	To       string
 	Problem  string
-	Out      bool // the person has just signed out
+	Out      bool   // the person has just signed out
+	End      string // where the session at the provider is ended; empty: nowhere
 }
 
 func (c *Console) showSignIn(w http.ResponseWriter, r *http.Request) {
-	c.signInPage(w, r, http.StatusOK, destination(r.URL.Query().Get("to")), "", r.URL.Query().Has("out"))
+	c.signInPage(w, r, http.StatusOK, destination(r.URL.Query().Get("to")), "", r.URL.Query().Has("out") && fromHere(r))
 }
 
 func (c *Console) signInPage(w http.ResponseWriter, r *http.Request, status int, to, problem string, out bool) {
@@ -197,6 +198,12 @@ func (c *Console) signInPage(w http.ResponseWriter, r *http.Request, status int,
 	if c.Provider != nil {
 		v.Provider = strings.TrimPrefix(c.Provider.Issuer, "https://")
 		v.Begin = "/console/sign-in/begin?" + url.Values{"to": {to}}.Encode()
+	}
+	if c.Provider != nil && out {
+		var err error
+		if v.End, err = c.Provider.LogOut(r.Context()); err != nil {
+			c.Log.Warn("the console does not know where people sign out at the provider", "error", err)
+		}
 	}
 	c.render(w, status, "sign-in", &view{Title: "Sign in", Data: v, Static: c.version})
 }

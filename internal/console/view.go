@@ -85,6 +85,7 @@ func (v *view) Sections() []section {
 		{"keys", "keys", "Keys", "orgkey.list"},
 		{"enrollments", "enrollments", "Enrollments", "enrollment.list"},
 		{"nodes", "nodes", "Nodes", "node.list"},
+		{"devices", "devices", "Devices", "device.list"},
 		{"secrets", "secrets", "Boot secrets", "secret.list"},
 		{"events", "events", "Events", "event.read"},
 		{"verify", "verify", "Verify", "event.read"},

@@ -17,10 +17,11 @@ import (
 type visit struct {
 	*Console
 	*signed
-	w   http.ResponseWriter
-	r   *http.Request
-	api *client.Client
-	org string
+	w     http.ResponseWriter
+	r     *http.Request
+	api   *client.Client
+	org   string
+	asked map[string]bool // what the policy has answered to may
 }
 
 // signedIn serves h to people who are signed in, and sends others to the sign-in page.
@@ -29,7 +30,7 @@ func (c *Console) signedIn(h func(*visit) error) http.HandlerFunc {
 		who, err := c.session(r)
 		if errors.Is(err, errSignedOut) {
 			to := home
-			if r.Method == http.MethodGet {
+			if r.Method == http.MethodGet || r.Method == http.MethodHead {
 				to = r.URL.RequestURI()
 			}
 			http.Redirect(w, r, "/console/sign-in?"+url.Values{"to": {destination(to)}}.Encode(), http.StatusSeeOther)
@@ -40,7 +41,7 @@ func (c *Console) signedIn(h func(*visit) error) http.HandlerFunc {
 			c.problem(w, r, http.StatusServiceUnavailable, "Not available", "The service cannot answer at the moment. Please try again shortly.")
 			return
 		}
-		v := &visit{Console: c, signed: who, w: w, r: r, org: string(who.caller.Org)}
+		v := &visit{Console: c, signed: who, w: w, r: r, org: string(who.caller.Org), asked: map[string]bool{}}
 		if v.api, err = v.client(); err == nil {
 			err = h(v)
 		}
@@ -142,13 +143,22 @@ func (c *Console) forward(w http.ResponseWriter, r *http.Request) {
 // may reports whether the policy lets the person do something now: which buttons to
 // show. The API decides when one is pressed.
 func (v *visit) may(action string) bool {
-	d, err := v.Policy.Decide(v.r.Context(), authz.Request{Caller: v.caller, Action: authz.Action(action), Org: v.caller.Org})
-	return err == nil && d.Allow
+	allowed, known := v.asked[action]
+	if !known {
+		d, err := v.Policy.Decide(v.r.Context(), authz.Request{Caller: v.caller, Action: authz.Action(action), Org: v.caller.Org})
+		allowed = err == nil && d.Allow
+		v.asked[action] = allowed
+	}
+	return allowed
 }
 
 // show renders a page for the person.
 func (v *visit) show(status int, name, title string, data any) error {
-	v.render(v.w, status, name, &view{Title: title, Page: name, Static: v.version, Version: v.Version, Data: data, Done: done[v.r.URL.Query().Get("done")], visit: v})
+	page := &view{Title: title, Page: name, Static: v.version, Version: v.Version, Data: data, visit: v}
+	if fromHere(v.r) {
+		page.Done = done[v.r.URL.Query().Get("done")]
+	}
+	v.render(v.w, status, name, page)
 	return nil
 }
 
@@ -158,8 +168,17 @@ var done = map[string]string{
 	"revoked":        "The enrollment is revoked.",
 	"approved":       "The claim is approved. The node gets its key the next time it asks.",
 	"node-deleted":   "The node is deleted.",
+	"device-allowed": "The device is allowed. Enrollments that want an allowed TPM let it in from now on.",
+	"device-removed": "The device is removed. It enrolls no more.",
 	"secret-stored":  "The boot secret is stored. Nodes get it the next time they fetch.",
 	"secret-deleted": "The boot secret is deleted.",
+}
+
+// fromHere reports whether a page of the console led to the request. No other site's
+// link has it say that something was done.
+func fromHere(r *http.Request) bool {
+	site := r.Header.Get("Sec-Fetch-Site")
+	return site == "same-origin" || site == ""
 }
 
 // then sends the browser to a page after something was done, so that reloading does

@@ -2,19 +2,19 @@
 // the body of an async function of (page, context, tools), whose JSON result is one line on
 // standard output, as {"result"} or {"error"}. It ends with its input.
 //
-//   node driver.mjs CHROMIUM
+//   node driver.mjs CHROMIUM [CHROMIUM'S FLAG...]
 import { readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { createInterface } from 'node:readline'
 import { chromium } from 'playwright-core'
 
 const axe = readFileSync(createRequire(import.meta.url).resolve('axe-core/axe.min.js'), 'utf8')
-const [executablePath] = process.argv.slice(2)
-const browser = await chromium.launch({ executablePath, args: ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage'] })
+const [executablePath, ...flags] = process.argv.slice(2)
+const browser = await chromium.launch({ executablePath, args: ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', ...flags] })
 const seen = { violations: [], hosts: new Set(), bodies: [] }
 
 async function open(options = {}) {
-  const context = await browser.newContext({ ignoreHTTPSErrors: true, acceptDownloads: true, ...options })
+  const context = await browser.newContext({ acceptDownloads: true, ...options })
   context.setDefaultTimeout(30_000)
   await context.exposeBinding('reportViolation', (_, text) => { seen.violations.push(text) })
   await context.addInitScript(() => {
