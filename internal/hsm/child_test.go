@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/miekg/pkcs11"
@@ -67,6 +68,8 @@ func runChild(name string) error {
 		return err
 	case "first start":
 		return firstStart(context.Background())
+	case "looking on":
+		return lookOn(configFromEnv())
 	case "under load":
 		return underLoad(context.Background())
 	case "pin states":
@@ -160,14 +163,15 @@ func withSession(cfg Config, f func(lib *module, h pkcs11.SessionHandle) error) 
 	if err != nil {
 		return err
 	}
-	if err := lib.initialize(cfg.InitArgs); err != nil {
-		return err
+	slot, err := enterToken(lib, cfg)
+	for tries := 0; lost(err) && tries < 20; tries++ { // after a kill, opencryptoki needs a moment
+		time.Sleep(100 * time.Millisecond)
+		slot, err = enterToken(lib, cfg)
 	}
-	defer func() { err = errors.Join(err, lib.Finalize()) }()
-	slot, err := cfg.findToken(lib)
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, lib.Finalize()) }()
 	h, err := lib.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
 		return err
@@ -176,6 +180,16 @@ func withSession(cfg Config, f func(lib *module, h pkcs11.SessionHandle) error) 
 		return err
 	}
 	return f(lib, h)
+}
+
+func enterToken(lib *module, cfg Config) (slot uint, err error) {
+	if err = lib.initialize(cfg.InitArgs); err != nil {
+		return 0, fmt.Errorf("initialising the module: %w", err)
+	}
+	if slot, err = cfg.findToken(lib); err != nil {
+		err = errors.Join(err, lib.Finalize())
+	}
+	return slot, err
 }
 
 func (r *report) generate(ctx context.Context, token *Token) error {

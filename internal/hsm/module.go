@@ -3,6 +3,8 @@
 package hsm
 
 /*
+#cgo linux LDFLAGS: -ldl
+#include <dlfcn.h>
 #include <stdlib.h>
 
 typedef unsigned long ulong_t;
@@ -24,6 +26,9 @@ static ulong_t crypt_(struct functions *l, int which, ulong_t session, void *in,
 	ulong_t (*call)(ulong_t, void *, ulong_t, void *, ulong_t *) = (ulong_t (*)(ulong_t, void *, ulong_t, void *, ulong_t *))l->f[which];
 	return call(session, in, size, out, room);
 }
+
+// stay has a library that is loaded stay so.
+static void stay(const char *name) { dlopen(name, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE); }
 
 static ulong_t wrap_key(struct functions *l, ulong_t session, ulong_t type, void *parameter, ulong_t length,
 		ulong_t wrapping, ulong_t key, void *out, ulong_t *room) {
@@ -49,23 +54,66 @@ import (
 type module struct {
 	*pkcs11.Ctx
 	functions *C.struct_functions
+	path      string
+	unloads   bool
 }
 
 // load loads the library at path. It stays loaded: unloading one that has
 // registered exit or thread handlers, as OpenSSL's do, crashes the process later.
+// The exception is opencryptoki: see Finalize.
 func load(path string) (*module, error) {
-	ctx := pkcs11.New(path)
+	m := &module{path: path}
+	return m, m.load()
+}
+
+func (m *module) load() error {
+	ctx := pkcs11.New(m.path)
 	if ctx == nil {
-		return nil, fmt.Errorf("loading the PKCS#11 module %q: not there, or not a PKCS#11 module", path)
+		return fmt.Errorf("loading the PKCS#11 module %q: not there, or not a PKCS#11 module", m.path)
 	}
 	// The binding does not export the function list, and another one will not do:
 	// p11-kit's proxy makes a list with sessions of its own for each who asks.
 	// TestTheBindingsFunctionList fails when the binding's layout changes.
 	functions := (*(**C.struct_binding)(unsafe.Pointer(ctx))).functions
 	if functions == nil || functions.version[0] < 2 || functions.version[0] > 3 {
-		return nil, fmt.Errorf("the PKCS#11 module %q does not implement PKCS#11 2 or 3", path)
+		return fmt.Errorf("the PKCS#11 module %q does not implement PKCS#11 2 or 3", m.path)
 	}
-	return &module{ctx, functions}, nil
+	m.Ctx, m.functions = ctx, functions
+	return nil
+}
+
+// opencryptoki is how its library describes itself.
+const opencryptoki = "Meta PKCS11 LIBRARY"
+
+// Initialize calls C_Initialize.
+func (m *module) Initialize(options ...pkcs11.InitializeOption) error {
+	if m.Ctx == nil {
+		if err := m.load(); err != nil {
+			return err
+		}
+	}
+	err := m.Ctx.Initialize(options...)
+	if info, asked := m.GetInfo(); asked == nil {
+		m.unloads = info.LibraryDescription == opencryptoki
+	}
+	return err
+}
+
+// Finalize calls C_Finalize; no other call may be under way. opencryptoki closes
+// the descriptor of its lock there and goes on using the number: from the second
+// time on it closes whatever of this process has it by then
+// (findings/opencryptoki-closes-a-descriptor-of-its-program.sh). It forgets the number
+// when it is unloaded. libitm, which has thread handlers, is loaded by it and stays.
+func (m *module) Finalize() error {
+	err := m.Ctx.Finalize()
+	if m.unloads {
+		name := C.CString("libitm.so.1")
+		C.stay(name)
+		C.free(unsafe.Pointer(name))
+		m.Destroy()
+		m.Ctx, m.functions = nil, nil
+	}
+	return err
 }
 
 // initialize calls C_Initialize; args is what the library documents for

@@ -39,7 +39,7 @@ func losses() map[string]func(*Token) error {
 		"logged out": func(token *Token) error {
 			return token.life.anchor.do(func(h pkcs11.SessionHandle) error { return token.lib.Logout(h) })
 		},
-		"library finalised": func(token *Token) error { return token.lib.Finalize() },
+		"library finalised": func(token *Token) error { return token.lib.Ctx.Finalize() },
 		"library finalised and initialised again": func(token *Token) error {
 			return errors.Join(token.lib.Finalize(), token.lib.initialize(token.cfg.InitArgs))
 		},

@@ -22,12 +22,26 @@ import (
 // asks the register to choose it. One of those that ask is chosen; the others
 // destroy what they made and use that one. A crash leaves an announced key
 // that was not chosen and has sealed nothing; the next start removes it.
+//
+// A key that was just made may be gone again: opencryptoki's next object, of
+// whatever program, can get its file (findings/opencryptoki-next-object-takes-a-keys-file.sh).
+// The library of who made it does not see that, and destroying one of the two
+// objects destroys the other. So a new key is looked at in another life before
+// it is chosen, and destroyed in no earlier one; and a spare object is made behind it,
+// which gets the file if any does: after that, nothing else can.
 const (
 	purposeSeal  = "seal"
 	sealKeyLabel = "orgkeys-seal-v1"
 	sealMACLabel = "orgkeys-seal-mac-v1" // the HMAC key, in format 2
+	spareLabel   = "orgkeys-spare-"      // and the CKA_ID of the key behind which it is made, in hex
 	keyIDSize    = 16
 )
+
+// makeTries is how often a start makes a key if the token loses it.
+const makeTries = 5
+
+// errMade: a key was made, which another life has to look at.
+var errMade = errors.New("a sealing key was made")
 
 // maxLabelled bounds a search for keys by label.
 const maxLabelled = 100
@@ -243,6 +257,9 @@ func (t *Token) labelled(h pkcs11.SessionHandle, cipher pkcs11.ObjectHandle) (k 
 // the one that opens what the database holds; the one that somebody put there;
 // or a new one.
 func (t *Token) chooseSealingKey(ctx context.Context, h pkcs11.SessionHandle) ([]byte, error) {
+	if t.made != nil {
+		return t.chooseMade(ctx, h)
+	}
 	found, err := t.labelledKeys(h)
 	if err != nil {
 		return nil, err
@@ -270,7 +287,7 @@ func (t *Token) chooseSealingKey(ctx context.Context, h pkcs11.SessionHandle) ([
 	case !t.cfg.CreateSealingKey:
 		return nil, ErrNoSealingKey
 	}
-	return t.makeSealingKey(ctx, h)
+	return nil, t.makeSealingKey(ctx, h)
 }
 
 // thatOpen returns the first of keys that opens sample; none is an error if there are keys.
@@ -323,35 +340,55 @@ func contains(ids [][]byte, id []byte) bool {
 	return false
 }
 
-// makeSealingKey has the token make a key, and the register choose. What is not
-// chosen, or does not work, is destroyed.
-func (t *Token) makeSealingKey(ctx context.Context, h pkcs11.SessionHandle) ([]byte, error) {
+// makeSealingKey has the token make a key, and reports errMade: chooseMade goes on.
+func (t *Token) makeSealingKey(ctx context.Context, h pkcs11.SessionHandle) error {
 	id := newKeyID()
 	if err := t.cfg.Register.AnnounceKey(ctx, purposeSeal, id); err != nil {
+		return err
+	}
+	if _, err := generateSealingKey(t.lib, h, t.format, t.cfg.KeyLabel, id, true); err != nil {
+		return err
+	}
+	_, err := t.lib.CreateObject(h, append(spareTemplate(id), pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
+		pkcs11.NewAttribute(pkcs11.CKA_APPLICATION, "orgkeys"), pkcs11.NewAttribute(pkcs11.CKA_VALUE, "spare")))
+	if err != nil { // as NSS, which has no need of it
+		t.cfg.Log.Debug("the token makes no data objects", "error", err)
+	}
+	t.made = id
+	t.makes++
+	return errMade
+}
+
+// spareTemplate is what the spare object behind a key is found by.
+func spareTemplate(id []byte) []*pkcs11.Attribute {
+	return []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+		pkcs11.NewAttribute(pkcs11.CKA_LABEL, spareLabel+hex.EncodeToString(id)),
+	}
+}
+
+// chooseMade has the register choose the key that an earlier life made. One that
+// does not work is destroyed; one that the token has lost is made again.
+func (t *Token) chooseMade(ctx context.Context, h pkcs11.SessionHandle) ([]byte, error) {
+	id := t.made
+	t.made = nil
+	if err := t.destroyMatching(h, spareTemplate(id)); err != nil {
 		return nil, err
 	}
-	key, err := generateSealingKey(t.lib, h, t.format, t.cfg.KeyLabel, id, true)
-	if err != nil {
+	key, err := t.keyByID(h, id)
+	gone := errors.Is(err, ErrNoSealingKey) || errors.Is(err, errHalfKey)
+	if err == nil {
+		err = errors.Join(t.checkSealingKey(h, key), key.checkWorks(t.lib, h))
+	}
+	if err == nil {
+		t.cfg.Log.Info("made a sealing key", "label", t.cfg.KeyLabel, "id", hex.EncodeToString(id), "format", t.format)
+		return t.cfg.Register.ChooseKey(ctx, purposeSeal, id) // if another is chosen, removeUnchosen removes it
+	}
+	if err := errors.Join(err, t.destroyByID(h, id)); !gone || t.makes == makeTries {
 		return nil, err
 	}
-	_, seen := t.keyByID(h, id) // as every other start will look for it
-	if err = errors.Join(seen, t.checkSealingKey(h, key), key.checkWorks(t.lib, h)); err != nil {
-		err = errors.Join(err, key.destroy(t.lib, h))
-		// Who was chosen meanwhile may have taken this one for a crash's.
-		if chosen, asked := t.cfg.Register.ChosenKey(ctx, purposeSeal); asked == nil && chosen != nil {
-			return chosen, nil
-		}
-		return nil, err
-	}
-	chosen, err := t.cfg.Register.ChooseKey(ctx, purposeSeal, id)
-	if err != nil {
-		return nil, err // it is announced: the next start removes it
-	}
-	if !bytes.Equal(chosen, id) {
-		return chosen, t.destroyByID(h, id)
-	}
-	t.cfg.Log.Info("made the sealing key", "label", t.cfg.KeyLabel, "id", hex.EncodeToString(id), "format", t.format)
-	return chosen, nil
+	t.cfg.Log.Warn("the token has lost the sealing key that it had just made, as opencryptoki does when another program begins to use it meanwhile; making another", "id", hex.EncodeToString(id), "error", err)
+	return nil, t.makeSealingKey(ctx, h)
 }
 
 // unnamedKey returns the one key that has the label, no CKA_ID, and is accepted.
@@ -416,24 +453,30 @@ func (t *Token) removeUnchosen(ctx context.Context, h pkcs11.SessionHandle, purp
 	return nil
 }
 
-// destroyByID destroys every token object with that CKA_ID, and the HMAC key that
-// belongs to it. Another process may be at it too.
+// destroyByID destroys every token object with that CKA_ID, and the HMAC key and
+// the spare object that belong to it. Another process may be at it too.
 func (t *Token) destroyByID(h pkcs11.SessionHandle, id []byte) error {
-	var found []pkcs11.ObjectHandle
-	for _, id := range [][]byte{id, macID(id)} {
-		more, err := find(t.lib, h, maxLabelled, pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_ID, id))
-		if err != nil {
+	for _, template := range [][]*pkcs11.Attribute{
+		{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_ID, id)},
+		{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_ID, macID(id))},
+		spareTemplate(id),
+	} {
+		if err := t.destroyMatching(h, template); err != nil {
 			return err
 		}
-		found = append(found, more...)
+	}
+	return nil
+}
+
+func (t *Token) destroyMatching(h pkcs11.SessionHandle, template []*pkcs11.Attribute) error {
+	found, err := find(t.lib, h, maxLabelled, template...)
+	if err != nil {
+		return err
 	}
 	for _, object := range found {
 		if err := t.lib.DestroyObject(h, object); err != nil && !is(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
-			return fmt.Errorf("destroying a key that was not chosen: %w", err)
+			return fmt.Errorf("destroying what a start has made: %w", err)
 		}
-	}
-	if len(found) > 0 {
-		t.cfg.Log.Info("removed a key that was not chosen", "id", hex.EncodeToString(id))
 	}
 	return nil
 }

@@ -32,6 +32,8 @@ type Token struct {
 	courier *courier
 	format  byte   // of a sealing key that is made
 	sealID  []byte // the sealing key's CKA_ID
+	made    []byte // the CKA_ID of a sealing key that was made and that no life has looked at yet
+	makes   int    // how many were
 	probe   []byte // a sealed value, made at Open: opens under the sealing key of then
 
 	signing sync.Mutex // guards signID
@@ -105,6 +107,9 @@ func (t *Token) start(ctx context.Context) (*life, error) {
 	pause := startPause
 	for try := 1; ; try++ {
 		l, err := t.begin(ctx)
+		for errors.Is(err, errMade) {
+			l, err = t.begin(ctx)
+		}
 		if err == nil || try == startTries || !t.mayPass(err) {
 			return l, err
 		}

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -41,7 +42,8 @@ func find(t testing.TB, pkg string, patterns ...string) string {
 }
 
 // setUp runs in the new namespaces. The daemon wants a group called pkcs11; in
-// a user namespace only root's is there to be given that name.
+// a user namespace only root's is there to be given that name. It ends, in order,
+// when a program is killed to which it writes, and is started again.
 const setUp = `set -eu
 dir=$1
 mkdir -p "$dir"/lib/swtok/TOK_OBJ "$dir"/etc
@@ -53,7 +55,7 @@ mount --bind "$dir/lib" /var/lib/opencryptoki
 mount -t tmpfs -o mode=0755 run /run
 mount -t tmpfs -o mode=1777 shm /dev/shm
 mkdir -p /run/lock/opencryptoki/swtok
-exec pkcsslotd -f
+while pkcsslotd -f; do :; done
 `
 
 // StartOpencryptoki starts the daemon with its state in dir, until the test ends.
@@ -68,13 +70,14 @@ func StartOpencryptoki(t testing.TB, dir string) *Opencryptoki {
 	o.daemon.Env = append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
 	var out bytes.Buffer
 	o.daemon.Stdout, o.daemon.Stderr = &out, &out
+	o.daemon.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // the shell and the daemon
 	if err := o.daemon.Start(); err != nil {
 		t.Fatalf("starting opencryptoki's daemon: %v", err)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- o.daemon.Wait() }()
 	t.Cleanup(func() {
-		_ = o.daemon.Process.Kill()
+		_ = syscall.Kill(-o.daemon.Process.Pid, syscall.SIGKILL)
 		<-ended
 	})
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
