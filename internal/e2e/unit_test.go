@@ -184,15 +184,18 @@ func TestTheUnitServesWithOpencryptoki(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join(harness.ModuleRoot(t), "docs", "hsm.md"))
 	must(t, err)
 	_, section, _ := strings.Cut(string(text), "\n### opencryptoki\n")
-	_, dropIn, found := strings.Cut(section, "```ini\n")
-	dropIn, _, _ = strings.Cut(dropIn, "```")
-	if !found {
-		t.Fatal("docs/hsm.md says nothing of the unit")
+	section, _, _ = strings.Cut(section, "\n### ")
+	parts := strings.Split(section, "```ini\n")
+	if len(parts) != 3 {
+		t.Fatalf("docs/hsm.md has %d drop-ins for opencryptoki", len(parts)-1)
 	}
+	dropIn, _, _ := strings.Cut(parts[1], "```")
+	daemonDropIn, _, _ := strings.Cut(parts[2], "```")
 	m := newInstalled(t, func(m *installed) {
 		m.Put("group", fmt.Sprintf("root:x:0:\norgkeys:x:%d:\npkcs11:x:992:orgkeys\n", serviceUser), 0o644, 0)
 		m.Put("opencryptoki/opencryptoki.conf", "version opencryptoki-3.8\nslot 3\n{\nstdll = libpkcs11_sw.so\n}\n", 0o644, 0)
 		m.Put("systemd/system/pkcsslotd.service", "[Service]\nExecStart=/usr/sbin/pkcsslotd -f\n", 0o644, 0)
+		m.Put("systemd/system/pkcsslotd.service.d/restart.conf", daemonDropIn, 0o644, 0)
 		m.Put("systemd/system/orgkeys.service.d/opencryptoki.conf", dropIn, 0o644, 0)
 		m.Put("orgkeys/pin", "123456", 0o600, serviceUser)
 		m.configure("ORGKEYS_DATA_DIR=/var/lib/orgkeys", "ORGKEYS_PKCS11_MODULE="+module, "ORGKEYS_PKCS11_TOKEN_LABEL=orgkeys", "ORGKEYS_PKCS11_PIN_FILE=/etc/orgkeys/pin")
@@ -217,6 +220,10 @@ func TestTheUnitServesWithOpencryptoki(t *testing.T) {
 	}
 	m.systemctl("start", "orgkeys.service")
 	m.serves()
+	m.systemctl("kill", "--signal=SIGPIPE", "pkcsslotd.service") // as by a program that dies while it waits
+	harness.Eventually(t, harness.Patience, "the slot daemon is started again", func() bool {
+		return m.Property("pkcsslotd.service", "NRestarts") != "0" && m.Property("pkcsslotd.service", "ActiveState") == "active"
+	})
 	m.systemctl("restart", "orgkeys.service")
 	m.serves()
 	if n := m.Property("orgkeys.service", "NRestarts"); n != "0" {

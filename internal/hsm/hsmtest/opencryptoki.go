@@ -55,7 +55,7 @@ mount --bind "$dir/lib" /var/lib/opencryptoki
 mount -t tmpfs -o mode=0755 run /run
 mount -t tmpfs -o mode=1777 shm /dev/shm
 mkdir -p /run/lock/opencryptoki/swtok
-while pkcsslotd -f; do :; done
+while :; do pkcsslotd -f || echo "pkcsslotd ends with $?"; sleep 0.1; done
 `
 
 // StartOpencryptoki starts the daemon with its state in dir, until the test ends.
@@ -79,6 +79,9 @@ func StartOpencryptoki(t testing.TB, dir string) *Opencryptoki {
 	t.Cleanup(func() {
 		_ = syscall.Kill(-o.daemon.Process.Pid, syscall.SIGKILL)
 		<-ended
+		if t.Failed() {
+			t.Logf("opencryptoki's daemon said\n%s", out.Bytes())
+		}
 	})
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		if o.Command(t.Context(), "test", "-S", "/run/pkcsslotd.socket").Run() == nil {
