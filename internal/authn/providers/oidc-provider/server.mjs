@@ -9,11 +9,13 @@ import { readFileSync } from 'node:fs'
 import https from 'node:https'
 import { generateKeyPair, exportJWK } from 'jose'
 import { Provider } from 'oidc-provider'
+import { createMemoryAdapter } from 'oidc-provider/lib/adapters/memory_adapter.js'
 
 const [cert, key] = process.argv.slice(2, 4).map((file) => readFileSync(file))
 const redirect = process.argv[4]
 const resource = 'https://orgkeys.example'
 const keys = []
+const adapter = createMemoryAdapter() // what outlasts a rotation: sessions, grants, codes
 let issuer, provider
 
 async function rotate() {
@@ -21,6 +23,7 @@ async function rotate() {
   keys.unshift({ ...(await exportJWK(privateKey)), kid: `key-${Date.now()}-${Math.random()}`, alg: 'ES256', use: 'sig' })
   keys.length = Math.min(keys.length, 2)
   provider = new Provider(issuer, {
+    adapter,
     jwks: { keys: [...keys] },
     clients: [{
       client_id: 'client', client_secret: 'secret', redirect_uris: [`${issuer}/callback`],
