@@ -223,3 +223,32 @@ func TestTheBindingsFunctionList(t *testing.T) {
 		t.Errorf("the list says version %d, C_GetInfo %d", major, info.CryptokiVersion.Major)
 	}
 }
+
+// A library that ends closes no descriptor of the program's, however often: with a
+// connection's number, what is meant for one peer would go to another.
+func TestFinalizeClosesNothingOfOurs(t *testing.T) {
+	cfg := freshToken(t)
+	lib := begin(t, cfg)
+	if err := lib.Finalize(); err != nil {
+		t.Fatal(err)
+	}
+	var ours []*os.File
+	for range 50 { // whatever number the library had, one of these has it
+		f, err := os.Open(os.DevNull)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		ours = append(ours, f)
+	}
+	for range 3 {
+		if err := errors.Join(lib.initialize(cfg.InitArgs), lib.Finalize()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, f := range ours {
+		if _, err := f.Stat(); err != nil {
+			t.Error(err)
+		}
+	}
+}

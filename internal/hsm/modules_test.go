@@ -38,7 +38,7 @@ func TestNoStartLocksOpencryptoki(t *testing.T) {
 // moduleTests run on every module: the contract, recovery from losses, first
 // starts of several replicas, and PINs. The long form runs more of them.
 func moduleTests() []string {
-	tests := []string{"Contract", "RecoversUnderLoad", "KeyThatIsLost", "RecyclesByAge", "FirstStartsOfReplicasMakeOneKey", "KilledUnderLoad", "ARefusedPINIsOfferedOnce", "TheTwoKeysOfFormat2", "NothingLastingIsMadeWithoutTheMechanisms"}
+	tests := []string{"Contract", "RecoversUnderLoad", "KeyThatIsLost", "RecyclesByAge", "FirstStartsOfReplicasMakeOneKey", "KilledUnderLoad", "ARefusedPINIsOfferedOnce", "TheTwoKeysOfFormat2", "FinalizeClosesNothingOfOurs", "NothingLastingIsMadeWithoutTheMechanisms"}
 	if long() {
 		tests = append(tests, "RecoversWithoutAnError", "AbandonedGenerationsLeaveNothing", "DestroyLooksForWhatIsLeft", "Recycles", "ClosedTokenIsUnavailable", "TokenExchanged")
 	}
