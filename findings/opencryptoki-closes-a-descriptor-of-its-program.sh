@@ -21,7 +21,7 @@ if [ -z "${INSIDE:-}" ]; then
 	trap 'rm -rf "$work"' EXIT
 	cd "$work"
 	apt-get download -qq -o APT::Sandbox::User=root opencryptoki=3.8.1+dfsg-3.2+b3 libopencryptoki0=3.8.1+dfsg-3.2+b3 libitm1 tcc=0.9.27+git20200814.62c30a4a-1
-	for deb in *.deb; do dpkg -x "$deb" root; done
+	for deb in *.deb; do dpkg -x "$deb" tree; done
 	namespaces=(--mount --ipc --pid --fork --kill-child)
 	[ "$(id -u)" = 0 ] || namespaces+=(--map-root-user)
 	INSIDE=$work unshare "${namespaces[@]}" bash "$(realpath "$OLDPWD/$0" 2>/dev/null || realpath "$0")"
@@ -29,9 +29,9 @@ if [ -z "${INSIDE:-}" ]; then
 fi
 
 cd "$INSIDE"
-libs=$(find root -type d -name stdll)
-export PATH=$PWD/root/usr/bin:$PWD/root/usr/sbin:$PATH
-export LD_LIBRARY_PATH=$PWD/$libs:$PWD/${libs%/*}:$PWD/${libs%/*/*}:$PWD/root/lib/x86_64-linux-gnu
+libs=$(find tree -type d -name stdll)
+export PATH=$PWD/tree/usr/bin:$PWD/tree/usr/sbin:$PATH
+export LD_LIBRARY_PATH=$PWD/$libs:$PWD/${libs%/*}:$PWD/${libs%/*/*}:$PWD/tree/lib/x86_64-linux-gnu
 # opencryptoki's paths are fixed, so /etc, /var/lib and /run are replaced here.
 cp -a /etc etc
 mkdir -p etc/opencryptoki var/opencryptoki/swtok/TOK_OBJ
@@ -76,7 +76,7 @@ int main(int count, char **argument) {
 }
 C
 ln -s /lib/x86_64-linux-gnu/libc.so.6 libc.so
-twice() { tcc -B root/usr/lib/x86_64-linux-gnu/tcc -L . -run twice.c "$PWD/${libs%/*}/libopencryptoki.so.0" "$1"; }
+twice() { tcc -B tree/usr/lib/x86_64-linux-gnu/tcc -L . -run twice.c "$PWD/${libs%/*}/libopencryptoki.so.0" "$1"; }
 loaded=$(twice stay)
 echo "C_Initialize and C_Finalize twice:          $loaded"
 unloaded=$(twice unload)

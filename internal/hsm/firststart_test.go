@@ -373,6 +373,7 @@ func TestKilledUnderLoad(t *testing.T) {
 		_ = cmd.Wait()
 		f.repair()
 	}
+	t.Logf("%d kills under load, %d records of the token put back", kills, f.repaired)
 	token := open(t, cfg)
 	opened, err := token.Open(bounded(t), []orgkey.Sealed{item})
 	if err != nil || string(opened[0]) != "value" {

@@ -72,6 +72,11 @@ func TestModules(t *testing.T) {
 				if passed := strings.Count(string(out), "\n--- PASS: "); err != nil || passed != len(some) {
 					t.Errorf("%d of %v passed, %v\n%s", passed, some, err, out)
 				}
+				for line := range strings.Lines(string(out)) {
+					if strings.Contains(line, "_test.go:") { // how much was done
+						t.Log(strings.TrimSpace(line))
+					}
+				}
 			}
 		})
 	}
