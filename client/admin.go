@@ -191,23 +191,30 @@ func orgPath(org string, parts ...string) string {
 
 // list reads the elements of an answer's data.
 func list[T any](ctx context.Context, c *Client, path string) ([]T, error) {
-	var body struct {
-		Success bool `json:"success"`
-		Data    *[]T `json:"data"`
+	data, err := get[[]T](ctx, c, path)
+	if err != nil {
+		return nil, err
 	}
-	err := c.do(ctx, request{method: http.MethodGet, path: path, token: true, limit: maxList, read: func(a *answer) error {
+	return *data, nil
+}
+
+// get reads an answer's data.
+func get[T any](ctx context.Context, c *Client, path string) (data *T, err error) {
+	err = c.do(ctx, request{method: http.MethodGet, path: path, token: true, limit: maxList, read: func(a *answer) error {
+		var body struct {
+			Success bool `json:"success"`
+			Data    *T   `json:"data"`
+		}
 		if err := a.decode(&body); err != nil {
 			return err
 		}
 		if !body.Success || body.Data == nil {
 			return a.foreign("JSON without data")
 		}
+		data = body.Data
 		return nil
 	}})
-	if err != nil {
-		return nil, err
-	}
-	return *body.Data, nil
+	return data, err
 }
 
 // remove deletes what path names. If the answer to an earlier attempt was lost,

@@ -2,7 +2,6 @@ package client
 
 import (
 	"context"
-	"net/http"
 )
 
 // Decision is what the policy would say to the caller.
@@ -21,18 +20,5 @@ type Decision struct {
 // orgkey.generate, in the organization. Nothing is done. A "no" is an answer and
 // no error.
 func (c *Client) AskPolicy(ctx context.Context, org, action string) (*Decision, error) {
-	var body struct {
-		Success bool      `json:"success"`
-		Data    *Decision `json:"data"`
-	}
-	err := c.do(ctx, request{method: http.MethodGet, path: orgPath(org, "decision", action), token: true, read: func(a *answer) error {
-		if err := a.decode(&body); err != nil {
-			return err
-		}
-		if !body.Success || body.Data == nil {
-			return a.foreign("JSON without data")
-		}
-		return nil
-	}})
-	return body.Data, err
+	return get[Decision](ctx, c, orgPath(org, "decision", action))
 }

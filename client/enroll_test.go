@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -13,31 +12,10 @@ import (
 	"testing"
 	"time"
 
-	kwp "github.com/tink-crypto/tink-go/v2/kwp/subtle"
-
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/envelope/envelopetest"
 )
-
-// wrapped is what a back end makes of a private key's DER.
-func wrapped(t *testing.T, recipient *rsa.PublicKey, der []byte) envelope.SealedKey {
-	t.Helper()
-	aes := make([]byte, 32)
-	rand.Read(aes)
-	head, err := rsa.EncryptOAEP(sha256.New(), rand.Reader, recipient, aes, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	wrap, err := kwp.NewKWP(aes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tail, err := wrap.Wrap(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return envelope.SealedKey{Alg: envelope.WrapSHA256, Value: append(head, tail...)}
-}
 
 func pkcs8(t *testing.T, key any) []byte {
 	t.Helper()
@@ -63,7 +41,7 @@ func TestWhatASealedKeyMustBe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	good := wrapped(t, &recipient.PublicKey, pkcs8(t, key))
+	good := envelopetest.Wrap(t, &recipient.PublicKey, envelope.WrapSHA256, pkcs8(t, key))
 	token := envelope.Token{ID: "00000000-0000-4000-8000-000000000001", K: make([]byte, envelope.TokenSecretSize)}
 	rand.Read(token.K)
 	id, err := client.RecipientID(&recipient.PublicKey)
@@ -80,9 +58,9 @@ func TestWhatASealedKeyMustBe(t *testing.T) {
 	}{
 		"as it must be":        {good, client.Fingerprint(&key.PublicKey), nil, false},
 		"another fingerprint":  {good, client.Fingerprint(&another.PublicKey), client.ErrSealedUseless, false},
-		"another's":            {wrapped(t, &another.PublicKey, pkcs8(t, key)), client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
+		"another's":            {envelopetest.Wrap(t, &another.PublicKey, envelope.WrapSHA256, pkcs8(t, key)), client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
 		"changed before":       {changed, client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
-		"no private key":       {wrapped(t, &recipient.PublicKey, []byte("this is no private key")), client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
+		"no private key":       {envelopetest.Wrap(t, &recipient.PublicKey, envelope.WrapSHA256, []byte("this is no private key")), client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
 		"nothing":              {envelope.SealedKey{Alg: good.Alg}, client.Fingerprint(&key.PublicKey), client.ErrSealedUseless, false},
 		"an unknown algorithm": {envelope.SealedKey{Alg: "x", Value: good.Value}, client.Fingerprint(&key.PublicKey), client.ErrSealedDamaged, true},
 	} {

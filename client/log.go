@@ -128,7 +128,7 @@ type SinkState struct {
 
 // Summary returns how the organization stands.
 func (c *Client) Summary(ctx context.Context, org string) (*Summary, error) {
-	return one[Summary](ctx, c, orgPath(org, "summary"))
+	return get[Summary](ctx, c, orgPath(org, "summary"))
 }
 
 // PolicyRow is what the policy says of one action.
@@ -147,23 +147,6 @@ type RoleDecision struct {
 // Policy returns what the policy says of every action in the organization.
 func (c *Client) Policy(ctx context.Context, org string) ([]PolicyRow, error) {
 	return list[PolicyRow](ctx, c, orgPath(org, "decision"))
-}
-
-func one[T any](ctx context.Context, c *Client, path string) (*T, error) {
-	var body struct {
-		Success bool `json:"success"`
-		Data    *T   `json:"data"`
-	}
-	err := c.do(ctx, request{method: http.MethodGet, path: path, token: true, limit: maxList, read: func(a *answer) error {
-		if err := a.decode(&body); err != nil {
-			return err
-		}
-		if !body.Success || body.Data == nil {
-			return a.foreign("JSON without data")
-		}
-		return nil
-	}})
-	return body.Data, err
 }
 
 // Because returns a client whose deletions and revocations are recorded with that

@@ -145,20 +145,7 @@ func (c *Client) Permissions(ctx context.Context, org string) ([]Permission, err
 
 // Permission returns one of the organization's enrollments.
 func (c *Client) Permission(ctx context.Context, org, id string) (*Permission, error) {
-	var body struct {
-		Success bool        `json:"success"`
-		Data    *Permission `json:"data"`
-	}
-	err := c.do(ctx, request{method: http.MethodGet, path: orgPath(org, "enrollment", id), token: true, limit: maxList, read: func(a *answer) error {
-		if err := a.decode(&body); err != nil {
-			return err
-		}
-		if !body.Success || body.Data == nil {
-			return a.foreign("JSON without data")
-		}
-		return nil
-	}})
-	return body.Data, err
+	return get[Permission](ctx, c, orgPath(org, "enrollment", id))
 }
 
 // RevokeEnrollment ends an enrollment: what was not claimed gives its place in

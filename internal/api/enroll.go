@@ -401,17 +401,22 @@ func (a *API) byEnrollment(c *gin.Context, act func(context.Context, enroll.Orig
 	a.fail(c, err)
 }
 
+// writeNew writes out a key that the request brought about.
+func writeNew(c *gin.Context) func(enroll.Answer) error {
+	return func(answer enroll.Answer) error {
+		c.Header("Vary", "Accept, Sec-Fetch-Mode")
+		c.Header("Location", "/organization/"+answer.Org+"/key/"+answer.KeyID)
+		return writeSealed(c, answer)
+	}
+}
+
 func (a *API) generateSealed(c *gin.Context) {
 	body, ok := a.adminBody(c)
 	if !ok {
 		return
 	}
 	x := exchangeOf(c)
-	err := a.Enrollments.Generate(c.Request.Context(), x.call(), x.org, body, func(answer enroll.Answer) error {
-		c.Header("Vary", "Accept, Sec-Fetch-Mode")
-		c.Header("Location", "/organization/"+answer.Org+"/key/"+answer.KeyID)
-		return writeSealed(c, answer)
-	})
+	err := a.Enrollments.Generate(c.Request.Context(), x.call(), x.org, body, writeNew(c))
 	if err != nil {
 		a.fail(c, err)
 	}

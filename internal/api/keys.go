@@ -15,7 +15,6 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
-	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/jsonbody"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -63,11 +62,7 @@ func (a *API) addOrGenerate(c *gin.Context) {
 	}
 	x := exchangeOf(c)
 	x.action = authz.AddKey
-	err := a.Enrollments.Add(c.Request.Context(), x.call(), x.org, body, func(answer enroll.Answer) error {
-		c.Header("Vary", "Accept, Sec-Fetch-Mode")
-		c.Header("Location", "/organization/"+answer.Org+"/key/"+answer.KeyID)
-		return writeSealed(c, answer)
-	})
+	err := a.Enrollments.Add(c.Request.Context(), x.call(), x.org, body, writeNew(c))
 	if err != nil {
 		a.fail(c, err)
 	}

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
@@ -29,11 +28,10 @@ import (
 	"testing"
 	"time"
 
-	kwp "github.com/tink-crypto/tink-go/v2/kwp/subtle"
-
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/envelope/envelopetest"
 	"github.com/orgkeys/orgkeys/internal/testca"
 )
 
@@ -666,21 +664,7 @@ func sealTo(t *testing.T, recipient *rsa.PublicKey, key *rsa.PrivateKey) envelop
 	if err != nil {
 		t.Fatal(err)
 	}
-	aes := make([]byte, 32)
-	rand.Read(aes)
-	head, err := rsa.EncryptOAEP(sha256.New(), rand.Reader, recipient, aes, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	wrap, err := kwp.NewKWP(aes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tail, err := wrap.Wrap(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return envelope.SealedKey{Alg: envelope.WrapSHA256, Value: append(head, tail...)}
+	return envelopetest.Wrap(t, recipient, envelope.WrapSHA256, der)
 }
 
 // ownKey makes an answer one with a key that somebody in between has made, whole

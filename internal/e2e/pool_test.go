@@ -421,28 +421,29 @@ func TestPoolWithAnAlteredDatabase(t *testing.T) {
 	s.Start(t)
 	generate("out of the pool")
 	generate("out of the pool")
-	s.Stop(t)
-	// The rows are back, and the records of the keys are gone.
-	harness.Exec(t, db, "DELETE FROM pool_keys")
-	harness.Exec(t, db, "DELETE FROM org_keys")
-	harness.Exec(t, db, "INSERT INTO pool_keys SELECT * FROM stolen WHERE use = 'plain'")
-	s.Start(t)
-	generate("rows put back")
-	generate("rows put back")
-	filled(t, s, 2)
-	s.Stop(t)
-	// The keys of one use as those of the other, and the row of one key for another.
-	harness.Exec(t, db, "UPDATE pool_keys SET use = CASE use WHEN 'plain' THEN 'sealed' ELSE 'plain' END")
-	s.Start(t)
-	generate("exchanged uses")
-	generate("exchanged uses")
-	filled(t, s, 2)
-	s.Stop(t)
-	harness.Exec(t, db, "UPDATE pool_keys SET sealed = (SELECT p.sealed FROM pool_keys p WHERE p.use = pool_keys.use AND p.id <> pool_keys.id)")
-	s.Start(t)
-	generate("exchanged rows")
-	generate("exchanged rows")
-	filled(t, s, 2)
+	for _, tampering := range []struct {
+		what       string
+		statements []string
+	}{
+		{"rows put back, without the records of their keys", []string{
+			"DELETE FROM pool_keys", "DELETE FROM org_keys", "INSERT INTO pool_keys SELECT * FROM stolen WHERE use = 'plain'",
+		}},
+		{"the keys of one use as those of the other", []string{
+			"UPDATE pool_keys SET use = CASE use WHEN 'plain' THEN 'sealed' ELSE 'plain' END",
+		}},
+		{"the row of one key for another", []string{
+			"UPDATE pool_keys SET sealed = (SELECT p.sealed FROM pool_keys p WHERE p.use = pool_keys.use AND p.id <> pool_keys.id)",
+		}},
+	} {
+		s.Stop(t)
+		for _, statement := range tampering.statements {
+			harness.Exec(t, db, statement)
+		}
+		s.Start(t)
+		generate(tampering.what)
+		generate(tampering.what)
+		filled(t, s, 2)
+	}
 	harness.Eventually(t, time.Minute, "no key is left", func() bool {
 		c := countKeys(t, v, "orgkeys")
 		return len(c.made)-len(c.deleted) == len(inTransit(t, v))

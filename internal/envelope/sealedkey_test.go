@@ -4,43 +4,18 @@ import (
 	"bytes"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/sha1"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
-	"hash"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
 
-	kwp "github.com/tink-crypto/tink-go/v2/kwp/subtle"
-
 	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/envelope/envelopetest"
 )
-
-// wrap does what a back end does, with Go's own means.
-func wrap(t *testing.T, recipient *rsa.PublicKey, alg string, private []byte) envelope.SealedKey {
-	t.Helper()
-	hashes := map[string]func() hash.Hash{envelope.WrapSHA256: sha256.New, envelope.WrapSHA1: sha1.New}
-	key := make([]byte, 32)
-	rand.Read(key)
-	head, err := rsa.EncryptOAEP(hashes[alg](), rand.Reader, recipient, key, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w, err := kwp.NewKWP(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tail, err := w.Wrap(private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return envelope.SealedKey{Alg: alg, Value: append(head, tail...)}
-}
 
 func newRSA(t *testing.T, bits int) *rsa.PrivateKey {
 	t.Helper()
@@ -63,7 +38,7 @@ func pkcs8(t *testing.T, key *rsa.PrivateKey) []byte {
 func TestSealedKeyOpens(t *testing.T) {
 	recipient, private := newRSA(t, 3072), pkcs8(t, newRSA(t, 2048))
 	for _, alg := range []string{envelope.WrapSHA256, envelope.WrapSHA1} {
-		sealed := wrap(t, &recipient.PublicKey, alg, private)
+		sealed := envelopetest.Wrap(t, &recipient.PublicKey, alg, private)
 		opened, err := sealed.Open(recipient)
 		if err != nil || !bytes.Equal(opened, private) {
 			t.Errorf("%s: %d bytes, %v", alg, len(opened), err)
@@ -102,7 +77,7 @@ func openWithOpenSSL(t *testing.T, recipient *rsa.PrivateKey, sealed envelope.Se
 
 func TestSealedKeyOfAnotherOrChanged(t *testing.T) {
 	recipient, other := newRSA(t, 3072), newRSA(t, 3072)
-	sealed := wrap(t, &recipient.PublicKey, envelope.WrapSHA256, pkcs8(t, newRSA(t, 2048)))
+	sealed := envelopetest.Wrap(t, &recipient.PublicKey, envelope.WrapSHA256, pkcs8(t, newRSA(t, 2048)))
 	if _, err := sealed.Open(other); !errors.Is(err, envelope.ErrNotAuthentic) {
 		t.Errorf("another recipient: %v", err)
 	}

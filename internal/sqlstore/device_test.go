@@ -42,14 +42,7 @@ func sealedKey(t *testing.T, db *sqlstore.DB) (enroll.Delivery, enroll.Recipient
 	t.Helper()
 	held := recipient(t)
 	held.Origin = enroll.FromNode
-	id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 10)
-	if err != nil {
-		t.Fatal(err)
-	}
-	d, err := claim(t, db, id, recipient(t))
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, d := claimed(t, db, enroll.Enrollment{}, time.Hour, 10)
 	return offeredAs(t, db, d, orgkey.NewPublic(held.Public).Fingerprint()), held
 }
 

@@ -524,16 +524,21 @@ func (d *DB) StoreWrapped(ctx context.Context, keyID, attempt string, public []b
 			keyID, attempt, now, w.Alg, w.Value, w.SHA256, fingerprint)); err != nil {
 			return err
 		}
-		v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
-		if err != nil {
-			return err
-		}
-		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = 'pending', sealed = $3, created_at = $2 WHERE id = $1 AND state = 'reserved' AND expires_at > $2",
-			keyID, now, public)); err != nil {
-			return err
-		}
-		return d.record(ctx, tx, created)
+		return d.pend(ctx, tx, keyID, now, public, created)
 	})
+}
+
+// pend makes a delivery's reserved key a pending one.
+func (d *DB) pend(ctx context.Context, tx *txn, keyID string, now int64, public []byte, created audit.Event) error {
+	v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
+	if err != nil {
+		return err
+	}
+	if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = 'pending', sealed = $3, created_at = $2 WHERE id = $1 AND state = 'reserved' AND expires_at > $2",
+		keyID, now, public)); err != nil {
+		return err
+	}
+	return d.record(ctx, tx, created)
 }
 
 // StoreOwn implements enroll.Store.
@@ -548,15 +553,7 @@ func (d *DB) StoreOwn(ctx context.Context, keyID string, public []byte, fingerpr
 		if err != nil || n == 0 {
 			return err
 		}
-		v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
-		if err != nil {
-			return err
-		}
-		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = 'pending', sealed = $3, created_at = $2 WHERE id = $1 AND state = 'reserved' AND expires_at > $2",
-			keyID, now, public)); err != nil {
-			return err
-		}
-		return d.record(ctx, tx, created)
+		return d.pend(ctx, tx, keyID, now, public, created)
 	})
 }
 

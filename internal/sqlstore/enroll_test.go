@@ -64,6 +64,19 @@ func claim(t *testing.T, db *sqlstore.DB, id string, r enroll.Recipient) (enroll
 		func(string) audit.Event { return event(audit.EnrollmentClaimed, "acme", id) }, event(audit.EnrollmentConflict, "acme", id))
 }
 
+// claimed is a new enrollment, and a first claim of it.
+func claimed(t *testing.T, db *sqlstore.DB, e enroll.Enrollment, life time.Duration, limit int) (id string, d enroll.Delivery) {
+	t.Helper()
+	id, err := mint(t, db, e, life, limit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d, err = claim(t, db, id, recipient(t)); err != nil {
+		t.Fatal(err)
+	}
+	return id, d
+}
+
 // offered takes a claimed delivery to the stage at which the key goes out.
 func offered(t *testing.T, db *sqlstore.DB, d enroll.Delivery) enroll.Delivery {
 	t.Helper()
@@ -199,14 +212,7 @@ func TestEnrollmentsHoldTheirPlaces(t *testing.T) {
 
 func TestUnclaimedPlacesComeBack(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
-		id, err := mint(t, db, enroll.Enrollment{Uses: 2}, time.Second, 2)
-		if err != nil {
-			t.Fatal(err)
-		}
-		d, err := claim(t, db, id, recipient(t))
-		if err != nil {
-			t.Fatal(err)
-		}
+		id, d := claimed(t, db, enroll.Enrollment{Uses: 2}, time.Second, 2)
 		time.Sleep(1100 * time.Millisecond)
 		places := 0
 		events := enroll.SweepEvents{
@@ -236,14 +242,7 @@ func TestUnclaimedPlacesComeBack(t *testing.T) {
 // A late attempt finds that it is late, and cannot replace what another stored.
 func TestALateAttemptStoresNothing(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
-		id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 2)
-		if err != nil {
-			t.Fatal(err)
-		}
-		d, err := claim(t, db, id, recipient(t))
-		if err != nil {
-			t.Fatal(err)
-		}
+		_, d := claimed(t, db, enroll.Enrollment{}, time.Hour, 2)
 		late := uuid.NewString()
 		if mine, err := db.Begin(t.Context(), d.KeyID, late, 50*time.Millisecond); err != nil || !mine {
 			t.Fatal(mine, err)
@@ -253,7 +252,7 @@ func TestALateAttemptStoresNothing(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 		offered(t, db, d)
-		err = db.StoreWrapped(t.Context(), d.KeyID, late, []byte("x"), enroll.Wrapped{Value: []byte("other")}, "other", event(audit.KeyCreated, "acme", d.KeyID))
+		err := db.StoreWrapped(t.Context(), d.KeyID, late, []byte("x"), enroll.Wrapped{Value: []byte("other")}, "other", event(audit.KeyCreated, "acme", d.KeyID))
 		if !errors.Is(err, orgkey.ErrGone) {
 			t.Errorf("the late attempt: %v", err)
 		}
@@ -268,14 +267,7 @@ func TestPromise14_ANodeKeyActsForItsNodeOnly(t *testing.T) {
 			if address != "" {
 				e.Address = netip.MustParseAddr(address)
 			}
-			id, err := mint(t, db, e, time.Hour, 100)
-			if err != nil {
-				t.Fatal(err)
-			}
-			d, err := claim(t, db, id, recipient(t))
-			if err != nil {
-				t.Fatal(err)
-			}
+			_, d := claimed(t, db, e, time.Hour, 100)
 			return node.Signer{Key: offered(t, db, d).KeyID, OfNode: true}
 		}
 		message := byte(0)
@@ -347,14 +339,7 @@ func TestPromise14_ANodeKeyActsForItsNodeOnly(t *testing.T) {
 // A key that signs was received, receipt or not, and is not withdrawn.
 func TestUseStandsForAReceipt(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
-		id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 2)
-		if err != nil {
-			t.Fatal(err)
-		}
-		d, err := claim(t, db, id, recipient(t))
-		if err != nil {
-			t.Fatal(err)
-		}
+		id, d := claimed(t, db, enroll.Enrollment{}, time.Hour, 2)
 		d = offered(t, db, d)
 		found, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr("192.0.2.1"), d.KeyID, 5)
 		if err != nil || len(found) != 1 || !found[0].Unreceived || !found[0].OfNode {
@@ -386,14 +371,7 @@ func TestUseStandsForAReceipt(t *testing.T) {
 // asked for; the enrollments for what ends end with it, and leave nothing.
 func TestNodeKeysAmongAllKeys(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
-		id, err := mint(t, db, enroll.Enrollment{Uses: 3}, time.Hour, 5)
-		if err != nil {
-			t.Fatal(err)
-		}
-		d, err := claim(t, db, id, recipient(t))
-		if err != nil {
-			t.Fatal(err)
-		}
+		id, d := claimed(t, db, enroll.Enrollment{Uses: 3}, time.Hour, 5)
 		d = offered(t, db, d)
 		delivered := event(audit.KeyDelivered, "acme", d.KeyID)
 		if err := db.Answered(t.Context(), d.KeyID, delivered); err != nil {
