@@ -331,7 +331,7 @@ func (s *Service) fromPool(ctx context.Context, pass gate.Pass, d Delivery, take
 		return made{}, false, err
 	}
 	// CRASH: the key is lost, and another attempt begins when this one's life is over.
-	stored, err := s.store(ctx, pass, d, taken.ID, orgkey.NewPublic(key.Public()), wrapped, orgkey.AheadDetail(since))
+	stored, err := s.store(ctx, pass, d, taken.ID, key.Public(), wrapped, orgkey.AheadDetail(since))
 	if err != nil && !stored {
 		s.giveUp(ctx, d.KeyID, taken.ID)
 	}
@@ -364,7 +364,7 @@ func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attem
 	if err != nil {
 		return nil, false, backEnd("wrapping", d, err)
 	}
-	stored, err = s.store(ctx, pass, d, attempt, orgkey.NewPublic(key.Public()), wrapped, nil)
+	stored, err = s.store(ctx, pass, d, attempt, key.Public(), wrapped, nil)
 	return wrapped.Value, stored, err
 }
 

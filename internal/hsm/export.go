@@ -275,7 +275,7 @@ var errNoneWorks = errors.New("none works")
 // sample is a private key in the token that is thrown away.
 type sample struct {
 	private pkcs11.ObjectHandle
-	public  *rsa.PublicKey
+	public  orgkey.Public
 	destroy func()
 }
 
@@ -316,7 +316,7 @@ func importSample(lib *module, h pkcs11.SessionHandle) (*sample, error) {
 		return nil, fmt.Errorf("importing a key to try: %w", err)
 	}
 	// A sample that stays is a worthless session object.
-	return &sample{object, &key.PublicKey, func() { _ = lib.DestroyObject(h, object) }}, nil
+	return &sample{object, orgkey.NewPublic(&key.PublicKey), func() { _ = lib.DestroyObject(h, object) }}, nil
 }
 
 func generateSample(lib *module, h pkcs11.SessionHandle) (*sample, error) {
@@ -329,7 +329,7 @@ func generateSample(lib *module, h pkcs11.SessionHandle) (*sample, error) {
 
 // export returns a private key of the token as PKCS#1 DER, checked against its
 // public half. It is encrypted while outside of the token and of this function.
-func (c *courier) export(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, wrappingKey []byte, private pkcs11.ObjectHandle, public *rsa.PublicKey) ([]byte, error) {
+func (c *courier) export(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, wrappingKey []byte, private pkcs11.ObjectHandle, public orgkey.Public) ([]byte, error) {
 	var iv []byte
 	if c.wrap.ivSize > 0 {
 		iv = make([]byte, c.wrap.ivSize)
@@ -348,7 +348,7 @@ func (c *courier) export(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.
 	if err != nil {
 		return nil, err
 	}
-	if err := orgkey.NewPublic(public).CheckPrivate(pkcs1); err != nil {
+	if err := public.CheckPrivate(pkcs1); err != nil {
 		return nil, err
 	}
 	return append(make([]byte, 0, len(pkcs1)), pkcs1...), nil

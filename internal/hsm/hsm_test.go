@@ -158,7 +158,7 @@ func generateOne(ctx context.Context, token interface {
 func take(ctx context.Context, key orgkey.BackendKey) error {
 	der, err := key.Export(ctx)
 	if err == nil {
-		err = orgkey.NewPublic(key.Public()).CheckPrivate(der)
+		err = key.Public().CheckPrivate(der)
 		clear(der)
 	}
 	return errors.Join(err, key.Destroy(ctx))

@@ -20,7 +20,7 @@ type pair struct {
 	name    string
 	public  pkcs11.ObjectHandle
 	private pkcs11.ObjectHandle
-	key     *rsa.PublicKey
+	key     orgkey.Public
 	gone    bool // the handles mean nothing any more; guarded by the session's turn
 }
 
@@ -57,20 +57,20 @@ func generatePair(lib *module, h pkcs11.SessionHandle, name string) (*pair, erro
 	return p, nil
 }
 
-func readPublic(lib *module, h pkcs11.SessionHandle, public pkcs11.ObjectHandle) (*rsa.PublicKey, error) {
+func readPublic(lib *module, h pkcs11.SessionHandle, public pkcs11.ObjectHandle) (orgkey.Public, error) {
 	attributes, err := lib.GetAttributeValue(h, public, []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_MODULUS, nil),
 		pkcs11.NewAttribute(pkcs11.CKA_PUBLIC_EXPONENT, nil),
 	})
 	if err != nil {
-		return nil, fmt.Errorf("reading the public key: %w", err)
+		return orgkey.Public{}, fmt.Errorf("reading the public key: %w", err)
 	}
 	n := new(big.Int).SetBytes(attributes[0].Value)
 	e := new(big.Int).SetBytes(attributes[1].Value)
 	if n.BitLen() != orgkey.Bits || e.Cmp(big.NewInt(65537)) != 0 {
-		return nil, fmt.Errorf("the token made a key of %d bits with exponent %v", n.BitLen(), e)
+		return orgkey.Public{}, fmt.Errorf("the token made a key of %d bits with exponent %v", n.BitLen(), e)
 	}
-	return &rsa.PublicKey{N: n, E: 65537}, nil
+	return orgkey.NewPublic(&rsa.PublicKey{N: n, E: 65537}), nil
 }
 
 // destroy removes both objects and confirms that nothing has p's name any more.
@@ -177,7 +177,7 @@ func (t *Token) generate(ctx context.Context, l *life, s *session, name string) 
 	return p, nil
 }
 
-func (k *key) Public() *rsa.PublicKey { return k.pair.key }
+func (k *key) Public() orgkey.Public { return k.pair.key }
 
 // Export wraps the key in the token and unwraps it here.
 func (k *key) Export(ctx context.Context) ([]byte, error) {

@@ -152,7 +152,7 @@ func use(ctx context.Context, taken *orgkey.Taken[orgkey.BackendKey]) (string, e
 	}
 	der, exportErr := key.Export(ctx)
 	clear(der)
-	return orgkey.NewPublic(key.Public()).Fingerprint(), errors.Join(err, exportErr, key.Destroy(ctx))
+	return key.Public().Fingerprint(), errors.Join(err, exportErr, key.Destroy(ctx))
 }
 
 func TestThePoolIsFilledOneKeyAtATime(t *testing.T) {

@@ -3,8 +3,6 @@ package keypool
 import (
 	"bytes"
 	"context"
-	"crypto/rsa"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"maps"
@@ -43,11 +41,11 @@ type Store interface {
 
 // Keystore makes keys that wait in the back end. Its implementation is vault.
 type Keystore interface {
-	CreateAhead(ctx context.Context, use orgkey.Use, name string) (*rsa.PublicKey, error)
+	CreateAhead(ctx context.Context, use orgkey.Use, name string) (orgkey.Public, error)
 	// TakenPlain and TakenSealed return a key that was taken. Their Destroy succeeds
 	// only if its own deletion removed the key.
-	TakenPlain(name string, public *rsa.PublicKey) orgkey.BackendKey
-	TakenSealed(name string, public *rsa.PublicKey) orgkey.SealableKey
+	TakenPlain(name string, public orgkey.Public) orgkey.BackendKey
+	TakenSealed(name string, public orgkey.Public) orgkey.SealableKey
 	// Discard removes a key and confirms that it is gone. What is not there is no error.
 	Discard(ctx context.Context, use orgkey.Use, name string) error
 	// Credentials is a mark of those that are in use, or empty.
@@ -77,7 +75,7 @@ type Shared struct {
 type opened struct {
 	row orgkey.Ahead
 	record
-	public *rsa.PublicKey
+	public orgkey.Public
 }
 
 // NewShared returns a pool whose keys wait in keystore.
@@ -115,7 +113,7 @@ func (p *Shared) Begin(ctx context.Context, keyID, attempt string, life time.Dur
 }
 
 // open returns a key that was taken, or nil.
-func open[K any](p *Shared, use orgkey.Use, ahead *orgkey.Ahead, key func(string, *rsa.PublicKey) K) *orgkey.Taken[K] {
+func open[K any](p *Shared, use orgkey.Use, ahead *orgkey.Ahead, key func(string, orgkey.Public) K) *orgkey.Taken[K] {
 	p.taken(use, ahead != nil)
 	if ahead == nil {
 		return nil
@@ -159,7 +157,7 @@ func (p *Shared) forgetOpened(id string) {
 }
 
 // read opens the record of a pool key, unless the very same row was opened before.
-func (p *Shared) read(ctx context.Context, a orgkey.Ahead) (record, *rsa.PublicKey, error) {
+func (p *Shared) read(ctx context.Context, a orgkey.Ahead) (record, orgkey.Public, error) {
 	p.mu.Lock()
 	known, ok := p.opened[a.ID]
 	p.mu.Unlock()
@@ -168,19 +166,15 @@ func (p *Shared) read(ctx context.Context, a orgkey.Ahead) (record, *rsa.PublicK
 	}
 	text, err := p.sealer.Open(ctx, []orgkey.Sealed{{Binding: orgkey.AheadOf(a.Use, a.ID), Ciphertext: a.Sealed}})
 	if err != nil {
-		return record{}, nil, err
+		return record{}, orgkey.Public{}, err
 	}
 	var r record
 	if err := json.Unmarshal(text[0], &r, json.RejectUnknownMembers(true)); err != nil {
-		return r, nil, err
+		return r, orgkey.Public{}, err
 	}
-	parsed, err := x509.ParsePKIXPublicKey(r.Public)
+	public, err := orgkey.ParsePublic(r.Public)
 	if err != nil {
-		return r, nil, err
-	}
-	public, ok := parsed.(*rsa.PublicKey)
-	if !ok {
-		return r, nil, errors.New("it is not an RSA key")
+		return r, orgkey.Public{}, err
 	}
 	p.mu.Lock()
 	p.opened[a.ID] = opened{a, r, public}
@@ -228,8 +222,8 @@ func (p *Shared) add(ctx context.Context, use orgkey.Use) (full bool, err error)
 	return false, nil
 }
 
-func (p *Shared) seal(ctx context.Context, a orgkey.Ahead, public *rsa.PublicKey) ([]byte, error) {
-	der, err := x509.MarshalPKIXPublicKey(public)
+func (p *Shared) seal(ctx context.Context, a orgkey.Ahead, public orgkey.Public) ([]byte, error) {
+	der, err := public.DER()
 	if err != nil {
 		return nil, err
 	}

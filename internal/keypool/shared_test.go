@@ -2,8 +2,6 @@ package keypool_test
 
 import (
 	"context"
-	"crypto/rsa"
-	"crypto/x509"
 	"errors"
 	"log/slog"
 	"path/filepath"
@@ -34,10 +32,10 @@ type named struct {
 
 func (n *named) Credentials() string { return "those in use" }
 
-func (n *named) CreateAhead(ctx context.Context, _ orgkey.Use, name string) (*rsa.PublicKey, error) {
+func (n *named) CreateAhead(ctx context.Context, _ orgkey.Use, name string) (orgkey.Public, error) {
 	k, err := n.Token.CreateAhead(ctx, name)
 	if err != nil {
-		return nil, err
+		return orgkey.Public{}, err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -51,8 +49,8 @@ func (n *named) key(name string) orgkey.HeldKey {
 	return n.keys[name]
 }
 
-func (n *named) TakenPlain(name string, _ *rsa.PublicKey) orgkey.BackendKey   { return n.key(name) }
-func (n *named) TakenSealed(name string, _ *rsa.PublicKey) orgkey.SealableKey { return n.key(name) }
+func (n *named) TakenPlain(name string, _ orgkey.Public) orgkey.BackendKey   { return n.key(name) }
+func (n *named) TakenSealed(name string, _ orgkey.Public) orgkey.SealableKey { return n.key(name) }
 
 func (n *named) Discard(ctx context.Context, _ orgkey.Use, name string) error {
 	k := n.key(name)
@@ -109,7 +107,7 @@ func (s shared) put(t *testing.T, made time.Time, credentials string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	der, err := x509.MarshalPKIXPublicKey(public)
+	der, err := public.DER()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -98,7 +98,7 @@ func TestAPoolKeyThatIsNotOwnIsNotReleased(t *testing.T) {
 			if err != nil || len(keys) != 1 || keys[0].ID != id {
 				t.Errorf("listed are %v, %v", keys, err)
 			}
-			if c.released != (keys[0].Fingerprint == orgkey.NewPublic(ahead.Public()).Fingerprint()) {
+			if c.released != (keys[0].Fingerprint == ahead.Public().Fingerprint()) {
 				t.Error("the public key is of another key than was released")
 			}
 		})

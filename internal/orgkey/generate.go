@@ -67,7 +67,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 			s.cancel(ctx, place.asked)
 			return s.refused(ctx, pass, fmt.Errorf("making key %s: %w: %w", id, ErrBackend, err))
 		}
-		place.public = NewPublic(key.Public())
+		place.public = key.Public()
 	}
 	// The private key is exported while the record is stored and the audit log
 	// acknowledges it. The release needs both. One from the pool is exported already.
@@ -170,7 +170,7 @@ func (s *Service) claim(ctx context.Context, org org.ID, taken *Taken[BackendKey
 	if err != nil {
 		return place{}, err
 	}
-	p := place{id: taken.ID, public: NewPublic(key.Public()), detail: AheadDetail(made)}
+	p := place{id: taken.ID, public: key.Public(), detail: AheadDetail(made)}
 	err = s.concurrently(ctx,
 		func(ctx context.Context) (err error) { p.der, err = s.export(ctx, key, p.id); return err },
 		func(ctx context.Context) (err error) { p.sealed, err = s.seal(ctx, org, p.id, p.public); return err })

@@ -17,7 +17,6 @@ package orgkey
 
 import (
 	"context"
-	"crypto/rsa"
 	"errors"
 	"fmt"
 	"time"
@@ -102,7 +101,7 @@ type Keystore interface {
 // another call fails.
 type BackendKey interface {
 	// Public is the public half, as reported by the back end.
-	Public() *rsa.PublicKey
+	Public() Public
 	// Export returns the private key as PKCS#1 DER (RFC 8017, A.1.2), checked
 	// against Public. The caller clears it.
 	Export(ctx context.Context) ([]byte, error)

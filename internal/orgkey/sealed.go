@@ -36,7 +36,7 @@ type SealedKeystore interface {
 // SealableKey is such a key. Destroy must be called, whatever else fails.
 type SealableKey interface {
 	// Public is the public half, as the back end itself reported it.
-	Public() *rsa.PublicKey
+	Public() Public
 	// Seal has the back end wrap the private key, as PKCS#8 DER, to recipient.
 	// Neither the private key nor the AES key of the wrap is ever outside the
 	// back end. Whether recipient may be trusted to be one is the caller's to

@@ -2,7 +2,6 @@ package vault
 
 import (
 	"context"
-	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -27,13 +26,13 @@ func aheadMount(use orgkey.Use) string {
 
 // CreateAhead makes a key that stays in Transit until it is taken or discarded. The
 // creation is sent once; if its outcome is unknown, the key is abandoned.
-func (k *Keystore) CreateAhead(ctx context.Context, use orgkey.Use, name string) (*rsa.PublicKey, error) {
+func (k *Keystore) CreateAhead(ctx context.Context, use orgkey.Use, name string) (orgkey.Public, error) {
 	if !nameForm.MatchString(name) {
-		return nil, fmt.Errorf("creating a key ahead: %q is not a UUID", name)
+		return orgkey.Public{}, fmt.Errorf("creating a key ahead: %q is not a UUID", name)
 	}
 	public, err := k.c.create(once(correlated(ctx, name)), aheadMount(use)+"/keys/"+name)
 	if err != nil {
-		return nil, fmt.Errorf("creating a key ahead: %w", err)
+		return orgkey.Public{}, fmt.Errorf("creating a key ahead: %w", err)
 	}
 	return public, nil
 }
@@ -41,12 +40,12 @@ func (k *Keystore) CreateAhead(ctx context.Context, use orgkey.Use, name string)
 // TakenPlain is a key made ahead for orgkey.UsePlain. Its Destroy succeeds only if
 // its own deletion removed the key: of several deletions at once Transit answers
 // one with 204. A key whose Destroy failed must not be released.
-func (k *Keystore) TakenPlain(name string, public *rsa.PublicKey) orgkey.BackendKey {
+func (k *Keystore) TakenPlain(name string, public orgkey.Public) orgkey.BackendKey {
 	return &key{c: k.c, name: name, public: public, ahead: true}
 }
 
 // TakenSealed is likewise a key made ahead for orgkey.UseSealed.
-func (k *Keystore) TakenSealed(name string, public *rsa.PublicKey) orgkey.SealableKey {
+func (k *Keystore) TakenSealed(name string, public orgkey.Public) orgkey.SealableKey {
 	return &sealableKey{c: k.c, name: name, public: public, ahead: true}
 }
 

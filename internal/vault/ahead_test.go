@@ -2,7 +2,6 @@ package vault_test
 
 import (
 	"context"
-	"crypto/rsa"
 	"errors"
 	"net/http"
 	"slices"
@@ -17,7 +16,7 @@ import (
 )
 
 // ahead makes a key that waits in Transit.
-func ahead(t *testing.T, c *vault.Client, use orgkey.Use) (string, *rsa.PublicKey) {
+func ahead(t *testing.T, c *vault.Client, use orgkey.Use) (string, orgkey.Public) {
 	t.Helper()
 	name := uuid.NewString()
 	public, err := c.Keystore().CreateAhead(t.Context(), use, name)

@@ -1,10 +1,11 @@
 package vault
 
 import (
-	"crypto/rsa"
 	"time"
 
 	"github.com/hashicorp/vault/api"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 // What the tests need to see from outside.
@@ -16,7 +17,7 @@ var (
 func (c *Client) Token() string    { return c.current.Load().token }
 func (c *Client) API() *api.Client { return c.current.Load().api }
 
-func FreshKey(body []byte, date time.Time, callTimeout time.Duration) (*rsa.PublicKey, error) {
+func FreshKey(body []byte, date time.Time, callTimeout time.Duration) (orgkey.Public, error) {
 	return freshKey(response{body: body, date: date}, callTimeout)
 }
 

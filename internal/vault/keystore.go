@@ -79,67 +79,67 @@ func (k *Keystore) Create(ctx context.Context, name string) (orgkey.BackendKey, 
 }
 
 // create makes the key at path. It can be deleted from then on.
-func (c *Client) create(ctx context.Context, path string) (*rsa.PublicKey, error) {
+func (c *Client) create(ctx context.Context, path string) (orgkey.Public, error) {
 	answer, err := c.do(ctx, request{method: http.MethodPut, path: path, body: []byte(`{"type":"rsa-2048","exportable":true}`)})
 	if err != nil {
 		if errors.Is(err, orgkey.ErrUnavailable) {
 			c.abandon(ctx, path)
 		}
-		return nil, err
+		return orgkey.Public{}, err
 	}
 	public, err := freshKey(answer, c.config.CallTimeout)
 	if err != nil {
-		return nil, err
+		return orgkey.Public{}, err
 	}
 	if err := c.allowDeletion(ctx, path); err != nil {
 		c.abandon(ctx, path)
-		return nil, err
+		return orgkey.Public{}, err
 	}
 	return public, nil
 }
 
 // freshKey reads the answer to a creation and reports ErrNotFresh unless it
 // speaks of the key that this very call made. Both times are Vault's.
-func freshKey(answer response, callTimeout time.Duration) (*rsa.PublicKey, error) {
+func freshKey(answer response, callTimeout time.Duration) (orgkey.Public, error) {
 	k, err := data[transitKey](answer.body)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNotFresh, err) // as a symmetric key has it
+		return orgkey.Public{}, fmt.Errorf("%w: %w", ErrNotFresh, err) // as a symmetric key has it
 	}
 	first := k.Keys["1"]
 	switch {
 	case k.Type != "rsa-2048" || !k.Exportable || k.Imported || k.PlaintextBackup:
-		return nil, fmt.Errorf("%w: it is of type %q, exportable %t, imported %t", ErrNotFresh, k.Type, k.Exportable, k.Imported)
+		return orgkey.Public{}, fmt.Errorf("%w: it is of type %q, exportable %t, imported %t", ErrNotFresh, k.Type, k.Exportable, k.Imported)
 	case k.LatestVersion != 1 || len(k.Keys) != 1:
-		return nil, fmt.Errorf("%w: its latest version is %d", ErrNotFresh, k.LatestVersion)
+		return orgkey.Public{}, fmt.Errorf("%w: its latest version is %d", ErrNotFresh, k.LatestVersion)
 	case k.DeletionAllowed:
-		return nil, fmt.Errorf("%w: its configuration was changed", ErrNotFresh)
+		return orgkey.Public{}, fmt.Errorf("%w: its configuration was changed", ErrNotFresh)
 	case answer.date.Sub(first.Created).Abs() > callTimeout+clockGrain:
-		return nil, fmt.Errorf("%w: it was created %s before the answer", ErrNotFresh, answer.date.Sub(first.Created))
+		return orgkey.Public{}, fmt.Errorf("%w: it was created %s before the answer", ErrNotFresh, answer.date.Sub(first.Created))
 	}
 	return parsePublic([]byte(first.PublicKey))
 }
 
-func parsePublic(text []byte) (*rsa.PublicKey, error) {
+func parsePublic(text []byte) (orgkey.Public, error) {
 	block, _ := pem.Decode(text)
 	if block == nil {
-		return nil, errors.New("reading the public key: it is not PEM")
+		return orgkey.Public{}, errors.New("reading the public key: it is not PEM")
 	}
 	parsed, err := x509.ParsePKIXPublicKey(block.Bytes)
 	if err != nil {
-		return nil, fmt.Errorf("reading the public key: %w", err)
+		return orgkey.Public{}, fmt.Errorf("reading the public key: %w", err)
 	}
 	public, ok := parsed.(*rsa.PublicKey)
 	if !ok || public.N.BitLen() != orgkey.Bits {
-		return nil, fmt.Errorf("reading the public key: it is not RSA of %d bits", orgkey.Bits)
+		return orgkey.Public{}, fmt.Errorf("reading the public key: it is not RSA of %d bits", orgkey.Bits)
 	}
-	return public, nil
+	return orgkey.NewPublic(public), nil
 }
 
 // key is a key in Transit.
 type key struct {
 	c      *Client
 	name   string
-	public *rsa.PublicKey
+	public orgkey.Public
 
 	ahead bool // made ahead: Destroy succeeds only if its own call removed the key
 
@@ -149,7 +149,7 @@ type key struct {
 }
 
 // Public implements orgkey.BackendKey.
-func (k *key) Public() *rsa.PublicKey { return k.public }
+func (k *key) Public() orgkey.Public { return k.public }
 
 // Export implements orgkey.BackendKey. Every copy of the private key that this
 // package made is cleared, but the one returned. What stays out of reach until
@@ -173,7 +173,7 @@ func (k *key) Export(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("exporting a key: %w", err)
 	}
-	if err := orgkey.NewPublic(k.public).CheckPrivate(der); err != nil {
+	if err := k.public.CheckPrivate(der); err != nil {
 		clear(der)
 		return nil, fmt.Errorf("exporting a key: %w", err)
 	}

@@ -52,7 +52,7 @@ func (k *Keystore) DestroySealed(ctx context.Context, name string) error {
 type sealableKey struct {
 	c      *Client
 	name   string
-	public *rsa.PublicKey
+	public orgkey.Public
 	ahead  bool // as of key
 
 	mu   sync.Mutex
@@ -60,7 +60,7 @@ type sealableKey struct {
 }
 
 // Public implements orgkey.SealableKey.
-func (k *sealableKey) Public() *rsa.PublicKey { return k.public }
+func (k *sealableKey) Public() orgkey.Public { return k.public }
 
 // Seal implements orgkey.SealableKey. The recipient is in Transit, under a name
 // of its own, for this call only.

@@ -5,7 +5,6 @@ package backendtest
 import (
 	"bytes"
 	"context"
-	"crypto/rsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -58,7 +57,7 @@ func create(t *testing.T, ks orgkey.Keystore) (orgkey.BackendKey, string) {
 	return key, name
 }
 
-func checkExport(der []byte, public *rsa.PublicKey) error {
+func checkExport(der []byte, public orgkey.Public) error {
 	private, err := x509.ParsePKCS1PrivateKey(der)
 	if err != nil {
 		return fmt.Errorf("not PKCS#1: %w", err)
@@ -66,7 +65,7 @@ func checkExport(der []byte, public *rsa.PublicKey) error {
 	if private.N.BitLen() != orgkey.Bits || private.E != 65537 {
 		return fmt.Errorf("%d bits, exponent %d; want %d and 65537", private.N.BitLen(), private.E, orgkey.Bits)
 	}
-	if !private.PublicKey.Equal(public) {
+	if orgkey.NewPublic(&private.PublicKey).Fingerprint() != public.Fingerprint() {
 		return errors.New("not the private half of Public")
 	}
 	return private.Validate()
@@ -90,22 +89,22 @@ func lifeOfKey(t *testing.T, ks orgkey.Keystore, gone func(*testing.T, string)) 
 
 func keysDiffer(t *testing.T, ks orgkey.Keystore) {
 	var wg sync.WaitGroup
-	var publics [2]*rsa.PublicKey
-	for i := range publics {
+	var prints [2]string
+	for i := range prints {
 		wg.Go(func() {
 			key, err := ks.Create(bounded(t), uuid.NewString())
 			if err != nil {
 				t.Errorf("Create: %v", err)
 				return
 			}
-			publics[i] = key.Public()
+			prints[i] = key.Public().Fingerprint()
 			if err := key.Destroy(bounded(t)); err != nil {
 				t.Errorf("Destroy: %v", err)
 			}
 		})
 	}
 	wg.Wait()
-	if !t.Failed() && publics[0].Equal(publics[1]) {
+	if !t.Failed() && prints[0] == prints[1] {
 		t.Error("two creations gave one key")
 	}
 }
@@ -185,7 +184,7 @@ func parallel(t *testing.T, ks orgkey.Keystore, gone func(*testing.T, string)) {
 	const callers = 6
 	var wg sync.WaitGroup
 	names := make([]string, callers)
-	publics := make([]*rsa.PublicKey, callers)
+	publics := make([]orgkey.Public, callers)
 	for i := range callers {
 		names[i] = uuid.NewString()
 		wg.Go(func() {
@@ -202,7 +201,7 @@ func parallel(t *testing.T, ks orgkey.Keystore, gone func(*testing.T, string)) {
 	for i, name := range names {
 		gone(t, name)
 		for j := range i {
-			if publics[i].Equal(publics[j]) {
+			if publics[i].Fingerprint() == publics[j].Fingerprint() {
 				t.Errorf("callers %d and %d were given one key", i, j)
 			}
 		}
@@ -210,10 +209,10 @@ func parallel(t *testing.T, ks orgkey.Keystore, gone func(*testing.T, string)) {
 }
 
 // generate is what the service does with a key.
-func generate(ctx context.Context, ks orgkey.Keystore, name string) (*rsa.PublicKey, error) {
+func generate(ctx context.Context, ks orgkey.Keystore, name string) (orgkey.Public, error) {
 	key, err := ks.Create(ctx, name)
 	if err != nil {
-		return nil, fmt.Errorf("making a key: %w", err)
+		return orgkey.Public{}, fmt.Errorf("making a key: %w", err)
 	}
 	der, err := key.Export(ctx)
 	if err == nil {
@@ -221,7 +220,7 @@ func generate(ctx context.Context, ks orgkey.Keystore, name string) (*rsa.Public
 		clear(der)
 	}
 	if err := errors.Join(err, key.Destroy(ctx)); err != nil {
-		return nil, err
+		return orgkey.Public{}, err
 	}
 	return key.Public(), nil
 }
