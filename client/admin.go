@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// GeneratedKey is an organization key at the only moment at which its private
-// half can be had. The holder clears PEM after storing it.
+// GeneratedKey is a new organization key with its private half, which the server
+// hands out once. The caller clears PEM after storing it.
 type GeneratedKey struct {
 	ID          string
 	Org         string
@@ -18,12 +18,12 @@ type GeneratedKey struct {
 	PEM         []byte // PKCS#1
 }
 
-// ErrKeyDamaged means that a private key was handed out and did not arrive
-// whole. It cannot be had again: the error's text names the key to delete.
-var ErrKeyDamaged = errors.New("the private key did not arrive whole")
+// ErrKeyDamaged means that a private key was handed out and arrived incomplete or
+// changed. The server does not hand it out again: the error's text names the key to delete.
+var ErrKeyDamaged = errors.New("the private key arrived incomplete or changed")
 
 // GenerateKey has a key made for the organization. If there is no answer, the
-// key may exist all the same; [Client.Keys] shows it, and nobody has its private half.
+// key may exist nevertheless: [Client.Keys] shows it, and nobody has its private half.
 func (c *Client) GenerateKey(ctx context.Context, org string) (*GeneratedKey, error) {
 	var key *GeneratedKey
 	err := c.do(ctx, request{
@@ -36,7 +36,7 @@ func (c *Client) GenerateKey(ctx context.Context, org string) (*GeneratedKey, er
 	return key, err
 }
 
-// nothingMade reports a refusal after which no key was made, and which passes.
+// nothingMade reports a temporary refusal that says that no key was made.
 func nothingMade(err error) bool {
 	e, ok := errors.AsType[*Error](err)
 	return ok && (e.Status == http.StatusServiceUnavailable || e.Status == http.StatusTooManyRequests)
@@ -114,7 +114,7 @@ type RegisteredNode struct {
 	Org         string    `json:"id_org"`
 	Services    int64     `json:"nodeServices"`      // a bit mask, as in Registration
 	LastUpdated time.Time `json:"lastUpdated"`       // when it registered last
-	LastSeen    time.Time `json:"lastSeen,omitzero"` // when it signed anything last, to within some seconds
+	LastSeen    time.Time `json:"lastSeen,omitzero"` // when it last signed a request, accurate to some seconds
 	Provider    string    `json:"provider,omitempty"`
 }
 
@@ -123,8 +123,8 @@ func (c *Client) Nodes(ctx context.Context, org string) ([]RegisteredNode, error
 	return list[RegisteredNode](ctx, c, orgPath(org, "nodes"))
 }
 
-// DeleteNode takes a node out. It may register again: what ends its access is
-// deleting its key.
+// DeleteNode removes a node from the organization. It may register again: to end its
+// access, delete its key.
 func (c *Client) DeleteNode(ctx context.Context, org, id string) error {
 	return c.remove(ctx, orgPath(org, "node", id), "Node deleted", NodeAlreadyDeleted)
 }
@@ -173,7 +173,7 @@ func (c *Client) Health(ctx context.Context) (Health, error) {
 	}})
 }
 
-// Health is what a server that is there says.
+// Health is the answer of a server that runs.
 type Health struct {
 	// ClockOffset is how far the local clock is ahead of the server's.
 	ClockOffset time.Duration
@@ -217,8 +217,8 @@ func get[T any](ctx context.Context, c *Client, path string) (data *T, err error
 	return data, err
 }
 
-// remove deletes what path names. If the answer to an earlier attempt was lost,
-// gone is what a later one hears, and means that it is done.
+// remove deletes what path names. A repeated deletion gets the code gone; after a lost
+// answer it means that the earlier attempt succeeded.
 func (c *Client) remove(ctx context.Context, path, message string, gone Code) error {
 	attempts, lost := 0, false
 	temporary := func(err error) bool {

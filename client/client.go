@@ -17,7 +17,7 @@
 //
 // # Administrators
 //
-// A [Client] with a Token has the methods of people: [Client.GenerateKey],
+// A [Client] with a Token has the administrators' methods: [Client.GenerateKey],
 // [Client.Keys], [Client.DeleteKey] and the others. The token decides what they may do.
 //
 // # Errors
@@ -31,7 +31,7 @@
 //     says about the key or the organization.
 //   - There was no answer: the error of net/http.
 //
-// What comes sealed is checked before anything of it is believed: [ErrForged] and
+// Sealed keys are verified before any part of them is used: [ErrForged] and
 // [ErrSealedDamaged] come with a [*ForeignError], since something in between made or
 // changed the answer; [ErrSealedUseless] is final.
 //
@@ -40,8 +40,8 @@
 //
 // # Retries
 //
-// [Retry] says how long to go on, with growing pauses, and as late as the server
-// asks for with Retry-After. Its zero value makes one attempt. A call that
+// [Retry] says how long to repeat a failed call. Pauses grow, and follow the server's
+// Retry-After. Its zero value makes one attempt. A call that
 // changes something is repeated only where a repetition is harmless.
 // [Client.GenerateKey] is repeated only after an answer that says that no key was made.
 //
@@ -94,7 +94,7 @@ type Config struct {
 	RootCAs *x509.CertPool
 	// Certificate is for servers that ask clients for one.
 	Certificate *tls.Certificate
-	// Retry says how long to go on after a passing failure.
+	// Retry says how long to repeat a call after a temporary failure.
 	Retry Retry
 	// Attempt bounds one request with its answer; 0 means 30 seconds.
 	Attempt time.Duration
@@ -114,7 +114,7 @@ type Client struct {
 }
 
 // ErrServer means that Config.Server is not a URL that requests may be sent to.
-var ErrServer = errors.New("not a server's URL")
+var ErrServer = errors.New("not the URL of a server")
 
 // New returns a client. It does not ask the server anything.
 func New(c Config) (*Client, error) {
@@ -139,7 +139,7 @@ func New(c Config) (*Client, error) {
 }
 
 // CloseIdleConnections closes connections that are kept for later requests. The
-// server has a bound on them, and others may be waiting.
+// server limits their number, and another client may need one.
 func (c *Client) CloseIdleConnections() { c.http.CloseIdleConnections() }
 
 // parseServer refuses to send secrets or signatures over a network in the clear.
@@ -158,7 +158,7 @@ func parseServer(server string) (*url.URL, error) {
 			return u, nil
 		}
 	}
-	return nil, fmt.Errorf("%w: %q is not https, and http is for this machine only", ErrServer, server)
+	return nil, fmt.Errorf("%w: %q is not https, and http is accepted for loopback addresses only", ErrServer, server)
 }
 
 func transport(c Config, base *url.URL) *http.Transport {
@@ -183,7 +183,7 @@ func transport(c Config, base *url.URL) *http.Transport {
 func loopbackOnly(_, address string, _ syscall.RawConn) error {
 	at, err := netip.ParseAddrPort(address)
 	if err != nil || !at.Addr().Unmap().IsLoopback() {
-		return fmt.Errorf("%w: http leads to %s, which is not this machine", ErrServer, address)
+		return fmt.Errorf("%w: the http URL leads to %s, which is not a loopback address", ErrServer, address)
 	}
 	return nil
 }

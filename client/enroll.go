@@ -23,16 +23,16 @@ var ErrToken = envelope.ErrToken
 
 // ErrForged means that an answer to an enrollment was not made with its token:
 // it comes from something between client and server, and nothing of it may be used.
-var ErrForged = errors.New("the answer was not made by who minted the enrollment token")
+var ErrForged = errors.New("the answer was not made by the server that issued the enrollment token")
 
 // ErrSealedDamaged means that a sealed key is not the one that its answer
-// vouches for: something between client and server changed it. Asking again may
+// announces: something between client and server changed it. Asking again may
 // get the right one.
-var ErrSealedDamaged = errors.New("the sealed key was changed on the way")
+var ErrSealedDamaged = errors.New("the sealed key was changed in transit")
 
-// ErrSealedUseless means that a sealed key arrived as it was made, and does not
-// open to the key that its answer vouches for. Asking again gets the same.
-var ErrSealedUseless = errors.New("the sealed key does not open to the key that the server vouches for")
+// ErrSealedUseless means that a sealed key arrived unchanged, but is not the key
+// that its answer announces. Asking again gets the same bytes.
+var ErrSealedUseless = errors.New("the sealed key is not the key that the server announced")
 
 // recipientBits is the size of recipients that NewRecipient makes.
 const recipientBits = 3072
@@ -76,7 +76,7 @@ func NewEnrollment(c *Client, text []byte, recipient crypto.Decrypter) (*Enrollm
 
 // TPM tells about a key in a TPM 2.0, and answers challenges with it.
 type TPM interface {
-	// EK is the certificate of the TPM's endorsement key with those behind it, or
+	// EK is the certificate of the TPM's endorsement key with its intermediates, or
 	// the endorsement key's public half, PEM.
 	EK(context.Context) (string, error)
 	// PublicArea is the key's TPMT_PUBLIC.
@@ -301,7 +301,7 @@ func publicPEM(key crypto.PublicKey) (*rsa.PublicKey, []byte, error) {
 func open(a *answer, s sealedAnswer, recipient crypto.Decrypter) (*Delivered, error) {
 	// The algorithm is not among what a MAC covers.
 	if _, err := s.Sealed.Hash(); err != nil || envelope.Digest(s.Sealed.Value) != s.SHA256 {
-		return nil, fmt.Errorf("%w: %w", a.foreign("a sealed key that is not the one vouched for"), ErrSealedDamaged)
+		return nil, fmt.Errorf("%w: %w", a.foreign("a sealed key other than the one announced"), ErrSealedDamaged)
 	}
 	return unwrap(s, recipient)
 }
@@ -434,7 +434,7 @@ func OpenSealed(text []byte, recipient crypto.Decrypter) (*Delivered, error) {
 		return nil, fmt.Errorf("%w: it is not a sealed key's JSON", ErrSealedDamaged)
 	}
 	if s.Enrollment != "" || s.MAC != nil {
-		return nil, fmt.Errorf("%w: it is the answer to an enrollment, which only its token can vouch for", ErrSealedDamaged)
+		return nil, fmt.Errorf("%w: it is the answer to an enrollment, and only the enrollment's token can authenticate it", ErrSealedDamaged)
 	}
 	if _, err := s.Sealed.Hash(); err != nil || envelope.Digest(s.Sealed.Value) != s.SHA256 {
 		return nil, ErrSealedDamaged

@@ -31,7 +31,7 @@ type request struct {
 	// body is asked for each attempt: signed ones hold the present time.
 	body func() ([]byte, error)
 	// read takes what it needs from an answer that is a success. Its error says that
-	// the answer is none of orgkeys.
+	// something other than orgkeys answered.
 	read func(*answer) error
 	// temporary replaces Temporary for calls that are not repeated after every failure.
 	temporary func(error) bool
@@ -54,8 +54,8 @@ func (c *Client) do(ctx context.Context, r request) error {
 	}
 	waiting := retry.Waiting
 	retry.Waiting = func(err error, pause time.Duration) {
-		// A connection kept meanwhile would take one of the server's from a
-		// client that has something to ask.
+		// An idle connection would take a place on the server that another
+		// client may need.
 		c.CloseIdleConnections()
 		if waiting != nil {
 			waiting(err, pause)
@@ -163,7 +163,7 @@ func readBody(resp *http.Response, limit int64) ([]byte, error) {
 
 func (a *answer) unreadable(err error) error {
 	if errors.Is(err, errTooLong) {
-		return a.foreign("longer than any")
+		return a.foreign("longer than any answer of orgkeys")
 	}
 	return fmt.Errorf("reading the answer: %w", err)
 }
@@ -191,9 +191,9 @@ func (a *answer) decode(v any) error {
 	return nil
 }
 
-// done reads an answer that has nothing to say but that it is done, in a message
-// that begins so. Others answer 200 and success as well; a node that believed them
-// would count as registered, and a key as received or deleted, and be neither.
+// done reads an answer that only confirms success, with a message that begins so.
+// Gateways answer 200 and success as well. Without this check a node would count as
+// registered, or a key as received or deleted, although orgkeys never got the request.
 func done(message string) func(*answer) error {
 	return func(a *answer) error {
 		var body struct {

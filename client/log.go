@@ -49,7 +49,7 @@ func (f LogFilter) query() string {
 
 // LogEntry is one event of the audit log, and what is known of the person outside it.
 type LogEntry struct {
-	Index   *int64 `json:"index"` // its place in the log; nil for some hundred milliseconds
+	Index   *int64 `json:"index"` // in the log; nil until it has one, for some hundred milliseconds
 	Leaf    string `json:"event"` // as the log holds it, byte for byte
 	Name    string `json:"name"`
 	Email   string `json:"email"`
@@ -77,7 +77,7 @@ func (c *Client) Log(ctx context.Context, org string, f LogFilter) (LogPage, err
 	}})
 }
 
-// Summary is how an organization stands.
+// Summary is an overview of an organization.
 type Summary struct {
 	Keys         Quota      `json:"keys"`
 	NodeKeys     Quota      `json:"nodeKeys"`
@@ -88,7 +88,7 @@ type Summary struct {
 	Unreceived   int        `json:"unreceived"`  // sealed keys whose receipt is awaited
 	Enrollments  int        `json:"enrollments"` // that can still be claimed
 	Approvals    int        `json:"approvals"`   // claims that wait for an administrator
-	Conflicts    int        `json:"conflicts"`   // recipients that wanted what another has
+	Conflicts    int        `json:"conflicts"`   // recipients that were refused because another has the claim
 	EventsFrom   time.Time  `json:"eventsFrom"`
 	EventsByHour []int      `json:"eventsByHour"` // from EventsFrom on
 	Log          LogState   `json:"log"`
@@ -126,7 +126,7 @@ type SinkState struct {
 	CaughtUp time.Time `json:"caughtUp,omitzero"`
 }
 
-// Summary returns how the organization stands.
+// Summary returns an overview of the organization.
 func (c *Client) Summary(ctx context.Context, org string) (*Summary, error) {
 	return get[Summary](ctx, c, orgPath(org, "summary"))
 }

@@ -102,8 +102,8 @@ type Secret struct {
 	Value []byte
 }
 
-// Secrets returns all boot secrets of the organization, sorted by name. An
-// answer of which any part is not as it must be is an error as a whole.
+// Secrets returns all boot secrets of the organization, sorted by name. If
+// any part of an answer is invalid, the whole answer is an error.
 func (n Node) Secrets(ctx context.Context) ([]Secret, error) {
 	var all []Secret
 	r := n.request("/secrets", nil, func(a *answer) (err error) {
@@ -142,10 +142,10 @@ func (n Node) open(a *answer) ([]Secret, error) {
 	return all, nil
 }
 
-// wantSecrets reports an object that may not be an answer to Secrets. Secrets prove
-// themselves: they open with the node's key. After an answer without any a node
-// forgets those that it has, and gateways answer {} for want of anything better, with
-// an X-Request-Id of their own: so the header with their number must be there.
+// wantSecrets reports an object that something other than orgkeys may have answered.
+// Secrets are authentic if the node's key decrypts them. After an answer without any a
+// node deletes those that it has, and a gateway may answer {} with an X-Request-Id of its
+// own: so the header with the number of secrets must be there.
 func (a *answer) wantSecrets(fields map[string]jsontext.Value) error {
 	if success, ok := fields["success"]; fields == nil || ok && string(success) != "true" {
 		return a.foreign("JSON without success")
@@ -171,7 +171,7 @@ var secretName = regexp.MustCompile(`^[a-z][a-z0-9_]{0,63}$`)
 
 func (n Node) openOne(name string, value jsontext.Value) ([]byte, error) {
 	if !secretName.MatchString(name) {
-		return nil, fmt.Errorf("a secret of the name %.80q", name)
+		return nil, fmt.Errorf("a secret with the invalid name %.80q", name)
 	}
 	var text string
 	if err := json.Unmarshal(value, &text); err != nil {

@@ -71,8 +71,8 @@ type Permission struct {
 	Created   time.Time `json:"createdAt"`
 	Expires   time.Time `json:"expiresAt"`
 	Revoked   time.Time `json:"revokedAt,omitzero"`
-	Conflicts int       `json:"conflicts"`                   // more than none: a stolen token, or a cloned disk
-	Refused   []string  `json:"refusedRecipients,omitempty"` // R of those who asked in vain, the first 20
+	Conflicts int       `json:"conflicts"`                   // above 0: a stolen token, or a cloned disk
+	Refused   []string  `json:"refusedRecipients,omitempty"` // the recipients that were refused, the first 20
 	Claims    []Claim   `json:"claims"`
 	Warning   string    `json:"warning,omitempty"`
 }

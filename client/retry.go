@@ -18,17 +18,17 @@ const (
 // Forever is for Retry.For.
 const Forever = time.Duration(math.MaxInt64)
 
-// Retry says how long to go on after passing failures.
+// Retry says how long to repeat a call after temporary failures.
 type Retry struct {
 	// For is the time after which no further attempt is begun; 0 means one attempt.
 	For time.Duration
-	// Temporary reports whether an error may pass; nil means the package's Temporary.
+	// Temporary reports whether an error is temporary; nil means the package's Temporary.
 	Temporary func(error) bool
 	// Waiting, if not nil, is told what is waited for, before each pause.
 	Waiting func(err error, pause time.Duration)
 }
 
-// Do calls try until it succeeds, fails with an error that does not pass, or
+// Do calls try until it succeeds, fails with an error that is not temporary, or
 // the time is over, and returns its last error. When ctx ends during a pause,
 // the error wraps ctx's as well.
 func (r Retry) Do(ctx context.Context, try func(context.Context) error) error {
@@ -59,8 +59,9 @@ func (r Retry) Do(ctx context.Context, try func(context.Context) error) error {
 }
 
 // pauseAfter varies pauses, so that clients that were cut off together do not
-// come back together. The last attempt is at the end: ending earlier because
-// the server asks for more patience would have a supervisor come back all the sooner.
+// come back together. The last attempt is made when the time is over: a
+// program that ended earlier, because the server asks for a longer pause, would be
+// started again by its supervisor, and ask even sooner.
 func pauseAfter(err error, pause, left time.Duration) time.Duration {
 	wait := pause/2 + rand.N(pause)
 	if asked := retryAfter(err); wait < asked {

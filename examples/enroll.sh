@@ -139,7 +139,7 @@ if [ ! -s "$key" ]; then
 		"$(field fingerprint)" "$(field sha256)" | hmac)
 	[ "$(field mac)" = "$want" ] || fail 75 "the answer does not come from who minted the token"
 	jq -er .sealed.value "$work/body" | openssl base64 -d -A >"$work/sealed"
-	[ "$(openssl dgst -sha256 -r <"$work/sealed" | cut -d' ' -f1)" = "$(field sha256)" ] || fail 75 "the sealed key was changed on the way"
+	[ "$(openssl dgst -sha256 -r <"$work/sealed" | cut -d' ' -f1)" = "$(field sha256)" ] || fail 75 "the sealed key was changed in transit"
 
 	case $(jq -r .sealed.alg "$work/body") in
 	RSA_AES_KEY_WRAP_SHA_256) digest=sha256 ;;

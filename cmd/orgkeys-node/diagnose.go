@@ -79,7 +79,7 @@ func shortened(message string) string {
 
 func clockIsOff(offset time.Duration) *failure {
 	if offset.Abs() < time.Minute {
-		return &failure{exit: exitTryLater, what: "the server finds this node's timestamp stale", hint: "check the clocks of both"}
+		return &failure{exit: exitTryLater, what: "the server rejects this node's timestamp as stale", hint: "check the clocks of both"}
 	}
 	direction := "ahead of"
 	if offset < 0 {
@@ -104,5 +104,5 @@ func certificateTrouble(err error) *failure {
 	if !ok || remote.Op != "remote error" || !strings.Contains(remote.Err.Error(), "certificate") {
 		return nil
 	}
-	return &failure{exitConfig, "the server wants a client certificate of an authority that it knows", "check --tls-cert and --tls-key", err}
+	return &failure{exitConfig, "the server requires a client certificate from an authority that it trusts", "check --tls-cert and --tls-key", err}
 }

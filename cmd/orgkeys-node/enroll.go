@@ -53,7 +53,7 @@ func readRecord(path string) (*record, error) {
 	}
 	var r record
 	if err := json.Unmarshal(text, &r); err != nil || r.Enrollment == "" {
-		return nil, wrong(errors.New("it is not one"), "remove it; without it, --org must be set")
+		return nil, wrong(errors.New("it is not an enrollment record"), "remove it; without it, --org must be set")
 	}
 	return &r, nil
 }
@@ -120,9 +120,9 @@ func readKeyState(s settings) (*keyState, error) {
 func (k *keyState) missing(s settings) *failure {
 	switch {
 	case k.token != nil && k.begun:
-		return &failure{exit: exitConfig, what: "there is no key yet; enrollment " + k.id + " was begun", hint: "orgkeys-node boot or enroll goes on with it"}
+		return &failure{exit: exitConfig, what: "there is no key yet; enrollment " + k.id + " was begun", hint: "run orgkeys-node boot or enroll to continue it"}
 	case k.token != nil:
-		return &failure{exit: exitConfig, what: "there is no key yet, and a token of enrollment " + k.id, hint: "orgkeys-node boot or enroll fetches the key"}
+		return &failure{exit: exitConfig, what: "there is no key yet, but a token of enrollment " + k.id, hint: "run orgkeys-node boot or enroll to fetch the key"}
 	case s.token != "":
 		return &failure{exitConfig, "token file " + s.token, "put the token there, mode 0600", fs.ErrNotExist}
 	}
@@ -365,7 +365,7 @@ func (k *keyState) finish(d *dir, s settings, r *report) error {
 	case err == nil:
 		_ = durable.Sync(filepath.Dir(s.token)) // of a directory that cannot be read, too, the file is gone
 	case ofSystemd(s.token):
-		r.add("the token is a credential of the unit, which goes with it; remove its source")
+		r.add("the token is a credential of the unit and cannot be removed here; remove its source")
 	default:
 		r.add(fmt.Sprintf("token file %s cannot be removed (%s): remove it", s.token, errorOf(err)))
 	}
@@ -430,7 +430,7 @@ func storeRecipient(path string, text []byte) error {
 func readRecipient(s settings) (client.PrivateKey, error) {
 	key, err := readKey(s, s.recipientFile)
 	if f, ok := errors.AsType[*failure](err); ok {
-		return nil, &failure{f.exit, "recipient " + s.recipientFile, "remove it if no enrollment was begun with it; else have an administrator revoke that", f.err}
+		return nil, &failure{f.exit, "recipient " + s.recipientFile, "remove it if no enrollment was begun with it; otherwise have an administrator revoke the enrollment first", f.err}
 	}
 	return key, err
 }
@@ -457,13 +457,13 @@ func refusedClaim(s settings, id string, recipient client.PrivateKey, err error)
 	case errors.Is(err, client.Pending):
 		return &failure{exitTryLater, "the key of enrollment " + id + " is not ready yet", "if the enrollment needs approval, an administrator approves recipient " + named, err}
 	case errors.Is(err, client.ErrForged):
-		return &failure{exitProtocol, "the answer was not made by who minted the token, and was not believed", "is --server the one that the token is from? Something in between may be answering in its place", err}
+		return &failure{exitProtocol, "the answer was not made by the server that issued the token, and is not used", "is --server the one that issued the token? Something in between may be answering in its place", err}
 	case errors.Is(err, client.ErrSealedDamaged):
-		return &failure{exitProtocol, "the sealed key was changed on the way, and was not believed", "something between this node and " + s.server + " changes answers", err}
+		return &failure{exitProtocol, "the sealed key was changed in transit and is not used", "something between this node and " + s.server + " changes answers", err}
 	case errors.Is(err, client.ErrSealedUseless):
 		return refused("the sealed key of enrollment "+id+" does not open", "have an administrator revoke the enrollment and check the server; "+another)
 	case errors.Is(err, client.EnrollmentUnknown):
-		return refused("the server "+s.server+" does not accept the token in "+s.token, "was it copied whole, and is --server the one that it is from? Else "+another)
+		return refused("the server "+s.server+" does not accept the token in "+s.token, "was it copied completely, and is --server the one that issued it? If so, "+another)
 	case errors.Is(err, client.EnrollmentClaimed):
 		return refused("another recipient than "+s.recipientFile+" has used the token of enrollment "+id, "if this machine did not lose its recipient, the token was stolen or a disk was cloned: have an administrator revoke the enrollment and find out; "+another)
 	case errors.Is(err, client.EnrollmentClosed):
@@ -477,11 +477,11 @@ func refusedClaim(s settings, id string, recipient client.PrivateKey, err error)
 	case errors.Is(err, client.DeviceNotAllowed):
 		return refused("the server does not allow the TPM at "+s.tpm, "orgkeys-node ek names it: have an administrator allow it, or bind the enrollment to it; if it is bound to another machine's, this one has the wrong token")
 	case errors.Is(err, client.BadSignature):
-		return refused("the server does not believe that "+s.recipientFile+" is in the TPM", "does another program answer in the TPM's place? Else "+another)
+		return refused("the server has no proof that "+s.recipientFile+" is in the TPM", "does another program answer in the TPM's place? If not, "+another)
 	case errors.Is(err, client.RecipientUnacceptable) && s.origin == originNode:
 		return refused("the server does not accept the key in "+s.recipientFile, "remove it, and run this again")
 	case errors.Is(err, client.RecipientUnacceptable):
-		return refused("the server does not seal to "+s.recipientFile, "remove it, and run this again")
+		return refused("the server does not accept the recipient in "+s.recipientFile, "remove it, and run this again")
 	case errors.Is(err, client.SealedUnavailable):
 		return refused("the server's HSM cannot seal keys", "have an administrator hand a key out, and put it into "+s.keyFile)
 	}
@@ -492,9 +492,9 @@ func refusedClaim(s settings, id string, recipient client.PrivateKey, err error)
 func refusedReceipt(s settings, r *record, err error) error {
 	switch {
 	case errors.Is(err, client.EnrollmentClosed), errors.Is(err, client.EnrollmentUnknown):
-		return &failure{exitRefused, "the key " + r.KeyID + " in " + s.keyFile + " was withdrawn before its receipt came", "ask an administrator for a new token", err}
+		return &failure{exitRefused, "the key " + r.KeyID + " in " + s.keyFile + " was withdrawn before its receipt arrived", "ask an administrator for a new token", err}
 	case errors.Is(err, client.BadSignature):
-		return &failure{exitRefused, "the server does not take the receipt of the key " + r.KeyID, "ask an administrator for a new token", err}
+		return &failure{exitRefused, "the server does not accept the receipt of the key " + r.KeyID, "ask an administrator for a new token", err}
 	}
 	return err
 }

@@ -265,13 +265,13 @@ func TestEnrollmentRefusals(t *testing.T) {
 		e.server = s.API
 		e.run(0, "(enrolled, receipt not sent yet)", "status")
 		s.Do(t, harness.Request{Method: "DELETE", Path: "/organization/" + org + "/enrollment/" + m.ID, Token: s.Token(t, org, "OWNER")})
-		e.run(77, "was withdrawn before its receipt came", "boot", "--wait", "forever")
+		e.run(77, "was withdrawn before its receipt arrived", "boot", "--wait", "forever")
 		e.put(mint(t, s, org, `{}`).Token)
 		e.run(0, "registered", "boot", "--ip", "192.0.2.77")
 	})
 	for code, text := range map[string]string{
 		"sealed_unavailable":     "the server's HSM cannot seal keys",
-		"recipient_unacceptable": "does not seal to",
+		"recipient_unacceptable": "does not accept the recipient in",
 		"a_code_of_the_future":   "refuses (400)",
 	} {
 		t.Run(code, func(t *testing.T) {

@@ -89,7 +89,7 @@ func (d *dir) openOther(ctx context.Context, path string) (*dir, error) {
 func checkOwner(info fs.FileInfo) error {
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	if !ok {
-		return errors.New("it cannot be told who owns it")
+		return errors.New("its owner is not known")
 	}
 	if user := os.Geteuid(); stat.Uid != 0 && stat.Uid != uint32(user) {
 		return fmt.Errorf("it belongs to user %d, and this runs as user %d", stat.Uid, user)
@@ -194,7 +194,7 @@ func (d *dir) remove(name string) error {
 // write makes the secret name hold value and reports whether it did not before.
 func (d *dir) write(name string, value []byte) (changed bool, err error) {
 	if !nameForm.MatchString(name) {
-		return false, fmt.Errorf("%q is not a name", name)
+		return false, fmt.Errorf("%q is not a valid name of a secret", name)
 	}
 	return d.replace(name, value)
 }

@@ -74,7 +74,7 @@ func (s settings) suits(key client.PrivateKey) error {
 	case !inTPM && s.tpm != "":
 		what = "a key in a file, and --tpm is set"
 	case inTPM && made.Use() != s.use():
-		flag, what = "--origin", "a key in the TPM that was made for another --origin than "+s.origin
+		flag, what = "--origin", "a key in the TPM that was made for another --origin, not "+s.origin
 	default:
 		return nil
 	}
@@ -106,15 +106,15 @@ func tpmTrouble(s settings, err error) *failure {
 	case errors.Is(err, tpmdevice.ErrLockedOut):
 		return &failure{exitTryLater, "the TPM at " + path + " is locked out after wrong passwords", "wait until it recovers, or end the lockout (tpm2_dictionarylockout --clear-lockout)", err}
 	case errors.Is(err, tpmdevice.ErrOwned):
-		return &failure{exitConfig, "a hierarchy of the TPM at " + path + " has a password, or is switched off", "orgkeys-node uses those of the owner and of the endorsement without one (tpm2_changeauth): remove their passwords, or switch them on in the firmware", err}
+		return &failure{exitConfig, "a hierarchy of the TPM at " + path + " has a password, or is disabled", "orgkeys-node uses those of the owner and of the endorsement without one (tpm2_changeauth): remove their passwords, or enable the hierarchies in the firmware", err}
 	case errors.Is(err, tpmdevice.ErrCleared):
-		return &failure{exitConfig, "the TPM at " + path + " was cleared, or is another one than made the key", "the key is gone: remove its file, and enroll this node again with a new token", err}
+		return &failure{exitConfig, "the TPM at " + path + " was cleared, or is not the one that made the key", "the key is gone: remove its file, and enroll this node again with a new token", err}
 	case errors.Is(err, tpmdevice.ErrBlob):
 		return &failure{exitConfig, "the TPM at " + path + " does not load the key", "its file is damaged: remove it, and enroll this node again with a new token", err}
 	case errors.Is(err, tpmdevice.ErrNoTPM):
 		return &failure{exitConfig, "there is no TPM at " + path, "check --tpm, whether the firmware has the TPM switched on, and whether this user may open it (on many systems: group tss)", err}
 	case errors.Is(err, tpmdevice.ErrDecryption):
-		return &failure{exitProtocol, "what came is not for the key in the TPM", "something between this node and " + s.server + " may be changing answers", err}
+		return &failure{exitProtocol, "the server's answer is not for the key in the TPM", "something between this node and " + s.server + " may be changing answers", err}
 	case errors.Is(err, tpmdevice.ErrFailed):
 		return &failure{exitConfig, "the TPM at " + path + " fails", "restart the machine; if that does not help, the TPM is broken", err}
 	}

@@ -89,7 +89,7 @@ func TestAKeyInTheTPMForTheOtherOrigin(t *testing.T) {
 	for made, origin := range map[string]string{"backend": "node", "node": "backend"} {
 		e := newEnrolling(t, s.API, mint(t, s, harness.Org(), `{"origin":"`+origin+`"}`).Token)
 		e.run(77, "remove", "enroll", "--wait", "forever", "--tpm", device.Socket, "--origin", made)
-		e.run(64, "is a key in the TPM that was made for another --origin than "+origin, "enroll", "--wait", "0s", "--tpm", device.Socket, "--origin", origin)
+		e.run(64, "is a key in the TPM that was made for another --origin, not "+origin, "enroll", "--wait", "0s", "--tpm", device.Socket, "--origin", origin)
 	}
 }
 

@@ -27,7 +27,7 @@ var passing = map[string]struct {
 	"clock ahead":                {dated(-62, "stale_timestamp"), 75, "clock is off by 1h2m, ahead of the server's; set it"},
 	"clock behind":               {dated(62, "stale_timestamp"), 75, "clock is off by 1h2m, behind the server's; set it"},
 	"clock, older codes":         {dated(-62, "invalid_request"), 75, "clock is off by 1h2m"},
-	"stale":                      {refusing(400, "stale_timestamp"), 75, "timestamp stale"},
+	"stale":                      {refusing(400, "stale_timestamp"), 75, "timestamp as stale"},
 	"signature used":             {refusing(400, "signature_reused"), 69, "answers 400"},
 	"TLS ends before it":         {refusing(400, "tls_required"), 69, "answers 400"},
 	"too many":                   {refusing(429, "too_many_failures"), 69, "answers 429"},

@@ -88,7 +88,7 @@ func (e *TokenError) Description() string {
 	case ReasonAudience:
 		return "the token is for another audience"
 	case ReasonBound:
-		return "the token is bound to a key, and is not accepted as a mere bearer token"
+		return "the token is bound to a key, and is not accepted as a bearer token"
 	case ReasonSubject:
 		return "the token has no usable subject"
 	case ReasonOrganization:

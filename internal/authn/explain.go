@@ -124,7 +124,7 @@ func (x *examination) explainForm(err error) string {
 	case len(parts) == 5:
 		return "the token is encrypted (JWE), and only signed ones (JWS) are accepted"
 	case len(parts) != 3:
-		return fmt.Sprintf("the token has %d parts and not three: it is no JWT. An opaque access token has to be made a JWT at the provider", len(parts))
+		return fmt.Sprintf("the token has %d parts and not three: it is not a JWT. If it is an opaque access token, have the provider issue JWTs", len(parts))
 	}
 	header, ok := decodeBase64(parts[0])
 	if !ok {
@@ -160,18 +160,18 @@ func (x *examination) explainIssuer() string {
 }
 
 func (x *examination) explainSignature(err error) string {
-	unverified := "; what follows is what the token says, and nobody vouches for it"
+	unverified := "; the lines below show what the token says, unverified"
 	switch {
 	case err == nil:
 		return fmt.Sprintf("made by the issuer's key %q", x.token.keyID)
 	case errors.Is(err, ErrKeysUnavailable):
 		return err.Error() + unverified
 	case hasReason(err, ReasonUnknownKey) && x.token.keyID == "":
-		return "the token names no key (kid), and not exactly one of the issuer's fits" + unverified
+		return "the token names no key (kid), and the number of the issuer's keys that fit is not one" + unverified
 	case hasReason(err, ReasonUnknownKey):
 		return fmt.Sprintf("the issuer's set has no usable key %q, or more than one: it has %s%s", x.token.keyID, x.issuer.Keys.names(), unverified)
 	case hasReason(err, ReasonAlgorithm):
-		return fmt.Sprintf("alg is %s, and the issuer's key %q is not for it%s", x.token.algorithm, x.token.keyID, unverified)
+		return fmt.Sprintf("alg is %s, and the issuer's key %q is for another algorithm%s", x.token.algorithm, x.token.keyID, unverified)
 	}
 	return fmt.Sprintf("the issuer's key %q did not make this signature%s", x.token.keyID, unverified)
 }
@@ -214,15 +214,15 @@ func explainBinding(cnf jsontext.Value) string {
 	case proofs["jkt"] != nil:
 		to = "a key of its holder (DPoP, RFC 9449)"
 	}
-	return fmt.Sprintf("cnf is %s: the token is bound to %s, and no such proof is checked here, with ORGKEYS_TLS_CLIENT_CA_FILE neither: as a mere bearer token it would be a stolen one. Have the provider issue bearer tokens for this client", show(cnf), to)
+	return fmt.Sprintf("cnf is %s: the token is bound to %s. orgkeys checks no such proof, also not with ORGKEYS_TLS_CLIENT_CA_FILE, and without the proof anybody who stole the token could use it. Have the provider issue bearer tokens for this client", show(cnf), to)
 }
 
 func (x *examination) explainRules(err error) string {
 	switch {
 	case err != nil:
-		return "claims.rego makes no caller of these claims: data.orgkeys.claims.caller is undefined, not an object of organization, roles and perhaps subject and audience, or fails; try it with opa eval"
+		return "claims.rego returns no caller for these claims: data.orgkeys.claims.caller is undefined, fails, or is not an object of organization, roles and perhaps subject and audience; try it with opa eval"
 	case x.identity != nil:
-		return "claims.rego says what follows, not the settings for organization and role"
+		return "claims.rego decides organization and roles, and the settings for them are not used"
 	}
 	return ""
 }

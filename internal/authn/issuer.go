@@ -43,7 +43,7 @@ func checkIssuers(issuers []Issuer) error {
 				return fmt.Errorf("issuer %s is given twice", i.Name)
 			}
 			if i.SubjectPrefix == other.SubjectPrefix {
-				return fmt.Errorf("issuers %s and %s have the same subject prefix %q: whoever has one subject at both would be one person here", other.Name, i.Name, i.SubjectPrefix)
+				return fmt.Errorf("issuers %s and %s have the same subject prefix %q: two people with the same subject would count as one", other.Name, i.Name, i.SubjectPrefix)
 			}
 		}
 	}
@@ -61,7 +61,7 @@ func (i Issuer) check() error {
 		return errors.New("there is no key set for the token issuer")
 	}
 	if !subjectPrefix.MatchString(i.SubjectPrefix) {
-		return fmt.Errorf("the subject prefix %q is not up to 32 lower-case letters, digits and -, and a colon", i.SubjectPrefix)
+		return fmt.Errorf("the subject prefix %q is not 1 to 32 lower-case letters, digits and -, followed by a colon", i.SubjectPrefix)
 	}
 	return i.Mapping.check()
 }

@@ -122,7 +122,7 @@ func parseJWK(jwk map[string]jsontext.Value) (publishedKey, error) {
 	var id string
 	if kid, ok := jwk["kid"]; ok {
 		if id, ok = text(kid); !ok || len(id) > maxKeyID {
-			return publishedKey{}, errors.New("kid is not a string of a reasonable length")
+			return publishedKey{}, errors.New("kid is not a string, or is too long")
 		}
 	}
 	if err := checkUse(jwk); err != nil {
@@ -156,7 +156,7 @@ func checkUse(jwk map[string]jsontext.Value) error {
 	if value, ok := jwk["key_ops"]; ok {
 		var operations []string
 		if json.Unmarshal(value, &operations) != nil || !slices.Contains(operations, "verify") {
-			return errors.New("key_ops does not have verify")
+			return errors.New("key_ops does not contain verify")
 		}
 	}
 	return nil
@@ -211,7 +211,7 @@ func checkRSA(key *rsa.PublicKey) error {
 		return fmt.Errorf("the RSA modulus has %d bits, not %d to %d", bits, minRSABits, maxRSABits)
 	}
 	if key.N.Bit(0) == 0 || key.E < 3 || key.E%2 == 0 || key.E > math.MaxInt32 {
-		return errors.New("the RSA modulus or exponent is not one of a sound key")
+		return errors.New("the RSA modulus or exponent is not that of a secure key")
 	}
 	return nil
 }

@@ -134,7 +134,7 @@ func OpenKeySet(location string, c KeySetConfig) (*KeySet, error) {
 		return newKeySet(read, c.Interval, max(urlRefresh, c.Interval), c.Log), nil
 	}
 	if c.CAFile != "" {
-		return nil, errors.New("the JWK set is a file, so there is no server whose certificate authority a CA file could name")
+		return nil, errors.New("the JWK set is a file, so no server is asked and a CA file has no use")
 	}
 	k := newKeySet(fileReader(location), fileInterval, fileRefresh, c.Log)
 	if err := k.readNow(context.Background()); err != nil { // bounded by fetchTimeout
@@ -279,11 +279,11 @@ func (k *KeySet) verdict(cause *bucket, called time.Time, err error) error {
 	defer k.mu.Unlock()
 	switch {
 	case k.failure != nil:
-		return fmt.Errorf("%w: the token may be by a newer key: %w", ErrKeysUnavailable, k.failure)
+		return fmt.Errorf("%w: the token may be signed with a newer key: %w", ErrKeysUnavailable, k.failure)
 	case errors.Is(err, ErrKeysUnavailable):
 		return err
 	case cause == &k.unknown && k.began.Before(called):
-		return fmt.Errorf("%w: the token may be by a newer key, and too many unknown ones were asked for lately", ErrKeysUnavailable)
+		return fmt.Errorf("%w: the token may be signed with a newer key, but too many unknown keys were asked for recently", ErrKeysUnavailable)
 	}
 	return err
 }

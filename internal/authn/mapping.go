@@ -60,7 +60,7 @@ func (m Mapping) check() error {
 			return errors.New("the role map has an empty value")
 		}
 		if canonical, ok := authz.ParseRole(string(role)); !ok || canonical != role {
-			return fmt.Errorf("the role map means an unknown role %q by %q", role, value)
+			return fmt.Errorf("the role map maps %q to the unknown role %q", value, role)
 		}
 	}
 	if canonical, ok := authz.ParseRole(string(m.RoleDefault)); m.RoleDefault != "" && (!ok || canonical != m.RoleDefault) {

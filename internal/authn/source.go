@@ -65,7 +65,7 @@ func remote(location string, c KeySetConfig) (func(context.Context) ([]byte, err
 		return func(ctx context.Context) ([]byte, error) { return get.get(ctx, "the JWK set", u) }, err
 	}
 	if _, err := httpsURL("the issuer", c.Issuer); err != nil {
-		return nil, fmt.Errorf("the issuer's keys cannot be found through it: %w", err)
+		return nil, fmt.Errorf("the issuer's keys cannot be found through its metadata: %w", err)
 	}
 	return func(ctx context.Context) ([]byte, error) {
 		metadata, err := discover(ctx, get, c.Issuer)

@@ -95,7 +95,7 @@ func (c IssuerConfig) open(there []Issuer, interval time.Duration, log *slog.Log
 	if at := slices.IndexFunc(there, func(i Issuer) bool { return c.hasKeysOf(i.described) }); at >= 0 {
 		keys = there[at].Keys
 	} else if keys, err = OpenKeySet(c.JWKS, KeySetConfig{Interval: interval, Log: log, CAFile: c.JWKSCAFile, Issuer: c.Issuer}); err != nil {
-		return Issuer{}, fmt.Errorf("its keys, for which ORGKEYS_JWKS, or jwks in the file of issuers, is a URL or a file: %w", err)
+		return Issuer{}, fmt.Errorf("opening its keys (ORGKEYS_JWKS, or jwks in the file of issuers, is a URL or a file): %w", err)
 	}
 	organizations, err := c.organizations()
 	if err != nil {

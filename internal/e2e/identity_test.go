@@ -119,7 +119,7 @@ func TestChallengesSayWhatWasWrong(t *testing.T) {
 		"no token": {"", `Bearer`},
 		"expired":  {issuer.Token(t, harness.Claims{"exp": 1}), `Bearer error="invalid_token", error_description="the token has expired"`},
 		"audience": {issuer.Token(t, harness.Claims{"aud": "x"}), `Bearer error="invalid_token", error_description="the token is for another audience"`},
-		"bound":    {issuer.Token(t, harness.Claims{"cnf": map[string]string{"jkt": "x"}}), `Bearer error="invalid_token", error_description="the token is bound to a key, and is not accepted as a mere bearer token"`},
+		"bound":    {issuer.Token(t, harness.Claims{"cnf": map[string]string{"jkt": "x"}}), `Bearer error="invalid_token", error_description="the token is bound to a key, and is not accepted as a bearer token"`},
 	} {
 		resp := s.Do(t, harness.Request{Method: http.MethodGet, Path: harness.KeyPath("acme"), Token: c.token})
 		if resp.Status != 401 || resp.Header.Get("WWW-Authenticate") != c.challenge {

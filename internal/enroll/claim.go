@@ -22,7 +22,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
-// Origin is where a request came from that no bearer token vouches for.
+// Origin is where a request without a bearer token came from.
 type Origin struct {
 	Request string // the request's ID
 	Address string // the client's IP address, as the transport observed it
@@ -57,7 +57,7 @@ func (s *Service) Claim(ctx context.Context, from Origin, id string, body []byte
 	if err != nil {
 		return err
 	}
-	// The address is a machine's, and who audits from an export needs it.
+	// The address is that of a machine, not of a person, and auditors need it in exports.
 	pass.Detail = map[string]string{"recipient": c.recipient.ID, "from": from.Address}
 	challenge, err := s.judge(ctx, &pass, p, &c)
 	if err != nil {
@@ -68,7 +68,7 @@ func (s *Service) Claim(ctx context.Context, from Origin, id string, body []byte
 		s.Count(Challenges)
 		return ask(*challenge)
 	}
-	// What was begun is finished although the node hung up: it will ask again.
+	// This is finished even if the node disconnects: it will ask again.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.AttemptLife/2)
 	defer cancel()
 	d, err := s.claim(ctx, pass, id, c.recipient)
@@ -99,7 +99,7 @@ func (s *Service) known(ctx context.Context, from Origin, id string, proves func
 		clear(k)
 		err = ErrUnknown
 	}
-	// Failing to look is no failure of the caller's.
+	// An error of the store does not count against the caller's address.
 	if tooMany := leave(!errors.Is(err, ErrUnknown)); tooMany != nil {
 		err = tooMany
 	}

@@ -41,7 +41,7 @@ import (
 
 // The errors of the use cases. Each has one translation, at the edge.
 var (
-	// ErrUnknown: no such enrollment, or a MAC that K did not make; which, is nobody's business.
+	// ErrUnknown: no such enrollment, or a MAC that K did not make; the caller is not told which.
 	ErrUnknown = errors.New("enrollment not known")
 	// ErrClaimed: every use belongs to another recipient, or the enrollment is bound to another.
 	ErrClaimed = errors.New("enrollment is claimed by another recipient")
@@ -58,9 +58,9 @@ var (
 	ErrOrigin = errors.New("enrollment is for keys of another origin")
 	// ErrDevice: the key must be in a TPM that is allowed, and is not.
 	ErrDevice = errors.New("device is not allowed")
-	// ErrDeviceNotFound: an administrator named a device that is not allowed anyhow.
+	// ErrDeviceNotFound: an administrator named a device that the organization does not allow.
 	ErrDeviceNotFound = errors.New("device not found")
-	// ErrTooManyDevices: an organization allows as many as it may.
+	// ErrTooManyDevices: the organization allows as many devices as it may.
 	ErrTooManyDevices = errors.New("too many devices")
 	// ErrPending: approval, or somebody else's work on the same delivery, is awaited; ask again.
 	ErrPending = errors.New("the key is not ready yet")
@@ -72,8 +72,8 @@ type RecipientError struct{ Problem string }
 
 func (e *RecipientError) Error() string { return "recipient " + e.Problem }
 
-// ErrInUse is a key that its holder made and that is a live one already, of
-// whatever organization: its holder has the private half, and may know.
+// ErrInUse: a key that its holder made is a live key already, of this or another
+// organization. Its holder has the private half, and may learn that.
 var ErrInUse = &RecipientError{"is a key that is in use already; make another one"}
 
 // InputError says what is wrong with a request, in words for its sender.

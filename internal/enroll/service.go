@@ -43,9 +43,9 @@ type Config struct {
 	Admit func() (leave func(), err error)
 	// Busy counts a caller who waits for a key, until served is called.
 	Busy func() (served func())
-	// Enter takes a place among the verifications for strangers under way. leave
-	// gives it back, says whether the caller proved to be known, and returns the
-	// error that one hears whose address failed too often.
+	// Enter takes one of the places for verifying requests of unknown callers. leave
+	// gives it back, reports whether the caller was verified, and returns the error
+	// for an address that failed too often.
 	Enter func(ctx context.Context, address string) (leave func(known bool) error, err error)
 	// Count counts what became of an enrollment or delivery, for metrics.
 	Count func(Outcome)

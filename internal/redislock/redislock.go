@@ -2,8 +2,8 @@
 //
 // It keeps concurrent reservations of one organization in order, so that they
 // do not collide in the database. It decides nothing: a lock that expires
-// during a pause, or that a failover forgets, may be granted twice, and one
-// that cannot be had is done without. The database's constraint holds the
+// during a pause, or that a failover forgets, may be granted twice, and
+// without a lock requests continue. The database's constraint holds the
 // quota in every case.
 package redislock
 
@@ -39,9 +39,9 @@ const (
 	ioTimeout    = 500 * time.Millisecond
 	firstWait    = 5 * time.Millisecond // before a taken lock is tried again; doubles, with jitter
 	longestWait  = 80 * time.Millisecond
-	respite      = time.Second // how long a Redis that failed is left alone
+	respite      = time.Second // how long a Redis that failed is not asked
 	releaseLimit = time.Second
-	quiet        = time.Minute // between warnings that it cannot be had
+	quiet        = time.Minute // between warnings that locks are not available
 
 	maxKeyFile = 64 << 10
 
@@ -75,7 +75,7 @@ type Lock struct {
 
 var _ orgkey.Locker = (*Lock)(nil)
 
-// ErrResting: Redis failed a moment ago and is left alone.
+// ErrResting: Redis failed a moment ago and is not asked.
 var ErrResting = errors.New("the Redis server failed a moment ago")
 
 // Errors of Healthy about a Redis that answers but grants no lock.
@@ -88,7 +88,7 @@ var (
 	ErrTLS        = errors.New("the TLS connection to the Redis server fails")
 )
 
-// Commands are what a lock needs of an access control list, on keys that begin
+// Commands are what Redis' access control list must allow, on keys that begin
 // with orgkeys:quota:, with a server, sentinels or a cluster.
 const Commands = "+set +get +del +eval +evalsha +hello +cluster|slots +command"
 
@@ -154,15 +154,15 @@ func (c Config) tls() (func(*tls.Config), error) {
 	}
 	return func(t *tls.Config) {
 		if t != nil { // rediss://
-			// No name: go-redis has the first node's here, for all of them.
+			// go-redis sets the first node's name, and would check it for all nodes.
 			t.MinVersion, t.RootCAs, t.Certificates, t.ServerName = tls.VersionTLS12, roots, own, ""
 		}
 	}, nil
 }
 
 func newClient(location string, trust func(*tls.Config)) (redis.UniversalClient, error) {
-	// Neither who the client is nor whether a managed server is maintained is said:
-	// old servers know no such commands, and each would be one more right.
+	// The client neither names itself nor asks about maintenance: old servers lack
+	// these commands, and each would need one more right.
 	quiet := &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	redis.SetLogger(silent{}) // it would write to standard error whatever fails; errors are returned too
 	parsed, err := url.Parse(location)
@@ -177,8 +177,8 @@ func newClient(location string, trust func(*tls.Config)) (redis.UniversalClient,
 		}
 		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
 		o.DisableIdentity = true
-		// go-redis has the URL's user for the sentinels'. Here it is the primary's, as
-		// where there are none, unless that one is given apart.
+		// go-redis uses the URL's user for the sentinels. Here it is the primary's, as
+		// without sentinels, unless the primary's is given separately.
 		if !query.Has("username") && !query.Has("password") {
 			o.Username, o.Password, o.SentinelUsername, o.SentinelPassword = o.SentinelUsername, o.SentinelPassword, "", ""
 		}
@@ -255,7 +255,7 @@ func (l *Lock) tlsMismatch(err error) bool {
 	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
 		return true
 	}
-	// A server that wants TLS hangs up on a greeting without.
+	// A server that requires TLS closes a connection that begins without it.
 	return !l.encrypted && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) ||
 		l.encrypted && strings.Contains(err.Error(), "remote error: tls:") // net.OpError hides the alert
 }

@@ -28,8 +28,8 @@ var (
 	ErrBusy = errors.New("the TPM is busy")
 	// ErrLockedOut: it saw too many wrong passwords, and refuses for a while.
 	ErrLockedOut = errors.New("the TPM is locked out")
-	// ErrOwned: a hierarchy of it has a password, or is switched off.
-	ErrOwned = errors.New("a hierarchy of the TPM has a password, or is switched off")
+	// ErrOwned: a hierarchy of it has a password, or is disabled.
+	ErrOwned = errors.New("a hierarchy of the TPM has a password, or is disabled")
 	// ErrCleared: the key was made under another storage root key: the TPM was
 	// cleared since, or it is another one. The key is gone for good.
 	ErrCleared = errors.New("the TPM was cleared, or is another one")
