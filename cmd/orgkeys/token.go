@@ -9,6 +9,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/server"
 )
@@ -31,26 +32,7 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 			if err != nil {
 				return err
 			}
-			if !cfg.Development() {
-				return fmt.Errorf("ORGKEYS_ISSUER is %s: tokens come from there", cfg.Issuer)
-			}
-			id, err := org.Parse(name)
-			if err != nil {
-				return fmt.Errorf("--org: %w", err)
-			}
-			parsed, err := parseRoles(roles)
-			if err != nil {
-				return err
-			}
-			dir, err := server.MakeDataDir(cfg.DataDir)
-			if err != nil {
-				return err
-			}
-			issuer, err := authn.OpenDevIssuer(dir)
-			if err != nil {
-				return err
-			}
-			token, err := issuer.Issue(subject, id, parsed, ttl)
+			token, err := issue(cfg, name, subject, roles, ttl)
 			if err != nil {
 				return err
 			}
@@ -69,6 +51,30 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 		}
 	}
 	return cmd
+}
+
+// issue makes a token of the development issuer.
+func issue(cfg config.Config, name, subject string, roles []string, ttl time.Duration) (string, error) {
+	if !cfg.Development() {
+		return "", fmt.Errorf("ORGKEYS_ISSUER is %s: tokens come from there", cfg.Issuer)
+	}
+	id, err := org.Parse(name)
+	if err != nil {
+		return "", fmt.Errorf("--org: %w", err)
+	}
+	parsed, err := parseRoles(roles)
+	if err != nil {
+		return "", err
+	}
+	dir, err := server.MakeDataDir(cfg.DataDir)
+	if err != nil {
+		return "", err
+	}
+	issuer, err := authn.OpenDevIssuer(dir)
+	if err != nil {
+		return "", err
+	}
+	return issuer.Issue(subject, id, parsed, ttl)
 }
 
 func parseRoles(names []string) ([]authz.Role, error) {

@@ -46,7 +46,7 @@ var shapes = []shape{
 	{"okta", "00u62bfdiuvFhVQ4T0h7", "acme", authz.Administrator,
 		set("uid", nil), ReasonSubject, `uid is not there, and a subject is a text`},
 	{"cognito", "aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee", "acme", authz.Administrator,
-		set("token_use", "id"), ReasonClaims, `claims.rego returns no caller of these claims`},
+		set("token_use", "id"), ReasonClaims, `claims.rego returns no caller for these claims`},
 	{"google", "108734012345678901234", "acme", authz.Administrator,
 		set("email", "mallory@acme-prod.iam.gserviceaccount.com"), ReasonClaims, `claims.rego returns no caller`},
 	{"zitadel", "278849238472938472", "278000000000000001", authz.Administrator,

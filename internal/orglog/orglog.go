@@ -250,41 +250,46 @@ func parse(query string) (Filter, error) {
 		if name != "type" && len(given) > 1 {
 			return f, &jsonbody.Error{Field: name, Problem: "is given twice"}
 		}
-		wrong := ""
-		switch value := given[0]; name {
-		case "type":
-			if f.Types = given; len(given) > maxTypes {
-				wrong = fmt.Sprintf("is given more than %d times", maxTypes)
-			}
-			for _, one := range given {
-				if !typeForm.MatchString(one) {
-					wrong = "is not a type of events, such as orgkey.created"
-				}
-			}
-		case "object":
-			f.Object, wrong = value, notText(value)
-		case "actor":
-			f.Actor, wrong = value, notText(value)
-		case "from":
-			f.From, wrong = instant(value)
-		case "until":
-			f.Until, wrong = instant(value)
-		case "before":
-			if f.Before, err = strconv.ParseInt(value, 10, 64); err != nil || f.Before < 1 {
-				wrong = "is not what an answer said as next"
-			}
-		case "take":
-			if f.Take, err = strconv.Atoi(value); err != nil || f.Take < 1 || f.Take > maxTake {
-				wrong = fmt.Sprintf("is not a number from 1 to %d", maxTake)
-			}
-		default:
-			wrong = "is not known"
-		}
-		if wrong != "" {
+		if wrong := f.set(name, given); wrong != "" {
 			return f, &jsonbody.Error{Field: printable(name), Problem: wrong}
 		}
 	}
 	return f, nil
+}
+
+// set sets what the parameter with that name says, and returns what is wrong with it, if anything.
+func (f *Filter) set(name string, given []string) (wrong string) {
+	var err error
+	switch value := given[0]; name {
+	case "type":
+		if f.Types = given; len(given) > maxTypes {
+			return fmt.Sprintf("is given more than %d times", maxTypes)
+		}
+		for _, one := range given {
+			if !typeForm.MatchString(one) {
+				return "is not a type of events, such as orgkey.created"
+			}
+		}
+	case "object":
+		f.Object, wrong = value, notText(value)
+	case "actor":
+		f.Actor, wrong = value, notText(value)
+	case "from":
+		f.From, wrong = instant(value)
+	case "until":
+		f.Until, wrong = instant(value)
+	case "before":
+		if f.Before, err = strconv.ParseInt(value, 10, 64); err != nil || f.Before < 1 {
+			return "is not what an answer said as next"
+		}
+	case "take":
+		if f.Take, err = strconv.Atoi(value); err != nil || f.Take < 1 || f.Take > maxTake {
+			return fmt.Sprintf("is not a number from 1 to %d", maxTake)
+		}
+	default:
+		return "is not known"
+	}
+	return wrong
 }
 
 func notText(value string) string {

@@ -161,9 +161,6 @@ func (c Config) tls() (func(*tls.Config), error) {
 }
 
 func newClient(location string, trust func(*tls.Config)) (redis.UniversalClient, error) {
-	// The client neither names itself nor asks about maintenance: old servers lack
-	// these commands, and each would need one more right.
-	quiet := &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	redis.SetLogger(silent{}) // it would write to standard error whatever fails; errors are returned too
 	parsed, err := url.Parse(location)
 	if err != nil {
@@ -171,38 +168,53 @@ func newClient(location string, trust func(*tls.Config)) (redis.UniversalClient,
 	}
 	switch query := parsed.Query(); {
 	case query.Has("master_name"):
-		o, err := redis.ParseFailoverURL(location)
-		if err != nil {
-			return nil, err
-		}
-		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
-		o.DisableIdentity = true
-		// go-redis uses the URL's user for the sentinels. Here it is the primary's, as
-		// without sentinels, unless the primary's is given separately.
-		if !query.Has("username") && !query.Has("password") {
-			o.Username, o.Password, o.SentinelUsername, o.SentinelPassword = o.SentinelUsername, o.SentinelPassword, "", ""
-		}
-		trust(o.TLSConfig)
-		return redis.NewFailoverClient(o), nil
+		return newFailoverClient(location, query.Has("username") || query.Has("password"), trust)
 	case query.Has("addr"):
-		o, err := redis.ParseClusterURL(location)
-		if err != nil {
-			return nil, err
-		}
-		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
-		o.DisableIdentity, o.MaintNotificationsConfig = true, quiet
-		trust(o.TLSConfig)
-		return redis.NewClusterClient(o), nil
-	default:
-		o, err := redis.ParseURL(location)
-		if err != nil {
-			return nil, err
-		}
-		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
-		o.DisableIdentity, o.MaintNotificationsConfig = true, quiet
-		trust(o.TLSConfig)
-		return redis.NewClient(o), nil
+		return newClusterClient(location, trust)
 	}
+	o, err := redis.ParseURL(location)
+	if err != nil {
+		return nil, err
+	}
+	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
+	o.DisableIdentity, o.MaintNotificationsConfig = true, unmaintained()
+	trust(o.TLSConfig)
+	return redis.NewClient(o), nil
+}
+
+// unmaintained keeps the client from asking about a managed server's maintenance, as
+// DisableIdentity keeps it from naming itself: old servers lack these commands, and each
+// would need one more right.
+func unmaintained() *maintnotifications.Config {
+	return &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+}
+
+func newClusterClient(location string, trust func(*tls.Config)) (redis.UniversalClient, error) {
+	o, err := redis.ParseClusterURL(location)
+	if err != nil {
+		return nil, err
+	}
+	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
+	o.DisableIdentity, o.MaintNotificationsConfig = true, unmaintained()
+	trust(o.TLSConfig)
+	return redis.NewClusterClient(o), nil
+}
+
+// newFailoverClient asks sentinels for the primary. go-redis uses the URL's user for
+// the sentinels. Here it is the primary's, as without sentinels, unless the primary's is
+// given separately.
+func newFailoverClient(location string, separate bool, trust func(*tls.Config)) (redis.UniversalClient, error) {
+	o, err := redis.ParseFailoverURL(location)
+	if err != nil {
+		return nil, err
+	}
+	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.MaxRetries, o.DialerRetries = dialTimeout, ioTimeout, ioTimeout, -1, 1
+	o.DisableIdentity = true
+	if !separate {
+		o.Username, o.Password, o.SentinelUsername, o.SentinelPassword = o.SentinelUsername, o.SentinelPassword, "", ""
+	}
+	trust(o.TLSConfig)
+	return redis.NewFailoverClient(o), nil
 }
 
 type silent struct{}
