@@ -181,15 +181,28 @@ func (v *Verifier) Run(ctx context.Context) {
 	}
 }
 
-// Ready returns nil if the tokens of every issuer can be verified now, and an
-// error that wraps ErrKeysUnavailable and names the issuer if not.
+// Ready returns nil if the tokens of some issuer can be verified now, and what
+// AllReady returns if not: an issuer without keys fails its own people only, and
+// must not be able to keep out everybody else.
 func (v *Verifier) Ready() error {
-	for _, i := range *v.issuers.Load() {
-		if err := i.Keys.Ready(); err != nil {
-			return fmt.Errorf("issuer %s: %w", i.Name, err)
-		}
+	issuers := *v.issuers.Load()
+	if failures := unready(issuers); len(failures) == len(issuers) {
+		return errors.Join(failures...)
 	}
 	return nil
+}
+
+// AllReady returns nil if the tokens of every issuer can be verified now, and an
+// error that wraps ErrKeysUnavailable and names the others if not.
+func (v *Verifier) AllReady() error { return errors.Join(unready(*v.issuers.Load())...) }
+
+func unready(issuers []Issuer) (failures []error) {
+	for _, i := range issuers {
+		if err := i.Keys.Ready(); err != nil {
+			failures = append(failures, fmt.Errorf("issuer %s: %w", i.Name, err))
+		}
+	}
+	return failures
 }
 
 // Authenticate returns the caller that the request's headers speak for. A caller

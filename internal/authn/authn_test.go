@@ -646,3 +646,26 @@ func TestWaitingEndsWithTheRequest(t *testing.T) {
 		t.Errorf("Authenticate: %v, want ErrKeysUnavailable and context.Canceled", err)
 	}
 }
+
+// TestOneIssuerOfSeveralIsEnoughToBeReady: what one of them publishes, or does not, is
+// no reason to turn away the others' people, and is said all the same.
+func TestOneIssuerOfSeveralIsEnoughToBeReady(t *testing.T) {
+	good := testIssuerWith(must(fixedKeySet(issuerSet())), DefaultMapping())
+	never := newKeySet(func(context.Context) ([]byte, error) { return nil, errors.New("no route") }, time.Hour, time.Hour, quiet)
+	for name, keys := range map[string]*KeySet{"an empty set": must(fixedKeySet(jwks())), "not read yet": never} {
+		t.Run(name, func(t *testing.T) {
+			bad := Issuer{Name: "https://ci.example", Audiences: []string{"orgkeys-ci"}, Keys: keys, Mapping: DefaultMapping(), SubjectPrefix: "ci:"}
+			both := must(New(nil, bad, good))
+			if err := both.Ready(); err != nil {
+				t.Errorf("one of two issuers keeps everybody out: %v", err)
+			}
+			if err := both.AllReady(); !errors.Is(err, ErrKeysUnavailable) || !strings.Contains(err.Error(), bad.Name) || strings.Contains(err.Error(), good.Name) {
+				t.Errorf("AllReady = %v, want it to name %s alone", err, bad.Name)
+			}
+			alone := must(New(nil, bad))
+			if err := alone.Ready(); !errors.Is(err, ErrKeysUnavailable) {
+				t.Errorf("ready without any issuer's keys: %v", err)
+			}
+		})
+	}
+}

@@ -87,6 +87,46 @@ func TestTheFileOfIssuersIsFollowed(t *testing.T) {
 	}
 }
 
+// TestOneIssuersKeysKeepNobodyElseOut: an issuer of several that takes its keys out of its
+// set costs its own people their access, and no replica its place behind the load balancer.
+func TestOneIssuersKeysKeepNobodyElseOut(t *testing.T) {
+	t.Parallel()
+	people, robots := harness.NewIssuer(t), harness.NewIssuer(t)
+	robots.Name = "https://robots.test"
+	var all []map[string]any
+	for prefix, i := range map[string]*harness.Issuer{"": people, "robots:": robots} {
+		all = append(all, map[string]any{"issuer": i.Name, "audiences": []string{i.Audience}, "organizations": []string{"*"}, "jwks": i.JWKS, "subjectPrefix": prefix})
+	}
+	b, err := json.Marshal(map[string]any{"issuers": all})
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "issuers.json")
+	if err := os.WriteFile(file, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := harness.Start(t, harness.Set("ORGKEYS_ISSUERS_FILE", file))
+	if err := os.WriteFile(robots.JWKS, []byte(`{"keys":[]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	harness.Eventually(t, harness.Patience, "the admin listener names the issuer without keys", func() bool {
+		return strings.Contains(s.AskAdmin(t, "/readyz"), robots.Name)
+	})
+	org := harness.Org()
+	if status := s.Do(t, harness.Request{Method: http.MethodGet, Path: "/readyz"}).Status; status != http.StatusOK {
+		t.Errorf("/readyz is %d", status)
+	}
+	if status := s.Do(t, harness.Request{Method: http.MethodGet, Path: harness.KeyPath(org), Token: people.Token(t, harness.Claims{"org_id": org})}).Status; status != http.StatusOK {
+		t.Errorf("the other issuer's people get %d", status)
+	}
+	if err := os.WriteFile(people.JWKS, []byte(`{"keys":[]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	harness.Eventually(t, harness.Patience, "it is not ready once no issuer has keys", func() bool {
+		return s.Do(t, harness.Request{Method: http.MethodGet, Path: "/readyz"}).Status == http.StatusServiceUnavailable
+	})
+}
+
 // issuerServer is an issuer over https, or http, that answers paths with documents.
 func issuerServer(t *testing.T, pair *tls.Certificate, documents map[string]string) *httptest.Server {
 	t.Helper()

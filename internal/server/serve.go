@@ -185,6 +185,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 			{Name: "audit checkpoints", Ask: func(context.Context) error { return rewritten(checkpoints) }},
 			{Name: "audit events", Ask: func(ctx context.Context) error { return unauthenticated(ctx, db) }, Optional: true},
 			{Name: "token keys", Ask: func(context.Context) error { return tokens.Ready() }},
+			{Name: "token issuers", Ask: func(context.Context) error { return tokens.AllReady() }, Optional: true},
 		}, lock.checks...),
 		Metrics: newRegistry(db, auditLog, checkpoints, append(lock.metrics, lost, outcomes, pool)), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
 	})
