@@ -84,8 +84,9 @@ func (p *persons) pseudonym(ctx context.Context, subject string) (string, error)
 }
 
 // address is a mail address, alone or at the end of something, or a telephone
-// number in international form. IDs of repositories and the like may hold an @, but go on after it.
-var address = regexp.MustCompile(`(?i)(@|%40)[^@/:]+$|^(tel:)?\+[0-9]`)
+// number in international form, alone or behind a scheme, the issuer's subject prefix or
+// a provider's own (sms|+49…). IDs of repositories and the like may hold an @, but go on after it.
+var address = regexp.MustCompile(`(?i)(@|%40)[^@/:]+$|(^|[:|])(\+|%2b)[0-9]`)
 
 // IsPersonal reports whether the setting which has subject replaced by a pseudonym.
 func IsPersonal(which, subject string) bool {
