@@ -272,7 +272,7 @@ func (x *examination) explainOrganization(err error) string {
 	if _, malformed := org.Parse(named); ok && malformed == nil && x.identity == nil {
 		return fmt.Sprintf("%s is %s, and this issuer may not speak for that organization: the file of issuers says for which", claim, value)
 	}
-	return fmt.Sprintf("%s is %s, and an organization is one ID of 1 to 128 letters, digits, _ or - (beginning with a letter or digit), alone, in a list of one or as the only name of an object%s", claim, value, x.elsewhere())
+	return fmt.Sprintf("%s is %s, and an organization is one ID of 1 to 128 letters, digits, _ or - (beginning with a letter or digit), alone, in a list of one or as the only name of an object, which holds an object or null%s", claim, value, x.elsewhere())
 }
 
 func (x *examination) explainRoles() string {

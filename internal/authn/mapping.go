@@ -20,7 +20,7 @@ import (
 // as /realm_access/roles; any other is a claim's name as it is.
 type Mapping struct {
 	Subject      string // the claim with the caller's ID: a string
-	Organization string // a string, a list of one string, or an object with one name, which is meant
+	Organization string // a string, a list of one string, or an object whose one name is meant and holds an object or null, as Keycloak writes it
 
 	// Role is the claim with the caller's roles: a value or a list of values.
 	// An object's names are its values, each of them only if it holds an object
@@ -167,10 +167,13 @@ func organization(v jsontext.Value) (string, bool) {
 			return text(values[0])
 		}
 	case '{':
-		if object := members(v); len(object) == 1 {
-			for name := range object {
-				return name, true
-			}
+		object := members(v)
+		if len(object) != 1 {
+			break
+		}
+		for name, about := range object {
+			// Of {"id":"acme"}, the name would be everybody's organization.
+			return name, about.Kind() == '{' || about.Kind() == 'n'
 		}
 	}
 	return "", false
