@@ -16,9 +16,9 @@ type command struct {
 	name  string
 	help  string   // one line
 	about string   // for its own --help
-	flags []string // that it uses; the others are accepted, and mean nothing
+	flags []string // that it uses; the others are accepted and ignored
 	needs needs
-	// Whether it makes one attempt, whatever --wait says: somebody looks on.
+	// Whether it makes one attempt only, whatever --wait says, because a person watches.
 	once  bool
 	steps []step
 }
@@ -217,7 +217,7 @@ func helpAbout(words []string, out io.Writer) error {
 	return nil
 }
 
-// meant is a question after a misspelt word, or nothing if no known one is near.
+// meant asks whether the known word nearest to a misspelt one was meant; empty if none is near.
 func meant(word string, known []string) string {
 	best, fewest := "", math.MaxInt
 	for _, k := range known {
@@ -264,7 +264,7 @@ Exit codes:
 64 and 77 end a run at once, the others when --wait is over; running again may help.
 `
 
-// Whoever reads help on a closed pipe has read enough: nothing depends on these.
+// Errors are ignored in what follows: nothing depends on the output of help.
 
 func printUsage(w io.Writer) {
 	var list strings.Builder

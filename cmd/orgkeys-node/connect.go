@@ -23,7 +23,7 @@ const (
 )
 
 // connect reads the files that a connection is made of. They are read for each
-// attempt: any of them may come, or be mended, later.
+// attempt: any of them may appear, or be corrected, later.
 func connect(s settings) (*client.Client, error) {
 	config := client.Config{Server: s.server, Attempt: min(attemptTimeout, shortestAttempt+min(time.Duration(s.wait), attemptTimeout)), UserAgent: "orgkeys-node"}
 	var err error

@@ -27,7 +27,7 @@ const (
 )
 
 // record is what a node remembers of the delivery of its key. It is written
-// before the key, so that whatever key is there without one is another's.
+// before the key, so that a key without a record is not one that was enrolled here.
 type record struct {
 	client.Delivery
 	Received bool   `json:"received"`           // the server has the receipt
@@ -72,8 +72,8 @@ func (k *keyState) clear() { clear(k.token) }
 // enrolled reports whether the key came by an enrollment.
 func (k *keyState) enrolled() bool { return k.record.of(k.private) }
 
-// delivered reports whether the key of the token, or if that is gone of the last
-// enrollment, is there.
+// delivered reports whether the key is there that the token is for or, without a
+// token, that the last enrollment brought.
 func (k *keyState) delivered() bool {
 	return k.enrolled() && (k.token == nil || k.id == k.record.Enrollment)
 }
@@ -175,7 +175,7 @@ func (k *keyState) report(s settings, r *report) {
 	}
 }
 
-// mustEnroll is enroll where the token is what it is about.
+// mustEnroll is enroll for the command of that name: without anything to enroll it fails.
 func mustEnroll(ctx context.Context, s settings, r *report) error {
 	if err := enroll(ctx, s, r); err != nil || r.Message != "" {
 		return err
@@ -302,7 +302,7 @@ func (k *keyState) fetch(ctx context.Context, c *client.Client, d *dir, s settin
 		return &failure{exitRefused, "the server's answer names no organization", "check the server", err}
 	}
 	next := record{Delivery: key.Delivery}
-	next.Scope = "" // nobody vouches for it
+	next.Scope = "" // the answer's MAC does not cover it
 	if k.private != nil {
 		next.Replaces = client.Fingerprint(k.private.Public())
 	}
@@ -358,12 +358,12 @@ func (k *keyState) finish(d *dir, s settings, r *report) error {
 	if k.token == nil {
 		return nil
 	}
-	// Nobody gets anything more with a token of one node. One of several nodes
-	// would let others in.
+	// A token for one node is used up. A token for several nodes would still let
+	// others in.
 	err := os.Remove(s.token)
 	switch {
 	case err == nil:
-		_ = durable.Sync(filepath.Dir(s.token)) // of a directory that cannot be read, too, the file is gone
+		_ = durable.Sync(filepath.Dir(s.token)) // the file is gone even if its directory cannot be read
 	case ofSystemd(s.token):
 		r.add("the token is a credential of the unit and cannot be removed here; remove its source")
 	default:

@@ -6,7 +6,7 @@ import (
 )
 
 // notify tells systemd what "systemctl status" is to show (sd_notify(3)).
-// Nothing depends on it, so that an error is none.
+// Nothing depends on it, so errors are ignored.
 func notify(state string) {
 	path := os.Getenv("NOTIFY_SOCKET")
 	if path == "" {

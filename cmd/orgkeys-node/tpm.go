@@ -64,7 +64,7 @@ func (s settings) newKey(ctx context.Context) (client.PrivateKey, []byte, error)
 	return key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
 }
 
-// suits reports a key that an earlier run made by other settings.
+// suits reports an error if an earlier run made the key with other settings.
 func (s settings) suits(key client.PrivateKey) error {
 	made, inTPM := key.(*tpmdevice.Key)
 	flag, what := "--tpm", ""

@@ -77,8 +77,8 @@ func (x *examination) checkClaims(context.Context) error {
 	return nil
 }
 
-// checkIssuer finds the issuer whose keys and settings are the measure. What
-// the token says is believed once its signature has been verified with them.
+// checkIssuer finds the issuer whose keys and settings apply. The claims are
+// trusted once the signature has been verified with these keys.
 func (x *examination) checkIssuer(context.Context) error {
 	name, ok := text(x.claims["iss"])
 	at := slices.IndexFunc(x.issuers, func(i Issuer) bool { return ok && i.Name == name })
@@ -121,7 +121,7 @@ func (x *examination) checkTime(context.Context) error {
 }
 
 // checkBinding refuses a token that its holder must prove to be theirs (RFC
-// 7800; by mutual TLS, RFC 8705, or DPoP, RFC 9449): as a mere bearer token it is a stolen one.
+// 7800; by mutual TLS, RFC 8705, or DPoP, RFC 9449): without that proof, whoever stole it could use it.
 func (x *examination) checkBinding(context.Context) error {
 	if _, bound := x.claims["cnf"]; bound {
 		return refused(ReasonBound)
@@ -146,7 +146,7 @@ func (x *examination) applyRules(ctx context.Context) error {
 	return nil
 }
 
-// checkAudience wants aud to be or to contain one of the issuer's audiences. Of
+// checkAudience requires aud to be or to contain one of the issuer's audiences. Of
 // a token without aud, claims.rego may say whom it is for.
 func (x *examination) checkAudience(context.Context) error {
 	aud, present := x.claims["aud"]
@@ -183,7 +183,7 @@ func (x *examination) checkSubject(context.Context) error {
 		return refused(ReasonSubject)
 	}
 	x.caller.Kind = authz.Person
-	// These two are for people's eyes: a token is good without them.
+	// These two are only shown to people: a token is valid without them.
 	x.caller.Name, _ = x.claims.text("name")
 	x.caller.Email, _ = x.claims.text("email")
 	return nil

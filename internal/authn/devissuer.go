@@ -37,7 +37,7 @@ const MaxDevTTL = 24 * time.Hour
 const devKeyFile = "development-issuer.pem"
 
 // DevIssuer issues tokens for one machine, without any provider. Whoever can
-// read its key file can be anybody: it is for loopback only.
+// read its key file can sign in as anybody: it is for loopback only.
 type DevIssuer struct {
 	private ed25519.PrivateKey
 	keyID   string // RFC 7638 thumbprint

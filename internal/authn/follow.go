@@ -8,14 +8,14 @@ import (
 	"time"
 )
 
-// pollInterval is how often the file of issuers is read. A change is taken up
-// when two readings agree, so that a file that is being written is not taken
-// for one that is broken.
+// pollInterval is how often the file of issuers is read. A change is applied
+// when two readings agree, so that a file that is being written does not count as
+// broken.
 const pollInterval = 500 * time.Millisecond
 
-// Follow keeps up with the file of issuers until ctx ends; a change counts within
-// two seconds. What is there is logged once: taken up, or not to be used, and then
-// the issuers stay as they are. An issuer that keeps where its keys are keeps its keys.
+// Follow applies changes of the file of issuers until ctx ends, each within two
+// seconds. A change is logged once: as applied, or as unusable, and then the previous
+// issuers stay in force. An issuer whose keys stay at the same place keeps its key set.
 func (v *Verifier) Follow(ctx context.Context, path string, interval time.Duration, log *slog.Logger) {
 	f := fileFollower{verifier: v, path: path, interval: interval, log: log}
 	ticker := time.NewTicker(pollInterval)

@@ -78,7 +78,7 @@ func parseJWKS(b []byte) (publishedKeys, error) {
 	return set, nil
 }
 
-// describe says what b may be that should have been a JWK set.
+// describe says what b, which is not a JWK set, may be instead.
 func describe(b []byte) string {
 	var object struct {
 		URI    string         `json:"jwks_uri"`

@@ -26,7 +26,7 @@ const (
 	fileRefresh  = 5 * time.Second
 )
 
-// urlRefresh is how often a URL is read unasked, so that removed keys stop working.
+// urlRefresh is how often a URL is read without a request for it, so that removed keys stop working.
 const urlRefresh = 5 * time.Minute
 
 // How often requests may have the set read, beyond what Run does.
@@ -71,7 +71,7 @@ type KeySetConfig struct {
 type KeySet struct {
 	read     func(ctx context.Context) ([]byte, error)
 	interval time.Duration
-	refresh  time.Duration // between readings unasked
+	refresh  time.Duration // between readings that no request asked for
 	log      *slog.Logger
 
 	mu       sync.Mutex
@@ -231,8 +231,8 @@ func (k *KeySet) verify(ctx context.Context, t token) error {
 	}
 }
 
-// mayBeNewer returns the bucket of the readings that may help where err is the
-// answer so far, and nil where none will.
+// mayBeNewer returns the bucket that bounds readings of the set after err, and nil if
+// reading it again cannot help.
 func (k *KeySet) mayBeNewer(t token, err error) *bucket {
 	if err == nil {
 		return nil
@@ -259,8 +259,8 @@ func (k *KeySet) mayBeNewer(t token, err error) *bucket {
 	return nil
 }
 
-// known returns the set in force, and the keys of the ID that it lately had and
-// has no more; of any ID if it is empty.
+// known returns the set in force, and the keys with that ID (any ID if it is empty)
+// that were removed from it recently.
 func (k *KeySet) known(id string) (keys publishedKeys, retired []publishedKey) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -272,8 +272,8 @@ func (k *KeySet) known(id string) (keys publishedKeys, retired []publishedKey) {
 	return k.keys, retired
 }
 
-// verdict is the answer where no further reading is to be had: err, unless
-// a key could be missing only because the set cannot be read.
+// verdict is the answer when the set may not be read again now: err, unless the key
+// may be missing only because the set could not be read.
 func (k *KeySet) verdict(cause *bucket, called time.Time, err error) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -357,7 +357,7 @@ func (k *KeySet) begin(cause *bucket) chan struct{} {
 }
 
 // readOnce reads the set and ends the reading under way. Many requests may be
-// waiting for it, so it lasts no shorter for one of them giving up.
+// waiting for it, so it goes on when one of them gives up.
 func (k *KeySet) readOnce(pause time.Duration, cause *bucket) {
 	time.Sleep(pause)
 	began := time.Now()
@@ -377,8 +377,8 @@ func (k *KeySet) readOnce(pause time.Duration, cause *bucket) {
 	}
 }
 
-// finish puts keys in force, unless err says that the reading failed, and lets
-// go on whoever waits for it. It reports whether keys is not what was in force.
+// finish puts keys in force, unless err says that the reading failed, and wakes
+// whoever waits for it. It reports whether the set changed.
 func (k *KeySet) finish(began time.Time, keys publishedKeys, err error, cause *bucket) (changed bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

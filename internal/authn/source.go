@@ -33,7 +33,7 @@ func fileReader(path string) func(context.Context) ([]byte, error) {
 	}
 }
 
-// readGuarded reads a file that says whose tokens are believed.
+// readGuarded reads a file that says whose tokens are accepted.
 func readGuarded(path string) ([]byte, error) {
 	info, err := os.Stat(path)
 	if err != nil {
@@ -117,7 +117,7 @@ func (g getter) client() (*http.Client, error) {
 		Transport: &http.Transport{
 			Proxy:                  http.ProxyFromEnvironment,
 			TLSClientConfig:        tlsConfig,
-			DisableCompression:     true, // so that the size limit is one
+			DisableCompression:     true, // so that the size limit holds for what is decoded
 			DisableKeepAlives:      true,
 			MaxResponseHeaderBytes: 64 << 10,
 		},
@@ -197,15 +197,15 @@ type metadata struct {
 }
 
 // IssuerMismatchError is a provider's metadata with another issuer than the one
-// it was asked for. Its tokens say Theirs, or their keys are somebody else's.
+// it was asked for. Either its tokens name Theirs as their issuer, or the keys are somebody else's.
 type IssuerMismatchError struct{ Ours, Theirs string }
 
 func (e *IssuerMismatchError) Error() string {
 	return fmt.Sprintf("the issuer is configured as %q, and the provider calls itself %q: they must be the same to the byte", e.Ours, e.Theirs)
 }
 
-// Discover returns where the issuer says that its keys are, after it said that
-// it is exactly this issuer: an *IssuerMismatchError if not.
+// Discover returns where the issuer's metadata says that its keys are. If the
+// metadata does not name exactly this issuer, the error is an *IssuerMismatchError.
 func Discover(ctx context.Context, c IssuerConfig) (string, error) {
 	if _, err := httpsURL("the issuer", c.Issuer); err != nil {
 		return "", err

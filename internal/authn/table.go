@@ -65,7 +65,7 @@ func Open(issuers []IssuerConfig, interval time.Duration, log *slog.Logger) ([]I
 	return open(issuers, nil, interval, log)
 }
 
-// open is Open, but for the key sets of issuers that are there already and keep theirs.
+// open is Open, except that an issuer of there whose keys are at the same place keeps its key set.
 func open(issuers []IssuerConfig, there []Issuer, interval time.Duration, log *slog.Logger) ([]Issuer, error) {
 	var opened []Issuer
 	for _, c := range issuers {

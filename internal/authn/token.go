@@ -15,12 +15,12 @@ import (
 // maxKeyID bounds key IDs, in bytes. The longest in use are URLs.
 const maxKeyID = 256
 
-// token is a token that is well-formed and not yet believed.
+// token is a token that is well-formed and not yet verified.
 type token struct {
 	compact   string
 	algorithm jose.SignatureAlgorithm
 	keyID     string // empty if the token names no key
-	payload   []byte // what is signed, before anybody verified that it is
+	payload   []byte // the signed part, not verified yet
 }
 
 // parseToken reads a token's header. go-jose parses the token again to verify
