@@ -264,7 +264,7 @@ Exit codes:
 64 and 77 end a run at once, the others when --wait is over; running again may help.
 `
 
-// Errors are ignored in what follows: nothing depends on the output of help.
+// The functions below ignore errors: nothing depends on the output of help.
 
 func printUsage(w io.Writer) {
 	var list strings.Builder
