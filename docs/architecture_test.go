@@ -217,6 +217,46 @@ func TestArchitectureSaysWhatTestsNeed(t *testing.T) {
 	}
 }
 
+var (
+	namesThenFile = regexp.MustCompile(`([^\[]*)\[[^\]]+\]\(\.\./([^)]+)\)`)
+	codeName      = regexp.MustCompile("`(?:\\w+\\.)?(\\w+)`")
+)
+
+// The names that the table of questions gives stand in the files that it links.
+func TestArchitectureFindsWhatItNames(t *testing.T) {
+	_, table, _ := strings.Cut(read(t, "docs/architecture.md"), "## Where to look\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	found := 0
+	for row := range strings.Lines(table) {
+		cells := strings.Split(row, " | ")
+		if len(cells) != 3 {
+			continue
+		}
+		var names []string // of the file before, where several files have them
+		for _, m := range namesThenFile.FindAllStringSubmatch(cells[2], -1) {
+			if !strings.Contains(m[1], "and in ") {
+				names = nil
+			}
+			for _, name := range codeName.FindAllStringSubmatch(m[1], -1) {
+				names = append(names, name[1])
+			}
+			if !strings.HasSuffix(m[2], ".go") {
+				continue
+			}
+			text := read(t, m[2])
+			for _, name := range names {
+				found++
+				if !regexp.MustCompile(`\b` + name + `\b`).MatchString(text) {
+					t.Errorf("%s is not in %s", name, m[2])
+				}
+			}
+		}
+	}
+	if found < 20 {
+		t.Errorf("%d names were looked for", found)
+	}
+}
+
 // A glossary that explains everything explains nothing.
 func TestTheGlossaryIsShort(t *testing.T) {
 	_, glossary, found := strings.Cut(read(t, "docs/architecture.md"), "## Glossary\n")
