@@ -2,6 +2,7 @@ package main_test
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -10,6 +11,8 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	mathrand "math/rand/v2"
+	"net"
+	"net/http"
 	"strings"
 	"testing"
 
@@ -49,6 +52,13 @@ func TestPromise9_HostileClaimsOfTPMs(t *testing.T) {
 	}
 	b64 := base64.StdEncoding.EncodeToString
 	text, area := string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})), areaOf(&key.PublicKey, 0, func(*tpm2.TPMTPublic) {})
+	// Refusals are limited by address, and each of these is to be looked at.
+	var sent int
+	s.HTTP = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+		sent++
+		from := &net.TCPAddr{IP: net.IPv4(127, 19, byte(sent>>8), byte(sent))}
+		return (&net.Dialer{LocalAddr: from}).DialContext(ctx, network, address)
+	}}}
 	claim := func(what string, change func(map[string]any)) {
 		t.Helper()
 		body := map[string]any{

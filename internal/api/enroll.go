@@ -12,6 +12,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
@@ -397,6 +398,8 @@ func (a *API) byEnrollment(c *gin.Context, act func(context.Context, enroll.Orig
 		a.countNode(authn.ReasonEnrollment)
 	case errors.Is(err, enroll.ErrSignature):
 		a.countNode(authn.ReasonNodeSignature)
+	case errors.Is(err, node.ErrTooManyFailures):
+		a.countNode(authn.ReasonTooMany)
 	}
 	a.fail(c, err)
 }

@@ -154,9 +154,9 @@ func (s *Service) claim(ctx context.Context, pass gate.Pass, id string, recipien
 		s.Count(Conflicts)
 		return d, err
 	case errors.Is(err, ErrInUse):
-		return d, s.Gate.Failed(ctx, pass, audit.RequestFailed, "recipient_unacceptable", err)
+		return d, s.refused(ctx, pass, "recipient_unacceptable", err)
 	case errors.Is(err, ErrClosed):
-		return d, s.Gate.Failed(ctx, pass, audit.RequestFailed, "enrollment_closed", err)
+		return d, s.refused(ctx, pass, "enrollment_closed", err)
 	default:
 		return d, s.Gate.Failed(ctx, pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), err)
 	}

@@ -33,26 +33,39 @@ type Challenge struct {
 // or has to be. It returns the challenge that has to be answered first.
 func (s *Service) judge(ctx context.Context, pass *gate.Pass, p Permission, c *claim) (*Challenge, error) {
 	challenge, err := s.judged(ctx, pass, p, c)
-	reason := ""
 	switch {
 	case err == nil:
 		return challenge, nil
 	case errors.Is(err, ErrOrigin):
-		reason = "origin_not_allowed"
+		return nil, s.refused(ctx, *pass, "origin_not_allowed", err)
 	case errors.Is(err, ErrDevice):
 		s.Count(Devices)
 		if p.TPM != "" { // which has left its event as a conflict, or was counted
 			return nil, err
 		}
-		reason = "device_not_allowed"
+		return nil, s.refused(ctx, *pass, "device_not_allowed", err)
 	case errors.Is(err, ErrProof):
-		reason = "bad_signature"
+		return nil, s.refused(ctx, *pass, "bad_signature", err)
 	case errors.As(err, new(*RecipientError)):
-		reason = "recipient_unacceptable"
+		return nil, s.refused(ctx, *pass, "recipient_unacceptable", err)
 	default:
-		reason = gate.ReasonFor(ctx, "unavailable")
+		return nil, s.Gate.Failed(ctx, *pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), err)
 	}
-	return nil, s.Gate.Failed(ctx, *pass, audit.RequestFailed, reason, err)
+}
+
+// refused records why somebody who has K gets nothing. It counts against their
+// address as a bad signature does: whoever has a token, an old one too, could
+// else write as much into the log as they like. One refusal too many leaves no
+// event of its own, and the error is the one that says so.
+func (s *Service) refused(ctx context.Context, pass gate.Pass, reason string, why error) error {
+	leave, tooMany := s.Enter(ctx, pass.Call.Address)
+	if tooMany == nil {
+		tooMany = leave(false)
+	}
+	if tooMany != nil {
+		return tooMany
+	}
+	return s.Gate.Failed(ctx, pass, audit.RequestFailed, reason, why)
 }
 
 func (s *Service) judged(ctx context.Context, pass *gate.Pass, p Permission, c *claim) (*Challenge, error) {
