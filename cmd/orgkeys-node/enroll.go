@@ -476,8 +476,10 @@ func refusedClaim(s settings, id string, recipient client.PrivateKey, err error)
 		return refused("the token of enrollment "+id+" is for a key in a TPM", "remove "+s.recipientFile+" and run this again with --tpm "+usualTPM)
 	case errors.Is(err, client.DeviceNotAllowed):
 		return refused("the server does not allow the TPM at "+s.tpm, "orgkeys-node ek names it: have an administrator allow it, or bind the enrollment to it; if it is bound to another machine's, this one has the wrong token")
+	case errors.Is(err, client.BadSignature) && s.tpm == "":
+		return refused("the server has no proof that this node has the key in "+s.recipientFile, "something between this node and "+s.server+" may be changing requests")
 	case errors.Is(err, client.BadSignature):
-		return refused("the server has no proof that "+s.recipientFile+" is in the TPM", "does another program answer in the TPM's place? If not, "+another)
+		return refused("the server has no proof that "+s.recipientFile+" is in the TPM", "does another program answer in the TPM's place, or change requests between this node and "+s.server+"? If not, "+another)
 	case errors.Is(err, client.RecipientUnacceptable) && s.origin == originNode:
 		return refused("the server does not accept the key in "+s.recipientFile, "remove it, and run this again")
 	case errors.Is(err, client.RecipientUnacceptable):

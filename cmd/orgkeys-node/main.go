@@ -45,7 +45,7 @@ type failure struct {
 
 func (f *failure) Error() string {
 	text := f.what
-	if f.err != nil {
+	if f.err != nil && f.err.Error() != "" {
 		text += ": " + f.err.Error()
 	}
 	if f.hint != "" {

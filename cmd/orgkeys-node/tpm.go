@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"strings"
 
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/tpmdevice"
@@ -97,26 +98,41 @@ func ek(ctx context.Context, s settings, r *report) error {
 	return nil
 }
 
+// cause is an error without the words of its kind, which the line before it has.
+type cause struct{ kind, err error }
+
+func (c *cause) Error() string {
+	_, text, _ := strings.Cut(c.err.Error(), c.kind.Error()+": ")
+	return text
+}
+
+func (c *cause) Unwrap() error { return c.err }
+
 // tpmTrouble says what is wrong with a TPM, and what to do; nil for other errors.
 func tpmTrouble(s settings, err error) *failure {
 	path := s.device().Path
+	because := func(kind error) error { return &cause{kind, err} }
 	switch {
 	case errors.Is(err, tpmdevice.ErrBusy):
-		return &failure{exitTryLater, "the TPM at " + path + " is busy", "another program may be using it; " + usualTPM + " can be shared", err}
+		return &failure{exitTryLater, "the TPM at " + path + " is busy", "wait until the other program has done, or have both use " + usualTPM + ", which can be shared", because(tpmdevice.ErrBusy)}
+	case errors.Is(err, tpmdevice.ErrDenied):
+		return &failure{exitConfig, "this user may not open the TPM at " + path, "add it to the group of that device (on many systems tss); a systemd unit also needs PrivateDevices=no and DeviceAllow=" + path + " rw", because(tpmdevice.ErrDenied)}
+	case errors.Is(err, tpmdevice.ErrNotTPM):
+		return &failure{exitConfig, path + " is not a TPM 2.0", "check --tpm; Linux calls the device " + usualTPM, because(tpmdevice.ErrNotTPM)}
 	case errors.Is(err, tpmdevice.ErrLockedOut):
-		return &failure{exitTryLater, "the TPM at " + path + " is locked out after wrong passwords", "wait until it recovers, or end the lockout (tpm2_dictionarylockout --clear-lockout)", err}
+		return &failure{exitTryLater, "the TPM at " + path + " is locked out after wrong passwords", "wait until it recovers, or end the lockout (tpm2_dictionarylockout --clear-lockout)", because(tpmdevice.ErrLockedOut)}
 	case errors.Is(err, tpmdevice.ErrOwned):
-		return &failure{exitConfig, "a hierarchy of the TPM at " + path + " has a password, or is disabled", "orgkeys-node uses those of the owner and of the endorsement without one (tpm2_changeauth): remove their passwords, or enable the hierarchies in the firmware", err}
+		return &failure{exitConfig, "a hierarchy of the TPM at " + path + " has a password, or is disabled", "orgkeys-node uses those of the owner and of the endorsement without one (tpm2_changeauth): remove their passwords, or enable the hierarchies in the firmware", because(tpmdevice.ErrOwned)}
 	case errors.Is(err, tpmdevice.ErrCleared):
-		return &failure{exitConfig, "the TPM at " + path + " was cleared, or is not the one that made the key", "the key is gone: remove its file, and enroll this node again with a new token", err}
+		return &failure{exitConfig, "the TPM at " + path + " was cleared, or is not the one that made the key", "the key is gone: remove its file, and enroll this node again with a new token", because(tpmdevice.ErrCleared)}
 	case errors.Is(err, tpmdevice.ErrBlob):
-		return &failure{exitConfig, "the TPM at " + path + " does not load the key", "its file is damaged: remove it, and enroll this node again with a new token", err}
+		return &failure{exitConfig, "the TPM at " + path + " does not load the key", "its file is damaged: remove it, and enroll this node again with a new token", because(tpmdevice.ErrBlob)}
 	case errors.Is(err, tpmdevice.ErrNoTPM):
-		return &failure{exitConfig, "there is no TPM at " + path, "check --tpm, whether the firmware has the TPM switched on, and whether this user may open it (on many systems: group tss)", err}
+		return &failure{exitConfig, "there is no TPM at " + path, "check --tpm, and whether the firmware has the TPM switched on; in a systemd unit, PrivateDevices=no", because(tpmdevice.ErrNoTPM)}
 	case errors.Is(err, tpmdevice.ErrDecryption):
-		return &failure{exitProtocol, "the server's answer is not for the key in the TPM", "something between this node and " + s.server + " may be changing answers", err}
+		return &failure{exitProtocol, "the server's answer is not for the key in the TPM", "something between this node and " + s.server + " may be changing answers", because(tpmdevice.ErrDecryption)}
 	case errors.Is(err, tpmdevice.ErrFailed):
-		return &failure{exitConfig, "the TPM at " + path + " fails", "restart the machine; if that does not help, the TPM is broken", err}
+		return &failure{exitConfig, "the TPM at " + path + " fails", "restart the machine; if that does not help, the TPM is broken", because(tpmdevice.ErrFailed)}
 	}
 	return nil
 }

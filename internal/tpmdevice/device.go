@@ -22,8 +22,12 @@ import (
 
 // The errors, each of which asks for something else to be done.
 var (
-	// ErrNoTPM: there is none at the path, or it may not be opened.
+	// ErrNoTPM: there is none at the path.
 	ErrNoTPM = errors.New("no TPM can be opened")
+	// ErrDenied: this user may not open it.
+	ErrDenied = errors.New("the TPM may not be opened")
+	// ErrNotTPM: what is at the path is something else, or a TPM 1.2.
+	ErrNotTPM = errors.New("it is not a TPM 2.0")
 	// ErrBusy: it may answer later.
 	ErrBusy = errors.New("the TPM is busy")
 	// ErrLockedOut: it saw too many wrong passwords, and refuses for a while.
@@ -351,7 +355,7 @@ func explain(err error) error {
 			return fmt.Errorf("%w: it answers %w", known.is, err)
 		}
 	}
-	for _, known := range []error{ErrNoTPM, ErrBusy, ErrLockedOut, ErrOwned, ErrCleared, ErrBlob, ErrFailed, ErrDecryption, context.Canceled, context.DeadlineExceeded} {
+	for _, known := range []error{ErrNoTPM, ErrDenied, ErrNotTPM, ErrBusy, ErrLockedOut, ErrOwned, ErrCleared, ErrBlob, ErrFailed, ErrDecryption, context.Canceled, context.DeadlineExceeded} {
 		if errors.Is(err, known) {
 			return err
 		}

@@ -158,16 +158,16 @@ func TestTrouble(t *testing.T) {
 	if after, err := d.Endorsement(t.Context()); err != nil || after.ID != before.ID {
 		t.Errorf("the endorsement key of a cleared TPM is another, or %v", err)
 	}
-	for _, path := range []string{"/nonexistent", t.TempDir()} {
-		if _, err := (tpmdevice.Device{Path: path}).Endorsement(t.Context()); err == nil {
-			t.Errorf("%s is a TPM", path)
-		}
-	}
 	file := t.TempDir() + "/file"
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := (tpmdevice.Device{Path: file}).Endorsement(t.Context()); err == nil {
-		t.Error("an empty file is a TPM")
+	for path, want := range map[string]error{
+		"/nonexistent": tpmdevice.ErrNoTPM, file + "/below": tpmdevice.ErrNoTPM, t.TempDir(): tpmdevice.ErrNotTPM, file: tpmdevice.ErrNotTPM,
+		"/dev/null": tpmdevice.ErrNotTPM, "/dev/zero": tpmdevice.ErrNotTPM, "/dev/tty": tpmdevice.ErrNotTPM,
+	} {
+		if _, err := (tpmdevice.Device{Path: path}).Endorsement(t.Context()); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", path, err, want)
+		}
 	}
 }

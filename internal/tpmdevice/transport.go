@@ -9,15 +9,18 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"syscall"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
+	"golang.org/x/sys/unix"
 )
 
 const (
 	maxResponse    = 4096 // bytes; what a TPM's device gives at once
 	responseHeader = 10   // tag, size, response code
+	tagOf12        = 0xc4 // of a TPM 1.2's answers (TPM_TAG_RSP_COMMAND)
 	// commandTime bounds one command with its answer: making an RSA key may take a
 	// slow TPM half a minute.
 	commandTime = 90 * time.Second
@@ -40,20 +43,41 @@ type connection struct {
 func open(ctx context.Context, path string) (*connection, error) {
 	c := &connection{ctx: ctx, path: path}
 	info, err := os.Stat(path)
-	if err == nil && info.Mode()&fs.ModeSocket != 0 {
+	switch {
+	case err != nil:
+	case info.Mode()&fs.ModeSocket != 0:
 		c.file, err = net.DialTimeout("unix", path, commandTime)
-	} else if err == nil && info.Mode()&fs.ModeCharDevice != 0 {
+	case info.Mode()&fs.ModeCharDevice == 0:
+		return nil, fmt.Errorf("%w: it is neither a device nor a socket", ErrNotTPM)
+	default:
+		// Nothing is written to what may do something else with it.
+		if class := classOf(info); class != "" && class != "tpm" && class != "tpmrm" {
+			return nil, fmt.Errorf("%w: it is a device of class %s", ErrNotTPM, class)
+		}
 		c.file, err = openDevice(path)
-	} else if err == nil {
-		err = errors.New(path + " is neither a device nor a socket") // to which nothing is written
 	}
 	switch {
 	case err == nil:
 		return c, nil
 	case errors.Is(err, syscall.EBUSY), errors.Is(err, syscall.EAGAIN): // EAGAIN: others wait for the socket
-		return nil, fmt.Errorf("%w: another program has %s open; /dev/tpmrm0 can be shared", ErrBusy, path)
+		return nil, fmt.Errorf("%w: another program has it open", ErrBusy)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("%w: %w", ErrDenied, err)
 	}
 	return nil, fmt.Errorf("%w: %w", ErrNoTPM, err)
+}
+
+// classOf is what Linux calls the devices of that kind; empty if it does not say.
+func classOf(device fs.FileInfo) string {
+	stat, ok := device.Sys().(*syscall.Stat_t)
+	if !ok {
+		return ""
+	}
+	class, err := os.Readlink(fmt.Sprintf("/sys/dev/char/%d:%d/subsystem", unix.Major(uint64(stat.Rdev)), unix.Minor(uint64(stat.Rdev))))
+	if err != nil {
+		return ""
+	}
+	return filepath.Base(class)
 }
 
 // openDevice opens a device so that a command is done when it is written. Linux
@@ -116,7 +140,11 @@ func (c *connection) exchange(command []byte) ([]byte, error) {
 		more, err := c.file.Read(buffer[n:])
 		n += more
 		if n >= responseHeader {
-			switch size := int(binary.BigEndian.Uint32(buffer[2:])); {
+			switch tag, size := tpm2.TPMST(binary.BigEndian.Uint16(buffer)), int(binary.BigEndian.Uint32(buffer[2:])); {
+			case tag == tagOf12:
+				return nil, fmt.Errorf("%w: it answers as a TPM 1.2 does", ErrNotTPM)
+			case tag != tpm2.TPMSTNoSessions && tag != tpm2.TPMSTSessions:
+				return nil, fmt.Errorf("%w: it answers as no TPM does", ErrNotTPM)
 			case size < responseHeader || size > maxResponse:
 				return nil, fmt.Errorf("%w: an answer of %d bytes", ErrFailed, size)
 			case n == size:

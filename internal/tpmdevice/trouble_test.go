@@ -134,7 +134,8 @@ func TestHostileAndBusyAnswers(t *testing.T) {
 		"a long size":    {[]byte{0x80, 1, 0xff, 0, 0, 10, 0, 0, 0, 0}, tpmdevice.ErrFailed},
 		"nothing in it":  {code(0), tpmdevice.ErrFailed},
 		"bytes behind":   {append(code(0), 1), tpmdevice.ErrFailed},
-		"another's text": {[]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), tpmdevice.ErrFailed},
+		"another's text": {[]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), tpmdevice.ErrNotTPM},
+		"a TPM 1.2's":    {[]byte{0, 0xc4, 0, 0, 0, 10, 0, 0, 0, 0x1e}, tpmdevice.ErrNotTPM},
 	} {
 		if err := check(always(c.answer)); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", what, err, c.want)
