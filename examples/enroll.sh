@@ -4,39 +4,43 @@ set -eu
 
 usage() {
 	cat <<'USAGE'
-Usage: enroll.sh --server URL --token-file FILE --dir DIR [--cacert FILE]
+Usage: enroll.sh --server URL --token-file FILE --dir DIR [--origin node] [--cacert FILE]
 
 Fetches this node's private key from orgkeys with the enrollment token in FILE,
 and writes DIR/private_key.pem (0600) and DIR/enrollment.json. Nobody between
 the HSM and this machine can read the key. Run it again after any interruption:
-it goes on where it was. When the receipt is taken, FILE is removed.
+it goes on where it was. When all is done, FILE is removed. With a new token it
+brings a new key in place of the one that it fetched before.
 
   --server URL       as https://orgkeys.example
   --token-file FILE  the token, oke1.ID.SECRET
   --dir DIR          where the key goes; made 0700 if it is missing
+  --origin node      this machine makes the key, and sends its public half only;
+                     for enrollments of that origin
   --cacert FILE      authorities of the server's certificate; default the system's
 
 Exit codes: 0 the key is there; 75 try again later; 77 the enrollment is not
-good (any more): ask an administrator; 64 wrong arguments; 70 something is wrong
-with the answer.
+good (any more): ask an administrator; 64 wrong arguments, or a key that this
+did not fetch is there; 70 something is wrong with the answer.
 USAGE
 }
 
-server='' token_file='' dir='' cacert=''
+server='' token_file='' dir='' cacert='' origin=backend
 while [ $# -gt 0 ]; do
 	case $1 in
 	--server) server=$2 && shift 2 ;;
 	--token-file) token_file=$2 && shift 2 ;;
 	--dir) dir=$2 && shift 2 ;;
 	--cacert) cacert=$2 && shift 2 ;;
+	--origin) origin=$2 && shift 2 ;;
 	-h | --help) usage && exit ;;
 	*) usage >&2 && exit 64 ;;
 	esac
 done
-if [ -z "$server" ] || [ -z "$token_file" ] || [ -z "$dir" ]; then
-	usage >&2
-	exit 64
-fi
+case $origin:$server:$token_file:$dir in
+backend:?*:?*:?* | node:?*:?*:?*) ;;
+*) usage >&2 && exit 64 ;;
+esac
 
 fail() {
 	code=$1 && shift
@@ -47,14 +51,19 @@ fail() {
 umask 077
 mkdir -p "$dir"
 key=$dir/private_key.pem
-recipient=$dir/recipient.pem
 answer=$dir/enrollment.json
+# What the enrollment begins with: the recipient, or the node's own key.
+case $origin in
+backend) first=$dir/recipient.pem bits=3072 ;;
+node) first=$dir/own_key.pem bits=2048 ;;
+esac
 work=$(mktemp -d "$dir/.work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
 if [ ! -e "$token_file" ]; then
 	[ -s "$key" ] || fail 77 "there is neither a token at $token_file nor a key at $key"
-	exit 0 # enrolled before
+	rm -f "$first" # of a run that was interrupted here
+	exit 0         # enrolled before
 fi
 token=$(tr -d ' \t\r\n' <"$token_file")
 id=$(printf %s "$token" | cut -d. -f2)
@@ -93,17 +102,28 @@ hmac() {
 	{ bytes 92 && cat "$work/inner"; } | openssl dgst -sha256 -binary | openssl base64 -A
 }
 
-# The recipient is stored durably before it is sent: the key is sealed to it
+# It is stored durably before anything is sent: the enrollment is bound to it
 # once and for all.
-if [ ! -s "$recipient" ]; then
-	openssl genpkey -quiet -algorithm RSA -pkeyopt rsa_keygen_bits:3072 -out "$work/recipient.pem" 2>/dev/null ||
-		openssl genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:3072 -out "$work/recipient.pem" 2>/dev/null
-	sync "$work/recipient.pem"
-	mv "$work/recipient.pem" "$recipient"
+if [ ! -s "$first" ]; then
+	openssl genpkey -quiet -algorithm RSA -pkeyopt "rsa_keygen_bits:$bits" -out "$work/first.pem" 2>/dev/null ||
+		openssl genpkey -algorithm RSA -pkeyopt "rsa_keygen_bits:$bits" -out "$work/first.pem" 2>/dev/null
+	sync "$work/first.pem"
+	mv "$work/first.pem" "$first"
 	sync "$dir"
 fi
-openssl pkey -in "$recipient" -pubout -out "$work/public.pem"
+openssl pkey -in "$first" -pubout -out "$work/public.pem"
 R=$(openssl pkey -pubin -in "$work/public.pem" -outform DER | openssl dgst -sha256 -r | cut -d' ' -f1)
+
+# thumbprint FILE prints the fingerprint of a private key, an RFC 7638 thumbprint.
+thumbprint() {
+	n=$(openssl rsa -in "$1" -noout -modulus | cut -d= -f2 | tr 'A-F' 'a-f')
+	# shellcheck disable=SC2059 # nothing but octal escapes
+	n64=$(printf "$(echo "$n" | sed 's/../0x& /g' | { read -r line; for b in $line; do printf '\\%03o' "$b"; done; })" | openssl base64 -A | tr '/+' '_-' | tr -d =)
+	printf '{"e":"AQAB","kty":"RSA","n":"%s"}' "$n64" | openssl dgst -sha256 -binary | openssl base64 -A | tr '/+' '_-' | tr -d =
+}
+
+# sign prints the base64 of a signature of standard input by the key in FILE.
+sign() { openssl dgst -sha256 -sign "$1" | openssl base64 -A; }
 
 # post PATH sends standard input, and leaves the body in $work/body.
 post() {
@@ -124,23 +144,10 @@ post() {
 	esac
 }
 
-case $server in
-https://* | http://127.0.0.1:* | http://localhost:*) ;;
-*) fail 64 "--server: http:// is for loopback addresses only" ;;
-esac
-
-if [ ! -s "$key" ]; then
-	mac=$(printf 'orgkeys/enroll/v1\n%s\n%s\n' "$id" "$R" | hmac)
-	jq -n --rawfile recipient "$work/public.pem" --arg mac "$mac" '{recipient: $recipient, mac: $mac}' | post "/enroll/$id"
-
-	# Nothing in the answer is believed before its MAC is right.
-	field() { jq -er --arg name "$1" '.[$name] | strings' "$work/body" || fail 75 "the answer has no $1"; }
-	want=$(printf 'orgkeys/sealed/v1\n%s\n%s\n%s\n%s\n%s\n%s\n%s\n' "$id" "$(field org)" "$(field origin)" "$(field keyId)" "$R" \
-		"$(field fingerprint)" "$(field sha256)" | hmac)
-	[ "$(field mac)" = "$want" ] || fail 75 "the answer does not come from who minted the token"
+# unseal opens the answer's sealed key into $work/key.pem.
+unseal() {
 	jq -er .sealed.value "$work/body" | openssl base64 -d -A >"$work/sealed"
 	[ "$(openssl dgst -sha256 -r <"$work/sealed" | cut -d' ' -f1)" = "$(field sha256)" ] || fail 75 "the sealed key was changed in transit"
-
 	case $(jq -r .sealed.alg "$work/body") in
 	RSA_AES_KEY_WRAP_SHA_256) digest=sha256 ;;
 	RSA_AES_KEY_WRAP_SHA_1) digest=sha1 ;;
@@ -150,18 +157,58 @@ if [ ! -s "$key" ]; then
 	tail -c +385 "$work/sealed" >"$work/tail"
 	# -K shows a key that opens nothing but this delivery to processes of this
 	# machine, for the moment that openssl runs.
-	aes=$(openssl pkeyutl -decrypt -inkey "$recipient" -in "$work/head" -pkeyopt rsa_padding_mode:oaep \
+	aes=$(openssl pkeyutl -decrypt -inkey "$first" -in "$work/head" -pkeyopt rsa_padding_mode:oaep \
 		-pkeyopt "rsa_oaep_md:$digest" -pkeyopt "rsa_mgf1_md:$digest" | od -An -v -tx1 | tr -d ' \n')
 	openssl enc -d -id-aes256-wrap-pad -iv A65959A6 -K "$aes" -in "$work/tail" -out "$work/key.der" ||
 		fail 70 "the sealed key does not open"
 	openssl pkey -inform DER -in "$work/key.der" -traditional -out "$work/key.pem"
+}
 
-	# The fingerprint is an RFC 7638 thumbprint.
-	n=$(openssl rsa -in "$work/key.pem" -noout -modulus | cut -d= -f2 | tr 'A-F' 'a-f')
-	# shellcheck disable=SC2059 # nothing but octal escapes
-	n64=$(printf "$(echo "$n" | sed 's/../0x& /g' | { read -r line; for b in $line; do printf '\\%03o' "$b"; done; })" | openssl base64 -A | tr '/+' '_-' | tr -d =)
-	print=$(printf '{"e":"AQAB","kty":"RSA","n":"%s"}' "$n64" | openssl dgst -sha256 -binary | openssl base64 -A | tr '/+' '_-' | tr -d =)
-	[ "$print" = "$(field fingerprint)" ] || fail 70 "the sealed key is another than the answer says"
+case $server in
+https://* | http://127.0.0.1:* | http://localhost:*) ;;
+*) fail 64 "--server: http:// is for loopback addresses only" ;;
+esac
+
+# A key that is there may be this enrollment's, that of one before, whose place
+# the new one takes, or another's. The answer is stored before its key.
+value() { jq -r --arg name "$1" '.[$name] // empty' "$answer"; }
+have=''
+if [ -s "$key" ]; then
+	same='' ours=''
+	[ ! -s "$answer" ] || [ "$(value id)" != "$id" ] || same=yes
+	[ ! -s "$answer" ] || [ "$(value fingerprint)" != "$(thumbprint "$key")" ] || ours=yes
+	case $same:$ours in
+	yes:yes) have=yes ;;
+	:) fail 64 "$key is a key that this did not fetch: move it away, or remove $token_file" ;;
+	esac
+fi
+
+if [ -z "$have" ]; then
+	printf 'orgkeys/enroll/v1\n%s\n%s\n' "$id" "$R" >"$work/claim"
+	mac=$(hmac <"$work/claim")
+	case $origin in
+	backend) jq -n --rawfile recipient "$work/public.pem" --arg mac "$mac" '{recipient: $recipient, mac: $mac}' ;;
+	node)
+		signature=$(sign "$first" <"$work/claim")
+		jq -n --rawfile key "$work/public.pem" --arg mac "$mac" --arg signature "$signature" '{publicKey: $key, mac: $mac, signature: $signature}'
+		;;
+	esac >"$work/request"
+	post "/enroll/$id" <"$work/request"
+
+	# Nothing in the answer is believed before its MAC is right.
+	field() { jq -er --arg name "$1" '.[$name] | strings' "$work/body" || fail 75 "the answer has no $1"; }
+	want=$(printf 'orgkeys/sealed/v1\n%s\n%s\n%s\n%s\n%s\n%s\n%s\n' "$id" "$(field org)" "$(field origin)" "$(field keyId)" "$R" \
+		"$(field fingerprint)" "$(field sha256)" | hmac)
+	[ "$(field mac)" = "$want" ] || fail 75 "the answer does not come from who minted the token"
+
+	case $origin in
+	backend) unseal ;;
+	node)
+		[ -z "$(field sha256)" ] || fail 70 "the answer is about a key that the server made"
+		openssl pkey -in "$first" -traditional -out "$work/key.pem"
+		;;
+	esac
+	[ "$(thumbprint "$work/key.pem")" = "$(field fingerprint)" ] || fail 70 "the key is another than the answer says"
 
 	jq '{id, org, origin, keyId, fingerprint, sha256}' "$work/body" >"$work/answer"
 	sync "$work/answer" "$work/key.pem"
@@ -170,11 +217,12 @@ if [ ! -s "$key" ]; then
 	sync "$dir"
 fi
 
-# The receipt: the delivered key signs, as it signs everything else.
-value() { jq -er --arg name "$1" '.[$name]' "$answer"; }
-signature=$(printf 'orgkeys/receipt/v1\n%s\n%s\n%s\n%s\n%s\n' "$(value origin)" "$(value org)" "$(value keyId)" "$R" "$(value sha256)" |
-	openssl dgst -sha256 -sign "$key" | openssl base64 -A)
-jq -n --arg recipient "$R" --arg signature "$signature" '{recipient: $recipient, signature: $signature}' | post "/enroll/$id/receipt"
-[ "$(jq -r .message "$work/body" 2>/dev/null)" = 'Receipt recorded' ] || fail 75 "$server answers as something else than orgkeys does"
-rm -f "$token_file" "$recipient"
+# The receipt: the delivered key signs, as it signs everything else. A key that
+# was made here has signed for itself before.
+if [ -n "$(value sha256)" ]; then
+	signature=$(printf 'orgkeys/receipt/v1\n%s\n%s\n%s\n%s\n%s\n' "$(value origin)" "$(value org)" "$(value keyId)" "$R" "$(value sha256)" | sign "$key")
+	jq -n --arg recipient "$R" --arg signature "$signature" '{recipient: $recipient, signature: $signature}' | post "/enroll/$id/receipt"
+	[ "$(jq -r .message "$work/body" 2>/dev/null)" = 'Receipt recorded' ] || fail 75 "$server answers as something else than orgkeys does"
+fi
+rm -f "$token_file" "$dir/recipient.pem" "$dir/own_key.pem"
 echo "enroll.sh: key $(value keyId) of $(value org) is in $key"
