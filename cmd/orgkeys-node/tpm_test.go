@@ -145,9 +145,31 @@ func TestPromise14_AKeyThatANodeMadeActsForItOnly(t *testing.T) {
 	second := newEnrolling(t, s.API, mint(t, s, org, `{"origin":"node","bind":{"tpm":true}}`).Token)
 	first.run(0, "registered 192.0.2.81", boot[0], append(boot[1:], "--ip", "192.0.2.81")...)
 	second.run(0, "registered 192.0.2.82", boot[0], append(boot[1:], "--ip", "192.0.2.82", "--tpm", device.Socket)...)
-	first.run(77, "belongs to another node", "register", "--ip", "192.0.2.82")
-	second.run(77, "belongs to another node", "register", "--ip", "192.0.2.81", "--tpm", device.Socket)
-	first.run(77, "belongs to another node", "unregister", "--ip", "192.0.2.82")
+	for _, command := range []string{"register", "secrets", "unregister"} {
+		first.run(77, "belongs to another node", command, "--ip", "192.0.2.82")
+		second.run(77, "belongs to another node", command, "--ip", "192.0.2.81", "--tpm", device.Socket)
+	}
+	// It is no organization key, says nothing to another organization, and begins
+	// at the address that its enrollment names.
+	if keys := s.List(t, org); len(keys) != 0 {
+		t.Errorf("the organization has %+v", keys)
+	}
+	key := harness.ParsePrivate(t, []byte(read(t, first.key)))
+	var record struct{ KeyID string }
+	if err := json.Unmarshal([]byte(read(t, first.key+".enrollment")), &record); err != nil || record.KeyID == "" {
+		t.Fatalf("%v %+v", err, record)
+	}
+	elsewhere := harness.Org()
+	s.Generate(t, elsewhere)
+	for _, named := range []string{"", record.KeyID} {
+		node := client.Node{Client: s.Client(t, elsewhere, "OWNER"), Org: elsewhere, IP: "192.0.2.81", Region: "eu", Key: key, KeyID: named}
+		if _, err := node.Secrets(t.Context()); !errors.Is(err, client.BadSignature) {
+			t.Errorf("in another organization, named %q: %v", named, err)
+		}
+	}
+	third := newEnrolling(t, s.API, mint(t, s, org, `{"origin":"node","ip":"192.0.2.83"}`).Token)
+	third.run(77, "was enrolled for another address than 192.0.2.84", boot[0], append(boot[1:], "--ip", "192.0.2.84")...)
+	third.run(0, "registered 192.0.2.83", "boot", "--ip", "192.0.2.83")
 	var outcome struct{ KeyID string }
 	if out := second.run(0, "", "status", "--json", "--tpm", device.Socket); json.Unmarshal([]byte(out), &outcome) != nil {
 		t.Fatal(out)
@@ -156,6 +178,31 @@ func TestPromise14_AKeyThatANodeMadeActsForItOnly(t *testing.T) {
 		Want(t, 200, "Organization key deleted successfully")
 	second.run(77, "does not accept this key", "register", "--ip", "192.0.2.82", "--tpm", device.Socket)
 	first.run(0, "registered 192.0.2.81", "register", "--ip", "192.0.2.81")
+	// Nor does it outlive its node, at whatever address.
+	owner := s.Client(t, org, "OWNER")
+	nodes, err := owner.Nodes(t.Context(), org)
+	if err != nil {
+		t.Fatal(err)
+	}
+	deleted := 0
+	for _, n := range nodes {
+		if n.IP != "192.0.2.81" {
+			continue
+		}
+		if err := owner.DeleteNode(t.Context(), org, n.ID); err != nil {
+			t.Fatal(err)
+		}
+		deleted++
+	}
+	if deleted != 1 {
+		t.Errorf("%d nodes at the address, want 1", deleted)
+	}
+	for _, ip := range []string{"192.0.2.81", "192.0.2.85"} {
+		for _, command := range []string{"register", "secrets", "unregister"} {
+			first.run(77, "does not accept this key", command, "--ip", ip)
+		}
+	}
+	third.run(0, "registered 192.0.2.83", "register", "--ip", "192.0.2.83")
 }
 
 // A key in the TPM registers, fetches and opens secrets, and unregisters. The TPM
@@ -221,6 +268,104 @@ func TestFirstBootInTheTPM(t *testing.T) {
 	e.run(0, "registered 192.0.2.8", "boot", append([]string{"--ip", "192.0.2.8"}, inTPM...)...)
 }
 
+// Deployed scripts with the organization's key, nodes that made their keys with
+// nothing but openssl, and nodes with a TPM are one organization: each of them
+// works beside the others, and goes on when another one's key is deleted.
+func TestDeployedScriptsBesideNodesWithATPM(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org := harness.Org()
+	value := "A='1'\nB=\x00\xff\n"
+	s.PutSecret(t, org, "env_s3", []byte(value))
+	device := tpmtest.Start(t)
+	inTPM := []string{"--ip", "192.0.2.91", "--tpm", device.Socket}
+	e := newEnrolling(t, s.API, mint(t, s, org, `{"origin":"node","bind":{"ek":"`+ekOf(t, device)+`"}}`).Token)
+	boots := func() {
+		t.Helper()
+		e.run(0, "registered 192.0.2.91", "boot", append([]string{"--origin", "node"}, inTPM...)...)
+	}
+	boots()
+
+	dir := t.TempDir()
+	deployed, token, own := filepath.Join(dir, "deployed.pem"), filepath.Join(dir, "token"), filepath.Join(dir, "own")
+	organization := s.Generate(t, org)
+	if err := os.WriteFile(deployed, organization.PEM, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(token, []byte(mint(t, s, org, `{"origin":"node"}`).Token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	script := func(path string, args ...string) (string, error) {
+		cmd := exec.Command(path, args...)
+		cmd.Env = append(os.Environ(), "no_proxy=*", "NO_PROXY=*")
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	if out, err := script("../../examples/enroll.sh", "--server", s.API, "--token-file", token, "--dir", own, "--origin", "node"); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	var answer struct{ KeyID string }
+	if err := json.Unmarshal([]byte(read(t, filepath.Join(own, "enrollment.json"))), &answer); err != nil {
+		t.Fatal(err)
+	}
+	// The script does not name its key: the service finds a node key by the address
+	// that it is bound to, which one request with the key's name does.
+	key := harness.ParsePrivate(t, []byte(read(t, filepath.Join(own, "private_key.pem"))))
+	node := client.Node{Client: s.Client(t, org, "OWNER"), Org: org, IP: "192.0.2.92", Region: "eu-west-1", Key: key, KeyID: answer.KeyID}
+	if err := node.Register(t.Context(), client.Registration{Version: "1", Status: "active"}); err != nil {
+		t.Fatal(err)
+	}
+	// client.sh registers, opens every secret, and unregisters.
+	speaks := func(key, ip string) error {
+		t.Helper()
+		secrets := t.TempDir()
+		out, err := script("../../internal/node/testdata/client.sh", s.API, org, key, ip, "eu-west-1", secrets)
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		if got, err := os.ReadFile(filepath.Join(secrets, "env_s3")); err != nil || string(got) != value {
+			return fmt.Errorf("it got %q, %w", got, err)
+		}
+		return nil
+	}
+	scripts := map[string]string{deployed: "192.0.2.93", filepath.Join(own, "private_key.pem"): "192.0.2.92"}
+	for key, ip := range scripts {
+		if err := speaks(key, ip); err != nil {
+			t.Errorf("%s: %v", ip, err)
+		}
+		// Nor does any of them take the place of the node with the TPM.
+		if key != deployed {
+			if err := speaks(key, "192.0.2.91"); err == nil {
+				t.Error("a node key registers the address of the node with the TPM")
+			}
+		}
+	}
+	boots()
+	var outcome struct{ KeyID string }
+	if out := e.run(0, "", "status", "--json", "--tpm", device.Socket); json.Unmarshal([]byte(out), &outcome) != nil {
+		t.Fatal(out)
+	}
+	owner := s.Client(t, org, "OWNER")
+	if err := owner.DeleteKey(t.Context(), org, outcome.KeyID); err != nil {
+		t.Fatal(err)
+	}
+	e.run(77, "does not accept this key", "register", inTPM...)
+	for key, ip := range scripts {
+		if err := speaks(key, ip); err != nil {
+			t.Errorf("%s, after the key in the TPM was deleted: %v", ip, err)
+		}
+	}
+	if err := owner.DeleteKey(t.Context(), org, organization.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := speaks(deployed, "192.0.2.93"); err == nil {
+		t.Error("a deleted key of the organization works")
+	}
+	if err := speaks(filepath.Join(own, "private_key.pem"), "192.0.2.92"); err != nil {
+		t.Errorf("after the organization's key was deleted: %v", err)
+	}
+}
+
 // A recipient in the TPM opens the key that the back end made. The organization's
 // list lets TPMs in, and one TPM takes no more than one use of a token.
 func TestARecipientInTheTPM(t *testing.T) {
@@ -271,7 +416,27 @@ func TestATPMOfATrustedMaker(t *testing.T) {
 	e.run(77, "the server does not allow the TPM", "enroll", "--wait", "forever", "--origin", "node", "--tpm", other.Socket)
 	e = newEnrolling(t, s.API, m.Token)
 	e.run(0, "registered", "boot", "--origin", "node", "--tpm", sold.Socket)
-	if shown := enrollments(t, s, org, m.ID); !strings.Contains(shown, `"evidence":"certificate"`) {
+	ek := ekOf(t, sold)
+	if shown := enrollments(t, s, org, m.ID); !strings.Contains(shown, `"ek":"`+ek+`","evidence":"certificate"`) || !strings.Contains(shown, `"conflicts":1`) {
+		t.Errorf("the administrator sees %s", shown)
+	}
+	// It has one use of the token, though it can make as many keys as it likes.
+	again := newEnrolling(t, s.API, m.Token)
+	again.run(77, "another recipient", "enroll", "--wait", "forever", "--origin", "node", "--tpm", sold.Socket)
+	// A token for another TPM, or for none, is not one for any of a trusted maker's, or for any.
+	for terms, device := range map[string]*tpmtest.TPM{`"bind":{"ek":"` + ekOf(t, other) + `"}`: sold, `"uses":1`: other} {
+		m := mint(t, s, org, `{"origin":"node",`+terms+`}`)
+		e := newEnrolling(t, s.API, m.Token)
+		e.run(77, "the server does not allow the TPM", "enroll", "--wait", "forever", "--origin", "node", "--tpm", device.Socket)
+		if shown := enrollments(t, s, org, m.ID); !strings.Contains(shown, `"claims":[]`) {
+			t.Errorf("with %s: %s", terms, shown)
+		}
+	}
+	// Where the enrollment names the TPM, that is why it is let in.
+	m = mint(t, s, org, `{"origin":"node","bind":{"ek":"`+ek+`"}}`)
+	e = newEnrolling(t, s.API, m.Token)
+	e.run(0, "registered", "boot", "--ip", "192.0.2.8", "--origin", "node", "--tpm", sold.Socket)
+	if shown := enrollments(t, s, org, m.ID); !strings.Contains(shown, `"evidence":"enrollment"`) {
 		t.Errorf("the administrator sees %s", shown)
 	}
 	// Nobody's certificate is believed where the operator names no maker.

@@ -151,16 +151,22 @@ func mintBy(t *testing.T, s *harness.Server, org, owner, terms string) minted {
 	return answer.Data
 }
 
-// manyRecipients makes n recipients quickly: each of a few primes is in several.
+// manyRecipients makes n recipients.
 func manyRecipients(t *testing.T, n int) []*rsa.PrivateKey {
+	t.Helper()
+	return keysOf(t, n, 3072)
+}
+
+// keysOf makes n keys quickly: each of a few primes is in several.
+func keysOf(t *testing.T, n, bits int) []*rsa.PrivateKey {
 	t.Helper()
 	var primes []*big.Int
 	var all []*rsa.PrivateKey
 	for len(all) < n {
-		p, err := rand.Prime(rand.Reader, 1536)
+		p, err := rand.Prime(rand.Reader, bits/2)
 		must(t, err)
 		for _, q := range primes {
-			if k := recipientOf(p, q); k != nil && len(all) < n {
+			if k := keyOf(p, q, bits); k != nil && len(all) < n {
 				all = append(all, k)
 			}
 		}
@@ -169,12 +175,12 @@ func manyRecipients(t *testing.T, n int) []*rsa.PrivateKey {
 	return all
 }
 
-// recipientOf is the key of two primes, or nil if they make none of 3072 bits.
-func recipientOf(p, q *big.Int) *rsa.PrivateKey {
+// keyOf is the key of two primes, or nil if they make none of that many bits.
+func keyOf(p, q *big.Int, bits int) *rsa.PrivateKey {
 	one := big.NewInt(1)
 	k := &rsa.PrivateKey{PublicKey: rsa.PublicKey{N: new(big.Int).Mul(p, q), E: 65537}, Primes: []*big.Int{p, q}}
 	phi := new(big.Int).Mul(new(big.Int).Sub(p, one), new(big.Int).Sub(q, one))
-	if k.D = new(big.Int).ModInverse(big.NewInt(65537), phi); k.D == nil || k.N.BitLen() != 3072 {
+	if k.D = new(big.Int).ModInverse(big.NewInt(65537), phi); k.D == nil || k.N.BitLen() != bits {
 		return nil
 	}
 	k.Precompute()
