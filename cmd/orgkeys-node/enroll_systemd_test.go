@@ -2,8 +2,12 @@ package main_test
 
 import (
 	"errors"
+	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -12,6 +16,9 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 	"github.com/orgkeys/orgkeys/internal/e2e/systemd"
+	"github.com/orgkeys/orgkeys/internal/snippet"
+	"github.com/orgkeys/orgkeys/internal/tpm/tpmtest"
+	"github.com/orgkeys/orgkeys/internal/tpmdevice"
 )
 
 // userData is what examples/cloud-init.yaml has cloud-init do.
@@ -48,7 +55,24 @@ func TestCloudInitExample(t *testing.T) {
 	b.boot()
 	b.waits()
 
-	text := read(t, "../../examples/cloud-init.yaml")
+	b.cloudInit(read(t, "../../examples/cloud-init.yaml"), "https://orgkeys.example", f.url, "oke1.00000000-0000-4000-8000-000000000000."+strings.Repeat("A", 43), m.Token)
+	b.isUp()
+	if _, err := os.Stat(b.Path("/var/lib/orgkeys-node/token")); !os.IsNotExist(err) {
+		t.Errorf("the token's file after the receipt: %v", err)
+	}
+	if shown := enrollments(t, f.Server, f.org, m.ID); !strings.Contains(shown, `"state":"received"`) {
+		t.Errorf("the administrator sees %s", shown)
+	}
+	if out, err := b.Inside("systemctl", "reload", "orgkeys-node"); err != nil {
+		t.Errorf("a refresh with the enrolled key: %v %s", err, out)
+	}
+}
+
+// cloudInit does with user data what cloud-init would. Each file has something of
+// the machine's own in it, which replacements say, as strings.NewReplacer takes them.
+func (b *box) cloudInit(text string, replacements ...string) {
+	t := b.t
+	t.Helper()
 	var data userData
 	if err := yaml.Unmarshal([]byte(text), &data); err != nil || !strings.HasPrefix(text, "#cloud-config\n") {
 		t.Fatalf("not user data: %v", err)
@@ -57,7 +81,7 @@ func TestCloudInitExample(t *testing.T) {
 	if !ok || user["name"] != "orgkeys-node" || !strings.Contains(read(t, "orgkeys-node.service"), "\nUser=orgkeys-node\n") {
 		t.Errorf("the example's user is %v", data.Users[1])
 	}
-	of := strings.NewReplacer("https://orgkeys.example", f.url, "oke1.00000000-0000-4000-8000-000000000000."+strings.Repeat("A", 43), m.Token)
+	of := strings.NewReplacer(replacements...)
 	owners := map[string]int{"": 0, "root:root": 0, "orgkeys-node:orgkeys-node": nodeUser}
 	for _, file := range data.Files {
 		mode, err := strconv.ParseUint(file.Permissions, 8, 32)
@@ -81,15 +105,90 @@ func TestCloudInitExample(t *testing.T) {
 			t.Errorf("%q: %v %s", command, err, out)
 		}
 	}
-	b.isUp()
-	if _, err := os.Stat(b.Path("/var/lib/orgkeys-node/token")); !os.IsNotExist(err) {
-		t.Errorf("the token's file after the receipt: %v", err)
+}
+
+// tssGroup is the group that may open a machine's TPM.
+const tssGroup = 972
+
+// plug gives the machine a TPM, as /dev/tpmrm0, which root and tssGroup may open.
+func (b *box) plug(device *tpmtest.TPM) {
+	b.t.Helper()
+	path := b.Path("/dev/tpmrm0")
+	l, err := net.Listen("unix", path)
+	if err == nil {
+		err = errors.Join(os.Chown(path, 0, tssGroup), os.Chmod(path, 0o660))
 	}
-	if shown := enrollments(t, f.Server, f.org, m.ID); !strings.Contains(shown, `"state":"received"`) {
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.t.Cleanup(func() { _ = l.Close() })
+	go func() {
+		for {
+			from, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer from.Close()
+				to, err := net.Dial("unix", device.Socket)
+				if err != nil {
+					return
+				}
+				defer to.Close()
+				go func() {
+					_, _ = io.Copy(to, from) // ends with either connection
+					_ = to.Close()
+				}()
+				_, _ = io.Copy(from, to)
+			}()
+		}
+	}()
+}
+
+// A machine image, made as docs/nodes.md says, boots for the first time, under the
+// real systemd and the shipped unit, with the user data that orgkeysctl prints and
+// a TPM that the unit's user may not open by itself.
+func TestAMachineImageWithATPM(t *testing.T) {
+	if systemd.AsRoot(t) {
+		return
+	}
+	parts := regexp.MustCompile(`(?s)\x60/etc/systemd/system/(orgkeys-node\.service\.d/[a-z]+\.conf)\x60.*?\x60\x60\x60ini\n(.*?)\x60\x60\x60`).FindStringSubmatch(read(t, "../../docs/nodes.md"))
+	if parts == nil {
+		t.Fatal("docs/nodes.md has no drop-in of the image")
+	}
+	dropIn := regexp.MustCompile(`(?m)^ +`).ReplaceAllString(parts[2], "")
+	f := newFront(t, harness.Start(t))
+	device := tpmtest.Start(t)
+	ek := ekOf(t, device)
+	allow(t, f.Server, f.org, ek)
+	m := mint(t, f.Server, f.org, `{"origin":"node","bind":{"tpm":true},"uses":20}`)
+	b := withoutKey(t, f)
+	b.Put("systemd/system/"+parts[1], dropIn, 0o644, 0)
+	b.Put("group", read(t, b.Path("/etc/group"))+fmt.Sprintf("tss:x:%d:\n", tssGroup), 0o644, 0)
+	b.boot()
+	b.waits()
+	b.plug(device)
+	var data strings.Builder
+	if err := snippet.Write(&data, "cloud-init", f.url, m.ID, m.Token); err != nil {
+		t.Fatal(err)
+	}
+	b.cloudInit(strings.Replace(data.String(), m.Token, "oke1.TOKEN", 1), "=ADDRESS", "=192.0.2.7", "=REGION", "=eu", "oke1.TOKEN", m.Token)
+	b.isUp()
+	key := read(t, b.Path("/var/lib/orgkeys-node/key.pem"))
+	if !tpmdevice.IsKey([]byte(key)) {
+		t.Error("the key is not one of the TPM's")
+	}
+	if shown := enrollments(t, f.Server, f.org, m.ID); !strings.Contains(shown, `"ek":"`+ek+`","evidence":"list"`) || !strings.Contains(shown, `"conflicts":0`) {
 		t.Errorf("the administrator sees %s", shown)
 	}
-	if out, err := b.Inside("systemctl", "reload", "orgkeys-node"); err != nil {
-		t.Errorf("a refresh with the enrolled key: %v %s", err, out)
+	for _, command := range []string{"reload", "restart"} {
+		if out, err := b.Inside("systemctl", command, "orgkeys-node"); err != nil {
+			t.Errorf("%s: %v %s", command, err, out)
+		}
+	}
+	b.isUp()
+	if now := read(t, b.Path("/var/lib/orgkeys-node/key.pem")); now != key {
+		t.Error("a later boot has another key")
 	}
 }
 

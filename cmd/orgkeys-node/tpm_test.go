@@ -257,9 +257,9 @@ func TestFirstBootInTheTPM(t *testing.T) {
 
 	// What is wrong with the TPM is told apart.
 	e.run(78, "there is no TPM at /nonexistent", "boot", "--wait", "0s", "--tpm", "/nonexistent")
-	e.run(78, "was cleared, or is another one", "boot", "--wait", "0s", "--tpm", second.Socket)
+	e.run(78, "was cleared, or is not the one that made the key", "boot", "--wait", "0s", "--tpm", second.Socket)
 	device.Clear(t)
-	e.run(78, "was cleared, or is another one", "status", "--tpm", device.Socket)
+	e.run(78, "was cleared, or is not the one that made the key", "status", "--tpm", device.Socket)
 	// The EK outlives it: a new token brings a new key.
 	if err := os.Remove(e.key); err != nil {
 		t.Fatal(err)

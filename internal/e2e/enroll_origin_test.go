@@ -765,7 +765,7 @@ func TestPromise13_ANodeWithItsOwnKeyBelievesNobodyInBetween(t *testing.T) {
 			}
 			f["mac"] = mac
 		}, code: 77, text: "does not accept the token"},
-		"another signature": {ask: set("signature", base64.StdEncoding.EncodeToString(make([]byte, 256))), code: 77, text: "does not believe"},
+		"another signature": {ask: set("signature", base64.StdEncoding.EncodeToString(make([]byte, 256))), code: 77, text: "has no proof"},
 		"no signature":      {ask: set("signature", ""), code: 77, text: "refuses (400)"},
 		"a recipient in place of the key": {ask: func(f map[string]any) {
 			f["recipient"] = f["publicKey"]
@@ -777,13 +777,13 @@ func TestPromise13_ANodeWithItsOwnKeyBelievesNobodyInBetween(t *testing.T) {
 				clear(f)
 				must(t, json.Unmarshal(answer, &f))
 			}
-		}, code: 76, text: "was not believed"},
-		"another fingerprint":  {answer: set("fingerprint", client.Fingerprint(&thief.PublicKey)), code: 76, text: "was not believed"},
-		"another key ID":       {answer: set("keyId", "00000000-0000-4000-8000-000000000000"), code: 76, text: "was not believed"},
-		"another organization": {answer: set("org", "globex"), code: 76, text: "was not believed"},
-		"another log":          {answer: set("origin", "elsewhere"), code: 76, text: "was not believed"},
-		"a wrong MAC":          {answer: set("mac", zero), code: 76, text: "was not believed"},
-		"no MAC":               {answer: func(f map[string]any) { delete(f, "mac") }, code: 76, text: "was not believed"},
+		}, code: 76, text: "is not used"},
+		"another fingerprint":  {answer: set("fingerprint", client.Fingerprint(&thief.PublicKey)), code: 76, text: "is not used"},
+		"another key ID":       {answer: set("keyId", "00000000-0000-4000-8000-000000000000"), code: 76, text: "is not used"},
+		"another organization": {answer: set("org", "globex"), code: 76, text: "is not used"},
+		"another log":          {answer: set("origin", "elsewhere"), code: 76, text: "is not used"},
+		"a wrong MAC":          {answer: set("mac", zero), code: 76, text: "is not used"},
+		"no MAC":               {answer: func(f map[string]any) { delete(f, "mac") }, code: 76, text: "is not used"},
 		"a key of its own": {answer: func(f map[string]any) {
 			if f["challenge"] != nil {
 				return
@@ -791,7 +791,7 @@ func TestPromise13_ANodeWithItsOwnKeyBelievesNobodyInBetween(t *testing.T) {
 			sealed := sealTo(t, p.public(t), thief)
 			f["fingerprint"], f["sha256"] = client.Fingerprint(&thief.PublicKey), envelope.Digest(sealed.Value)
 			f["sealed"] = map[string]any{"alg": sealed.Alg, "value": base64.StdEncoding.EncodeToString(sealed.Value)}
-		}, code: 76, text: "was not believed"},
+		}, code: 76, text: "is not used"},
 	}
 	challenge := func(change func(c map[string]any)) func(map[string]any) {
 		return func(f map[string]any) {
@@ -811,14 +811,14 @@ func TestPromise13_ANodeWithItsOwnKeyBelievesNobodyInBetween(t *testing.T) {
 		"no TPM":                      {ask: func(f map[string]any) { delete(f, "tpm"); delete(f, "proof") }, code: 77, text: "does not allow the TPM"},
 		"a TPM that is not allowed":   {ask: ofTPM(func(f map[string]any) { f["ek"] = stranger.PEM }), code: 77, text: "does not allow the TPM"},
 		"another TPM that is allowed": {ask: ofTPM(func(f map[string]any) { f["ek"] = anotherEK.PEM }), code: 76, text: "not for the key in the TPM"},
-		"another proof":               {ask: set("proof", zero), code: 77, text: "does not believe"},
-		"another challenge":           {answer: challenge(func(c map[string]any) { c["idObject"] = zero }), code: 76, text: "was not believed"},
-		"another secret":              {answer: challenge(func(c map[string]any) { c["encSecret"] = zero }), code: 76, text: "was not believed"},
-		"a challenge without a MAC":   {answer: challenge(func(c map[string]any) { delete(c, "mac") }), code: 76, text: "was not believed"},
+		"another proof":               {ask: set("proof", zero), code: 77, text: "has no proof"},
+		"another challenge":           {answer: challenge(func(c map[string]any) { c["idObject"] = zero }), code: 76, text: "is not used"},
+		"another secret":              {answer: challenge(func(c map[string]any) { c["encSecret"] = zero }), code: 76, text: "is not used"},
+		"a challenge without a MAC":   {answer: challenge(func(c map[string]any) { delete(c, "mac") }), code: 76, text: "is not used"},
 		"an answer in place of the challenge": {answer: func(f map[string]any) {
 			clear(f)
 			must(t, json.Unmarshal(answer, &f))
-		}, code: 76, text: "was not believed"},
+		}, code: 76, text: "is not used"},
 	}
 	for where, flags := range map[string][]string{"software": {"--origin", "node"}, "TPM": {"--origin", "node", "--tpm", device.Socket}} {
 		trials := []map[string]trial{both}
