@@ -3,6 +3,7 @@ package bench_test
 import (
 	"os"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -17,11 +18,11 @@ const nodeClients = 16
 func BenchmarkBuilds(b *testing.B) {
 	b.Run("register", func(b *testing.B) {
 		before, now := builds(b, b.N)
-		inPhases(b, nodeClients, "old", before.register, "new", now.register)
+		beside(b, before, now, before.register, now.register)
 	})
 	b.Run("secrets", func(b *testing.B) {
 		before, now := builds(b, 100)
-		inPhases(b, nodeClients, "old", before.fetch, "new", now.fetch)
+		beside(b, before, now, before.fetch, now.fetch)
 	})
 	b.Run("half-load", halfLoad)
 }
@@ -32,7 +33,26 @@ func builds(b *testing.B, registrations int) (before, now nodes) {
 	if path == "" {
 		path = harness.Binary(b)
 	}
-	return startNodes(b, registrations, harness.Program(path)), startNodes(b, registrations)
+	// It may not know the settings that came since.
+	asItWas := func(s *harness.Server) { s.Configured("ORGKEYS_POOL", "") }
+	return startNodes(b, registrations, harness.Program(path), asItWas), startNodes(b, registrations)
+}
+
+// beside reports both rates, and the processor time of each program for one
+// request, which depends less on what else the machine does.
+func beside(b *testing.B, before, now nodes, old, new func(i int) error) {
+	b.Helper()
+	costBefore, costNow := before.processorTime(b), now.processorTime(b)
+	inPhases(b, nodeClients, "old", old, "new", new)
+	costBefore, costNow = before.processorTime(b)-costBefore, now.processorTime(b)-costNow
+	for name, cost := range map[string]time.Duration{"old-cpu-µs": costBefore, "new-cpu-µs": costNow} {
+		b.ReportMetric(float64(cost.Microseconds())/float64(b.N), name)
+	}
+	b.ReportMetric(100*costBefore.Seconds()/costNow.Seconds(), "cpu-%")
+}
+
+func (n nodes) processorTime(b *testing.B) time.Duration {
+	return processorTimeOf(b, strconv.Itoa(n.s.PID()))
 }
 
 // halfLoad is how long fetches take that come at half the rate that each build
