@@ -2,6 +2,7 @@ package authz
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/metrics"
 	"github.com/open-policy-agent/opa/v1/rego"
@@ -27,6 +29,13 @@ const (
 	attempts = 3
 )
 
+// What a policy remembers of its decisions: how many, and how long the requests may be
+// whose decisions it does, in bytes.
+const (
+	decisionsKept  = 1 << 13
+	longestRequest = 512
+)
+
 // Errors of decisions. Both mean "no".
 var (
 	ErrNoDecision = errors.New("the policy gave no well-formed decision")
@@ -39,6 +48,7 @@ type Policy struct {
 	claims   *rego.PreparedEvalQuery // nil: no claim rules
 	revision string
 	files    source
+	decided  *lru.Cache[string, Decision] // by Request.text
 }
 
 // Load compiles the policy in fsys (its .rego files, and .json files as data),
@@ -75,7 +85,11 @@ func load(ctx context.Context, files source) (*Policy, error) {
 			rego.GenerateJSON(func(term *ast.Term, _ *rego.EvalContext) (any, error) { return term.Value, nil }),
 		).PrepareForEval(ctx)
 	}
-	p := &Policy{revision: files.revision(), files: files}
+	decided, err := lru.New[string, Decision](decisionsKept)
+	if err != nil {
+		return nil, err
+	}
+	p := &Policy{revision: files.revision(), files: files, decided: decided}
 	if p.query, err = prepare(query); err != nil {
 		return nil, fmt.Errorf("preparing the policy: %w", err)
 	}
@@ -132,8 +146,34 @@ func (p *Policy) Files() map[string][]byte { return p.files }
 // Decide decides r. An error means that the request is denied; its decision has only
 // the revision of the policy that failed to decide: it wraps ErrNoDecision, or ErrTimeLimit
 // when three evaluations of 50 ms each did not suffice, or is the reason why ctx
-// ended, which is noticed between evaluations.
+// ended, which is noticed between evaluations. A decision follows from the policy and the
+// request alone, see capabilities, so it is evaluated once and remembered.
 func (p *Policy) Decide(ctx context.Context, r Request) (Decision, error) {
+	text := r.text()
+	if d, ok := p.decided.Get(text); ok {
+		return d, nil
+	}
+	d, err := p.evaluated(ctx, r)
+	if err == nil && len(text) <= longestRequest {
+		p.decided.Add(text, d)
+	}
+	return d, err
+}
+
+// text is everything a decision is made from: different requests have different texts.
+func (r Request) text() string {
+	b := make([]byte, 0, 128)
+	add := func(s string) { b = append(binary.AppendUvarint(b, uint64(len(s))), s...) }
+	for _, s := range []string{string(r.Caller.Kind), r.Caller.Subject, string(r.Caller.Org), string(r.Action), string(r.Org)} {
+		add(s)
+	}
+	for _, role := range r.Caller.Roles {
+		add(string(role))
+	}
+	return string(b)
+}
+
+func (p *Policy) evaluated(ctx context.Context, r Request) (Decision, error) {
 	d, err := p.decide(ctx, input(r))
 	if err != nil {
 		return Decision{Revision: p.revision}, err

@@ -371,3 +371,45 @@ func BenchmarkLoad(b *testing.B) {
 		}
 	}
 }
+
+// What was decided once is decided the same, and for no other request: not for one that
+// differs in one field, nor for one in which the same letters are divided otherwise.
+func TestADecisionIsRememberedForItsRequestOnly(t *testing.T) {
+	p, err := Load(t.Context(), fstest.MapFS{"authz.rego": {Data: []byte(`package orgkeys.authz
+
+default decision := {"allow": false, "reason": "malformed_request", "scope": ""}
+
+words := array.concat([input.caller.kind, input.caller.subject, input.caller.org, input.action, input.org], input.caller.roles)
+
+decision := {"allow": false, "reason": concat("_", ["r", concat("_", words)]), "scope": ""} if input.caller.kind in {"a", "x", "ab"}
+`)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	request := func(kind Kind, subject string, of org.ID, action Action, about org.ID, roles ...Role) Request {
+		return Request{Caller: Caller{Kind: kind, Subject: subject, Org: of, Roles: roles}, Action: action, Org: about}
+	}
+	all := map[string]Request{
+		"r_a_b_c_d_e":     request("a", "b", "c", "d", "e"),
+		"r_x_b_c_d_e":     request("x", "b", "c", "d", "e"),
+		"r_a_x_c_d_e":     request("a", "x", "c", "d", "e"),
+		"r_a_b_x_d_e":     request("a", "b", "x", "d", "e"),
+		"r_a_b_c_x_e":     request("a", "b", "c", "x", "e"),
+		"r_a_b_c_d_x":     request("a", "b", "c", "d", "x"),
+		"r_a_b_c_d_e_f_g": request("a", "b", "c", "d", "e", "f", "g"),
+		"r_a_b_c_d_e_g_f": request("a", "b", "c", "d", "e", "g", "f"),
+		"r_a_b_c_d_e_fg":  request("a", "b", "c", "d", "e", "fg"),
+		"r_ab_c_d_e_f":    request("ab", "c", "d", "e", "f"),
+		"r_a_bc_d_e_f":    request("a", "bc", "d", "e", "f"),
+		"r_a_b_c_de_f":    request("a", "b", "c", "de", "f"),
+		"r_a_b_cd_e_f":    request("a", "b", "cd", "e", "f"),
+		"r_a_b_c_d_ef":    request("a", "b", "c", "d", "ef"),
+	}
+	for range 2 {
+		for want, r := range all {
+			if d, err := p.Decide(t.Context(), r); err != nil || string(d.Reason) != want || d.Revision != p.Revision() {
+				t.Errorf("%+v: %+v, %v; want %s", r, d, err, want)
+			}
+		}
+	}
+}
