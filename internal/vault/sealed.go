@@ -94,10 +94,20 @@ func (k *sealableKey) Seal(ctx context.Context, recipient *rsa.PublicKey) (_ env
 	if err != nil {
 		return envelope.SealedKey{}, fmt.Errorf("sealing a key: %w", err)
 	}
-	if err := k.c.remove(ctx, place); err != nil {
+	if err := k.c.removeRecipient(ctx, place); err != nil {
 		return envelope.SealedKey{}, fmt.Errorf("removing the recipient from Transit: %w", err)
 	}
 	return sealed, nil
+}
+
+// removeRecipient believes Vault that it has deleted the recipient: one that stayed would
+// be a public key, in which there is no secret, and the reaper's.
+func (c *Client) removeRecipient(ctx context.Context, path string) error {
+	answer, err := c.do(ctx, request{method: http.MethodDelete, path: path})
+	if err == nil && answer.status == http.StatusNoContent {
+		return nil
+	}
+	return c.remove(ctx, path)
 }
 
 // importBody is the request to import a recipient. Transit answers 500 to an invalid one,
