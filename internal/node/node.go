@@ -33,7 +33,9 @@
 // same answer. Opened public keys are remembered (orgkey.Opener), so that a
 // request costs an unsealing only when its organization was not heard of for a
 // long time; that a damaged one does not open is remembered for a minute.
-// Whether a key lives is never cached, but read in the transaction that acts. At most MaxKeys keys of an organization are tried.
+// The organization key that verified last is tried first, without reading keys, so that
+// a fleet's requests do not read them each time. Whether a key lives, and is the one that is stored, is never
+// cached, but read in the transaction that acts; if it is not so, the request is verified once more. At most MaxKeys keys of an organization are tried.
 //
 // Verifications under way are bounded, in two lanes. A source address (IPv6 by
 // its /64) whose signatures failed too often lately is moved to the narrow
@@ -54,7 +56,6 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/jsonbody"
 	"github.com/orgkeys/orgkeys/internal/org"
-	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 const (
@@ -76,8 +77,10 @@ var (
 	ErrBusy = errors.New("too many signed requests in progress")
 	// ErrReused: the signature was used for another request.
 	ErrReused = errors.New("signature was used for another request")
-	// ErrKeyGone: the key that verified was deleted before the request could act. Callers of the service see ErrSignature.
-	ErrKeyGone = errors.New("the key that verified was deleted")
+	// ErrKeyGone: the key that verified was deleted, or sealed anew, before the request could act. The service then verifies once more.
+	ErrKeyGone = errors.New("the key that verified was deleted or changed")
+	// ErrLarger: an organization's secrets are larger than there was memory reserved for. Callers of the service do not see it.
+	ErrLarger = errors.New("the secrets are larger than expected")
 	// ErrAddressInUse: a node key named the address of another node.
 	ErrAddressInUse = errors.New("the address belongs to another node")
 	// ErrAddressNotAllowed: a node key named another address than its enrollment allows.
@@ -132,15 +135,10 @@ type SealedSecret struct {
 	Sealed []byte
 }
 
-// Candidate is a live key that a signature is tried against.
-type Candidate struct {
-	orgkey.SealedKey
-	Signer
-}
-
-// Signer is a key that verified a signature.
+// Signer is a key that a signature is tried against, or that verified one.
 type Signer struct {
 	Key        string // its ID
+	Sealed     []byte // its public half, as it is stored
 	OfNode     bool   // a node key, which speaks for its node only
 	Unreceived bool   // it was delivered sealed and nobody signed a receipt: this use stands for one
 }
@@ -182,12 +180,12 @@ type Contact struct {
 // implementation is sqlstore.
 //
 // Register, Unregister and Secrets report ErrKeyGone, before anything else,
-// unless the key is a released one of the organization.
+// unless the key is a released one of the organization, and stored as the Signer has it.
 type Store interface {
 	// LiveKeys returns org's released organization keys, newest first, at most
 	// limit; and of its node keys the named one, and those whose node is at ip or
 	// is to be there.
-	LiveKeys(ctx context.Context, org org.ID, ip netip.Addr, named string, limit int) ([]Candidate, error)
+	LiveKeys(ctx context.Context, org org.ID, ip netip.Addr, named string, limit int) ([]Signer, error)
 	// Register records the use and stores n, n.ID being used for a node that
 	// was never there, and associates the node with use.Key. The use's being
 	// there already is no change if it was for the same request, else ErrReused.
@@ -198,8 +196,9 @@ type Store interface {
 	Unregister(ctx context.Context, use Use, ip netip.Addr, event func(id string, c Change) audit.Event) error
 	// SecretsSize returns how many bytes org's sealed secrets are.
 	SecretsSize(ctx context.Context, org org.ID) (int64, error)
-	// Secrets returns org's secrets, by name, to the node at ip.
-	Secrets(ctx context.Context, org org.ID, by Signer, ip netip.Addr, event func(names []string) audit.Event) ([]SealedSecret, error)
+	// Secrets returns org's secrets, by name, to the node at ip. It reports ErrLarger,
+	// without an event, if all together are more than size bytes.
+	Secrets(ctx context.Context, org org.ID, by Signer, ip netip.Addr, size int64, event func(names []string) audit.Event) ([]SealedSecret, error)
 	// Nodes returns org's nodes that are not deleted, the newest registration first.
 	Nodes(ctx context.Context, org org.ID) ([]Node, error)
 	// DeleteNode deletes org's node id, its associations and its node keys, or

@@ -36,20 +36,36 @@ type Envelope struct {
 // required sink. Its memory counts until deliver returns, so that deliver must
 // not wait for a slow reader for long.
 func (s *Service) Secrets(ctx context.Context, from Origin, body []byte, deliver func([]Envelope) error) error {
-	r, err := s.admit(ctx, from, fetch, authz.FetchSecrets, body)
-	if err != nil {
-		return err
+	return s.acting(ctx, from, fetch, authz.FetchSecrets, body, func(r signed) error { return s.secrets(ctx, r, deliver) })
+}
+
+// secrets measures the organization's secrets only if they are not as large as they
+// were last, or smaller.
+func (s *Service) secrets(ctx context.Context, r signed, deliver func([]Envelope) error) error {
+	if size, known := s.sizes.Get(r.org); known {
+		if err := s.upTo(ctx, r, size, deliver); !errors.Is(err, ErrLarger) {
+			return err
+		}
 	}
 	size, err := s.store.SecretsSize(ctx, r.org)
 	if err != nil {
 		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), fmt.Errorf("measuring secrets: %w", err))
 	}
+	err = s.upTo(ctx, r, size, deliver)
+	if errors.Is(err, ErrLarger) { // and have grown again since
+		err = s.gate.Failed(ctx, r.pass, audit.RequestFailed, "overloaded", ErrBusy)
+	}
+	return err
+}
+
+// upTo delivers secrets that are stored in at most size bytes, or reports ErrLarger.
+func (s *Service) upTo(ctx context.Context, r signed, size int64, deliver func([]Envelope) error) error {
 	held := min(answerBase+answerPreparing*size, answersMemory)
 	if err := s.reserve(ctx, held); err != nil {
 		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "overloaded", err)
 	}
 	defer func() { s.memory.Release(held) }()
-	envelopes, err := s.fetch(ctx, r)
+	envelopes, err := s.fetch(ctx, r, size)
 	if err != nil {
 		return err
 	}
@@ -72,9 +88,9 @@ func (s *Service) reserve(ctx context.Context, size int64) error {
 	return ErrBusy
 }
 
-func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
+func (s *Service) fetch(ctx context.Context, r signed, size int64) ([]Envelope, error) {
 	var event audit.Event
-	sealed, err := s.store.Secrets(ctx, r.org, r.Signer, r.addr, func(names []string) audit.Event {
+	sealed, err := s.store.Secrets(ctx, r.org, r.Signer, r.addr, size, func(names []string) audit.Event {
 		event = r.event(audit.SecretsFetched, "", "")
 		event.Detail["secrets"] = strings.Join(names, ",")
 		return event
@@ -82,6 +98,11 @@ func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
 	if err := s.concluded(ctx, r, err); err != nil {
 		return nil, err
 	}
+	size = 0
+	for _, secret := range sealed {
+		size += int64(len(secret.Sealed))
+	}
+	s.sizes.Add(r.org, size)
 	// A registration writes this down itself.
 	s.seen.node(Contact{Ref{r.org, r.addr}, r.Key}, s.now())
 	envelopes, err := s.envelop(ctx, r, sealed)
@@ -100,13 +121,23 @@ func (s *Service) fetch(ctx context.Context, r signed) ([]Envelope, error) {
 	return envelopes, nil
 }
 
+// envelop seals the stored secrets to r's key, those that were not sealed to it lately.
 func (s *Service) envelop(ctx context.Context, r signed, stored []SealedSecret) ([]Envelope, error) {
-	if len(stored) == 0 {
-		return nil, nil
-	}
-	sealed := make([]orgkey.Sealed, len(stored))
+	envelopes := make([]Envelope, len(stored))
+	ids := make([]envelopeID, len(stored))
+	var sealed []orgkey.Sealed
+	var places []int
+	recipient := r.public.Fingerprint()
 	for i, secret := range stored {
-		sealed[i] = orgkey.Sealed{Binding: secretBinding(r.org, secret.Name), Ciphertext: secret.Sealed}
+		item := orgkey.Sealed{Binding: secretBinding(r.org, secret.Name), Ciphertext: secret.Sealed}
+		ids[i] = identify(recipient, item)
+		envelopes[i] = Envelope{secret.Name, s.envelopes.get(ids[i], s.now())}
+		if envelopes[i].Text == nil {
+			sealed, places = append(sealed, item), append(places, i)
+		}
+	}
+	if len(sealed) == 0 {
+		return envelopes, nil
 	}
 	opened, err := s.sealer.Open(ctx, sealed)
 	if errors.Is(err, orgkey.ErrSealBroken) {
@@ -120,13 +151,14 @@ func (s *Service) envelop(ctx context.Context, r signed, stored []SealedSecret) 
 			clear(secret)
 		}
 	}()
-	envelopes := make([]Envelope, len(stored))
-	for i, secret := range opened {
+	for n, secret := range opened {
+		i := places[n]
 		text, err := r.public.Envelope(secret)
 		if err != nil {
 			return nil, fmt.Errorf("sealing secret %s to key %s: %w", stored[i].Name, r.Key, err)
 		}
-		envelopes[i] = Envelope{stored[i].Name, text}
+		envelopes[i].Text = text
+		s.envelopes.add(ids[i], text, s.now())
 	}
 	return envelopes, nil
 }

@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2"
 	"golang.org/x/sync/semaphore"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -42,9 +44,11 @@ type Service struct {
 	auditDeadline time.Duration
 	now           func() time.Time
 
-	verifier *verifier
-	seen     *seen
-	memory   *semaphore.Weighted // of answers to Secrets, in bytes
+	verifier  *verifier
+	seen      *seen
+	envelopes *envelopes
+	sizes     *lru.Cache[org.ID, int64] // of organizations' sealed secrets, as they were last
+	memory    *semaphore.Weighted       // of answers to Secrets, in bytes
 }
 
 // New returns a Service, or an error that says what is wrong with c.
@@ -59,7 +63,16 @@ func New(c Config) (*Service, error) {
 	if err != nil {
 		return nil, err
 	}
+	kept, err := newEnvelopes()
+	if err != nil {
+		return nil, err
+	}
+	sizes, err := lru.New[org.ID, int64](organizationsKept)
+	if err != nil {
+		return nil, err
+	}
 	return &Service{
+		envelopes: kept, sizes: sizes,
 		gate: c.Gate, store: c.Store, sealer: c.Sealer, window: c.Window, auditDeadline: c.AuditDeadline, now: c.Now,
 		verifier: v, seen: newSeen(), memory: semaphore.NewWeighted(answersMemory),
 	}, nil
@@ -127,32 +140,45 @@ func (r signed) event(t audit.Type, id string, c Change) audit.Event {
 // Register makes the node that the body describes one of its organization's,
 // or brings its record up to date.
 func (s *Service) Register(ctx context.Context, from Origin, body []byte) error {
-	r, err := s.admit(ctx, from, register, authz.RegisterNode, body)
-	if err != nil {
-		return err
-	}
-	n := r.node
-	n.ID = audit.NewID()
-	ctx, cancel := gate.Outlive(ctx)
-	defer cancel()
-	err = s.store.Register(ctx, s.use(r), n, func(id string, c Change) audit.Event {
-		return r.event(audit.NodeRegistered, id, c)
+	return s.acting(ctx, from, register, authz.RegisterNode, body, func(r signed) error {
+		n := r.node
+		n.ID = audit.NewID()
+		ctx, cancel := gate.Outlive(ctx)
+		defer cancel()
+		return s.concluded(ctx, r, s.store.Register(ctx, s.use(r), n, func(id string, c Change) audit.Event {
+			return r.event(audit.NodeRegistered, id, c)
+		}))
 	})
-	return s.concluded(ctx, r, err)
 }
 
 // Unregister deletes the node that the body names.
 func (s *Service) Unregister(ctx context.Context, from Origin, body []byte) error {
-	r, err := s.admit(ctx, from, unregister, authz.UnregisterNode, body)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := gate.Outlive(ctx)
-	defer cancel()
-	err = s.store.Unregister(ctx, s.use(r), r.addr, func(id string, c Change) audit.Event {
-		return r.event(audit.NodeUnregistered, id, c)
+	return s.acting(ctx, from, unregister, authz.UnregisterNode, body, func(r signed) error {
+		ctx, cancel := gate.Outlive(ctx)
+		defer cancel()
+		return s.concluded(ctx, r, s.store.Unregister(ctx, s.use(r), r.addr, func(id string, c Change) audit.Event {
+			return r.event(audit.NodeUnregistered, id, c)
+		}))
 	})
-	return s.concluded(ctx, r, err)
+}
+
+// acting has act do what a request asks for, if its signature is good and the policy lets
+// it through. If the key is gone by then it is verified once more by what is stored:
+// the key that verified may have been remembered, or sealed anew.
+func (s *Service) acting(ctx context.Context, from Origin, e endpoint, action authz.Action, body []byte, act func(signed) error) error {
+	for again := false; ; again = true {
+		r, err := s.admit(ctx, from, e, action, body)
+		if err != nil {
+			return err
+		}
+		if err := act(r); !errors.Is(err, ErrKeyGone) {
+			return err
+		}
+		s.verifier.forget(r.org)
+		if again {
+			return ErrSignature
+		}
+	}
 }
 
 // concluded notes the use of the key, or records that an authenticated
@@ -162,8 +188,8 @@ func (s *Service) concluded(ctx context.Context, r signed, err error) error {
 	case err == nil:
 		s.seen.key(r.Key, s.now())
 		return nil
-	case errors.Is(err, ErrKeyGone):
-		return ErrSignature
+	case errors.Is(err, ErrKeyGone), errors.Is(err, ErrLarger): // it is tried once more; no event is about this time
+		return err
 	case errors.Is(err, ErrStale):
 		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "stale", err)
 	case errors.Is(err, ErrReused):

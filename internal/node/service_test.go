@@ -1,7 +1,9 @@
 package node_test
 
 import (
+	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -554,6 +556,97 @@ func TestMovedSecretDoesNotOpen(t *testing.T) {
 	})
 }
 
+// What went out once goes to the key's other nodes without the back end, and to nobody
+// else; and never for a secret that was changed, deleted or moved.
+func TestWhatIsRememberedOfEnvelopesIsWhatIsStored(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k, second := w.release("acme"), w.release("acme")
+		ctx, admin := t.Context(), by("acme", authz.Owner)
+		w.must(w.service.PutSecret(ctx, admin, "acme", "env_s3", []byte("A=1")))
+		w.must(w.service.PutSecret(ctx, admin, "acme", "env_gcs", []byte("B=2")))
+		w.must(w.service.PutSecret(ctx, admin, "acme", "env_long", bytes.Repeat([]byte("L"), 4<<10)))
+		fetched := func(k key, ip string, unsealed int64, want ...string) {
+			t.Helper()
+			before := w.opened.Load()
+			got, err := w.secrets(k.signedAt(ip, w.now()))
+			w.must(err)
+			var opened []string
+			for _, e := range got {
+				secret, err := envelope.Open(k.private, e.Text)
+				w.must(err)
+				opened = append(opened, e.Name+" "+string(secret[:3]))
+			}
+			if !slices.Equal(opened, want) {
+				t.Errorf("%s got %q, want %q", ip, opened, want)
+			}
+			if n := w.opened.Load() - before; n != unsealed {
+				t.Errorf("%s: %d values were unsealed, want %d", ip, n, unsealed)
+			}
+		}
+		w.must(w.register(second.signedAt("192.0.2.9", w.now()))) // from here on no key is unsealed
+		w.must(w.register(k.signedAt("192.0.2.9", w.now().Add(time.Second))))
+		fetched(k, "192.0.2.1", 3, "env_gcs B=2", "env_long LLL", "env_s3 A=1")
+		fetched(k, "192.0.2.2", 1, "env_gcs B=2", "env_long LLL", "env_s3 A=1")
+		fetched(second, "192.0.2.3", 3, "env_gcs B=2", "env_long LLL", "env_s3 A=1")
+		w.must(w.service.PutSecret(ctx, admin, "acme", "env_more", bytes.Repeat([]byte("M"), 8<<10)))
+		fetched(k, "192.0.2.2", 2, "env_gcs B=2", "env_long LLL", "env_more MMM", "env_s3 A=1")
+		w.must(w.service.DeleteSecret(ctx, admin, "acme", "env_more"))
+		w.must(w.service.DeleteSecret(ctx, admin, "acme", "env_long"))
+		w.must(w.service.PutSecret(ctx, admin, "acme", "env_s3", []byte("A=2")))
+		fetched(k, "192.0.2.1", 1, "env_gcs B=2", "env_s3 A=2")
+		w.ahead.Store(int64(6 * time.Minute))
+		fetched(k, "192.0.2.1", 2, "env_gcs B=2", "env_s3 A=2")
+		w.exec("UPDATE boot_secrets SET sealed = (SELECT s.sealed FROM boot_secrets s WHERE s.name = 'env_s3') WHERE name = 'env_gcs'")
+		_, err := w.secrets(k.signedAt("192.0.2.1", w.now()))
+		w.want("a secret moved to another name", err, node.ErrSecretBroken)
+	})
+}
+
+// Promise 6: what a replica remembers of a key makes it act for nobody: a deleted key is
+// refused at once, one whose record was damaged likewise, and one that was sealed anew goes on.
+func TestPromise6_ARememberedKeyIsComparedWithWhatIsStored(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k, other := w.release("acme"), w.release("acme")
+		w.must(w.service.PutSecret(t.Context(), by("acme", authz.Owner), "acme", "env_s3", []byte("A=1")))
+		remembering := func(k key) {
+			t.Helper()
+			for range 2 {
+				if _, err := w.secrets(k.signedAt("192.0.2.1", w.now())); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		refused := func(what string) {
+			t.Helper()
+			before := w.events()
+			_, err := w.secrets(k.signedAt("192.0.2.1", w.now()))
+			w.want(what+": secrets", err, node.ErrSignature)
+			w.want(what+": register", w.register(k.signedAt("192.0.2.1", w.now())), node.ErrSignature)
+			w.want(what+": unregister", w.unregister(k.signedAt("192.0.2.1", w.now()).with("version", nil).with("status", nil)), node.ErrSignature)
+			if after := w.events(); len(after) != len(before)+1 { // before's own reading
+				t.Errorf("%s: events %v", what, after[len(before):])
+			}
+		}
+		remembering(k)
+		der, err := x509.MarshalPKIXPublicKey(&k.private.PublicKey)
+		w.must(err)
+		anew, err := token.Seal(t.Context(), orgkey.PublicKeyOf("acme", k.id), der)
+		w.must(err)
+		w.exec("UPDATE org_keys SET sealed = $1 WHERE id = $2", anew, k.id)
+		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+
+		remembering(k)
+		w.exec("UPDATE org_keys SET sealed = (SELECT o.sealed FROM org_keys o WHERE o.id = $1) WHERE id = $2", other.id, k.id)
+		refused("with another key's record")
+		w.exec("UPDATE org_keys SET sealed = $1 WHERE id = $2", anew, k.id)
+
+		remembering(k)
+		w.deleteKey(k)
+		refused("deleted")
+		remembering(other)
+	})
+}
+
 // stuck is a sink that never acknowledges.
 type stuck struct{ audit.Sink }
 
@@ -635,7 +728,7 @@ func TestDamagedKeyCannotVerifyAndOthersCan(t *testing.T) {
 			t.Errorf("the sealer was asked %d times more", n)
 		}
 		w.ahead.Store(int64(61 * time.Second))
-		w.must(w.register(k.signedAt("192.0.2.1", w.now())))
+		w.want("by the damaged key", w.register(damaged.signedAt("192.0.2.2", w.now())), node.ErrSignature)
 		if n := w.asked.Load() - asked; n != 1 {
 			t.Errorf("after a minute the sealer was asked %d times more, want 1", n)
 		}

@@ -268,7 +268,7 @@ func TestPromise14_ANodeKeyActsForItsNodeOnly(t *testing.T) {
 				e.Address = netip.MustParseAddr(address)
 			}
 			_, d := claimed(t, db, e, time.Hour, 100)
-			return node.Signer{Key: offered(t, db, d).KeyID, OfNode: true}
+			return signer(t, db, offered(t, db, d).KeyID)
 		}
 		message := byte(0)
 		register := func(by node.Signer, ip string) error {
@@ -279,7 +279,7 @@ func TestPromise14_ANodeKeyActsForItsNodeOnly(t *testing.T) {
 			})
 		}
 		secrets := func(by node.Signer, ip string) error {
-			_, err := db.Secrets(t.Context(), "acme", by, netip.MustParseAddr(ip), func([]string) audit.Event { return event(audit.SecretsFetched, "acme", "") })
+			_, err := db.Secrets(t.Context(), "acme", by, netip.MustParseAddr(ip), 0, func([]string) audit.Event { return event(audit.SecretsFetched, "acme", "") })
 			return err
 		}
 		must := func(err error, want error) {
@@ -308,7 +308,7 @@ func TestPromise14_ANodeKeyActsForItsNodeOnly(t *testing.T) {
 		}
 		// A node that an organization key registered can be given a key, but not be
 		// taken by one that has its node.
-		public := node.Signer{Key: released(t, db, "acme", 9)}
+		public := signer(t, db, released(t, db, "acme", 9))
 		must(register(public, "192.0.2.40"), nil)
 		must(register(a, "192.0.2.40"), node.ErrAddressInUse)
 		must(register(nodeKey(""), "192.0.2.40"), nil)
@@ -348,7 +348,7 @@ func TestUseStandsForAReceipt(t *testing.T) {
 		if found, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr("192.0.2.1"), "", 5); err != nil || len(found) != 0 {
 			t.Fatalf("a node key that nobody named: %+v, %v", found, err)
 		}
-		use := node.Use{Org: "acme", Signer: found[0].Signer, Message: [32]byte{9}, Until: time.Now().Add(time.Hour)}
+		use := node.Use{Org: "acme", Signer: found[0], Message: [32]byte{9}, Until: time.Now().Add(time.Hour)}
 		if err := db.Register(t.Context(), use, node.Node{ID: uuid.NewString(), IP: netip.MustParseAddr("192.0.2.1")}, func(id string, _ node.Change) audit.Event {
 			return event(audit.NodeRegistered, "acme", id)
 		}); err != nil {
@@ -390,7 +390,7 @@ func TestNodeKeysAmongAllKeys(t *testing.T) {
 		if err != nil || len(listed) != 1 || listed[0].ID != d.KeyID || listed[0].Enrollment != id || listed[0].Delivered.IsZero() || listed[0].DeliveredTo != "192.0.2.1" || len(listed[0].Nodes) != 0 {
 			t.Errorf("%+v, %v", listed, err)
 		}
-		if err := db.Register(t.Context(), node.Use{Org: "acme", Signer: node.Signer{Key: d.KeyID, OfNode: true}, Message: [32]byte{1}, Until: time.Now().Add(time.Hour)},
+		if err := db.Register(t.Context(), node.Use{Org: "acme", Signer: signer(t, db, d.KeyID), Message: [32]byte{1}, Until: time.Now().Add(time.Hour)},
 			node.Node{ID: uuid.NewString(), IP: netip.MustParseAddr("192.0.2.1")}, func(id string, _ node.Change) audit.Event { return event(audit.NodeRegistered, "acme", id) }); err != nil {
 			t.Fatal(err)
 		}

@@ -5,13 +5,12 @@ import (
 	"context"
 	"database/sql"
 	"errors"
-	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
+
+	"github.com/go-json-experiment/json"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/node"
@@ -31,11 +30,10 @@ const (
 )
 
 // LiveKeys implements node.Store.
-func (d *DB) LiveKeys(ctx context.Context, org org.ID, ip netip.Addr, named string, limit int) ([]node.Candidate, error) {
-	return query(ctx, d.read, func(scan func(...any) error) (c node.Candidate, err error) {
-		err = scan(&c.ID, &c.Sealed, &c.OfNode, &c.Unreceived)
-		c.Key = c.ID
-		return c, err
+func (d *DB) LiveKeys(ctx context.Context, org org.ID, ip netip.Addr, named string, limit int) ([]node.Signer, error) {
+	return query(ctx, d.read, func(scan func(...any) error) (k node.Signer, err error) {
+		err = scan(&k.Key, &k.Sealed, &k.OfNode, &k.Unreceived)
+		return k, err
 	}, candidates, org, limit, ip.String(), named)
 }
 
@@ -60,9 +58,10 @@ func liveAs(k node.Signer) string {
 	return liveKeys
 }
 
-// checkLive reports node.ErrKeyGone unless key is a released one of org.
+// checkLive reports node.ErrKeyGone unless key is a released one of org, and stored as
+// it was when it verified.
 func checkLive(ctx context.Context, tx *txn, org org.ID, key node.Signer) error {
-	live, err := query(ctx, tx, scanInt, "SELECT 1 "+liveAs(key)+" AND id = $2", org, key.Key)
+	live, err := query(ctx, tx, scanInt, "SELECT 1 "+liveAs(key)+" AND id = $2 AND sealed = $3", org, key.Key, key.Sealed)
 	if err == nil && len(live) == 0 {
 		return node.ErrKeyGone
 	}
@@ -82,8 +81,8 @@ func (d *DB) use(ctx context.Context, tx *txn, u node.Use) (first bool, err erro
 		return false, node.ErrStale
 	}
 	n, err := exec(ctx, tx, `INSERT INTO signature_uses (key_id, message, request, until)
-		SELECT id, $3, $4, $5 `+liveAs(u.Signer)+` AND id = $2 ON CONFLICT DO NOTHING`,
-		u.Org, u.Key, u.Message[:], u.Request[:], u.Until.UnixMicro())
+		SELECT id, $3, $4, $5 `+liveAs(u.Signer)+` AND id = $2 AND sealed = $6 ON CONFLICT DO NOTHING`,
+		u.Org, u.Key, u.Message[:], u.Request[:], u.Until.UnixMicro(), u.Sealed)
 	if err != nil || n == 1 {
 		return n == 1, err
 	}
@@ -212,7 +211,7 @@ func (d *DB) SecretsSize(ctx context.Context, org org.ID) (size int64, err error
 }
 
 // Secrets implements node.Store.
-func (d *DB) Secrets(ctx context.Context, org org.ID, by node.Signer, ip netip.Addr, event func([]string) audit.Event) ([]node.SealedSecret, error) {
+func (d *DB) Secrets(ctx context.Context, org org.ID, by node.Signer, ip netip.Addr, size int64, event func([]string) audit.Event) ([]node.SealedSecret, error) {
 	var secrets []node.SealedSecret
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		if err := checkLive(ctx, tx, org, by); err != nil {
@@ -224,9 +223,15 @@ func (d *DB) Secrets(ctx context.Context, org org.ID, by node.Signer, ip netip.A
 		if err := d.signedBy(ctx, tx, by, ""); err != nil {
 			return err
 		}
+		left := size
 		var err error
 		secrets, err = query(ctx, tx, func(scan func(...any) error) (s node.SealedSecret, err error) {
-			err = scan(&s.Name, &s.Sealed)
+			if err = scan(&s.Name, &s.Sealed); err == nil {
+				left -= int64(len(s.Sealed))
+			}
+			if left < 0 {
+				err = node.ErrLarger
+			}
 			return s, err
 		}, "SELECT name, sealed FROM boot_secrets WHERE org_id = $1 ORDER BY name", org)
 		if err != nil {
@@ -236,6 +241,7 @@ func (d *DB) Secrets(ctx context.Context, org org.ID, by node.Signer, ip netip.A
 		for i, s := range secrets {
 			names[i] = s.Name
 		}
+		tx.awaited = true
 		return d.record(ctx, tx, event(names))
 	})
 	if err != nil {
@@ -388,16 +394,19 @@ func (d *DB) writeAt(ctx context.Context, do func(ctx context.Context, tx *txn, 
 }
 
 func (d *DB) used(ctx context.Context, tx *txn, now int64, ids []string, ago map[string]time.Duration) error {
-	var v values
-	for _, id := range ids {
-		v.add("CAST(%s AS TEXT), CAST(%s AS BIGINT)", id, now-ago[id].Microseconds())
+	rows := make([][]any, len(ids))
+	for i, id := range ids {
+		rows[i] = []any{id, now - ago[id].Microseconds()}
 	}
-	with := "WITH v(id, at) AS (" + v.String() + ")"
-	present := v.arg(now)
+	list, err := json.Marshal(rows)
+	if err != nil {
+		return err
+	}
+	with := "WITH v(id, at) AS MATERIALIZED (SELECT value ->> 0, CAST(value ->> 1 AS BIGINT) FROM " + d.elements() + ")"
 	for _, table := range []string{"org_keys", "keys_of_nodes"} {
 		if _, err := exec(ctx, tx, with+` UPDATE `+table+` SET last_used_at = v.at FROM v
-			WHERE `+table+`.id = v.id AND (coalesce(last_used_at, 0) < v.at OR last_used_at > `+present+`)
-			AND `+table+`.id IN (SELECT id FROM `+table+` WHERE id IN (SELECT id FROM v)`+d.forUpdate(" SKIP LOCKED")+")", v.args...); err != nil {
+			WHERE `+table+`.id = v.id AND (coalesce(last_used_at, 0) < v.at OR last_used_at > $2)
+			AND `+table+`.id IN (SELECT id FROM `+table+` WHERE id IN (SELECT id FROM v)`+d.forUpdate(" SKIP LOCKED")+")", string(list), now); err != nil {
 			return err
 		}
 	}
@@ -407,47 +416,36 @@ func (d *DB) used(ctx context.Context, tx *txn, now int64, ids []string, ago map
 // storeContacts leaves a node that it leaves out unassociated, too: it may be about to be
 // deleted.
 func (d *DB) storeContacts(ctx context.Context, tx *txn, now int64, contacts []node.Contact, ago map[node.Contact]time.Duration) error {
-	var v values
-	for _, s := range contacts {
-		v.add("CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS TEXT), CAST(%s AS BIGINT)", s.Org, s.IP.String(), s.Key, now-ago[s].Microseconds())
+	rows := make([][]any, len(contacts))
+	for i, c := range contacts {
+		rows[i] = []any{c.Org, c.IP.String(), c.Key, now - ago[c].Microseconds()}
 	}
-	with := "WITH v(org_id, ip, key_id, at) AS (" + v.String() + ") "
-	associating := slices.Clone(v.args)
-	if _, err := exec(ctx, tx, with+`UPDATE nodes SET seen_at = last.at FROM (SELECT org_id, ip, max(at) AS at FROM v GROUP BY org_id, ip) AS last
-		WHERE nodes.org_id = last.org_id AND nodes.ip = last.ip AND (seen_at < last.at OR seen_at > `+v.arg(now)+`)
-		AND nodes.id IN (SELECT id FROM nodes WHERE (org_id, ip) IN (SELECT org_id, ip FROM v)`+d.forUpdate(" SKIP LOCKED")+")", v.args...); err != nil {
+	list, err := json.Marshal(rows)
+	if err != nil {
 		return err
 	}
-	_, err := exec(ctx, tx, with+`INSERT INTO node_keys (node_id, key_id) SELECT n.id, k.id FROM v
+	with := "WITH v(org_id, ip, key_id, at) AS MATERIALIZED (SELECT value ->> 0, value ->> 1, value ->> 2, CAST(value ->> 3 AS BIGINT) FROM " + d.elements() + ") "
+	if _, err := exec(ctx, tx, with+`UPDATE nodes SET seen_at = last.at FROM (SELECT org_id, ip, max(at) AS at FROM v GROUP BY org_id, ip) AS last
+		WHERE nodes.org_id = last.org_id AND nodes.ip = last.ip AND (seen_at < last.at OR seen_at > $2)
+		AND nodes.id IN (SELECT id FROM nodes WHERE (org_id, ip) IN (SELECT org_id, ip FROM v)`+d.forUpdate(" SKIP LOCKED")+")", string(list), now); err != nil {
+		return err
+	}
+	_, err = exec(ctx, tx, with+`INSERT INTO node_keys (node_id, key_id) SELECT n.id, k.id FROM v
 		JOIN nodes n ON n.org_id = v.org_id AND n.ip = v.ip AND n.deleted_at IS NULL AND n.seen_at >= v.at
 		JOIN org_keys k ON k.id = v.key_id AND k.org_id = v.org_id AND `+isLive+`
-		WHERE true ON CONFLICT DO NOTHING`, associating...)
+		WHERE true ON CONFLICT DO NOTHING`, string(list))
 	return err
 }
 
-// values collects rows of parameters for a VALUES list.
-type values struct {
-	rows []string
-	args []any
-}
-
-// add adds a row; row has one %s for each parameter.
-func (v *values) add(row string, args ...any) {
-	names := make([]any, len(args))
-	for i := range args {
-		names[i] = "$" + strconv.Itoa(len(v.args)+i+1)
+// elements is the rows, with one column named value, that the elements of the JSON array
+// $1 are. As parameters they would make a statement of its own for each number of them,
+// and SQLite takes longer for each name the more there are.
+func (d *DB) elements() string {
+	if d.postgres {
+		return "jsonb_array_elements($1::jsonb) AS element (value)"
 	}
-	v.rows = append(v.rows, fmt.Sprintf("("+row+")", names...))
-	v.args = append(v.args, args...)
+	return "json_each($1)"
 }
-
-// arg adds a parameter that is in no row, and returns its name.
-func (v *values) arg(value any) string {
-	v.args = append(v.args, value)
-	return "$" + strconv.Itoa(len(v.args))
-}
-
-func (v *values) String() string { return "VALUES " + strings.Join(v.rows, ", ") }
 
 // dissociate removes the associations of a key that ends. One
 // that a concurrent registration adds stays and has no effect: every reader joins with

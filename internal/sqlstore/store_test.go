@@ -131,6 +131,22 @@ func released(t testing.TB, db *sqlstore.DB, org org.ID, limit int) string {
 	return id
 }
 
+// signer is a live key of acme's, as it verifies a signature.
+func signer(t testing.TB, db *sqlstore.DB, id string) node.Signer {
+	t.Helper()
+	live, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr("192.0.2.254"), id, node.MaxKeys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range live {
+		if k.Key == id {
+			return k
+		}
+	}
+	t.Fatalf("key %s is not live", id)
+	return node.Signer{}
+}
+
 // swept is the event of a sweeper that took a pending key.
 func swept(org org.ID, id string) audit.Event { return orgkey.SweptEvent(org, id) }
 
@@ -413,9 +429,10 @@ func TestDeletingAKey(t *testing.T) {
 func TestPromise6_AKeyDeletedAfterItVerifiedActsNoMore(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
 		id, ip := released(t, db, "acme", 5), netip.MustParseAddr("192.0.2.7")
+		by := signer(t, db, id)
 		registered := func(id string, _ node.Change) audit.Event { return event(audit.NodeRegistered, "acme", id) }
 		register := func(message byte) error {
-			use := node.Use{Org: "acme", Signer: node.Signer{Key: id}, Message: [32]byte{message}, Until: time.Now().Add(time.Hour)}
+			use := node.Use{Org: "acme", Signer: by, Message: [32]byte{message}, Until: time.Now().Add(time.Hour)}
 			return db.Register(t.Context(), use, node.Node{ID: uuid.NewString(), Org: "acme", IP: ip}, registered)
 		}
 		if err := register(1); err != nil {
@@ -429,7 +446,7 @@ func TestPromise6_AKeyDeletedAfterItVerifiedActsNoMore(t *testing.T) {
 				t.Errorf("%s: %v, want ErrKeyGone", name, err)
 			}
 		}
-		_, err := db.Secrets(t.Context(), "acme", node.Signer{Key: id}, netip.MustParseAddr("192.0.2.1"), func([]string) audit.Event { return event(audit.SecretsFetched, "acme", id) })
+		_, err := db.Secrets(t.Context(), "acme", by, netip.MustParseAddr("192.0.2.1"), 0, func([]string) audit.Event { return event(audit.SecretsFetched, "acme", id) })
 		if !errors.Is(err, node.ErrKeyGone) {
 			t.Errorf("secrets: %v, want ErrKeyGone", err)
 		}
@@ -575,4 +592,26 @@ func TestUnsafePostgresIsRefused(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Whoever fetches secrets has memory reserved for so many bytes, and gets no more.
+func TestNoMoreSecretsThanExpected(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		by := signer(t, db, released(t, db, "acme", 5))
+		for _, name := range []string{"a", "b"} {
+			must(t, db.PutSecret(t.Context(), "acme", node.SealedSecret{Name: name, Sealed: make([]byte, 50)}, 5, event(audit.SecretPut, "acme", name)))
+		}
+		fetch := func(size int64) ([]node.SealedSecret, error) {
+			return db.Secrets(t.Context(), "acme", by, netip.MustParseAddr("192.0.2.1"), size, func([]string) audit.Event { return event(audit.SecretsFetched, "acme", "") })
+		}
+		if got, err := fetch(99); !errors.Is(err, node.ErrLarger) || got != nil {
+			t.Errorf("99 bytes: %v, %v", got, err)
+		}
+		if got := types(t, db); strings.Contains(got, string(audit.SecretsFetched)) {
+			t.Errorf("events: %s", got)
+		}
+		if got, err := fetch(100); err != nil || len(got) != 2 {
+			t.Errorf("100 bytes: %v, %v", got, err)
+		}
+	})
 }
