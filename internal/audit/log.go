@@ -4,7 +4,8 @@
 // An event's row is committed in the transaction of the change it describes.
 // A sequencer, one at a time across all replicas, then gives rows their index
 // and appends their leaves to the tree in batches, so writers never queue
-// behind the tree's head. Each sink is fed from its own last
+// behind the tree's head. (On SQLite, which has one writer anyhow, an event that
+// somebody waits for gets its index in its own transaction: see Store.AtOnce.) Each sink is fed from its own last
 // checkpoint on: at least once, in order, keyed by index. An operation that must
 // not happen before the log and its sinks have its event waits in
 // Log.Acknowledged.
@@ -53,6 +54,11 @@ type Store interface {
 	// condition no event gets an index: it reports *TimelineError or
 	// *RollbackError, or *HaltError because of another replica's sinks.
 	Sequence(ctx context.Context, limit int, only Condition) (int, error)
+	// AtOnce has transactions whose event somebody will wait for give their indices to
+	// it and to at most limit events that wait, where that spares a commit, if the
+	// condition that only returns is met; grown is told the log's size after a
+	// commit. It holds until end is called. Sequence does what they leave.
+	AtOnce(limit int, only func(context.Context) (Condition, error), grown func(size int64)) (end func())
 	// Timeline identifies the database's history: it is another one after a
 	// failover or a restored backup (PostgreSQL's timeline ID). It is empty if the
 	// database has none.
@@ -92,6 +98,7 @@ type Log struct {
 	followers []*follower
 	log       *slog.Logger
 	urgent    chan struct{} // a caller waits: do not collect a batch
+	sequenced chan struct{} // Store.AtOnce has given indices: nothing waits
 	deadline  time.Duration // for one call to a sink
 	signed    atomic.Int64  // the place of the newest signed checkpoint, for the sinks
 	size      atomic.Int64  // of the log, as far as this process has noticed
@@ -125,7 +132,7 @@ func (b *broadcast) send() {
 
 // NewLog returns a log over store. Every sink is a required one.
 func NewLog(store Store, log *slog.Logger, sinks ...Sink) *Log {
-	l := &Log{store: store, log: log, deadline: sinkDeadline, urgent: make(chan struct{}, 1), grown: newBroadcast(), acted: newBroadcast()}
+	l := &Log{store: store, log: log, deadline: sinkDeadline, urgent: make(chan struct{}, 1), sequenced: make(chan struct{}, 1), grown: newBroadcast(), acted: newBroadcast()}
 	for _, s := range sinks {
 		l.followers = append(l.followers, &follower{log: l, sink: s, call: make(chan struct{}, 1), err: errNotStarted})
 	}
@@ -328,6 +335,13 @@ func (l *Log) CheckExtends(ctx context.Context) error {
 
 // Run sequences events and feeds the sinks until ctx ends.
 func (l *Log) Run(ctx context.Context) error {
+	defer l.store.AtOnce(sinkBatch, l.condition, func(size int64) {
+		l.grewTo(size)
+		select {
+		case l.sequenced <- struct{}{}:
+		default:
+		}
+	})()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { l.sequence(ctx); return nil })
 	for _, f := range l.followers {
@@ -386,15 +400,19 @@ func (l *Log) announce(ctx context.Context) error {
 
 // await returns when there may be something to sequence.
 func (l *Log) await(ctx context.Context) {
-	select {
-	case <-l.urgent:
-	case <-time.After(poll):
-	case <-ctx.Done():
-	case <-l.store.Recorded():
+	recorded, over := l.store.Recorded(), time.After(poll)
+	for {
 		select {
 		case <-l.urgent:
-		case <-time.After(linger):
+			return
+		case <-over:
+			return
 		case <-ctx.Done():
+			return
+		case <-recorded:
+			recorded, over = nil, time.After(linger)
+		case <-l.sequenced: // what comes is another batch
+			recorded, over = l.store.Recorded(), time.After(poll)
 		}
 	}
 }

@@ -230,17 +230,20 @@ func (f *follower) extended(ctx context.Context, held Checkpoint) (head Checkpoi
 }
 
 // step feeds the sink from held on and returns its new position. It checks again
-// that the log extends held: the log may have been rewritten since.
+// that the log extends held, as does Store.Durable: the log may have been rewritten since.
 func (f *follower) step(ctx context.Context, held Checkpoint) (Checkpoint, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
-	head, err := f.extended(ctx, held)
+	head, err := f.log.store.Head(ctx)
 	if err != nil || head == held {
 		return held, err
 	}
 	if !f.sink.Shared() {
 		after, _, err := f.appendFrom(ctx, held)
 		return after, err
+	}
+	if _, err := f.extended(ctx, held); err != nil {
+		return held, err
 	}
 	name, after := f.sink.Name(), held
 	_, err = f.log.store.Exclusive(ctx, "sink "+name, func(ctx context.Context) error {

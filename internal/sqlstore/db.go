@@ -17,6 +17,7 @@ import (
 	"math/rand/v2"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -84,11 +85,11 @@ func openSQLite(ctx context.Context, path string) (*DB, error) {
 		return (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: "_pragma=busy_timeout(5000)" +
 			"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=temp_store(MEMORY)&_pragma=foreign_keys(1)" + extra}).String()
 	}
-	single, err := sql.Open("sqlite", dsn("&_txlock=immediate"))
+	single, err := sql.Open("sqlite", dsn("&_txlock=immediate&_pragma=wal_autocheckpoint("+strconv.Itoa(mostPages)+")"))
 	if err != nil {
 		return nil, fmt.Errorf("opening %s: %w", path, err)
 	}
-	single.SetMaxOpenConns(2) // the writer's, and one for migrations
+	single.SetMaxOpenConns(3) // the writer's, one for migrations, and one for checkpoints
 	opened, err := sql.Open("sqlite", dsn("&_pragma=query_only(1)"))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), single.Close())
@@ -314,6 +315,9 @@ func (d *DB) present() string {
 // in the future: a clock has been set back since it was written.
 func (d *DB) past(column string) string {
 	now := d.present()
+	if !d.postgres {
+		now += " + 999" // it knows whole milliseconds, and column may be one of this one
+	}
 	return "CASE WHEN " + column + " > " + now + " THEN " + now + " ELSE " + column + " END"
 }
 

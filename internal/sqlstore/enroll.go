@@ -553,6 +553,7 @@ func (d *DB) StoreOwn(ctx context.Context, keyID string, public []byte, fingerpr
 		if err != nil || n == 0 {
 			return err
 		}
+		tx.awaited = true
 		return d.pend(ctx, tx, keyID, now, public, created)
 	})
 }
@@ -564,6 +565,7 @@ func (d *DB) Seal(ctx context.Context, keyID string, sealed audit.Event) error {
 		if err != nil || n == 0 {
 			return err
 		}
+		tx.awaited = true
 		return d.record(ctx, tx, sealed)
 	})
 }

@@ -21,6 +21,10 @@ func (d *DB) Backdate(ctx context.Context, eventID string, at time.Time) error {
 	})
 }
 
+// LastBatch is how many changes shared the last commit of SQLite's writer. It must be
+// called while nothing writes.
+func (d *DB) LastBatch() int { return d.writer.last.changes }
+
 // Waiting is how many changes wait for SQLite's writer.
 func (d *DB) Waiting() int { return len(d.writer.queue) }
 

@@ -204,7 +204,7 @@ func (d *DB) Cancel(ctx context.Context, asked string) error {
 // owner: a reservation that expired and was given to another has another one, also if
 // a failover lost the first and both were given the same pool key.
 func (d *DB) StorePending(ctx context.Context, id, asked string, sealed []byte, created audit.Event) error {
-	return d.changeOne(ctx, created, "UPDATE org_keys SET state = "+pending+", sealed = $3, created_at = $2 WHERE id = $1 AND asked = $4 AND state = "+reserved+" AND expires_at > $2", id, sealed, asked)
+	return d.changeOne(ctx, created, true, "UPDATE org_keys SET state = "+pending+", sealed = $3, created_at = $2 WHERE id = $1 AND asked = $4 AND state = "+reserved+" AND expires_at > $2", id, sealed, asked)
 }
 
 // Release implements orgkey.Store.
@@ -220,12 +220,13 @@ func (d *DB) Release(ctx context.Context, id string) error {
 
 // Delivered implements orgkey.Store.
 func (d *DB) Delivered(ctx context.Context, id string, event audit.Event) error {
-	return d.changeOne(ctx, event, "UPDATE org_keys SET delivered_at = $2, delivery_event = $3 WHERE id = $1 AND delivered_at IS NULL AND released_at IS NOT NULL", id, event.ID)
+	return d.changeOne(ctx, event, false, "UPDATE org_keys SET delivered_at = $2, delivery_event = $3 WHERE id = $1 AND delivered_at IS NULL AND released_at IS NOT NULL", id, event.ID)
 }
 
 // changeOne changes key id by a statement over $1 (id), $2 (now) and args, and
-// records event with it; it reports ErrGone if no row was touched.
-func (d *DB) changeOne(ctx context.Context, event audit.Event, statement, id string, args ...any) error {
+// records event with it, which somebody waits for if it is awaited; it reports ErrGone
+// if no row was touched.
+func (d *DB) changeOne(ctx context.Context, event audit.Event, awaited bool, statement, id string, args ...any) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
@@ -234,6 +235,7 @@ func (d *DB) changeOne(ctx context.Context, event audit.Event, statement, id str
 		if err := one(exec(ctx, tx, statement, append([]any{id, now}, args...)...)); err != nil {
 			return err
 		}
+		tx.awaited = tx.awaited || awaited
 		return d.record(ctx, tx, event)
 	})
 }

@@ -3,12 +3,14 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/go-json-experiment/json"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -63,7 +65,7 @@ func (d *DB) recordNext(ctx context.Context, tx *txn, e audit.Event) error {
 	if err := d.record(ctx, tx, e); err != nil {
 		return err
 	}
-	recorded, err := query(ctx, tx, scanUnsequenced, "SELECT seq, leaf, mac FROM events WHERE id = $1", e.ID)
+	recorded, err := query(ctx, tx, scanUnsequenced, "SELECT seq, id, leaf, mac FROM events WHERE id = $1", e.ID)
 	if err != nil {
 		return err
 	}
@@ -113,6 +115,7 @@ func (d *DB) record(ctx context.Context, tx *txn, events ...audit.Event) error {
 
 type unsequenced struct {
 	seq       int64
+	id        string
 	leaf, mac []byte
 }
 
@@ -152,6 +155,33 @@ func (d *DB) Sequence(ctx context.Context, limit int, only audit.Condition) (int
 	return n, nil
 }
 
+// AtOnce implements audit.Store. PostgreSQL shares commits itself, but not among
+// transactions that hold the sequencer's lock.
+func (d *DB) AtOnce(limit int, only func(context.Context) (audit.Condition, error), grown func(size int64)) (end func()) {
+	if d.postgres {
+		return func() {}
+	}
+	d.writer.indices.Store(&indices{
+		give: func(ctx context.Context, tx *txn) error { return d.giveAtOnce(ctx, tx, limit, only) }, grown: grown,
+	})
+	return func() { d.writer.indices.Store(nil) }
+}
+
+func (d *DB) giveAtOnce(ctx context.Context, tx *txn, limit int, only func(context.Context) (audit.Condition, error)) error {
+	condition, err := only(ctx)
+	if err != nil {
+		return err
+	}
+	if err := d.mayGrow(ctx, tx, condition); err != nil {
+		return err
+	}
+	_, refused, err := d.sequence(ctx, tx, limit)
+	if err == nil && refused > 0 { // the sequencer reports it
+		err = &audit.UnauthenticatedError{Count: refused}
+	}
+	return err
+}
+
 // How long PostgreSQL leaves a lock to an idle holder, which may be stopped, and how
 // often a holder that is busy elsewhere sends something.
 const (
@@ -172,7 +202,7 @@ func (d *DB) tryLock(ctx context.Context, tx *txn, name string, idle time.Durati
 }
 
 func (d *DB) sequence(ctx context.Context, tx *txn, limit int) (given, refused int, err error) {
-	waiting, err := query(ctx, tx, scanUnsequenced, "SELECT seq, leaf, mac FROM events WHERE idx IS NULL AND refused = 0 ORDER BY seq LIMIT $1", limit)
+	waiting, err := query(ctx, tx, scanUnsequenced, "SELECT seq, id, leaf, mac FROM events WHERE idx IS NULL AND refused = 0 ORDER BY seq LIMIT $1", limit)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -180,7 +210,7 @@ func (d *DB) sequence(ctx context.Context, tx *txn, limit int) (given, refused i
 }
 
 func scanUnsequenced(scan func(...any) error) (u unsequenced, err error) {
-	err = scan(&u.seq, &u.leaf, &u.mac)
+	err = scan(&u.seq, &u.id, &u.leaf, &u.mac)
 	return u, err
 }
 
@@ -198,6 +228,7 @@ func (d *DB) place(ctx context.Context, tx *txn, waiting []unsequenced) (given, 
 	var rows []int64
 	for _, w := range waiting {
 		if d.eventKey.Authentic(w.leaf, w.mac) {
+			tx.placed = append(tx.placed, placed{w.id, head.Size + int64(len(rows))})
 			leaves, rows = append(leaves, w.leaf), append(rows, w.seq)
 			continue
 		}
@@ -223,20 +254,20 @@ func (d *DB) place(ctx context.Context, tx *txn, waiting []unsequenced) (given, 
 }
 
 // giveIndices gives the events in these rows consecutive indices from first
-// on. Their MACs go, so that no event can be made to get an index again. In
-// PostgreSQL a batch is one statement, not one round trip an event.
+// on. Their MACs go, so that no event can be made to get an index again. A batch
+// is one statement, not one an event.
 func (d *DB) giveIndices(ctx context.Context, tx *txn, rows []int64, first int64) error {
 	if d.postgres {
 		_, err := exec(ctx, tx, `UPDATE events SET idx = $2 + row.n - 1, mac = ''
 			FROM unnest($1::bigint[]) WITH ORDINALITY AS row (seq, n) WHERE events.seq = row.seq`, rows, first)
 		return err
 	}
-	for i, seq := range rows {
-		if _, err := exec(ctx, tx, "UPDATE events SET idx = $2, mac = '' WHERE seq = $1", seq, first+int64(i)); err != nil {
-			return err
-		}
+	list, err := json.Marshal(rows)
+	if err != nil {
+		return err
 	}
-	return nil
+	_, err = exec(ctx, tx, "UPDATE events SET idx = $2 + row.key, mac = '' FROM json_each($1) AS row WHERE events.seq = row.value", string(list), first)
+	return err
 }
 
 // storeHashes stores the tree's hashes numbered from first on, likewise.
@@ -250,12 +281,16 @@ func (d *DB) storeHashes(ctx context.Context, tx *txn, hashes []tlog.Hash, first
 			SELECT $2 + row.n - 1, row.hash FROM unnest($1::bytea[]) WITH ORDINALITY AS row (hash, n)`, plain, first)
 		return err
 	}
-	for i, h := range hashes {
-		if _, err := exec(ctx, tx, "INSERT INTO log_hashes (idx, hash) VALUES ($1, $2)", first+int64(i), h[:]); err != nil {
-			return err
-		}
+	plain := make([]string, len(hashes))
+	for i := range hashes {
+		plain[i] = hex.EncodeToString(hashes[i][:])
 	}
-	return nil
+	list, err := json.Marshal(plain)
+	if err != nil {
+		return err
+	}
+	_, err = exec(ctx, tx, "INSERT INTO log_hashes (idx, hash) SELECT $2 + key, unhex(value) FROM json_each($1)", string(list), first)
+	return err
 }
 
 type rowQuerier interface {
@@ -358,8 +393,14 @@ func entriesFrom(ctx context.Context, q querier, index int64, limit int) ([]audi
 	return entries, nil
 }
 
-// Index implements audit.Store.
+// Index implements audit.Store. Only in PostgreSQL can a failover take an index
+// back that was given.
 func (d *DB) Index(ctx context.Context, eventID string) (int64, bool, error) {
+	if !d.postgres {
+		if index, known := d.writer.given.Get(eventID); known {
+			return index, true, nil
+		}
+	}
 	var idx sql.NullInt64
 	err := d.read.QueryRowContext(ctx, "SELECT idx FROM events WHERE id = $1", eventID).Scan(&idx)
 	if errors.Is(err, sql.ErrNoRows) {

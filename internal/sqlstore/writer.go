@@ -4,8 +4,12 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
 )
 
 // writer is SQLite's one writing connection.
@@ -16,9 +20,35 @@ type writer struct {
 	quit  sync.RWMutex // held for reading while a change is put into the queue
 	done  chan struct{}
 	ended bool
+	aside chan struct{} // closed when checkpoints have ended
+	due   chan struct{} // holds an element while a checkpoint is due
+
+	indices atomic.Pointer[indices]   // of events that are awaited; nil: only the sequencer gives them
+	given   *lru.Cache[string, int64] // the indices given last, by event ID
+	last    batch                     // that was committed
+	commits int
 
 	conn     *sql.Conn // nil until the first change, and after the connection failed
 	prepared map[string]*sql.Stmt
+}
+
+// batch is how many changes shared a commit, and how long that took.
+type batch struct {
+	changes int
+	took    time.Duration
+}
+
+// indices gives the events that wait for them their indices, in the transaction of
+// the newest of them.
+type indices struct {
+	give  func(context.Context, *txn) error
+	grown func(size int64) // told of the log's size after the commit
+}
+
+// placed is an event that got its index in a transaction.
+type placed struct {
+	id    string
+	index int64
 }
 
 type change struct {
@@ -33,10 +63,37 @@ var (
 	errSlow   = errors.New("the database took too long over what came before")
 )
 
+// indicesKept is how many indices are remembered: whoever waits for one asks soon.
+const indicesKept = 1 << 13
+
 func newWriter(db *sql.DB) *writer {
-	w := &writer{db: db, limit: statementTimeout, queue: make(chan *change, batchSize), done: make(chan struct{})}
+	given, err := lru.New[string, int64](indicesKept)
+	if err != nil {
+		panic(fmt.Sprint("sqlstore: ", err)) // it refuses negative sizes only
+	}
+	w := &writer{
+		db: db, limit: statementTimeout, queue: make(chan *change, batchSize), done: make(chan struct{}), given: given,
+		aside: make(chan struct{}), due: make(chan struct{}, 1),
+	}
 	go w.run()
+	go w.checkpoint()
 	return w
+}
+
+const (
+	checkpointAfter = 50   // commits, which are some 1,000 pages of the write-ahead log
+	mostPages       = 8192 // of it, 32 MiB, at which a commit makes a checkpoint itself
+)
+
+// checkpoint moves what the write-ahead log holds into the database's file beside the
+// commits: one that did it itself would keep all that wait for it waiting for the
+// disk. A log that was not moved as a whole, because commits go on, grows. From mostPages
+// on a commit moves the rest, which is little then, and the next one begins the log anew.
+func (w *writer) checkpoint() {
+	defer close(w.aside)
+	for range w.due {
+		_, _ = w.db.ExecContext(context.Background(), "PRAGMA wal_checkpoint(PASSIVE)") // or the next one, or a commit
+	}
 }
 
 func (w *writer) write(ctx context.Context, do func(context.Context, *txn) error) error {
@@ -74,6 +131,7 @@ func (w *writer) close() error {
 	}
 	w.quit.Unlock()
 	<-w.done
+	<-w.aside
 	return errors.Join(w.forget(), w.db.Close())
 }
 
@@ -129,12 +187,17 @@ type txn struct {
 	writer    *writer // SQLite only
 	recorded  bool    // whether events are in it
 	unhurried bool    // others follow them within the second, and nobody waits for these
+	awaited   bool    // somebody waits until the sinks have them
+	placed    []placed
 }
 
+// SQLite's statements are not interrupted, see commit; for a context that may end, the
+// driver would start goroutines for each.
 func (t *txn) ExecContext(ctx context.Context, text string, args ...any) (sql.Result, error) {
 	if t.writer == nil {
 		return t.Tx.ExecContext(ctx, text, args...)
 	}
+	ctx = context.WithoutCancel(ctx)
 	s, err := t.writer.statement(ctx, text)
 	if err != nil {
 		return nil, err
@@ -146,6 +209,7 @@ func (t *txn) QueryContext(ctx context.Context, text string, args ...any) (*sql.
 	if t.writer == nil {
 		return t.Tx.QueryContext(ctx, text, args...)
 	}
+	ctx = context.WithoutCancel(ctx)
 	s, err := t.writer.statement(ctx, text)
 	if err != nil {
 		return nil, err
@@ -155,6 +219,7 @@ func (t *txn) QueryContext(ctx context.Context, text string, args ...any) (*sql.
 
 func (t *txn) QueryRowContext(ctx context.Context, text string, args ...any) *sql.Row {
 	if t.writer != nil {
+		ctx = context.WithoutCancel(ctx)
 		if s, err := t.writer.statement(ctx, text); err == nil {
 			return s.QueryRowContext(ctx, args...)
 		}
@@ -163,11 +228,14 @@ func (t *txn) QueryRowContext(ctx context.Context, text string, args ...any) *sq
 }
 
 func (w *writer) run() {
+	defer close(w.due)
 	defer close(w.done)
 	for first := range w.queue {
-		batch := w.collect(first)
-		err := w.commit(batch)
-		for _, c := range batch {
+		changes := w.collect(first)
+		started := time.Now()
+		err := w.commit(changes)
+		w.last = batch{len(changes), time.Since(started)}
+		for _, c := range changes {
 			if c.err == nil {
 				c.err = err
 			}
@@ -176,21 +244,45 @@ func (w *writer) run() {
 	}
 }
 
-// collect takes the waiting changes; it never waits for more.
+// mostGathering is how long a change waits at most for others to share its commit.
+const mostGathering = 2 * time.Millisecond
+
+// collect takes the waiting changes. If several shared the last commit it waits
+// for as many, since their callers are likely to be back, but for no longer than
+// half of what that commit took: what a commit costs is shared by all that are in it.
+// A change that comes alone never waits for a second.
 func (w *writer) collect(first *change) []*change {
-	batch := []*change{first}
-	for len(batch) < batchSize {
+	all := []*change{first}
+	var over <-chan time.Time
+	for len(all) < batchSize {
 		select {
 		case c, ok := <-w.queue:
 			if !ok {
-				return batch
+				return all
 			}
-			batch = append(batch, c)
+			all = append(all, c)
+			continue
 		default:
-			return batch
+		}
+		if len(all) >= w.last.changes {
+			return all
+		}
+		if over == nil {
+			timer := time.NewTimer(min(w.last.took/2, mostGathering))
+			defer timer.Stop()
+			over = timer.C
+		}
+		select {
+		case c, ok := <-w.queue:
+			if !ok {
+				return all
+			}
+			all = append(all, c)
+		case <-over:
+			return all
 		}
 	}
-	return batch
+	return all
 }
 
 // commit runs a batch in one transaction. Only a change that
@@ -224,14 +316,45 @@ func (w *writer) commit(batch []*change) error {
 			return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
 		}
 	}
-	return unavailable(tx.Commit())
+	if err := w.giveIndices(tx); err != nil {
+		return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
+	}
+	if err := tx.Commit(); err != nil {
+		return unavailable(err)
+	}
+	if w.commits++; w.commits%checkpointAfter == 0 {
+		select {
+		case w.due <- struct{}{}:
+		default:
+		}
+	}
+	for _, p := range tx.placed {
+		w.given.Add(p.id, p.index)
+	}
+	if indices := w.indices.Load(); indices != nil && len(tx.placed) > 0 {
+		indices.grown(tx.placed[len(tx.placed)-1].index + 1)
+	}
+	return nil
+}
+
+// giveIndices gives the events of a batch their indices if somebody waits for that,
+// which spares a commit of its own. If it cannot, the batch goes on without: the
+// sequencer tries again, and says why.
+func (w *writer) giveIndices(tx *txn) error {
+	indices := w.indices.Load()
+	if indices == nil || !tx.awaited {
+		return nil
+	}
+	return apply(context.Background(), tx, &change{do: indices.give})
 }
 
 func apply(ctx context.Context, tx *txn, c *change) error {
 	if _, err := tx.ExecContext(ctx, "SAVEPOINT change"); err != nil {
 		return err
 	}
+	before := len(tx.placed)
 	if c.err = c.do(ctx, tx); c.err != nil {
+		tx.placed = tx.placed[:before]
 		if _, err := tx.ExecContext(ctx, "ROLLBACK TO change"); err != nil {
 			return err
 		}

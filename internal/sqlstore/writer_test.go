@@ -4,8 +4,10 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"os"
 	"os/signal"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -136,5 +138,53 @@ func TestAFullDiskIsNotHealthy(t *testing.T) {
 	}
 	if err := db.Healthy(t.Context()); err != nil {
 		t.Errorf("when there is room again: %v", err)
+	}
+}
+
+// What was committed gets from the write-ahead log into the database's file although no
+// commit moves it: see mostPages.
+func TestCheckpointsAreMadeBesideTheCommits(t *testing.T) {
+	location := filepath.Join(t.TempDir(), "orgkeys.db")
+	db := open(t, location)
+	size := func() int64 {
+		t.Helper()
+		info, err := os.Stat(location)
+		must(t, err)
+		return info.Size()
+	}
+	before := size()
+	for range 100 {
+		must(t, db.Record(t.Context(), event(audit.KeysListed, "acme", "")))
+	}
+	for end := time.Now().Add(10 * time.Second); size() == before; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("100 commits, and the database's file is what it was")
+		}
+	}
+}
+
+// Changes that come one after the other while several shared the last commit are
+// gathered, and none is lost or made twice by that; a change that comes alone is
+// made even so.
+func TestGatheredChangesAreEachMadeOnce(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+	const callers, each = 8, 25
+	var all sync.WaitGroup
+	for range callers {
+		all.Go(func() {
+			for range each {
+				if err := db.Record(t.Context(), event(audit.KeysListed, "acme", "")); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	must(t, db.Record(t.Context(), event(audit.KeysListed, "acme", "")))
+	if n, err := db.Sequence(t.Context(), 1000, audit.Condition{}); n != callers*each+1 || err != nil {
+		t.Errorf("%d events, %v; want %d", n, err, callers*each+1)
+	}
+	if n := db.LastBatch(); n != 1 {
+		t.Errorf("the sequencer's change shared its commit with %d others", n-1)
 	}
 }
