@@ -117,7 +117,7 @@ func TestPromise5_AFailedDecisionLeavesItsEvent(t *testing.T) {
 	}
 }
 
-// Promise 5: nobody escapes the trail by hanging up.
+// Promise 5: nobody escapes the log by hanging up.
 func TestPromise5_ACallerWhoHangsUpLeavesItsEvent(t *testing.T) {
 	w := newWorld(t, shipped(t))
 	denied := new(gate.DeniedError)

@@ -8,15 +8,15 @@ import (
 	"github.com/orgkeys/orgkeys/internal/config"
 )
 
-// trailSink is a back end's sink.
-type trailSink struct{ audit.Sink }
+// vaultSink is a back end's sink.
+type vaultSink struct{ audit.Sink }
 
-func (trailSink) Name() string { return config.SinkVault }
+func (vaultSink) Name() string { return config.SinkVault }
 
 // A sink that the settings require and nobody has is not left out, nor is
 // another one taken for it.
 func TestASinkThatTheKeystoreLacksIsRefused(t *testing.T) {
-	vault, hsm := backend{name: "vault", sink: trailSink{}}, backend{name: "pkcs11"}
+	vault, hsm := backend{name: "vault", sink: vaultSink{}}, backend{name: "pkcs11"}
 	for _, c := range []struct {
 		backend backend
 		sinks   string

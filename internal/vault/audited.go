@@ -24,7 +24,7 @@ import (
 // Vault stops the service after this time at the latest.
 const (
 	auditCheckLife = time.Second
-	trailAges      = 800 * time.Millisecond // for callers that need a valid check soon and should not wait for it then
+	checkAges      = 800 * time.Millisecond // for callers that need a valid check soon and should not wait for it then
 )
 
 // auditCheck is the last check of the audit devices, and the one in progress.
@@ -76,7 +76,7 @@ func (c *Client) audited(ctx context.Context) error {
 
 // anticipate begins a check, if needed, for a caller that needs its result soon.
 func (c *Client) anticipate(ctx context.Context) {
-	if at, _ := c.lastLook(); time.Since(at) > trailAges {
+	if at, _ := c.lastLook(); time.Since(at) > checkAges {
 		c.looking(ctx)
 	}
 }
@@ -85,7 +85,7 @@ func (c *Client) anticipate(ctx context.Context) {
 func (c *Client) look(ctx context.Context) (err error) {
 	at := time.Now()
 	var problems, causes []error
-	for _, f := range c.checkTrail(ctx) {
+	for _, f := range c.checkDevices(ctx) {
 		problems = append(problems, errors.New(f.Problem))
 		if f.cause != nil {
 			causes = append(causes, f.cause)
@@ -103,9 +103,9 @@ func (c *Client) look(ctx context.Context) (err error) {
 	return err
 }
 
-// checkTrail sees that the audit devices record events and checkpoints in
-// clear, and keys and secrets not.
-func (c *Client) checkTrail(ctx context.Context) []Finding {
+// checkDevices checks that the audit devices record events and checkpoints in
+// clear, but not keys and secrets.
+func (c *Client) checkDevices(ctx context.Context) []Finding {
 	checks := []func(context.Context) []Finding{c.checkAudit}
 	for _, m := range []inClear{{keysMount, nil}, {sealedMount, nil}, {sealMount, nil}, {auditMount, []string{"event"}}, {stateMount, []string{"checkpoint"}}} {
 		checks = append(checks, func(ctx context.Context) []Finding { return c.checkClear(ctx, m) })

@@ -70,7 +70,7 @@ func (c *Client) Check(ctx context.Context) []Finding {
 	case err != nil:
 		return []Finding{fatal("make sure that every audit device can be written, and see Vault's own log", "Vault does not answer an audited call: %v", err)}
 	}
-	return together(ctx, c.checkTrail, c.checkPlain, c.checkCache, c.checkKeys, c.checkToken, c.checkPolicyTexts, c.checkCapabilities, c.checkLeftBehind)
+	return together(ctx, c.checkDevices, c.checkPlain, c.checkCache, c.checkKeys, c.checkToken, c.checkPolicyTexts, c.checkCapabilities, c.checkLeftBehind)
 }
 
 // together runs checks at the same time, so that a slow Vault delays the start
