@@ -57,7 +57,7 @@ func TestCloudInitExample(t *testing.T) {
 
 	b.cloudInit(read(t, "../../examples/cloud-init.yaml"), "https://orgkeys.example", f.url, "oke1.00000000-0000-4000-8000-000000000000."+strings.Repeat("A", 43), m.Token)
 	b.isUp()
-	if _, err := os.Stat(b.Path("/var/lib/orgkeys-node/token")); !os.IsNotExist(err) {
+	if _, err := os.Stat(b.Path("/var/lib/orgkeys-node/enroll.token")); !os.IsNotExist(err) {
 		t.Errorf("the token's file after the receipt: %v", err)
 	}
 	if shown := enrollments(t, f.Server, f.org, m.ID); !strings.Contains(shown, `"state":"received"`) {

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/orgkeys/orgkeys/client"
@@ -161,6 +162,63 @@ func TestFirstBootWithAToken(t *testing.T) {
 	e.has("key.pem", "key.pem.enrollment")
 	if e.fingerprint() == before || !strings.Contains(enrollments(t, s, org, next.ID), e.fingerprint()) {
 		t.Error("the new token brought no new key")
+	}
+}
+
+// Secrets have the names that people give them, and none becomes the node's token or
+// key, or has one removed: the node boots at any later time too.
+func TestNoSecretTakesThePlaceOfANodesOwnFile(t *testing.T) {
+	s := harness.Start(t)
+	org := harness.Org()
+	s.PutSecret(t, org, "env_s3", []byte("A=1"))
+	s.PutSecret(t, org, "token", []byte("of another service"))
+	first := mint(t, s, org, `{}`).Token
+	e := newEnrolling(t, s.API, first)
+	if err := os.Mkdir(e.dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	e.token = filepath.Join(e.dir, "token")
+	e.put(first)
+	e.run(0, "1 secrets written, 0 unchanged, token not written", "boot", "--wait", "30s")
+	e.has("key.pem", "key.pem.enrollment")
+	e.run(0, "0 secrets written, 1 unchanged, token not written", "boot", "--wait", "30s")
+	e.run(0, "(enrolled), 1 secrets in ", "status")
+	e.put(mint(t, s, org, `{}`).Token)
+	e.run(0, "token not written", "secrets") // leaves the token where it is
+	e.run(0, "enrolled key", "enroll")
+}
+
+// A node of an older version wrote such secrets, and may remember them as its own.
+func TestTheNodesOwnFilesAreNoSecretsOfEarlierRuns(t *testing.T) {
+	for name, place := range map[string]func(t *testing.T, m *machine) (keyFile string){
+		"in the directory": func(t *testing.T, m *machine) string {
+			if err := os.Rename(m.key, filepath.Join(m.dir, "key")); err != nil {
+				t.Fatal(err)
+			}
+			return filepath.Join(m.dir, "key")
+		},
+		"by a link": func(t *testing.T, m *machine) string {
+			if err := errors.Join(os.Rename(m.key, filepath.Join(m.dir, "key")), os.Symlink(filepath.Join(m.dir, "key"), m.key)); err != nil {
+				t.Fatal(err)
+			}
+			return m.key
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var answer atomic.Value
+			m := newMachine(t, stub(t, func(w http.ResponseWriter, r *http.Request) { serving(answer.Load().([]byte))(w, r) }))
+			key := read(t, m.key)
+			if err := errors.Join(os.Mkdir(m.dir, 0o700), os.WriteFile(filepath.Join(m.dir, ".orgkeys-node.json"), []byte(`{"secrets":["env_s3","key"]}`), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			m.key = place(t, m)
+			answer.Store(sealed(t, map[string]string{"env_s3": "A=1"}))
+			m.want(0, "1 secrets written, 0 unchanged, registered", "boot")
+			m.holds(map[string]string{"env_s3": "A=1", "key": key})
+			answer.Store(sealed(t, map[string]string{"env_s3": "A=1", "key": "another's"}))
+			m.want(0, "0 secrets written, 1 unchanged, key not written", "boot")
+			m.holds(map[string]string{"env_s3": "A=1", "key": key})
+		})
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"syscall"
@@ -146,21 +147,55 @@ func (d *dir) writeManifest(names []string) error {
 	return err
 }
 
+// ownNames are the names in the directory that are taken by the node's own files,
+// whether or not they are there. Whoever stores secrets chooses their names, and must
+// not be able to put a key or a token there, or have one removed.
+func (s *settings) ownNames(d *dir) (names []string) {
+	within, err := d.root.Stat(".")
+	if err != nil {
+		return nil // and nothing can be written either
+	}
+	for _, path := range []string{s.token, s.keyFile, s.recipientFile, s.caFile, s.tlsCert, s.tlsKey, s.config, s.sealedFile, s.receiptFile} {
+		if path == "" {
+			continue
+		}
+		paths := []string{path}
+		if led, err := filepath.EvalSymlinks(path); err == nil {
+			paths = append(paths, led)
+		}
+		for _, p := range paths {
+			if parent, err := os.Stat(filepath.Dir(p)); err == nil && os.SameFile(parent, within) {
+				names = append(names, filepath.Base(p))
+			}
+		}
+	}
+	return names
+}
+
 // update makes the directory hold these secrets, and of what earlier runs wrote
-// nothing else. Files that were put there by others stay.
-func (d *dir) update(secrets []client.Secret, r *report) error {
+// nothing else. Files that were put there by others stay, and so do the node's own.
+func (d *dir) update(secrets []client.Secret, own []string, r *report) error {
 	written, err := readManifest(d.root)
 	if err != nil {
 		return err
 	}
+	isOwn := func(name string) bool { return slices.Contains(own, name) }
+	written = slices.DeleteFunc(written, isOwn)
 	var names []string
 	for _, s := range secrets {
+		if isOwn(s.Name) {
+			r.NotWritten = append(r.NotWritten, s.Name)
+			continue
+		}
 		names = append(names, s.Name)
 	}
 	if err := d.writeManifest(slices.Concat(names, written)); err != nil {
 		return err
 	}
 	for _, s := range secrets {
+		if isOwn(s.Name) {
+			continue
+		}
 		changed, err := d.write(s.Name, s.Value)
 		switch {
 		case err != nil:

@@ -62,9 +62,10 @@ type report struct {
 	OK             bool     `json:"ok"`
 	ExitCode       int      `json:"exitCode"`
 	Message        string   `json:"message"`
-	Changed        []string `json:"changed,omitempty"`   // secrets written
-	Unchanged      []string `json:"unchanged,omitempty"` // secrets that were there already
-	Removed        []string `json:"removed,omitempty"`   // secrets that the server has no more
+	Changed        []string `json:"changed,omitempty"`    // secrets written
+	Unchanged      []string `json:"unchanged,omitempty"`  // secrets that were there already
+	Removed        []string `json:"removed,omitempty"`    // secrets that the server has no more
+	NotWritten     []string `json:"notWritten,omitempty"` // secrets whose files would be the node's own
 	Fingerprint    string   `json:"keyFingerprint,omitempty"`
 	KeyID          string   `json:"keyId,omitempty"`      // of a key that was enrolled or unsealed
 	Enrollment     string   `json:"enrollment,omitempty"` // the enrollment's ID

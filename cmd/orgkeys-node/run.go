@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/orgkeys/orgkeys/client"
@@ -88,8 +89,8 @@ func fetch(ctx context.Context, n client.Node, s settings, r *report) error {
 	if err != nil {
 		return err
 	}
-	r.Changed, r.Unchanged, r.Removed = nil, nil, nil
-	err = d.update(secrets, r)
+	r.Changed, r.Unchanged, r.Removed, r.NotWritten = nil, nil, nil, nil
+	err = d.update(secrets, s.ownNames(d), r)
 	for _, secret := range secrets {
 		clear(secret.Value)
 	}
@@ -99,6 +100,9 @@ func fetch(ctx context.Context, n client.Node, s settings, r *report) error {
 	done := fmt.Sprintf("%d secrets written, %d unchanged", len(r.Changed), len(r.Unchanged))
 	if len(r.Removed) > 0 {
 		done += fmt.Sprintf(", %d removed", len(r.Removed))
+	}
+	if len(r.NotWritten) > 0 {
+		done += fmt.Sprintf(", %s not written, since a file of the node's own has that name (store the secret under another, or name the node's files otherwise)", strings.Join(r.NotWritten, " and "))
 	}
 	r.add(done)
 	return nil

@@ -66,8 +66,8 @@ write_files:
       ORGKEYS_NODE_SERVER={server}
       ORGKEYS_NODE_IP=ADDRESS
       ORGKEYS_NODE_REGION=REGION
-      ORGKEYS_NODE_TOKEN_FILE=/var/lib/orgkeys-node/token
-  - path: /var/lib/orgkeys-node/token
+      ORGKEYS_NODE_TOKEN_FILE=/var/lib/orgkeys-node/enroll.token
+  - path: /var/lib/orgkeys-node/enroll.token
     owner: orgkeys-node:orgkeys-node
     permissions: "0600"
     defer: true # until the user is there
