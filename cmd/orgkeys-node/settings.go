@@ -200,17 +200,60 @@ func exists(path string) bool {
 }
 
 // awaitConfig adds the variables of the settings file to the environment. The
-// file may come after the machine's start, as keys may.
+// file may come after the machine's start, as keys may, and come piece by piece.
 func (s *settings) awaitConfig(ctx context.Context, progress io.Writer) error {
 	retry := client.Retry{For: time.Duration(s.wait), Waiting: waiting(*s, progress)}
-	retry.Temporary = func(err error) bool { return errors.Is(err, fs.ErrNotExist) }
+	retry.Temporary = func(err error) bool { return errors.As(err, new(*notYet)) }
 	return retry.Do(ctx, func(context.Context) error {
-		text, err := os.ReadFile(s.config)
-		if err != nil {
-			return &failure{exitConfig, "settings file " + s.config, "put the settings there", err}
+		text, err := readConfig(s.config)
+		if errors.Is(err, fs.ErrPermission) && s.isComplete() {
+			// systemd reads the file as root, and has put it into the environment.
+			_, _ = fmt.Fprintf(progress, "orgkeys-node: %s: settings file %s cannot be read by user %d; the environment has what is needed\n", s.command, s.config, os.Geteuid())
+			return nil
 		}
-		return addEnvironment(s.config, string(text))
+		if err != nil {
+			return &notYet{failure{exitConfig, "settings file " + s.config, "put the settings there, readable by the user that this runs as (mode 0644)", err}}
+		}
+		return addEnvironment(s.config, text)
 	})
+}
+
+// notYet is why a settings file is waited for.
+type notYet struct{ failure }
+
+func (n *notYet) Unwrap() error { return &n.failure }
+
+// isComplete reports whether the command has all it needs without a settings file.
+func (s settings) isComplete() bool {
+	s.resolve()
+	return s.check() == nil
+}
+
+// settled is how long a settings file has not changed when it is believed to be
+// whole: half a line is a setting too, with another meaning.
+const settled = time.Second
+
+func readConfig(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close() // opened for reading: nothing can be lost
+	text, err := io.ReadAll(f)
+	if err != nil {
+		return "", err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	if age := time.Since(info.ModTime()); age >= 0 && age < settled { // a clock may be set back
+		return "", errors.New("it was written a moment ago, and may not be whole yet")
+	}
+	if strings.TrimSpace(string(text)) == "" {
+		return "", errors.New("it is empty")
+	}
+	return string(text), nil
 }
 
 // addEnvironment sets the variables in a text as systemd's EnvironmentFile

@@ -3,13 +3,16 @@ package main_test
 import (
 	"crypto/tls"
 	"encoding/pem"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -461,6 +464,99 @@ func TestSettingsFile(t *testing.T) {
 	if code, out := m.withEnvironment("boot", "ORGKEYS_NODE_CONFIG="+file+".not", "ORGKEYS_NODE_WAIT=1s"); code != 78 || !strings.Contains(out, "waiting: settings file") {
 		t.Errorf("exit code %d, printed %s", code, out)
 	}
+}
+
+// A settings file comes late, by pieces, or for root alone, as keys do.
+func TestTheSettingsFileIsWaitedFor(t *testing.T) {
+	for name, c := range map[string]struct {
+		first  string // of the file: the rest comes later
+		mode   os.FileMode
+		moving bool // it is being written
+		waited string
+	}{
+		"empty":             {"", 0o644, false, "it is empty"},
+		"half a line":       {"ORGKEYS_NODE_SERVER=http://127.0.0", 0o644, true, "may not be whole yet"},
+		"half the settings": {"ORGKEYS_NODE_IP=192.0.2.7\n", 0o644, true, "may not be whole yet"},
+		"for root alone":    {"ORGKEYS_NODE_IP=192.0.2.7\n", 0, false, "permission denied"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := newMachine(t, stub(t, serving([]byte("{}"))))
+			file := filepath.Join(t.TempDir(), "env")
+			old := time.Now().Add(-time.Hour)
+			if err := errors.Join(os.WriteFile(file, []byte(c.first), 0o600), os.Chmod(file, c.mode), os.Chtimes(file, old, old)); err != nil {
+				t.Fatal(err)
+			}
+			said, err := os.Create(filepath.Join(t.TempDir(), "said"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer said.Close()
+			cmd := m.command("acme", "boot")
+			cmd.Args, cmd.Stdout, cmd.Stderr = cmd.Args[:2], said, said
+			cmd.Env = append(cmd.Env, "ORGKEYS_NODE_CONFIG="+file, "ORGKEYS_NODE_WAIT=2m")
+			asNobody(t, cmd, c.mode == 0, m.key, m.dir, file)
+			write := func(text string) bool {
+				if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+					t.Error(err)
+				}
+				return true
+			}
+			if c.moving {
+				write(c.first)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			harness.Eventually(t, harness.Patience, "it says what it waits for", func() bool {
+				return (!c.moving || write(c.first)) && strings.Contains(read(t, said.Name()), c.waited)
+			})
+			if err := os.Chmod(file, 0o644); err != nil {
+				t.Error(err)
+			}
+			write(strings.Join(m.variables(), "\n") + "\n")
+			if code := exitCode(cmd.Wait()); code != 0 {
+				t.Errorf("exit code %d, printed %s", code, read(t, said.Name()))
+			}
+		})
+	}
+}
+
+// Under systemd the file's variables are in the environment already, read as root.
+func TestASettingsFileForRootAloneIsNotNeededTwice(t *testing.T) {
+	m := newMachine(t, stub(t, serving([]byte("{}"))))
+	file := filepath.Join(t.TempDir(), "env")
+	if err := os.WriteFile(file, []byte(strings.Join(m.variables(), "\n")+"\n"), 0); err != nil {
+		t.Fatal(err)
+	}
+	cmd := m.command("acme", "boot")
+	cmd.Args = cmd.Args[:2]
+	cmd.Env = append(append(cmd.Env, m.variables()...), "ORGKEYS_NODE_CONFIG="+file, "ORGKEYS_NODE_WAIT=1s")
+	asNobody(t, cmd, true, m.key, m.dir, file)
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "cannot be read by user") {
+		t.Errorf("%v, printed %s", err, out)
+	}
+}
+
+// asNobody has a command run as another user than root, whom no mode stops. Key and
+// directory are made that user's, and the file's directory one that it may enter.
+func asNobody(t *testing.T, cmd *exec.Cmd, do bool, key, dir, file string) {
+	t.Helper()
+	if !do || os.Geteuid() != 0 {
+		return
+	}
+	const nobody = 65534
+	if err := errors.Join(os.MkdirAll(dir, 0o700), os.Chown(dir, nobody, nobody), os.Chown(key, nobody, nobody)); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{dir, key, file, binary} {
+		for up := filepath.Dir(p); up != "/" && up != os.TempDir(); up = filepath.Dir(up) {
+			if err := os.Chmod(up, 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 }
 
 func TestVersion(t *testing.T) {

@@ -86,7 +86,7 @@ install -d -m 0700 /etc/credstore
 {token}
 TOKEN
 install -d -m 0755 /etc/orgkeys-node
-cat >/etc/orgkeys-node/env <<ENV
+install -m 0644 /dev/stdin /etc/orgkeys-node/env <<ENV
 ORGKEYS_NODE_SERVER={server}
 ORGKEYS_NODE_IP=$IP
 ORGKEYS_NODE_REGION=$REGION
