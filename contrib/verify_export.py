@@ -262,7 +262,7 @@ TYPES = {
     "node.registered", "node.unregistered", "node.deleted", "node.listed",
     "secret.fetched", "secret.put", "secret.deleted", "secret.listed",
     "event.read", "event.marked", "policy.asked", "request.failed", "access.denied", "authn.failed",
-    "seal.rewrapped", "log.rollback_accepted", "log.database_changed", "person.erased", "pool.filled",
+    "seal.rewrapped", "log.rollback_accepted", "log.database_changed", "log.archived", "log.pruned", "person.erased", "pool.filled",
 }
 
 

@@ -20,7 +20,7 @@ import (
 
 func newAudit() *cobra.Command {
 	cmd := &cobra.Command{Use: "audit", Short: "Read and verify the audit log"}
-	cmd.AddCommand(newAuditVerify(), newVerifyExport(), newAuditList(), newAuditExport(), newAuditPublish(), newVerifyTiles(), newAuditProve(), newVerifyProof(),
+	cmd.AddCommand(newAuditVerify(), newVerifyExport(), newAuditList(), newAuditExport(), newAuditPublish(), newAuditArchive(), newVerifyTiles(), newAuditProve(), newVerifyProof(),
 		newAuditKey(), newAuditCheckpoint(), newAuditErase(), newAcceptRollback())
 	return cmd
 }
@@ -129,6 +129,9 @@ func verifyLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given, 
 	v.ofLog(report)
 	fmt.Fprintf(out, "log %s: %d events, all match the tree\n", report.Log.Origin, report.Log.Size)
 	fmt.Fprintf(out, "root hash %s\n", report.Log.Root)
+	if report.Archived > 0 {
+		fmt.Fprintln(out, archived(report))
+	}
 	if report.Signed > 0 {
 		fmt.Fprintf(out, "the newest signed checkpoint covers %d of them%s\n", report.Signed, unlessGiven(g.keys))
 	}
@@ -147,10 +150,22 @@ func verifyLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given, 
 	for _, r := range report.Rollbacks {
 		fmt.Fprintln(out, accepted(r))
 	}
-	if !independent {
+	switch {
+	case report.Unread != nil:
+		return &exitError{codeNotExcluded, fmt.Errorf("the first %d events are in an archive that was not read: their content, and keys that are older than the rest, were not verified: %w", report.Archived, report.Unread)}
+	case !independent:
 		return errNoCopy
 	}
 	return vouched(out, report)
+}
+
+// archived says what of the log is not in the database.
+func archived(r verify.Report) string {
+	said := fmt.Sprintf("the first %d of them are in the archive", r.Archived)
+	if r.Removed > 0 {
+		said += fmt.Sprintf("; entries below %d were removed by the policy of retention: their hashes are verified", r.Removed)
+	}
+	return said + "; the log says so itself"
 }
 
 // accepted says what was accepted.
@@ -258,6 +273,9 @@ commits to, with its index in front.`,
 			db, err := server.OpenLog(cmd.Context(), cfg)
 			if err != nil {
 				return err
+			}
+			if past, err := db.Archived(cmd.Context()); err == nil && from < past.Removed {
+				from = past.Removed
 			}
 			return errors.Join(list(cmd.Context(), cmd.OutOrStdout(), db, from, org), db.Close())
 		},

@@ -21,7 +21,7 @@ func newAuditPublish() *cobra.Command {
 clients of others read it there, or from a web server that serves DIR. Run it
 again, for example daily, to add what is new; nothing but the checkpoint ever changes.
 It may be interrupted at any time, and the server may be running. The log stays in the
-database.
+database: "orgkeys audit archive" moves it.
 
 The entries are the events as the log holds them: identifiers, without names and
 addresses of people, so that erasing a person needs no change in DIR.`,
@@ -32,7 +32,7 @@ addresses of people, so that erasing a person needs no change in DIR.`,
 				if err != nil {
 					return err
 				}
-				head, err := tiles.Publish(ctx, dir, db, progressTo(cmd.ErrOrStderr(), "published"))
+				head, err := tiles.Publish(ctx, tiles.NewDir(dir), db, progressTo(cmd.ErrOrStderr(), "published"))
 				if err != nil {
 					return err
 				}
@@ -89,12 +89,15 @@ func verifyTiles(cmd *cobra.Command, dir string, given []string, checkpoint stri
 			return fmt.Errorf("--checkpoint: %w", err)
 		}
 	}
-	head, err := tiles.Check(cmd.Context(), dir, keys, kept.Checkpoint, progressTo(cmd.ErrOrStderr(), "verified"))
+	head, removed, err := tiles.Check(cmd.Context(), tiles.NewDir(dir), keys, kept.Checkpoint, progressTo(cmd.ErrOrStderr(), "verified"))
 	if err != nil {
 		return fmt.Errorf("%s: %w", dir, err)
 	}
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "log %s: %d events, each covered by the signed checkpoint\nroot hash %s\n", head.Origin, head.Size, head.Root)
+	if removed > 0 {
+		fmt.Fprintf(out, "entries below %d were removed by the policy of retention: their hashes are verified\n", removed)
+	}
 	switch {
 	case kept.Size == 0:
 		return notExcluded("the files end with the signed checkpoint of %d events and cannot show whether there is a newer one; give one that was kept elsewhere with --checkpoint", head.Size)

@@ -40,6 +40,8 @@ type verdict struct {
 	Erased          int64              `json:"erased,omitzero"`          // events whose personal part was erased
 	Unsequenced     int64              `json:"unsequenced,omitzero"`     // events without an index yet
 	Unauthenticated int64              `json:"unauthenticated,omitzero"` // rows that orgkeys did not record
+	Archived        int64              `json:"archived,omitzero"`        // of the log: first events that are in the archive
+	Removed         int64              `json:"removed,omitzero"`         // of the log: first entries that the archive no longer has
 	Rollbacks       []audit.Rollback   `json:"rollbacks,omitempty"`
 	PublicKeys      int64              `json:"publicKeys,omitzero"` // of an export, that the log's fingerprints vouch for
 	Enrolled        []archive.Enrolled `json:"enrolled,omitempty"`  // of an export: how each sealed key came to its holder
@@ -119,6 +121,7 @@ func (v *verdict) conclude(err error) {
 
 func (v *verdict) ofLog(r verify.Report) {
 	v.Origin, v.Size, v.Root, v.Covered = r.Log.Origin, r.Log.Size, r.Log.Root.String(), r.Covered
+	v.Archived, v.Removed = r.Archived, r.Removed
 	v.Signed, v.Receipts, v.Erased, v.Unsequenced, v.Unauthenticated, v.Rollbacks = r.Signed, r.Receipts, r.Erased, r.Unsequenced, r.Unauthenticated, r.Rollbacks
 }
 

@@ -62,6 +62,8 @@ const (
 	DatabaseChanged  Type = "log.database_changed" // the log continues in another database: after a failover, a recovery or a move
 	SealsRewrapped   Type = "seal.rewrapped"       // a run of "orgkeys rewrap"
 	PersonErased     Type = "person.erased"        // a person's data was deleted
+	LogArchived      Type = "log.archived"         // the first events may be moved out of the database
+	LogPruned        Type = "log.pruned"           // the first entries may be removed from the archive, by the policy of retention
 	PoolFilled       Type = "pool.filled"          // keys were made ahead, or destroyed; in totals
 )
 

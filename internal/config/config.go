@@ -71,6 +71,8 @@ type Config struct {
 	AuditSinks         []string
 	AuditFile          string
 	AuditDeadline      time.Duration
+	AuditArchive       string        // empty: the log stays in the database
+	AuditRetention     time.Duration // of entries in the archive; 0: for ever
 	CheckpointInterval time.Duration
 
 	TimestampWindow time.Duration
@@ -269,7 +271,7 @@ func (c *Config) check() error {
 	if !Loopback(c.AdminListen) {
 		return fmt.Errorf("ORGKEYS_ADMIN_LISTEN is %s: it must be a loopback address such as 127.0.0.1:4000, because the admin listener has no authentication", c.AdminListen)
 	}
-	return errors.Join(c.checkTokens(), c.checkStorage(), c.checkSinks(), c.checkVault(), c.checkConsole())
+	return errors.Join(c.checkTokens(), c.checkStorage(), c.checkSinks(), c.checkArchive(), c.checkVault(), c.checkConsole())
 }
 
 func (c *Config) fill() {
@@ -368,6 +370,13 @@ func Loopback(listen string) bool {
 	}
 	addr, err := netip.ParseAddr(host)
 	return err == nil && addr.IsLoopback() || host == "localhost"
+}
+
+func (c *Config) checkArchive() error {
+	if c.AuditRetention > 0 && c.AuditArchive == "" {
+		return errors.New("ORGKEYS_AUDIT_RETENTION is about the entries of an archive: set ORGKEYS_AUDIT_ARCHIVE too")
+	}
+	return nil
 }
 
 func (c *Config) checkStorage() error {

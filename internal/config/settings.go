@@ -74,6 +74,8 @@ var settings = []Setting{
 	{Name: "ORGKEYS_AUDIT_FILE", Doc: "the file sink; default audit.jsonl in the data directory, another disk is better", set: text(func(c *Config) *string { return &c.AuditFile })},
 	{Name: "ORGKEYS_AUDIT_DEADLINE", Default: "10s", Doc: "how long a release waits for the audit sinks before 503", set: duration(100*time.Millisecond, 5*time.Minute, func(c *Config) *time.Duration { return &c.AuditDeadline })},
 	{Name: "ORGKEYS_CHECKPOINT_INTERVAL", Default: "1m", Doc: "how often a checkpoint of the audit log is signed, if the log has grown; SIGUSR1 signs one at once", set: duration(time.Second, 24*time.Hour, func(c *Config) *time.Duration { return &c.CheckpointInterval })},
+	{Name: "ORGKEYS_AUDIT_ARCHIVE", Doc: "the directory that orgkeys audit archive moves old events of the log to, and where they are read", set: text(func(c *Config) *string { return &c.AuditArchive })},
+	{Name: "ORGKEYS_AUDIT_RETENTION", Doc: "how old entries of the archive become before orgkeys audit archive removes them, such as 17520h for two years; default none is removed", set: duration(24*time.Hour, 100*365*24*time.Hour, func(c *Config) *time.Duration { return &c.AuditRetention })},
 	{Name: "ORGKEYS_TIMESTAMP_WINDOW", Default: "300s", Doc: "how far a node's timestamp may be from the server's clock", set: duration(time.Second, time.Hour, func(c *Config) *time.Duration { return &c.TimestampWindow })},
 	{Name: "ORGKEYS_TLS_CERT_FILE", Doc: "certificate chain, PEM; re-read when it changes", set: text(func(c *Config) *string { return &c.TLSCertFile })},
 	{Name: "ORGKEYS_TLS_KEY_FILE", Doc: "its private key, PEM", set: text(func(c *Config) *string { return &c.TLSKeyFile })},

@@ -60,7 +60,10 @@ func openCheckpoints(ctx context.Context, cfg config.Config, db *sqlstore.DB, au
 	if errors.As(err, &rewritten) {
 		return nil, fmt.Errorf("%w; find out why; after a restored backup run: orgkeys audit accept-rollback --reason …", err)
 	}
-	return c, err
+	if err != nil {
+		return nil, err
+	}
+	return c, db.CheckArchived(ctx)
 }
 
 func keepPolicy(ctx context.Context, db *sqlstore.DB, p policy, log *slog.Logger) {

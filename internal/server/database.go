@@ -30,6 +30,9 @@ func OpenDatabase(ctx context.Context, cfg config.Config) (*sqlstore.DB, error) 
 	if err := db.Migrate(migrating); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
+	if err := useArchive(cfg, db); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
 	return db, nil
 }
 
@@ -45,7 +48,7 @@ func OpenLog(ctx context.Context, cfg config.Config) (*sqlstore.DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := db.CheckMigrated(ctx); err != nil {
+	if err := errors.Join(db.CheckMigrated(ctx), useArchive(cfg, db)); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
 	return db, nil

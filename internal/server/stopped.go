@@ -81,6 +81,9 @@ func AcceptRollback(ctx context.Context, cfg config.Config, request rollback.Req
 	if err := openKey(ctx, o.backend.sealer, o.db); err != nil {
 		return err
 	}
+	if err := o.db.CheckArchived(ctx); err != nil {
+		return err
+	}
 	request.Sinks = o.sinks
 	if slices.Contains(cfg.AuditSinks, config.SinkFile) {
 		request.SinkFile = cfg.AuditFile

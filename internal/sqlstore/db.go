@@ -95,7 +95,7 @@ func openSQLite(ctx context.Context, path string) (*DB, error) {
 		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), single.Close())
 	}
 	readers := &pool{DB: opened, prepared: map[string]*sql.Stmt{}}
-	d := &DB{snapshot: snapshot{readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
+	d := &DB{snapshot: snapshot{q: readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
 	d.LimitConnections(DefaultConnections)
 	// The first connection to write creates the file and turns on its WAL.
 	if err := errors.Join(single.PingContext(ctx), readers.PingContext(ctx)); err != nil {
@@ -137,7 +137,7 @@ func openPostgres(ctx context.Context, location string) (*DB, error) {
 	if err != nil {
 		return nil, errors.Join(err, all.Close())
 	}
-	d := &DB{snapshot: snapshot{all}, read: all, postgres: true, connector: connector, timeline: timeline, history: history, recorded: make(chan struct{}, 1)}
+	d := &DB{snapshot: snapshot{q: all}, read: all, postgres: true, connector: connector, timeline: timeline, history: history, recorded: make(chan struct{}, 1)}
 	d.standbys.Store(standbys)
 	d.LimitConnections(DefaultConnections)
 	return d, nil

@@ -73,7 +73,7 @@ func (d *DB) Durable(ctx context.Context, held audit.Checkpoint, limit int) (ent
 		if err != nil {
 			return nil, held, unavailable(err)
 		}
-		entries, after, err = entriesBehind(ctx, tx, held, limit)
+		entries, after, err = d.over(tx).entriesBehind(ctx, held, limit)
 		return entries, after, errors.Join(err, ignoreDone(tx.Rollback()))
 	}
 	err = d.transact(ctx, func(ctx context.Context, tx *txn) error {
@@ -81,7 +81,7 @@ func (d *DB) Durable(ctx context.Context, held audit.Checkpoint, limit int) (ent
 			return err
 		}
 		var err error
-		entries, after, err = entriesBehind(ctx, tx, held, limit)
+		entries, after, err = d.over(tx).entriesBehind(ctx, held, limit)
 		return err
 	})
 	if err != nil {
@@ -96,32 +96,41 @@ type reader interface {
 }
 
 // entriesBehind reads at most limit entries behind held, and the checkpoint that
-// covers them. It reports *audit.RollbackError unless the log extends held.
-func entriesBehind(ctx context.Context, q reader, held audit.Checkpoint, limit int) ([]audit.Entry, audit.Checkpoint, error) {
-	if err := extends(ctx, q, held); err != nil {
+// covers them. It reports *audit.RollbackError unless the log extends held. Who holds nothing
+// gets what is still in the database, with a checkpoint that covers what was moved too.
+func (s snapshot) entriesBehind(ctx context.Context, held audit.Checkpoint, limit int) ([]audit.Entry, audit.Checkpoint, error) {
+	if err := s.extends(ctx, held); err != nil {
 		return nil, held, err
 	}
-	entries, err := entriesFrom(ctx, q, held.Size, limit)
+	first := held.Size
+	if first == 0 {
+		a, err := s.Archived(ctx)
+		if err != nil {
+			return nil, held, err
+		}
+		first = a.Moved
+	}
+	entries, err := s.entries(ctx, first, limit)
 	if err != nil || len(entries) == 0 {
 		return nil, held, err
 	}
-	after, err := checkpointAt(ctx, q, held.Size+int64(len(entries)))
+	after, err := s.at(ctx, first+int64(len(entries)))
 	return entries, after, err
 }
 
 // extends reports *audit.RollbackError unless the log extends held.
-func extends(ctx context.Context, q reader, held audit.Checkpoint) error {
+func (s snapshot) extends(ctx context.Context, held audit.Checkpoint) error {
 	if held.Size == 0 {
 		return nil
 	}
-	head, err := readHead(ctx, q)
+	head, err := readHead(ctx, s.q)
 	if err != nil || head == held {
 		return err
 	}
 	if head.Size < held.Size {
 		return &audit.RollbackError{Held: held, Log: head}
 	}
-	then, err := checkpointAt(ctx, q, held.Size)
+	then, err := s.at(ctx, held.Size)
 	if err == nil && then != held {
 		err = &audit.RollbackError{Held: held, Log: then}
 	}

@@ -15,12 +15,12 @@ var _ audit.CheckpointStore = (*DB)(nil)
 
 // Consistency implements audit.CheckpointStore.
 func (d *DB) Consistency(ctx context.Context, size, old int64) (tlog.TreeProof, error) {
-	return tlog.ProveTree(size, old, hashReader(ctx, d.read))
+	return tlog.ProveTree(size, old, d.over(d.read).hashReader(ctx))
 }
 
 // Inclusion implements archive.Source.
 func (d *DB) Inclusion(ctx context.Context, size, index int64) (tlog.RecordProof, error) {
-	return tlog.ProveRecord(size, index, hashReader(ctx, d.read))
+	return tlog.ProveRecord(size, index, d.over(d.read).hashReader(ctx))
 }
 
 func scanSigned(scan func(...any) error) (s audit.Signed, err error) {
@@ -31,9 +31,11 @@ func scanSigned(scan func(...any) error) (s audit.Signed, err error) {
 	return s, err
 }
 
+const lastSigned = "SELECT seq, text FROM signed_checkpoints WHERE superseded = 0 ORDER BY seq DESC LIMIT 1"
+
 // LastSigned implements audit.CheckpointStore.
 func (d *DB) LastSigned(ctx context.Context) (audit.Signed, error) {
-	found, err := query(ctx, d.read, scanSigned, "SELECT seq, text FROM signed_checkpoints WHERE superseded = 0 ORDER BY seq DESC LIMIT 1")
+	found, err := query(ctx, d.read, scanSigned, lastSigned)
 	if err != nil || len(found) == 0 {
 		return audit.Signed{}, err
 	}
@@ -162,8 +164,13 @@ func (s snapshot) Policies(ctx context.Context) ([]audit.PolicyFile, error) {
 
 // Receipts implements archive.Source and verify.Snapshot.
 func (s snapshot) Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error) {
-	return query(ctx, s.q, func(scan func(...any) error) (r audit.Receipt, err error) {
+	archived, err := s.archivedReceipts(ctx, sink, from, to)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := query(ctx, s.q, func(scan func(...any) error) (r audit.Receipt, err error) {
 		err = scan(&r.Index, &r.Receipt)
 		return r, err
 	}, "SELECT idx, receipt FROM event_receipts WHERE sink = $1 AND idx >= $2 AND idx < $3 ORDER BY idx", sink, from, to)
+	return append(archived, rows...), err
 }

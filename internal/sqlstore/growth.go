@@ -181,7 +181,7 @@ func (d *DB) mayGrow(ctx context.Context, q reader, only audit.Condition) error 
 		return err
 	}
 	for _, s := range only.Held {
-		err := extends(ctx, q, s.Checkpoint)
+		err := d.over(q).extends(ctx, s.Checkpoint)
 		if setBack, ok := errors.AsType[*audit.RollbackError](err); ok {
 			setBack.Sink = s.Sink
 		}

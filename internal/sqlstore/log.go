@@ -243,7 +243,7 @@ func (d *DB) place(ctx context.Context, tx *txn, waiting []unsequenced) (given, 
 	if err := d.giveIndices(ctx, tx, rows, head.Size); err != nil {
 		return 0, 0, err
 	}
-	hashes, root, err := audit.Grow(head.Size, leaves, hashReader(ctx, tx))
+	hashes, root, err := audit.Grow(head.Size, leaves, d.over(tx).hashReader(ctx))
 	if err != nil {
 		return 0, 0, err
 	}
@@ -298,8 +298,8 @@ type rowQuerier interface {
 }
 
 // hashReader reads the tree's stored hashes, all that are asked for at once:
-// few, along the tree's edge or a proof's path.
-func hashReader(ctx context.Context, q querier) tlog.HashReader {
+// few, along the tree's edge or a proof's path. Those that were moved come from the archive.
+func (s snapshot) hashReader(ctx context.Context) tlog.HashReader {
 	return tlog.HashReaderFunc(func(indexes []int64) ([]tlog.Hash, error) {
 		if len(indexes) == 0 {
 			return nil, nil
@@ -309,7 +309,7 @@ func hashReader(ctx context.Context, q querier) tlog.HashReader {
 		for i, x := range indexes {
 			places[i] = c.arg(x)
 		}
-		read, err := query(ctx, q, scanHash, "SELECT idx, hash FROM log_hashes WHERE idx IN ("+strings.Join(places, ", ")+")", c.args...)
+		read, err := query(ctx, s.q, scanHash, "SELECT idx, hash FROM log_hashes WHERE idx IN ("+strings.Join(places, ", ")+")", c.args...)
 		if err != nil {
 			return nil, fmt.Errorf("reading the tree's hashes: %w", err)
 		}
@@ -321,7 +321,9 @@ func hashReader(ctx context.Context, q querier) tlog.HashReader {
 		for i, x := range indexes {
 			h, ok := found[x]
 			if !ok {
-				return nil, fmt.Errorf("the tree's hash %d is missing", x)
+				if h, err = s.archivedHash(ctx, x); err != nil {
+					return nil, err
+				}
 			}
 			out[i] = h
 		}
@@ -356,11 +358,11 @@ func readHead(ctx context.Context, q rowQuerier) (audit.Checkpoint, error) {
 
 // At implements audit.Store.
 func (d *DB) At(ctx context.Context, size int64) (audit.Checkpoint, error) {
-	return checkpointAt(ctx, d.read, size)
+	return d.over(d.read).at(ctx, size)
 }
 
-func checkpointAt(ctx context.Context, q reader, size int64) (audit.Checkpoint, error) {
-	c, err := readHead(ctx, q)
+func (s snapshot) at(ctx context.Context, size int64) (audit.Checkpoint, error) {
+	c, err := readHead(ctx, s.q)
 	if err != nil || size == c.Size {
 		return c, err
 	}
@@ -368,22 +370,31 @@ func checkpointAt(ctx context.Context, q reader, size int64) (audit.Checkpoint, 
 		return c, fmt.Errorf("the log holds %d events, not %d", c.Size, size)
 	}
 	c.Size = size
-	c.Root, err = tlog.TreeHash(size, hashReader(ctx, q))
+	c.Root, err = tlog.TreeHash(size, s.hashReader(ctx))
 	return c, err
 }
 
 // Entries implements audit.Store.
 func (d *DB) Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error) {
-	return entriesFrom(ctx, d.read, index, limit)
+	return d.over(d.read).entries(ctx, index, limit)
 }
 
-func entriesFrom(ctx context.Context, q querier, index int64, limit int) ([]audit.Entry, error) {
-	entries, err := query(ctx, q, func(scan func(...any) error) (e audit.Entry, err error) {
+func (s snapshot) entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error) {
+	entries, err := query(ctx, s.q, func(scan func(...any) error) (e audit.Entry, err error) {
 		err = scan(&e.Index, &e.Leaf)
 		return e, err
 	}, "SELECT idx, leaf FROM events WHERE idx >= $1 ORDER BY idx LIMIT $2", index, limit)
 	if err != nil {
 		return nil, err
+	}
+	if len(entries) == 0 || entries[0].Index != index {
+		a, err := s.Archived(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if index < a.Moved {
+			return s.archivedEntries(ctx, a, index, limit)
+		}
 	}
 	for i, e := range entries {
 		if e.Index != index+int64(i) {

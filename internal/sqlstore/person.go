@@ -37,12 +37,33 @@ func pseudonymOf(ctx context.Context, q querier, subject string) (string, error)
 
 // Erasable returns how many events have a personal part that Erase would delete.
 func (d *DB) Erasable(ctx context.Context, subject string) (int, error) {
-	found, err := query(ctx, d.read, scanInt, `SELECT count(*) FROM event_persons WHERE event_id IN
-		(SELECT id FROM events WHERE actor = $1 OR actor IN (SELECT pseudonym FROM persons WHERE subject = $1))`, subject)
+	n, err := d.erasable(ctx, subject)
 	if err != nil {
 		return 0, fmt.Errorf("counting what is known of a person: %w", err)
 	}
-	return found[0], nil
+	return n, nil
+}
+
+func (d *DB) erasable(ctx context.Context, subject string) (int, error) {
+	pseudonym, err := pseudonymOf(ctx, d.read, subject)
+	if err != nil {
+		return 0, err
+	}
+	found, err := query(ctx, d.read, scanInt, `SELECT count(*) FROM event_persons WHERE event_id IN
+		(SELECT id FROM events WHERE actor IN ($1, $2)) OR actor <> '' AND actor IN ($1, $2)`, subject, pseudonym)
+	if err != nil {
+		return 0, err
+	}
+	n := found[0]
+	return n, eachArchived(ctx, d.read, func(_ int64, content []byte) error {
+		actors, _, err := unpackPersons(content)
+		for _, actor := range actors {
+			if text := string(actor); text != "" && (text == subject || text == pseudonym) {
+				n++
+			}
+		}
+		return err
+	})
 }
 
 // Erase deletes a person's data: the personal part of the events whose
@@ -66,6 +87,11 @@ func (d *DB) Erase(ctx context.Context, subject string, event func(id string, co
 			if err != nil {
 				return err
 			}
+			archived, err := d.eraseArchived(ctx, tx, id)
+			if err != nil {
+				return err
+			}
+			n += archived
 			if _, err := exec(ctx, tx, "DELETE FROM event_reads WHERE reader = $1", id); err != nil {
 				return err
 			}

@@ -6,10 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/tiles"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
@@ -18,10 +21,8 @@ var _ verify.Snapshot = (*DB)(nil)
 // snapshot reads the log at one moment, page by page: PostgreSQL sends one result at a
 // time on a connection, and limits the time of each statement.
 type snapshot struct {
-	q interface {
-		querier
-		rowQuerier
-	}
+	q       reader
+	archive *tiles.Archive // nil: it is not known where what was moved is
 }
 
 const snapshotPage = 1000
@@ -36,7 +37,7 @@ func (d *DB) Snapshot(ctx context.Context, do func(verify.Snapshot) error) error
 	if err != nil {
 		return unavailable(err)
 	}
-	return errors.Join(do(snapshot{tx}), unavailable(ignoreDone(tx.Rollback())))
+	return errors.Join(do(d.over(tx)), unavailable(ignoreDone(tx.Rollback())))
 }
 
 // Head implements audit.Store and verify.Snapshot.
@@ -87,43 +88,92 @@ func scanText(scan func(...any) error) (text string, err error) {
 }
 
 // everyKey has organization keys and node keys.
-const everyKey = "(SELECT id, org_id, state FROM org_keys UNION ALL SELECT id, org_id, state FROM keys_of_nodes) AS k"
+const everyKey = "(SELECT id, org_id, state, created_at, deleted_at FROM org_keys UNION ALL SELECT id, org_id, state, created_at, deleted_at FROM keys_of_nodes) AS k"
 
 // contradictions are the ways in which records and events can disagree: each statement
 // returns key IDs. They rely on the events' columns, which
-// verify.Verify has compared with the leaves by then.
-var contradictions = []struct{ what, statement string }{
+// verify.Verify has compared with the leaves by then. Events that are in the archive
+// explain what those in the database do not: archived has their keys, and since is the
+// column with the time before which nothing is known.
+var contradictions = []struct {
+	what, statement string
+	since           string
+	archived        func(verify.ArchivedKeys) map[string]string
+}{
 	{"key %s has a record, but no event says that it was created", `
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + reserved + ` EXCEPT
-		SELECT object, org_id FROM events WHERE type = 'orgkey.created'`},
+		SELECT object, org_id FROM events WHERE type = 'orgkey.created'`, "created_at", created},
 	{"key %s was created according to its event, but has no record", `
 		SELECT object, org_id FROM events WHERE type = 'orgkey.created' EXCEPT
-		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + reserved},
+		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + reserved, "", nil},
 	{"key %s is deleted, but no event says so", `
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state = ` + deleted + ` EXCEPT
-		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`},
+		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`, "deleted_at", ended},
 	{"key %s was deleted according to its event, but its record is not", `
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + deleted + ` INTERSECT
-		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`},
+		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`, "", nil},
 }
 
+func created(a verify.ArchivedKeys) map[string]string { return a.Created }
+func ended(a verify.ArchivedKeys) map[string]string   { return a.Ended }
+
+// knownSlack is by how much a record's time may differ from its event's.
+const knownSlack = time.Hour
+
 // Contradictions implements verify.Snapshot.
-func (s snapshot) Contradictions(ctx context.Context) ([]string, error) {
+func (s snapshot) Contradictions(ctx context.Context, a verify.ArchivedKeys) ([]string, error) {
+	const most = 10 // of each kind
+	moved, err := s.Archived(ctx)
+	if err != nil {
+		return nil, err
+	}
 	var all []string
 	for _, c := range contradictions {
-		ids, err := query(ctx, s.q, func(scan func(...any) error) (id string, err error) {
-			var org string
-			err = scan(&id, &org)
-			return id, err
-		}, c.statement+" ORDER BY 1 LIMIT 10")
+		statement, args, n := c.statement, []any{}, 0
+		if c.since != "" && moved.Moved > 0 && !a.Whole {
+			statement = "SELECT d.id, d.org_id FROM (" + statement + ") AS d JOIN " + everyKey + " ON k.id = d.id AND k." + c.since + " >= $1"
+			args = append(args, a.Known.Add(knownSlack).UnixMicro())
+		}
+		err := each(ctx, s.q, func(scan func(...any) error) error {
+			var id, org string
+			if err := scan(&id, &org); err != nil || n == most || c.archived != nil && c.archived(a)[id] == org && org != "" {
+				return err
+			}
+			n++
+			all = append(all, fmt.Sprintf(c.what, id))
+			return nil
+		}, statement+" ORDER BY 1", args...)
 		if err != nil {
 			return nil, err
 		}
-		for _, id := range ids {
-			all = append(all, fmt.Sprintf(c.what, id))
-		}
 	}
-	return all, nil
+	if len(a.Created) == 0 && len(a.Ended) == 0 {
+		return all, nil
+	}
+	found, err := s.archivedContradictions(ctx, a)
+	return append(all, found...), err
+}
+
+// archivedContradictions compares the archived events with the records.
+func (s snapshot) archivedContradictions(ctx context.Context, a verify.ArchivedKeys) (all []string, err error) {
+	missing := maps.Clone(a.Created)
+	err = each(ctx, s.q, func(scan func(...any) error) error {
+		var id, org, state string
+		if err := scan(&id, &org, &state); err != nil {
+			return err
+		}
+		if missing[id] == org {
+			delete(missing, id)
+		}
+		if a.Ended[id] == org && org != "" && state != "deleted" {
+			all = append(all, fmt.Sprintf(contradictions[3].what, id))
+		}
+		return nil
+	}, "SELECT id, org_id, state FROM "+everyKey+" WHERE state <> "+reserved)
+	for _, id := range slices.Sorted(maps.Keys(missing)) {
+		all = append(all, fmt.Sprintf(contradictions[1].what, id))
+	}
+	return all, err
 }
 
 // paged yields one T for each row, by pages of a statement over $1, the number

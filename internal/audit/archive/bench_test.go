@@ -50,7 +50,8 @@ func (l *bigLog) Entries(_ context.Context, index int64, limit int) ([]audit.Ent
 func (l *bigLog) At(context.Context, int64) (audit.Checkpoint, error) {
 	return audit.Checkpoint{}, nil
 }
-func (l *bigLog) Index(context.Context, string) (int64, bool, error) { return 0, false, nil }
+func (l *bigLog) Index(context.Context, string) (int64, bool, error)        { return 0, false, nil }
+func (l *bigLog) FindArchived(context.Context, string) (int64, bool, error) { return 0, false, nil }
 func (l *bigLog) Inclusion(context.Context, int64, int64) (tlog.RecordProof, error) {
 	return nil, nil
 }

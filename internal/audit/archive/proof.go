@@ -3,6 +3,7 @@ package archive
 import (
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"strconv"
 
@@ -12,6 +13,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 const proofFormat = "orgkeys-proof/1"
@@ -65,6 +67,12 @@ func findEvent(ctx context.Context, e Source, event string) (int64, error) {
 		return index, nil
 	}
 	index, sequenced, err := e.Index(ctx, event)
+	if err != nil && errors.Is(err, orgkey.ErrGone) {
+		archived, found, searchErr := e.FindArchived(ctx, event)
+		if searchErr != nil || found {
+			return archived, searchErr
+		}
+	}
 	if err == nil && !sequenced {
 		err = fmt.Errorf("event %s is not in the log yet", event)
 	}

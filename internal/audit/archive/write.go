@@ -71,6 +71,8 @@ type Source interface {
 	Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error)
 	At(ctx context.Context, size int64) (audit.Checkpoint, error)
 	Index(ctx context.Context, eventID string) (int64, bool, error)
+	// FindArchived is Index for an event that is no longer in the database.
+	FindArchived(ctx context.Context, eventID string) (int64, bool, error)
 	// Inclusion proves that a log of size holds the event at index.
 	Inclusion(ctx context.Context, size, index int64) (tlog.RecordProof, error)
 	LastSigned(ctx context.Context) (audit.Signed, error)

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -28,7 +29,11 @@ type Log struct {
 // New makes a log of 30 events in three batches.
 func New(t *testing.T) Log {
 	t.Helper()
-	l := Open(t)
+	return Open(t).fill(t)
+}
+
+func (l Log) fill(t *testing.T) Log {
+	t.Helper()
 	for range 3 {
 		l.Add(t, 10)
 	}
@@ -38,8 +43,13 @@ func New(t *testing.T) Log {
 // Open makes an empty log.
 func Open(t *testing.T) Log {
 	t.Helper()
-	dir := t.TempDir()
-	db, err := sqlstore.Open(t.Context(), filepath.Join(dir, "orgkeys.db"))
+	return OpenAt(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+}
+
+// OpenAt opens the log in a database: a SQLite file, or a PostgreSQL URL.
+func OpenAt(t *testing.T, location string) Log {
+	t.Helper()
+	db, err := sqlstore.Open(t.Context(), location)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,12 +58,16 @@ func Open(t *testing.T) Log {
 		t.Fatal(err)
 	}
 	db.UseEventKey(audit.EventKey{})
-	raw, err := sql.Open("sqlite", "file:"+filepath.Join(dir, "orgkeys.db"))
+	driver, name := "sqlite", "file:"+location
+	if strings.HasPrefix(location, "postgres") {
+		driver, name = "pgx", location
+	}
+	raw, err := sql.Open(driver, name)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { raw.Close() })
-	return Log{db, raw, filepath.Join(dir, "elsewhere.jsonl")}
+	return Log{db, raw, filepath.Join(t.TempDir(), "elsewhere.jsonl")}
 }
 
 // Add records n events, sequences them and feeds the sink.
@@ -180,7 +194,13 @@ func NewSigner(t *testing.T) audit.LocalSigner {
 // deleted), k-2 (withdrawn) and k-3 (in use) live.
 func NewSigned(t *testing.T) SignedLog {
 	t.Helper()
-	l := New(t)
+	return NewSignedAt(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+}
+
+// NewSignedAt makes that log in an empty database.
+func NewSignedAt(t *testing.T, location string) SignedLog {
+	t.Helper()
+	l := OpenAt(t, location).fill(t)
 	e := SignedLog{Log: l, Signer: NewSigner(t)}
 	files := map[string][]byte{"authz.rego": []byte("package orgkeys.authz\n"), "data.json": []byte("{}")}
 	e.Policy = authz.Revision(files)

@@ -7,9 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"os"
 	"strconv"
+
+	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
@@ -21,8 +22,11 @@ type Store interface {
 	verify.Checkpoints
 	Head(ctx context.Context) (audit.Checkpoint, error)
 	At(ctx context.Context, size int64) (audit.Checkpoint, error)
+	// Entries returns events, and LeafHashes hashes of leaves, from an index on: those in
+	// the archive, too, and at least one if there is one.
 	Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error)
-	Rows(ctx context.Context) iter.Seq2[verify.Row, error]
+	LeafHashes(ctx context.Context, index int64, limit int) ([]tlog.Hash, error)
+	Archived(ctx context.Context) (audit.Archived, error)
 	Index(ctx context.Context, eventID string) (int64, bool, error)
 	// ChangedAt reports whether the log's event at an index says that the log continued
 	// in another database from there, and whether orgkeys recorded it.
@@ -139,7 +143,7 @@ func (a *acceptance) compare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	problem, err := held.Differs(ctx, a.head, a.store.Entries)
+	problem, err := held.Differs(ctx, a.head, a.store.LeafHashes)
 	if err != nil || problem == nil {
 		return err
 	}
@@ -176,23 +180,33 @@ func (a *acceptance) compare(ctx context.Context) error {
 // an index.
 func acceptedBefore(ctx context.Context, db Store, differs int64) ([]verify.AcceptedRollback, error) {
 	var all []verify.AcceptedRollback
-	for row, err := range db.Rows(ctx) {
-		if err != nil {
-			return nil, err
-		}
-		if row.Type != audit.RollbackAccepted {
-			continue
-		}
-		e, err := audit.Decode(row.Leaf)
-		if err != nil {
-			return nil, err
-		}
-		if r := verify.RollbackOf(e, row.Index); r.Accounts(differs) {
-			all = append(all, r)
-		}
+	archived, err := db.Archived(ctx)
+	if err != nil {
+		return nil, err
 	}
-	return all, nil
+	for index := archived.Removed; ; {
+		page, err := db.Entries(ctx, index, acceptedPage)
+		if err != nil || len(page) == 0 {
+			return all, err
+		}
+		for _, entry := range page {
+			e, err := audit.Decode(entry.Leaf)
+			if err != nil {
+				return nil, err
+			}
+			if e.Type != audit.RollbackAccepted {
+				continue
+			}
+			if r := verify.RollbackOf(e, entry.Index); r.Accounts(differs) {
+				all = append(all, r)
+			}
+		}
+		index += int64(len(page))
+	}
 }
+
+// acceptedPage is how many events are read at once.
+const acceptedPage = 1000
 
 // held is what the log is compared with: the events in the sink's file, and every
 // checkpoint.

@@ -1,20 +1,16 @@
 package tiles
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"path/filepath"
 
 	"golang.org/x/mod/sumdb/tlog"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
-	"github.com/orgkeys/orgkeys/internal/durable"
 )
 
 // Source is a log that can be published. Its implementation is sqlstore.
@@ -32,21 +28,23 @@ var (
 // writers is how many files are written, and flushed to disk, at once.
 const writers = 16
 
-// Publish writes the log, up to its newest signed checkpoint, to dir, which
+// Publish writes the log, up to its newest signed checkpoint, to a store, which
 // may hold what was published before. The checkpoint comes last: whoever reads it finds
 // all that it covers, and after a crash the next call goes on. Nothing that
 // was published is changed or removed but the checkpoint. It returns the checkpoint
 // that is published then. A log that does not have the root that was signed is
 // a *verify.Problem.
-func Publish(ctx context.Context, dir string, source Source, progress verify.Progress) (signed audit.Signed, err error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return audit.Signed{}, err
-	}
-	unlock, err := durable.Lock(ctx, filepath.Join(dir, ".lock"))
+func Publish(ctx context.Context, store Store, source Source, progress verify.Progress) (signed audit.Signed, err error) {
+	unlock, err := store.Lock(ctx)
 	if err != nil {
 		return audit.Signed{}, err
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
+	return publish(ctx, store, source, progress)
+}
+
+// publish is Publish under the store's lock.
+func publish(ctx context.Context, store Store, source Source, progress verify.Progress) (audit.Signed, error) {
 	head, err := source.LastSigned(ctx)
 	if err != nil {
 		return audit.Signed{}, err
@@ -54,14 +52,14 @@ func Publish(ctx context.Context, dir string, source Source, progress verify.Pro
 	if head.Size == 0 {
 		return audit.Signed{}, ErrNotSigned
 	}
-	published, err := readPublished(dir)
+	published, err := readPublished(ctx, store)
 	if err != nil {
 		return audit.Signed{}, err
 	}
 	if published.size > head.Size || published.origin != "" && published.origin != head.Origin {
 		return audit.Signed{}, ErrRewritten
 	}
-	p := publication{dir: dir, source: source, head: head, tick: progress.Ticking()}
+	p := publication{store: store, source: source, head: head, tick: progress.Ticking()}
 	// The first pass only reads: a file of a wrong log could never be replaced.
 	nothing := func(string, []byte) error { return nil }
 	if err := p.walk(ctx, published.clone(), nothing); err != nil {
@@ -70,20 +68,21 @@ func Publish(ctx context.Context, dir string, source Source, progress verify.Pro
 	if err := p.write(ctx, published.tree); err != nil {
 		return audit.Signed{}, err
 	}
-	if err := durable.Replace(filepath.Join(dir, checkpointName), []byte(head.Note)); err != nil {
+	if err := store.Replace(ctx, checkpointName, published.note, []byte(head.Note)); err != nil {
 		return audit.Signed{}, err
 	}
 	return head, nil
 }
 
-// published is what a directory holds.
+// published is what a store holds.
 type published struct {
 	*tree
 	origin string // empty: nothing
+	note   []byte // the checkpoint
 }
 
-func readPublished(dir string) (published, error) {
-	note, err := os.ReadFile(filepath.Join(dir, checkpointName))
+func readPublished(ctx context.Context, store Store) (published, error) {
+	note, err := store.Read(ctx, checkpointName)
 	if errors.Is(err, fs.ErrNotExist) {
 		return published{tree: &tree{}}, nil
 	}
@@ -92,20 +91,20 @@ func readPublished(dir string) (published, error) {
 	}
 	c, err := audit.ParseCheckpoint(string(note))
 	if err != nil {
-		return published{}, fmt.Errorf("%s in %s: %w", checkpointName, dir, err)
+		return published{}, fmt.Errorf("%s in %s: %w", checkpointName, store, err)
 	}
-	t, err := loadEdge(c.Size, func(path string) ([]byte, error) { return os.ReadFile(filepath.Join(dir, path)) })
+	t, err := loadEdge(c.Size, func(path string) ([]byte, error) { return store.Read(ctx, path) })
 	if err != nil {
-		return published{}, fmt.Errorf("what is published in %s cannot be read: %w", dir, err)
+		return published{}, fmt.Errorf("what is published in %s cannot be read: %w", store, err)
 	}
 	if t.root() != c.Root {
-		return published{}, fmt.Errorf("the tiles in %s do not match their checkpoint: they were changed", dir)
+		return published{}, fmt.Errorf("the tiles in %s do not match their checkpoint: they were changed", store)
 	}
-	return published{t, c.Origin}, nil
+	return published{t, c.Origin, note}, nil
 }
 
 type publication struct {
-	dir    string
+	store  Store
 	source Source
 	head   audit.Signed
 	tick   func(done, all int64)
@@ -114,43 +113,16 @@ type publication struct {
 // write writes what is new, in no order. When it returns a crash of the machine loses
 // nothing of it, also if an earlier process, which crashed, wrote a part.
 func (p *publication) write(ctx context.Context, from *tree) error {
-	group, ctx := errgroup.WithContext(ctx)
+	group, writing := errgroup.WithContext(ctx)
 	group.SetLimit(writers)
-	dirs := map[string]bool{filepath.Dir(p.dir): true}
-	err := p.walk(ctx, from, func(path string, content []byte) error {
-		for d := path; d != "."; {
-			d = filepath.Dir(d)
-			dirs[filepath.Join(p.dir, d)] = true
-		}
-		group.Go(func() error { return writeOnce(filepath.Join(p.dir, path), content) })
-		return ctx.Err()
+	err := p.walk(writing, from, func(path string, content []byte) error {
+		group.Go(func() error { return p.store.WriteOnce(writing, path, content) })
+		return writing.Err()
 	})
 	if waited := group.Wait(); waited != nil { // which is why walk was cancelled
 		return waited
 	}
-	for dir := range dirs {
-		err = errors.Join(err, durable.Sync(dir))
-	}
-	return err
-}
-
-// writeOnce writes a file that never changes. One that is there must hold the same.
-func writeOnce(path string, content []byte) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return err
-	}
-	f, err := durable.Create(path)
-	if err == nil {
-		err = f.Write(content)
-	}
-	if !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	held, err := os.ReadFile(path)
-	if err == nil && !bytes.Equal(held, content) {
-		err = fmt.Errorf("%s does not hold what the log holds: it was changed, or belongs to another log", path)
-	}
-	return err
+	return errors.Join(err, p.store.Flush(ctx))
 }
 
 // walk goes from what is published to the head, and passes on each file that comes

@@ -90,7 +90,7 @@ func (l *log) LastSigned(context.Context) (audit.Signed, error) {
 func (l *log) publish(t *testing.T, dir string, size int64) {
 	t.Helper()
 	l.size = size
-	head, err := tiles.Publish(t.Context(), dir, l, nil)
+	head, err := tiles.Publish(t.Context(), tiles.NewDir(dir), l, nil)
 	if err != nil || head.Size != size {
 		t.Fatalf("%d events published, %v; want %d", head.Size, err, size)
 	}
@@ -100,7 +100,8 @@ func (l *log) check(t *testing.T, dir string) (audit.Signed, error) {
 	t.Helper()
 	keys, err := audit.ParseKeys(l.vkey)
 	audittest.Must(t, err)
-	return tiles.Check(t.Context(), dir, keys, audit.Checkpoint{}, nil)
+	signed, _, err := tiles.Check(t.Context(), tiles.NewDir(dir), keys, audit.Checkpoint{}, nil)
+	return signed, err
 }
 
 // files are the contents under dir that readers look at.
@@ -175,7 +176,7 @@ func TestTheLogInTheDatabaseIsPublished(t *testing.T) {
 	t.Parallel()
 	e, dir := audittest.NewSigned(t), filepath.Join(t.TempDir(), "new", "dir")
 	for _, size := range []int64{40, 341} {
-		head, err := tiles.Publish(t.Context(), dir, e.DB, nil)
+		head, err := tiles.Publish(t.Context(), tiles.NewDir(dir), e.DB, nil)
 		if err != nil || head.Size != size {
 			t.Fatalf("%d events, %v", head.Size, err)
 		}
@@ -212,7 +213,7 @@ func TestWhatIsPublishedIsCheckedToTheLastByte(t *testing.T) {
 		l.size, l.branch = other.size, other.branch
 		kept, err := l.LastSigned(t.Context())
 		audittest.Must(t, err)
-		if _, err := tiles.Check(t.Context(), dir, keys, kept.Checkpoint, nil); !errors.As(err, new(*verify.Problem)) {
+		if _, _, err := tiles.Check(t.Context(), tiles.NewDir(dir), keys, kept.Checkpoint, nil); !errors.As(err, new(*verify.Problem)) {
 			t.Errorf("a checkpoint of %d events from elsewhere: %v", other.size, err)
 		}
 	}
@@ -232,7 +233,7 @@ func TestAnotherLogIsNotPublishedOverIt(t *testing.T) {
 		"rewritten at its end, and no larger": func() { l.size, l.branch = 700, 699 },
 	} {
 		change()
-		if _, err := tiles.Publish(t.Context(), dir, l, nil); err == nil {
+		if _, err := tiles.Publish(t.Context(), tiles.NewDir(dir), l, nil); err == nil {
 			t.Errorf("%s: published", name)
 		}
 		if !maps.Equal(before, files(t, dir)) {
@@ -243,7 +244,7 @@ func TestAnotherLogIsNotPublishedOverIt(t *testing.T) {
 	audittest.Must(t, os.Mkdir(filepath.Join(dir, "tile/entries/003.p"), 0o700))
 	audittest.Must(t, os.WriteFile(filepath.Join(dir, "tile/entries/003.p/132"), []byte("in the way"), 0o600))
 	l.size = 900
-	if _, err := tiles.Publish(t.Context(), dir, l, nil); err == nil || !strings.Contains(err.Error(), "does not hold what the log holds") {
+	if _, err := tiles.Publish(t.Context(), tiles.NewDir(dir), l, nil); err == nil || !strings.Contains(err.Error(), "does not hold what the log holds") {
 		t.Errorf("over another file: %v", err)
 	}
 	if files(t, dir)["checkpoint"] != before["checkpoint"] {
@@ -275,7 +276,7 @@ func TestARewrittenLogUnderTheOldCheckpoint(t *testing.T) {
 		t.Errorf("the forged files: %v", err)
 	}
 	empty := t.TempDir()
-	if _, err := tiles.Publish(t.Context(), empty, signedBefore{l, signed}, nil); !errors.As(err, new(*verify.Problem)) {
+	if _, err := tiles.Publish(t.Context(), tiles.NewDir(empty), signedBefore{l, signed}, nil); !errors.As(err, new(*verify.Problem)) {
 		t.Errorf("publishing them: %v", err)
 	}
 	if left := files(t, empty); len(left) != 0 {

@@ -23,6 +23,7 @@ type Copy struct {
 	Rollbacks []audit.Rollback
 
 	first  int64 // index of the first event it holds
+	anew   bool  // the next event may be any: the log comes again, or what of it was not archived
 	leaves []tlog.Hash
 	points map[int64][]audit.Checkpoint
 	last   int64 // size of the largest checkpoint
@@ -108,9 +109,10 @@ func (c *Copy) AddSigned(p audit.Checkpoint) {
 }
 
 func (c *Copy) addLeaf(index int64, h tlog.Hash) error {
-	if len(c.leaves) == 0 {
-		c.first = index
+	if len(c.leaves) == 0 || c.anew && index > c.first+int64(len(c.leaves)) {
+		c.first, c.leaves = index, nil
 	}
+	c.anew = false
 	at := index - c.first
 	switch {
 	case at == int64(len(c.leaves)):
@@ -138,6 +140,7 @@ func (c *Copy) addRollback(r audit.Rollback) error {
 		c.leaves = nil // a copy that begins later: the events before it come now
 	}
 	c.keep(r.Kept)
+	c.anew = true
 	return nil
 }
 
@@ -153,21 +156,21 @@ func (c *Copy) keep(size int64) {
 
 // Differs compares the log, which is at head, with the copy. It returns the first
 // event that differs, or nil. A copy that holds more than the log is no difference.
-func (c *Copy) Differs(ctx context.Context, head audit.Checkpoint, entries func(ctx context.Context, index int64, limit int) ([]audit.Entry, error)) (*Problem, error) {
+// hashes returns leaf hashes, at least one if there is one.
+func (c *Copy) Differs(ctx context.Context, head audit.Checkpoint, hashes func(ctx context.Context, index int64, limit int) ([]tlog.Hash, error)) (*Problem, error) {
 	var tree Frontier
 	agreed := int64(0) // the largest checkpoint that fits
 	for tree.size < head.Size {
-		page, err := entries(ctx, tree.size, int(min(pageSize, head.Size-tree.size)))
+		page, err := hashes(ctx, tree.size, int(min(pageSize, head.Size-tree.size)))
 		if err != nil {
 			return nil, err
 		}
 		if len(page) == 0 {
 			return &Problem{tree.size, "it is missing"}, nil
 		}
-		for _, e := range page {
-			h := tlog.RecordHash(e.Leaf)
-			if held, ok := c.leaf(e.Index); ok && held != h {
-				return &Problem{e.Index, "it differs from the sink's copy"}, nil
+		for _, h := range page {
+			if held, ok := c.leaf(tree.size); ok && held != h {
+				return &Problem{tree.size, "it differs from the sink's copy"}, nil
 			}
 			tree.Push(h)
 			for _, p := range c.points[tree.size] {
@@ -190,6 +193,19 @@ func (c *Copy) leaf(index int64) (tlog.Hash, bool) {
 		return tlog.Hash{}, false
 	}
 	return c.leaves[at], true
+}
+
+// bundle returns the root hash of the bundle that begins at an index, if the copy holds all of it.
+func (c *Copy) bundle(index int64) (tlog.Hash, bool) {
+	var tree Frontier
+	for tree.size < bundleWidth {
+		h, ok := c.leaf(index + tree.size)
+		if !ok {
+			return h, false
+		}
+		tree.Push(h)
+	}
+	return tree.Root(), true
 }
 
 func (c *Copy) checkpoints(size int64) []audit.Checkpoint { return c.points[size] }

@@ -32,6 +32,15 @@ func (f *Frontier) Push(h tlog.Hash) []tlog.Hash {
 	return f.stored
 }
 
+// PushBundle appends the root of 256 leaves to a tree of whole bundles, and returns
+// the hashes that tlog stores for it, from this root on.
+func (f *Frontier) PushBundle(root tlog.Hash) []tlog.Hash {
+	bundles := Frontier{size: f.size / bundleWidth, stack: f.stack, stored: f.stored}
+	stored := bundles.Push(root)
+	f.size, f.stack, f.stored = f.size+bundleWidth, bundles.stack, bundles.stored
+	return stored
+}
+
 // Root returns the tree's root hash (RFC 6962, 2.1).
 func (f *Frontier) Root() tlog.Hash {
 	if len(f.stack) == 0 {

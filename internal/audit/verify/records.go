@@ -94,19 +94,20 @@ func (v *verification) openReceipts(ctx context.Context, s Snapshot) error {
 		v.receiptKeys[sink] = audit.ReceiptKeys{}
 	}
 	for _, k := range keys {
-		if v.receiptKeys[k.Sink] != nil {
-			v.receiptKeys[k.Sink][k.Version] = k.Public
+		if v.receiptKeys[k.Sink] == nil { // all of its receipts may be in the archive
+			v.receiptKeys[k.Sink] = audit.ReceiptKeys{}
 		}
+		v.receiptKeys[k.Sink][k.Version] = k.Public
 	}
 	return err
 }
 
 // checkReceipts checks the receipts of an event, which it reads in pages.
 func (v *verification) checkReceipts(ctx context.Context, s Snapshot, row Row) error {
-	if row.Index%pageSize == 0 {
+	if v.receipts == nil || row.Index%pageSize == 0 {
 		v.receipts = map[receiptOf][]byte{}
 		for sink := range v.receiptKeys {
-			page, err := s.Receipts(ctx, sink, row.Index, row.Index+pageSize)
+			page, err := s.Receipts(ctx, sink, row.Index, row.Index-row.Index%pageSize+pageSize)
 			if err != nil {
 				return err
 			}

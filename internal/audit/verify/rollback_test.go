@@ -145,7 +145,7 @@ func TestDiffersNamesTheFirstEventThatIsAnotherOne(t *testing.T) {
 				t.Fatal(err)
 			}
 			for what, held := range map[string]*verify.Copy{"events": l.Copy(t), "checkpoints": points} {
-				problem, err := held.Differs(t.Context(), head, l.DB.Entries)
+				problem, err := held.Differs(t.Context(), head, l.DB.LeafHashes)
 				want := c.index
 				if want == 7 && what == "checkpoints" {
 					want = 5 // the largest that still fits

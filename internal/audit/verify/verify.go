@@ -54,7 +54,17 @@ type Snapshot interface {
 	// Receipts returns a sink's receipts for the events from index from to before to.
 	Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error)
 	// Contradictions describes records and events that do not agree.
-	Contradictions(ctx context.Context) ([]string, error)
+	Contradictions(ctx context.Context, a ArchivedKeys) ([]string, error)
+
+	Archived(ctx context.Context) (audit.Archived, error)
+	// ArchiveState reports why the archive cannot be read; fs.ErrNotExist: it holds nothing.
+	ArchiveState(ctx context.Context) error
+	// Bundle reads a bundle of the archive, and compares it with its root hash in the
+	// database; of one that was removed there are only the hashes.
+	Bundle(ctx context.Context, bundle int64, removed bool) (Bundle, error)
+	// DeliveredTo returns personal parts of archived events that are not with their
+	// bundle, by the event's ID.
+	DeliveredTo(ctx context.Context) (map[string][]byte, error)
 }
 
 // Problem is the first error that verification found.
@@ -86,7 +96,10 @@ type Report struct {
 	Receipts        int64     // each signed by a stored receipt key
 	Erased          int64     // events whose personal part was erased
 	Rollbacks       []audit.Rollback
-	Before          bool // the copy is older than the last of them, in which the rest of the copy was lost
+	Before          bool  // the copy is older than the last of them, in which the rest of the copy was lost
+	Archived        int64 // first events that were moved out of the database
+	Removed         int64 // first entries that the archive no longer has
+	Unread          error // why the archive was not read; nil: it was, or there is none
 }
 
 // Verify checks that every event matches the tree, that none is missing, inserted or
@@ -118,6 +131,9 @@ func Verify(ctx context.Context, s Snapshot, copy *Copy, progress Progress) (Rep
 	if err == nil {
 		err = v.finish()
 	}
+	if err == nil {
+		err = v.checkClaims()
+	}
 	if parted := v.unaccounted(); parted != nil {
 		return Report{}, parted
 	}
@@ -127,7 +143,7 @@ func Verify(ctx context.Context, s Snapshot, copy *Copy, progress Progress) (Rep
 	if err := errors.Join(v.checkPolicies(ctx, s), v.checkErasures(ctx, s)); err != nil {
 		return Report{}, err
 	}
-	contradictions, err := s.Contradictions(ctx)
+	contradictions, err := s.Contradictions(ctx, v.archived)
 	if err != nil {
 		return Report{}, err
 	}
@@ -149,6 +165,10 @@ type verification struct {
 	erased   map[string]int64 // by person, the newest PersonErased event
 	missing  map[string]int64 // by actor, the newest event whose personal part is gone
 
+	archived  ArchivedKeys
+	claims    []claim
+	delivered map[string][]byte
+
 	receiptKeys map[string]audit.ReceiptKeys // by sink
 	receipts    map[receiptOf][]byte         // of the page under way
 }
@@ -159,6 +179,9 @@ func (v *verification) walk(ctx context.Context, s Snapshot) error {
 	if err := v.checkCheckpoint(); err != nil {
 		return err
 	}
+	if err := v.walkArchive(ctx, s, stored); err != nil {
+		return err
+	}
 	for row, err := range s.Rows(ctx) {
 		if err != nil {
 			return err
@@ -166,18 +189,16 @@ func (v *verification) walk(ctx context.Context, s Snapshot) error {
 		if row.Index != v.tree.size {
 			return &Problem{v.tree.size, "it is missing"}
 		}
+		if v.archived.Known.IsZero() {
+			v.archived.Known = row.Time
+		}
 		if err := v.checkRow(row); err != nil {
 			return err
 		}
 		if err := v.checkReceipts(ctx, s, row); err != nil {
 			return err
 		}
-		for _, h := range v.tree.Push(tlog.RecordHash(row.Leaf)) {
-			if err := checkHash(h, row.Index, stored); err != nil {
-				return err
-			}
-		}
-		if err := v.checkCheckpoint(); err != nil {
+		if err := v.grow(tlog.RecordHash(row.Leaf), 0, stored); err != nil {
 			return err
 		}
 		v.progress(v.tree.size, v.Log.Size)
@@ -191,6 +212,20 @@ func (v *verification) walk(ctx context.Context, s Snapshot) error {
 	return nil
 }
 
+// grow appends a leaf, compares the hashes from a level on with the stored ones, and the
+// tree with the copy's checkpoints.
+func (v *verification) grow(h tlog.Hash, level int, stored func() (StoredHash, error, bool)) error {
+	for l, h := range v.tree.Push(h) {
+		if l < level {
+			continue
+		}
+		if err := checkHash(h, v.tree.size-1, stored); err != nil {
+			return err
+		}
+	}
+	return v.checkCheckpoint()
+}
+
 // checkRow compares an event with its columns and with the sink's copy.
 func (v *verification) checkRow(row Row) error {
 	e, err := audit.Decode(row.Leaf)
@@ -201,10 +236,19 @@ func (v *verification) checkRow(row Row) error {
 		e.Actor != (audit.Actor{Kind: row.Kind, ID: row.Actor}) || e.Object != row.Object {
 		return &Problem{row.Index, "its columns differ from its leaf: it was changed"}
 	}
-	if held, ok := v.copy.leaf(row.Index); ok && held != tlog.RecordHash(row.Leaf) {
-		v.parted = &Problem{row.Index, "it differs from the sink's copy: the log was rewritten"}
-		v.copy.keep(row.Index)
+	v.compare(row.Index, tlog.RecordHash(row.Leaf))
+	return v.checkEvent(row, e)
+}
+
+// compare compares an event with the sink's copy.
+func (v *verification) compare(index int64, h tlog.Hash) {
+	if held, ok := v.copy.leaf(index); ok && held != h {
+		v.parted = &Problem{index, "it differs from the sink's copy: the log was rewritten"}
+		v.copy.keep(index)
 	}
+}
+
+func (v *verification) checkEvent(row Row, e audit.Event) error {
 	if row.Index == v.copy.end() {
 		v.Uncovered = e.Time
 	}
@@ -213,6 +257,8 @@ func (v *verification) checkRow(row Row) error {
 		v.accepted = append(v.accepted, RollbackOf(e, row.Index))
 	case audit.PersonErased:
 		v.erased[e.Object] = row.Index
+	case audit.LogArchived, audit.LogPruned:
+		v.claims = append(v.claims, claim{row.Index, e.Moved(), e.Removed()})
 	}
 	if _, known := v.policies[e.Policy]; !known && e.Policy != "" {
 		v.policies[e.Policy] = row.Index

@@ -1,0 +1,146 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/orgkeys/orgkeys/internal/audit/tiles"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/server"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+func newAuditArchive() *cobra.Command {
+	var before string
+	var dryRun, vacuum bool
+	cmd := &cobra.Command{
+		Use:   "archive --before T",
+		Short: "Move old events out of the database into an archive",
+		Long: `Moves the events that happened before T to ORGKEYS_AUDIT_ARCHIVE: a time such as
+2026-01-31T12:00:00Z, or an age such as 90d or 2160h. The archive is what
+"orgkeys audit publish" writes, C2SP tlog-tiles, and the receipts of Vault beside it.
+
+It does this, in this order:
+ 1. publishes the log up to its newest signed checkpoint;
+ 2. records the event log.archived: how many events may be moved, and where to;
+ 3. waits until a signed checkpoint covers that event: the running server signs one
+    every ORGKEYS_CHECKPOINT_INTERVAL, or at once on SIGUSR1; without a server this
+    command signs one. So nobody can pass off deleted events as archived ones;
+ 4. for each bundle of 256 events: reads back what the archive holds, compares it byte
+    for byte, and deletes the bundle from the database;
+ 5. gives the space that is free then back to the file system (SQLite).
+It may be interrupted at any moment: the next run goes on, and nothing is moved twice.
+The server may be running. Repeat it, for example every night.
+
+What stays in the database: the hashes that proofs and checkpoints need, the newest
+events, and what events knew of people, so that "orgkeys audit erase" reaches all of it.
+Give the server and all other commands the same ORGKEYS_AUDIT_ARCHIVE: they read
+archived events there, and compare them with the hashes in the database. The server
+starts and serves without it.
+
+With ORGKEYS_AUDIT_RETENTION it also removes entries from the archive that are
+older, whole bundles, after an event log.pruned that says so. Hash tiles stay for ever.
+
+SQLite: above ` + strconv.Itoa(sqlstore.QuickVacuum>>20) + ` MiB in use the file keeps its size, and what is free is used
+again, unless --vacuum is given: stop the server for that. PostgreSQL uses the
+space again; to make its files smaller, run in psql, at a quiet moment:
+VACUUM (FULL, ANALYZE) events, log_hashes, event_persons, event_receipts, event_reads`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			at, err := pastTime(before, time.Now())
+			if err != nil {
+				return fmt.Errorf("--before: %w", err)
+			}
+			cfg, err := load(cmd)
+			if err != nil {
+				return err
+			}
+			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
+				if dryRun {
+					return archiveDryRun(ctx, cmd.OutOrStdout(), db, at)
+				}
+				return archiveLog(ctx, cmd, cfg, db, at, vacuum)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&before, "before", "", "a time, or an age such as 90d: which events are moved")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print how many events would be moved, and change nothing")
+	cmd.Flags().BoolVar(&vacuum, "vacuum", false, "SQLite: give free space back however large the database is, while writes wait")
+	return cmd
+}
+
+// pastTime reads a time, or an age.
+func pastTime(text string, now time.Time) (time.Time, error) {
+	if at, err := time.Parse(time.RFC3339, text); err == nil {
+		return at, nil
+	}
+	age, err := time.ParseDuration(text)
+	if days, isDays := strings.CutSuffix(text, "d"); isDays {
+		var n int
+		n, err = strconv.Atoi(days)
+		age = time.Duration(n) * 24 * time.Hour
+	}
+	if err != nil || age <= 0 || age > maxAge {
+		return now, fmt.Errorf("%q is neither a time such as 2026-01-31T12:00:00Z nor an age such as 90d or 2160h", text)
+	}
+	return now.Add(-age), nil
+}
+
+const maxAge = 100 * 365 * 24 * time.Hour
+
+func archiveDryRun(ctx context.Context, out io.Writer, db *sqlstore.DB, before time.Time) error {
+	head, err := db.LastSigned(ctx)
+	if err != nil {
+		return err
+	}
+	now, err := db.Archived(ctx)
+	if err != nil {
+		return err
+	}
+	n, err := db.Movable(ctx, before, head.Size)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(out, "dry run, nothing is moved: %d events, after %d that were moved before\n", n-now.Moved, now.Moved)
+	return err
+}
+
+func archiveLog(ctx context.Context, cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, before time.Time, vacuum bool) error {
+	out, progress := cmd.OutOrStdout(), cmd.ErrOrStderr()
+	move := tiles.Move{Before: before, Progress: func(doing string) verify.Progress { return progressTo(progress, doing) }}
+	done, err := server.ArchiveLog(ctx, cfg, db, move, newLogger(cfg))
+	if done.Published.Size > 0 {
+		fmt.Fprintf(out, "%s: log %s, %d events, root hash %s\n", cfg.AuditArchive, done.Published.Origin, done.Published.Size, done.Published.Root)
+	}
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "moved %d events; the first %d are no longer in the database\n", done.Events, done.Moved)
+	if done.Removed > 0 {
+		fmt.Fprintf(out, "removed %d entries; the first %d are no longer in the archive\n", done.Entries, done.Removed)
+	}
+	if done.Events == 0 && !vacuum {
+		return nil
+	}
+	space, err := db.Shrink(ctx, vacuum)
+	if err != nil {
+		return errors.Join(errors.New("everything is moved, and the free space was not given back: run the command again with --vacuum"), err)
+	}
+	switch {
+	case cfg.DatabaseURL != "":
+		_, err = fmt.Fprintf(out, "the database takes %d bytes, and will use free space again; to make it smaller, see orgkeys audit archive --help\n", space.Size)
+	case space.Kept:
+		_, err = fmt.Fprintf(out, "the database takes %d bytes, of which %d are free and will be used again; to give them back, stop the server and run the command with --vacuum\n", space.Size, space.Free)
+	default:
+		_, err = fmt.Fprintf(out, "the database takes %d bytes\n", space.Size)
+	}
+	return err
+}

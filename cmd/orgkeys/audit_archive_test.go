@@ -1,0 +1,139 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+)
+
+func TestTimesAndAges(t *testing.T) {
+	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	for text, want := range map[string]string{
+		"90d": "2025-12-01T12:00:00Z", "36h": "2026-02-28T00:00:00Z", "2026-01-31T12:00:00+01:00": "2026-01-31T12:00:00+01:00",
+		"": "", "-5d": "", "5": "", "d": "", "40000d": "", "yesterday": "", "0h": "",
+	} {
+		at, err := pastTime(text, now)
+		if (err != nil) != (want == "") || err == nil && at.Format(time.RFC3339) != want {
+			t.Errorf("%q: %v, %v; want %q", text, at, err, want)
+		}
+	}
+}
+
+// The command moves the log beside a running server, whatever moment it is killed at, and
+// goes on; the server never notices, and starts and serves on what is left.
+func TestTheArchiveCommandBesideAServer(t *testing.T) {
+	t.Parallel()
+	archive := filepath.Join(t.TempDir(), "archive")
+	s := harness.Start(t, harness.Set("ORGKEYS_CHECKPOINT_INTERVAL", "1s"), harness.Set("ORGKEYS_AUDIT_ARCHIVE", archive))
+	org := harness.Org()
+	for range 2 {
+		s.Generate(t, org)
+	}
+	for range 700 {
+		s.List(t, org)
+	}
+	run := func(want int, args ...string) string {
+		t.Helper()
+		out, errs, code := s.Run(t, append([]string{"audit"}, args...)...)
+		if code != want {
+			t.Fatalf("%q: exit code %d, want %d: %s%s", args, code, want, out, errs)
+		}
+		return out + errs
+	}
+	size := func() int64 {
+		info, err := os.Stat(filepath.Join(s.Dir, "orgkeys.db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Size()
+	}
+	if said := run(0, "archive", "--before", "1d", "--dry-run"); !strings.Contains(said, "nothing is moved: 0 events") {
+		t.Errorf("a dry run says %s", said)
+	}
+	run(1, "archive", "--before", "soon")
+	before := size()
+	kills := 0
+	for wait := 20 * time.Millisecond; ; wait += wait/3 + 20*time.Millisecond {
+		ctx, cancel := context.WithTimeout(t.Context(), wait)
+		killed := s.RunUntil(t, ctx, "audit", "archive", "--before", time.Now().Add(time.Hour).Format(time.RFC3339))
+		cancel()
+		if said := run(0, "verify", "--sink", filepath.Join(s.Dir, "audit.jsonl")); !strings.Contains(said, "truncation excluded") {
+			t.Fatalf("after %v: %s", wait, said)
+		}
+		s.List(t, org)
+		if !killed {
+			break
+		}
+		kills++
+	}
+	if kills < 3 {
+		t.Errorf("only %d kills", kills)
+	}
+	said := run(0, "verify", "--sink", filepath.Join(s.Dir, "audit.jsonl"))
+	moved := regexp.MustCompile(`the first (\d+) of them are in the archive`).FindStringSubmatch(said)
+	if moved == nil {
+		t.Fatalf("verify says %s", said)
+	}
+	if n, err := strconv.Atoi(moved[1]); err != nil || n < 512 {
+		t.Errorf("%s events were moved", moved[1])
+	}
+	if n := harness.Number(t, s.Database(t), "SELECT count(*) FROM events WHERE idx < "+moved[1]); n != 0 {
+		t.Errorf("%d of them are in the database", n)
+	}
+	run(0, "prove", "3")
+	key := strings.TrimSpace(run(0, "key"))
+	run(3, "verify-tiles", archive, "--key", key)
+	export := filepath.Join(t.TempDir(), "export.tar.gz")
+	run(0, "export", export)
+	run(3, "verify-export", export, "--key", key)
+	root := harness.ModuleRoot(t)
+	if out, err := exec.CommandContext(t.Context(), "python3", filepath.Join(root, "contrib/verify_export.py"), export, "--key", key).CombinedOutput(); !strings.HasPrefix(string(out), "verified: ") {
+		t.Errorf("the independent implementation: %v\n%s", err, out)
+	}
+	s.Stop(t)
+	if after := size(); after >= before {
+		t.Errorf("the database takes %d bytes, and took %d", after, before)
+	}
+
+	// No server runs: the command signs by itself. Then a start without the archive.
+	if said := run(0, "archive", "--before", time.Now().Add(time.Hour).Format(time.RFC3339)); !strings.Contains(said, "moved ") {
+		t.Errorf("without a server: %s", said)
+	}
+	if err := os.Rename(archive, archive+".away"); err != nil {
+		t.Fatal(err)
+	}
+	s.Start(t)
+	s.List(t, org)
+	s.Generate(t, org)
+	run(1, "verify", "--sink", filepath.Join(s.Dir, "audit.jsonl"))
+	s.Stop(t)
+	if err := os.Rename(archive+".away", archive); err != nil {
+		t.Fatal(err)
+	}
+	run(0, "verify", "--sink", filepath.Join(s.Dir, "audit.jsonl"))
+
+	// A thief deletes more, and says that it was archived: no start, and no rollback.
+	db := s.Database(t)
+	more := harness.Number(t, db, "SELECT moved FROM log_archive") + 256
+	harness.Exec(t, db, fmt.Sprintf("DELETE FROM events WHERE idx < %d", more))
+	harness.Exec(t, db, fmt.Sprintf("UPDATE log_archive SET moved = %d", more))
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	run(1, "verify", "--sink", filepath.Join(s.Dir, "audit.jsonl"))
+	if said := run(1, "accept-rollback", "--reason", "a thief's"); !strings.Contains(said, "they were deleted") {
+		t.Errorf("of deleted events accept-rollback says %s", said)
+	}
+	if _, errs, code := s.Run(t, "serve"); code != 1 || !strings.Contains(errs, "they were deleted") {
+		t.Errorf("a start says %d, %s", code, errs)
+	}
+}
