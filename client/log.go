@@ -61,6 +61,9 @@ type LogEntry struct {
 type LogPage struct {
 	Entries []LogEntry `json:"data"` // may be empty although there is a next page
 	Next    int64      `json:"next"` // LogFilter.Before of the next page; 0: there is none
+	// Archived is how many first events of the log, of all organizations, are in the
+	// operator's archive, where this is the last page: older events are there.
+	Archived int64 `json:"archived"`
 }
 
 // Log returns the organization's events, or the caller's own, as the policy says.

@@ -36,6 +36,8 @@ type logPage struct {
 	Success bool       `json:"success"`
 	Data    []logEntry `json:"data"`
 	Next    int64      `json:"next,omitempty"`
+	// Archived is how many first events of the log are in the operator's archive.
+	Archived int64 `json:"archived,omitempty"`
 }
 
 type logEntry struct {
@@ -54,7 +56,7 @@ func (a *API) listEvents(c *gin.Context) {
 		a.fail(c, err)
 		return
 	}
-	answer := logPage{true, make([]logEntry, len(page.Events)), page.Next}
+	answer := logPage{true, make([]logEntry, len(page.Events)), page.Next, page.Archived}
 	for i, e := range page.Events {
 		answer.Data[i] = logEntry{Event: string(e.Leaf), Name: e.Person.Name, Email: e.Person.Email, Address: e.Person.Address, Note: e.Person.Note}
 		if e.Index >= 0 {

@@ -370,6 +370,7 @@ type eventsData struct {
 	From, Until         string
 	Events              []entry
 	Older, Newest, Save string // addresses; empty: there is none
+	Archived            int64  // first events of the log that are elsewhere
 }
 
 // clock is how browsers send a date and time; here it is UTC.
@@ -417,7 +418,7 @@ func (v *visit) events() error {
 	if err != nil {
 		return err
 	}
-	data := eventsData{Groups: groups, Group: q.Get("show"), Object: f.Object, By: f.Actor, From: q.Get("from"), Until: q.Get("until"), Events: entries(page)}
+	data := eventsData{Groups: groups, Group: q.Get("show"), Object: f.Object, By: f.Actor, From: q.Get("from"), Until: q.Get("until"), Events: entries(page), Archived: page.Archived}
 	same := url.Values{}
 	for _, name := range []string{"show", "object", "by", "from", "until"} {
 		if q.Get(name) != "" {

@@ -81,6 +81,9 @@ func (f Filter) sparse() bool {
 type Page struct {
 	Events []Event // may be empty although there is a next page
 	Next   int64   // Before of the next page; 0: there is none
+	// Archived is how many first events of the log, of all organizations, are in the
+	// operator's archive, where this is the last page: older events are there.
+	Archived int64
 }
 
 // Proof shows that the log holds an event. Its JSON is that of "orgkeys audit prove".
@@ -138,6 +141,8 @@ type Store interface {
 	OrgEvent(ctx context.Context, org org.ID, id, person string) (Stored, bool, error)
 	// OrgCounts returns how the organization stands; first is the beginning of the first hour.
 	OrgCounts(ctx context.Context, org org.ID, first time.Time) (Counts, error)
+	// Archived returns what is no longer in the database.
+	Archived(ctx context.Context) (audit.Archived, error)
 	Head(ctx context.Context) (audit.Checkpoint, error)
 	LastSigned(ctx context.Context) (audit.Signed, error)
 	Inclusion(ctx context.Context, size, index int64) (tlog.RecordProof, error)
@@ -203,6 +208,13 @@ func (s *Service) page(ctx context.Context, f Filter) (Page, error) {
 	if len(stored) > take {
 		stored = stored[:take]
 		page.Next = stored[take-1].Number
+	}
+	if page.Next == 0 {
+		archived, err := s.c.Store.Archived(ctx)
+		if err != nil {
+			return Page{}, err
+		}
+		page.Archived = archived.Moved
 	}
 	page.Events = make([]Event, len(stored))
 	for i, one := range stored {

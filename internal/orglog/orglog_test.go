@@ -93,6 +93,22 @@ func TestAPageIsLookedForInFewEvents(t *testing.T) {
 	}
 }
 
+// The last page says that there are older events elsewhere, and no other.
+func TestTheLastPageSaysWhatIsArchived(t *testing.T) {
+	t.Parallel()
+	s := New(Config{Store: &long{size: 5, matching: 5}})
+	for take, want := range map[int]int64{3: 0, 5: 512} {
+		if page, err := s.page(t.Context(), Filter{Org: "acme", Take: take}); err != nil || page.Archived != want {
+			t.Errorf("of %d events: %d, %v; want %d", take, page.Archived, err, want)
+		}
+	}
+}
+
+func (*long) Archived(context.Context) (audit.Archived, error) {
+	return audit.Archived{Moved: 512}, nil
+}
+func (one) Archived(context.Context) (audit.Archived, error) { return audit.Archived{}, nil }
+
 // one is the store of an organization with one event.
 type one struct {
 	Store
