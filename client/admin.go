@@ -217,15 +217,13 @@ func get[T any](ctx context.Context, c *Client, path string) (data *T, err error
 	return data, err
 }
 
-// remove deletes what path names. A repeated deletion gets the code gone; after a lost
-// answer it means that the earlier attempt succeeded.
+// remove deletes what path names. A repeated deletion gets the code gone; after an
+// answer that may have been lost it means that the earlier attempt succeeded.
 func (c *Client) remove(ctx context.Context, path, message string, gone Code) error {
 	attempts, lost := 0, false
 	temporary := func(err error) bool {
 		attempts++
-		if _, refused := errors.AsType[*Error](err); !refused {
-			lost = true
-		}
+		lost = lost || mayBeDone(err)
 		return Temporary(err)
 	}
 	err := c.do(ctx, request{method: http.MethodDelete, path: path + c.reason, token: true, read: done(message), temporary: temporary})
@@ -233,4 +231,18 @@ func (c *Client) remove(ctx context.Context, path, message string, gone Code) er
 		return nil
 	}
 	return err
+}
+
+// mayBeDone reports whether the server may have done what was asked although err is
+// what came back. Redirects and refusals of something in between never reached it; a
+// proxy that answers with 5xx, or a 200 that was cut, says nothing of that.
+func mayBeDone(err error) bool {
+	if _, refused := errors.AsType[*Error](err); refused {
+		return false
+	}
+	if _, unsent := errors.AsType[*unsentError](err); unsent {
+		return false
+	}
+	foreign, ok := errors.AsType[*ForeignError](err)
+	return !ok || foreign.Status < 300 || foreign.Status >= 500
 }

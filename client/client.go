@@ -101,7 +101,8 @@ type Config struct {
 	// UserAgent is sent with each request; "orgkeys-client" if empty.
 	UserAgent string
 	// Transport replaces the HTTP transport that New makes, with its limits and
-	// RootCAs and Certificate.
+	// RootCAs and Certificate. It tells net/http/httptrace of connections, as an
+	// http.Transport does; else a deletion whose answer was lost is not known as done.
 	Transport http.RoundTripper
 }
 

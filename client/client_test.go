@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -373,6 +374,57 @@ func TestDeletionWhoseAnswerWasLostIsDone(t *testing.T) {
 		if err := cl.DeleteKey(t.Context(), "acme", "k"); (err == nil) != c.done || err != nil && !errors.Is(err, client.KeyNotFound) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// What never reached the server did nothing there: a deletion of something that is not
+// there fails, whatever it is.
+func TestDeletionThatNeverReachedTheServerIsNotDone(t *testing.T) {
+	deletions := map[client.Code]func(context.Context, *client.Client) error{
+		client.KeyNotFound:        func(ctx context.Context, c *client.Client) error { return c.DeleteKey(ctx, "acme", "k") },
+		client.SecretNotFound:     func(ctx context.Context, c *client.Client) error { return c.DeleteSecret(ctx, "acme", "s") },
+		client.DeviceNotFound:     func(ctx context.Context, c *client.Client) error { return c.RemoveDevice(ctx, "acme", "sha256-0") },
+		client.NodeAlreadyDeleted: func(ctx context.Context, c *client.Client) error { return c.DeleteNode(ctx, "acme", "n") },
+	}
+	for gone, remove := range deletions {
+		server := stub(t, refusing(404, string(gone)))
+		t.Run("a refused connection, "+string(gone), func(t *testing.T) {
+			var dials atomic.Int64
+			transport := &http.Transport{DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+				if dials.Add(1) == 1 {
+					address = "127.0.0.1:1"
+				}
+				return new(net.Dialer).DialContext(ctx, network, address)
+			}}
+			t.Cleanup(transport.CloseIdleConnections)
+			c := newClient(t, client.Config{Server: server, Token: anyToken, Retry: client.Retry{For: time.Minute}, Transport: transport})
+			if err := remove(t.Context(), c); !errors.Is(err, gone) || dials.Load() < 2 {
+				t.Errorf("%v after %d connections", err, dials.Load())
+			}
+		})
+		t.Run("no token, "+string(gone), func(t *testing.T) {
+			var asked atomic.Int64
+			token := func(context.Context) (string, error) {
+				if asked.Add(1) == 1 {
+					return "", errors.New("the provider is away")
+				}
+				return "t", nil
+			}
+			c := newClient(t, client.Config{Server: server, Token: token, Retry: client.Retry{For: time.Minute}})
+			if err := remove(t.Context(), c); !errors.Is(err, gone) || asked.Load() < 2 {
+				t.Errorf("%v after %d attempts", err, asked.Load())
+			}
+		})
+		t.Run("a portal, "+string(gone), func(t *testing.T) {
+			var n atomic.Int64
+			portal := func(w http.ResponseWriter, r *http.Request) {
+				http.Redirect(w, r, "http://portal.example/", http.StatusFound)
+			}
+			c := newClient(t, client.Config{Server: stub(t, counted(&n, portal, refusing(404, string(gone)))), Token: anyToken, Retry: client.Retry{For: time.Minute}})
+			if err := remove(t.Context(), c); !errors.Is(err, gone) || n.Load() < 2 {
+				t.Errorf("%v after %d attempts", err, n.Load())
+			}
+		})
 	}
 }
 

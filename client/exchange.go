@@ -9,8 +9,10 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"net/http/httptrace"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -69,10 +71,15 @@ func (c *Client) attempt(ctx context.Context, r request) error {
 	defer cancel()
 	req, err := c.build(ctx, r)
 	if err != nil {
-		return err
+		return &unsentError{err}
 	}
+	var connected atomic.Bool
+	req = req.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }}))
 	sent := time.Now()
 	resp, err := c.http.Do(req)
+	if err != nil && !connected.Load() {
+		return &unsentError{err}
+	}
 	if err != nil {
 		return err
 	}
@@ -130,6 +137,11 @@ func (c *Client) authorize(ctx context.Context, req *http.Request, r request) er
 	req.Header.Set("Authorization", "Bearer "+token)
 	return nil
 }
+
+// unsentError is an error before there was a connection: no server has the request.
+type unsentError struct{ error }
+
+func (e *unsentError) Unwrap() error { return e.error }
 
 var errTooLong = errors.New("too long")
 
