@@ -78,6 +78,7 @@ type API struct {
 	metrics  metrics
 	ready    *readiness
 	cors     *cors.Cors // nil without origins
+	reading  *places    // of bodies that are read before anybody vouches for them
 	leaving  atomic.Bool
 	draining atomic.Bool
 	public   *gin.Engine
@@ -98,7 +99,7 @@ func New(c Config) (*API, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &API{Config: c, metrics: m, ready: ready, cors: crossOrigin}
+	a := &API{Config: c, metrics: m, ready: ready, cors: crossOrigin, reading: newPlaces(maxReading, c.Proxies.shared)}
 	a.public = a.engine(a.checkProxy, a.crossOrigin)
 	a.routesKeys(a.public)
 	a.routesNodes(a.public)

@@ -9,23 +9,72 @@ import (
 	"golang.org/x/net/netutil"
 )
 
-// fairListener shares a number of places out among connections. An address may
-// hold as many of them as it leaves free, so that one takes half, a second a
-// quarter, and a place remains for whoever holds none; beyond that its
-// connections are closed at once. Addresses that stand for many clients are
-// bounded by the places alone, and wait for one like everybody.
-type fairListener struct {
-	net.Listener // waits while no place is free
-	places       int
-	shared       func(netip.Addr) bool // addresses that stand for many clients
+// places are shared out among addresses. An address may hold as many of them as
+// it leaves free, so that one takes half, a second a quarter, and a place remains
+// for whoever holds none. Addresses that stand for many clients are bounded by the
+// places alone.
+type places struct {
+	all    int
+	shared func(netip.Addr) bool // addresses that stand for many clients
 
 	mu    sync.Mutex
 	taken int
 	held  map[netip.Prefix]int
 }
 
-func newFairListener(l net.Listener, places int, shared func(netip.Addr) bool) *fairListener {
-	return &fairListener{Listener: netutil.LimitListener(l, places), places: places, shared: shared, held: map[netip.Prefix]int{}}
+func newPlaces(all int, shared func(netip.Addr) bool) *places {
+	return &places{all: all, shared: shared, held: map[netip.Prefix]int{}}
+}
+
+// take takes a place for an address, which leave gives back; without one left for it,
+// leave is nil.
+func (p *places) take(addr netip.Addr) (leave func()) {
+	// An IPv6 subscriber usually has a /64, and every address in it.
+	source, _ := addr.Prefix(min(addr.BitLen(), 64)) // fails for no address, which is one source
+	if !p.admit(source, p.shared(addr)) {
+		return nil
+	}
+	return sync.OnceFunc(func() { p.leave(source) })
+}
+
+func (p *places) admit(source netip.Prefix, shared bool) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	free := p.all - p.taken
+	if free <= 0 || !shared && p.held[source] >= free {
+		return false
+	}
+	p.taken++
+	p.held[source]++
+	return true
+}
+
+func (p *places) leave(source netip.Prefix) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.taken--
+	p.held[source]--
+	if p.held[source] == 0 {
+		delete(p.held, source)
+	}
+}
+
+// scarce reports whether half of the places are taken.
+func (p *places) scarce() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.taken >= p.all/2
+}
+
+// fairListener gives each connection a place. Connections of an address that may
+// hold no more are closed at once; others wait for a place.
+type fairListener struct {
+	net.Listener // waits while no place is free
+	*places
+}
+
+func newFairListener(l net.Listener, all int, shared func(netip.Addr) bool) *fairListener {
+	return &fairListener{netutil.LimitListener(l, all), newPlaces(all, shared)}
 }
 
 func (l *fairListener) Accept() (net.Conn, error) {
@@ -34,42 +83,11 @@ func (l *fairListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		addr := peerOf(conn.RemoteAddr().String())
-		// An IPv6 subscriber usually has a /64, and every address in it.
-		source, _ := addr.Prefix(min(addr.BitLen(), 64)) // fails for no address, which is one source
-		if l.admit(source, l.shared(addr)) {
-			return &placedConn{Conn: conn, release: sync.OnceFunc(func() { l.leave(source) })}, nil
+		if leave := l.take(peerOf(conn.RemoteAddr().String())); leave != nil {
+			return &placedConn{Conn: conn, release: leave}, nil
 		}
 		_ = conn.Close() // nothing was written
 	}
-}
-
-func (l *fairListener) admit(source netip.Prefix, shared bool) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if free := l.places - l.taken; !shared && l.held[source] >= free {
-		return false
-	}
-	l.taken++
-	l.held[source]++
-	return true
-}
-
-func (l *fairListener) leave(source netip.Prefix) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.taken--
-	l.held[source]--
-	if l.held[source] == 0 {
-		delete(l.held, source)
-	}
-}
-
-// scarce reports whether half of the places are taken.
-func (l *fairListener) scarce() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.taken >= l.places/2
 }
 
 // closing has connections end with their next answer while places are scarce,
@@ -90,6 +108,8 @@ type placedConn struct {
 }
 
 func (c *placedConn) Close() error {
-	defer c.release()
+	// The listener's own place comes free with the connection, and only then does it
+	// accept another, which has to find one here.
+	c.release()
 	return c.Conn.Close()
 }

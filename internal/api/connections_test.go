@@ -118,3 +118,49 @@ func TestOneAddressLeavesRoomForOthers(t *testing.T) {
 		t.Errorf("an address that stands for many clients holds %d places", got)
 	}
 }
+
+// TestStalledBodiesLeaveRoomForOthers: an address announces as many bodies as it can,
+// and sends none of them. What it holds meanwhile is bounded, and others are served.
+func TestStalledBodiesLeaveRoomForOthers(t *testing.T) {
+	b := newBench(t, nil)
+	b.api.reading = newPlaces(64, func(netip.Addr) bool { return false }) // the test has only addresses of this host
+	for _, path := range []string{"/register", "/unregister", "/secrets", "/enroll/" + nodeID, "/enroll/" + nodeID + "/receipt"} {
+		var stalled []net.Conn
+		waiting := func() int {
+			b.api.reading.mu.Lock()
+			defer b.api.reading.mu.Unlock()
+			return b.api.reading.taken
+		}
+		stall := func(from string) net.Conn {
+			conn := dialFrom(t, from, b.address)
+			stalled = append(stalled, conn)
+			if _, err := fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n", path); err != nil {
+				t.Fatal(err)
+			}
+			return conn
+		}
+		for i := range 32 {
+			stall("127.0.0.2")
+			for deadline := time.Now().Add(5 * time.Second); waiting() <= i; time.Sleep(time.Millisecond) {
+				if time.Now().After(deadline) {
+					t.Fatalf("%s: %d of %d bodies are waited for", path, waiting(), i+1)
+				}
+			}
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(stall("127.0.0.2")), nil)
+		if err != nil || resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
+			t.Errorf("%s: one more body of the address: %+v, %v", path, resp, err)
+		}
+		if a := b.send(http.MethodPost, b.url+"/register", []byte(someRegistration), "Content-Type", "application/json"); a.StatusCode != http.StatusOK {
+			t.Errorf("%s: another address gets %d %s", path, a.StatusCode, a.body)
+		}
+		for _, conn := range stalled {
+			_ = conn.Close() // the answer to it is nobody's any more
+		}
+		for deadline := time.Now().Add(15 * time.Second); waiting() > 0; time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: %d places were not given back", path, waiting())
+			}
+		}
+	}
+}

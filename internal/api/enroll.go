@@ -375,10 +375,8 @@ func (a *API) receiveEnrollment(c *gin.Context) {
 
 // byEnrollment serves a node that only its token, or the key it was given, vouches for.
 func (a *API) byEnrollment(c *gin.Context, act func(context.Context, enroll.Origin, string, []byte) error) {
-	body, refusal := readBody(c)
-	if refusal != nil {
-		a.countNode(authn.ReasonNodeRequest)
-		a.refuse(c, *refusal)
+	body, ok := a.signedBody(c)
+	if !ok {
 		return
 	}
 	id := c.Param("idEnrollment")

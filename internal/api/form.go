@@ -17,11 +17,17 @@ const maxForm = 16 << 10
 // headers[Authorization]=Bearer+…, and none of them as headers. RFC 6750,
 // section 2.2, allows a token in a form body likewise. It is for the sample's
 // one route, and counts only without a header.
-func formAuthorization(c *gin.Context) {
+func (a *API) formAuthorization(c *gin.Context) {
 	form, _, err := mime.ParseMediaType(c.Request.Header.Get("Content-Type"))
 	if err != nil || form != "application/x-www-form-urlencoded" || len(c.Request.Header.Values("Authorization")) > 0 {
 		return
 	}
+	leave := a.reading.take(a.Proxies.client(c.Request))
+	if leave == nil {
+		a.refuse(c, overloaded)
+		return
+	}
+	defer leave()
 	body, err := io.ReadAll(http.MaxBytesReader(underlying(c), c.Request.Body, maxForm))
 	defer clear(body)
 	if err != nil {

@@ -21,7 +21,7 @@ import (
 )
 
 func (a *API) routesKeys(r gin.IRouter) {
-	r.POST("/organization/:idOrg/key", a.whileServing, formAuthorization, a.authenticate,
+	r.POST("/organization/:idOrg/key", a.whileServing, a.formAuthorization, a.authenticate,
 		a.organization(authz.GenerateKey), a.plainOrSealed)
 	keys := r.Group("/organization/:idOrg/key", a.whileServing, a.authenticate)
 	get(keys, "", a.organization(authz.ListKeys), a.withoutBody, a.listKeys)

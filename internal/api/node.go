@@ -69,9 +69,16 @@ func readBody(c *gin.Context) (body []byte, refusal *problem) {
 	return nil, refusal
 }
 
-// signedBody reads the body of a signed request.
+// signedBody reads the body of a request that only what is in it vouches for. A body
+// may take until readTimeout, so those who send none must not hold every place.
 func (a *API) signedBody(c *gin.Context) ([]byte, bool) {
+	leave := a.reading.take(a.Proxies.client(c.Request))
+	if leave == nil {
+		a.refuse(c, nodesBusy)
+		return nil, false
+	}
 	body, refusal := readBody(c)
+	leave()
 	if refusal != nil {
 		a.countNode(authn.ReasonNodeRequest)
 		a.refuse(c, *refusal)

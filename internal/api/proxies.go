@@ -20,6 +20,10 @@ func (p Proxies) trusts(a netip.Addr) bool {
 	return slices.ContainsFunc(p.Trusted, func(t netip.Prefix) bool { return t.Contains(a) })
 }
 
+// shared reports whether many clients may have an address: that of a trusted proxy, and
+// this host's own, on which a proxy may run that is not trusted and so not configured.
+func (p Proxies) shared(a netip.Addr) bool { return a.IsLoopback() || p.trusts(a) }
+
 // peer is the address at the other end of the connection; invalid if there is none.
 func peer(r *http.Request) netip.Addr { return peerOf(r.RemoteAddr) }
 

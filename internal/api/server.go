@@ -25,8 +25,9 @@ const (
 
 	maxHeader      = 16 << 10      // a request's headers
 	readHeader     = 2 * maxHeader // what net/http reads of them, so that most that are too large get an answer of ours
-	maxStreams     = 64            // concurrent requests on an HTTP/2 connection
+	maxStreams     = 16            // concurrent requests on an HTTP/2 connection
 	maxConnections = 4096          // of a listener; further ones wait to be accepted
+	maxReading     = 1024          // requests whose body is read before anybody vouches for them; further ones are 503
 )
 
 // ServerConfig configures a listener.
@@ -111,14 +112,10 @@ func Listen(c ServerConfig, h http.Handler) (*Server, error) {
 	if err := c.checkPlaintext(ok && at.IP.IsLoopback()); err != nil {
 		return nil, errors.Join(err, listener.Close())
 	}
-	s.listener = newFairListener(listener, maxConnections, c.shared)
+	s.listener = newFairListener(listener, maxConnections, c.Proxies.shared)
 	s.server.Handler = s.listener.closing(h)
 	return s, nil
 }
-
-// shared reports whether many clients may have an address: that of a trusted proxy, and
-// this host's own, on which a proxy may run that is not trusted and so not configured.
-func (c ServerConfig) shared(a netip.Addr) bool { return a.IsLoopback() || c.Proxies.trusts(a) }
 
 func newServer(c ServerConfig) *http.Server {
 	var protocols http.Protocols
