@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/compose-spec/compose-go/v2/cli"
 	"github.com/compose-spec/compose-go/v2/types"
@@ -70,6 +71,7 @@ func TestCompose(t *testing.T) {
 	for name, check := range map[string]func(*testing.T, deployment){
 		"every service is confined":                         servicesAreConfined,
 		"images name a version or a stage of ours":          imagesArePinned,
+		"a stopping server gets its time":                   stoppingTakesItsTime,
 		"health is checked and waited for":                  healthIsChecked,
 		"back ends are on an internal network":              backEndsAreInternal,
 		"secrets are private files that the script makes":   secretsAreFiles,
@@ -134,6 +136,13 @@ func healthIsChecked(t *testing.T, d deployment) {
 		if got := d.Services["orgkeys"].DependsOn[name].Condition; got != condition {
 			t.Errorf("orgkeys waits for %s by %q, want %q", name, got, condition)
 		}
+	}
+}
+
+func stoppingTakesItsTime(t *testing.T, d deployment) {
+	given := d.Services["orgkeys"].StopGracePeriod
+	if needed := timeToStop(t); given == nil || time.Duration(*given) <= needed {
+		t.Errorf("orgkeys is killed after %v; it may take %s to stop", given, needed)
 	}
 }
 

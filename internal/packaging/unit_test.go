@@ -14,6 +14,22 @@ import (
 // its log and its sinks are made complete.
 const afterTimeout = 5 * time.Second
 
+// timeToStop is what a stopping server may take by default.
+func timeToStop(t *testing.T) time.Duration {
+	t.Helper()
+	needed := afterTimeout
+	for _, s := range config.Settings() {
+		if s.Name == "ORGKEYS_SHUTDOWN_NOTICE" || s.Name == "ORGKEYS_SHUTDOWN_TIMEOUT" {
+			d, err := time.ParseDuration(s.Default)
+			if err != nil {
+				t.Fatal(err)
+			}
+			needed += d
+		}
+	}
+	return needed
+}
+
 func TestUnitGivesAStoppingServerItsTime(t *testing.T) {
 	unit := read(t, "cmd/orgkeys/orgkeys.service")
 	given := regexp.MustCompile(`(?m)^TimeoutStopSec=(\d+)$`).FindStringSubmatch(unit)
@@ -24,19 +40,12 @@ func TestUnitGivesAStoppingServerItsTime(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	known, needed := map[string]bool{}, afterTimeout
+	if needed := timeToStop(t); timeout <= needed {
+		t.Errorf("the unit kills a server that stops after %s; it may take %s", timeout, needed)
+	}
+	known := map[string]bool{}
 	for _, s := range config.Settings() {
 		known[s.Name] = true
-		if s.Name == "ORGKEYS_SHUTDOWN_NOTICE" || s.Name == "ORGKEYS_SHUTDOWN_TIMEOUT" {
-			d, err := time.ParseDuration(s.Default)
-			if err != nil {
-				t.Fatal(err)
-			}
-			needed += d
-		}
-	}
-	if timeout <= needed {
-		t.Errorf("the unit kills a server that stops after %s; it may take %s", timeout, needed)
 	}
 	for _, name := range regexp.MustCompile(`ORGKEYS_\w+`).FindAllString(unit, -1) {
 		if !known[name] {
