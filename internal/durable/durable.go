@@ -30,7 +30,18 @@ func Create(path string) (*New, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &New{path, f}, nil
+	n := &New{path, f}
+	// Some file systems, such as those of USB sticks, have no links. That has to be
+	// known before there is content that exists once.
+	trial := f.Name() + ".link"
+	err = os.Link(f.Name(), trial)
+	if err == nil {
+		err = os.Remove(trial)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("a file cannot be made there in one step (the file system may have no hard links; choose another directory): %w", err), n.Discard())
+	}
+	return n, nil
 }
 
 // Write gives the file its content and its name, unless something has taken the

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -69,6 +71,26 @@ func TestANewFileTakesNoOthersPlace(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantFiles(t, dir, map[string]string{"key.pem": "first", "late.pem": "somebody else's"})
+}
+
+// withoutLinks is set where strace has every hard link fail, as on a USB stick.
+const withoutLinks = "DURABLE_TEST_WITHOUT_LINKS"
+
+func TestAFileSystemWithoutLinksIsNoticedBeforehand(t *testing.T) {
+	if dir := os.Getenv(withoutLinks); dir != "" {
+		if _, err := durable.Create(filepath.Join(dir, "key.pem")); !errors.Is(err, fs.ErrPermission) {
+			t.Errorf("Create where Write will fail: %v", err)
+		}
+		return
+	}
+	dir := t.TempDir()
+	cmd := exec.Command("strace", "-f", "-o", filepath.Join(t.TempDir(), "strace"), "-e", "trace=linkat", "-e", "inject=linkat:error=EPERM",
+		os.Args[0], "-test.run=^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), withoutLinks+"="+dir)
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "PASS") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	wantFiles(t, dir, nil)
 }
 
 func TestWhatIsDiscardedLeavesNothing(t *testing.T) {
