@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # opencryptoki 3.8.1 (Debian 12): the slot daemon (pkcsslotd) ends, with code 0, when a program that
-# calls C_Initialize is killed before the daemon writes to it. It writes to each that connects, and
-# takes the SIGPIPE for an order to stop. C_Initialize of every program then fails with CKR_HOST_MEMORY.
+# calls C_Initialize is killed before the daemon writes to it, and no other program is between its
+# C_Initialize and C_Finalize. The daemon takes the SIGPIPE for an order to stop, which it obeys when nobody
+# uses it. C_Initialize of every program then fails with CKR_HOST_MEMORY.
 #
 # Why it matters: no program on the machine finds a token until somebody starts the daemon again.
 # Debian's unit has no Restart=, and Restart=on-failure would not do, since the code is 0.

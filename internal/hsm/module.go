@@ -41,7 +41,10 @@ static ulong_t wrap_key(struct functions *l, ulong_t session, ulong_t type, void
 import "C"
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
+	"os"
 	"unsafe"
 
 	"github.com/miekg/pkcs11"
@@ -82,12 +85,19 @@ func (m *module) load() error {
 	return nil
 }
 
-// opencryptoki is how its library describes itself.
-const opencryptoki = "Meta PKCS11 LIBRARY"
+const (
+	opencryptoki     = "Meta PKCS11 LIBRARY" // how its library describes itself
+	opencryptokiFile = "/libopencryptoki.so"
+)
+
+var errLoadedByAnother = errors.New("opencryptoki's library was loaded by another module, such as p11-kit's proxy, and stays loaded, which corrupts this process's connections (docs/hsm.md, opencryptoki): configure opencryptoki's own module")
 
 // Initialize calls C_Initialize.
 func (m *module) Initialize(options ...pkcs11.InitializeOption) error {
 	if m.Ctx == nil {
+		if isLoaded(opencryptokiFile) {
+			return errLoadedByAnother
+		}
 		if err := m.load(); err != nil {
 			return err
 		}
@@ -96,7 +106,16 @@ func (m *module) Initialize(options ...pkcs11.InitializeOption) error {
 	if info, asked := m.GetInfo(); asked == nil {
 		m.unloads = info.LibraryDescription == opencryptoki
 	}
+	if err == nil && !m.unloads && isLoaded(opencryptokiFile) {
+		return errors.Join(errLoadedByAnother, m.Ctx.Finalize())
+	}
 	return err
+}
+
+// isLoaded reports whether this process has a library with that in its path.
+func isLoaded(file string) bool {
+	maps, err := os.ReadFile("/proc/self/maps") // elsewhere than on Linux there is no opencryptoki
+	return err == nil && bytes.Contains(maps, []byte(file))
 }
 
 // Finalize calls C_Finalize; no other call may be under way. opencryptoki closes

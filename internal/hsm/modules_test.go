@@ -35,6 +35,29 @@ func TestNoStartLocksOpencryptoki(t *testing.T) {
 	}
 }
 
+// A proxy keeps opencryptoki's library loaded, which then closes descriptors of ours.
+func TestOpencryptokiBehindAProxyIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	o := hsmtest.StartOpencryptoki(t, filepath.Join(dir, "opencryptoki"))
+	o.InitToken(t, "orgkeys", opencryptokiPIN)
+	modules := t.TempDir()
+	cfg := Config{Module: hsmtest.ProxyIn(t, modules, o.Module, ""), TokenLabel: "orgkeys", PINFile: filepath.Join(dir, "pin"), AttemptFile: AttemptFile(dir), CreateSealingKey: true}
+	writePIN(t, cfg, opencryptokiPIN)
+	if err := os.WriteFile(filepath.Join(modules, "only.module"), []byte("module: "+o.Module+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	binary, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	within := append(hsmtest.WithinProxy(modules), binary)
+	cmd := o.Command(t.Context(), within[0], within[1:]...)
+	cmd.Env = append(append(os.Environ(), child+"=open"), configEnv(cfg)...)
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), errLoadedByAnother.Error()) {
+		t.Errorf("opened: %v\n%s", err, out)
+	}
+}
+
 // moduleTests run on every module: the contract, recovery from losses, first
 // starts of several replicas, and PINs. The long form runs more of them.
 func moduleTests() []string {
