@@ -73,7 +73,7 @@ func (d *DB) Durable(ctx context.Context, held audit.Checkpoint, limit int) (ent
 		if err != nil {
 			return nil, held, unavailable(err)
 		}
-		entries, after, err = d.over(tx).entriesBehind(ctx, held, limit)
+		entries, after, err = d.over(reading{tx, d.read}).entriesBehind(ctx, held, limit)
 		return entries, after, errors.Join(err, ignoreDone(tx.Rollback()))
 	}
 	err = d.transact(ctx, func(ctx context.Context, tx *txn) error {
@@ -99,7 +99,11 @@ type reader interface {
 // covers them. It reports *audit.RollbackError unless the log extends held. Who holds nothing
 // gets what is still in the database, with a checkpoint that covers what was moved too.
 func (s snapshot) entriesBehind(ctx context.Context, held audit.Checkpoint, limit int) ([]audit.Entry, audit.Checkpoint, error) {
-	if err := s.extends(ctx, held); err != nil {
+	head, err := readHead(ctx, s.q)
+	if err != nil {
+		return nil, held, err
+	}
+	if err := s.extends(ctx, head, held); err != nil {
 		return nil, held, err
 	}
 	first := held.Size
@@ -110,27 +114,26 @@ func (s snapshot) entriesBehind(ctx context.Context, held audit.Checkpoint, limi
 		}
 		first = a.Moved
 	}
-	entries, err := s.entries(ctx, first, limit)
+	if first >= head.Size {
+		return nil, held, nil
+	}
+	entries, err := s.entries(ctx, first, int(min(int64(limit), head.Size-first)))
 	if err != nil || len(entries) == 0 {
 		return nil, held, err
 	}
-	after, err := s.at(ctx, first+int64(len(entries)))
+	after, err := s.below(ctx, head, first+int64(len(entries)))
 	return entries, after, err
 }
 
-// extends reports *audit.RollbackError unless the log extends held.
-func (s snapshot) extends(ctx context.Context, held audit.Checkpoint) error {
-	if held.Size == 0 {
+// extends reports *audit.RollbackError unless the log, whose head is given, extends held.
+func (s snapshot) extends(ctx context.Context, head, held audit.Checkpoint) error {
+	if held.Size == 0 || head == held {
 		return nil
-	}
-	head, err := readHead(ctx, s.q)
-	if err != nil || head == held {
-		return err
 	}
 	if head.Size < held.Size {
 		return &audit.RollbackError{Held: held, Log: head}
 	}
-	then, err := s.at(ctx, held.Size)
+	then, err := s.below(ctx, head, held.Size)
 	if err == nil && then != held {
 		err = &audit.RollbackError{Held: held, Log: then}
 	}

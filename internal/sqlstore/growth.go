@@ -180,8 +180,15 @@ func (d *DB) mayGrow(ctx context.Context, q reader, only audit.Condition) error 
 	if err := d.heldBack(ctx, q, only); err != nil {
 		return err
 	}
+	if len(only.Held) == 0 {
+		return nil
+	}
+	head, err := readHead(ctx, q)
+	if err != nil {
+		return err
+	}
 	for _, s := range only.Held {
-		err := d.over(q).extends(ctx, s.Checkpoint)
+		err := d.over(q).extends(ctx, head, s.Checkpoint)
 		if setBack, ok := errors.AsType[*audit.RollbackError](err); ok {
 			setBack.Sink = s.Sink
 		}

@@ -362,16 +362,23 @@ func (d *DB) At(ctx context.Context, size int64) (audit.Checkpoint, error) {
 }
 
 func (s snapshot) at(ctx context.Context, size int64) (audit.Checkpoint, error) {
-	c, err := readHead(ctx, s.q)
-	if err != nil || size == c.Size {
-		return c, err
+	head, err := readHead(ctx, s.q)
+	if err != nil {
+		return head, err
 	}
-	if size > c.Size {
-		return c, fmt.Errorf("the log holds %d events, not %d", c.Size, size)
+	return s.below(ctx, head, size)
+}
+
+// below returns the checkpoint that the log had at an earlier size than head's.
+func (s snapshot) below(ctx context.Context, head audit.Checkpoint, size int64) (audit.Checkpoint, error) {
+	if size == head.Size {
+		return head, nil
 	}
-	c.Size = size
-	c.Root, err = tlog.TreeHash(size, s.hashReader(ctx))
-	return c, err
+	if size > head.Size {
+		return head, fmt.Errorf("the log holds %d events, not %d", head.Size, size)
+	}
+	root, err := tlog.TreeHash(size, s.hashReader(ctx))
+	return audit.Checkpoint{Origin: head.Origin, Size: size, Root: root}, err
 }
 
 // Entries implements audit.Store.

@@ -48,6 +48,28 @@ func (p *pool) close() error {
 	return errors.Join(append(errs, p.DB.Close())...)
 }
 
+// reading is a transaction on SQLite that only reads, by the pool's statements.
+type reading struct {
+	tx   *sql.Tx
+	pool *pool
+}
+
+func (r reading) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {
+	s, err := r.pool.statement(ctx, text)
+	if err != nil {
+		return nil, err
+	}
+	return r.tx.StmtContext(ctx, s).QueryContext(ctx, args...)
+}
+
+func (r reading) QueryRowContext(ctx context.Context, text string, args ...any) *sql.Row {
+	s, err := r.pool.statement(ctx, text)
+	if err != nil {
+		return r.tx.QueryRowContext(ctx, text, args...) // and so the row says what is wrong
+	}
+	return r.tx.StmtContext(ctx, s).QueryRowContext(ctx, args...)
+}
+
 func (p *pool) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {
 	if p.prepared == nil {
 		return p.DB.QueryContext(ctx, text, args...)
