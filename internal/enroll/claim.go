@@ -207,7 +207,7 @@ func reasonOf(ctx context.Context, err error) string {
 
 // made is what a call made itself.
 type made struct {
-	attempt string // whose copy in the back end is destroyed
+	attempt string // whose copy in the back end this call destroyed
 	wrapped []byte // the key, as it goes out
 }
 
@@ -230,13 +230,15 @@ func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery, signa
 			// CRASH: the delivery is claimed, and another attempt can begin when this one's
 			// life is over. What it left in the back end bears the attempt's name.
 		case Stored:
+			// The copy is gone since before it was stored, but a replica of an older
+			// version stores first.
 			if d.Attempt != own.attempt {
 				err = s.Keystore.DestroySealed(ctx, d.Attempt)
 			}
 			if err == nil {
 				err = s.Store.Seal(ctx, d.KeyID, sealedEvent(pass, d))
 			}
-			// CRASH: stored, and whoever asks next destroys and seals it; or sealed.
+			// CRASH: stored, and whoever asks next seals it; or sealed.
 		case Sealed:
 			err = s.offer(ctx, d)
 			// CRASH: sealed, and nobody has had it.
@@ -263,8 +265,8 @@ func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery, signa
 	}
 }
 
-// make has the back end make and wrap a key, commits both, and destroys the
-// back end's copy.
+// make has the back end make and wrap a key and destroy its copy, and commits what was
+// wrapped.
 func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (made, error) {
 	defer s.Busy()()
 	attempt, mine, taken, err := s.begin(ctx, d.KeyID)
@@ -311,26 +313,17 @@ func (s *Service) begin(ctx context.Context, keyID string) (attempt string, mine
 	return attempt, mine, taken, err
 }
 
-// fromPool has the back end wrap a key out of the pool, destroys it there, and only then
-// commits both: the key is the delivery's only if this deletion removed it.
-// used says that nothing else may be tried for this attempt.
+// fromPool is attempt with a key out of the pool: it is the delivery's only if this
+// deletion removed it. used says that nothing else may be tried for this attempt.
 func (s *Service) fromPool(ctx context.Context, pass gate.Pass, d Delivery, taken *orgkey.Taken[orgkey.SealableKey]) (_ made, used bool, err error) {
 	key, since, err := taken.Open(ctx)
 	if err != nil {
 		return made{}, false, err
 	}
-	var wrapped envelope.SealedKey
-	recipient, err := recipientOf(d)
-	if err == nil {
-		wrapped, err = key.Seal(ctx, recipient)
-	}
-	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
-	defer cancel()
-	// CRASH: the delivery is claimed, and what is in the back end bears the attempt's name.
-	if err := errors.Join(err, key.Destroy(ending)); err != nil {
+	wrapped, err := s.wrap(ctx, d, key)
+	if err != nil {
 		return made{}, false, err
 	}
-	// CRASH: the key is lost, and another attempt begins when this one's life is over.
 	stored, err := s.store(ctx, pass, d, taken.ID, key.Public(), wrapped, orgkey.AheadDetail(since))
 	if err != nil && !stored {
 		s.giveUp(ctx, d.KeyID, taken.ID)
@@ -348,24 +341,33 @@ func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attem
 	if err != nil {
 		return nil, false, backEnd("making", d, err)
 	}
-	defer func() {
-		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
-		defer cancel()
-		if kept := key.Destroy(ending); kept != nil {
-			s.Gate.Log.Warn("the back end may still have its copy of a sealed key", "key", d.KeyID, "error", kept)
-			err = errors.Join(err, backEnd("destroying", d, kept))
-		}
-	}()
-	recipient, err := recipientOf(d)
+	wrapped, err := s.wrap(ctx, d, key)
 	if err != nil {
 		return nil, false, err
 	}
-	wrapped, err := key.Seal(ctx, recipient)
-	if err != nil {
-		return nil, false, backEnd("wrapping", d, err)
-	}
 	stored, err = s.store(ctx, pass, d, attempt, key.Public(), wrapped, nil)
 	return wrapped.Value, stored, err
+}
+
+// wrap has the back end wrap a key to d's recipient and destroy its copy, which also
+// happens if the wrapping failed. Only then may anything be stored: another replica
+// cannot see what is in this one's session with a token.
+func (s *Service) wrap(ctx context.Context, d Delivery, key orgkey.SealableKey) (wrapped envelope.SealedKey, err error) {
+	recipient, err := recipientOf(d)
+	if err == nil {
+		if wrapped, err = key.Seal(ctx, recipient); err != nil {
+			err = backEnd("wrapping", d, err)
+		}
+	}
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	// CRASH: the delivery is claimed, and what is in the back end bears the attempt's name.
+	if kept := key.Destroy(ending); kept != nil {
+		s.Gate.Log.Warn("the back end may still have its copy of a sealed key, which nobody gets", "key", d.KeyID, "error", kept)
+		err = errors.Join(err, backEnd("destroying", d, kept))
+	}
+	// CRASH: the key is lost, and another attempt begins when this one's life is over.
+	return wrapped, err
 }
 
 func backEnd(doing string, d Delivery, err error) error {

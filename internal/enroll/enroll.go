@@ -10,9 +10,9 @@
 //
 //	open → claimed → stored → sealed → available → received
 //
-// claimed: a recipient has the use, by one conditional update. stored: the
-// wrapped key and the record are committed. sealed: the back end's copy is
-// gone, and the event that says so is in the log. available: every required
+// claimed: a recipient has the use, by one conditional update. stored: the back
+// end's copy is gone, and the wrapped key and the record are committed. sealed: the
+// event that says so is in the log. available: every required
 // audit sink has that event; the key is released, and the wrapped bytes go out,
 // always the same, as often as they are asked for. received: the holder of the
 // private key has signed for it; the wrapped bytes are deleted.
@@ -134,8 +134,8 @@ type Stage string
 const (
 	Open      Stage = "open"      // a place in the quota, for whoever has the token
 	Claimed   Stage = "claimed"   // a recipient has it
-	Stored    Stage = "stored"    // wrapped key and record are committed
-	Sealed    Stage = "sealed"    // the back end's copy is gone, and the event says so
+	Stored    Stage = "stored"    // the back end's copy is gone; wrapped key and record are committed
+	Sealed    Stage = "sealed"    // the event that says so is in the log
 	Available Stage = "available" // the sinks have the event; the wrapped key goes out
 	Received  Stage = "received"  // its holder has signed for it, or used it
 	Ended     Stage = "ended"     // withdrawn, revoked, expired, or the key was deleted

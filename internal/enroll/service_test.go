@@ -1,0 +1,176 @@
+package enroll_test
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/enroll"
+	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/policies"
+)
+
+// token is one SoftHSM token for all tests of the package: a process has one.
+var token *hsm.Token
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "orgkeys-enroll-")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		cfg, _, err := hsm.InitSoftHSM(dir)
+		if err == nil {
+			cfg.CreateSealingKey = true
+			token, err = hsm.Open(context.Background(), cfg)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer token.Close()
+		return m.Run()
+	}())
+}
+
+// fixture is a database with its log, for several services on it.
+type fixture struct {
+	db   *sqlstore.DB
+	gate gate.Gate
+}
+
+func newFixture(t *testing.T) fixture {
+	t.Helper()
+	dir := t.TempDir()
+	db, err := sqlstore.Open(t.Context(), filepath.Join(dir, "orgkeys.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	if err := db.Migrate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	db.UseEventKey(audit.EventKey{})
+	policy, err := authz.Load(t.Context(), policies.Files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	quiet := slog.New(slog.DiscardHandler)
+	trail := audit.NewLog(db, quiet, audit.NewFileSink(filepath.Join(dir, "audit.jsonl")))
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- trail.Run(ctx) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return fixture{db, gate.Gate{Policy: policy, AuditLog: trail, Log: quiet}}
+}
+
+// service is one replica's.
+func (f fixture) service(t *testing.T, change func(*enroll.Config)) *enroll.Service {
+	t.Helper()
+	c := enroll.Config{
+		Store: f.db, Keystore: token, Sealer: token, Gate: f.gate,
+		Admit: func() (func(), error) { return func() {}, nil },
+		Busy:  func() func() { return func() {} },
+		Enter: func(context.Context, string) (func(bool) error, error) { return func(bool) error { return nil }, nil },
+		Count: func(enroll.Outcome) {},
+		Limit: 5, NodeLimit: 1000, AttemptLife: time.Minute, AuditDeadline: 10 * time.Second, DeliverFor: time.Hour,
+	}
+	change(&c)
+	var err error
+	if c.Opener, err = orgkey.NewOpener(token, f.gate.Log, time.Now); err != nil {
+		t.Fatal(err)
+	}
+	s, err := enroll.New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func owner(org org.ID) gate.Call {
+	return gate.Call{Caller: authz.Caller{Kind: authz.Person, Subject: "u-1", Org: org, Roles: []authz.Role{authz.Owner}}, Request: "r-1", Address: "192.0.2.7"}
+}
+
+// held is the back end of a replica whose token takes its time over a destruction.
+type held struct {
+	orgkey.SealedKeystore
+	destroying chan struct{}
+	goOn       chan struct{}
+}
+
+type heldKey struct {
+	orgkey.SealableKey
+	by *held
+}
+
+func (h *held) CreateSealed(ctx context.Context, name string) (orgkey.SealableKey, error) {
+	key, err := h.SealedKeystore.CreateSealed(ctx, name)
+	return heldKey{key, h}, err
+}
+
+func (k heldKey) Destroy(ctx context.Context) error {
+	close(k.by.destroying)
+	<-k.by.goOn
+	return k.SealableKey.Destroy(ctx)
+}
+
+// elsewhere is the token as another process has it: it sees no session objects of this one.
+type elsewhere struct{ orgkey.SealedKeystore }
+
+func (elsewhere) DestroySealed(context.Context, string) error { return nil }
+
+func TestPromise1_NoReplicaReleasesWhatAnotherHasNotDestroyed(t *testing.T) {
+	f := newFixture(t)
+	a := &held{token, make(chan struct{}), make(chan struct{})}
+	slow := f.service(t, func(c *enroll.Config) { c.Keystore = a })
+	other := f.service(t, func(c *enroll.Config) { c.Keystore = elsewhere{token} })
+	recipient, err := rsa.GenerateKey(rand.Reader, 3072)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKIXPublicKey(&recipient.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := json.Marshal(map[string]string{"recipient": string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	delivered := func(enroll.Answer) error { return nil }
+	first := make(chan error, 1)
+	go func() { first <- slow.Generate(t.Context(), owner("acme"), "acme", body, delivered) }()
+	<-a.destroying
+	if err := other.Generate(t.Context(), owner("acme"), "acme", body, delivered); !errors.Is(err, enroll.ErrPending) {
+		t.Errorf("while the first replica has the key in its token: %v, want that it is not ready", err)
+	}
+	close(a.goOn)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	if err := other.Generate(t.Context(), owner("acme"), "acme", body, delivered); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+}
