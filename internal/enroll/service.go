@@ -159,9 +159,27 @@ func (s *Service) mint(ctx context.Context, pass gate.Pass, t terms, token envel
 	event := pass.Event(audit.EnrollmentCreated)
 	event.Object = token.ID
 	event.Detail = t.detail()
+	storing, cancel := gate.Outlive(ctx)
+	defer cancel()
+	e, err := s.Store.CreateEnrollment(storing, p, t.life, keys, limit, event)
+	if err != nil && !errors.As(err, new(*orgkey.QuotaError)) {
+		s.unmint(ctx, pass, token.ID)
+	}
+	return e, err
+}
+
+// unmint ends an enrollment that may exist although the answer of its commit was lost:
+// nobody has its token.
+func (s *Service) unmint(ctx context.Context, pass gate.Pass, id string) {
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
-	return s.Store.CreateEnrollment(ctx, p, t.life, keys, limit, event)
+	event := pass.Event(audit.EnrollmentRevoked)
+	event.Object, event.Reason = id, "not_answered"
+	// Without a claim there is no key to withdraw.
+	err := s.Store.Revoke(ctx, pass.Org, id, event, func(string) audit.Event { return event })
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		s.Gate.Log.Warn("an enrollment may exist that nobody has the token of; its places come back at its expiry", "enrollment", id, "error", err)
+	}
 }
 
 // failure records why an administrator's request came to nothing.

@@ -174,3 +174,25 @@ func TestPromise1_NoReplicaReleasesWhatAnotherHasNotDestroyed(t *testing.T) {
 		t.Errorf("afterwards: %v", err)
 	}
 }
+
+// unanswered is a store whose answer to a mint is lost.
+type unanswered struct{ enroll.Store }
+
+func (s unanswered) CreateEnrollment(ctx context.Context, e enroll.Permission, life time.Duration, keys []string, limit int, event audit.Event) (enroll.Enrollment, error) {
+	if _, err := s.Store.CreateEnrollment(ctx, e, life, keys, limit, event); err != nil {
+		return enroll.Enrollment{}, err
+	}
+	return enroll.Enrollment{}, orgkey.ErrUnavailable
+}
+
+func TestAnEnrollmentWhoseAnswerWasLostHoldsNoPlaces(t *testing.T) {
+	f := newFixture(t)
+	minted := func(enroll.Minted) error { return nil }
+	losing := f.service(t, func(c *enroll.Config) { c.Store = unanswered{f.db} })
+	if err := losing.Create(t.Context(), owner("acme"), "acme", []byte(`{"uses":1000}`), minted); !errors.Is(err, orgkey.ErrUnavailable) {
+		t.Fatal(err)
+	}
+	if err := f.service(t, func(*enroll.Config) {}).Create(t.Context(), owner("acme"), "acme", []byte(`{"uses":1000}`), minted); err != nil {
+		t.Errorf("the same again: %v", err)
+	}
+}
