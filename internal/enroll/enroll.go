@@ -255,9 +255,14 @@ type Store interface {
 	// Revoke ends org's enrollment id: what was not claimed gives its place
 	// back, what was not received is withdrawn. It reports ErrNotFound.
 	Revoke(ctx context.Context, org org.ID, id string, event audit.Event, withdrawn func(keyID string) audit.Event) error
-	// SweepDeliveries ends what is past its time, at most limit deliveries and
-	// enrollments, and returns how many.
-	SweepDeliveries(ctx context.Context, limit int, events SweepEvents) (int, error)
+	// SweepDeliveries ends deliveries past their time, at most limit, and returns how
+	// many: one that was used without a receipt is received, others are withdrawn.
+	SweepDeliveries(ctx context.Context, limit int, withdrawn, used func(org org.ID, keyID string) audit.Event) (int, error)
+	// ExpiredEnrollments returns at most limit that EndExpired is to be called for.
+	ExpiredEnrollments(ctx context.Context, limit int) ([]string, error)
+	// EndExpired gives back what nobody claimed of enrollment id, which expired, and
+	// returns how many places; if there are any, expired(org, places) is recorded.
+	EndExpired(ctx context.Context, id string, expired func(org org.ID, places int) audit.Event) (places int, err error)
 	// AllowDevice lets keys of org be in a TPM, or reports ErrTooManyDevices. Again
 	// it changes the note.
 	AllowDevice(ctx context.Context, org org.ID, ek, note string, limit int, event audit.Event) (AllowedDevice, error)
@@ -269,11 +274,4 @@ type Store interface {
 	RemoveDevice(ctx context.Context, org org.ID, ek string, event audit.Event) error
 	// Leaf returns the leaf of an event.
 	Leaf(ctx context.Context, eventID string) ([]byte, error)
-}
-
-// SweepEvents makes the events of what the sweeper ends.
-type SweepEvents struct {
-	Expired   func(org org.ID, enrollment string, places int) audit.Event // an enrollment whose unclaimed places came back
-	Withdrawn func(org org.ID, keyID string) audit.Event                  // a key that nobody received
-	Used      func(org org.ID, keyID string) audit.Event                  // a key that was used without a receipt
 }

@@ -279,35 +279,52 @@ func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
 }
 
 func (s *Service) sweepOnce(ctx context.Context) error {
+	return errors.Join(untilFew(ctx, s.sweepDeliveries), untilFew(ctx, s.sweepEnrollments))
+}
+
+// untilFew repeats a sweep until it finds less than a batch, or fails.
+func untilFew(ctx context.Context, sweep func(context.Context) (int, error)) error {
 	for {
-		n, err := s.sweepSome(ctx)
+		n, err := sweep(ctx)
 		if err != nil || n < sweepBatch {
 			return err
 		}
 	}
 }
 
-func (s *Service) sweepSome(ctx context.Context) (int, error) {
-	// By what they are about: a transaction that is aborted asks for its events again.
-	ended := map[string]Outcome{}
-	n, err := s.Store.SweepDeliveries(ctx, sweepBatch, SweepEvents{
-		Expired: func(org org.ID, enrollment string, places int) audit.Event {
-			ended[enrollment] = Expirations
-			return enrollmentExpired(org, enrollment, places)
-		},
-		Withdrawn: func(org org.ID, keyID string) audit.Event {
-			ended[keyID] = Withdrawals
-			return keyNotReceived(org, keyID)
-		},
-		Used: keyUsed,
-	})
+func (s *Service) sweepDeliveries(ctx context.Context) (int, error) {
+	ended := map[string]bool{} // a transaction that is aborted asks for its events again
+	n, err := s.Store.SweepDeliveries(ctx, sweepBatch, func(org org.ID, keyID string) audit.Event {
+		ended[keyID] = true
+		return keyNotReceived(org, keyID)
+	}, keyUsed)
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("ending late deliveries: %w", err)
 	}
-	for _, outcome := range ended {
-		s.Count(outcome)
+	for range ended {
+		s.Count(Withdrawals)
 	}
 	return n, nil
+}
+
+// sweepEnrollments ends each by itself, so that one that cannot be ended holds up no other.
+func (s *Service) sweepEnrollments(ctx context.Context) (int, error) {
+	expired, err := s.Store.ExpiredEnrollments(ctx, sweepBatch)
+	if err != nil {
+		return 0, fmt.Errorf("reading expired enrollments: %w", err)
+	}
+	var errs []error
+	for _, id := range expired {
+		places, err := s.Store.EndExpired(ctx, id, func(org org.ID, places int) audit.Event { return enrollmentExpired(org, id, places) })
+		if err != nil {
+			errs = append(errs, fmt.Errorf("ending enrollment %s: %w", id, err))
+			continue
+		}
+		if places > 0 {
+			s.Count(Expirations)
+		}
+	}
+	return len(expired), errors.Join(errs...)
 }
 
 func sweeperEvent(t audit.Type, org org.ID, object, reason string, outcome audit.Outcome) audit.Event {

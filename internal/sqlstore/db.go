@@ -36,6 +36,7 @@ const (
 	statementTimeout = 5 * time.Second
 	silenceTimeout   = 3 * time.Second // of a transaction, shorter than statementTimeout: what waits for its locks gets them in time
 	answerTimeout    = 8 * time.Second // for a whole transaction or query, by this process's clock: a server that hangs keeps no time
+	rollbackTimeout  = 5 * time.Minute // for accepting a rollback, whose statements are as many as there are thousands of places
 	idleTime         = 5 * time.Minute
 	durableFor       = time.Second     // between two checks of PostgreSQL's durability settings
 	connectionLife   = 5 * time.Minute // after a fail-over, connections to the wrong server last no longer
@@ -227,8 +228,12 @@ const cannotWrite = `SELECT current_setting('transaction_read_only')::boolean, c
 // for those from time to time. If ctx ends first, it is unknown whether the change
 // was made, and do may still be running: variables that it sets must not be read.
 func (d *DB) write(ctx context.Context, do func(context.Context, *txn) error) error {
+	return d.writeWithin(ctx, answerTimeout, do)
+}
+
+func (d *DB) writeWithin(ctx context.Context, limit time.Duration, do func(context.Context, *txn) error) error {
 	recorded, unhurried := false, false
-	err := d.transact(ctx, func(ctx context.Context, tx *txn) error {
+	err := d.transactWithin(ctx, limit, func(ctx context.Context, tx *txn) error {
 		err := do(ctx, tx)
 		recorded, unhurried = tx.recorded, tx.unhurried
 		return err
@@ -244,10 +249,14 @@ func (d *DB) write(ctx context.Context, do func(context.Context, *txn) error) er
 }
 
 func (d *DB) transact(ctx context.Context, do func(context.Context, *txn) error) error {
+	return d.transactWithin(ctx, answerTimeout, do)
+}
+
+func (d *DB) transactWithin(ctx context.Context, limit time.Duration, do func(context.Context, *txn) error) error {
 	if d.writer != nil {
 		return d.writer.write(ctx, do)
 	}
-	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	err := d.attempt(ctx, do)
 	for wait, n := firstRetry, 1; n < attempts && aborted(err); wait, n = 2*wait, n+1 {

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/go-json-experiment/json"
+
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/org"
@@ -73,22 +75,27 @@ func (d *DB) takePlaces(ctx context.Context, tx *txn, e enroll.Enrollment, keys 
 	if err != nil {
 		return err
 	}
+	places := make([][]any, len(keys))
 	for i, key := range keys {
-		if _, err := exec(ctx, tx, "INSERT INTO "+keyTable(e.Scope)+" (id, org_id, slot, state, expires_at) VALUES ($1, $2, $3, 'reserved', $4)",
-			key, string(e.Org), slots[i], expires); err != nil {
-			return err
-		}
-		if e.Address.IsValid() {
-			if _, err := exec(ctx, tx, "UPDATE keys_of_nodes SET address = $2 WHERE id = $1", key, e.Address.String()); err != nil {
-				return err
-			}
-		}
-		if _, err := exec(ctx, tx, "INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage, origin) VALUES ($1, $2, $3, $4, 'open', $5)",
-			key, string(e.Org), e.ID, string(e.Scope), string(e.Origin)); err != nil {
+		places[i] = []any{key, slots[i]}
+	}
+	rows, err := json.Marshal(places)
+	if err != nil {
+		return err
+	}
+	from := " FROM " + d.elements("$1")
+	if _, err := exec(ctx, tx, "INSERT INTO "+keyTable(e.Scope)+" (id, org_id, slot, state, expires_at) SELECT value ->> 0, $2, CAST(value ->> 1 AS BIGINT), 'reserved', $3"+from,
+		string(rows), string(e.Org), expires); err != nil {
+		return err
+	}
+	if e.Address.IsValid() {
+		if _, err := exec(ctx, tx, "UPDATE keys_of_nodes SET address = $2 WHERE id IN "+d.texts("$1"), string(rows), e.Address.String()); err != nil {
 			return err
 		}
 	}
-	return nil
+	_, err = exec(ctx, tx, "INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage, origin) SELECT value ->> 0, $2, $3, $4, 'open', $5"+from,
+		string(rows), string(e.Org), e.ID, string(e.Scope), string(e.Origin))
+	return err
 }
 
 // freeSlots returns the n lowest free slots of org, or *orgkey.QuotaError.
@@ -677,7 +684,7 @@ func (d *DB) Approve(ctx context.Context, org org.ID, id, recipient string, deli
 }
 
 // Revoke implements enroll.Store.
-func (d *DB) Revoke(ctx context.Context, org org.ID, id string, event audit.Event, withdrawn func(string) audit.Event) error {
+func (d *DB) Revoke(ctx context.Context, of org.ID, id string, event audit.Event, withdrawn func(string) audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		if err := d.lock(ctx, tx, "enrollment:"+id); err != nil {
 			return err
@@ -686,12 +693,12 @@ func (d *DB) Revoke(ctx context.Context, org org.ID, id string, event audit.Even
 		if err != nil {
 			return err
 		}
-		n, err := exec(ctx, tx, "UPDATE enrollments SET revoked_at = $3, ended_at = coalesce(ended_at, $3) WHERE id = $2 AND org_id = $1 AND revoked_at IS NULL", org, id, now)
+		n, err := exec(ctx, tx, "UPDATE enrollments SET revoked_at = $3, ended_at = coalesce(ended_at, $3) WHERE id = $2 AND org_id = $1 AND revoked_at IS NULL", of, id, now)
 		if err != nil {
 			return err
 		}
 		if n == 0 {
-			there, err := query(ctx, tx, scanInt, "SELECT 1 FROM enrollments WHERE id = $2 AND org_id = $1", org, id)
+			there, err := query(ctx, tx, scanInt, "SELECT 1 FROM enrollments WHERE id = $2 AND org_id = $1", of, id)
 			if err == nil && len(there) == 0 {
 				err = enroll.ErrNotFound
 			}
@@ -700,70 +707,107 @@ func (d *DB) Revoke(ctx context.Context, org org.ID, id string, event audit.Even
 		if err := d.record(ctx, tx, event); err != nil {
 			return err
 		}
-		open, err := query(ctx, tx, scanDelivery, deliveryColumns+" WHERE d.enrollment_id = $1 AND d.stage NOT IN ('received', 'ended') AND d.used_at IS NULL ORDER BY d.key_id"+d.forUpdate(" OF d"), id)
+		open, err := query(ctx, tx, scanEnding, endingColumns+"d.enrollment_id = $1 AND d.stage NOT IN ('received', 'ended') AND d.used_at IS NULL ORDER BY d.key_id"+d.forUpdate(""), id)
 		if err != nil {
 			return err
 		}
-		return d.endDeliveries(ctx, tx, open, now, withdrawn)
+		return d.endDeliveries(ctx, tx, open, now, func(_ org.ID, key string) audit.Event { return withdrawn(key) })
 	})
 }
 
-// endDelivery ends a delivery with its key. A mere place is given back; a key
-// that was made is withdrawn, with its event.
-func (d *DB) endDelivery(ctx context.Context, tx *txn, v enroll.Delivery, now int64, withdrawn func(string) audit.Event) error {
-	if v.Stage == enroll.Open {
-		if _, err := exec(ctx, tx, "DELETE FROM deliveries WHERE key_id = $1", v.KeyID); err != nil {
-			return err
-		}
-	} else if _, err := exec(ctx, tx, endDelivery, v.KeyID); err != nil {
-		return err
-	}
-	table := keyTable(v.Scope)
-	if _, err := exec(ctx, tx, "DELETE FROM "+table+" WHERE id = $1 AND state = 'reserved'", v.KeyID); err != nil {
-		return err
-	}
-	n, err := exec(ctx, tx, "UPDATE "+table+endedKey+" AND state IN ('pending', 'released')", v.KeyID, now)
-	if err != nil || n == 0 {
-		return err
-	}
-	if err := dissociate(ctx, tx, v.KeyID); err != nil {
-		return err
-	}
-	return d.record(ctx, tx, withdrawn(v.KeyID))
+// ending is what must be known of a delivery to end it.
+type ending struct {
+	key        string
+	org        org.ID
+	enrollment string
+	scope      enroll.Scope
 }
 
-// endedKey ends key $1 at $2.
-const endedKey = " SET state = " + deleted + ", slot = NULL, sealed = NULL, expires_at = NULL, deleted_at = $2 WHERE id = $1"
+const endingColumns = "SELECT d.key_id, d.org_id, d.enrollment_id, d.scope FROM deliveries d WHERE "
+
+func scanEnding(scan func(...any) error) (e ending, err error) {
+	err = scan(&e.key, &e.org, &e.enrollment, &e.scope)
+	return e, err
+}
+
+// endDeliveries ends deliveries, which tx has locked, with their keys. A mere place is
+// given back; a key that was made is withdrawn, with its event.
+func (d *DB) endDeliveries(ctx context.Context, tx *txn, all []ending, now int64, withdrawn func(org.ID, string) audit.Event) error {
+	orgs := make(map[string]org.ID, len(all))
+	keys := map[enroll.Scope][]string{}
+	for _, e := range all {
+		orgs[e.key] = e.org
+		keys[e.scope] = append(keys[e.scope], e.key)
+	}
+	var events []audit.Event
+	for _, scope := range []enroll.Scope{enroll.ForOrganization, enroll.ForNode} {
+		for _, statement := range []string{
+			"DELETE FROM deliveries WHERE stage = 'open' AND key_id IN ",
+			"UPDATE deliveries SET stage = 'ended', wrapped = NULL WHERE stage NOT IN ('received', 'ended') AND key_id IN ",
+			"DELETE FROM " + keyTable(scope) + " WHERE state = 'reserved' AND id IN ",
+		} {
+			if err := execAll(ctx, tx, statement+d.texts("$1"), keys[scope]); err != nil {
+				return err
+			}
+		}
+		ended, err := d.endKeys(ctx, tx, keyTable(scope), "state IN ('pending', 'released')", keys[scope], now)
+		if err != nil {
+			return err
+		}
+		for _, key := range ended {
+			events = append(events, withdrawn(orgs[key], key))
+		}
+	}
+	return d.record(ctx, tx, events...)
+}
+
+// endKeys ends those of keys, in a table, of which a condition is true, and returns them.
+func (d *DB) endKeys(ctx context.Context, tx *txn, table, condition string, keys []string, now int64) ([]string, error) {
+	ended, err := queryAll(ctx, tx, scanText, "UPDATE "+table+endedAt+" WHERE "+condition+" AND id IN "+d.texts("$1")+" RETURNING id", keys, now)
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(ended)
+	return ended, execAll(ctx, tx, "DELETE FROM node_keys WHERE key_id IN "+d.texts("$1"), ended)
+}
+
+// endedAt ends keys at $2, endedKey the key $1.
+const (
+	endedAt  = " SET state = " + deleted + ", slot = NULL, sealed = NULL, expires_at = NULL, deleted_at = $2"
+	endedKey = endedAt + " WHERE id = $1"
+)
 
 // SweepDeliveries implements enroll.Store.
-func (d *DB) SweepDeliveries(ctx context.Context, limit int, events enroll.SweepEvents) (int, error) {
+func (d *DB) SweepDeliveries(ctx context.Context, limit int, withdrawn, used func(org.ID, string) audit.Event) (int, error) {
 	var n int
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
 		}
-		late, err := query(ctx, tx, scanText, `SELECT key_id FROM deliveries WHERE until <= $1 AND stage NOT IN ('open', 'received', 'ended')
-			ORDER BY until LIMIT $2`+d.forUpdate(" SKIP LOCKED"), now, limit)
+		late, err := query(ctx, tx, scanEnding, endingColumns+`d.until <= $1 AND d.stage NOT IN ('open', 'received', 'ended')
+			ORDER BY d.until LIMIT $2`+d.forUpdate(" SKIP LOCKED"), now, limit)
 		if err != nil {
 			return err
 		}
-		for _, key := range late {
-			if err := d.sweepDelivery(ctx, tx, key, now, events); err != nil {
-				return err
-			}
+		n = len(late)
+		keys := make([]string, n)
+		for i, e := range late {
+			keys[i] = e.key
 		}
-		expired, err := query(ctx, tx, scanText, "SELECT id FROM enrollments WHERE expires_at <= $1 AND ended_at IS NULL ORDER BY expires_at, id LIMIT $2", now, limit)
+		inUse, err := queryAll(ctx, tx, scanEnding, `UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = used_at
+			WHERE stage = 'available' AND used_at IS NOT NULL AND key_id IN `+d.texts("$1")+" RETURNING key_id, org_id, enrollment_id, scope", keys)
 		if err != nil {
 			return err
 		}
-		for _, id := range expired {
-			if err := d.sweepEnrollment(ctx, tx, id, now, events.Expired); err != nil {
-				return err
-			}
+		events := make([]audit.Event, len(inUse))
+		for i, e := range inUse {
+			events[i] = used(e.org, e.key)
 		}
-		n = max(len(late), len(expired))
-		return nil
+		if err := d.record(ctx, tx, events...); err != nil {
+			return err
+		}
+		return d.endDeliveries(ctx, tx, slices.DeleteFunc(late, func(e ending) bool { return slices.Contains(inUse, e) }), now, withdrawn)
 	})
 	if err != nil {
 		return 0, err
@@ -771,48 +815,45 @@ func (d *DB) SweepDeliveries(ctx context.Context, limit int, events enroll.Sweep
 	return n, nil
 }
 
-func (d *DB) sweepDelivery(ctx context.Context, tx *txn, key string, now int64, events enroll.SweepEvents) error {
-	v, err := delivery(ctx, tx, "d.key_id = $1", key)
-	if err != nil {
-		return err
-	}
-	used, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = used_at WHERE key_id = $1 AND stage = 'available' AND used_at IS NOT NULL", key)
-	if err != nil {
-		return err
-	}
-	if used > 0 {
-		return d.record(ctx, tx, events.Used(v.Org, key))
-	}
-	return d.endDelivery(ctx, tx, v, now, func(key string) audit.Event { return events.Withdrawn(v.Org, key) })
+// ExpiredEnrollments implements enroll.Store.
+func (d *DB) ExpiredEnrollments(ctx context.Context, limit int) ([]string, error) {
+	return query(ctx, d.read, scanText, "SELECT id FROM enrollments WHERE expires_at <= "+d.present()+" AND ended_at IS NULL ORDER BY expires_at, id LIMIT $1", limit)
 }
 
-// sweepEnrollment gives back what nobody claimed of an enrollment that expired.
-// A claim that began in time is waited for.
-func (d *DB) sweepEnrollment(ctx context.Context, tx *txn, id string, now int64, expired func(org.ID, string, int) audit.Event) error {
-	if err := d.lock(ctx, tx, "enrollment:"+id); err != nil {
-		return err
-	}
-	n, err := exec(ctx, tx, "UPDATE enrollments SET ended_at = $2 WHERE id = $1 AND ended_at IS NULL", id, now)
-	if err != nil || n == 0 {
-		return err
-	}
-	e, err := enrollment(ctx, tx, id)
-	if err != nil {
-		return err
-	}
-	places, err := query(ctx, tx, scanText, "SELECT key_id FROM deliveries WHERE enrollment_id = $1 AND stage = 'open'", id)
-	if err != nil || len(places) == 0 {
-		return err
-	}
-	for _, key := range places {
-		if _, err := exec(ctx, tx, "DELETE FROM "+keyTable(e.Scope)+" WHERE id = $1 AND state = 'reserved'", key); err != nil {
+// EndExpired implements enroll.Store. A claim that began in time is waited for.
+func (d *DB) EndExpired(ctx context.Context, id string, expired func(org.ID, int) audit.Event) (places int, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+		places = 0
+		if err := d.lock(ctx, tx, "enrollment:"+id); err != nil {
 			return err
 		}
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		n, err := exec(ctx, tx, "UPDATE enrollments SET ended_at = $2 WHERE id = $1 AND ended_at IS NULL AND expires_at <= $2", id, now)
+		if err != nil || n == 0 {
+			return err
+		}
+		e, err := enrollment(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		const open = " FROM deliveries WHERE enrollment_id = $1 AND stage = 'open'"
+		if _, err := exec(ctx, tx, "DELETE FROM "+keyTable(e.Scope)+" WHERE state = 'reserved' AND id IN (SELECT key_id"+open+")", id); err != nil {
+			return err
+		}
+		n, err = exec(ctx, tx, "DELETE"+open, id)
+		if err != nil || n == 0 {
+			return err
+		}
+		places = int(n)
+		return d.record(ctx, tx, expired(e.Org, places))
+	})
+	if err != nil {
+		return 0, err
 	}
-	if _, err := exec(ctx, tx, "DELETE FROM deliveries WHERE enrollment_id = $1 AND stage = 'open'", id); err != nil {
-		return err
-	}
-	return d.record(ctx, tx, expired(e.Org, id, len(places)))
+	return places, nil
 }
 
 // Leaf implements enroll.Store.

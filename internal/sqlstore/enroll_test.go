@@ -210,23 +210,35 @@ func TestEnrollmentsHoldTheirPlaces(t *testing.T) {
 	})
 }
 
+// sweep ends what is past its time, and tells how many places of an enrollment came back.
+func sweep(t *testing.T, db *sqlstore.DB, back func(id string, places int)) {
+	t.Helper()
+	_, err := db.SweepDeliveries(t.Context(), 100,
+		func(org org.ID, key string) audit.Event { return event(audit.KeyWithdrawn, org, key) },
+		func(org org.ID, key string) audit.Event { return event(audit.KeyReceived, org, key) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	expired, err := db.ExpiredEnrollments(t.Context(), 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range expired {
+		places, err := db.EndExpired(t.Context(), id, func(org org.ID, _ int) audit.Event { return event(audit.EnrollmentExpired, org, id) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		back(id, places)
+	}
+}
+
 func TestUnclaimedPlacesComeBack(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
 		id, d := claimed(t, db, enroll.Enrollment{Uses: 2}, time.Second, 2)
 		time.Sleep(1100 * time.Millisecond)
 		places := 0
-		events := enroll.SweepEvents{
-			Expired: func(_ org.ID, id string, n int) audit.Event {
-				places += n
-				return event(audit.EnrollmentExpired, "acme", id)
-			},
-			Withdrawn: func(_ org.ID, key string) audit.Event { return event(audit.KeyWithdrawn, "acme", key) },
-			Used:      func(_ org.ID, key string) audit.Event { return event(audit.KeyReceived, "acme", key) },
-		}
 		for range 2 {
-			if _, err := db.SweepDeliveries(t.Context(), 100, events); err != nil {
-				t.Fatal(err)
-			}
+			sweep(t, db, func(_ string, n int) { places += n })
 		}
 		if places != 1 {
 			t.Errorf("%d places came back, want 1", places)

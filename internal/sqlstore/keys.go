@@ -158,25 +158,25 @@ func scanState(scan func(...any) error) (k keyState, err error) {
 // end removes reservations, of which nothing is left, and withdraws pending
 // records, each with its event. What changed state meanwhile is let be.
 func (d *DB) end(ctx context.Context, tx *txn, keys []keyState, now int64, withdrawn func(org org.ID, id string) audit.Event) error {
-	for _, k := range keys {
-		if k.state == orgkey.Reserved {
-			if _, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = "+reserved, k.id); err != nil {
-				return err
-			}
-			continue
-		}
-		n, err := exec(ctx, tx, endKey+" AND state = "+pending, k.id, now)
-		if err != nil {
-			return err
-		}
-		if n == 0 {
-			continue
-		}
-		if err := d.record(ctx, tx, withdrawn(k.org, k.id)); err != nil {
-			return err
-		}
+	if len(keys) == 0 {
+		return nil
 	}
-	return nil
+	ids, orgs := make([]string, len(keys)), make(map[string]org.ID, len(keys))
+	for i, k := range keys {
+		ids[i], orgs[k.id] = k.id, k.org
+	}
+	if err := execAll(ctx, tx, "DELETE FROM org_keys WHERE state = "+reserved+" AND id IN "+d.texts("$1"), ids); err != nil {
+		return err
+	}
+	ended, err := d.endKeys(ctx, tx, "org_keys", "state = "+pending, ids, now)
+	if err != nil || len(ended) == 0 {
+		return err
+	}
+	events := make([]audit.Event, len(ended))
+	for i, id := range ended {
+		events[i] = withdrawn(orgs[id], id)
+	}
+	return d.record(ctx, tx, events...)
 }
 
 const endKey = "UPDATE org_keys" + endedKey
@@ -399,17 +399,16 @@ func (d *DB) deleteScope(ctx context.Context, tx *txn, scope enroll.Scope, x *de
 	if _, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'ended', wrapped = NULL WHERE org_id = $1 AND scope = $2 AND stage NOT IN ('received', 'ended')", x.org, string(scope)); err != nil {
 		return 0, err
 	}
-	for _, k := range live {
-		if _, err := exec(ctx, tx, "UPDATE "+table+endedKey, k.id, x.now); err != nil {
-			return 0, err
-		}
-		if err := dissociate(ctx, tx, k.id); err != nil {
-			return 0, err
-		}
+	ids := make([]string, len(live))
+	for i, k := range live {
+		ids[i] = k.id
 		if k.state == orgkey.Released {
 			released++
 		}
 		x.events = append(x.events, x.each(k.id, k.state == orgkey.Released))
+	}
+	if _, err := d.endKeys(ctx, tx, table, "slot IS NOT NULL", ids, x.now); err != nil {
+		return 0, err
 	}
 	return released, nil
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -32,7 +33,7 @@ var ErrGrown = errors.New("the log has grown in the meantime: stop every replica
 
 // AcceptRollback implements rollback.Store.
 func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, v rollback.Voids) (void int, err error) {
-	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+	err = d.writeWithin(ctx, rollbackTimeout, func(ctx context.Context, tx *txn) error {
 		if err := d.lock(ctx, tx, "sequencer"); err != nil {
 			return err
 		}
@@ -86,19 +87,40 @@ func (d *DB) record(ctx context.Context, tx *txn, events ...audit.Event) error {
 	if d.eventKey == nil {
 		return errNoEventKey
 	}
+	if len(events) == 0 {
+		return nil
+	}
 	now, err := d.now(ctx, tx)
 	if err != nil {
 		return err
 	}
-	for _, e := range events {
+	encoded := make([]audit.Record, len(events))
+	for i, e := range events {
 		if d.postgres { // SQLite's clock is the one that the event has its time from
 			e.Time = time.UnixMicro(now).UTC()
 		}
-		r, err := e.Encode()
-		if err != nil {
+		if encoded[i], err = e.Encode(); err != nil {
 			return err
 		}
-		if _, err := exec(ctx, tx, "INSERT INTO events (id, occurred_at, type, reason, org_id, actor_kind, actor, object, leaf, mac) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+	}
+	for batch := range slices.Chunk(encoded, listSize) {
+		if err := d.insertEvents(ctx, tx, batch); err != nil {
+			return err
+		}
+	}
+	tx.recorded = true
+	return nil
+}
+
+const insertEvent = "INSERT INTO events (id, occurred_at, type, reason, org_id, actor_kind, actor, object, leaf, mac) "
+
+// insertEvents inserts several in one statement in PostgreSQL, where each is a round trip.
+func (d *DB) insertEvents(ctx context.Context, tx *txn, all []audit.Record) error {
+	if d.postgres && len(all) > 1 {
+		return d.insertTogether(ctx, tx, all)
+	}
+	for _, r := range all {
+		if _, err := exec(ctx, tx, insertEvent+"VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
 			r.ID, r.Time.UnixMicro(), string(r.Type), r.Reason, r.Org, string(r.Kind), r.Actor, r.Object, r.Leaf, d.eventKey.MAC(r.Leaf)); err != nil {
 			return err
 		}
@@ -109,8 +131,31 @@ func (d *DB) record(ctx context.Context, tx *txn, events ...audit.Event) error {
 			return err
 		}
 	}
-	tx.recorded = true
 	return nil
+}
+
+func (d *DB) insertTogether(ctx context.Context, tx *txn, all []audit.Record) error {
+	var texts [7][]string
+	var times []int64
+	var leaves, macs, personal [][]byte
+	var persons []string
+	for _, r := range all {
+		for i, text := range []string{r.ID, string(r.Type), r.Reason, string(r.Org), string(r.Kind), r.Actor, r.Object} {
+			texts[i] = append(texts[i], text)
+		}
+		times, leaves, macs = append(times, r.Time.UnixMicro()), append(leaves, r.Leaf), append(macs, d.eventKey.MAC(r.Leaf))
+		if r.Personal != nil {
+			persons, personal = append(persons, r.ID), append(personal, r.Personal)
+		}
+	}
+	if _, err := exec(ctx, tx, insertEvent+`SELECT id, at, type, reason, org, kind, actor, object, leaf, mac
+		FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::bytea[], $10::bytea[])
+		WITH ORDINALITY AS e (id, at, type, reason, org, kind, actor, object, leaf, mac, n) ORDER BY n`,
+		texts[0], times, texts[1], texts[2], texts[3], texts[4], texts[5], texts[6], leaves, macs); err != nil || persons == nil {
+		return err
+	}
+	_, err := exec(ctx, tx, "INSERT INTO event_persons (event_id, personal) SELECT * FROM unnest($1::text[], $2::bytea[])", persons, personal)
+	return err
 }
 
 type unsequenced struct {

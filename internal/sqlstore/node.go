@@ -402,7 +402,7 @@ func (d *DB) used(ctx context.Context, tx *txn, now int64, ids []string, ago map
 	if err != nil {
 		return err
 	}
-	with := "WITH v(id, at) AS MATERIALIZED (SELECT value ->> 0, CAST(value ->> 1 AS BIGINT) FROM " + d.elements() + ")"
+	with := "WITH v(id, at) AS MATERIALIZED (SELECT value ->> 0, CAST(value ->> 1 AS BIGINT) FROM " + d.elements("$1") + ")"
 	for _, table := range []string{"org_keys", "keys_of_nodes"} {
 		if _, err := exec(ctx, tx, with+` UPDATE `+table+` SET last_used_at = v.at FROM v
 			WHERE `+table+`.id = v.id AND (coalesce(last_used_at, 0) < v.at OR last_used_at > $2)
@@ -424,7 +424,7 @@ func (d *DB) storeContacts(ctx context.Context, tx *txn, now int64, contacts []n
 	if err != nil {
 		return err
 	}
-	with := "WITH v(org_id, ip, key_id, at) AS MATERIALIZED (SELECT value ->> 0, value ->> 1, value ->> 2, CAST(value ->> 3 AS BIGINT) FROM " + d.elements() + ") "
+	with := "WITH v(org_id, ip, key_id, at) AS MATERIALIZED (SELECT value ->> 0, value ->> 1, value ->> 2, CAST(value ->> 3 AS BIGINT) FROM " + d.elements("$1") + ") "
 	if _, err := exec(ctx, tx, with+`UPDATE nodes SET seen_at = last.at FROM (SELECT org_id, ip, max(at) AS at FROM v GROUP BY org_id, ip) AS last
 		WHERE nodes.org_id = last.org_id AND nodes.ip = last.ip AND (seen_at < last.at OR seen_at > $2)
 		AND nodes.id IN (SELECT id FROM nodes WHERE (org_id, ip) IN (SELECT org_id, ip FROM v)`+d.forUpdate(" SKIP LOCKED")+")", string(list), now); err != nil {
@@ -435,16 +435,6 @@ func (d *DB) storeContacts(ctx context.Context, tx *txn, now int64, contacts []n
 		JOIN org_keys k ON k.id = v.key_id AND k.org_id = v.org_id AND `+isLive+`
 		WHERE true ON CONFLICT DO NOTHING`, string(list))
 	return err
-}
-
-// elements is the rows, with one column named value, that the elements of the JSON array
-// $1 are. As parameters they would make a statement of its own for each number of them,
-// and SQLite takes longer for each name the more there are.
-func (d *DB) elements() string {
-	if d.postgres {
-		return "jsonb_array_elements($1::jsonb) AS element (value)"
-	}
-	return "json_each($1)"
 }
 
 // dissociate removes the associations of a key that ends. One

@@ -98,15 +98,15 @@ func (d *DB) endNodeKeys(ctx context.Context, tx *txn, id string, deleted func(s
 	if err != nil {
 		return nil, err
 	}
-	events := make([]audit.Event, 0, len(keys)+1)
-	for _, key := range keys {
-		if _, err := exec(ctx, tx, "UPDATE keys_of_nodes"+endedKey, key, now); err != nil {
-			return nil, err
-		}
-		if _, err := exec(ctx, tx, endDelivery, key); err != nil {
-			return nil, err
-		}
-		events = append(events, deleted(key))
+	if _, err := d.endKeys(ctx, tx, "keys_of_nodes", isLive, keys, now); err != nil {
+		return nil, err
+	}
+	if err := execAll(ctx, tx, "UPDATE deliveries SET stage = 'ended', wrapped = NULL WHERE stage NOT IN ('received', 'ended') AND key_id IN "+d.texts("$1"), keys); err != nil {
+		return nil, err
+	}
+	events := make([]audit.Event, len(keys))
+	for i, key := range keys {
+		events[i] = deleted(key)
 	}
 	return events, nil
 }

@@ -500,10 +500,8 @@ func TestASweeperWaitsForAClaim(t *testing.T) {
 	time.Sleep(250 * time.Millisecond)
 	places, done := 0, make(chan error, 1)
 	go func() {
-		_, err := db.SweepDeliveries(context.Background(), 10, enroll.SweepEvents{Expired: func(org org.ID, id string, n int) audit.Event {
-			places += n
-			return event(audit.EnrollmentExpired, org, id)
-		}})
+		var err error
+		places, err = db.EndExpired(context.Background(), id, func(org org.ID, _ int) audit.Event { return event(audit.EnrollmentExpired, org, id) })
 		done <- err
 	}()
 	untilWaiting(t, raw(t, location))

@@ -5,7 +5,6 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/rollback"
-	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
@@ -49,29 +48,27 @@ func (d *DB) voidEnrollments(ctx context.Context, tx *txn, v rollback.Voids) (in
 	if err != nil {
 		return 0, err
 	}
-	for _, e := range all {
-		if _, err := exec(ctx, tx, "UPDATE enrollments SET revoked_at = $2, ended_at = coalesce(ended_at, $2) WHERE id = $1", e.id, now); err != nil {
-			return 0, err
-		}
-		ended, err := query(ctx, tx, scanDelivery, deliveryColumns+" WHERE d.enrollment_id = $1 AND "+unreleased+" ORDER BY d.key_id", e.id)
-		if err != nil {
-			return 0, err
-		}
-		if err := d.record(ctx, tx, v.Enrollment(e.org, e.id, len(ended))); err != nil {
-			return 0, err
-		}
-		if err := d.endDeliveries(ctx, tx, ended, now, func(keyID string) audit.Event { return v.Withdrawn(e.org, keyID) }); err != nil {
-			return 0, err
-		}
+	ids := make([]string, len(all))
+	for i, e := range all {
+		ids[i] = e.id
 	}
-	return len(all), nil
-}
-
-func (d *DB) endDeliveries(ctx context.Context, tx *txn, all []enroll.Delivery, now int64, withdrawn func(string) audit.Event) error {
-	for _, v := range all {
-		if err := d.endDelivery(ctx, tx, v, now, withdrawn); err != nil {
-			return err
-		}
+	if err := execAll(ctx, tx, "UPDATE enrollments SET revoked_at = $2, ended_at = coalesce(ended_at, $2) WHERE id IN "+d.texts("$1"), ids, now); err != nil {
+		return 0, err
 	}
-	return nil
+	ended, err := queryAll(ctx, tx, scanEnding, endingColumns+"d.enrollment_id IN "+d.texts("$1")+" AND "+unreleased+" ORDER BY d.key_id"+d.forUpdate(""), ids)
+	if err != nil {
+		return 0, err
+	}
+	uses := map[string]int{}
+	for _, e := range ended {
+		uses[e.enrollment]++
+	}
+	events := make([]audit.Event, len(all))
+	for i, e := range all {
+		events[i] = v.Enrollment(e.org, e.id, uses[e.id])
+	}
+	if err := d.record(ctx, tx, events...); err != nil {
+		return 0, err
+	}
+	return len(all), d.endDeliveries(ctx, tx, ended, now, v.Withdrawn)
 }

@@ -116,13 +116,7 @@ func TestAnAcceptedRollbackVoidsOpenEnrollments(t *testing.T) {
 			t.Errorf("%+v, %v", d, err)
 		}
 		statement(t, raw(t, location), "UPDATE deliveries SET until = 1 WHERE until IS NOT NULL AND stage NOT IN ('open', 'received', 'ended')")
-		if _, err := db.SweepDeliveries(t.Context(), 100, enroll.SweepEvents{
-			Expired:   func(org org.ID, id string, _ int) audit.Event { return event(audit.EnrollmentExpired, org, id) },
-			Withdrawn: voids().Withdrawn,
-			Used:      func(org org.ID, id string) audit.Event { return event(audit.KeyReceived, org, id) },
-		}); err != nil {
-			t.Fatal(err)
-		}
+		sweep(t, db, func(string, int) {})
 		for _, key := range []string{available.KeyID, received.KeyID} {
 			if found, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr("192.0.2.1"), key, 5); err != nil || len(found) != 1 {
 				t.Errorf("an older key: %+v, %v", found, err)

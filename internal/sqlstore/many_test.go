@@ -1,0 +1,210 @@
+package sqlstore_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"net/url"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/enroll"
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// distant returns location as it is reached through a network on which what is sent
+// to PostgreSQL takes its time.
+func distant(t *testing.T, location string, delay time.Duration) string {
+	t.Helper()
+	u, err := url.Parse(location)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := u.Host
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	go func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go relay(client, server, delay)
+		}
+	}()
+	u.Host = listener.Addr().String()
+	return u.String()
+}
+
+func relay(client net.Conn, server string, delay time.Duration) {
+	defer client.Close()
+	to, err := net.Dial("tcp", server)
+	if err != nil {
+		return
+	}
+	defer to.Close()
+	go func() {
+		_, _ = io.Copy(client, to)
+		client.Close()
+	}()
+	buffer := make([]byte, 1<<20)
+	for {
+		n, err := client.Read(buffer)
+		time.Sleep(delay)
+		if _, written := to.Write(buffer[:n]); err != nil || written != nil {
+			return
+		}
+	}
+}
+
+// openPlaces makes enrollments e1, e2, … of acme with places places each, of which nobody has
+// claimed one, by SQL: making them is not what is tested.
+func openPlaces(t *testing.T, location string, enrollments, places int, expires int64) {
+	t.Helper()
+	db := raw(t, location)
+	statement(t, db, `INSERT INTO enrollments (id, org_id, scope, uses, recipient, approval, address, note, secret, created_at, expires_at)
+		SELECT 'e' || e, 'acme', 'node', $2, '', 0, '', '', '\x00', 1, $3 FROM generate_series(1, $1::bigint) e`, enrollments, places, expires)
+	statement(t, db, `INSERT INTO keys_of_nodes (id, org_id, slot, state, expires_at)
+		SELECT 'e' || e || 'k' || p, 'acme', e * $2::bigint + p, 'reserved', $3 FROM generate_series(1, $1::bigint) e, generate_series(1, $2::bigint) p`, enrollments, places, expires)
+	statement(t, db, `INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage)
+		SELECT 'e' || e || 'k' || p, 'acme', 'e' || e, 'node', 'open' FROM generate_series(1, $1::bigint) e, generate_series(1, $2::bigint) p`, enrollments, places)
+}
+
+func TestARollbackWithManyOpenPlacesIsAccepted(t *testing.T) {
+	location := newDatabase(t, postgres)
+	open(t, location)
+	openPlaces(t, location, 20, 1000, time.Now().Add(time.Hour).UnixMicro())
+	db := open(t, distant(t, location, time.Millisecond))
+	if n := acceptRollback(t, db); n != 20 {
+		t.Errorf("%d enrollments are void, want 20", n)
+	}
+	var left int
+	if err := raw(t, location).QueryRow("SELECT (SELECT count(*) FROM deliveries) + (SELECT count(*) FROM keys_of_nodes)").Scan(&left); err != nil || left != 0 {
+		t.Errorf("%d rows of places are left, %v", left, err)
+	}
+	if n := recorded(t, db, audit.EnrollmentRevoked); n != 20 {
+		t.Errorf("%d events, want 20", n)
+	}
+}
+
+func TestManyExpiredPlacesHoldUpNoSweep(t *testing.T) {
+	location := newDatabase(t, postgres)
+	open(t, location)
+	openPlaces(t, location, 40, 1000, 1)
+	statement(t, raw(t, location), `UPDATE deliveries SET stage = 'claimed', recipient = 'r', recipient_key = '', until = 1 WHERE key_id = 'e1k1'`)
+	db := open(t, distant(t, location, time.Millisecond))
+	withdrawn := func(org org.ID, key string) audit.Event { return event(audit.KeyWithdrawn, org, key) }
+	if n, err := db.SweepDeliveries(t.Context(), 200, withdrawn, withdrawn); err != nil || n != 1 {
+		t.Errorf("%d late deliveries were ended, want 1: %v", n, err)
+	}
+	if d, err := db.Delivery(t.Context(), "e1k1"); err != nil || d.Stage != enroll.Ended {
+		t.Errorf("the late delivery is %q, %v", d.Stage, err)
+	}
+	expired, err := db.ExpiredEnrollments(t.Context(), 200)
+	if err != nil || len(expired) != 40 {
+		t.Fatalf("%d enrollments have expired, want 40: %v", len(expired), err)
+	}
+	places := 0
+	for _, id := range expired {
+		n, err := db.EndExpired(t.Context(), id, func(org org.ID, _ int) audit.Event { return event(audit.EnrollmentExpired, org, id) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		places += n
+	}
+	if places != 39999 {
+		t.Errorf("%d places came back, want 39999", places)
+	}
+	if expired, err = db.ExpiredEnrollments(t.Context(), 200); err != nil || len(expired) != 0 {
+		t.Errorf("%d enrollments are left, %v", len(expired), err)
+	}
+}
+
+func TestAThousandKeysAreMadeAndEndedInTime(t *testing.T) {
+	location := newDatabase(t, postgres)
+	near := open(t, location)
+	db := open(t, distant(t, location, 2*time.Millisecond))
+	within := func(do func(context.Context) error) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		if err := do(ctx); err != nil {
+			t.Error(err)
+		}
+	}
+	keys := make([]string, 1000)
+	for i := range keys {
+		keys[i] = fmt.Sprintf("key-%d", i)
+	}
+	e := enroll.Enrollment{ID: "many", Org: "acme", Scope: enroll.ForNode, Uses: len(keys), Address: netip.MustParseAddr("192.0.2.1")}
+	within(func(ctx context.Context) error {
+		_, err := db.CreateEnrollment(ctx, enroll.Permission{Enrollment: e, K: []byte("sealed")}, time.Hour, keys, 1000, event(audit.EnrollmentCreated, "acme", e.ID))
+		return err
+	})
+	var places int
+	if err := raw(t, location).QueryRow("SELECT count(*) FROM keys_of_nodes k JOIN deliveries d ON d.key_id = k.id WHERE k.address = '192.0.2.1' AND k.slot <= 1000").Scan(&places); err != nil || places != 1000 {
+		t.Fatalf("%d places, want 1000: %v", places, err)
+	}
+	// All of them are fetched, and half of them received.
+	statement(t, raw(t, location), "UPDATE keys_of_nodes SET state = 'released', sealed = '\\x01', created_at = 1, released_at = 1, expires_at = NULL")
+	statement(t, raw(t, location), "UPDATE deliveries SET stage = 'available', recipient = key_id, recipient_key = '', wrapped = ''")
+	within(func(ctx context.Context) error {
+		return db.Revoke(ctx, "acme", "many", event(audit.EnrollmentRevoked, "acme", "many"), func(key string) audit.Event { return event(audit.KeyWithdrawn, "acme", key) })
+	})
+	if n := recorded(t, near, audit.KeyWithdrawn); n != 1000 {
+		t.Errorf("%d keys were withdrawn, want 1000", n)
+	}
+	statement(t, raw(t, location), "DELETE FROM deliveries")
+	statement(t, raw(t, location), "DELETE FROM keys_of_nodes")
+	statement(t, raw(t, location), "INSERT INTO keys_of_nodes (id, org_id, slot, state, sealed, created_at, released_at) SELECT 'live' || i, 'acme', i, 'released', '\\x01', 1, 1 FROM generate_series(1, 1000) i")
+	var ended orgkey.Ended
+	within(func(ctx context.Context) (err error) {
+		ended, err = db.DeleteKeys(ctx, "acme", true, event(audit.KeysDeleted, "acme", ""),
+			func(key string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", key) },
+			func(id string) audit.Event { return event(audit.EnrollmentRevoked, "acme", id) })
+		return err
+	})
+	if n := recorded(t, near, audit.KeyDeleted); n != 1000 || ended.NodeKeys != 1000 {
+		t.Errorf("%d keys were deleted with %d events, want 1000", ended.NodeKeys, n)
+	}
+}
+
+// The order of events is the order in which they were recorded together.
+func TestEventsThatAreRecordedTogetherKeepTheirOrder(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		events := make([]audit.Event, 300)
+		for i := range events {
+			events[i] = event(audit.EventsRead, "acme", fmt.Sprint(i))
+			if i%2 == 1 {
+				events[i].Personal = audit.Personal{}
+			}
+		}
+		if err := db.Record(t.Context(), events...); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := db.Sequence(t.Context(), 1000, audit.Condition{}); err != nil {
+			t.Fatal(err)
+		}
+		entries, err := db.Entries(t.Context(), 0, 1000)
+		if err != nil || len(entries) != len(events) {
+			t.Fatalf("%d events, want %d: %v", len(entries), len(events), err)
+		}
+		for i, entry := range entries {
+			e, err := audit.Decode(entry.Leaf)
+			if err != nil || e.ID != events[i].ID {
+				t.Fatalf("event %d is %+v, %v", i, e, err)
+			}
+		}
+		if n, err := db.Erasable(t.Context(), ""); err != nil || n != 150 {
+			t.Errorf("%d events have a personal part, want 150: %v", n, err)
+		}
+	})
+}
