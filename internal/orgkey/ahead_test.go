@@ -105,6 +105,27 @@ func TestAPoolKeyThatIsNotOwnIsNotReleased(t *testing.T) {
 	}
 }
 
+// Promise 6: a deletion of all keys while a pool key is being opened ends the request,
+// also if the pool key then cannot be used.
+func TestPromise6_DeletingAllKeysCancelsAGenerationWhosePoolKeyFails(t *testing.T) {
+	ahead, err := token.CreateAhead(t.Context(), uuid.NewString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := &onePool{key: ahead, id: uuid.NewString()}
+	f := newFixture(t, func(c *orgkey.Config) { pool.db, c.Pool = c.Store.(*sqlstore.DB), pool })
+	pool.open = func(k orgkey.BackendKey) (orgkey.BackendKey, error) {
+		_, err := f.DeleteAll(context.Background(), owner("acme"), "acme", false)
+		return nil, errors.Join(err, errors.New("not found"), k.Destroy(context.Background()))
+	}
+	if err := f.Generate(t.Context(), owner("acme"), "acme", accept); !errors.Is(err, orgkey.ErrGone) {
+		t.Errorf("%v, want that the reservation is gone", err)
+	}
+	if keys, err := f.List(t.Context(), owner("acme"), "acme"); err != nil || len(keys) != 0 {
+		t.Errorf("after the deletion of all keys there are %v, %v", keys, err)
+	}
+}
+
 // Promise 3: a lost answer holds no place, also if the place is for a pool key whose name
 // the caller has not heard.
 func TestPromise3_AReservationForAPoolKeyWhoseAnswerWasLostIsGivenBack(t *testing.T) {

@@ -149,11 +149,9 @@ func (s *Service) place(ctx context.Context, org org.ID) (place, error) {
 		return claimed, nil
 	}
 	s.gate.Log.Warn("a key out of the pool could not be used; another one is made", "key", taken.ID, "error", err)
-	// The place stays taken meanwhile: another caller may wait for the next free one.
-	if err := s.store.Exchange(ctx, p.asked, s.reservationLife); !errors.Is(err, ErrGone) {
-		return p, err
-	}
-	return s.reserve(ctx, org)
+	// The place stays taken meanwhile: another caller may wait for the next free one. One
+	// that is gone was cancelled, and with it the request.
+	return p, s.store.Exchange(ctx, p.asked, s.reservationLife)
 }
 
 // newPlace is a place for a key that is still to be made.
