@@ -279,8 +279,12 @@ func (l *Lock) Lock(ctx context.Context, org org.ID) (func(), error) {
 		return nil, err
 	}
 	key, token := prefix+"{"+string(org)+"}", rand.Text()
+	answered := false
 	for wait := firstWait; ; wait = min(2*wait, longestWait) {
 		ok, err := l.client.SetNX(ctx, key, token, life).Result()
+		if err != nil && answered && ctx.Err() != nil { // the caller's time is up, and Redis did not fail
+			return nil, l.late(ctx)
+		}
 		if err != nil {
 			return nil, l.fail(ctx, unavailable, err)
 		}
@@ -288,13 +292,18 @@ func (l *Lock) Lock(ctx context.Context, org org.ID) (func(), error) {
 			l.count(held)
 			return func() { l.release(ctx, key, token) }, nil
 		}
+		answered = true
 		select {
 		case <-time.After(wait/2 + mathrand.N(wait)):
 		case <-ctx.Done():
-			l.count(timeout)
-			return nil, fmt.Errorf("waiting for the quota lock: %w", ctx.Err())
+			return nil, l.late(ctx)
 		}
 	}
+}
+
+func (l *Lock) late(ctx context.Context) error {
+	l.count(timeout)
+	return fmt.Errorf("waiting for the quota lock: %w", ctx.Err())
 }
 
 // release gives the lock back; one that cannot be given back expires.

@@ -88,6 +88,31 @@ func TestWaitingIsBounded(t *testing.T) {
 	}
 }
 
+// Whoever waits in vain for a lock that another holds says nothing of Redis.
+func TestATimeoutIsNoFailureOfRedis(t *testing.T) {
+	s := start(t)
+	l := open(t, s.URL())
+	if _, err := l.Lock(t.Context(), "acme"); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for range 10 {
+		wg.Go(func() {
+			for i := range 50 {
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond+time.Duration(i)*300*time.Microsecond)
+				if _, err := l.Lock(ctx, "acme"); err == nil {
+					t.Error("two hold the lock")
+				}
+				cancel()
+			}
+		})
+	}
+	wg.Wait()
+	if got, want := outcomes(t, l), "held 1, timeout 500, unavailable 0, unreleased 0"; got != want {
+		t.Errorf("outcomes are %q, want %q", got, want)
+	}
+}
+
 // A holder whose lock expired must not release the next one's.
 func TestReleaseChecksTheToken(t *testing.T) {
 	s := start(t)
