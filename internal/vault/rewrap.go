@@ -91,10 +91,15 @@ func (r *rewrapper) run(ctx context.Context, settled time.Duration) error {
 	}
 }
 
+// pass goes on to the key of events' MACs only if all else is of the newest version:
+// the version that this key needs stands for the oldest in use.
 func (r *rewrapper) pass(ctx context.Context) error {
-	return errors.Join(r.all(ctx, orgkey.PublicKey, "public keys"), r.all(ctx, orgkey.BootSecret, "boot secrets"),
-		r.all(ctx, orgkey.EventKey, "keys that authenticate events"),
+	err := errors.Join(r.all(ctx, orgkey.PublicKey, "public keys"), r.all(ctx, orgkey.BootSecret, "boot secrets"),
 		r.all(ctx, orgkey.EnrollmentToken, "enrollments"), r.all(ctx, orgkey.ChallengeSecret, "challenges of TPMs"), r.all(ctx, orgkey.WrappedKey, "sealed deliveries"))
+	if err != nil {
+		return err
+	}
+	return r.all(ctx, orgkey.EventKey, "keys that authenticate events")
 }
 
 // all rewraps the records of a purpose, which what names.

@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 	"testing"
@@ -99,6 +100,69 @@ func TestRewrapAfterRotation(t *testing.T) {
 	items[1].Binding.Org = "other"
 	if _, err := s.Rewrap(t.Context(), items); !errors.Is(err, orgkey.ErrSealBroken) {
 		t.Errorf("rewrapping under another binding: got %v, want ErrSealBroken", err)
+	}
+}
+
+// records are sealed values, of which those of one purpose cannot be stored.
+type records struct {
+	of      map[string]orgkey.Sealed
+	refused string
+}
+
+func (r records) CountSealed(_ context.Context, purpose string) (int, error) { return 1, nil }
+
+func (r records) SealedAfter(_ context.Context, after orgkey.Binding, _ int) ([]orgkey.Sealed, error) {
+	if after.ID != "" {
+		return nil, nil
+	}
+	return []orgkey.Sealed{r.of[after.Purpose]}, nil
+}
+
+func (r records) Reseal(_ context.Context, old []orgkey.Sealed, fresh [][]byte) (int, error) {
+	s := old[0]
+	if s.Binding.Purpose == r.refused {
+		return 0, errors.New("the database is full")
+	}
+	s.Ciphertext = fresh[0]
+	r.of[s.Binding.Purpose] = s
+	return 1, nil
+}
+
+// The key of events' MACs needs the oldest version in use: a server that opens it opens all.
+func TestTheEventKeyIsRewrappedLast(t *testing.T) {
+	s := open(t).Sealer()
+	r := records{map[string]orgkey.Sealed{}, orgkey.WrappedKey}
+	for _, purpose := range []string{orgkey.PublicKey, orgkey.BootSecret, orgkey.EventKey, orgkey.EnrollmentToken, orgkey.ChallengeSecret, orgkey.WrappedKey} {
+		b := orgkey.Binding{Purpose: purpose, Org: "acme", ID: "id"}
+		text, err := s.Seal(t.Context(), b, []byte("value"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.of[purpose] = orgkey.Sealed{Binding: b, Ciphertext: text}
+	}
+	if _, err := root(t).Logical().WriteWithContext(t.Context(), "orgkeys-seal/keys/seal/rotate", nil); err != nil {
+		t.Fatal(err)
+	}
+	version := func(purpose string) int {
+		v, err := s.Version(r.of[purpose].Ciphertext)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	before := version(orgkey.EventKey)
+	if _, err := s.RewrapAll(t.Context(), r, 0, io.Discard); err == nil {
+		t.Fatal("no error, although deliveries could not be stored")
+	}
+	if version(orgkey.EventKey) != before || version(orgkey.PublicKey) == before {
+		t.Errorf("after a failure the event key is of version %d, public keys of %d; sealed under %d", version(orgkey.EventKey), version(orgkey.PublicKey), before)
+	}
+	r.refused = "nothing"
+	if _, err := s.RewrapAll(t.Context(), r, 0, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	if version(orgkey.EventKey) == before || version(orgkey.WrappedKey) == before {
+		t.Error("a further run did not rewrap what was left")
 	}
 }
 
