@@ -136,7 +136,7 @@ func (r *report) fill(ctx context.Context) error {
 		found, err := find(token.lib, h, 100, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
 		r.PrivateKeys = len(found)
 		return err
-	})
+	}, func() {})
 	if err != nil {
 		return err
 	}

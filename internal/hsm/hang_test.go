@@ -3,6 +3,7 @@
 package hsm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -125,6 +126,28 @@ func TestPromise9_CallThatHangs(t *testing.T) {
 				t.Errorf("opening afterwards: %v", err)
 			}
 		})
+	}
+}
+
+// What the token opens after its caller has been told that it is late is nobody's.
+func TestWhatIsOpenedLateIsCleared(t *testing.T) {
+	token := openHanging(t)
+	items := make([]orgkey.Sealed, 2)
+	for i := range items {
+		items[i].Binding = orgkey.Binding{Org: "acme", ID: "one"}
+		var err error
+		if items[i].Ciphertext, err = token.Seal(bounded(t), items[i].Binding, []byte("value")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	token.hang(t, "C_Decrypt")
+	var opened values
+	if err := token.open(bounded(t), items[:1], &opened); err == nil {
+		t.Fatal("the call did not hang")
+	}
+	token.recovers(t)
+	if len(opened) != 1 || !bytes.Equal(opened[0], make([]byte, len("value"))) {
+		t.Errorf("opened late: %q, want zeros", opened)
 	}
 }
 

@@ -130,7 +130,7 @@ func objects(t testing.TB, token *Token, template ...*pkcs11.Attribute) int {
 		found, err := find(token.lib, h, 1000, template...)
 		n = len(found)
 		return err
-	})
+	}, func() {})
 	if err != nil {
 		t.Fatalf("searching the token: %v", err)
 	}

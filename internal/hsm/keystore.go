@@ -269,5 +269,5 @@ func (k *key) destroyIn(ctx context.Context, s *session) error {
 }
 
 func (t *Token) checkAbsent(ctx context.Context, name string) error {
-	return t.seal(ctx, func(_ *life, h pkcs11.SessionHandle) error { return checkAbsent(t.lib, h, name) })
+	return t.seal(ctx, func(_ *life, h pkcs11.SessionHandle) error { return checkAbsent(t.lib, h, name) }, func() {})
 }

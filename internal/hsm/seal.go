@@ -23,7 +23,7 @@ func (t *Token) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) ([
 	err := t.seal(ctx, func(l *life, h pkcs11.SessionHandle) (err error) {
 		sealed, err = l.sealingKey.encrypt(t.lib, h, b.Context(), plaintext)
 		return err
-	})
+	}, func() {})
 	if err != nil {
 		return nil, sealFault("sealing", err)
 	}
@@ -32,26 +32,37 @@ func (t *Token) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) ([
 
 // Open decrypts items in the token, on one session.
 func (t *Token) Open(ctx context.Context, items []orgkey.Sealed) ([][]byte, error) {
-	var opened [][]byte
-	err := t.seal(ctx, func(l *life, h pkcs11.SessionHandle) error {
-		values := make([][]byte, 0, len(items))
-		for i, item := range items {
-			value, err := t.openOne(ctx, l, h, item)
-			if err != nil {
-				for _, v := range values {
-					clear(v)
-				}
-				return fmt.Errorf("item %d: %w", i, err)
-			}
-			values = append(values, value)
-		}
-		opened = values
-		return nil
-	})
-	if err != nil {
+	var opened values
+	if err := t.open(ctx, items, &opened); err != nil {
 		return nil, sealFault("opening", err)
 	}
 	return opened, nil
+}
+
+// values are what was opened.
+type values [][]byte
+
+func (v values) clear() {
+	for _, value := range v {
+		clear(value)
+	}
+}
+
+// open sets opened, unless it reports an error: then it clears what it opened, also
+// what the token opens only afterwards.
+func (t *Token) open(ctx context.Context, items []orgkey.Sealed, opened *values) error {
+	return t.seal(ctx, func(l *life, h pkcs11.SessionHandle) error {
+		*opened = make(values, 0, len(items))
+		for i, item := range items {
+			value, err := t.openOne(ctx, l, h, item)
+			if err != nil {
+				opened.clear()
+				return fmt.Errorf("item %d: %w", i, err)
+			}
+			*opened = append(*opened, value)
+		}
+		return nil
+	}, func() { opened.clear() })
 }
 
 func (t *Token) openOne(ctx context.Context, l *life, h pkcs11.SessionHandle, item orgkey.Sealed) ([]byte, error) {
@@ -71,8 +82,9 @@ func (t *Token) openOne(ctx context.Context, l *life, h pkcs11.SessionHandle, it
 }
 
 // seal runs f on a sealing session, and once more in a new life if the library
-// turns out to have lost the first one. f leaves nothing behind if it fails.
-func (t *Token) seal(ctx context.Context, f func(*life, pkcs11.SessionHandle) error) error {
+// turns out to have lost the first one. f leaves nothing behind if it fails; late is
+// called afterwards if ctx ended while f ran.
+func (t *Token) seal(ctx context.Context, f func(*life, pkcs11.SessionHandle) error, late func()) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, t.limits.answer, errSlow)
 	defer cancel()
 	for attempt := 0; ; attempt++ {
@@ -82,7 +94,7 @@ func (t *Token) seal(ctx context.Context, f func(*life, pkcs11.SessionHandle) er
 		}
 		running, err := s.call(ctx,
 			func(h pkcs11.SessionHandle) error { return f(l, h) },
-			func(error) { l.seal.put(s) })
+			func(error) { late(); l.seal.put(s) })
 		if !running {
 			l.seal.put(s)
 		}

@@ -45,7 +45,7 @@ func (t *Token) DestroySealed(ctx context.Context, name string) error {
 			err = errors.Join(err, t.lib.DestroyObject(h, object))
 		}
 		return errors.Join(err, checkAbsent(t.lib, h, name))
-	})
+	}, func() {})
 	if err != nil {
 		return fault("removing a key that was to be sealed", err)
 	}

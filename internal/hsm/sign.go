@@ -41,7 +41,7 @@ func (t *Token) SignCheckpoint(ctx context.Context, text []byte) (signature []by
 		s, p, err := t.signCheckpoint(ctx, h, text)
 		signature, public = s, p
 		return err
-	})
+	}, func() {})
 	if err != nil {
 		return nil, nil, sealFault("signing a checkpoint", err)
 	}
