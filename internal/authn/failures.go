@@ -40,18 +40,6 @@ func (f *Failures) Flush() map[string]int64 {
 	return counts
 }
 
-// Restore adds counts of an earlier Flush that came to nothing.
-func (f *Failures) Restore(counts map[string]int64) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.counts == nil {
-		f.counts = make(map[string]int64)
-	}
-	for reason, n := range counts {
-		f.counts[reason] += n
-	}
-}
-
 func closed(reason string) string {
 	switch reason {
 	case ReasonMissing, ReasonMalformed, ReasonAlgorithm, ReasonUnknownKey, ReasonSignature,

@@ -59,8 +59,8 @@ type Config struct {
 	Idle      func() time.Duration                                                                 // for how long nobody has waited for a key
 	Exclusive func(ctx context.Context, name string, do func(context.Context) error) (bool, error) // among all replicas
 	Sinks     func() error                                                                         // what is wrong with the audit sinks
-	Record    func(context.Context, ...audit.Event) error
-	Backend   string // its name in events
+	Record    func(context.Context, ...audit.Event) error                                          // of events that it may have recorded already
+	Backend   string                                                                               // its name in events
 	Log       *slog.Logger
 }
 
@@ -78,9 +78,10 @@ type stock interface {
 // runner fills a stock.
 type runner struct {
 	Config
-	stock stock
-	wake  chan struct{} // a key was taken
-	count *counts
+	stock  stock
+	wake   chan struct{} // a key was taken
+	count  *counts
+	unsent []audit.Event // of a report that may have been recorded; it is repeated as it is
 }
 
 func newRunner(c Config, s stock) *runner {
@@ -189,25 +190,35 @@ func pause(ctx context.Context, d time.Duration) {
 
 // report records the totals since the last report.
 func (r *runner) report(ctx context.Context, last bool) error {
+	if err := r.send(ctx); err != nil {
+		return err
+	}
 	totals := r.count.due(last)
 	if len(totals) == 0 {
 		return nil
 	}
 	ready, err := r.stock.ready(ctx)
-	var events []audit.Event
+	if err != nil {
+		r.count.restore(totals)
+		return fmt.Errorf("counting the keys made ahead: %w", err)
+	}
 	for use, t := range totals {
 		e := audit.New(audit.PoolFilled, "")
 		e.Actor = audit.Actor{Kind: audit.System, ID: "pool"}
 		e.Detail = map[string]string{"use": string(use), "made": strconv.Itoa(t.made), "destroyed": strconv.Itoa(t.destroyed), "ready": strconv.Itoa(ready[use]), "backend": r.Backend}
-		events = append(events, e)
+		r.unsent = append(r.unsent, e)
 	}
-	if err == nil {
-		err = r.Record(ctx, events...)
+	return r.send(ctx)
+}
+
+func (r *runner) send(ctx context.Context) error {
+	if len(r.unsent) == 0 {
+		return nil
 	}
-	if err != nil {
-		r.count.restore(totals)
+	if err := r.Record(ctx, r.unsent...); err != nil {
 		return fmt.Errorf("recording what was made ahead: %w", err)
 	}
+	r.unsent = nil
 	return nil
 }
 

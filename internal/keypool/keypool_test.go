@@ -257,3 +257,31 @@ func TestASizeOfZeroMakesNothing(t *testing.T) {
 	}
 	t.Errorf("the metrics are %v", families)
 }
+
+// The answer of a commit can be lost: then the report is repeated, and what was made
+// since is another one.
+func TestAReportWhoseAnswerWasLostIsRepeatedAsItIs(t *testing.T) {
+	recorded := map[string]string{} // what the log has: how many keys, by the event's ID
+	lost := errors.New("no answer")
+	p := keypool.NewLocal(keypool.Config{
+		Backend: "pkcs11", Log: slog.New(slog.DiscardHandler),
+		Record: func(_ context.Context, events ...audit.Event) error {
+			for _, e := range events {
+				recorded[e.ID] = e.Detail["made"]
+			}
+			return lost
+		},
+	}, nil, token)
+	if err := p.Made(t.Context()); !errors.Is(err, lost) {
+		t.Fatal(err)
+	}
+	lost = nil
+	if err := p.Made(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, made := range recorded {
+		if made != "1" || len(recorded) != 2 {
+			t.Errorf("the log says that keys were made: %v, want 1 twice", recorded)
+		}
+	}
+}

@@ -121,7 +121,7 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	}
 	var service *orgkey.Service
 	pool := backend.pool(keypool.Config{
-		Size: cfg.Pool, Idle: func() time.Duration { return service.Idle() }, Exclusive: db.Exclusive, Record: auditLog.Record,
+		Size: cfg.Pool, Idle: func() time.Duration { return service.Idle() }, Exclusive: db.Exclusive, Record: db.RecordOnce,
 		Sinks:   func() error { return errors.Join(sinkTrouble(auditLog), auditLog.Halted()) },
 		Backend: backend.name, Log: log,
 	})
@@ -221,7 +221,8 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 		policy.follow(background, func() { keepPolicy(background, db, policy, log) })
 		return nil
 	})
-	running.Go(func() error { summarize(background, failures, auditLog, log); return nil })
+	refused := summary{failures: failures, record: db.RecordOnce}
+	running.Go(func() error { refused.run(background, log); return nil })
 	if cfg.DatabaseURL != "" {
 		running.Go(func() error {
 			announce(background, db, func() sqlstore.Replica {
@@ -301,9 +302,15 @@ func sinkTrouble(auditLog *audit.Log) error {
 	return errors.Join(all...)
 }
 
-// summarize records, once per minute and reason, how many unauthenticated callers were
-// refused.
-func summarize(ctx context.Context, failures *authn.Failures, auditLog *audit.Log, log *slog.Logger) {
+// summary records how many unauthenticated callers were refused, for each reason.
+type summary struct {
+	failures *authn.Failures
+	record   func(context.Context, ...audit.Event) error // of events that it may have recorded already
+	unsent   []audit.Event                               // that may have been recorded; they are repeated as they are
+}
+
+// run does so once per minute.
+func (s *summary) run(ctx context.Context, log *slog.Logger) {
 	ticker := time.NewTicker(summaryInterval)
 	defer ticker.Stop()
 	for {
@@ -311,7 +318,7 @@ func summarize(ctx context.Context, failures *authn.Failures, auditLog *audit.Lo
 		case <-ctx.Done():
 		case <-ticker.C:
 		}
-		if err := recordFailures(context.WithoutCancel(ctx), failures, auditLog); err != nil {
+		if err := s.report(context.WithoutCancel(ctx)); err != nil {
 			log.Warn("the summary of unauthenticated callers is not in the audit log yet", "error", err)
 		}
 		if ctx.Err() != nil {
@@ -320,25 +327,29 @@ func summarize(ctx context.Context, failures *authn.Failures, auditLog *audit.Lo
 	}
 }
 
-// recordFailures leaves the counts for the next summary if it cannot record them.
-func recordFailures(ctx context.Context, failures *authn.Failures, auditLog *audit.Log) error {
+func (s *summary) report(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	var events []audit.Event
-	counts := failures.Flush()
-	for reason, n := range counts {
+	if err := s.send(ctx); err != nil {
+		return err
+	}
+	for reason, n := range s.failures.Flush() {
 		e := audit.New(audit.UnknownCallers, "")
 		e.Actor = audit.Actor{Kind: audit.System, ID: "authn"}
 		e.Outcome, e.Reason = audit.Denied, reason
 		e.Detail = map[string]string{"count": fmt.Sprint(n)}
-		events = append(events, e)
+		s.unsent = append(s.unsent, e)
 	}
-	if len(events) == 0 {
+	return s.send(ctx)
+}
+
+func (s *summary) send(ctx context.Context) error {
+	if len(s.unsent) == 0 {
 		return nil
 	}
-	err := auditLog.Record(ctx, events...)
-	if err != nil {
-		failures.Restore(counts)
+	err := s.record(ctx, s.unsent...)
+	if err == nil {
+		s.unsent = nil
 	}
 	return err
 }

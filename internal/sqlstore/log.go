@@ -25,6 +25,22 @@ func (d *DB) Record(ctx context.Context, events ...audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error { return d.record(ctx, tx, events...) })
 }
 
+// RecordOnce is Record of events that may be recorded already: the answer of a commit
+// can be lost.
+func (d *DB) RecordOnce(ctx context.Context, events ...audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		ids := make([]string, len(events))
+		for i, e := range events {
+			ids[i] = e.ID
+		}
+		known, err := queryAll(ctx, tx, scanText, "SELECT id FROM events WHERE id IN "+d.texts("$1"), ids)
+		if err != nil {
+			return err
+		}
+		return d.record(ctx, tx, slices.DeleteFunc(slices.Clone(events), func(e audit.Event) bool { return slices.Contains(known, e.ID) })...)
+	})
+}
+
 // Recorded implements audit.Store.
 func (d *DB) Recorded() <-chan struct{} { return d.recorded }
 
