@@ -220,6 +220,7 @@ type Store interface {
 	// number of released keys, and also what each returns for every ended key.
 	DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, request audit.Event, each func(id string, released bool) audit.Event, revoked func(enrollment string) audit.Event) (Ended, error)
 	// Sweep ends every reservation and pending record past its expiry, at most
-	// limit of them, and records withdrawn(org, id) for each pending one.
-	Sweep(ctx context.Context, limit int, withdrawn func(org org.ID, id string) audit.Event) (int, error)
+	// limit of them, and records withdrawn(org, id) for each pending one. life is how
+	// long a reservation lasts.
+	Sweep(ctx context.Context, limit int, life time.Duration, withdrawn func(org org.ID, id string) audit.Event) (int, error)
 }

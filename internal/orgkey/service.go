@@ -241,7 +241,7 @@ func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
 
 func (s *Service) sweepOnce(ctx context.Context) error {
 	for {
-		n, err := s.store.Sweep(ctx, sweepBatch, SweptEvent)
+		n, err := s.store.Sweep(ctx, sweepBatch, s.reservationLife, SweptEvent)
 		if err != nil || n < sweepBatch {
 			return err
 		}

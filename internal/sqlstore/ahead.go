@@ -9,12 +9,16 @@ import (
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
-// aheadSlack is by how much the database's clock may be set back, as by a failover, before
-// a pool key seems to expire later than it can.
-const aheadSlack = time.Minute
+// clockSlack is by how much the database's clock may be set back, as by a failover, before
+// a pool key or an attempt seems to expire later than it can.
+const clockSlack = time.Minute
 
 // aheadAtMost is the latest expiry of a pool key, counted from now: a later one was altered.
-const aheadAtMost = orgkey.MaxAge + aheadSlack
+const aheadAtMost = orgkey.MaxAge + clockSlack
+
+// attemptAtMost is the latest end of an attempt, counted from now: ORGKEYS_RESERVATION_TTL
+// is an hour at most.
+const attemptAtMost = time.Hour + clockSlack
 
 // takeAhead takes a pool key of a use in tx, or returns nil: it deletes the key's row.
 // Of several takers at once each gets another key. An ID that is a key's

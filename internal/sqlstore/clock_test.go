@@ -10,7 +10,9 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
 // A replica's clock that is ten minutes ahead dates no event.
@@ -45,7 +47,9 @@ func TestAReservationOutlivesNoClockThatWasSetBack(t *testing.T) {
 	statement(t, beside, "UPDATE org_keys SET expires_at = expires_at + 3600000000 WHERE id = $1", lost)
 	const short = 300 * time.Millisecond
 	for began := time.Now(); ; time.Sleep(50 * time.Millisecond) {
-		err := db.Reserve(t.Context(), "acme", uuid.NewString(), 1, short)
+		_, err := db.Sweep(t.Context(), 10, short, swept)
+		must(t, err)
+		err = db.Reserve(t.Context(), "acme", uuid.NewString(), 1, short)
 		if err == nil {
 			break
 		}
@@ -53,4 +57,30 @@ func TestAReservationOutlivesNoClockThatWasSetBack(t *testing.T) {
 			t.Fatalf("after %s: %v", time.Since(began), err)
 		}
 	}
+}
+
+// Likewise an attempt that a crash left, and what the reaper asks of its key.
+func TestAnAttemptOutlivesNoClockThatWasSetBack(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 2)
+		must(t, err)
+		d, err := claim(t, db, id, recipient(t))
+		must(t, err)
+		lost := uuid.NewString()
+		mine, err := db.Begin(t.Context(), d.KeyID, lost, time.Minute)
+		must(t, err)
+		if again, err := db.Begin(t.Context(), d.KeyID, uuid.NewString(), time.Minute); err != nil || again || !mine {
+			t.Fatalf("the delivery was given to two attempts: %t, %v", again, err)
+		}
+		if needed, err := db.Needed(t.Context(), []string{lost}); err != nil || !needed[lost] {
+			t.Fatalf("the attempt's key is not needed, %v", err)
+		}
+		statement(t, raw(t, location), "UPDATE deliveries SET attempt_until = attempt_until + 7200000000")
+		if needed, err := db.Needed(t.Context(), []string{lost}); err != nil || needed[lost] {
+			t.Errorf("the key of an attempt before the clock was set back is needed, %v", err)
+		}
+		if again, err := db.Begin(t.Context(), d.KeyID, uuid.NewString(), time.Minute); err != nil || !again {
+			t.Errorf("no attempt can begin: %v", err)
+		}
+	})
 }

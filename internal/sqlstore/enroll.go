@@ -505,9 +505,10 @@ func (d *DB) Begin(ctx context.Context, keyID, attempt string, life time.Duratio
 }
 
 func begin(ctx context.Context, tx *txn, keyID, attempt string, now int64, life time.Duration) (mine bool, err error) {
+	// An attempt that would have the delivery for longer than any began before the clock was set back.
 	n, err := exec(ctx, tx, `UPDATE deliveries SET attempt = $2, attempt_until = $4
-		WHERE key_id = $1 AND stage = 'claimed' AND approved_at IS NOT NULL AND (attempt_until IS NULL OR attempt_until <= $3)`,
-		keyID, attempt, now, now+life.Microseconds())
+		WHERE key_id = $1 AND stage = 'claimed' AND approved_at IS NOT NULL AND (attempt_until IS NULL OR attempt_until <= $3 OR attempt_until > $5)`,
+		keyID, attempt, now, now+life.Microseconds(), now+(life+clockSlack).Microseconds())
 	return n == 1, err
 }
 

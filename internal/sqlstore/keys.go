@@ -5,7 +5,6 @@ import (
 	"database/sql"
 	"fmt"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -51,9 +50,6 @@ func (d *DB) reserve(ctx context.Context, org org.ID, asked string, limit int, l
 		if err != nil {
 			return err
 		}
-		if err := d.shorten(ctx, tx, org, now+life.Microseconds()); err != nil {
-			return err
-		}
 		if err := d.sweepOrg(ctx, tx, org, now); err != nil {
 			return err
 		}
@@ -62,7 +58,7 @@ func (d *DB) reserve(ctx context.Context, org org.ID, asked string, limit int, l
 			return err
 		}
 		if occupied >= limit {
-			full = &orgkey.QuotaError{Limit: limit} // what shorten did is to stay
+			full = &orgkey.QuotaError{Limit: limit} // what sweepOrg did is to stay
 			return nil
 		}
 		name := asked
@@ -85,15 +81,15 @@ func (d *DB) reserve(ctx context.Context, org org.ID, asked string, limit int, l
 }
 
 // shorten has what was reserved by a clock that was set back since expire no later
-// than what is reserved now: a crash must not hold a place for as long as the clock
+// than what would be reserved now: a crash must not hold a place for as long as the clock
 // was wrong. Places of enrollments last as long as the enrollment says, whose end
 // people were told. Only SQLite's one process knows how long its own reservations
 // last; PostgreSQL's clock is the operator's to keep.
-func (d *DB) shorten(ctx context.Context, tx *txn, org org.ID, latest int64) error {
+func (d *DB) shorten(ctx context.Context, tx *txn, latest int64) error {
 	if d.postgres {
 		return nil
 	}
-	_, err := exec(ctx, tx, "UPDATE org_keys SET expires_at = $2 WHERE org_id = $1 AND slot IS NOT NULL AND expires_at > $2 AND id NOT IN (SELECT key_id FROM deliveries)", org, latest)
+	_, err := exec(ctx, tx, "UPDATE org_keys SET expires_at = $1 WHERE expires_at > $1 AND id NOT IN (SELECT key_id FROM deliveries)", latest)
 	return err
 }
 
@@ -123,11 +119,14 @@ func (d *DB) sweepOrg(ctx context.Context, tx *txn, org org.ID, now int64) error
 }
 
 // Sweep implements orgkey.Store.
-func (d *DB) Sweep(ctx context.Context, limit int, withdrawn func(org org.ID, id string) audit.Event) (int, error) {
+func (d *DB) Sweep(ctx context.Context, limit int, life time.Duration, withdrawn func(org org.ID, id string) audit.Event) (int, error) {
 	var n int
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
+			return err
+		}
+		if err := d.shorten(ctx, tx, now+life.Microseconds()); err != nil {
 			return err
 		}
 		expired, err := query(ctx, tx, scanState,
@@ -443,7 +442,7 @@ func (d *DB) Needed(ctx context.Context, ids []string) (map[string]bool, error) 
 	for _, id := range ids {
 		found, err := query(ctx, d.read, scanInt, "SELECT (SELECT count(*) FROM org_keys WHERE id = $1 AND state IN ("+reserved+", "+pending+") AND expires_at > "+now+
 			") + (SELECT count(*) FROM pool_keys WHERE id = $1 AND expires_at > "+now+
-			") + (SELECT count(*) FROM deliveries WHERE attempt = $1 AND stage = 'claimed' AND attempt_until IS NOT NULL AND attempt_until > "+now+")", id)
+			") + (SELECT count(*) FROM deliveries WHERE attempt = $1 AND stage = 'claimed' AND attempt_until IS NOT NULL AND attempt_until > "+now+" AND attempt_until <= "+now+" + $2)", id, attemptAtMost.Microseconds())
 		if err != nil {
 			return nil, err
 		}
@@ -464,15 +463,11 @@ func (d *DB) SealedPublicKeys(ctx context.Context, ids []string) (map[string]org
 		state  orgkey.State
 		sealed []byte
 	}
-	args, names := make([]any, len(ids)), make([]string, len(ids))
-	for i, id := range ids {
-		args[i], names[i] = id, "$"+strconv.Itoa(i+1)
-	}
-	in := " WHERE id IN (" + strings.Join(names, ", ") + ")"
-	found, err := query(ctx, d.read, func(scan func(...any) error) (r record, err error) {
+	in := " WHERE id IN " + d.texts("$1")
+	found, err := queryAll(ctx, d.read, func(scan func(...any) error) (r record, err error) {
 		err = scan(&r.id, &r.org, &r.state, &r.sealed)
 		return r, err
-	}, "SELECT id, org_id, state, sealed FROM org_keys"+in+" UNION ALL SELECT id, org_id, state, sealed FROM keys_of_nodes"+in, args...)
+	}, "SELECT id, org_id, state, sealed FROM org_keys"+in+" UNION ALL SELECT id, org_id, state, sealed FROM keys_of_nodes"+in, ids)
 	if err != nil {
 		return nil, err
 	}

@@ -360,7 +360,7 @@ func TestAPendingKeyPastItsExpiryIsNotReleasedButSwept(t *testing.T) {
 			t.Fatal(err)
 		}
 		n := eventually(t, func() (int, error) {
-			n, err := db.Sweep(t.Context(), 10, swept)
+			n, err := db.Sweep(t.Context(), 10, time.Minute, swept)
 			if err == nil && n == 0 {
 				err = errors.New("nothing to sweep")
 			}
