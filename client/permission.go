@@ -73,7 +73,8 @@ type Permission struct {
 	Revoked   time.Time `json:"revokedAt,omitzero"`
 	Conflicts int       `json:"conflicts"`                   // above 0: a stolen token, or a cloned disk
 	Refused   []string  `json:"refusedRecipients,omitempty"` // the recipients that were refused, the first 20
-	Claims    []Claim   `json:"claims"`
+	Claimed   int       `json:"claimed"`                     // how many uses were claimed
+	Claims    []Claim   `json:"claims"`                      // a list has the newest thousand of all its enrollments
 	Warning   string    `json:"warning,omitempty"`
 }
 

@@ -119,7 +119,7 @@ func newEnrollmentList(s *settings) *cobra.Command {
 			}
 			var rows [][]string
 			for _, p := range all {
-				rows = append(rows, []string{p.ID, p.State, p.Scope, fmt.Sprintf("%d of %d", len(p.Claims), p.Uses), strconv.Itoa(p.Conflicts), instant(p.Created), instant(p.Expires), p.Note})
+				rows = append(rows, []string{p.ID, p.State, p.Scope, fmt.Sprintf("%d of %d", max(p.Claimed, len(p.Claims)), p.Uses), strconv.Itoa(p.Conflicts), instant(p.Created), instant(p.Expires), p.Note})
 			}
 			return table(c.out, []string{"ID", "STATE", "SCOPE", "CLAIMED", "CONFLICTS", "CREATED", "EXPIRES", "NOTE"}, rows, "no enrollments")
 		}),

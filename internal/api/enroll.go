@@ -119,6 +119,7 @@ type enrollmentEntry struct {
 	RevokedAt string       `json:"revokedAt,omitempty"`
 	Conflicts int          `json:"conflicts"`
 	Refused   []string     `json:"refusedRecipients,omitempty"`
+	Claimed   int          `json:"claimed"`
 	Claims    []claimEntry `json:"claims"`
 	Warning   string       `json:"warning,omitempty"`
 }
@@ -151,7 +152,7 @@ const manyUses = "This token admits several nodes, so one stolen token can admit
 func enrollmentOf(e enroll.Enrollment) enrollmentEntry {
 	entry := enrollmentEntry{
 		ID: e.ID, OrgID: string(e.Org), State: enrollmentState(e), Scope: string(e.Scope), Origin: string(e.Origin), Uses: e.Uses, Approval: e.Approval,
-		Note: e.Note, CreatedAt: instant(e.Created), ExpiresAt: instant(e.Expires), Conflicts: e.Conflicts, Refused: e.Refused, Claims: make([]claimEntry, len(e.Claims)),
+		Note: e.Note, CreatedAt: instant(e.Created), ExpiresAt: instant(e.Expires), Conflicts: e.Conflicts, Refused: e.Refused, Claimed: e.Claimed, Claims: make([]claimEntry, len(e.Claims)),
 	}
 	switch {
 	case e.TPM == enroll.AnyAllowedTPM:
@@ -182,21 +183,17 @@ func enrollmentState(e enroll.Enrollment) string {
 	switch {
 	case !e.Revoked.IsZero():
 		return "revoked"
-	case len(e.Claims) < e.Uses && e.Over:
+	case e.Claimed < e.Uses && e.Over:
 		return "expired"
-	case len(e.Claims) < e.Uses:
+	case e.Claimed < e.Uses:
 		return "open"
+	case e.Waiting > 0:
+		return "waiting"
+	case e.Unreceived > 0:
+		return "sealed"
+	default:
+		return "received"
 	}
-	state := "received"
-	for _, d := range e.Claims {
-		switch s := claimState(d); {
-		case s == "waiting":
-			return s
-		case s == "sealed":
-			state = s
-		}
-	}
-	return state
 }
 
 func claimOf(d enroll.Delivery) claimEntry {

@@ -79,6 +79,9 @@ var ErrInUse = &RecipientError{"is a key that is in use already; make another on
 // InputError says what is wrong with a request, in words for its sender.
 type InputError = jsonbody.Error
 
+// MaxUses is how many nodes one enrollment lets in.
+const MaxUses = 1000
+
 // MaxConflicts is how many of an enrollment's conflicts leave an event; the rest
 // are counted.
 const MaxConflicts = 20
@@ -143,23 +146,26 @@ const (
 
 // Enrollment is an administrator's permission for Uses nodes to have a key.
 type Enrollment struct {
-	ID        string
-	Org       org.ID
-	Scope     Scope
-	Uses      int
-	Origin    KeyOrigin
-	TPM       string     // the only TPM that may claim it, or AnyAllowedTPM; empty: none is needed
-	Recipient string     // the only recipient that may claim it; empty: any
-	Approval  bool       // each claim waits for an administrator
-	Address   netip.Addr // where the node registers first; zero: anywhere
-	Note      string
-	Created   time.Time
-	Expires   time.Time // for who has not claimed by then
-	Over      bool      // whether that has come, by the database's clock
-	Revoked   time.Time // zero: it was not
-	Conflicts int       // claims by other recipients that were refused
-	Refused   []string  // those recipients, no more than MaxConflicts of them, sorted
-	Claims    []Delivery
+	ID         string
+	Org        org.ID
+	Scope      Scope
+	Uses       int
+	Origin     KeyOrigin
+	TPM        string     // the only TPM that may claim it, or AnyAllowedTPM; empty: none is needed
+	Recipient  string     // the only recipient that may claim it; empty: any
+	Approval   bool       // each claim waits for an administrator
+	Address    netip.Addr // where the node registers first; zero: anywhere
+	Note       string
+	Created    time.Time
+	Expires    time.Time  // for who has not claimed by then
+	Over       bool       // whether that has come, by the database's clock
+	Revoked    time.Time  // zero: it was not
+	Conflicts  int        // claims by other recipients that were refused
+	Refused    []string   // those recipients, no more than MaxConflicts of them, sorted
+	Claimed    int        // uses that were claimed
+	Waiting    int        // of those, whose key is not made or not released yet
+	Unreceived int        // of those, whose key waits for its receipt
+	Claims     []Delivery // the newest MaxUses of all enrollments that were asked for, oldest first; without what is sealed
 }
 
 // Delivery is one key on its way to one recipient.
@@ -207,9 +213,9 @@ type Store interface {
 	// CreateEnrollment stores e, whose K is sealed, and takes a place in the
 	// quota of its scope for each of keys, or reports *orgkey.QuotaError.
 	CreateEnrollment(ctx context.Context, e Permission, life time.Duration, keys []string, limit int, event audit.Event) (Enrollment, error)
-	// Enrollments returns org's enrollments with their claims, newest first.
+	// Enrollments returns org's enrollments, newest first, with the newest claims of them all.
 	Enrollments(ctx context.Context, org org.ID, limit int) ([]Enrollment, error)
-	// Enrollment returns one of them, or ErrNotFound.
+	// Enrollment returns one of them, with all its claims, or ErrNotFound.
 	Enrollment(ctx context.Context, org org.ID, id string) (Enrollment, error)
 	// Permission returns an enrollment by its ID alone, or ErrNotFound.
 	Permission(ctx context.Context, id string) (Permission, error)

@@ -136,7 +136,7 @@ func checkTerms(t *testing.T, got terms, sent map[string]any) {
 	if !given {
 		uses = 1
 	}
-	if float64(got.uses) != uses || got.uses < 1 || got.uses > maxUses {
+	if float64(got.uses) != uses || got.uses < 1 || got.uses > MaxUses {
 		t.Errorf("%d uses of %v", got.uses, sent)
 	}
 	if got.life < shortestLife || got.life > longestLife {

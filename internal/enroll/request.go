@@ -77,8 +77,8 @@ func (f termsFields) uses(t *terms) error {
 	}
 	t.uses = *f.Uses
 	switch {
-	case t.uses < 1 || t.uses > maxUses:
-		return &InputError{Field: "uses", Problem: fmt.Sprintf("is not a number from 1 to %d", maxUses)}
+	case t.uses < 1 || t.uses > MaxUses:
+		return &InputError{Field: "uses", Problem: fmt.Sprintf("is not a number from 1 to %d", MaxUses)}
 	case t.uses > 1 && t.scope == ForOrganization:
 		return &InputError{Field: "uses", Problem: "is more than 1, which only node keys can have"}
 	}

@@ -21,7 +21,6 @@ import (
 )
 
 const (
-	maxUses         = 1000        // nodes that one enrollment lets in
 	shortestLife    = time.Minute // of an enrollment
 	longestLife     = 30 * 24 * time.Hour
 	usualLife       = 24 * time.Hour
@@ -196,7 +195,7 @@ func (s *Service) failure(ctx context.Context, pass gate.Pass, err error) error 
 	return s.Gate.Failed(ctx, pass, audit.RequestFailed, reason, err)
 }
 
-// List returns org's enrollments with their claims, newest first.
+// List returns org's enrollments, newest first, with the newest claims of them all.
 func (s *Service) List(ctx context.Context, call gate.Call, org org.ID) ([]Enrollment, error) {
 	pass, err := s.Gate.Decide(ctx, call, authz.ListEnrollments, org, "")
 	if err != nil {

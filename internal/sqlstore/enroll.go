@@ -7,6 +7,8 @@ import (
 	"errors"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -181,10 +183,27 @@ func (d *DB) enrollments(ctx context.Context, where string, args ...any) ([]enro
 	for i := range found {
 		places[found[i].ID] = &found[i]
 	}
-	claims, err := query(ctx, d.read, scanDelivery, deliveryColumns+" WHERE d.recipient IS NOT NULL AND d.enrollment_id IN (SELECT id FROM enrollments WHERE "+where+") ORDER BY d.claimed_at, d.key_id", args...)
+	claimed := " WHERE d.recipient IS NOT NULL AND d.enrollment_id IN (SELECT id FROM enrollments WHERE " + where + ")"
+	err = each(ctx, d.read, func(scan func(...any) error) error {
+		var id string
+		var all, waiting, unreceived int
+		err := scan(&id, &all, &waiting, &unreceived)
+		if e := places[id]; e != nil {
+			e.Claimed, e.Waiting, e.Unreceived = all, waiting, unreceived
+		}
+		return err
+	}, `SELECT id, count(*), sum(CASE WHEN stage IN ('claimed', 'stored', 'sealed') THEN 1 ELSE 0 END), sum(CASE WHEN stage = 'available' THEN 1 ELSE 0 END)
+		FROM (SELECT d.enrollment_id AS id, `+deliveryStage+" AS stage"+deliveryTables+claimed+") AS c GROUP BY id", args...)
 	if err != nil {
 		return nil, err
 	}
+	// Neither keys nor recipients, which nobody is shown.
+	columns := strings.NewReplacer("d.recipient_key", "NULL", "d.wrapped", "NULL", "coalesce(k.sealed, n.sealed)", "NULL").Replace(deliveryColumns)
+	claims, err := query(ctx, d.read, scanDelivery, columns+claimed+" ORDER BY d.claimed_at DESC, d.key_id DESC LIMIT "+strconv.Itoa(enroll.MaxUses), args...)
+	if err != nil {
+		return nil, err
+	}
+	slices.Reverse(claims)
 	for _, c := range claims {
 		if e := places[c.Enrollment]; e != nil {
 			e.Claims = append(e.Claims, c)
@@ -226,13 +245,17 @@ func (d *DB) Permission(ctx context.Context, id string) (enroll.Permission, erro
 
 // deliveryColumns reads deliveries with the state of their keys: one whose key
 // was deleted is over, whatever its row says.
-const deliveryColumns = `SELECT d.key_id, d.org_id, d.enrollment_id, d.scope,
-	CASE WHEN d.stage <> 'ended' AND coalesce(k.state, n.state, 'deleted') = 'deleted' THEN 'ended' ELSE d.stage END,
+const deliveryColumns = `SELECT d.key_id, d.org_id, d.enrollment_id, d.scope, ` + deliveryStage + `,
 	coalesce(d.recipient, ''), d.recipient_key, d.claimed_from, d.claimed_at, d.approved_at IS NOT NULL, d.attempt,
-	d.origin, d.ek, d.evidence, d.alg, d.wrapped, d.digest, coalesce(k.sealed, n.sealed), d.fingerprint, d.event_id, d.until, d.answers, d.received_at
+	d.origin, d.ek, d.evidence, d.alg, d.wrapped, d.digest, coalesce(k.sealed, n.sealed), d.fingerprint, d.event_id, d.until, d.answers, d.received_at` + deliveryTables
+
+const (
+	deliveryStage  = `CASE WHEN d.stage <> 'ended' AND coalesce(k.state, n.state, 'deleted') = 'deleted' THEN 'ended' ELSE d.stage END`
+	deliveryTables = `
 	FROM deliveries d
 	LEFT JOIN org_keys k ON k.id = d.key_id AND d.scope = 'organization'
 	LEFT JOIN keys_of_nodes n ON n.id = d.key_id AND d.scope = 'node'`
+)
 
 func scanDelivery(scan func(...any) error) (v enroll.Delivery, err error) {
 	var claimed, until, received sql.NullInt64
