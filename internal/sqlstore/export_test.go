@@ -28,6 +28,9 @@ func (d *DB) LastBatch() int { return d.writer.last.changes }
 // Waiting is how many changes wait for SQLite's writer.
 func (d *DB) Waiting() int { return len(d.writer.queue) }
 
+// Prepared is how many statements SQLite's writer keeps, while nothing writes.
+func (d *DB) Prepared() int { return len(d.writer.prepared) }
+
 // HolderIdle is how long a holder may be silent.
 const HolderIdle = holderIdle
 

@@ -27,6 +27,11 @@ func (d *DB) texts(param string) string {
 	return "(SELECT value ->> 0 FROM " + d.elements(param) + ")"
 }
 
+// integers is texts of integers.
+func (d *DB) integers(param string) string {
+	return "(SELECT CAST(value ->> 0 AS BIGINT) FROM " + d.elements(param) + ")"
+}
+
 // list is values as a parameter for elements: rows of one column.
 func list[T ~string | ~int64](values []T) (string, error) {
 	rows := make([][1]T, len(values))

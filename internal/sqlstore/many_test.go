@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
+	"github.com/orgkeys/orgkeys/internal/systemevent"
 )
 
 // distant returns location as it is reached through a network on which what is sent
@@ -207,4 +209,82 @@ func TestEventsThatAreRecordedTogetherKeepTheirOrder(t *testing.T) {
 			t.Errorf("%d events have a personal part, want 150: %v", n, err)
 		}
 	})
+}
+
+// SQLite keeps what it has prepared, so no list may make a statement of its own.
+func TestAListMakesNoStatementOfItsOwn(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+	for n := range 300 {
+		numbers := make([]int64, n+1)
+		for i := range numbers {
+			numbers[i] = int64(i + 1)
+		}
+		for _, read := range []bool{true, false} {
+			m := systemevent.Marks{Org: "acme", Reader: "u-1", Numbers: numbers, Read: read}
+			if err := db.MarkSystemEvents(t.Context(), m, []systemevent.Kind{{Type: audit.KeyCreated}}, func(int64) audit.Event { return event(audit.EventsRead, "acme", "") }); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if n := db.Prepared(); n > 20 {
+		t.Errorf("%d statements are prepared", n)
+	}
+}
+
+func TestOnlySomeKeysAreTriedForAnAddress(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		here := netip.MustParseAddr("192.0.2.1")
+		id, err := mint(t, db, enroll.Enrollment{Uses: 100, Address: here}, time.Hour, 100)
+		if err != nil {
+			t.Fatal(err)
+		}
+		beside := raw(t, location)
+		statement(t, beside, "UPDATE keys_of_nodes SET state = 'released', sealed = id, created_at = slot, released_at = 1, expires_at = NULL")
+		var oldest, newest string
+		if err := beside.QueryRow("SELECT (SELECT id FROM keys_of_nodes WHERE slot = 1), (SELECT id FROM keys_of_nodes WHERE slot = 100)").Scan(&oldest, &newest); err != nil {
+			t.Fatal(err, id)
+		}
+		found, err := db.LiveKeys(t.Context(), "acme", here, oldest, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tried := map[string]bool{}
+		for _, c := range found {
+			tried[c.Key] = true
+		}
+		if len(found) != 11 || !tried[oldest] || !tried[newest] {
+			t.Errorf("%d keys are tried, want the 10 newest and the one that was named", len(found))
+		}
+	})
+}
+
+func TestAListOfEnrollmentsIsBounded(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db := open(t, location)
+	openPlaces(t, location, 20, 1000, time.Now().Add(time.Hour).UnixMicro())
+	beside := raw(t, location)
+	statement(t, beside, "UPDATE deliveries SET stage = 'ended', recipient = key_id, recipient_key = '', claimed_at = 1")
+	statement(t, beside, "UPDATE deliveries SET stage = 'available', wrapped = '', claimed_at = 2 WHERE key_id = 'e3k7'")
+	all, err := db.Enrollments(t.Context(), "acme", 1000)
+	if err != nil || len(all) != 20 {
+		t.Fatalf("%d enrollments, %v", len(all), err)
+	}
+	claims := 0
+	for _, e := range all {
+		claims += len(e.Claims)
+		waits := 0
+		if e.ID == "e3" {
+			waits = 1
+		}
+		if e.Claimed != 1000 || e.Unreceived != waits || e.Waiting != 0 {
+			t.Errorf("%s: %d claimed, %d unreceived, %d waiting", e.ID, e.Claimed, e.Unreceived, e.Waiting)
+		}
+	}
+	if claims != 1000 {
+		t.Errorf("%d claims are listed, want 1000", claims)
+	}
+	e, err := db.Enrollment(t.Context(), "acme", "e3")
+	if err != nil || len(e.Claims) != 1000 || e.Claims[999].KeyID != "e3k7" {
+		t.Errorf("one enrollment has %d claims, %v", len(e.Claims), err)
+	}
 }

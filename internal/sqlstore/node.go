@@ -38,13 +38,13 @@ func (d *DB) LiveKeys(ctx context.Context, org org.ID, ip netip.Addr, named stri
 }
 
 // candidates are the live keys of organization $1 that may speak for address $3:
-// at most $2 organization keys, and of its node keys the one that $4 names and
-// those whose node is there or is to be there.
+// at most $2 organization keys, and of its node keys the one that $4 names, those whose
+// node is there, and at most $2 of those whose node is to be there.
 const candidates = `SELECT k.id, k.sealed, false, ` + unreceived + ` FROM (
 		SELECT id, sealed ` + liveKeys + ` ORDER BY created_at DESC, id LIMIT $2) AS k
 	UNION ALL SELECT k.id, k.sealed, true, ` + unreceived + ` FROM keys_of_nodes k WHERE k.org_id = $1 AND ` + isLive + ` AND k.id IN (
 		SELECT $4 UNION SELECT b.id FROM nodes n JOIN keys_of_nodes b ON b.node_id = n.id WHERE n.org_id = $1 AND n.ip = $3
-		UNION SELECT a.id FROM keys_of_nodes a WHERE a.org_id = $1 AND a.address = $3)`
+		UNION SELECT id FROM (SELECT id ` + liveNodeKeys + ` AND address = $3 ORDER BY created_at DESC, id LIMIT $2) AS a)`
 
 // unreceived is true of a key k that was delivered sealed, and whose receipt
 // or first use is awaited.

@@ -76,11 +76,14 @@ func (d *DB) MarkSystemEvents(ctx context.Context, m systemevent.Marks, kinds []
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		var changed int64
 		if len(m.Numbers) > 0 {
-			statement, args := unmark(m)
-			if m.Read {
-				statement, args = markRead(m, kinds)
+			numbers, err := list(m.Numbers)
+			if err != nil {
+				return err
 			}
-			var err error
+			statement, args := d.unmark(m, numbers)
+			if m.Read {
+				statement, args = d.markRead(m, numbers, kinds)
+			}
 			if changed, err = exec(ctx, tx, statement, args...); err != nil {
 				return err
 			}
@@ -90,22 +93,22 @@ func (d *DB) MarkSystemEvents(ctx context.Context, m systemevent.Marks, kinds []
 }
 
 // markRead marks those of m's events that the reader may see.
-func markRead(m systemevent.Marks, kinds []systemevent.Kind) (string, []any) {
+func (d *DB) markRead(m systemevent.Marks, numbers string, kinds []systemevent.Kind) (string, []any) {
 	var c conditions
 	c.add("org_id = ?", m.Org)
 	into := "INSERT INTO event_reads (org_id, reader, seq) SELECT org_id, CAST(" + c.arg(m.Reader) + " AS TEXT), seq FROM events WHERE "
-	c.terms = append(c.terms, changes, c.anyKind(kinds), c.anyOf("seq", m.Numbers))
+	c.terms = append(c.terms, changes, c.anyKind(kinds), "seq IN "+d.integers(c.arg(numbers)))
 	if m.Person != "" {
 		c.add("actor_kind = 'user' AND actor = ?", m.Person)
 	}
 	return into + strings.Join(c.terms, " AND ") + " ON CONFLICT DO NOTHING", c.args
 }
 
-func unmark(m systemevent.Marks) (string, []any) {
+func (d *DB) unmark(m systemevent.Marks, numbers string) (string, []any) {
 	var c conditions
 	c.add("org_id = ?", m.Org)
 	c.add("reader = ?", m.Reader)
-	c.terms = append(c.terms, c.anyOf("seq", m.Numbers))
+	c.terms = append(c.terms, "seq IN "+d.integers(c.arg(numbers)))
 	return "DELETE FROM event_reads WHERE " + strings.Join(c.terms, " AND "), c.args
 }
 
@@ -124,14 +127,6 @@ func (c *conditions) add(term string, value any) {
 func (c *conditions) arg(value any) string {
 	c.args = append(c.args, value)
 	return "$" + strconv.Itoa(len(c.args))
-}
-
-func (c *conditions) anyOf(column string, values []int64) string {
-	names := make([]string, len(values))
-	for i, v := range values {
-		names[i] = c.arg(v)
-	}
-	return column + " IN (" + strings.Join(names, ", ") + ")"
 }
 
 func (c *conditions) anyKind(kinds []systemevent.Kind) string {
