@@ -170,6 +170,26 @@ func TestEveryPromiseNamesTestsThatExist(t *testing.T) {
 	}
 }
 
+// Whoever has to know what is sealed under what reads it in SECURITY.md.
+func TestTheTableOfSealedValuesHasEveryPurpose(t *testing.T) {
+	var purposes, tabled []string
+	for _, m := range regexp.MustCompile(`(?m)^\t\w+ += "(\w*)" +// bound to "`).FindAllStringSubmatch(read(t, "internal/orgkey/orgkey.go"), -1) {
+		scheme := "orgkeys/v1"
+		if m[1] != "" {
+			scheme += "/" + m[1]
+		}
+		purposes = append(purposes, scheme)
+	}
+	for _, m := range regexp.MustCompile("(?m)^\\| [^|]+ \\| `(orgkeys/v1[a-z/]*)` \\|").FindAllStringSubmatch(read(t, "SECURITY.md"), -1) {
+		tabled = append(tabled, m[1])
+	}
+	slices.Sort(purposes)
+	slices.Sort(tabled)
+	if len(purposes) < 8 || !slices.Equal(purposes, tabled) {
+		t.Errorf("SECURITY.md has %q, the program seals under %q", tabled, purposes)
+	}
+}
+
 func TestLinksLeadToFiles(t *testing.T) {
 	link := regexp.MustCompile(`\]\(([^)#:]+)(#[^)]*)?\)`)
 	checked := 0
