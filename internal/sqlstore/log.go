@@ -286,15 +286,21 @@ func (d *DB) place(ctx context.Context, tx *txn, waiting []unsequenced) (given, 
 		return 0, 0, err
 	}
 	var leaves [][]byte
-	var rows []int64
+	var rows, foreign []int64
 	for _, w := range waiting {
 		if d.eventKey.Authentic(w.leaf, w.mac) {
 			tx.placed = append(tx.placed, placed{w.id, head.Size + int64(len(rows))})
 			leaves, rows = append(leaves, w.leaf), append(rows, w.seq)
 			continue
 		}
-		refused++
-		if err := one(exec(ctx, tx, "UPDATE events SET refused = 1 WHERE seq = $1", w.seq)); err != nil {
+		foreign = append(foreign, w.seq)
+	}
+	if refused = len(foreign); refused > 0 {
+		some, err := list(foreign)
+		if err != nil {
+			return 0, 0, err
+		}
+		if _, err := exec(ctx, tx, "UPDATE events SET refused = 1 WHERE seq IN "+d.integers("$1"), some); err != nil {
 			return 0, 0, err
 		}
 	}
@@ -556,13 +562,25 @@ func (d *DB) SinkNext(ctx context.Context, sink string) (next int64, err error) 
 func (d *DB) Acknowledge(ctx context.Context, sink string, next int64, receipts [][]byte) error {
 	first := next - int64(len(receipts))
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		for i, receipt := range receipts {
-			if _, err := exec(ctx, tx, "INSERT INTO event_receipts (sink, idx, receipt) VALUES ($1, $2, $3) ON CONFLICT (sink, idx) DO UPDATE SET receipt = excluded.receipt",
-				sink, first+int64(i), receipt); err != nil {
-				return err
-			}
+		if err := d.storeReceipts(ctx, tx, sink, first, receipts); err != nil {
+			return err
 		}
 		_, err := exec(ctx, tx, "INSERT INTO sink_progress (sink, next) VALUES ($1, $2) ON CONFLICT (sink) DO UPDATE SET next = $2", sink, next)
 		return err
 	})
+}
+
+// storeReceipts is one statement in PostgreSQL, likewise.
+func (d *DB) storeReceipts(ctx context.Context, tx *txn, sink string, first int64, receipts [][]byte) error {
+	const into, again = "INSERT INTO event_receipts (sink, idx, receipt) ", " ON CONFLICT (sink, idx) DO UPDATE SET receipt = excluded.receipt"
+	if d.postgres {
+		_, err := exec(ctx, tx, into+"SELECT $1, $2 + row.n - 1, row.receipt FROM unnest($3::bytea[]) WITH ORDINALITY AS row (receipt, n)"+again, sink, first, receipts)
+		return err
+	}
+	for i, receipt := range receipts {
+		if _, err := exec(ctx, tx, into+"VALUES ($1, $2, $3)"+again, sink, first+int64(i), receipt); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -2,6 +2,7 @@ package sqlstore_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -209,6 +210,34 @@ func TestEventsThatAreRecordedTogetherKeepTheirOrder(t *testing.T) {
 			t.Errorf("%d events have a personal part, want 150: %v", n, err)
 		}
 	})
+}
+
+// Whoever can write to the database must not be able to halt the log by it, and a sink
+// that signs each event must not either.
+func TestManyForeignEventsAndReceiptsHoldUpNoLog(t *testing.T) {
+	location := newDatabase(t, postgres)
+	open(t, location)
+	db := open(t, distant(t, location, 2*time.Millisecond))
+	statement(t, raw(t, location), `INSERT INTO events (id, occurred_at, type, org_id, actor, object, leaf, mac)
+		SELECT 'foreign' || i, 1, 'orgkey.created', 'acme', 'a', '', '{}', 'wrong' FROM generate_series(1, 5000) i`)
+	_, err := db.Sequence(t.Context(), 5000, audit.Condition{})
+	if refused, ok := errors.AsType[*audit.UnauthenticatedError](err); !ok || refused.Count != 5000 {
+		t.Fatalf("%v, want that 5000 events are refused", err)
+	}
+	if n, err := db.Sequence(t.Context(), 5000, audit.Condition{}); err != nil || n != 0 {
+		t.Errorf("afterwards: %d, %v", n, err)
+	}
+	receipts := make([][]byte, 5000)
+	for i := range receipts {
+		receipts[i] = []byte{byte(i)}
+	}
+	if err := db.Acknowledge(t.Context(), "sink", 5000, receipts); err != nil {
+		t.Fatal(err)
+	}
+	var n int
+	if err := raw(t, location).QueryRow("SELECT count(*) FROM event_receipts WHERE get_byte(receipt, 0) = idx % 256").Scan(&n); err != nil || n != 5000 {
+		t.Errorf("%d receipts are stored, want 5000: %v", n, err)
+	}
 }
 
 // SQLite keeps what it has prepared, so no list may make a statement of its own.
