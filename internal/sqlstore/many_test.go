@@ -133,7 +133,7 @@ func TestManyExpiredPlacesHoldUpNoSweep(t *testing.T) {
 
 func TestAThousandKeysAreMadeAndEndedInTime(t *testing.T) {
 	location := newDatabase(t, postgres)
-	near := open(t, location)
+	open(t, location)
 	db := open(t, distant(t, location, 2*time.Millisecond))
 	within := func(do func(context.Context) error) {
 		t.Helper()
@@ -162,7 +162,14 @@ func TestAThousandKeysAreMadeAndEndedInTime(t *testing.T) {
 	within(func(ctx context.Context) error {
 		return db.Revoke(ctx, "acme", "many", event(audit.EnrollmentRevoked, "acme", "many"), func(key string) audit.Event { return event(audit.KeyWithdrawn, "acme", key) })
 	})
-	if n := recorded(t, near, audit.KeyWithdrawn); n != 1000 {
+	events := func(kind audit.Type) (n int) {
+		t.Helper()
+		if err := raw(t, location).QueryRow("SELECT count(*) FROM events e JOIN event_persons p ON p.event_id = e.id WHERE type = $1", string(kind)).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if n := events(audit.KeyWithdrawn); n != 1000 {
 		t.Errorf("%d keys were withdrawn, want 1000", n)
 	}
 	statement(t, raw(t, location), "DELETE FROM deliveries")
@@ -175,7 +182,7 @@ func TestAThousandKeysAreMadeAndEndedInTime(t *testing.T) {
 			func(id string) audit.Event { return event(audit.EnrollmentRevoked, "acme", id) })
 		return err
 	})
-	if n := recorded(t, near, audit.KeyDeleted); n != 1000 || ended.NodeKeys != 1000 {
+	if n := events(audit.KeyDeleted); n != 1000 || ended.NodeKeys != 1000 {
 		t.Errorf("%d keys were deleted with %d events, want 1000", ended.NodeKeys, n)
 	}
 }
@@ -268,7 +275,7 @@ func TestOnlySomeKeysAreTriedForAnAddress(t *testing.T) {
 			t.Fatal(err)
 		}
 		beside := raw(t, location)
-		statement(t, beside, "UPDATE keys_of_nodes SET state = 'released', sealed = id, created_at = slot, released_at = 1, expires_at = NULL")
+		statement(t, beside, "UPDATE keys_of_nodes SET state = 'released', sealed = '\\x01', created_at = slot, released_at = 1, expires_at = NULL")
 		var oldest, newest string
 		if err := beside.QueryRow("SELECT (SELECT id FROM keys_of_nodes WHERE slot = 1), (SELECT id FROM keys_of_nodes WHERE slot = 100)").Scan(&oldest, &newest); err != nil {
 			t.Fatal(err, id)
