@@ -24,9 +24,9 @@ type Service struct{ gate gate.Gate }
 // New returns a Service behind the gate.
 func New(g gate.Gate) *Service { return &Service{g} }
 
-// Ask returns what the policy would answer if the caller did action in org. That
-// they ask is itself an action, so another organization's rules stay unknown;
-// what they hear leaves an event, and a "no" in it is nobody's denied access.
+// Ask returns what the policy would answer if the caller did action in org. To
+// ask is itself an action, so another organization's rules stay unknown. The answer
+// leaves an event of its own type: a "no" in it is not a denied access.
 func (s *Service) Ask(ctx context.Context, call gate.Call, org org.ID, action string) (authz.Decision, error) {
 	pass, err := s.gate.Decide(ctx, call, authz.AskPolicy, org, "")
 	if err != nil {

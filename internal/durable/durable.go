@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// New is a file that is to come about under a name that nothing has yet.
+// New is a file that is to be created under a name that nothing has yet.
 type New struct {
 	path      string
 	temporary *os.File

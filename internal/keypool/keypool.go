@@ -1,11 +1,11 @@
-// Package keypool has keys made ahead, inside the back end, so that who asks for one
+// Package keypool has keys made ahead, inside the back end, so that a request for one
 // need not wait for the computation.
 //
 // A pool key belongs to nobody. It is exported only after one transaction has taken it,
 // for one caller, and it is that caller's only if its own deletion removed the key from
 // the back end. Whatever goes wrong, the key is destroyed: it never returns to the pool.
 //
-// Filling waits until nobody waits for a key, makes one key at a time among all replicas,
+// Filling pauses while somebody waits for a key, makes one key at a time among all replicas,
 // and stops while an audit sink fails.
 //
 // There are two kinds of pools. Shared is the one of all replicas, with Vault: its keys

@@ -115,7 +115,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 }
 
 // place is a place in an organization's quota, and the key out of the pool that was
-// taken with it, if there was one that could be had.
+// taken with it, if one was there and could be exported.
 type place struct {
 	id     string // the key's
 	asked  string // the reservation's own, which fences off whoever took the same pool key before a failover
@@ -126,7 +126,7 @@ type place struct {
 }
 
 // place takes a place in org's quota, with a key out of the pool if there is one. A
-// pool key that cannot be had is destroyed, and costs the caller nothing but time: it
+// pool key that cannot be exported is destroyed, and costs the caller only time: it
 // gets a place for a key that is still to be made.
 func (s *Service) place(ctx context.Context, org org.ID) (place, error) {
 	if s.pool == nil {

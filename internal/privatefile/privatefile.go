@@ -2,8 +2,8 @@
 // keys, settings with passwords. It refuses one that others may read or change,
 // with a text that says what to do.
 //
-// A private file is readable by its owner alone. Where it is mounted by
-// somebody else that cannot be had: Kubernetes mounts a secret root:fsGroup
+// A private file is readable by its owner alone. Where somebody else
+// mounts it, that is impossible: Kubernetes mounts a secret root:fsGroup
 // with mode 0440 or 0640, systemd gives a service its credentials as root:root
 // with mode 0440 and an access control list. So a group may read, and no more,
 // if it is one of the process's own groups, and the file is read only or belongs

@@ -125,7 +125,7 @@ func (d *DB) sweepPlaces(ctx context.Context, tx *txn, org org.ID, scope enroll.
 	if scope == enroll.ForOrganization {
 		return d.sweepOrg(ctx, tx, org, now)
 	}
-	_, err := exec(ctx, tx, "DELETE FROM keys_of_nodes WHERE org_id = $1 AND state = 'reserved' AND expires_at <= $2", org, now)
+	_, err := exec(ctx, tx, "DELETE FROM keys_of_nodes WHERE org_id = $1 AND state = "+reserved+" AND expires_at <= $2", org, now)
 	return err
 }
 
@@ -359,7 +359,7 @@ func enrollment(ctx context.Context, tx *txn, id string) (enroll.Enrollment, err
 // openPlace returns the key of an unclaimed use, or nothing.
 func openPlace(ctx context.Context, tx *txn, e enroll.Enrollment, now int64) (string, error) {
 	found, err := query(ctx, tx, scanText, "SELECT d.key_id FROM deliveries d JOIN "+keyTable(e.Scope)+` k ON k.id = d.key_id
-		WHERE d.enrollment_id = $1 AND d.stage = 'open' AND k.state = 'reserved' AND k.expires_at > $2 ORDER BY k.slot LIMIT 1`, e.ID, now)
+		WHERE d.enrollment_id = $1 AND d.stage = 'open' AND k.state = `+reserved+` AND k.expires_at > $2 ORDER BY k.slot LIMIT 1`, e.ID, now)
 	if err != nil || len(found) == 0 {
 		return "", err
 	}
@@ -377,7 +377,7 @@ func claim(ctx context.Context, tx *txn, e enroll.Enrollment, key string, r enro
 		WHERE key_id = $1 AND stage = 'open'`, key, r.ID, r.DER, from, now, approved, until, r.Device.EK, string(r.Device.Evidence))); err != nil {
 		return err
 	}
-	return one(exec(ctx, tx, "UPDATE "+keyTable(e.Scope)+" SET expires_at = $2 WHERE id = $1 AND state = 'reserved'", key, until))
+	return one(exec(ctx, tx, "UPDATE "+keyTable(e.Scope)+" SET expires_at = $2 WHERE id = $1 AND state = "+reserved, key, until))
 }
 
 // secondKey reports whether a TPM has a use of the enrollment already: a token
@@ -565,7 +565,7 @@ func (d *DB) pend(ctx context.Context, tx *txn, keyID string, now int64, public 
 	if err != nil {
 		return err
 	}
-	if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = 'pending', sealed = $3, created_at = $2 WHERE id = $1 AND state = 'reserved' AND expires_at > $2",
+	if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = "+pending+", sealed = $3, created_at = $2 WHERE id = $1 AND state = "+reserved+" AND expires_at > $2",
 		keyID, now, public)); err != nil {
 		return err
 	}
@@ -616,7 +616,7 @@ func (d *DB) Offer(ctx context.Context, keyID string, deliverFor time.Duration) 
 		if err != nil {
 			return err
 		}
-		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = 'released', released_at = $2, expires_at = NULL WHERE id = $1 AND state = 'pending' AND expires_at > $2", keyID, now)); err != nil || v.Origin == enroll.FromBackend {
+		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = "+released+", released_at = $2, expires_at = NULL WHERE id = $1 AND state = "+pending+" AND expires_at > $2", keyID, now)); err != nil || v.Origin == enroll.FromBackend {
 			return err
 		}
 		// Its holder has it, and came from where the event of its making says.
@@ -700,7 +700,7 @@ func (d *DB) Approve(ctx context.Context, org org.ID, id, recipient string, deli
 		if err := one(exec(ctx, tx, "UPDATE deliveries SET approved_at = $2, until = $3 WHERE key_id = $1 AND approved_at IS NULL", v.KeyID, now, until)); err != nil {
 			return err
 		}
-		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET expires_at = $2 WHERE id = $1 AND state = 'reserved'", v.KeyID, until)); err != nil {
+		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET expires_at = $2 WHERE id = $1 AND state = "+reserved, v.KeyID, until)); err != nil {
 			return err
 		}
 		return d.record(ctx, tx, event)

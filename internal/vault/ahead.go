@@ -80,9 +80,9 @@ func credentialMark(parts ...string) string {
 	return hex.EncodeToString(sum[:8])
 }
 
-// removeOwn deletes the key at path and confirms that it is gone. It reports
-// errNotOwn, after it has removed the key anyhow, unless the one deletion that it sends
-// first was answered with 204.
+// removeOwn deletes the key at path and confirms that it is gone. Unless the one
+// deletion that it sends first is answered with 204, it removes the key nevertheless,
+// and reports errNotOwn.
 func (c *Client) removeOwn(ctx context.Context, path string) error {
 	answer, err := c.do(once(ctx), request{method: http.MethodDelete, path: path})
 	if err == nil && answer.status == http.StatusNoContent {

@@ -203,8 +203,8 @@ func (s *Sealer) batch(ctx context.Context, operation string, items []orgkey.Sea
 // named identifies the sealed value for an operator.
 func named(b orgkey.Binding) string { return cmp.Or(b.ID, b.Purpose) }
 
-// notSealing is a call to the sealing key that failed: it cannot be had while
-// the key, its mount or the policy is missing either.
+// notSealing is the error of a call to the sealing key. It counts as unavailable also
+// while the key, its mount or the policy is missing.
 func notSealing(err error) error {
 	if errors.Is(err, orgkey.ErrUnavailable) {
 		return err
