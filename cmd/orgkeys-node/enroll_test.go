@@ -118,7 +118,7 @@ func TestFirstBootWithAToken(t *testing.T) {
 	s.PutSecret(t, org, "env_s3", []byte("A=1"))
 	m := mint(t, s, org, `{"note":"rack 12"}`)
 	e := newEnrolling(t, s.API, m.Token)
-	e.run(78, "there is no key yet, and a token of enrollment "+m.ID, "status")
+	e.run(78, "there is no key yet, but a token of enrollment "+m.ID, "status")
 	e.run(0, "1 secrets written, 0 unchanged, registered 192.0.2.7", "boot")
 	e.has("key.pem", "key.pem.enrollment")
 	if text, err := os.ReadFile(filepath.Join(e.dir, "env_s3")); err != nil || string(text) != "A=1" {
@@ -431,7 +431,7 @@ func TestTokenAsACredential(t *testing.T) {
 			t.Errorf("%v %s; want %q", err, out, text)
 		}
 	}
-	boot(0, "goes with it; remove its source")
+	boot(0, "cannot be removed here; remove its source")
 	fingerprint := e.fingerprint()
 	boot(0, "registered") // with the token still there
 	if e.fingerprint() != fingerprint {
