@@ -273,8 +273,25 @@ func TestListenRefusesBadTLSFiles(t *testing.T) {
 	if err := listen(files); err == nil || !strings.Contains(err.Error(), "readable by everybody") {
 		t.Errorf("a world-readable key: %v", err)
 	}
+	for _, mode := range []os.FileMode{0o660, 0o620, 0o602} {
+		if err := os.Chmod(files.Key, mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := listen(files); err == nil || !strings.Contains(err.Error(), "may be written by others") {
+			t.Errorf("a key of mode %04o: %v", mode, err)
+		}
+	}
 	if err := os.Chmod(files.Key, 0o640); err != nil {
 		t.Fatal(err)
+	}
+	writable := files
+	writable.ClientCA = filepath.Join(dir, "ca.pem")
+	writePEM(t, writable.ClientCA, "CERTIFICATE", ca.cert.Raw)
+	if err := os.Chmod(writable.ClientCA, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if err := listen(writable); err == nil || !strings.Contains(err.Error(), "may be changed by others") {
+		t.Errorf("client authorities that everybody may write: %v", err)
 	}
 	files.ClientCA = files.Key // PEM, and no certificate
 	if err := listen(files); err == nil {

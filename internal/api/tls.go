@@ -9,6 +9,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
 // TLSFiles are PEM files, read again when they change.
@@ -37,6 +39,9 @@ type certificates struct {
 	seen    []os.FileInfo
 	current *tls.Config
 }
+
+// maxAuthorities is the longest file of client authorities, in bytes.
+const maxAuthorities = 1 << 20
 
 // lookInterval is the time between two looks at the files.
 const lookInterval = time.Second
@@ -95,8 +100,11 @@ func (f TLSFiles) stat() ([]os.FileInfo, error) {
 		}
 		all = append(all, info)
 	}
-	if key := all[1]; key.Mode().Perm()&0o004 != 0 {
+	switch mode := all[1].Mode().Perm(); {
+	case mode&0o004 != 0:
 		return all, fmt.Errorf("TLS key file %s is readable by everybody", f.Key)
+	case mode&0o022 != 0:
+		return all, fmt.Errorf("TLS key file %s may be written by others (mode %04o): chmod 640 it", f.Key, mode)
 	}
 	return all, nil
 }
@@ -126,7 +134,7 @@ func (f TLSFiles) load() (*tls.Config, error) {
 	if f.ClientCA == "" {
 		return config, nil
 	}
-	authorities, err := os.ReadFile(f.ClientCA)
+	authorities, err := privatefile.Read(f.ClientCA, maxAuthorities, privatefile.Everybody)
 	if err != nil {
 		return nil, fmt.Errorf("reading the client authorities: %w", err)
 	}

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"errors"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -26,6 +27,14 @@ func TestPromise10_DoubtfulConfigurationsAreRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	ca := testca.New(t)
+	authorities, err := os.ReadFile(ca.File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	loose := filepath.Join(t.TempDir(), "roots.pem")
+	if err := errors.Join(os.WriteFile(loose, authorities, 0o600), os.Chmod(loose, 0o666)); err != nil {
+		t.Fatal(err)
+	}
 	cert := ca.Issue(t, "server")
 	other := ca.Issue(t, "other")
 	with := func(base map[string]string, change ...string) map[string]string {
@@ -45,6 +54,7 @@ func TestPromise10_DoubtfulConfigurationsAreRefused(t *testing.T) {
 		says     string
 	}{
 		{"makers of TPMs from a file that is not there", with(nil, "ORGKEYS_TPM_ROOTS_FILE", "/nonexistent/roots.pem"), "ORGKEYS_TPM_ROOTS_FILE"},
+		{"makers of TPMs from a file that everybody may write", with(nil, "ORGKEYS_TPM_ROOTS_FILE", loose), "may be changed by others"},
 		{"makers of TPMs from a file without certificates", with(nil, "ORGKEYS_TPM_ROOTS_FILE", open), "ORGKEYS_TPM_ROOTS_FILE"},
 		{"an unknown setting", with(nil, "ORGKEYS_LISTN", "127.0.0.1:0"), "ORGKEYS_LISTN"},
 		{"an empty audience", with(configured, "ORGKEYS_AUDIENCE", ""), "ORGKEYS_AUDIENCE"},

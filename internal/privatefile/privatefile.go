@@ -145,15 +145,17 @@ const what = "chmod 600 it, or 440 where one of this process's groups is to read
 
 // judge returns what is wrong with a file and how to fix it, or an empty text.
 func (p permissions) judge(me identity, r Readers) string {
-	others := p.mode & 0o007
+	others, remedy := p.mode&0o007, what
 	if r == Everybody {
-		others &= 0o002
+		others, remedy = others&0o002, "chmod 644 it"
 	}
 	switch {
+	case others != 0 && r == Everybody:
+		return fmt.Sprintf("may be changed by others (mode %04o): %s", p.mode, remedy)
 	case others != 0:
-		return fmt.Sprintf("may be read or written by others (mode %04o): %s", p.mode, what)
+		return fmt.Sprintf("may be read or written by others (mode %04o): %s", p.mode, remedy)
 	case p.write:
-		return fmt.Sprintf("may be changed by its group (mode %04o): %s", p.mode, what)
+		return fmt.Sprintf("may be changed by its group (mode %04o): %s", p.mode, remedy)
 	case r == Everybody:
 		return ""
 	}

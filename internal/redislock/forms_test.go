@@ -165,9 +165,18 @@ func TestTLS(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	authorities, err := os.ReadFile(a.file("ca.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	loose := filepath.Join(t.TempDir(), "ca.crt")
+	if err := errors.Join(os.WriteFile(loose, authorities, 0o600), os.Chmod(loose, 0o666)); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]redislock.Config{
 		"no such file":        {URL: url, CAFile: "/nonexistent"},
 		"no certificate":      {URL: url, CAFile: a.file("ca.key")},
+		"writable by all":     {URL: url, CAFile: loose, CertFile: good.CertFile, KeyFile: good.KeyFile},
 		"not the key of it":   {URL: url, CertFile: a.file("client.crt"), KeyFile: a.file("server.key")},
 		"a key without a key": {URL: url, CertFile: a.file("client.crt"), KeyFile: a.file("ca.crt")},
 	} {

@@ -45,6 +45,8 @@ const (
 
 	maxKeyFile = 64 << 10
 
+	maxAuthorities = 1 << 20 // bytes of a file of authorities
+
 	prefix = "orgkeys:quota:"
 	probe  = prefix + "{.probe}:" // no organization's: their IDs begin with a letter or digit
 )
@@ -126,7 +128,7 @@ func Open(c Config, log *slog.Logger) (*Lock, error) {
 func (c Config) tls() (func(*tls.Config), error) {
 	var roots *x509.CertPool
 	if c.CAFile != "" {
-		text, err := os.ReadFile(c.CAFile)
+		text, err := privatefile.Read(c.CAFile, maxAuthorities, privatefile.Everybody)
 		if err != nil {
 			return nil, fmt.Errorf("reading the authorities for Redis: %w", err)
 		}

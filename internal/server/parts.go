@@ -21,6 +21,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/hsm"
 	"github.com/orgkeys/orgkeys/internal/keypool"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 	"github.com/orgkeys/orgkeys/internal/redislock"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/tpm"
@@ -309,13 +310,16 @@ func openLocker(cfg config.Config, log *slog.Logger) (locker, error) {
 	return locker{l, []api.Check{{Name: "redis", Ask: l.Healthy, Optional: true}}, []prometheus.Collector{l.Outcomes()}, l.Close}, nil
 }
 
+// maxRoots is the longest file of makers of TPMs, in bytes.
+const maxRoots = 4 << 20
+
 // TPMRoots reads the authorities whose certificates of endorsement keys are
 // believed. Without a path there are none.
 func TPMRoots(path string) (tpm.Roots, error) {
 	if path == "" {
 		return tpm.Roots{}, nil
 	}
-	text, err := os.ReadFile(path)
+	text, err := privatefile.Read(path, maxRoots, privatefile.Everybody)
 	if err != nil {
 		return tpm.Roots{}, fmt.Errorf("ORGKEYS_TPM_ROOTS_FILE: %w", err)
 	}
