@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -66,6 +67,11 @@ func load(ctx context.Context, files source) (*Policy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("parsing the policy: %w", err)
 	}
+	for _, all := range []map[string]*ast.Module{modules, tests} {
+		if err := checkPackages(all); err != nil {
+			return nil, err
+		}
+	}
 	data, err := files.data()
 	if err != nil {
 		return nil, fmt.Errorf("parsing the policy's data: %w", err)
@@ -109,9 +115,39 @@ func load(ctx context.Context, files source) (*Policy, error) {
 	return p, nil
 }
 
-func hasPackage(modules map[string]*ast.Module, path string) bool {
+// checkPackages refuses packages that nobody would ask: with claims.rego in the package
+// orgkeys.claim, say, the settings would go on saying who is who, without a word.
+func checkPackages(modules map[string]*ast.Module) error {
+	for name, m := range modules {
+		at := m.Package.Path.String()
+		switch {
+		case path.Base(name) == "claims.rego" && at != claimsPackage:
+			return fmt.Errorf("%s is of the package %s, and claim rules are asked for in %s only", name, plain(at), plain(claimsPackage))
+		case at != "data.orgkeys" && !strings.HasPrefix(at, "data.orgkeys."), asked(at):
+			continue
+		}
+		return fmt.Errorf("%s is of the package %s: below orgkeys there are %s and %s, packages within them, and their tests with _test behind the name", name, plain(at), plain(authzPackage), plain(claimsPackage))
+	}
+	return nil
+}
+
+const authzPackage = "data.orgkeys.authz"
+
+func asked(at string) bool {
+	for _, p := range []string{authzPackage, claimsPackage} {
+		if at == p || at == p+"_test" || strings.HasPrefix(at, p+".") || strings.HasPrefix(at, p+"_test.") {
+			return true
+		}
+	}
+	return false
+}
+
+// plain is a package as its file spells it.
+func plain(at string) string { return strings.TrimPrefix(at, "data.") }
+
+func hasPackage(modules map[string]*ast.Module, at string) bool {
 	for _, m := range modules {
-		if m.Package.Path.String() == path {
+		if m.Package.Path.String() == at {
 			return true
 		}
 	}
