@@ -79,7 +79,7 @@ const (
 	connectTimeout = 10 * time.Second // for a connection, and for its TLS handshake
 	maxHeaders     = 64 << 10         // bytes of an answer's headers
 	maxAnswer      = 64 << 10         // bytes of an answer without a list in it
-	maxList        = 16 << 20         // bytes of an answer with a list in it
+	maxList        = 256 << 20        // bytes of an answer with a list in it: of 100,000 node keys, at most 2.5 kB each
 )
 
 // Config says which server to ask and how. Only Server is required.

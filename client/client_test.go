@@ -377,6 +377,36 @@ func TestDeletionWhoseAnswerWasLostIsDone(t *testing.T) {
 	}
 }
 
+// A list that is longer than this package reads is the server's all the same, and
+// asking again makes it no shorter.
+func TestALongListIsNoForeignAnswer(t *testing.T) {
+	long := func(length string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			w.Header().Set("Content-Length", length)
+			io.WriteString(w, `{"success":true,"message":"Keys","data":[{"id"`)
+		}
+	}
+	c := newClient(t, client.Config{Server: stub(t, long("268435457")), Token: anyToken, Retry: client.Retry{For: time.Minute}})
+	_, err := c.NodeKeys(t.Context(), "acme")
+	if foreign := new(client.ForeignError); !errors.Is(err, client.ErrListTooLong) || errors.As(err, &foreign) || client.Temporary(err) {
+		t.Errorf("a list of more than 256 MiB: %v", err)
+	}
+	if err := c.DeleteKey(t.Context(), "acme", "k"); !errors.As(err, new(*client.ForeignError)) {
+		t.Errorf("what is no list: %v", err)
+	}
+
+	entry := `{"id":"` + strings.Repeat("k", 1000) + `"}`
+	list := `{"success":true,"data":[` + strings.Repeat(entry+",", 17<<10) + entry + `]}`
+	c = newClient(t, client.Config{Server: stub(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		io.WriteString(w, list)
+	})), Token: anyToken})
+	if keys, err := c.NodeKeys(t.Context(), "acme"); err != nil || len(keys) != 17<<10+1 {
+		t.Errorf("a list of 17 MiB: %d keys, %v", len(keys), err)
+	}
+}
+
 // What never reached the server did nothing there: a deletion of something that is not
 // there fails, whatever it is.
 func TestDeletionThatNeverReachedTheServerIsNotDone(t *testing.T) {

@@ -70,6 +70,10 @@ const (
 	Unavailable           Code = "unavailable"
 )
 
+// ErrListTooLong means that a list is longer than this package reads. Whoever has one
+// so long reads it with another program, such as curl, and deletes what is not needed.
+var ErrListTooLong = errors.New("the list is longer than this program reads; read it with another, such as curl, and delete what is not needed")
+
 // Error is a refusal by the server.
 type Error struct {
 	Status     int           // the HTTP status
@@ -115,7 +119,7 @@ func Temporary(err error) bool {
 	if e, ok := errors.AsType[*Error](err); ok {
 		return e.temporary()
 	}
-	return err != nil && !errors.Is(err, ErrServer) && !errors.Is(err, ErrRequest) && !errors.Is(err, ErrSealedUseless) && !errors.Is(err, context.Canceled)
+	return err != nil && !errors.Is(err, ErrServer) && !errors.Is(err, ErrRequest) && !errors.Is(err, ErrListTooLong) && !errors.Is(err, ErrSealedUseless) && !errors.Is(err, context.Canceled)
 }
 
 // maxClockOffset is less than the 5 minutes that a server accepts unless it is

@@ -145,11 +145,25 @@ func (e *unsentError) Unwrap() error { return e.error }
 
 var errTooLong = errors.New("too long")
 
+// listBegins is how the API's lists begin. Something in between that answers without
+// end is not taken for one.
+const listBegins = `{"success":true,`
+
+// tooLong is the error for an answer longer than limit, of which body is the beginning.
+func tooLong(body []byte, limit int64) error {
+	if limit == maxList && bytes.HasPrefix(body, []byte(listBegins)) {
+		return fmt.Errorf("%w: more than %d MiB", ErrListTooLong, limit>>20)
+	}
+	return errTooLong
+}
+
 // readBody reads into one buffer that grows without leaving copies behind: what
 // it holds may be a private key.
 func readBody(resp *http.Response, limit int64) ([]byte, error) {
 	if resp.ContentLength > limit {
-		return nil, errTooLong
+		begin := make([]byte, len(listBegins))
+		n, _ := io.ReadFull(resp.Body, begin) // what did not come is no list's beginning
+		return nil, tooLong(begin[:n], limit)
 	}
 	body := make([]byte, 0, max(resp.ContentLength, 0)+512)
 	for {
@@ -162,8 +176,9 @@ func readBody(resp *http.Response, limit int64) ([]byte, error) {
 		body = body[:len(body)+n]
 		switch {
 		case int64(len(body)) > limit:
+			err := tooLong(body, limit)
 			clear(body)
-			return nil, errTooLong
+			return nil, err
 		case err == io.EOF:
 			return body, nil
 		case err != nil:
@@ -176,6 +191,9 @@ func readBody(resp *http.Response, limit int64) ([]byte, error) {
 func (a *answer) unreadable(err error) error {
 	if errors.Is(err, errTooLong) {
 		return a.foreign("longer than any answer of orgkeys")
+	}
+	if errors.Is(err, ErrListTooLong) {
+		return err
 	}
 	return fmt.Errorf("reading the answer: %w", err)
 }
