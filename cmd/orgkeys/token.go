@@ -55,6 +55,9 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 
 // issue makes a token of the development issuer.
 func issue(cfg config.Config, name, subject string, roles []string, ttl time.Duration) (string, error) {
+	if !cfg.Development() && cfg.IssuersFile != "" {
+		return "", fmt.Errorf("ORGKEYS_ISSUERS_FILE is %s: tokens come from the issuers there", cfg.IssuersFile)
+	}
 	if !cfg.Development() {
 		return "", fmt.Errorf("ORGKEYS_ISSUER is %s: tokens come from there", cfg.Issuer)
 	}

@@ -2,7 +2,11 @@ package packaging
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -12,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/freeport"
 )
 
@@ -205,6 +211,63 @@ func absolute(t *testing.T, path string) string {
 		t.Fatal(err)
 	}
 	return path
+}
+
+// With a file of issuers, tokens are not the script's to print, whatever it starts.
+func TestRunServesWithAFileOfIssuers(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	point, err := key.PublicKey.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	b64 := base64.RawURLEncoding.EncodeToString
+	set := fmt.Sprintf(`{"keys":[{"kty":"EC","crv":"P-256","kid":"k","alg":"ES256","use":"sig","x":%q,"y":%q}]}`, b64(point[1:33]), b64(point[33:]))
+	issuers := fmt.Sprintf(`{"issuers":[{"issuer":"https://issuer.example","audiences":["orgkeys"],"organizations":["*"],"jwks":%q}]}`, filepath.Join(dir, "jwks.json"))
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "jwks.json"), []byte(set), 0o600), os.WriteFile(filepath.Join(dir, "issuers.json"), []byte(issuers), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	address := "127.0.0.1:" + freePort(t)
+	r := run(t, append(os.Environ(), "ORGKEYS_LISTEN="+address, "ORGKEYS_DATA_DIR="+filepath.Join(dir, "data"), "ORGKEYS_ISSUERS_FILE="+filepath.Join(dir, "issuers.json")), "--vault")
+	deadline := time.Now().Add(building)
+	for served := false; !served; time.Sleep(100 * time.Millisecond) {
+		select {
+		case <-r.ended:
+			t.Fatal("scripts/run ended")
+		default:
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("nothing serves")
+		}
+		if resp, err := http.Get("http://" + address + "/readyz"); err == nil {
+			resp.Body.Close()
+			served = resp.StatusCode == http.StatusOK
+		}
+	}
+	if said := r.logs.String(); strings.Contains(said, "tokens come from") {
+		t.Error("it asked for a token that is another issuer's")
+	}
+}
+
+// The file for other terminals holds no secret: what a setting says to be one is left out.
+func TestRunWritesNoSecretDown(t *testing.T) {
+	left := regexp.MustCompile(`(?m)^\t\t\t(ORGKEYS_\S+(?: \| \S+)*)\)\n\t\t\t\techo "# \$name was given too`).FindStringSubmatch(read(t, "scripts/run"))
+	if left == nil {
+		t.Fatal("scripts/run leaves nothing out")
+	}
+	found := false
+	for _, s := range config.Settings() {
+		found = found || s.Secret
+		if s.Secret && !slices.Contains(strings.Split(left[1], " | "), s.Name) {
+			t.Errorf("scripts/run writes %s into a file", s.Name)
+		}
+	}
+	if !found {
+		t.Error("no setting is a secret")
+	}
 }
 
 // What ends by itself is named, and what is left goes on serving, until nothing is.
