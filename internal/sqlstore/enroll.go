@@ -768,13 +768,13 @@ func (d *DB) endDeliveries(ctx context.Context, tx *txn, all []ending, now int64
 		for _, statement := range []string{
 			"DELETE FROM deliveries WHERE stage = 'open' AND key_id IN ",
 			"UPDATE deliveries SET stage = 'ended', wrapped = NULL WHERE stage NOT IN ('received', 'ended') AND key_id IN ",
-			"DELETE FROM " + keyTable(scope) + " WHERE state = 'reserved' AND id IN ",
+			"DELETE FROM " + keyTable(scope) + " WHERE state = " + reserved + " AND id IN ",
 		} {
 			if err := execAll(ctx, tx, statement+d.texts("$1"), keys[scope]); err != nil {
 				return err
 			}
 		}
-		ended, err := d.endKeys(ctx, tx, keyTable(scope), "state IN ('pending', 'released')", keys[scope], now)
+		ended, err := d.endKeys(ctx, tx, keyTable(scope), "state IN ("+pending+", "+released+")", keys[scope], now)
 		if err != nil {
 			return err
 		}
@@ -864,7 +864,7 @@ func (d *DB) EndExpired(ctx context.Context, id string, expired func(org.ID, int
 			return err
 		}
 		const open = " FROM deliveries WHERE enrollment_id = $1 AND stage = 'open'"
-		if _, err := exec(ctx, tx, "DELETE FROM "+keyTable(e.Scope)+" WHERE state = 'reserved' AND id IN (SELECT key_id"+open+")", id); err != nil {
+		if _, err := exec(ctx, tx, "DELETE FROM "+keyTable(e.Scope)+" WHERE state = "+reserved+" AND id IN (SELECT key_id"+open+")", id); err != nil {
 			return err
 		}
 		n, err = exec(ctx, tx, "DELETE"+open, id)
