@@ -26,7 +26,8 @@ func newAuditArchive() *cobra.Command {
 		Short: "Move old events out of the database into an archive",
 		Long: `Moves the events that happened before T to ORGKEYS_AUDIT_ARCHIVE: a time such as
 2026-01-31T12:00:00Z, or an age such as 90d or 2160h. The archive is what
-"orgkeys audit publish" writes, C2SP tlog-tiles, and the receipts of Vault beside it.
+"orgkeys audit publish" writes, C2SP tlog-tiles, and the receipts of Vault beside it:
+in a directory, or in a bucket of an S3-compatible store (s3://bucket/prefix).
 
 It does this, in this order:
  1. publishes the log up to its newest signed checkpoint;

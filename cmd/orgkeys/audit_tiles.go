@@ -3,12 +3,14 @@ package main
 import (
 	"context"
 	"fmt"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/bucket"
 	"github.com/orgkeys/orgkeys/internal/audit/tiles"
+	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -28,11 +30,11 @@ addresses of people, so that erasing a person needs no change in DIR.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
-				dir, err := filepath.Abs(args[0])
+				store, err := tilesAt(cmd, args[0])
 				if err != nil {
 					return err
 				}
-				head, err := tiles.Publish(ctx, tiles.NewDir(dir), db, progressTo(cmd.ErrOrStderr(), "published"))
+				head, err := tiles.Publish(ctx, store, db, progressTo(cmd.ErrOrStderr(), "published"))
 				if err != nil {
 					return err
 				}
@@ -41,6 +43,18 @@ addresses of people, so that erasing a person needs no change in DIR.`,
 			})
 		},
 	}
+}
+
+// tilesAt opens a directory, or the place in a bucket that the settings have the key for.
+func tilesAt(cmd *cobra.Command, place string) (tiles.Store, error) {
+	if !bucket.IsPlace(place) {
+		return server.OpenTiles(config.Config{}, place)
+	}
+	cfg, err := load(cmd)
+	if err != nil {
+		return nil, err
+	}
+	return server.OpenTiles(cfg, place)
 }
 
 func newVerifyTiles() *cobra.Command {
@@ -52,7 +66,7 @@ func newVerifyTiles() *cobra.Command {
 		Long: `Verifies the files of a directory that "orgkeys audit publish" has written, or of a
 copy: that the checkpoint is signed by a key given with --key, that the entry bundles
 hold its events and no others, and that every hash tile belongs to them. It needs no
-settings. It does not compare receipts, policies and keys: an export has these.
+settings, except for a place such as s3://bucket/prefix. It does not compare receipts, policies and keys: an export has these.
 
 Files alone cannot show whether the log was truncated: give --checkpoint. Exit code 0:
 verified, and the given checkpoint covers all events. 1: an error. 3: verified, but
@@ -89,7 +103,11 @@ func verifyTiles(cmd *cobra.Command, dir string, given []string, checkpoint stri
 			return fmt.Errorf("--checkpoint: %w", err)
 		}
 	}
-	head, removed, err := tiles.Check(cmd.Context(), tiles.NewDir(dir), keys, kept.Checkpoint, progressTo(cmd.ErrOrStderr(), "verified"))
+	store, err := tilesAt(cmd, dir)
+	if err != nil {
+		return err
+	}
+	head, removed, err := tiles.Check(cmd.Context(), store, keys, kept.Checkpoint, progressTo(cmd.ErrOrStderr(), "verified"))
 	if err != nil {
 		return fmt.Errorf("%s: %w", dir, err)
 	}

@@ -71,7 +71,12 @@ type Config struct {
 	AuditSinks         []string
 	AuditFile          string
 	AuditDeadline      time.Duration
-	AuditArchive       string        // empty: the log stays in the database
+	AuditArchive       string // empty: the log stays in the database
+	S3Endpoint         string // of an archive in a bucket; what follows, too
+	S3Region           string
+	S3CAFile           string
+	S3AccessKey        string
+	S3SecretKey        string
 	AuditRetention     time.Duration // of entries in the archive; 0: for ever
 	CheckpointInterval time.Duration
 
@@ -375,6 +380,13 @@ func Loopback(listen string) bool {
 func (c *Config) checkArchive() error {
 	if c.AuditRetention > 0 && c.AuditArchive == "" {
 		return errors.New("ORGKEYS_AUDIT_RETENTION is about the entries of an archive: set ORGKEYS_AUDIT_ARCHIVE too")
+	}
+	inBucket := strings.HasPrefix(c.AuditArchive, "s3://")
+	switch {
+	case inBucket && (c.S3Endpoint == "" || c.S3AccessKey == "" || c.S3SecretKey == ""):
+		return errors.New("ORGKEYS_AUDIT_ARCHIVE is in a bucket: set ORGKEYS_AUDIT_S3_ENDPOINT, ORGKEYS_AUDIT_S3_ACCESS_KEY and ORGKEYS_AUDIT_S3_SECRET_KEY_FILE too")
+	case !inBucket && (c.S3Endpoint != "" || c.S3Region != "" || c.S3CAFile != "" || c.S3AccessKey != "" || c.S3SecretKey != ""):
+		return errors.New("the settings ORGKEYS_AUDIT_S3_… are for an ORGKEYS_AUDIT_ARCHIVE such as s3://bucket/prefix")
 	}
 	return nil
 }

@@ -8,14 +8,20 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/bucket"
 	"github.com/orgkeys/orgkeys/internal/audit/tiles"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/durable"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
-// OpenTiles returns the store at a place: a directory.
-func OpenTiles(_ config.Config, place string) (tiles.Store, error) {
+// OpenTiles returns the store at a place: a directory, or a bucket.
+func OpenTiles(cfg config.Config, place string) (tiles.Store, error) {
+	if bucket.IsPlace(place) {
+		return bucket.New(bucket.Config{
+			Endpoint: cfg.S3Endpoint, Region: cfg.S3Region, CAFile: cfg.S3CAFile, AccessKey: cfg.S3AccessKey, SecretKey: cfg.S3SecretKey, Place: place,
+		})
+	}
 	dir, err := filepath.Abs(place)
 	return tiles.NewDir(dir), err
 }
@@ -125,6 +131,13 @@ func completeLog(ctx context.Context, cfg config.Config, log *slog.Logger) (err 
 	if err != nil {
 		return err
 	}
-	follow(ctx, auditLog, c, log).end()
-	return nil
+	following := follow(ctx, auditLog, c, log)
+	defer following.end()
+	// A sink may lack more than it can be given in this time: it gets that at the next start.
+	flushing, cancel := context.WithTimeout(ctx, flushTimeout)
+	defer cancel()
+	if err := auditLog.Flush(flushing); err != nil && flushing.Err() == nil {
+		return err
+	}
+	return c.Sign(ctx)
 }

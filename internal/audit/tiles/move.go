@@ -90,6 +90,10 @@ func (m Move) Run(ctx context.Context, a Archive, log Log) (done Moved, err erro
 	if err := m.Signed(ctx, func(ctx context.Context) (bool, error) { return covered(ctx, log) }); err != nil {
 		return done, err
 	}
+	// The archive by itself must say what is removed from it.
+	if done.Published, err = publish(ctx, a, log, m.Progress("published")); err != nil {
+		return done, err
+	}
 	return done, m.finish(ctx, a, log, true)
 }
 

@@ -28,7 +28,7 @@ type Store interface {
 	// Replace makes path hold content, unless it holds something else than before
 	// meanwhile; before is nil where it holds nothing.
 	Replace(ctx context.Context, path string, before, content []byte) error
-	// RemoveAll removes a file, if it is there, or every file in a directory.
+	// RemoveAll removes a file, if it is there, or every file right in a directory.
 	RemoveAll(ctx context.Context, path string) error
 	// Lock keeps other processes from writing, as far as it can; what is written is
 	// safe without it.
