@@ -210,7 +210,7 @@ if [ -z "$have" ]; then
 	esac
 	[ "$(thumbprint "$work/key.pem")" = "$(field fingerprint)" ] || fail 70 "the key is another than the answer says"
 
-	jq '{id, org, origin, keyId, fingerprint, sha256}' "$work/body" >"$work/answer"
+	jq --arg id "$id" '{id: $id, org, origin, keyId, fingerprint, sha256}' "$work/body" >"$work/answer" # the ID is not under the MAC
 	sync "$work/answer" "$work/key.pem"
 	mv "$work/answer" "$answer"
 	mv "$work/key.pem" "$key"
