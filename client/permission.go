@@ -47,6 +47,9 @@ type Bound struct {
 	TPM       bool   `json:"tpm,omitzero"` // any TPM that the organization allows
 }
 
+// InTPM reports whether only a key in a TPM may be enrolled.
+func (b *Bound) InTPM() bool { return b != nil && (b.EK != "" || b.TPM) }
+
 func (t Terms) fields() termsFields {
 	f := termsFields{Scope: t.Scope, Origin: t.Origin, Uses: t.Uses, Seconds: int64(t.Life / time.Second), Approval: t.Approval, IP: t.IP, Note: t.Note}
 	if bound := (Bound{t.Recipient, t.EK, t.TPM}); bound != (Bound{}) {

@@ -169,7 +169,7 @@ func TestAMachineImageWithATPM(t *testing.T) {
 	b.waits()
 	b.plug(device)
 	var data strings.Builder
-	if err := snippet.Write(&data, "cloud-init", f.url, m.ID, m.Token); err != nil {
+	if err := snippet.Write(&data, "cloud-init", snippet.Enrollment{Server: f.url, ID: m.ID, Token: m.Token, OwnKey: true, TPM: true}); err != nil {
 		t.Fatal(err)
 	}
 	b.cloudInit(strings.Replace(data.String(), m.Token, "oke1.TOKEN", 1), "=ADDRESS", "=192.0.2.7", "=REGION", "=eu", "oke1.TOKEN", m.Token)

@@ -122,6 +122,16 @@ func TestSnippets(t *testing.T) {
 		texts[form] = p.does("enrollment", "create", "--for", form)
 		looksLike(t, "snippet-"+form, p.home, texts[form])
 	}
+	// What the enrollment asks of the node is said to the node.
+	for form, want := range map[string]string{
+		"shell":      "/enroll.token\" --origin node --tpm /dev/tpmrm0\n",
+		"cloud-init": "/enroll.token\n      ORGKEYS_NODE_ORIGIN=node\n      ORGKEYS_NODE_TPM=/dev/tpmrm0\n  - path: ",
+		"systemd":    "=$REGION\nORGKEYS_NODE_ORIGIN=node\nORGKEYS_NODE_TPM=/dev/tpmrm0\nENV\n",
+	} {
+		if out := p.does("enrollment", "create", "--origin", "node", "--tpm", "--for", form); !strings.Contains(out, want) {
+			t.Errorf("%s of an enrollment for keys in TPMs: %s", form, out)
+		}
+	}
 	token := varying[0].form
 
 	// The shell's, with an orgkeys-node that only says what it was given.

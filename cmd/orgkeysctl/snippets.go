@@ -16,7 +16,9 @@ var snippets = map[string]printSnippet{"": nil, "shell": written("shell"), "clou
 
 func written(kind string) printSnippet {
 	return func(w io.Writer, server string, minted *client.MintedPermission) error {
-		err := snippet.Write(w, kind, server, minted.ID, string(minted.Token))
+		err := snippet.Write(w, kind, snippet.Enrollment{
+			Server: server, ID: minted.ID, Token: string(minted.Token), OwnKey: minted.Origin == "node", TPM: minted.Bind.InTPM(),
+		})
 		if errors.Is(err, snippet.ErrUnsafe) {
 			return &failure{exit: exitUsage, what: "the server's address or the enrollment's ID " + snippet.ErrUnsafe.Error(), hint: "use --token-out"}
 		}

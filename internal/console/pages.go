@@ -185,7 +185,8 @@ func (v *visit) mint() error {
 	server := v.origin(v.r).String()
 	for _, kind := range snippet.Kinds() {
 		var text bytes.Buffer
-		if err := snippet.Write(&text, kind, server, minted.ID, data.Token); err != nil {
+		e := snippet.Enrollment{Server: server, ID: minted.ID, Token: data.Token, OwnKey: minted.Origin == "node", TPM: minted.Bind.InTPM()}
+		if err := snippet.Write(&text, kind, e); err != nil {
 			v.Log.Warn("the console shows no snippet", "error", err)
 			continue
 		}

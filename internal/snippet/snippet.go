@@ -15,20 +15,42 @@ var ErrUnsafe = errors.New("cannot stand in a snippet")
 // Kinds returns the names of the snippets, in the order in which they are offered.
 func Kinds() []string { return []string{"shell", "cloud-init", "systemd"} }
 
+// Enrollment is what a snippet is about.
+type Enrollment struct {
+	Server, ID, Token string
+	OwnKey            bool // the node makes the key (origin node)
+	TPM               bool // in its TPM
+}
+
+// settings are those that the enrollment asks for, as flags and as variables.
+func (e Enrollment) settings() (flags, variables string) {
+	if e.OwnKey {
+		flags, variables = " --origin node", "ORGKEYS_NODE_ORIGIN=node\n"
+	}
+	if e.TPM {
+		flags += " --tpm /dev/tpmrm0"
+		variables += "ORGKEYS_NODE_TPM=/dev/tpmrm0\n"
+	}
+	return flags, variables
+}
+
 // Write writes the snippet of that kind. What goes in has none of the characters that
 // shells, YAML or systemd care about: the token is base64url and hyphens, and the
 // server's URL and the ID are checked.
-func Write(w io.Writer, kind, server, id, token string) error {
+func Write(w io.Writer, kind string, e Enrollment) error {
 	text, known := map[string]string{"shell": shellSnippet, "cloud-init": cloudSnippet, "systemd": systemdSnippet}[kind]
 	if !known {
 		return fmt.Errorf("there is no snippet for %q", kind)
 	}
-	for _, part := range []string{server, id, token} {
+	for _, part := range []string{e.Server, e.ID, e.Token} {
 		if strings.ContainsFunc(part, unsafe) {
 			return fmt.Errorf("%q %w", part, ErrUnsafe)
 		}
 	}
-	_, err := strings.NewReplacer("{server}", server, "{id}", id, "{token}", token).WriteString(w, text)
+	flags, variables := e.settings()
+	indented := strings.ReplaceAll(variables, "ORGKEYS_", "      ORGKEYS_") // as the lines of the file in YAML
+	_, err := strings.NewReplacer("{server}", e.Server, "{id}", e.ID, "{token}", e.Token,
+		"{flags}", flags, "{variables}", variables, "{indented}", indented).WriteString(w, text)
 	return err
 }
 
@@ -44,7 +66,7 @@ install -d -m 0700 "$DIR"
 (umask 077 && cat >"$DIR/token") <<'TOKEN'
 {token}
 TOKEN
-orgkeys-node boot --server {server} --ip "$IP" --region "$REGION" --dir "$DIR" --token-file "$DIR/token"
+orgkeys-node boot --server {server} --ip "$IP" --region "$REGION" --dir "$DIR" --token-file "$DIR/token"{flags}
 `
 
 // cloudSnippet is examples/cloud-init.yaml with a token in it.
@@ -67,7 +89,7 @@ write_files:
       ORGKEYS_NODE_IP=ADDRESS
       ORGKEYS_NODE_REGION=REGION
       ORGKEYS_NODE_TOKEN_FILE=/var/lib/orgkeys-node/enroll.token
-  - path: /var/lib/orgkeys-node/enroll.token
+{indented}  - path: /var/lib/orgkeys-node/enroll.token
     owner: orgkeys-node:orgkeys-node
     permissions: "0600"
     defer: true # until the user is there
@@ -90,7 +112,7 @@ install -m 0644 /dev/stdin /etc/orgkeys-node/env <<ENV
 ORGKEYS_NODE_SERVER={server}
 ORGKEYS_NODE_IP=$IP
 ORGKEYS_NODE_REGION=$REGION
-ENV
+{variables}ENV
 systemctl enable orgkeys-node.service
 systemctl restart orgkeys-node.service
 rm /etc/credstore/orgkeys-node.token
