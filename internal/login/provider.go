@@ -125,6 +125,10 @@ func (p Provider) discover(ctx context.Context) (context.Context, *endpoints, er
 	if err := found.Claims(e); err != nil {
 		return ctx, nil, fmt.Errorf("%w %s: %w", ErrProvider, p.Issuer, err)
 	}
+	// It is opened in a browser, by a program that opens anything.
+	if u, err := url.Parse(found.Endpoint().AuthURL); err != nil || !confidential(u) {
+		return ctx, nil, fmt.Errorf("%w %s: its authorization_endpoint is %.100q, and not https", ErrProvider, p.Issuer, found.Endpoint().AuthURL)
+	}
 	e.Config = oauth2.Config{ClientID: p.ClientID, Endpoint: found.Endpoint(), Scopes: p.Scopes}
 	// Trying both ways of sending the client's ID doubles every poll, and earns slow_down.
 	e.Endpoint.AuthStyle = oauth2.AuthStyleInParams

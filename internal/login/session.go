@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -95,7 +94,7 @@ func (s Sessions) write(session Session) error {
 }
 
 func (s Sessions) lock(ctx context.Context, server string) (unlock func() error, err error) {
-	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
+	if err := durable.MkdirAll(s.Dir); err != nil {
 		return nil, err
 	}
 	return durable.Lock(ctx, s.path(server)+".lock")

@@ -12,6 +12,41 @@ import (
 	"time"
 )
 
+// Browsers are sent to nothing but pages that are reached over TLS, whatever the metadata names.
+func TestBrowsersAreSentToPages(t *testing.T) {
+	t.Parallel()
+	var issuer, authorization, end string
+	provider := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		fmt.Fprintf(w, `{"issuer":%q,"authorization_endpoint":%q,"end_session_endpoint":%q,"token_endpoint":%q,"jwks_uri":%q}`, issuer, authorization, end, issuer+"/token", issuer+"/jwks")
+	}))
+	defer provider.Close()
+	issuer = provider.URL
+	for _, hostile := range []string{"file:///usr/bin/calc", "javascript:alert(1)", "http://id.example/auth", "//id.example/auth", "-e", "%"} {
+		authorization, end = hostile, issuer+"/end"
+		w := &Web{Provider: Provider{Issuer: issuer, ClientID: "console"}}
+		if address, err := w.Begin(t.Context(), Attempt{"s", "n", "v"}); !errors.Is(err, ErrProvider) {
+			t.Errorf("signing in leads to %q, %v", address, err)
+		}
+		opened := false
+		if _, err := w.ByBrowser(t.Context(), func(string) { opened = true }); !errors.Is(err, ErrProvider) || opened {
+			t.Errorf("a command line opens %q: %v, %v", hostile, opened, err)
+		}
+		authorization, end = issuer+"/auth", hostile
+		w = &Web{Provider: Provider{Issuer: issuer, ClientID: "console"}}
+		if address, err := w.LogOut(t.Context()); !errors.Is(err, ErrProvider) || address != "" {
+			t.Errorf("signing out leads to %q, %v", address, err)
+		}
+	}
+	for given, want := range map[string]string{"": "", issuer + "/end?x=1": issuer + "/end?client_id=console&x=1", "https://id.example/end": "https://id.example/end?client_id=console"} {
+		authorization, end = issuer+"/auth", given
+		w := &Web{Provider: Provider{Issuer: issuer, ClientID: "console"}}
+		if address, err := w.LogOut(t.Context()); err != nil || address != want {
+			t.Errorf("signing out at %q leads to %q, %v", given, address, err)
+		}
+	}
+}
+
 // A provider whose metadata fails for a while signs people in with what was read before.
 func TestMetadataOutlivesAFailedRefresh(t *testing.T) {
 	t.Parallel()
