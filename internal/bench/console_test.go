@@ -8,10 +8,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
-	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -41,12 +38,12 @@ func BenchmarkConsole(b *testing.B) {
 			var busy time.Duration
 			b.ResetTimer()
 			for range b.N {
-				before := threadTime(b, s)
+				before := s.ProcessorTime(b)
 				took, err := get("/console/"+page, "Cookie", session)
 				if err != nil {
 					b.Fatal(err)
 				}
-				busy += threadTime(b, s) - before
+				busy += s.ProcessorTime(b) - before
 				pages = append(pages, took)
 				if took, err = get("/organization/bench/nodes", "Authorization", "Bearer "+token); err != nil {
 					b.Fatal(err)
@@ -119,26 +116,4 @@ func firstByte(s *harness.Server, req *http.Request) (took time.Duration, err er
 		return 0, fmt.Errorf("%s answers %d", req.URL.Path, resp.StatusCode)
 	}
 	return took, nil
-}
-
-// threadTime is what the server's threads have used so far.
-func threadTime(b *testing.B, s *harness.Server) (sum time.Duration) {
-	b.Helper()
-	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", s.PID()))
-	if err != nil || len(threads) == 0 {
-		b.Fatal("the server has no threads", err)
-	}
-	for _, t := range threads {
-		text, err := os.ReadFile(t)
-		if err != nil {
-			b.Fatal(err)
-		}
-		used, _, _ := strings.Cut(string(text), " ")
-		n, err := strconv.ParseInt(used, 10, 64)
-		if err != nil {
-			b.Fatal(err)
-		}
-		sum += time.Duration(n)
-	}
-	return sum
 }

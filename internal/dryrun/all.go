@@ -3,6 +3,7 @@ package dryrun
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -44,6 +45,10 @@ func (s *Service) AskAll(ctx context.Context, call gate.Call, org org.ID) ([]Row
 		for _, role := range Roles() {
 			member := call.Caller
 			member.Roles = []authz.Role{role}
+			if slices.Equal(member.Roles, call.Caller.Roles) { // the same question
+				row.ByRole[role] = row.Caller
+				continue
+			}
 			if row.ByRole[role], err = s.ask(ctx, pass, member, action); err != nil {
 				return nil, err
 			}
