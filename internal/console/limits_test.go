@@ -93,6 +93,22 @@ func TestSignInsAreApart(t *testing.T) {
 	}
 }
 
+// HSTS speaks for all ports of a host, so only the console at the usual one has it.
+func TestWhichHostsBrowsersReachOverTLSOnly(t *testing.T) {
+	t.Parallel()
+	for address, want := range map[string]string{"https://keys.example": "max-age=31536000", "https://keys.example:8443": "", "http://keys.example": "", "http://localhost:3000": ""} {
+		c, err := New(Config{Sessions: &empty{}, URL: address, Provider: &login.Web{}, Log: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range []string{"/console/sign-in", "/console/keys", "/console/nowhere"} {
+			if got := ask(c, t.Context(), "GET", path, "").Header().Get("Strict-Transport-Security"); got != want {
+				t.Errorf("%s%s says %q, want %q", address, path, got, want)
+			}
+		}
+	}
+}
+
 func TestExportsAreFewAndWholeOrBroken(t *testing.T) {
 	t.Parallel()
 	c, _ := limited(t)

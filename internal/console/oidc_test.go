@@ -137,7 +137,14 @@ func TestPromise15_SigningInAtAProvider(t *testing.T) {
 	if q.Get("code_challenge_method") != "S256" || q.Get("nonce") == "" || q.Get("redirect_uri") != console+"/console/callback" || q.Get("response_type") != "code" {
 		t.Errorf("the provider is asked for %v", q)
 	}
-	// Somebody else's code in one's own sign-in: PKCE and nonce are of the other.
+	// Somebody else's answer in one's own sign-in that has begun. It does not end that either.
+	for _, state := range []string{"", "x", back.Query().Get("state"), q.Get("state")[:42], q.Get("state") + "&state=" + q.Get("state")} {
+		got := mallory.send("/console/callback?code="+back.Query().Get("code")+"&iss="+url.QueryEscape(issuer)+"&state="+state, nil)
+		if got.StatusCode != http.StatusBadRequest || !strings.Contains(got.text, "begun in another tab") || mallory.session() != nil || len(mallory.cookies) != 1 {
+			t.Errorf("with the state %q one gets %d and %v", state, got.StatusCode, mallory.cookies)
+		}
+	}
+	// Somebody else's code in it: PKCE and nonce are of the other.
 	injected := mallory.send("/console/callback?code="+back.Query().Get("code")+"&iss="+url.QueryEscape(issuer)+"&state="+q.Get("state"), nil)
 	if injected.StatusCode < 400 || mallory.session() != nil {
 		t.Errorf("an injected code gets %d", injected.StatusCode)

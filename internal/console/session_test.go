@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"crypto/rand"
 	"crypto/rsa"
+	"fmt"
 	"io"
 	"io/fs"
 	"mime/multipart"
@@ -13,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -467,6 +469,44 @@ func TestPromise15_WhoMayOnlyReadHasNoButtons(t *testing.T) {
 	}
 }
 
+// An export, and each page of events, has the organization's events, or the person's own
+// where the policy says so; nobody gets those of another organization by asking for them.
+func TestPromise15_AnExportHasWhatThePersonMayRead(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	key := s.Generate(t, "acme")
+	someone := func(org, role, subject string) *person {
+		token, _, code := s.Run(t, "token", "--org", org, "--role", role, "--subject", subject)
+		if code != 0 {
+			t.Fatal("no token")
+		}
+		return newPerson(t, s).signInWith(strings.TrimSpace(token))
+	}
+	own, other, owner := someone("acme", "WORKSPACES", "w-1"), someone("other", "OWNER", "o-1"), someone("acme", "OWNER", "a-1")
+	actor := regexp.MustCompile(`"org":"([^"]*)".*"actor":"([^"]*)"`)
+	for _, query := range []string{"", "?by=admin", "?by=a-1", "?object=" + key.ID, "?show=keys"} {
+		for who, p := range map[[2]string]*person{{"acme", "w-1"}: own, {"other", "o-1"}: other} {
+			for _, path := range []string{"/console/events", "/console/events/export"} {
+				got := p.send(path+query, nil)
+				if got.StatusCode != http.StatusOK || strings.Contains(got.text, "orgkey.created") || strings.Contains(got.text, "Key made") {
+					t.Errorf("%s gets %d of %s%s: %s", who, got.StatusCode, path, query, got.text)
+				}
+				for _, m := range actor.FindAllStringSubmatch(got.text, -1) {
+					if m[1] != who[0] || m[2] != who[1] {
+						t.Errorf("%s gets an event of %q", who, m[1:])
+					}
+				}
+			}
+		}
+	}
+	if got := own.send("/console/events/export", nil); len(actor.FindAllString(got.text, -1)) < 3 {
+		t.Errorf("her own events are %s", got.text)
+	}
+	if got := owner.send("/console/events/export?object="+key.ID, nil); !strings.Contains(got.text, `"orgkey.created"`) {
+		t.Errorf("an owner gets %s: the search finds nothing", got.text)
+	}
+}
+
 // claimed is an enrollment whose one claim waits for its approval.
 func claimed(t *testing.T, s *harness.Server, admin *client.Client) *client.Permission {
 	t.Helper()
@@ -512,6 +552,22 @@ func TestPromise15_HostileTextsAreTexts(t *testing.T) {
 			t.Errorf("%s answers %d %s", path, got.StatusCode, got.text)
 		}
 	}
+	name, _, code := s.Run(t, "token", "--org", "acme", "--role", "OWNER", "--subject", hostile)
+	if code != 0 {
+		t.Fatal("no token for a hostile name")
+	}
+	mallory := newPerson(t, s).signInWith(strings.TrimSpace(name))
+	if got := mallory.send("/console/devices", url.Values{"ek": {"sha256-" + strings.Repeat("0", 64)}, "note": {hostile}}); got.StatusCode != http.StatusSeeOther {
+		t.Fatalf("allowing a device answers %d %s", got.StatusCode, got.text)
+	}
+	if got := mallory.send("/console/devices/x"+url.PathEscape(hostile)+"/remove", url.Values{"reason": {hostile}}); got.StatusCode != http.StatusNotFound || strings.Contains(got.text, "<script>alert") {
+		t.Errorf("removing no device answers %d %s", got.StatusCode, got.text)
+	}
+	for path, times := range map[string]int{"": 1, "devices": 2, "events?show=enrollments": 2} { // her name, and then the note or who allowed it
+		if got := mallory.send("/console/"+path, nil); strings.Contains(got.text, "<script>alert") || strings.Count(got.text, escaped) < times {
+			t.Errorf("/console/%s shows a name or a note as what it is not: %s", path, got.text)
+		}
+	}
 	got := ada.send("/console/enrollments", url.Values{"note": {hostile}})
 	if got.StatusCode != http.StatusCreated {
 		t.Fatalf("minting answers %d %s", got.StatusCode, got.text)
@@ -532,6 +588,40 @@ func TestPromise15_HostileTextsAreTexts(t *testing.T) {
 		t.Errorf("the export answers %d %v", export.StatusCode, export.Header)
 	}
 	checkExport(t, export.text)
+}
+
+// No page costs more than the 10 ms that its first byte may take on an idle server. Processor
+// time says so on a busy one, too.
+func TestAPageCostsLittle(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	key := s.Generate(t, "acme")
+	admin := s.Client(t, "acme", "OWNER")
+	for i := range 20 {
+		if _, err := admin.CreateEnrollment(t.Context(), "acme", client.Terms{Scope: "node", Uses: 1, Life: time.Hour}); err != nil {
+			t.Fatal(err)
+		}
+		if err := admin.AllowDevice(t.Context(), "acme", fmt.Sprintf("sha256-%064x", i), "rack"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ada := newPerson(t, s).signIn("OWNER")
+	for _, path := range []string{"", "keys", "keys/" + key.ID, "enrollments", "nodes", "devices", "secrets", "events", "verify", "policy"} {
+		var costs []time.Duration
+		for range 21 {
+			before := s.ProcessorTime(t)
+			if got := ada.send("/console/"+path, nil); got.StatusCode != http.StatusOK {
+				t.Fatalf("/console/%s answers %d", path, got.StatusCode)
+			}
+			costs = append(costs, s.ProcessorTime(t)-before)
+		}
+		slices.Sort(costs)
+		if median := costs[len(costs)/2]; median <= 0 || median > 10*time.Millisecond {
+			t.Errorf("/console/%s costs %s", path, median)
+		} else {
+			t.Logf("/console/%s costs %s", path, median)
+		}
+	}
 }
 
 // The whole console is small: what a browser loads of it, and what a reader reads.
