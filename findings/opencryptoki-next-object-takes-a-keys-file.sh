@@ -6,7 +6,7 @@
 # file, gives the lock back, takes it again, and writes the counter to NVTOK.DAT. C_Initialize of any
 # other program reads the counter from NVTOK.DAT into the shared memory. Between the two
 # writes it reads the old one, and the next object gets the same name, and the file.
-# (C_CreateObject writes both under one lock.)
+# (C_CreateObject takes the lock once for both, but gives it back before NVTOK.DAT is written, as C_Login does.)
 #
 # Why it matters: a key is lost, for good, because a monitor listed the slots. Who made it does not
 # see that, since its library has the key in memory: only after C_Initialize it is gone. When one

@@ -34,6 +34,11 @@ type life struct {
 // needs. The first one finds out which mechanisms work, and only then makes the
 // sealing key, if it may.
 func (t *Token) begin(ctx context.Context) (_ *life, err error) {
+	end, err := t.lib.takeTurn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	l, anchor, err := t.enter()
 	if err != nil {
 		return nil, err

@@ -42,12 +42,16 @@ import "C"
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"time"
 	"unsafe"
 
 	"github.com/miekg/pkcs11"
+	"golang.org/x/sys/unix"
 )
 
 // module is a PKCS#11 library. For three functions the binding first asks the
@@ -110,6 +114,42 @@ func (m *module) Initialize(options ...pkcs11.InitializeOption) error {
 		return errors.Join(errLoadedByAnother, m.Ctx.Finalize())
 	}
 	return err
+}
+
+// turns is the directory of opencryptoki's own locks, which all that use a token of its on
+// this machine have.
+const (
+	turns    = "/run/lock/opencryptoki"
+	turnWait = 30 * time.Second
+)
+
+// takeTurn waits until no other process of orgkeys begins to use opencryptoki: each
+// login, too, writes the token's record after the lock on it was given back, and so may
+// undo what another process wrote meanwhile. Other modules need no turns.
+func (m *module) takeTurn(ctx context.Context) (end func(), err error) {
+	if !m.unloads && !isLoaded(opencryptokiFile) {
+		return func() {}, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, turnWait)
+	defer cancel()
+	f, err := os.Open(turns)
+	if errors.Is(err, fs.ErrNotExist) {
+		return func() {}, nil // built with its locks elsewhere
+	}
+	if err != nil {
+		return nil, fmt.Errorf("taking turns at opencryptoki's token: %w", err)
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = f.Close() }, nil // it was only locked
+		}
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(fmt.Errorf("%s is locked: another process has been beginning to use opencryptoki's token for too long: %w", turns, err), f.Close())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
 }
 
 // isLoaded reports whether this process has a library with that in its path.

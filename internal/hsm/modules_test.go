@@ -3,6 +3,7 @@
 package hsm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
@@ -32,6 +34,61 @@ func TestNoStartLocksOpencryptoki(t *testing.T) {
 	cmd.Env = append(append(os.Environ(), child+"=pin states"), configEnv(cfg)...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// Another program begins to use opencryptoki's token while a sealing key is made, so that
+// the next object gets the file of the HMAC key. No object that comes later takes a half of the key.
+func TestNothingReplacesANewKeyOfOpencryptoki(t *testing.T) {
+	dir := t.TempDir()
+	o := hsmtest.StartOpencryptoki(t, filepath.Join(dir, "opencryptoki"))
+	o.InitToken(t, "orgkeys", opencryptokiPIN)
+	cfg := Config{Module: o.Module, TokenLabel: "orgkeys", PINFile: filepath.Join(dir, "pin"), AttemptFile: AttemptFile(dir), CreateSealingKey: true}
+	writePIN(t, cfg, opencryptokiPIN)
+	waits, now := filepath.Join(dir, "flock.so"), filepath.Join(dir, "go")
+	if out, err := exec.Command("cc", "-shared", "-fPIC", "-D_GNU_SOURCE", "-o", waits, "testdata/flock.c").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	binary, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func(env ...string) (*exec.Cmd, *bytes.Buffer) {
+		t.Helper()
+		var out bytes.Buffer
+		cmd := o.Command(t.Context(), "env", append(append(env, child+"=open"), append(configEnv(cfg), binary)...)...)
+		cmd.Stdout, cmd.Stderr = &out, &out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		return cmd, &out
+	}
+	another := func(args ...string) {
+		t.Helper()
+		if out, err := o.Command(t.Context(), "pkcs11-tool", append([]string{"--module", o.Module, "--slot", fmt.Sprint(o.Slot)}, args...)...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", args, err, out)
+		}
+	}
+	index := filepath.Join(dir, "opencryptoki", "lib", "swtok", "TOK_OBJ", "OBJ.IDX")
+	first, said := start("LD_PRELOAD="+waits, "INDEX="+index, "GO="+now)
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		if text, _ := os.ReadFile(index); bytes.Count(text, []byte("\n")) == 2 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("no key is made\n%s", said)
+		}
+	}
+	another("--list-slots")
+	if err := os.WriteFile(now, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Wait(); err != nil {
+		t.Fatalf("the first start: %v\n%s", err, said)
+	}
+	another("--login", "--pin", opencryptokiPIN, "--keygen", "--key-type", "AES:32", "--label", "another", "--id", "01")
+	if second, said := start(); second.Wait() != nil {
+		t.Errorf("the second start: %s", said)
 	}
 }
 

@@ -28,7 +28,7 @@ import (
 // The library of who made it does not see that, and destroying one of the two
 // objects destroys the other. So a new key is looked at in another life before
 // it is chosen, and destroyed in no earlier one; and a spare object is made behind it,
-// which gets the file if any does: after that, nothing else can.
+// which gets the file if any does. Processes of orgkeys take turns (takeTurn).
 const (
 	purposeSeal  = "seal"
 	sealKeyLabel = "orgkeys-seal-v1"

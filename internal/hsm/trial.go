@@ -167,7 +167,7 @@ func Examine(ctx context.Context, cfg Config) ([]Requirement, error) {
 	}
 	done := make(chan result, 1)
 	go func() {
-		found, err := t.examine()
+		found, err := t.examine(ctx)
 		done <- result{found, err}
 	}()
 	select {
@@ -178,7 +178,12 @@ func Examine(ctx context.Context, cfg Config) ([]Requirement, error) {
 	}
 }
 
-func (t *Token) examine() (found []Requirement, err error) {
+func (t *Token) examine(ctx context.Context) (found []Requirement, err error) {
+	end, err := t.lib.takeTurn(ctx)
+	if err != nil {
+		return nil, fault("examining the token", err)
+	}
+	defer end()
 	l, h, err := t.enter()
 	if err != nil {
 		return nil, fault("examining the token", err)
