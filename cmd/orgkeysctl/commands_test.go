@@ -124,7 +124,7 @@ func TestSnippets(t *testing.T) {
 	}
 	// What the enrollment asks of the node is said to the node.
 	for form, want := range map[string]string{
-		"shell":      "/enroll.token\" --origin node --tpm /dev/tpmrm0\n",
+		"shell":      "/token\" --origin node --tpm /dev/tpmrm0\n",
 		"cloud-init": "/enroll.token\n      ORGKEYS_NODE_ORIGIN=node\n      ORGKEYS_NODE_TPM=/dev/tpmrm0\n  - path: ",
 		"systemd":    "=$REGION\nORGKEYS_NODE_ORIGIN=node\nORGKEYS_NODE_TPM=/dev/tpmrm0\nENV\n",
 	} {
