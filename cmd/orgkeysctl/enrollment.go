@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"strconv"
 	"time"
@@ -63,7 +64,7 @@ orgkeys-node.service). The address and region of the node are left for you to sa
 func createEnrollment(ctx context.Context, c *connection, t client.Terms, out string, write printSnippet) error {
 	store := func([]byte) error { return nil }
 	if out != "" {
-		file, err := newKeyFile(out)
+		file, err := newFile(out, rand.Text())
 		if err != nil {
 			return err
 		}

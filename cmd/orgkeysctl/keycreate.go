@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -95,7 +94,7 @@ func (c *connection) progress(text string) {
 }
 
 func createPlain(ctx context.Context, c *connection, path string) (made, error) {
-	file, err := newKeyFile(path)
+	file, err := newFile(path, rand.Text())
 	if err != nil {
 		return made{}, err
 	}
@@ -124,14 +123,14 @@ func nothingCameOfIt(err error) bool {
 	return refused || errors.Is(err, client.ErrRequest) || ok && dial.Op == "dial"
 }
 
-// newKeyFile makes sure, before there is a key, that it can be written.
-func newKeyFile(path string) (*durable.New, error) {
-	file, err := durable.Create(path)
+// newFile makes sure, before there is a secret, that it can be written.
+func newFile(path, writer string) (*durable.New, error) {
+	file, err := durable.Create(path, writer)
 	if errors.Is(err, fs.ErrExist) {
 		return nil, &failure{exit: exitCannotWrite, what: path + " is there already, and is not overwritten", hint: "name another file"}
 	}
 	if err != nil {
-		return nil, &failure{exitCannotWrite, "the key could not be written", "name a directory that you may write to", err}
+		return nil, &failure{exitCannotWrite, path + " could not be written", "name a directory that you may write to", err}
 	}
 	return file, nil
 }
@@ -178,14 +177,17 @@ type arrival struct {
 	path      string
 }
 
-// arrivalPath is where the key that is on its way from server to org is kept.
-func (c *connection) arrivalPath() string {
+// arrivalName names the key that is on its way from server to org.
+func (c *connection) arrivalName() string {
 	sum := sha256.Sum256([]byte(c.server + "\n" + c.Org))
-	return filepath.Join(c.dir, "arrival-"+hex.EncodeToString(sum[:8])+".json")
+	return "arrival-" + hex.EncodeToString(sum[:8])
 }
 
+// arrivalPath is where it is kept.
+func (c *connection) arrivalPath() string { return filepath.Join(c.dir, c.arrivalName()+".json") }
+
 func createSealed(ctx context.Context, c *connection, path string) (m made, err error) {
-	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+	if err := durable.MkdirAll(c.dir); err != nil {
 		return m, &failure{exit: exitCannotWrite, what: "--dir", err: err}
 	}
 	unlock, err := durable.Lock(ctx, c.arrivalPath()+".lock")
@@ -196,6 +198,11 @@ func createSealed(ctx context.Context, c *connection, path string) (m made, err 
 	a, err := c.loadArrival()
 	if err != nil {
 		return m, err
+	}
+	if a != nil && a.File != "" {
+		if err := durable.Clean(a.File, c.arrivalName()); err != nil {
+			return m, &failure{exitCannotWrite, "a copy of the key that an interrupted run left could not be removed", "", err}
+		}
 	}
 	if a != nil && a.File != "" && holdsKey(a.File, a.Key.Fingerprint) {
 		if m, err = a.receive(ctx, c); err != nil || a.File == path {
@@ -209,7 +216,7 @@ func createSealed(ctx context.Context, c *connection, path string) (m made, err 
 
 // fetch has the key of a, or of a new arrival, made and written to path.
 func (c *connection) fetch(ctx context.Context, a *arrival, path string) (made, error) {
-	file, err := newKeyFile(path)
+	file, err := newFile(path, c.arrivalName())
 	if err != nil {
 		return made{}, err
 	}

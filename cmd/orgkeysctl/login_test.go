@@ -275,6 +275,7 @@ func loginRefused(t *testing.T, p *provider) {
 	}
 	ada.fails(exitRefused, "nobody is logged in", "whoami")
 
+	var sent []url.Values // all that a login sends is its own
 	no := p.newcomer(t)
 	code, _, log = no.logInWith(t, addressSaid, func(address string) {
 		asked, err := url.Parse(address)
@@ -282,6 +283,7 @@ func loginRefused(t *testing.T, p *provider) {
 			t.Error(err)
 			return
 		}
+		sent = append(sent, asked.Query())
 		back := url.Values{"error": {"access_denied"}, "error_description": {"\x1b[31mno"}, "state": asked.Query()["state"], "iss": {p.Issuer}}
 		resp, err := http.Get(asked.Query().Get("redirect_uri") + "?" + back.Encode())
 		if err != nil || resp.StatusCode != http.StatusForbidden {
@@ -299,6 +301,7 @@ func loginRefused(t *testing.T, p *provider) {
 			t.Error(err)
 			return
 		}
+		sent = append(sent, asked.Query())
 		back := url.Values{"code": {"x"}, "state": asked.Query()["state"], "iss": {"https://other.example"}}
 		if _, err := http.Get(asked.Query().Get("redirect_uri") + "?" + back.Encode()); err != nil {
 			t.Error(err)
@@ -306,6 +309,12 @@ func loginRefused(t *testing.T, p *provider) {
 	})
 	if code != exitUnavailable || !strings.Contains(log, "another issuer answered") {
 		t.Errorf("another issuer's answer: %d, %q", code, log)
+	}
+
+	for _, name := range []string{"state", "nonce", "code_challenge"} {
+		if len(sent) != 2 || len(sent[0].Get(name)) < 26 || sent[0].Get(name) == sent[1].Get(name) {
+			t.Errorf("two logins sent the %s of %q", name, sent)
+		}
 	}
 
 	mixed.env = append(mixed.env, "ORGKEYSCTL_ISSUER_CA_FILE=")

@@ -21,27 +21,47 @@ type New struct {
 }
 
 // Create makes sure that a file can be written at path, before there is
-// anything to write. What is there already is fs.ErrExist, and stays.
-func Create(path string) (*New, error) {
+// anything to write. What is there already is fs.ErrExist, and stays. writer names
+// who does: those of one name exclude each other, as with Lock, and what a crash
+// left of an earlier call is removed.
+func Create(path, writer string) (*New, error) {
 	if _, err := os.Lstat(path); err == nil {
 		return nil, &fs.PathError{Op: "create", Path: path, Err: fs.ErrExist}
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*") // mode 0600
+	if err := Clean(path, writer); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(temporary(path, writer), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	n := &New{path, f}
 	// Some file systems, such as those of USB sticks, have no links. That has to be
 	// known before there is content that exists once.
-	trial := f.Name() + ".link"
-	err = os.Link(f.Name(), trial)
+	err = os.Link(f.Name(), trial(path, writer))
 	if err == nil {
-		err = os.Remove(trial)
+		err = os.Remove(trial(path, writer))
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("a file cannot be made there in one step (the file system may have no hard links; choose another directory): %w", err), n.Discard())
 	}
 	return n, nil
+}
+
+func temporary(path, writer string) string {
+	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"."+writer)
+}
+
+func trial(path, writer string) string { return temporary(path, writer) + ".link" }
+
+// Clean removes what a crash left of a writer's earlier Create, and nothing of path.
+func Clean(path, writer string) error {
+	for _, name := range []string{trial(path, writer), temporary(path, writer)} {
+		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // Write gives the file its content and its name, unless something has taken the

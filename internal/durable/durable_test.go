@@ -39,7 +39,7 @@ func wantFiles(t *testing.T, dir string, want map[string]string) {
 func TestANewFileTakesNoOthersPlace(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "key.pem")
-	n, err := durable.Create(path)
+	n, err := durable.Create(path, "writer")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,12 +47,12 @@ func TestANewFileTakesNoOthersPlace(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantFiles(t, dir, map[string]string{"key.pem": "first"})
-	if _, err := durable.Create(path); !errors.Is(err, fs.ErrExist) {
+	if _, err := durable.Create(path, "writer"); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("Create over a file: %v", err)
 	}
 
 	late := filepath.Join(dir, "late.pem")
-	if n, err = durable.Create(late); err != nil {
+	if n, err = durable.Create(late, "writer"); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(late, []byte("somebody else's"), 0o600); err != nil {
@@ -64,7 +64,7 @@ func TestANewFileTakesNoOthersPlace(t *testing.T) {
 	if err := os.Symlink("nowhere", filepath.Join(dir, "link")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := durable.Create(filepath.Join(dir, "link")); !errors.Is(err, fs.ErrExist) {
+	if _, err := durable.Create(filepath.Join(dir, "link"), "writer"); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("Create through a link that leads nowhere: %v", err)
 	}
 	if err := durable.Remove(filepath.Join(dir, "link")); err != nil {
@@ -78,7 +78,7 @@ const withoutLinks = "DURABLE_TEST_WITHOUT_LINKS"
 
 func TestAFileSystemWithoutLinksIsNoticedBeforehand(t *testing.T) {
 	if dir := os.Getenv(withoutLinks); dir != "" {
-		if _, err := durable.Create(filepath.Join(dir, "key.pem")); !errors.Is(err, fs.ErrPermission) {
+		if _, err := durable.Create(filepath.Join(dir, "key.pem"), "writer"); !errors.Is(err, fs.ErrPermission) {
 			t.Errorf("Create where Write will fail: %v", err)
 		}
 		return
@@ -95,7 +95,7 @@ func TestAFileSystemWithoutLinksIsNoticedBeforehand(t *testing.T) {
 
 func TestWhatIsDiscardedLeavesNothing(t *testing.T) {
 	dir := t.TempDir()
-	n, err := durable.Create(filepath.Join(dir, "key.pem"))
+	n, err := durable.Create(filepath.Join(dir, "key.pem"), "writer")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,9 +103,27 @@ func TestWhatIsDiscardedLeavesNothing(t *testing.T) {
 		t.Error(err)
 	}
 	wantFiles(t, dir, nil)
-	if _, err := durable.Create(filepath.Join(dir, "none", "key.pem")); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := durable.Create(filepath.Join(dir, "none", "key.pem"), "writer"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("in a directory that is not there: %v", err)
 	}
+}
+
+func TestWhatACrashLeftIsRemoved(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "key.pem")
+	for name, content := range map[string]string{".key.pem.writer": "half a k", ".key.pem.writer.link": "", ".key.pem.another": "not mine"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n, err := durable.Create(path, "writer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Write([]byte("key")); err != nil {
+		t.Fatal(err)
+	}
+	wantFiles(t, dir, map[string]string{"key.pem": "key", ".key.pem.another": "not mine"})
 }
 
 func TestReplaceAndRemove(t *testing.T) {

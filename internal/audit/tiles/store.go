@@ -66,7 +66,7 @@ func (d *Dir) WriteOnce(_ context.Context, name string, content []byte) error {
 		return err
 	}
 	d.touch(name)
-	f, err := durable.Create(at)
+	f, err := durable.Create(at, "new")
 	if err == nil {
 		err = f.Write(content)
 	}
