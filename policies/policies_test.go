@@ -52,14 +52,6 @@ func TestRegoTestsPassAndCoverThePolicyCompletely(t *testing.T) {
 	checkCoverage(t, coverage.Report(modules).Files["authz.rego"])
 }
 
-// What "opa check --strict" refuses, such as unused variables.
-func TestRegoPassesStrictChecks(t *testing.T) {
-	compiler := ast.NewCompiler().WithStrict(true).WithDefaultRegoVersion(ast.RegoV1)
-	if compiler.Compile(modules(t)); compiler.Failed() {
-		t.Error(compiler.Errors)
-	}
-}
-
 func checkCoverage(t *testing.T, report *cover.FileReport) {
 	t.Helper()
 	if report == nil || report.CoveredLines < 30 {

@@ -162,3 +162,18 @@ func goTool(t *testing.T, args ...string) string {
 	}
 	return string(out)
 }
+
+func TestThePolicyIsCheckedByTheVersionThatEvaluatesIt(t *testing.T) {
+	const opa = "github.com/open-policy-agent/opa"
+	versions := map[string]string{}
+	for _, file := range []string{"go.mod", toolsFile} {
+		for _, r := range goMod(t, file).Require {
+			if r.Mod.Path == opa {
+				versions[file] = r.Mod.Version
+			}
+		}
+	}
+	if versions["go.mod"] == "" || versions["go.mod"] != versions[toolsFile] {
+		t.Errorf("versions of %s: %v", opa, versions)
+	}
+}

@@ -133,8 +133,10 @@ func TestALostAnswerIsNoOthersFile(t *testing.T) {
 	to, err := url.Parse(endpoint)
 	audittest.Must(t, err)
 	var lost, puts atomic.Int32
-	through := httputil.NewSingleHostReverseProxy(to)
-	through.Director = func(r *http.Request) { r.URL.Scheme, r.URL.Host = to.Scheme, to.Host } // the signature covers Host
+	through := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(to)
+		r.Out.Host = r.In.Host // the signature covers it
+	}}
 	through.ModifyResponse = func(r *http.Response) error {
 		if r.Request.Method != http.MethodPut {
 			return nil
