@@ -150,6 +150,9 @@ func verifyLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, g given, 
 	for _, r := range report.Rollbacks {
 		fmt.Fprintln(out, accepted(r))
 	}
+	if report.Unexplained > 0 {
+		fmt.Fprintf(out, "%d of these rollbacks are known from the copy alone: their events are in the part of the log that was not read\n", report.Unexplained)
+	}
 	switch {
 	case report.Unread != nil:
 		return &exitError{codeNotExcluded, fmt.Errorf("the first %d events are in an archive that was not read: their content, and keys that are older than the rest, were not verified: %w", report.Archived, report.Unread)}

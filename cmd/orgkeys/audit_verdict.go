@@ -43,8 +43,9 @@ type verdict struct {
 	Archived        int64              `json:"archived,omitzero"`        // of the log: first events that are in the archive
 	Removed         int64              `json:"removed,omitzero"`         // of the log: first entries that the archive no longer has
 	Rollbacks       []audit.Rollback   `json:"rollbacks,omitempty"`
-	PublicKeys      int64              `json:"publicKeys,omitzero"` // of an export, that the log's fingerprints vouch for
-	Enrolled        []archive.Enrolled `json:"enrolled,omitempty"`  // of an export: how each sealed key came to its holder
+	Unexplained     int64              `json:"unexplained,omitzero"` // of the log: rollbacks whose event was not read
+	PublicKeys      int64              `json:"publicKeys,omitzero"`  // of an export, that the log's fingerprints vouch for
+	Enrolled        []archive.Enrolled `json:"enrolled,omitempty"`   // of an export: how each sealed key came to its holder
 	Vault           *vaultVerdict      `json:"vault,omitempty"`
 	Proof           *proofVerdict      `json:"proof,omitempty"`
 }
@@ -121,7 +122,7 @@ func (v *verdict) conclude(err error) {
 
 func (v *verdict) ofLog(r verify.Report) {
 	v.Origin, v.Size, v.Root, v.Covered = r.Log.Origin, r.Log.Size, r.Log.Root.String(), r.Covered
-	v.Archived, v.Removed = r.Archived, r.Removed
+	v.Archived, v.Removed, v.Unexplained = r.Archived, r.Removed, r.Unexplained
 	v.Signed, v.Receipts, v.Erased, v.Unsequenced, v.Unauthenticated, v.Rollbacks = r.Signed, r.Receipts, r.Erased, r.Unsequenced, r.Unauthenticated, r.Rollbacks
 }
 

@@ -50,13 +50,12 @@ func (s snapshot) Archived(ctx context.Context) (a audit.Archived, err error) {
 	return a, err
 }
 
-// ArchiveState implements verify.Snapshot.
-func (s snapshot) ArchiveState(ctx context.Context) error {
+// ArchiveCheckpoint implements verify.Snapshot.
+func (s snapshot) ArchiveCheckpoint(ctx context.Context) (audit.Checkpoint, error) {
 	if s.archive == nil {
-		return ErrNoArchive
+		return audit.Checkpoint{}, ErrNoArchive
 	}
-	_, _, err := s.archive.Checkpoint(ctx)
-	return err
+	return s.archive.Checkpoint(ctx)
 }
 
 // storedRoot is the root hash of a bundle, as the database has it.

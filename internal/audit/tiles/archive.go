@@ -8,6 +8,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
 // Width is how many events an entry bundle has.
@@ -17,14 +18,18 @@ const Width = width
 // returns was verified: the database has the root hash of each bundle.
 type Archive struct{ Store }
 
-// Checkpoint returns the checkpoint up to which it holds the log, and its note.
-func (a Archive) Checkpoint(ctx context.Context) (audit.Checkpoint, []byte, error) {
+// Checkpoint returns the checkpoint up to which it holds the log. What is none is a
+// *verify.Problem.
+func (a Archive) Checkpoint(ctx context.Context) (audit.Checkpoint, error) {
 	note, err := a.Read(ctx, checkpointName)
 	if err != nil {
-		return audit.Checkpoint{}, nil, err
+		return audit.Checkpoint{}, err
 	}
 	c, err := audit.ParseCheckpoint(string(note))
-	return c, note, err
+	if err != nil {
+		return c, verify.Problemf(-1, "%s in %s: %v", checkpointName, a, err)
+	}
+	return c, nil
 }
 
 // Leaves returns the events of a full bundle.

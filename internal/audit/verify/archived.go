@@ -49,9 +49,18 @@ func (v *verification) walkArchive(ctx context.Context, s Snapshot, stored func(
 	}
 	v.Archived, v.Removed = a.Moved, a.Removed
 	v.archived.Created, v.archived.Ended = map[string]string{}, map[string]string{}
-	v.Unread = s.ArchiveState(ctx)
-	if errors.Is(v.Unread, fs.ErrNotExist) {
-		return Problemf(0, "the archive, to which the first %d events were moved, does not hold them: %v", a.Moved, v.Unread)
+	held, err := s.ArchiveCheckpoint(ctx)
+	switch {
+	case errors.As(err, new(*Problem)):
+		return err
+	case errors.Is(err, fs.ErrNotExist):
+		return Problemf(0, "the archive, to which the first %d events were moved, does not hold them: %v", a.Moved, err)
+	case err != nil:
+		v.Unread = err
+	case held.Origin != v.Log.Origin:
+		return Problemf(-1, "the archive's checkpoint is of another log (%s, not %s)", held.Origin, v.Log.Origin)
+	case held.Size < a.Moved:
+		return Problemf(held.Size, "it was moved to the archive, whose checkpoint covers %d events", held.Size)
 	}
 	v.archived.Whole = v.Unread == nil && a.Removed == 0
 	if v.delivered, err = s.DeliveredTo(ctx); err != nil {

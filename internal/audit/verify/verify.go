@@ -57,8 +57,9 @@ type Snapshot interface {
 	Contradictions(ctx context.Context, a ArchivedKeys) ([]string, error)
 
 	Archived(ctx context.Context) (audit.Archived, error)
-	// ArchiveState reports why the archive cannot be read; fs.ErrNotExist: it holds nothing.
-	ArchiveState(ctx context.Context) error
+	// ArchiveCheckpoint returns up to where the archive says that it holds the log. An error that
+	// is no *Problem: it cannot be read; fs.ErrNotExist: it holds nothing.
+	ArchiveCheckpoint(ctx context.Context) (audit.Checkpoint, error)
 	// Bundle reads a bundle of the archive, and compares it with its root hash in the
 	// database; of one that was removed there are only the hashes.
 	Bundle(ctx context.Context, bundle int64, removed bool) (Bundle, error)
@@ -96,6 +97,7 @@ type Report struct {
 	Receipts        int64     // each signed by a stored receipt key
 	Erased          int64     // events whose personal part was erased
 	Rollbacks       []audit.Rollback
+	Unexplained     int64 // of these, whose event was not read: it is in the archive that was not, or was removed from it
 	Before          bool  // the copy is older than the last of them, in which the rest of the copy was lost
 	Archived        int64 // first events that were moved out of the database
 	Removed         int64 // first entries that the archive no longer has
@@ -334,17 +336,29 @@ func (v *verification) finish() error {
 	}
 	v.Covered = max(v.Covered, min(v.copy.end(), v.tree.size))
 	for _, r := range v.Rollbacks {
-		if !slices.ContainsFunc(v.accepted, func(a AcceptedRollback) bool { return a.Rollback == r }) {
+		switch {
+		case slices.ContainsFunc(v.accepted, func(a AcceptedRollback) bool { return a.Rollback == r }):
+		case place(r) < v.unread():
+			v.Unexplained++
+		default:
 			return &Problem{-1, "the sink's copy records a rollback for which the log has no event"}
 		}
 	}
 	return nil
 }
 
+// unread is how many first events only hashes were read of.
+func (v *verification) unread() int64 {
+	if v.Unread != nil {
+		return v.Archived
+	}
+	return v.Removed
+}
+
 // unaccounted returns the problem that the log differs from the copy, unless the copy
 // is older than an accepted rollback that explains it. The event of a rollback counts
 // only if a signed checkpoint covers it: anybody who writes to the database could
-// insert one.
+// insert one. One that was not read excuses nothing.
 func (v *verification) unaccounted() error {
 	if v.parted == nil {
 		return nil
@@ -358,6 +372,9 @@ func (v *verification) unaccounted() error {
 			return nil
 		}
 		v.parted.What += fmt.Sprintf(", or the copy is older than the rollback that event %d accepted, which no signed checkpoint covers yet", r.Index)
+	}
+	if v.parted.Index < v.unread() {
+		v.parted.What += fmt.Sprintf(", or the copy is older than a rollback whose event is among the first %d, which were not read: use a copy from after it", v.unread())
 	}
 	return v.parted
 }

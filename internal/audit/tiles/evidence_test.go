@@ -1,0 +1,144 @@
+package tiles_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/audittest"
+	"github.com/orgkeys/orgkeys/internal/audit/tiles"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// rolledBack is a log of 641 events of which event 40 accepted a rollback, a sink's text of
+// 300 events, in which event 25 is the one that was lost, and the sink's text now.
+func rolledBack(t *testing.T, location string) (e movable, before, now string) {
+	t.Helper()
+	dir := t.TempDir()
+	e = movable{audittest.NewSignedAt(t, location), location, tiles.Archive{Store: tiles.NewDir(dir)}, dir}
+	e.DB.UseArchive(e.Archive)
+	head, err := e.DB.Head(t.Context())
+	audittest.Must(t, err)
+	r := audit.Rollback{From: head.Text(), To: head.Text(), Kept: 20, Reason: "a test"}
+	sink := audit.NewFileSink(e.Sink)
+	audittest.Must(t, sink.AcceptRollback(t.Context(), r))
+	more := []audit.Event{r.Event()}
+	for range 600 {
+		more = append(more, e.Key(audit.KeysListed, ""))
+	}
+	e.SignedLog.Record(t, more...)
+	last, err := sink.Last(t.Context())
+	audittest.Must(t, err)
+	entries, head, err := e.DB.Durable(t.Context(), last, 1000)
+	audittest.Must(t, err)
+	_, err = sink.Append(t.Context(), entries, head)
+	audittest.Must(t, err)
+	for _, row := range [][]any{{"k-1", nil, "deleted", nil}, {"k-2", nil, "deleted", nil}, {"k-3", 1, "released", []byte{0}}} {
+		_, err := e.Raw.Exec("INSERT INTO org_keys (id, org_id, slot, state, sealed) VALUES ($1, 'acme', $2, $3, $4)", row...)
+		audittest.Must(t, err)
+	}
+	now = e.Text(t)
+	_, anew, _ := strings.Cut(now, `"rollback"`)
+	for _, line := range strings.SplitAfter(anew, "\n")[1:301] {
+		if strings.HasPrefix(line, `{"index":25,`) {
+			line = strings.Replace(line, "u-1", "u-9", 1)
+		}
+		before += line
+	}
+	return e, before, now
+}
+
+// verifyWith verifies the log with a sink's text.
+func (e movable) verifyWith(t *testing.T, db *sqlstore.DB, text string) (verify.Report, error) {
+	t.Helper()
+	evidence, err := verify.ReadCopy(strings.NewReader(text))
+	audittest.Must(t, err)
+	audittest.Must(t, evidence.AddKept(t.Context(), e.DB, nil))
+	return verify.Verify(t.Context(), db, evidence, nil)
+}
+
+// That the event of an accepted rollback is no longer read is no forgery, and excuses nothing.
+func TestARollbackWhoseEventIsNoLongerRead(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e, before, now := rolledBack(t, location)
+		other := audittest.OpenAt(t, location).DB // which has no archive
+		want := func(what string, db *sqlstore.DB, unexplained int64) {
+			t.Helper()
+			report, err := e.verifyWith(t, db, now)
+			if err != nil || report.Unexplained != unexplained || len(report.Rollbacks) != 1 || (report.Unread != nil) != (db == other && report.Archived > 0) {
+				t.Errorf("%s: %+v, %v", what, report, err)
+			}
+			report, err = e.verifyWith(t, db, before)
+			switch problem := new(verify.Problem); {
+			case unexplained == 0 && (err != nil || !report.Before):
+				t.Errorf("%s, a copy from before: %+v, %v", what, report, err)
+			case unexplained > 0 && (!errors.As(err, &problem) || !strings.Contains(problem.What, "use a copy from after it")):
+				t.Errorf("%s, a copy from before: %v", what, err)
+			}
+			forged := strings.Replace(now, `"kept":20`, `"kept":21`, 1)
+			if unexplained == 0 {
+				if _, err := e.verifyWith(t, db, forged); !errors.As(err, new(*verify.Problem)) {
+					t.Errorf("%s, another rollback: %v", what, err)
+				}
+			}
+		}
+		want("all in the database", e.DB, 0)
+		e.run(t, e.move(t), 512, 0)
+		want("archived", e.DB, 0)
+		want("the archive was not read", other, 1)
+		m := e.move(t)
+		m.Keep = time.Nanosecond
+		e.run(t, m, 0, 512)
+		want("removed", e.DB, 1)
+		want("removed, and the archive was not read", other, 1)
+		// One behind what is removed must have its event.
+		evidence, err := verify.ReadCopy(strings.NewReader(now))
+		audittest.Must(t, err)
+		at, err := e.DB.At(t.Context(), 600)
+		audittest.Must(t, err)
+		evidence.Rollbacks = append(evidence.Rollbacks, audit.Rollback{From: at.Text(), To: at.Text(), Kept: 600, Reason: "forged"})
+		if _, err := verify.Verify(t.Context(), e.DB, evidence, nil); !errors.As(err, new(*verify.Problem)) {
+			t.Errorf("a rollback without an event: %v", err)
+		}
+	})
+}
+
+// A checkpoint that cannot be the archive's is no archive that was not read.
+func TestACheckpointThatIsNotTheArchives(t *testing.T) {
+	t.Parallel()
+	e := newMovable(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+	first, err := e.DB.SignedAfter(t.Context(), 0)
+	audittest.Must(t, err)
+	e.run(t, e.move(t), 512, 0)
+	path := filepath.Join(e.dir, "checkpoint")
+	good, err := os.ReadFile(path)
+	audittest.Must(t, err)
+	origin, rest, _ := strings.Cut(string(good), "\n")
+	for what, c := range map[string]struct {
+		text  string
+		index int64
+	}{
+		"empty":               {"", -1},
+		"no checkpoint":       {"<html>503</html>\n", -1},
+		"another log's":       {origin + "-other\n" + rest, -1},
+		"less than was moved": {first[0].Note, first[0].Size},
+	} {
+		audittest.Must(t, os.WriteFile(path, []byte(c.text), 0o600))
+		e.wantProblem(t, what, c.index)
+	}
+	// What cannot be read is another matter.
+	audittest.Must(t, os.Remove(path))
+	audittest.Must(t, os.Mkdir(path, 0o700))
+	if report, err := e.verify(t, e.DB); err != nil || report.Unread == nil {
+		t.Errorf("a file that cannot be read: %v, %v", report.Unread, err)
+	}
+	audittest.Must(t, os.Remove(path))
+	audittest.Must(t, os.WriteFile(path, good, 0o600))
+	e.wantGood(t)
+}
