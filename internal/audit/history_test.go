@@ -470,6 +470,49 @@ func TestLostReceiptsAreGivenAgain(t *testing.T) {
 	}
 }
 
+// While another replica feeds a shared sink, nobody knows whether it will succeed: this
+// one's earlier trouble is not over, and the sink does not hold the whole log.
+func TestAReplicaThatWaitsForAnotherHasNotCaughtUp(t *testing.T) {
+	l := audittest.Open(t)
+	sink := &signingSink{FileSink: audit.NewFileSink(l.Sink)}
+	db := &contended{DB: l.DB}
+	trail := audit.NewLog(db, slog.New(slog.DiscardHandler), sink)
+	defer run(t, trail)()
+	record(t, trail, 20)
+	flush(t, trail)
+	waitFor(t, "the sink has caught up", func() bool { s := trail.Sinks()[0]; return s.Err == nil && !s.CaughtUp.IsZero() })
+	sink.deaf.Store(true)
+	record(t, trail, 1)
+	waitFor(t, "the sink's trouble is seen", func() bool { return trail.Sinks()[0].Err != nil })
+	before := trail.Sinks()[0].CaughtUp
+
+	db.elsewhere.Store(true)
+	waitFor(t, "it has waited for the other replica", func() bool { return db.refused.Load() >= 3 })
+	if s := trail.Sinks()[0]; s.Err == nil || s.CaughtUp != before {
+		t.Errorf("while another replica is at it: error %v, caught up %v, and before at %v", s.Err, s.CaughtUp, before)
+	}
+
+	sink.deaf.Store(false)
+	db.elsewhere.Store(false)
+	flush(t, trail)
+	waitFor(t, "the sink has caught up again", func() bool { return trail.Sinks()[0].CaughtUp.After(before) })
+}
+
+// contended is a database whose exclusive work another replica may be doing.
+type contended struct {
+	*sqlstore.DB
+	elsewhere atomic.Bool
+	refused   atomic.Int64
+}
+
+func (c *contended) Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error) {
+	if c.elsewhere.Load() {
+		c.refused.Add(1)
+		return false, nil
+	}
+	return c.DB.Exclusive(ctx, name, do)
+}
+
 // signingSink is a shared sink that gives receipts, and may have its answers lost.
 type signingSink struct {
 	*audit.FileSink

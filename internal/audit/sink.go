@@ -140,7 +140,7 @@ func (f *follower) follow(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		after, err := f.step(ctx, held)
+		after, waits, err := f.step(ctx, held)
 		if err != nil {
 			return err
 		}
@@ -148,15 +148,17 @@ func (f *follower) follow(ctx context.Context) error {
 			return err
 		}
 		// The error is cleared only now: a sink that reports its position may
-		// still refuse the next entries.
-		if _, trouble := f.state(); after != held || trouble != nil {
+		// still refuse the next entries, from this replica as from the one that it waits for.
+		if _, trouble := f.state(); after != held || trouble != nil && !waits {
 			f.set(after, nil)
 		}
 		if after != held {
 			held = after
 			continue
 		}
-		f.caught()
+		if !waits {
+			f.caught()
+		}
 		select {
 		case <-grown:
 		case <-time.After(poll):
@@ -229,46 +231,48 @@ func (f *follower) extended(ctx context.Context, held Checkpoint) (head Checkpoi
 	return head, err
 }
 
-// step feeds the sink from held on and returns its new position. It checks again
+// step feeds the sink from held on and returns its new position. It waits if another
+// replica is at it, and has got no further yet. It checks again
 // that the log extends held, as does Store.Durable: the log may have been rewritten since.
-func (f *follower) step(ctx context.Context, held Checkpoint) (Checkpoint, error) {
+func (f *follower) step(ctx context.Context, held Checkpoint) (after Checkpoint, waits bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, f.log.deadline)
 	defer cancel()
 	head, err := f.log.store.Head(ctx)
 	if err != nil || head == held {
-		return held, err
+		return held, false, err
 	}
 	if !f.sink.Shared() {
 		after, _, err := f.appendFrom(ctx, held)
-		return after, err
+		return after, false, err
 	}
 	if _, err := f.extended(ctx, held); err != nil {
-		return held, err
+		return held, false, err
 	}
 	name, after := f.sink.Name(), held
-	_, err = f.log.store.Exclusive(ctx, "sink "+name, func(ctx context.Context) error {
+	mine, err := f.log.store.Exclusive(ctx, "sink "+name, func(ctx context.Context) error {
 		done, err := f.log.store.SinkNext(ctx, name)
 		if err != nil || done > held.Size {
 			return err
 		}
-		mine, receipts, err := f.appendFrom(ctx, held)
-		if err != nil || mine == held {
+		fed, receipts, err := f.appendFrom(ctx, held)
+		if err != nil || fed == held {
 			return err
 		}
-		after = mine
-		return f.log.store.Acknowledge(ctx, name, mine.Size, receipts)
+		after = fed
+		return f.log.store.Acknowledge(ctx, name, fed.Size, receipts)
 	})
 	if err != nil {
-		return held, err
+		return held, false, err
 	}
 	if after != held {
-		return after, nil
+		return after, false, nil
 	}
 	done, err := f.log.store.SinkNext(ctx, name) // what another replica has done
 	if err != nil || done <= held.Size {
-		return held, err
+		return held, !mine, err
 	}
-	return f.log.store.At(ctx, done)
+	after, err = f.log.store.At(ctx, done)
+	return after, false, err
 }
 
 // appendFrom appends the durable entries of the log after held, and returns the
