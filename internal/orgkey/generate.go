@@ -1,11 +1,11 @@
 package orgkey
 
 import (
-	"bytes"
 	"context"
-	"encoding/pem"
+	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/google/uuid"
@@ -404,11 +404,19 @@ func refusal(err error) string {
 	}
 }
 
-// encodePEM is pem.Encode into a buffer that never grows, so that no smaller
-// buffer with a copy of the key is left behind.
+// encodePEM is pem.Encode, which leaves parts of the key in buffers of its own. Here the
+// only one is what is returned: it never grows, so none is left behind.
 func encodePEM(der []byte) []byte {
-	buf := bytes.NewBuffer(make([]byte, 0, 2*len(der)+128))
-	// A bytes.Buffer does not fail.
-	_ = pem.Encode(buf, &pem.Block{Type: "RSA PRIVATE KEY", Bytes: der})
-	return buf.Bytes()
+	const (
+		begin = "-----BEGIN RSA PRIVATE KEY-----\n"
+		end   = "-----END RSA PRIVATE KEY-----\n"
+		line  = 48 // bytes, in 64 characters
+	)
+	lines := (len(der) + line - 1) / line
+	text := make([]byte, 0, len(begin)+base64.StdEncoding.EncodedLen(len(der))+lines+len(end))
+	text = append(text, begin...)
+	for part := range slices.Chunk(der, line) {
+		text = append(base64.StdEncoding.AppendEncode(text, part), '\n')
+	}
+	return append(text, end...)
 }
