@@ -300,9 +300,15 @@ func (c *Console) render(w http.ResponseWriter, status int, name string, v *view
 		return
 	}
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	if status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", retryAfter)
+	}
 	w.WriteHeader(status)
 	_, _ = w.Write(text.Bytes()) // nobody is there any more
 }
+
+// retryAfter is when to try again what is not available, in seconds.
+const retryAfter = "5"
 
 // errForm: a form is not what a page of the console sends.
 var errForm = errors.New("the form is malformed")

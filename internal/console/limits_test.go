@@ -75,8 +75,12 @@ func TestWhoIsNotSignedInCausesLittle(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if w := ask(c, ctx, "GET", "/console/keys", planted); w.Code != http.StatusServiceUnavailable || store.read != 1 {
-		t.Errorf("one lookup too many gets %d, %d reads", w.Code, store.read)
+	if w := ask(c, ctx, "GET", "/console/keys", planted); w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || store.read != 1 {
+		t.Errorf("one lookup too many gets %d %v, %d reads", w.Code, w.Header(), store.read)
+	}
+	// Not "signed_out", upon which the page offers to sign in.
+	if w := ask(c, ctx, "GET", "/console/api/event/1/proof", planted); w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || !strings.Contains(w.Body.String(), `"unavailable"`) {
+		t.Errorf("one lookup too many for a script gets %d %v %s", w.Code, w.Header(), w.Body)
 	}
 }
 

@@ -113,13 +113,15 @@ func (r *recorder) SetWriteDeadline(time.Time) error { return nil }
 func (c *Console) forward(w http.ResponseWriter, r *http.Request) {
 	who, err := c.session(r)
 	if err != nil {
-		status, message := http.StatusServiceUnavailable, "The service cannot answer at the moment. Please try again shortly."
+		status, code, message := http.StatusServiceUnavailable, "unavailable", "The service cannot answer at the moment. Please try again shortly."
 		if errors.Is(err, errSignedOut) {
-			status, message = http.StatusUnauthorized, "You are signed out. Sign in again, and repeat this."
+			status, code, message = http.StatusUnauthorized, "signed_out", "You are signed out. Sign in again, and repeat this."
+		} else {
+			w.Header().Set("Retry-After", retryAfter)
 		}
 		w.Header().Set("Content-Type", "application/json")
 		w.WriteHeader(status)
-		_, _ = w.Write([]byte(`{"success":false,"message":"` + message + `","errorCode":"signed_out"}`))
+		_, _ = w.Write([]byte(`{"success":false,"message":"` + message + `","errorCode":"` + code + `"}`))
 		return
 	}
 	req := r.Clone(r.Context())
