@@ -124,7 +124,7 @@ func TestSnippets(t *testing.T) {
 	}
 	// What the enrollment asks of the node is said to the node.
 	for form, want := range map[string]string{
-		"shell":      "/token\" --origin node --tpm /dev/tpmrm0\n",
+		"shell":      "/enroll.token\" --origin node --tpm /dev/tpmrm0\n",
 		"cloud-init": "/enroll.token\n      ORGKEYS_NODE_ORIGIN=node\n      ORGKEYS_NODE_TPM=/dev/tpmrm0\n  - path: ",
 		"systemd":    "=$REGION\nORGKEYS_NODE_ORIGIN=node\nORGKEYS_NODE_TPM=/dev/tpmrm0\nENV\n",
 	} {
@@ -154,7 +154,7 @@ func TestSnippets(t *testing.T) {
 		}
 		return string(out)
 	}
-	want := "boot --server " + server.API + " --ip 192.0.2.7 --region eu --dir " + dir + " --token-file " + dir + "/token 600\n" + token.FindString(texts["shell"]) + "\n"
+	want := "boot --server " + server.API + " --ip 192.0.2.7 --region eu --dir " + dir + " --token-file " + dir + "/enroll.token 600\n" + token.FindString(texts["shell"]) + "\n"
 	if out := shell(texts["shell"]); out != want {
 		t.Errorf("the shell's: %q, want %q", out, want)
 	}

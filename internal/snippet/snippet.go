@@ -63,10 +63,10 @@ set -eu
 : "${IP:?the address of the node}" "${REGION:?its region}"
 DIR=${DIR:-/var/lib/orgkeys-node}
 install -d -m 0700 "$DIR"
-(umask 077 && cat >"$DIR/token") <<'TOKEN'
+(umask 077 && cat >"$DIR/enroll.token") <<'TOKEN'
 {token}
 TOKEN
-orgkeys-node boot --server {server} --ip "$IP" --region "$REGION" --dir "$DIR" --token-file "$DIR/token"{flags}
+orgkeys-node boot --server {server} --ip "$IP" --region "$REGION" --dir "$DIR" --token-file "$DIR/enroll.token"{flags}
 `
 
 // cloudSnippet is examples/cloud-init.yaml with a token in it.
