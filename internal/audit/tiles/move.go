@@ -30,6 +30,8 @@ type Log interface {
 	MoveOut(ctx context.Context, from, to int64) error
 	// NoteRemoved notes, likewise, that the entries of bundles are removed.
 	NoteRemoved(ctx context.Context, from, to int64) error
+	// ClockAhead is how far this process's clock is ahead of the database's, if it has one.
+	ClockAhead(ctx context.Context) (time.Duration, error)
 }
 
 // Move is what is to be moved out of a database, and removed from the archive.
@@ -53,6 +55,9 @@ type Moved struct {
 // chunk is how many events are moved in one transaction, and entries removed after one
 // note.
 const chunk = 16 * width
+
+// clockDoubt is by how much two clocks may differ if what is removed is to go by them.
+const clockDoubt = time.Minute
 
 // ErrNotCovered: the event that announces what is to be moved is in no signed checkpoint yet.
 var ErrNotCovered = errors.New("no signed checkpoint covers the event that announces it yet: nothing was moved; run the same command again")
@@ -121,9 +126,12 @@ func (m Move) announce(ctx context.Context, a Archive, log Log, head audit.Signe
 		return false, err
 	}
 	var events []audit.Event
-	removable, limit := now.Removed, time.Now().Add(-m.Keep)
+	removable, limit := now.Removed, time.Time{}
 	if m.Keep > 0 {
-		if removable, err = m.removable(ctx, a, now, limit); err != nil {
+		if limit, err = m.limit(ctx, log); err == nil {
+			removable, err = m.removable(ctx, log, now, limit)
+		}
+		if err != nil {
 			return false, err
 		}
 	}
@@ -145,20 +153,34 @@ func (m Move) announce(ctx context.Context, a Archive, log Log, head audit.Signe
 	return len(events) > 0, nil
 }
 
+// limit is the time before which entries are removed: by the clock that is behind, since
+// nothing brings them back.
+func (m Move) limit(ctx context.Context, log Log) (time.Time, error) {
+	ahead, err := log.ClockAhead(ctx)
+	if err == nil && ahead.Abs() > clockDoubt {
+		err = fmt.Errorf("the clocks of this machine and of the database differ by %s: no further entries are removed; have both follow NTP", ahead.Abs().Round(time.Millisecond))
+	}
+	return time.Now().Add(-max(ahead, 0) - m.Keep), err
+}
+
 // removable is how many first entries of the archive are older than a time. Only what is
-// no longer in the database counts.
-func (m Move) removable(ctx context.Context, a Archive, now audit.Archived, limit time.Time) (int64, error) {
+// no longer in the database counts, and what the log compares with its hashes: whoever
+// writes to the archive must not date events.
+func (m Move) removable(ctx context.Context, log Log, now audit.Archived, limit time.Time) (int64, error) {
 	tick := m.Progress("dated").Ticking()
 	n := now.Removed
 	for ; n < now.Moved; n += width {
-		leaves, err := a.Leaves(ctx, n/width)
+		page, err := log.Entries(ctx, n, width)
+		if err == nil && len(page) < width {
+			err = verify.Problemf(n+int64(len(page)), "it is missing")
+		}
 		if err != nil {
 			return 0, err
 		}
-		for _, leaf := range leaves {
-			e, err := audit.Decode(leaf)
+		for _, entry := range page {
+			e, err := audit.Decode(entry.Leaf)
 			if err != nil {
-				return 0, verify.Problemf(n, "its leaf is not an event")
+				return 0, verify.Problemf(entry.Index, "its leaf is not an event")
 			}
 			if !e.Time.Before(limit) {
 				return n, nil

@@ -149,13 +149,18 @@ func onBoth(t *testing.T, test func(t *testing.T, location string)) {
 	t.Run("sqlite", func(t *testing.T) { t.Parallel(); test(t, filepath.Join(t.TempDir(), "orgkeys.db")) })
 	t.Run("postgres", func(t *testing.T) {
 		t.Parallel()
-		server, err := pgtest.Start()
-		audittest.Must(t, err)
-		t.Cleanup(func() { server.Close() })
-		location, err := server.NewDatabase("orgkeys")
-		audittest.Must(t, err)
-		test(t, location)
+		test(t, newPostgres(t))
 	})
+}
+
+func newPostgres(t *testing.T) string {
+	t.Helper()
+	server, err := pgtest.Start()
+	audittest.Must(t, err)
+	t.Cleanup(func() { server.Close() })
+	location, err := server.NewDatabase("orgkeys")
+	audittest.Must(t, err)
+	return location
 }
 
 func TestALogSpansDatabaseAndArchive(t *testing.T) {

@@ -1,0 +1,198 @@
+package tiles_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"maps"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/audittest"
+	"github.com/orgkeys/orgkeys/internal/audit/tiles"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// Whoever writes to the archive does not decide what is old enough to be removed.
+func TestForgedEntriesAreNotRemoved(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e := newMovable(t, location)
+		e.run(t, e.move(t), 512, 0)
+		old := make([][]byte, tiles.Width)
+		for i := range old {
+			event := e.Key(audit.KeysListed, "")
+			event.Time = time.Date(2020, 1, 1, 0, 0, i, 0, time.UTC)
+			r, err := event.Encode()
+			audittest.Must(t, err)
+			old[i] = r.Leaf
+		}
+		forged, err := tiles.Pack(old)
+		audittest.Must(t, err)
+		for _, name := range []string{"000", "001"} {
+			audittest.Must(t, os.WriteFile(filepath.Join(e.dir, "tile/entries", name), forged, 0o600))
+		}
+		before := files(t, e.dir)
+		m := e.move(t)
+		m.Keep = 365 * 24 * time.Hour
+		done, err := m.Run(t.Context(), e.Archive, e.DB)
+		if !errors.As(err, new(*verify.Problem)) || done.Removed != 0 || e.count(t, "events WHERE type = 'log.pruned'") != 0 {
+			t.Errorf("removed %d entries, %v; want a problem", done.Removed, err)
+		}
+		if now := files(t, e.dir); !maps.Equal(now, before) {
+			t.Error("the archive was changed")
+		}
+	})
+}
+
+// skewed is a database beside a machine with another clock.
+type skewed struct {
+	*sqlstore.DB
+	ahead time.Duration
+}
+
+func (s skewed) ClockAhead(context.Context) (time.Duration, error) { return s.ahead, nil }
+
+// What cannot be undone goes by the clock that is behind, and by none that is wrong.
+func TestAWrongClockRemovesNothing(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e := newMovable(t, location)
+		e.run(t, e.move(t), 512, 0)
+		m := e.move(t)
+		m.Keep = time.Nanosecond
+		for _, c := range []struct {
+			ahead   time.Duration
+			refused bool
+			entries int64
+		}{{2 * time.Hour, true, 0}, {-2 * time.Hour, true, 0}, {59 * time.Second, false, 0}, {-time.Second, false, 512}} {
+			done, err := m.Run(t.Context(), e.Archive, skewed{e.DB, c.ahead})
+			if (err != nil) != c.refused || done.Entries != c.entries {
+				t.Errorf("a clock that is %s ahead: %d entries were removed, %v", c.ahead, done.Entries, err)
+			}
+		}
+		e.wantGood(t)
+	})
+}
+
+// While packs are not written, release ends that; waiting waits until so many
+// transactions wait for any lock, or something is done.
+func (e movable) holdPacks(t *testing.T) (waiting func(n int, done <-chan error), release func()) {
+	t.Helper()
+	tx, err := e.Raw.Begin()
+	audittest.Must(t, err)
+	_, err = tx.Exec("LOCK TABLE archived_persons IN EXCLUSIVE MODE")
+	audittest.Must(t, err)
+	waiting = func(n int, done <-chan error) {
+		t.Helper()
+		for end := time.Now().Add(4 * time.Second); e.count(t, "pg_locks WHERE NOT granted") < int64(n) && len(done) == 0; time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("fewer than %d wait for a lock", n)
+			}
+		}
+	}
+	return waiting, func() { audittest.Must(t, tx.Commit()) }
+}
+
+func (e movable) erase(t *testing.T, subject string) <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		_, err := e.DB.Erase(t.Context(), subject, func(id string, _ int64) audit.Event {
+			event := audit.New(audit.PersonErased, "")
+			event.Object = id
+			return event
+		})
+		done <- err
+	}()
+	return done
+}
+
+func (e movable) moving(t *testing.T) <-chan error {
+	moved := make(chan error, 1)
+	go func() {
+		_, err := e.move(t).Run(t.Context(), e.Archive, e.DB)
+		moved <- err
+	}()
+	return moved
+}
+
+func (e movable) wantErased(t *testing.T, subject string) {
+	t.Helper()
+	if n, err := e.DB.Erasable(t.Context(), subject); err != nil || n != 0 {
+		t.Errorf("of %s, who was erased, %d personal parts are left, %v", subject, n, err)
+	}
+}
+
+// Who is erased while events are moved does not come back.
+func TestErasingWhileMoving(t *testing.T) {
+	t.Parallel()
+	e := newMovable(t, newPostgres(t))
+	waiting, release := e.holdPacks(t)
+	moved := e.moving(t)
+	waiting(1, moved)
+	erased := e.erase(t, "u-1")
+	waiting(2, erased)
+	release()
+	audittest.Must(t, errors.Join(<-moved, <-erased))
+	e.wantErased(t, "u-1")
+	e.sign(t)
+	e.wantGood(t)
+}
+
+// Nor when somebody else of the same bundle is erased.
+func TestErasingTwoAtOnce(t *testing.T) {
+	t.Parallel()
+	e := newMovable(t, newPostgres(t))
+	e.run(t, e.move(t), 512, 0)
+	waiting, release := e.holdPacks(t)
+	first, second := e.erase(t, "u-1"), e.erase(t, "u-2")
+	waiting(2, nil)
+	release()
+	audittest.Must(t, errors.Join(<-first, <-second))
+	e.wantErased(t, "u-1")
+	e.wantErased(t, "u-2")
+	e.sign(t)
+	e.wantGood(t)
+}
+
+// What an event of a key's delivery knew is in one place, whenever the key is deleted.
+func TestDeletingAKeyWhileMoving(t *testing.T) {
+	t.Parallel()
+	e := newMovable(t, newPostgres(t))
+	waiting, release := e.holdPacks(t)
+	moved := e.moving(t)
+	waiting(1, moved)
+	audittest.Must(t, e.DB.DeleteKey(t.Context(), "acme", "k-3", e.Key(audit.KeyDeleted, "k-3")))
+	release()
+	audittest.Must(t, <-moved)
+	e.sign(t)
+	e.wantGood(t)
+}
+
+// A node that made its key gets the same answer for as long as the key lives, from the
+// database alone.
+func TestANodesOwnKeyKeepsItsEvent(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e := newMovable(t, location)
+		var id string
+		audittest.Must(t, e.Raw.QueryRow("SELECT id FROM events WHERE type = 'orgkey.created' AND object = 'k-3'").Scan(&id))
+		_, err := e.Raw.Exec(`INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage, recipient, origin, event_id, received_at)
+			VALUES ('k-3', 'acme', 'e-1', 'organization', 'received', 'r', 'node', $1, 1)`, id)
+		audittest.Must(t, err)
+		before, err := e.DB.Leaf(t.Context(), "k-3")
+		if event, badLeaf := audit.Decode(before); err != nil || badLeaf != nil || event.ID != id {
+			t.Fatalf("the leaf is of event %s, %v, %v", event.ID, err, badLeaf)
+		}
+		e.run(t, e.move(t), 512, 0)
+		audittest.Must(t, os.RemoveAll(e.dir))
+		after, err := e.DB.Leaf(t.Context(), "k-3")
+		if err != nil || !bytes.Equal(before, after) {
+			t.Errorf("%s, %v; before the event was moved %s", after, err, before)
+		}
+	})
+}
