@@ -484,7 +484,7 @@ func (s *Service) answer(ctx context.Context, d Delivery, wrapped, k []byte) (An
 		}
 		wrapped = opened[0]
 	}
-	leaf, err := s.Store.Leaf(ctx, d.Event)
+	leaf, err := s.Store.Leaf(ctx, d.KeyID)
 	if err != nil {
 		return Answer{}, fmt.Errorf("reading the event of key %s: %w", d.KeyID, err)
 	}

@@ -278,6 +278,6 @@ type Store interface {
 	Device(ctx context.Context, org org.ID, ek string) (AllowedDevice, error)
 	// RemoveDevice ends it, or reports ErrDeviceNotFound. Keys stay.
 	RemoveDevice(ctx context.Context, org org.ID, ek string, event audit.Event) error
-	// Leaf returns the leaf of an event.
-	Leaf(ctx context.Context, eventID string) ([]byte, error)
+	// Leaf returns the leaf of the event of a key's delivery.
+	Leaf(ctx context.Context, keyID string) ([]byte, error)
 }

@@ -450,34 +450,40 @@ func (d *DB) MoveOut(ctx context.Context, from, to int64) error {
 		if a.Moved != from || to > vouched.Moved() || from%tiles.Width != 0 || to%tiles.Width != 0 {
 			return errMoved
 		}
-		if err := d.packAway(ctx, tx, from, to); err != nil {
+		kept, err := d.packAway(ctx, tx, from, to)
+		if err != nil {
 			return err
 		}
-		if err := d.deleteMoved(ctx, tx, from, to); err != nil {
+		if err := d.deleteMoved(ctx, tx, from, to, kept); err != nil {
 			return err
 		}
 		return one(exec(ctx, tx, "UPDATE log_archive SET moved = $2, moved_by = next_move WHERE moved = $1", from, to))
 	})
 }
 
-// packAway packs the personal parts of events, by bundle.
-func (d *DB) packAway(ctx context.Context, tx *txn, from, to int64) error {
+// packAway packs the personal parts of events, by bundle, and returns the IDs of the
+// events whose part stays: whether a key lives may change meanwhile.
+func (d *DB) packAway(ctx context.Context, tx *txn, from, to int64) (kept []string, err error) {
 	type person struct {
 		index           int64
 		actor, personal []byte
 	}
 	all, err := query(ctx, tx, func(scan func(...any) error) (p person, err error) {
-		var actor string
-		err = scan(&p.index, &actor, &p.personal)
+		var id, actor string
+		var keep bool
+		err = scan(&p.index, &id, &actor, &keep, &p.personal)
 		p.actor, p.personal = []byte(actor), bytes.Clone(p.personal)
+		if keep {
+			p.personal, kept = nil, append(kept, id)
+		}
 		return p, err
-	}, `SELECT e.idx, e.actor, CASE WHEN `+keptPersonal+` THEN NULL ELSE p.personal END
+	}, `SELECT e.idx, e.id, e.actor, `+keptPersonal+`, p.personal
 		FROM events e LEFT JOIN event_persons p ON p.event_id = e.id WHERE e.idx >= $1 AND e.idx < $2 ORDER BY e.idx`, from, to)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if int64(len(all)) != to-from {
-		return fmt.Errorf("the database has %d of the events %d to %d", len(all), from, to-1)
+		return nil, fmt.Errorf("the database has %d of the events %d to %d", len(all), from, to-1)
 	}
 	for ; len(all) > 0; all = all[tiles.Width:] {
 		actors, personal, empty := make([][]byte, tiles.Width), make([][]byte, tiles.Width), true
@@ -491,22 +497,30 @@ func (d *DB) packAway(ctx context.Context, tx *txn, from, to int64) error {
 		}
 		packed, err := packPersons(actors, personal)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if _, err := exec(ctx, tx, "INSERT INTO archived_persons (bundle, content) VALUES ($1, $2)", all[0].index/tiles.Width, packed); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return nil
+	return kept, nil
 }
 
-// deleteMoved deletes events and what goes with them.
-func (d *DB) deleteMoved(ctx context.Context, tx *txn, from, to int64) error {
-	moved := " (SELECT e.id FROM events e WHERE e.idx >= $1 AND e.idx < $2 "
-	if _, err := exec(ctx, tx, "UPDATE event_persons SET actor = (SELECT e.actor FROM events e WHERE e.id = event_persons.event_id) WHERE event_id IN"+moved+" AND "+keptPersonal+")", from, to); err != nil {
+// deleteMoved deletes events and what goes with them, but for the personal parts of kept.
+func (d *DB) deleteMoved(ctx context.Context, tx *txn, from, to int64, kept []string) error {
+	keep, err := list(kept)
+	if err != nil {
 		return err
 	}
-	if _, err := exec(ctx, tx, "DELETE FROM event_persons WHERE event_id IN"+moved+" AND NOT ("+keptPersonal+"))", from, to); err != nil {
+	if _, err := exec(ctx, tx, "UPDATE event_persons SET actor = (SELECT e.actor FROM events e WHERE e.id = event_persons.event_id) WHERE event_id IN "+d.texts("$1"), keep); err != nil {
+		return err
+	}
+	if _, err := exec(ctx, tx, "DELETE FROM event_persons WHERE event_id IN (SELECT e.id FROM events e WHERE e.idx >= $1 AND e.idx < $2) AND event_id NOT IN "+d.texts("$3"), from, to, keep); err != nil {
+		return err
+	}
+	// A node that asks again for what became of its own key gets the same event.
+	if _, err := exec(ctx, tx, `UPDATE deliveries SET leaf = (SELECT e.leaf FROM events e WHERE e.id = deliveries.event_id) WHERE origin = 'node' AND (key_id, event_id) IN
+		(SELECT e.object, e.id FROM events e WHERE e.idx >= $1 AND e.idx < $2 AND e.type = 'orgkey.created')`, from, to); err != nil {
 		return err
 	}
 	sinks, err := query(ctx, tx, scanText, "SELECT DISTINCT sink FROM receipt_keys")

@@ -881,10 +881,10 @@ func (d *DB) EndExpired(ctx context.Context, id string, expired func(org.ID, int
 }
 
 // Leaf implements enroll.Store.
-func (d *DB) Leaf(ctx context.Context, eventID string) ([]byte, error) {
+func (d *DB) Leaf(ctx context.Context, keyID string) ([]byte, error) {
 	var leaf []byte
-	err := d.read.QueryRowContext(ctx, "SELECT leaf FROM events WHERE id = $1", eventID).Scan(&leaf)
-	if errors.Is(err, sql.ErrNoRows) {
+	err := d.read.QueryRowContext(ctx, "SELECT coalesce(e.leaf, v.leaf) FROM deliveries v LEFT JOIN events e ON e.id = v.event_id WHERE v.key_id = $1", keyID).Scan(&leaf)
+	if errors.Is(err, sql.ErrNoRows) || err == nil && leaf == nil {
 		return nil, enroll.ErrNotFound
 	}
 	return slices.Clone(leaf), unavailable(err)

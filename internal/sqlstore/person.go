@@ -75,6 +75,10 @@ func (d *DB) erasable(ctx context.Context, subject string) (int, error) {
 func (d *DB) Erase(ctx context.Context, subject string, event func(id string, count int64) audit.Event) (total int64, err error) {
 	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		total = 0 // of an attempt that was aborted
+		// What moves events, or erases somebody else, reads what it writes back.
+		if err := d.lock(ctx, tx, "archive"); err != nil {
+			return err
+		}
 		pseudonym, err := pseudonymOf(ctx, tx, subject)
 		if err != nil {
 			return err

@@ -1,0 +1,4 @@
+-- +goose Up
+-- The leaf of event_id, once it was moved out of the database, where the node made the key:
+-- it may ask for its answer again for as long as the key lives.
+ALTER TABLE deliveries ADD COLUMN leaf BLOB;
