@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -597,8 +598,9 @@ func TestTwoMoveAtOnce(t *testing.T) {
 		e := newMovable(t, location)
 		other := e
 		other.Log = audittest.OpenAt(t, location)
-		other.Archive = tiles.Archive{Store: unlocked{tiles.NewDir(e.dir)}}
-		e.Archive = tiles.Archive{Store: unlocked{e.Store}}
+		var request sync.Mutex
+		other.Archive = tiles.Archive{Store: unlocked{tiles.NewDir(e.dir), &request}}
+		e.Archive = tiles.Archive{Store: unlocked{e.Store, &request}}
 		moved := make(chan int64, 2)
 		for _, one := range []movable{e, other} {
 			go func() {
@@ -616,8 +618,24 @@ func TestTwoMoveAtOnce(t *testing.T) {
 	})
 }
 
-// unlocked is a store whose lock keeps nobody away, as that of a bucket.
-type unlocked struct{ tiles.Store }
+// unlocked is a store whose lock keeps nobody away, and whose writes are one request each,
+// as those of a bucket.
+type unlocked struct {
+	tiles.Store
+	request *sync.Mutex
+}
+
+func (u unlocked) WriteOnce(ctx context.Context, path string, content []byte) error {
+	u.request.Lock()
+	defer u.request.Unlock()
+	return u.Store.WriteOnce(ctx, path, content)
+}
+
+func (u unlocked) Replace(ctx context.Context, path string, before, content []byte) error {
+	u.request.Lock()
+	defer u.request.Unlock()
+	return u.Store.Replace(ctx, path, before, content)
+}
 
 func (unlocked) Lock(context.Context) (func() error, error) { return func() error { return nil }, nil }
 
