@@ -19,7 +19,7 @@ import (
 )
 
 func newAuditArchive() *cobra.Command {
-	var before string
+	var before, from string
 	var dryRun, vacuum bool
 	cmd := &cobra.Command{
 		Use:   "archive --before T",
@@ -50,6 +50,13 @@ starts and serves without it.
 With ORGKEYS_AUDIT_RETENTION it also removes entries from the archive that are
 older, whole bundles, after an event log.pruned that says so. Hash tiles stay for ever.
 
+When the log was set back, by a restored backup or a failover that lost events, the archive
+is ahead of it and takes no more. Run "orgkeys audit accept-rollback" with the archive as
+it was; then set ORGKEYS_AUDIT_ARCHIVE to an empty place, here, for the server and for all
+other commands, and name the one before once with --from: what was moved, the receipts, and
+the hashes of what was removed are copied, each bundle compared with its root hash in the
+database. Remove the one before when "orgkeys audit verify" has verified the new one.
+
 SQLite: above ` + strconv.Itoa(sqlstore.QuickVacuum>>20) + ` MiB in use the file keeps its size, and what is free is used
 again, unless --vacuum is given: stop the server for that. PostgreSQL uses the
 space again; to make its files smaller, run in psql, at a quiet moment:
@@ -68,11 +75,12 @@ VACUUM (FULL, ANALYZE) events, log_hashes, event_persons, event_receipts, event_
 				if dryRun {
 					return archiveDryRun(ctx, cmd.OutOrStdout(), db, at)
 				}
-				return archiveLog(ctx, cmd, cfg, db, at, vacuum)
+				return archiveLog(ctx, cmd, cfg, db, at, from, vacuum)
 			})
 		},
 	}
 	cmd.Flags().StringVar(&before, "before", "", "a time, or an age such as 90d: which events are moved")
+	cmd.Flags().StringVar(&from, "from", "", "where the archive was before: what is there is copied first, when the log was set back")
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print how many events would be moved, and change nothing")
 	cmd.Flags().BoolVar(&vacuum, "vacuum", false, "SQLite: give free space back however large the database is, while writes wait")
 	return cmd
@@ -114,10 +122,10 @@ func archiveDryRun(ctx context.Context, out io.Writer, db *sqlstore.DB, before t
 	return err
 }
 
-func archiveLog(ctx context.Context, cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, before time.Time, vacuum bool) error {
+func archiveLog(ctx context.Context, cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, before time.Time, from string, vacuum bool) error {
 	out, progress := cmd.OutOrStdout(), cmd.ErrOrStderr()
 	move := tiles.Move{Before: before, Progress: func(doing string) verify.Progress { return progressTo(progress, doing) }}
-	done, err := server.ArchiveLog(ctx, cfg, db, move, newLogger(cfg))
+	done, err := server.ArchiveLog(ctx, cfg, db, move, from, newLogger(cfg))
 	if done.Published.Size > 0 {
 		fmt.Fprintf(out, "%s: log %s, %d events, root hash %s\n", cfg.AuditArchive, done.Published.Origin, done.Published.Size, done.Published.Root)
 	}

@@ -137,3 +137,60 @@ func TestTheArchiveCommandBesideAServer(t *testing.T) {
 		t.Errorf("a start says %d, %s", code, errs)
 	}
 }
+
+// A restored backup cannot go on in its archive, which is ahead; --from takes it over to another.
+func TestARestoredBackupGoesOnInAnotherArchive(t *testing.T) {
+	t.Parallel()
+	old, next := filepath.Join(t.TempDir(), "old"), filepath.Join(t.TempDir(), "next")
+	sink := filepath.Join(t.TempDir(), "sink.jsonl")
+	s := harness.Start(t, harness.Set("ORGKEYS_AUDIT_FILE", sink), harness.Set("ORGKEYS_AUDIT_ARCHIVE", old))
+	org := harness.Org()
+	used := func(events int) {
+		t.Helper()
+		for range events {
+			s.List(t, org)
+		}
+		s.Stop(t)
+	}
+	archive := func(args ...string) (string, int) {
+		t.Helper()
+		out, errs, code := s.Run(t, append([]string{"audit", "archive", "--before", time.Now().Add(time.Hour).Format(time.RFC3339)}, args...)...)
+		return out + errs, code
+	}
+	used(300)
+	if said, code := archive(); code != 0 || !strings.Contains(said, "the first 256 are no longer") {
+		t.Fatalf("exit code %d: %s", code, said)
+	}
+	backup := harness.Copy(t, s.Dir)
+	s.Start(t)
+	used(300)
+	if said, code := archive(); code != 0 || !strings.Contains(said, "the first 512 are no longer") {
+		t.Fatalf("exit code %d: %s", code, said)
+	}
+	putBack(t, s, backup)
+	ok(t, s, "audit", "accept-rollback", "--reason", "restored the backup")
+	s.Start(t)
+	used(600)
+	if said, code := archive(); code != 1 || !strings.Contains(said, "once with --from "+old) {
+		t.Errorf("the archive, which is ahead: exit code %d: %s", code, said)
+	}
+	s.Configured("ORGKEYS_AUDIT_ARCHIVE", next)
+	if said, code := archive(); code != 1 {
+		t.Errorf("an empty one: exit code %d: %s", code, said)
+	}
+	if said, code := archive("--from", old); code != 0 || !strings.Contains(said, "the first 768 are no longer") {
+		t.Fatalf("exit code %d: %s", code, said)
+	}
+	if err := os.RemoveAll(old); err != nil {
+		t.Fatal(err)
+	}
+	if said := ok(t, s, "audit", "verify"); !strings.Contains(said, "truncation excluded") || !strings.Contains(said, "the first 768 of them are in the archive") {
+		t.Errorf("verifying says %s", said)
+	}
+	s.Start(t)
+	used(300)
+	if said, code := archive(); code != 0 || !strings.Contains(said, "the first 1024 are no longer") {
+		t.Errorf("the night after: exit code %d: %s", code, said)
+	}
+	ok(t, s, "audit", "verify")
+}

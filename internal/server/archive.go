@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"path/filepath"
 	"time"
@@ -42,8 +43,8 @@ func useArchive(cfg config.Config, db *sqlstore.DB) error {
 var ErrNoArchive = errors.New("set ORGKEYS_AUDIT_ARCHIVE to the place of the archive, for this command, for the server and for all other commands")
 
 // ArchiveLog moves old events out of the database, as m says, beside a running server or
-// without one.
-func ArchiveLog(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles.Move, log *slog.Logger) (done tiles.Moved, err error) {
+// without one. from is where the archive was before, if it is to be taken over from there.
+func ArchiveLog(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles.Move, from string, log *slog.Logger) (done tiles.Moved, err error) {
 	if cfg.AuditArchive == "" {
 		return done, ErrNoArchive
 	}
@@ -66,14 +67,43 @@ func ArchiveLog(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles
 	if err != nil {
 		return done, err
 	}
-	mine, err := db.Exclusive(ctx, "archive run", func(ctx context.Context) (err error) {
-		done, err = m.Run(ctx, tiles.Archive{Store: store}, db)
+	a := tiles.Archive{Store: store}
+	if from != "" {
+		err = takeOver(ctx, cfg, db, m, from, a)
+		db.UseArchive(a)
+	}
+	if err == nil {
+		err = exclusively(ctx, db, func(ctx context.Context) (err error) {
+			done, err = m.Run(ctx, a, db)
+			return err
+		})
+	}
+	if errors.Is(err, tiles.ErrRewritten) {
+		err = fmt.Errorf("%w. For the archive: set ORGKEYS_AUDIT_ARCHIVE to an empty place, and give this one once with --from %s", err, a)
+	}
+	return done, errors.Join(err, unlock())
+}
+
+// takeOver has an archive hold what is in the one before.
+func takeOver(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles.Move, from string, to tiles.Archive) error {
+	store, err := OpenTiles(cfg, from)
+	if err != nil {
+		return err
+	}
+	before := tiles.Archive{Store: store}
+	db.UseArchive(before)
+	return exclusively(ctx, db, func(ctx context.Context) error {
+		_, err := tiles.Transfer(ctx, before, to, db, m.Progress)
 		return err
 	})
+}
+
+func exclusively(ctx context.Context, db *sqlstore.DB, do func(context.Context) error) error {
+	mine, err := db.Exclusive(ctx, "archive run", do)
 	if err == nil && !mine {
 		err = errors.New("another process moves the log to the archive: try again when it has ended")
 	}
-	return done, errors.Join(err, unlock())
+	return err
 }
 
 // signedPoll is how often it is looked whether the server has signed.

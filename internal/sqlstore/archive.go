@@ -341,7 +341,7 @@ func (d *DB) Announce(ctx context.Context, e audit.Event) error {
 }
 
 // Vouched implements tiles.Log.
-func (s snapshot) Vouched(ctx context.Context, eventID string) (audit.Event, bool, error) {
+func (s snapshot) Vouched(ctx context.Context, eventID string) (audit.Event, int64, error) {
 	type row struct {
 		index sql.NullInt64
 		leaf  []byte
@@ -352,22 +352,25 @@ func (s snapshot) Vouched(ctx context.Context, eventID string) (audit.Event, boo
 		return r, err
 	}, "SELECT idx, leaf FROM events WHERE id = $1", eventID)
 	if err != nil || len(found) == 0 || !found[0].index.Valid {
-		return audit.Event{}, false, err
+		return audit.Event{}, -1, err
 	}
 	signed, err := query(ctx, s.q, scanSigned, lastSigned)
 	index := found[0].index.Int64
 	if err != nil || len(signed) == 0 || index >= signed[0].Size {
-		return audit.Event{}, false, err
+		return audit.Event{}, -1, err
 	}
 	path, err := tlog.ProveRecord(signed[0].Size, index, s.hashReader(ctx))
 	if err != nil {
-		return audit.Event{}, false, err
+		return audit.Event{}, -1, err
 	}
 	if tlog.CheckRecord(path, signed[0].Size, signed[0].Root, index, tlog.RecordHash(found[0].leaf)) != nil {
-		return audit.Event{}, false, nil
+		return audit.Event{}, -1, nil
 	}
 	e, err := audit.Decode(found[0].leaf)
-	return e, err == nil && e.ID == eventID, err
+	if err != nil || e.ID != eventID {
+		return audit.Event{}, -1, err
+	}
+	return e, index, nil
 }
 
 // CheckArchived reports an error unless the log itself says, up to its newest signed

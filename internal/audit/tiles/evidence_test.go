@@ -1,6 +1,7 @@
 package tiles_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -141,4 +142,131 @@ func TestACheckpointThatIsNotTheArchives(t *testing.T) {
 	audittest.Must(t, os.Remove(path))
 	audittest.Must(t, os.WriteFile(path, good, 0o600))
 	e.wantGood(t)
+}
+
+// signing is a database that is signed once, between a run's first look at what is signed and
+// the next.
+type signing struct {
+	tiles.Log
+	sign func()
+}
+
+func (s *signing) Archived(ctx context.Context) (audit.Archived, error) {
+	if s.sign != nil {
+		s.sign()
+		s.sign = nil
+	}
+	return s.Log.Archived(ctx)
+}
+
+// killed is a store in which a run is killed after it removed the first entries.
+type killed struct{ tiles.Store }
+
+func (k killed) RemoveAll(ctx context.Context, path string) error {
+	err := k.Store.RemoveAll(ctx, path)
+	if path == "tile/entries/000" {
+		err = errors.Join(err, errKilled)
+	}
+	return err
+}
+
+// Whenever a run is killed, the archive by itself says why entries are missing.
+func TestNothingIsRemovedThatTheArchiveDoesNotExplain(t *testing.T) {
+	t.Parallel()
+	e := newMovable(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+	e.run(t, e.move(t), 512, 0)
+	m := e.move(t)
+	m.Keep = time.Nanosecond
+	m.Signed = func(context.Context, func(context.Context) (bool, error)) error { return errKilled }
+	if _, err := m.Run(t.Context(), e.Archive, e.DB); !errors.Is(err, errKilled) {
+		t.Fatal(err)
+	}
+	m.Signed = e.move(t).Signed
+	if _, err := m.Run(t.Context(), tiles.Archive{Store: killed{e.Store}}, &signing{e.DB, func() { e.sign(t) }}); !errors.Is(err, errKilled) {
+		t.Fatal(err)
+	}
+	keys, err := audit.ParseKeys(e.VKey(t))
+	audittest.Must(t, err)
+	if _, removed, err := tiles.Check(t.Context(), e.Archive, keys, audit.Checkpoint{}, nil); err != nil || removed != 256 {
+		t.Errorf("the files alone: %d are removed, %v", removed, err)
+	}
+	_, err = m.Run(t.Context(), e.Archive, e.DB)
+	audittest.Must(t, err)
+	if report := e.wantGood(t); report.Removed != 512 {
+		t.Errorf("%+v", report)
+	}
+}
+
+// A log that was set back takes what was moved, and what says that something was removed, into
+// another archive, and goes on there.
+func TestALogThatWasSetBackTakesItsArchiveOver(t *testing.T) {
+	t.Parallel()
+	e := newMovable(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+	more := func(e movable, object string) {
+		t.Helper()
+		var events []audit.Event
+		for range 600 {
+			events = append(events, e.Key(audit.KeysListed, object))
+		}
+		e.SignedLog.Record(t, events...)
+	}
+	e.run(t, e.move(t), 512, 0)
+	m := e.move(t)
+	m.Keep = time.Nanosecond
+	e.run(t, m, 0, 512)
+	more(e, "")
+	e.run(t, e.move(t), 768, 0)
+	audittest.Must(t, errors.Join(e.Raw.Close(), e.DB.Close())) // the write-ahead log goes into the file
+	backup, err := os.ReadFile(e.location)
+	audittest.Must(t, err)
+	open := func() {
+		t.Helper()
+		e.Log = audittest.OpenAt(t, e.location)
+		e.Checkpoints = audit.NewCheckpointer(audit.NewLog(e.DB, nil), e.DB, e.Signer, time.Hour, nil)
+		e.DB.UseArchive(e.Archive)
+	}
+	open()
+	more(e, "lost")
+	e.run(t, e.move(t), 512, 0)
+	audittest.Must(t, errors.Join(e.Raw.Close(), e.DB.Close()))
+	e.location = filepath.Join(t.TempDir(), "orgkeys.db")
+	audittest.Must(t, os.WriteFile(e.location, backup, 0o600))
+	open()
+	more(e, "after")
+	before := e.wantGood(t)
+	if _, err := e.move(t).Run(t.Context(), e.Archive, e.DB); !errors.Is(err, tiles.ErrRewritten) {
+		t.Fatalf("the archive, which is ahead: %v", err)
+	}
+
+	dir := t.TempDir()
+	to := tiles.Archive{Store: tiles.NewDir(dir)}
+	altered := filepath.Join(e.dir, "tile/entries/002")
+	good, err := os.ReadFile(altered)
+	audittest.Must(t, err)
+	audittest.Must(t, os.WriteFile(altered, append(good[:len(good)-1:len(good)-1], good[len(good)-1]^1), 0o600))
+	if _, err := tiles.Transfer(t.Context(), e.Archive, to, e.DB, e.move(t).Progress); !errors.As(err, new(*verify.Problem)) {
+		t.Errorf("an altered bundle: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "checkpoint")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("it has a checkpoint: %v", err)
+	}
+	audittest.Must(t, os.WriteFile(altered, good, 0o600))
+	head, err := tiles.Transfer(t.Context(), e.Archive, to, e.DB, e.move(t).Progress)
+	if err != nil || head.Size != before.Log.Size {
+		t.Fatalf("%d events, %v", head.Size, err)
+	}
+	e.Archive, e.dir = to, dir
+	e.DB.UseArchive(to)
+	if report := e.wantGood(t); report.Receipts != before.Receipts || report.Archived != 1280 || report.Removed != 512 {
+		t.Errorf("%+v, before %+v", report, before)
+	}
+	e.run(t, e.move(t), 512, 0)
+	if report := e.wantGood(t); report.Receipts != before.Receipts {
+		t.Errorf("%+v, before %+v", report, before)
+	}
+	keys, err := audit.ParseKeys(e.VKey(t))
+	audittest.Must(t, err)
+	if _, removed, err := tiles.Check(t.Context(), to, keys, audit.Checkpoint{}, nil); err != nil || removed != 512 {
+		t.Errorf("the files alone: %d are removed, %v", removed, err)
+	}
 }

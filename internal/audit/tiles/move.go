@@ -13,14 +13,14 @@ import (
 // Log is a database out of which the log can be moved. Its implementation is sqlstore.
 type Log interface {
 	Source
-	Archived(ctx context.Context) (audit.Archived, error)
 	// Movable returns how many first events, whole bundles among the first size, happened
 	// before a time, and every shared sink has acknowledged.
 	Movable(ctx context.Context, before time.Time, size int64) (int64, error)
 	// Announce records an event of audit.LogMoved or EntriesRemoved, and notes it as the next.
 	Announce(ctx context.Context, e audit.Event) error
-	// Vouched returns an event, and whether the newest signed checkpoint covers it.
-	Vouched(ctx context.Context, eventID string) (audit.Event, bool, error)
+	// Vouched returns an event that the newest signed checkpoint covers, and its index; -1: it
+	// covers no such event.
+	Vouched(ctx context.Context, eventID string) (audit.Event, int64, error)
 	// BundleReceipts returns the receipts for the events of a bundle, by sink.
 	BundleReceipts(ctx context.Context, bundle int64) (map[string][][]byte, error)
 	// ReceiptSinksOf names the sinks that give receipts.
@@ -85,7 +85,7 @@ func (m Move) Run(ctx context.Context, a Archive, log Log) (done Moved, err erro
 		err = errors.Join(err, after)
 	}()
 	// What an earlier run has announced comes first: the event must still be here.
-	if err := m.finish(ctx, a, log, false); err != nil {
+	if err := m.finish(ctx, a, log, done.Published, false); err != nil {
 		return done, err
 	}
 	announced, err := m.announce(ctx, a, log, done.Published)
@@ -95,11 +95,10 @@ func (m Move) Run(ctx context.Context, a Archive, log Log) (done Moved, err erro
 	if err := m.Signed(ctx, func(ctx context.Context) (bool, error) { return covered(ctx, log) }); err != nil {
 		return done, err
 	}
-	// The archive by itself must say what is removed from it.
 	if done.Published, err = publish(ctx, a, log, m.Progress("published")); err != nil {
 		return done, err
 	}
-	return done, m.finish(ctx, a, log, true)
+	return done, m.finish(ctx, a, log, done.Published, true)
 }
 
 // covered reports whether signed checkpoints cover the events that announce something.
@@ -112,7 +111,7 @@ func covered(ctx context.Context, log Log) (bool, error) {
 		if next == by {
 			continue
 		}
-		if _, vouched, err := log.Vouched(ctx, next); err != nil || !vouched {
+		if _, index, err := log.Vouched(ctx, next); err != nil || index < 0 {
 			return false, err
 		}
 	}
@@ -192,29 +191,33 @@ func (m Move) removable(ctx context.Context, log Log, now audit.Archived, limit 
 }
 
 // finish moves and removes what is announced. Unless it must be, what is not
-// signed yet is left.
-func (m Move) finish(ctx context.Context, a Archive, log Log, must bool) error {
+// signed yet is left, and so is a removal that the archive does not explain by itself: one
+// whose event is not published.
+func (m Move) finish(ctx context.Context, a Archive, log Log, published audit.Signed, must bool) error {
 	now, err := log.Archived(ctx)
 	if err != nil {
 		return err
 	}
 	if now.NextRemoval != "" {
-		e, vouched, err := log.Vouched(ctx, now.NextRemoval)
-		if err == nil && !vouched && must && now.NextRemoval != now.RemovedBy {
-			err = ErrNotCovered
+		e, index, err := log.Vouched(ctx, now.NextRemoval)
+		to := now.Removed
+		switch {
+		case err != nil:
+			return err
+		case index >= 0 && index < published.Size:
+			to = max(to, e.Removed())
+		case must && now.NextRemoval != now.RemovedBy:
+			return ErrNotCovered
 		}
-		if err == nil {
-			err = m.remove(ctx, a, log, now.Removed, max(now.Removed, e.Removed()))
-		}
-		if err != nil {
+		if err := m.remove(ctx, a, log, now.Removed, to); err != nil {
 			return err
 		}
 	}
 	if now.NextMove == "" {
 		return nil
 	}
-	e, vouched, err := log.Vouched(ctx, now.NextMove)
-	if err == nil && !vouched && must {
+	e, index, err := log.Vouched(ctx, now.NextMove)
+	if err == nil && index < 0 && must {
 		err = ErrNotCovered
 	}
 	if err != nil {

@@ -15,14 +15,17 @@ import (
 
 // Source is a log that can be published. Its implementation is sqlstore.
 type Source interface {
+	Archived(ctx context.Context) (audit.Archived, error)
 	Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error)
+	// LeafHashes returns those of a whole bundle that was moved.
+	LeafHashes(ctx context.Context, index int64, limit int) ([]tlog.Hash, error)
 	LastSigned(ctx context.Context) (audit.Signed, error)
 }
 
 // Reasons why nothing is published.
 var (
 	ErrNotSigned = errors.New("no signed checkpoint: start the server, or run \"orgkeys audit checkpoint\" while it is stopped")
-	ErrRewritten = errors.New("the log does not extend what is published there: it was set back or rewritten since, or it is another log; publish it to another directory")
+	ErrRewritten = errors.New("the log does not extend what is published there: it was set back or rewritten since, or it is another log; publish it to another place")
 )
 
 // writers is how many files are written, and flushed to disk, at once.
@@ -59,7 +62,11 @@ func publish(ctx context.Context, store Store, source Source, progress verify.Pr
 	if published.size > head.Size || published.origin != "" && published.origin != head.Origin {
 		return audit.Signed{}, ErrRewritten
 	}
-	p := publication{store: store, source: source, head: head, tick: progress.Ticking()}
+	past, err := source.Archived(ctx)
+	if err != nil {
+		return audit.Signed{}, err
+	}
+	p := publication{store: store, source: source, head: head, removed: past.Removed, tick: progress.Ticking()}
 	// The first pass only reads: a file of a wrong log could never be replaced.
 	nothing := func(string, []byte) error { return nil }
 	if err := p.walk(ctx, published.clone(), nothing); err != nil {
@@ -104,10 +111,11 @@ func readPublished(ctx context.Context, store Store) (published, error) {
 }
 
 type publication struct {
-	store  Store
-	source Source
-	head   audit.Signed
-	tick   func(done, all int64)
+	store   Store
+	source  Source
+	head    audit.Signed
+	removed int64 // first events of which only hashes are left
+	tick    func(done, all int64)
 }
 
 // write writes what is new, in no order. When it returns a crash of the machine loses
@@ -136,20 +144,43 @@ func (p *publication) walk(ctx context.Context, t *tree, emit func(path string, 
 	t.size -= int64(len(before))
 	for first := t.size; first < p.head.Size; first = t.size {
 		w := int(min(width, p.head.Size-first))
-		bundle, err := p.bundle(ctx, t, w, before, emit)
-		if err != nil {
-			return err
+		if first < p.removed {
+			if err := p.hashes(ctx, t, before, emit); err != nil {
+				return err
+			}
+		} else {
+			bundle, err := p.bundle(ctx, t, w, before, emit)
+			if err != nil {
+				return err
+			}
+			if err := emit(bundlePath(first/width, w), bundle); err != nil {
+				return err
+			}
 		}
 		before = nil
-		if err := emit(bundlePath(first/width, w), bundle); err != nil {
-			return err
-		}
 		p.tick(t.size, p.head.Size)
 	}
 	if t.root() != p.head.Root {
 		return verify.Problemf(-1, "the events do not have the root hash that was signed, or do not extend those that are published: run \"orgkeys audit verify\"")
 	}
 	return t.edge(emit)
+}
+
+// hashes reads the next bundle, of which nothing else is left, into the tree.
+func (p *publication) hashes(ctx context.Context, t *tree, before []tlog.Hash, emit func(path string, content []byte) error) error {
+	hashes, err := p.source.LeafHashes(ctx, t.size, width)
+	if err != nil {
+		return err
+	}
+	for i, h := range hashes {
+		if i < len(before) && h != before[i] {
+			return fmt.Errorf("event %d: %w", t.size, ErrRewritten)
+		}
+		if err := t.push(h, emit); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // bundle reads the next w events into the tree and into an entry bundle.
