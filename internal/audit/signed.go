@@ -240,13 +240,16 @@ func (c *Checkpointer) Status() CheckpointStatus {
 func (c *Checkpointer) Sign(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
 	defer cancel()
-	_, err := c.store.Exclusive(ctx, "checkpointer", c.sign)
+	mine, err := c.store.Exclusive(ctx, "checkpointer", c.sign)
 	var last Signed
 	if err == nil {
 		last, err = c.store.LastSigned(ctx) // another replica's, where that one holds the lock
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if err == nil && !mine {
+		err = c.trouble // this process has not looked again
+	}
 	c.trouble = err
 	if err != nil {
 		return err
