@@ -16,8 +16,10 @@ import (
 	"golang.org/x/oauth2"
 )
 
-// loginTime bounds the wait for a person.
-const loginTime = 10 * time.Minute
+const (
+	loginTime = 10 * time.Minute // for a person
+	farewell  = time.Second      // for the browser to have its answer, once the command knows
+)
 
 // ByBrowser signs a person in by an authorization code with PKCE (RFC 7636),
 // which comes back to a port of this machine (RFC 8252). show is told the address
@@ -37,7 +39,13 @@ func (p Provider) ByBrowser(ctx context.Context, show func(address string)) (Ses
 	back := &callback{host: listener.Addr().String(), state: rand.Text(), issuer: p.Issuer, named: e.NamesItself, codes: make(chan redirected, 1)}
 	server := &http.Server{Handler: back, ReadHeaderTimeout: exchangeTimeout, MaxHeaderBytes: 16 << 10}
 	go func() { _ = server.Serve(listener) }() // until Close
-	defer server.Close()
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell)
+		defer cancel()
+		if server.Shutdown(ctx) != nil {
+			_ = server.Close()
+		}
+	}()
 
 	verifier, nonce := oauth2.GenerateVerifier(), rand.Text()
 	asked := append(p.target(), oauth2.S256ChallengeOption(verifier), oidc.Nonce(nonce))

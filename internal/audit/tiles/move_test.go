@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -482,18 +483,18 @@ func TestErasingAPersonReachesTheArchivedPart(t *testing.T) {
 type failing struct {
 	tiles.Store
 	tiles.Log
-	left  *int
+	left  *atomic.Int64 // a bucket's files are written several at once
 	after bool
 }
 
 var errKilled = errors.New("killed")
 
 func (f failing) at(do func() error) error {
-	*f.left--
+	left := f.left.Add(-1)
 	switch {
-	case *f.left < 0, *f.left == 0 && !f.after:
+	case left < 0, left == 0 && !f.after:
 		return errKilled
-	case *f.left == 0:
+	case left == 0:
 		return errors.Join(do(), errKilled)
 	}
 	return do()
@@ -547,7 +548,8 @@ func TestACrashAtAnyStepMovesNothingTwiceAndLosesNothing(t *testing.T) {
 		steps++
 		for _, after := range []bool{false, true} {
 			e := copied(t)
-			left := steps
+			var left atomic.Int64
+			left.Store(int64(steps))
 			f := failing{Store: e.Store, Log: e.DB, left: &left, after: after}
 			_, err := e.move(t).Run(t.Context(), tiles.Archive{Store: failingStore{f}}, failingLog{f})
 			if crashes = errors.Is(err, errKilled); !crashes {
