@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -73,7 +74,7 @@ VACUUM (FULL, ANALYZE) events, log_hashes, event_persons, event_receipts, event_
 			}
 			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
 				if dryRun {
-					return archiveDryRun(ctx, cmd.OutOrStdout(), db, at)
+					return archiveDryRun(ctx, cmd.OutOrStdout(), cfg, db, at)
 				}
 				return archiveLog(ctx, cmd, cfg, db, at, from, vacuum)
 			})
@@ -105,7 +106,7 @@ func pastTime(text string, now time.Time) (time.Time, error) {
 
 const maxAge = 100 * 365 * 24 * time.Hour
 
-func archiveDryRun(ctx context.Context, out io.Writer, db *sqlstore.DB, before time.Time) error {
+func archiveDryRun(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, before time.Time) error {
 	head, err := db.LastSigned(ctx)
 	if err != nil {
 		return err
@@ -118,7 +119,24 @@ func archiveDryRun(ctx context.Context, out io.Writer, db *sqlstore.DB, before t
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(out, "dry run, nothing is moved: %d events, after %d that were moved before\n", n-now.Moved, now.Moved)
+	fmt.Fprintf(out, "dry run, nothing is moved: %d events, after %d that were moved before\n", n-now.Moved, now.Moved)
+	return printHeldBack(ctx, out, cfg, db, n, before, head.Size)
+}
+
+// printHeldBack says why events that are old enough stay in the database.
+func printHeldBack(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, index int64, before time.Time, size int64) error {
+	holders, err := db.HeldBack(ctx, index, before, size)
+	for _, h := range holders {
+		switch {
+		case h.Sink == "":
+			fmt.Fprintf(out, "held back: a delivery that is under way needs event %d\n", h.Next)
+		case slices.Contains(cfg.AuditSinks, h.Sink):
+			fmt.Fprintf(out, "held back: the sink %q has acknowledged %d events; what it has not stays in the database\n", h.Sink, h.Next)
+		default:
+			fmt.Fprintf(out, "held back: the sink %q has acknowledged %d events, and ORGKEYS_AUDIT_SINKS does not name it: name it again, "+
+				"or, if it is retired, delete its row of the table sink_progress\n", h.Sink, h.Next)
+		}
+	}
 	return err
 }
 
@@ -135,6 +153,9 @@ func archiveLog(ctx context.Context, cmd *cobra.Command, cfg config.Config, db *
 	fmt.Fprintf(out, "moved %d events; the first %d are no longer in the database\n", done.Events, done.Moved)
 	if done.Removed > 0 {
 		fmt.Fprintf(out, "removed %d entries; the first %d are no longer in the archive\n", done.Entries, done.Removed)
+	}
+	if err := printHeldBack(ctx, out, cfg, db, done.Moved, before, done.Published.Size); err != nil {
+		return err
 	}
 	if done.Events == 0 && !vacuum {
 		return nil

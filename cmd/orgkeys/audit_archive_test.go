@@ -158,7 +158,18 @@ func TestARestoredBackupGoesOnInAnotherArchive(t *testing.T) {
 		return out + errs, code
 	}
 	used(300)
-	if said, code := archive(); code != 0 || !strings.Contains(said, "the first 256 are no longer") {
+	db := s.Database(t)
+	harness.Exec(t, db, "INSERT INTO sink_progress (sink, next) VALUES ('vault', 7)") // it was configured once
+	for _, args := range [][]string{{"--dry-run"}, nil} {
+		if said, code := archive(args...); code != 0 || !strings.Contains(said, `held back: the sink "vault" has acknowledged 7 events, and ORGKEYS_AUDIT_SINKS does not name it`) {
+			t.Errorf("exit code %d: %s", code, said)
+		}
+	}
+	harness.Exec(t, db, "DELETE FROM sink_progress WHERE sink = 'vault'")
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if said, code := archive(); code != 0 || !strings.Contains(said, "the first 256 are no longer") || strings.Contains(said, "held back") {
 		t.Fatalf("exit code %d: %s", code, said)
 	}
 	backup := harness.Copy(t, s.Dir)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -269,4 +270,29 @@ func TestALogThatWasSetBackTakesItsArchiveOver(t *testing.T) {
 	if _, removed, err := tiles.Check(t.Context(), to, keys, audit.Checkpoint{}, nil); err != nil || removed != 512 {
 		t.Errorf("the files alone: %d are removed, %v", removed, err)
 	}
+}
+
+// What keeps old events in the database is named, and nothing is where nothing is to be moved.
+func TestWhatHoldsEventsBackIsNamed(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e := newMovable(t, location)
+		late := time.Now().Add(time.Hour)
+		want := func(what string, index int64, before time.Time, holders ...sqlstore.Hold) {
+			t.Helper()
+			if got, err := e.DB.HeldBack(t.Context(), index, before, 740); err != nil || !slices.Equal(got, holders) {
+				t.Errorf("%s: %+v, %v; want %+v", what, got, err, holders)
+			}
+		}
+		want("nothing", 0, late)
+		e.Exec(t, "INSERT INTO sink_progress (sink, next) VALUES ('away', 300)")
+		e.run(t, e.move(t), 256, 0)
+		want("a sink that is away", 256, late, sqlstore.Hold{Sink: "away", Next: 300})
+		want("events that are not old", 256, time.Now().Add(-time.Hour))
+		want("no whole bundle", 512, late)
+		e.Exec(t, "DELETE FROM sink_progress WHERE sink = 'away'") // as operations.md says
+		want("retired", 256, late)
+		e.run(t, e.move(t), 256, 0)
+		e.wantGood(t)
+	})
 }
