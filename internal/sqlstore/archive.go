@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"slices"
 	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -586,37 +587,87 @@ func (d *DB) FindArchived(ctx context.Context, eventID string) (int64, bool, err
 	return 0, false, nil
 }
 
-// eraseArchived erases the personal parts of archived events whose actor is a person's ID,
-// and returns how many there were.
-func (d *DB) eraseArchived(ctx context.Context, tx *txn, id string) (total int64, err error) {
-	if id == "" {
-		return 0, nil
+// packs is which bundles of archived events have a person's parts: all of them from one on
+// are to be looked at again.
+type packs struct {
+	bundles []int64
+	from    int64
+}
+
+// archivedOf looks for a person, which takes long where much is archived, outside of any
+// transaction.
+func (d *DB) archivedOf(ctx context.Context, subject string) (p packs, err error) {
+	a, err := d.Archived(ctx) // first: a pseudonym that does not exist yet is in no event before
+	if err != nil {
+		return p, err
 	}
-	if total, err = exec(ctx, tx, "DELETE FROM event_persons WHERE actor = $1", id); err != nil {
-		return 0, err
+	p.from = a.Moved / tiles.Width
+	pseudonym, err := pseudonymOf(ctx, d.read, subject)
+	if err != nil {
+		return p, err
 	}
-	return total, eachArchived(ctx, tx, func(bundle int64, content []byte) error {
-		actors, personal, err := unpackPersons(content)
-		if err != nil {
-			return err
+	err = eachArchived(ctx, d.read, func(bundle int64, content []byte) error {
+		actors, _, err := unpackPersons(content)
+		if bundle < p.from && slices.ContainsFunc(actors, func(actor []byte) bool {
+			return len(actor) > 0 && (string(actor) == subject || string(actor) == pseudonym)
+		}) {
+			p.bundles = append(p.bundles, bundle)
 		}
-		n := int64(0)
+		return err
+	})
+	return p, err
+}
+
+// eraseArchived erases the personal parts of archived events whose actor is one of a
+// person's IDs, and returns how many of each there were.
+func (d *DB) eraseArchived(ctx context.Context, tx *txn, where packs, ids ...string) (map[string]int64, error) {
+	erased := map[string]int64{}
+	for _, id := range ids {
+		if id == "" {
+			continue
+		}
+		n, err := exec(ctx, tx, "DELETE FROM event_persons WHERE actor = $1", id)
+		if err != nil {
+			return nil, err
+		}
+		erased[id] = n
+	}
+	later, err := query(ctx, tx, func(scan func(...any) error) (b int64, err error) { return b, scan(&b) },
+		"SELECT bundle FROM archived_persons WHERE bundle >= $1 ORDER BY bundle", where.from)
+	if err != nil {
+		return nil, err
+	}
+	for _, bundle := range slices.Concat(where.bundles, later) {
+		content, err := query(ctx, tx, scanBytes, "SELECT content FROM archived_persons WHERE bundle = $1", bundle)
+		if err != nil {
+			return nil, err
+		}
+		if len(content) == 0 {
+			return nil, fmt.Errorf("the personal parts of archived events from %d on are gone", bundle*tiles.Width)
+		}
+		actors, personal, err := unpackPersons(content[0])
+		if err != nil {
+			return nil, err
+		}
+		some := false
 		for i, actor := range actors {
-			if string(actor) == id {
-				actors[i], personal[i] = nil, nil
-				n++
+			if _, its := erased[string(actor)]; its {
+				erased[string(actor)]++
+				actors[i], personal[i], some = nil, nil, true
 			}
 		}
-		if n == 0 {
-			return nil
+		if !some {
+			continue
 		}
-		total += n
 		packed, err := packPersons(actors, personal)
-		if err != nil {
-			return err
+		if err == nil {
+			err = one(exec(ctx, tx, "UPDATE archived_persons SET content = $2 WHERE bundle = $1", bundle, packed))
 		}
-		return one(exec(ctx, tx, "UPDATE archived_persons SET content = $2 WHERE bundle = $1", bundle, packed))
-	})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return erased, nil
 }
 
 // personsPage is how many bundles' personal parts are read at once.

@@ -37,6 +37,7 @@ const (
 	silenceTimeout   = 3 * time.Second // of a transaction, shorter than statementTimeout: what waits for its locks gets them in time
 	answerTimeout    = 8 * time.Second // for a whole transaction or query, by this process's clock: a server that hangs keeps no time
 	rollbackTimeout  = 5 * time.Minute // for accepting a rollback, whose statements are as many as there are thousands of places
+	eraseTimeout     = 5 * time.Minute // for erasing a person, of whom every bundle of archived events may know something
 	idleTime         = 5 * time.Minute
 	durableFor       = time.Second     // between two checks of PostgreSQL's durability settings
 	connectionLife   = 5 * time.Minute // after a fail-over, connections to the wrong server last no longer

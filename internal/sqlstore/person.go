@@ -55,7 +55,7 @@ func (d *DB) erasable(ctx context.Context, subject string) (int, error) {
 		return 0, err
 	}
 	n := found[0]
-	return n, eachArchived(ctx, d.read, func(_ int64, content []byte) error {
+	err = eachArchived(ctx, d.read, func(_ int64, content []byte) error {
 		actors, _, err := unpackPersons(content)
 		for _, actor := range actors {
 			if text := string(actor); text != "" && (text == subject || text == pseudonym) {
@@ -64,6 +64,7 @@ func (d *DB) erasable(ctx context.Context, subject string) (int, error) {
 		}
 		return err
 	})
+	return n, err
 }
 
 // Erase deletes a person's data: the personal part of the events whose
@@ -73,13 +74,21 @@ func (d *DB) erasable(ctx context.Context, subject string) (int, error) {
 // have of the person, and goes with it in one transaction; of a subject that has a
 // pseudonym and is in no event itself, the log is told the pseudonym alone.
 func (d *DB) Erase(ctx context.Context, subject string, event func(id string, count int64) audit.Event) (total int64, err error) {
-	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+	where, err := d.archivedOf(ctx, subject)
+	if err != nil {
+		return 0, fmt.Errorf("looking for what is known of a person: %w", err)
+	}
+	err = d.writeWithin(ctx, eraseTimeout, func(ctx context.Context, tx *txn) error {
 		total = 0 // of an attempt that was aborted
 		// What moves events, or erases somebody else, reads what it writes back.
 		if err := d.lock(ctx, tx, "archive"); err != nil {
 			return err
 		}
 		pseudonym, err := pseudonymOf(ctx, tx, subject)
+		if err != nil {
+			return err
+		}
+		archived, err := d.eraseArchived(ctx, tx, where, pseudonym, subject)
 		if err != nil {
 			return err
 		}
@@ -91,11 +100,7 @@ func (d *DB) Erase(ctx context.Context, subject string, event func(id string, co
 			if err != nil {
 				return err
 			}
-			archived, err := d.eraseArchived(ctx, tx, id)
-			if err != nil {
-				return err
-			}
-			n += archived
+			n += archived[id]
 			if _, err := exec(ctx, tx, "DELETE FROM event_reads WHERE reader = $1", id); err != nil {
 				return err
 			}

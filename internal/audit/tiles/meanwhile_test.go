@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -157,6 +158,42 @@ func TestErasingTwoAtOnce(t *testing.T) {
 	e.wantErased(t, "u-2")
 	e.sign(t)
 	e.wantGood(t)
+}
+
+// A person is looked for in a large archive while others write.
+func TestErasingHoldsUpNobody(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e := newMovable(t, location)
+		var more []audit.Event
+		for range 40 {
+			event := e.Key(audit.KeysListed, "")
+			event.Actor.ID, event.Personal = "u-9", audit.Personal{Name: "Grace"}
+			more = append(more, event)
+		}
+		e.SignedLog.Record(t, more...)
+		e.run(t, e.move(t), 768, 0)
+		const packs = 1 << 14 // without u-9
+		for n := 4; n < 2*packs; n *= 2 {
+			e.Exec(t, fmt.Sprintf("INSERT INTO archived_persons SELECT bundle + %d, content FROM archived_persons WHERE bundle %% 4 < 2", n))
+		}
+		e.Exec(t, fmt.Sprintf("UPDATE log_archive SET moved = %d", 2*packs*tiles.Width))
+		begun := time.Now()
+		erased := e.erase(t, "u-9")
+		longest, writes := time.Duration(0), 0
+		for ; len(erased) == 0; writes++ {
+			started := time.Now()
+			audittest.Must(t, e.DB.Record(t.Context(), e.Key(audit.KeysListed, "")))
+			longest = max(longest, time.Since(started))
+			time.Sleep(time.Millisecond)
+		}
+		audittest.Must(t, <-erased)
+		t.Logf("a search through %d packs took %v; of %d writes meanwhile the longest took %v", e.count(t, "archived_persons"), time.Since(begun), writes, longest)
+		if longest > time.Second {
+			t.Errorf("a write took %v", longest)
+		}
+		e.wantErased(t, "u-9")
+	})
 }
 
 // What an event of a key's delivery knew is in one place, whenever the key is deleted.

@@ -64,12 +64,14 @@ func (e movable) move(t *testing.T) tiles.Move {
 		Before:   time.Now().Add(time.Hour),
 		Progress: func(string) verify.Progress { return nil },
 		Signed: func(ctx context.Context, covered func(context.Context) (bool, error)) error {
-			e.sign(t)
-			done, err := covered(ctx)
-			if err == nil && !done {
-				err = errors.New("a signed checkpoint covers no event of this")
+			for range 20 { // another may give the indices just now
+				e.sign(t)
+				if done, err := covered(ctx); err != nil || done {
+					return err
+				}
+				time.Sleep(50 * time.Millisecond)
 			}
-			return err
+			return errors.New("a signed checkpoint covers no event of this")
 		},
 	}
 }
