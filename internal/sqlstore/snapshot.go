@@ -27,6 +27,10 @@ type snapshot struct {
 
 const snapshotPage = 1000
 
+// archiveWait bounds what a snapshot waits for the archive between two statements. A call of a
+// bucket takes up to a minute; no write waits for a snapshot.
+const archiveWait = 2 * time.Minute
+
 // Snapshot calls do with the log at one moment, while it continues to grow.
 func (d *DB) Snapshot(ctx context.Context, do func(verify.Snapshot) error) error {
 	options := &sql.TxOptions{ReadOnly: true}
@@ -37,7 +41,15 @@ func (d *DB) Snapshot(ctx context.Context, do func(verify.Snapshot) error) error
 	if err != nil {
 		return unavailable(err)
 	}
-	return errors.Join(do(d.over(tx)), unavailable(ignoreDone(tx.Rollback())))
+	if d.postgres && d.snapshot.archive != nil {
+		_, err = tx.ExecContext(ctx, fmt.Sprintf("SET LOCAL idle_in_transaction_session_timeout = %d", archiveWait.Milliseconds()))
+	}
+	if err == nil {
+		err = do(d.over(tx))
+	} else {
+		err = unavailable(err)
+	}
+	return errors.Join(err, unavailable(ignoreDone(tx.Rollback())))
 }
 
 // Head implements audit.Store and verify.Snapshot.
