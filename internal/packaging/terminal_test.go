@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -18,6 +19,11 @@ import (
 // Whoever closes the terminal that scripts/run runs in has ended it, in an orderly
 // way, and one interrupt typed there is one signal to the server.
 func TestRunEndsWithItsTerminal(t *testing.T) {
+	// A signal that was ignored when the tests were started, as by nohup, would be ignored by
+	// what they start too; one that is handled is not.
+	handled := make(chan os.Signal, 1)
+	signal.Notify(handled, syscall.SIGHUP, syscall.SIGINT)
+	t.Cleanup(func() { signal.Stop(handled) })
 	run := shapes[:1]
 	if long() {
 		run = shapes

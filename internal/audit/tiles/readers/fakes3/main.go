@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/rclone/gofakes3"
@@ -30,11 +31,24 @@ func main() {
 	}
 	handler := gofakes3.New(backend, gofakes3.WithV4Auth(map[string]string{os.Args[1]: os.Args[2]})).Server()
 	go func() {
-		server := &http.Server{Handler: handler, ReadHeaderTimeout: time.Minute}
+		server := &http.Server{Handler: inTurns(handler), ReadHeaderTimeout: time.Minute}
 		fail(server.Serve(listener))
 	}()
 	fmt.Println("http://" + listener.Addr().String())
 	_, _ = io.Copy(io.Discard, os.Stdin) // its end is what counts
+}
+
+// inTurns makes conditional writes what S3 promises: this store looks at If-None-Match before it
+// reads the body, and not again as it stores it.
+func inTurns(next http.Handler) http.Handler {
+	var writing sync.Mutex
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPut {
+			writing.Lock()
+			defer writing.Unlock()
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 func fail(err error) {
