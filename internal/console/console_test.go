@@ -344,7 +344,7 @@ func (b *browser) looksRight(what, visit string, with ...string) {
 			}
 		}
 		b.get(&found, `await page.setViewportSize({ width: Number(WIDTH), height: 900 })
-			await page.emulateMedia({ colorScheme: SCHEME })
+			await page.emulateMedia({ colorScheme: SCHEME, reducedMotion: 'reduce' }) // no colour between two
 			`+visit+`
 			for (const d of await page.locator('details').all()) await d.evaluate((e) => { e.removeAttribute('name'); e.open = true })
 			return { Axe: await tools.axe(page), Overflow: await tools.overflow(page) }`,
