@@ -1,0 +1,228 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/enroll"
+)
+
+// deliveryColumns reads deliveries with the state of their keys: one whose key
+// was deleted is over, whatever its row says.
+const deliveryColumns = `SELECT d.key_id, d.org_id, d.enrollment_id, d.scope, ` + deliveryStage + `,
+	coalesce(d.recipient, ''), d.recipient_key, d.claimed_from, d.claimed_at, d.approved_at IS NOT NULL, d.attempt,
+	d.origin, d.ek, d.evidence, d.alg, d.wrapped, d.digest, coalesce(k.sealed, n.sealed), d.fingerprint, d.event_id, d.until, d.answers, d.received_at` + deliveryTables
+
+const (
+	deliveryStage  = `CASE WHEN d.stage <> 'ended' AND coalesce(k.state, n.state, 'deleted') = 'deleted' THEN 'ended' ELSE d.stage END`
+	deliveryTables = `
+	FROM deliveries d
+	LEFT JOIN org_keys k ON k.id = d.key_id AND d.scope = 'organization'
+	LEFT JOIN keys_of_nodes n ON n.id = d.key_id AND d.scope = 'node'`
+)
+
+func scanDelivery(scan func(...any) error) (v enroll.Delivery, err error) {
+	var claimed, until, received sql.NullInt64
+	err = scan(&v.KeyID, &v.Org, &v.Enrollment, &v.Scope, &v.Stage, &v.Recipient, &v.DER, &v.From, &claimed, &v.Approved, &v.Attempt,
+		&v.Origin, &v.Device.EK, &v.Device.Evidence, &v.Wrapped.Alg, &v.Wrapped.Value, &v.Wrapped.SHA256, &v.Public, &v.Fingerprint, &v.Event, &until, &v.Answers, &received)
+	v.ClaimedAt, v.Until, v.ReceivedAt = micros(claimed), micros(until), micros(received)
+	return v, err
+}
+
+func delivery(ctx context.Context, q querier, where string, args ...any) (enroll.Delivery, error) {
+	found, err := query(ctx, q, scanDelivery, deliveryColumns+" WHERE "+where, args...)
+	if err == nil && len(found) == 0 {
+		err = enroll.ErrNotFound
+	}
+	if err != nil {
+		return enroll.Delivery{}, err
+	}
+	return found[0], nil
+}
+
+// Delivery implements enroll.Store.
+func (d *DB) Delivery(ctx context.Context, keyID string) (enroll.Delivery, error) {
+	return delivery(ctx, d.read, "d.key_id = $1", keyID)
+}
+
+// DeliveryTo implements enroll.Store.
+func (d *DB) DeliveryTo(ctx context.Context, id, recipient string) (enroll.Delivery, error) {
+	return delivery(ctx, d.read, "d.enrollment_id = $1 AND d.recipient = $2", id, recipient)
+}
+
+// Begin implements enroll.Store.
+func (d *DB) Begin(ctx context.Context, keyID, attempt string, life time.Duration) (bool, error) {
+	mine := false
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		mine, err = begin(ctx, tx, keyID, attempt, now, life)
+		return err
+	})
+	return err == nil && mine, err
+}
+
+func begin(ctx context.Context, tx *txn, keyID, attempt string, now int64, life time.Duration) (mine bool, err error) {
+	// An attempt that would have the delivery for longer than any began before the clock was set back.
+	n, err := exec(ctx, tx, `UPDATE deliveries SET attempt = $2, attempt_until = $4
+		WHERE key_id = $1 AND stage = 'claimed' AND approved_at IS NOT NULL AND (attempt_until IS NULL OR attempt_until <= $3 OR attempt_until > $5)`,
+		keyID, attempt, now, now+life.Microseconds(), now+(life+clockSlack).Microseconds())
+	return n == 1, err
+}
+
+// GiveUp implements enroll.Store.
+func (d *DB) GiveUp(ctx context.Context, keyID, attempt string) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		_, err := exec(ctx, tx, "UPDATE deliveries SET attempt = '', attempt_until = NULL WHERE key_id = $1 AND attempt = $2 AND stage = 'claimed'", keyID, attempt)
+		return err
+	})
+}
+
+// StoreWrapped implements enroll.Store. The attempt fences off one that was slow.
+func (d *DB) StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w enroll.Wrapped, fingerprint string, created audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if err := one(exec(ctx, tx, `UPDATE deliveries SET stage = 'stored', alg = $4, wrapped = $5, digest = $6, fingerprint = $7, attempt_until = NULL
+			WHERE key_id = $1 AND attempt = $2 AND stage = 'claimed' AND attempt_until > $3`,
+			keyID, attempt, now, w.Alg, w.Value, w.SHA256, fingerprint)); err != nil {
+			return err
+		}
+		return d.pend(ctx, tx, keyID, now, public, created)
+	})
+}
+
+// pend makes a delivery's reserved key a pending one.
+func (d *DB) pend(ctx context.Context, tx *txn, keyID string, now int64, public []byte, created audit.Event) error {
+	v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
+	if err != nil {
+		return err
+	}
+	if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = "+pending+", sealed = $3, created_at = $2 WHERE id = $1 AND state = "+reserved+" AND expires_at > $2",
+		keyID, now, public)); err != nil {
+		return err
+	}
+	return d.record(ctx, tx, created)
+}
+
+// StoreOwn implements enroll.Store.
+func (d *DB) StoreOwn(ctx context.Context, keyID string, public []byte, fingerprint string, created audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		n, err := exec(ctx, tx, `UPDATE deliveries SET stage = 'sealed', wrapped = $2, fingerprint = $3, event_id = $4
+			WHERE key_id = $1 AND stage = 'claimed' AND origin = 'node' AND approved_at IS NOT NULL`, keyID, []byte{}, fingerprint, created.ID)
+		if err != nil || n == 0 {
+			return err
+		}
+		tx.awaited = true
+		return d.pend(ctx, tx, keyID, now, public, created)
+	})
+}
+
+// Seal implements enroll.Store.
+func (d *DB) Seal(ctx context.Context, keyID string, sealed audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		n, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'sealed', event_id = $2 WHERE key_id = $1 AND stage = 'stored'", keyID, sealed.ID)
+		if err != nil || n == 0 {
+			return err
+		}
+		tx.awaited = true
+		return d.record(ctx, tx, sealed)
+	})
+}
+
+// Offer implements enroll.Store.
+func (d *DB) Offer(ctx context.Context, keyID string, deliverFor time.Duration) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		n, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'available', until = $2 WHERE key_id = $1 AND stage = 'sealed'", keyID, now+deliverFor.Microseconds())
+		if err != nil || n == 0 {
+			return err
+		}
+		v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
+		if err != nil {
+			return err
+		}
+		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = "+released+", released_at = $2, expires_at = NULL WHERE id = $1 AND state = "+pending+" AND expires_at > $2", keyID, now)); err != nil || v.Origin == enroll.FromBackend {
+			return err
+		}
+		// Its holder has it, and came from where the event of its making says.
+		if _, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = $2 WHERE key_id = $1", keyID, now); err != nil {
+			return err
+		}
+		_, err = exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET delivered_at = $2, delivery_event = $3 WHERE id = $1", keyID, now, v.Event)
+		return err
+	})
+}
+
+// Answered implements enroll.Store.
+func (d *DB) Answered(ctx context.Context, keyID string, delivered audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if _, err := exec(ctx, tx, "UPDATE deliveries SET answers = answers + 1 WHERE key_id = $1", keyID); err != nil {
+			return err
+		}
+		first := int64(0)
+		for _, scope := range []enroll.Scope{enroll.ForNode, enroll.ForOrganization} {
+			n, err := exec(ctx, tx, "UPDATE "+keyTable(scope)+" SET delivered_at = $2, delivery_event = $3 WHERE id = $1 AND delivered_at IS NULL AND released_at IS NOT NULL", keyID, now, delivered.ID)
+			if err != nil {
+				return err
+			}
+			first += n
+		}
+		if first == 0 {
+			return nil
+		}
+		tx.unhurried = true // the receipt follows
+		return d.record(ctx, tx, delivered)
+	})
+}
+
+// Receive implements enroll.Store.
+func (d *DB) Receive(ctx context.Context, keyID string, received func(int) audit.Event) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		now, err := d.now(ctx, tx)
+		if err != nil {
+			return err
+		}
+		answers, err := query(ctx, tx, scanInt, "UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = $2 WHERE key_id = $1 AND stage = 'available' RETURNING answers", keyID, now)
+		if err != nil {
+			return err
+		}
+		if len(answers) == 0 {
+			v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
+			if err == nil && v.Stage != enroll.Received {
+				err = enroll.ErrClosed
+			}
+			return err
+		}
+		return d.record(ctx, tx, received(answers[0]))
+	})
+}
+
+// Leaf implements enroll.Store.
+func (d *DB) Leaf(ctx context.Context, keyID string) ([]byte, error) {
+	var leaf []byte
+	err := d.read.QueryRowContext(ctx, "SELECT coalesce(e.leaf, v.leaf) FROM deliveries v LEFT JOIN events e ON e.id = v.event_id WHERE v.key_id = $1", keyID).Scan(&leaf)
+	if errors.Is(err, sql.ErrNoRows) || err == nil && leaf == nil {
+		return nil, enroll.ErrNotFound
+	}
+	return slices.Clone(leaf), unavailable(err)
+}
