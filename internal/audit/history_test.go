@@ -147,6 +147,7 @@ func (s store) LastSigned(ctx context.Context) (audit.Signed, error) {
 func (s store) KeepSigned(ctx context.Context, c audit.Signed, vkey string) error {
 	return s.h.DB.KeepSigned(ctx, c, vkey)
 }
+func (s store) ThinSigned(ctx context.Context) error { return s.h.DB.ThinSigned(ctx) }
 func (s store) Exclusive(ctx context.Context, name string, do func(context.Context) error) (bool, error) {
 	if s.h.elsewhere {
 		return false, nil

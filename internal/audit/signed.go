@@ -130,6 +130,16 @@ func signers(n *note.Note) string {
 	return "it is signed by " + strings.Join(all, ", ")
 }
 
+// SignerOf returns the hash of the key that says it has signed a note, of which nothing
+// is verified.
+func SignerOf(text string) (uint32, error) {
+	var unverified *note.UnverifiedNoteError
+	if _, err := note.Open([]byte(text), note.VerifierList()); !errors.As(err, &unverified) {
+		return 0, fmt.Errorf("reading a signed note: %w", err)
+	}
+	return unverified.Note.UnverifiedSigs[0].Hash, nil
+}
+
 // PublicKey returns the Ed25519 key within a verifier key.
 func PublicKey(vkey string) (ed25519.PublicKey, error) {
 	if _, err := ParseKeys(vkey); err != nil {
@@ -163,6 +173,8 @@ type CheckpointStore interface {
 	LastSigned(ctx context.Context) (Signed, error)
 	// KeepSigned stores a signed checkpoint and the verifier key of its signer.
 	KeepSigned(ctx context.Context, s Signed, vkey string) error
+	// ThinSigned deletes old ones that are not needed any more.
+	ThinSigned(ctx context.Context) error
 }
 
 // RewrittenError says that the log does not extend its newest signed checkpoint.
@@ -289,7 +301,13 @@ func (c *Checkpointer) sign(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return c.store.KeepSigned(ctx, signed, vkey)
+	if err := c.store.KeepSigned(ctx, signed, vkey); err != nil {
+		return err
+	}
+	if err := c.store.ThinSigned(ctx); err != nil {
+		c.log.Warn("old signed checkpoints could not be deleted; this is tried again", "error", err)
+	}
+	return nil
 }
 
 // Check reports *RewrittenError unless the log extends its newest signed

@@ -69,6 +69,7 @@ type DB struct {
 	replica   atomic.Value    // of string: this process's ID among the replicas
 	holder    string          // see UseHolder
 	evidence  evidence
+	thinned   atomic.Int64 // the newest signed checkpoint when the older ones were last thinned out
 }
 
 // Open opens the database at location: a postgres:// URL, or a SQLite file's

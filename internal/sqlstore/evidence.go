@@ -5,6 +5,9 @@ import (
 	"crypto/ed25519"
 	"database/sql"
 	"errors"
+	"math"
+	"math/bits"
+	"slices"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -33,6 +36,9 @@ func scanSigned(scan func(...any) error) (s audit.Signed, err error) {
 
 const lastSigned = "SELECT seq, text FROM signed_checkpoints WHERE superseded = 0 ORDER BY seq DESC LIMIT 1"
 
+// signedAfter is a page of those behind $1, up to $2.
+const signedAfter = "SELECT seq, text FROM signed_checkpoints WHERE superseded = 0 AND seq > $1 AND seq <= $2 ORDER BY seq LIMIT $3"
+
 // LastSigned implements audit.CheckpointStore.
 func (d *DB) LastSigned(ctx context.Context) (audit.Signed, error) {
 	found, err := query(ctx, d.read, scanSigned, lastSigned)
@@ -44,7 +50,7 @@ func (d *DB) LastSigned(ctx context.Context) (audit.Signed, error) {
 
 // SignedAfter implements audit.Store.
 func (d *DB) SignedAfter(ctx context.Context, seq int64) ([]audit.Signed, error) {
-	return query(ctx, d.read, scanSigned, "SELECT seq, text FROM signed_checkpoints WHERE superseded = 0 AND seq > $1 ORDER BY seq LIMIT 1000", seq)
+	return query(ctx, d.read, scanSigned, signedAfter, seq, int64(math.MaxInt64), 1000)
 }
 
 // KeepSigned implements audit.CheckpointStore.
@@ -54,6 +60,72 @@ func (d *DB) KeepSigned(ctx context.Context, s audit.Signed, vkey string) error 
 			return err
 		}
 		return one(exec(ctx, tx, "INSERT INTO signed_checkpoints (size, text) VALUES ($1, $2)", s.Size, s.Note))
+	})
+}
+
+// Of the signed checkpoints the newest closeSigned stay, and of older ones fewer the older
+// they are: among those that came n places ago, one for about every 2n/closeSigned, of
+// each key. The newest covers what they cover; they bound how exactly a comparison finds
+// where a log parted from them, and show which keys have signed.
+const (
+	closeSigned = 1024
+	thinEvery   = 256  // new ones before they are looked through again
+	thinRead    = 1000 // that are read at once
+	thinMost    = 5000 // that are deleted in one call, and thinBatch in one transaction
+	thinBatch   = 500
+)
+
+// ThinSigned implements audit.CheckpointStore. It deletes none without an older one of its key
+// that stands for it, and so never the first that a key has signed.
+func (d *DB) ThinSigned(ctx context.Context) error {
+	newest, err := d.LastSigned(ctx)
+	if err != nil || newest.Seq < d.thinned.Load()+thinEvery {
+		return err
+	}
+	last := map[uint32]int64{} // by key, the newest that stays
+	deleted := 0
+	for seq := int64(0); ; {
+		page, err := query(ctx, d.read, scanSigned, signedAfter, seq, newest.Seq-closeSigned, thinRead)
+		if err != nil {
+			return err
+		}
+		var spare []int64
+		for _, s := range page {
+			seq = s.Seq
+			key, err := audit.SignerOf(s.Note)
+			if err != nil {
+				continue // nobody can say what it is worth
+			}
+			width := int64(1) << bits.Len64(uint64((newest.Seq-seq)/closeSigned))
+			if kept, some := last[key]; some && kept >= seq-seq%width {
+				spare = append(spare, seq)
+				continue
+			}
+			last[key] = seq
+		}
+		for batch := range slices.Chunk(spare, thinBatch) {
+			if err := d.deleteSigned(ctx, batch); err != nil {
+				return err
+			}
+		}
+		if deleted += len(spare); deleted >= thinMost {
+			return nil // the next call goes on
+		}
+		if len(page) < thinRead {
+			d.thinned.Store(newest.Seq)
+			return nil
+		}
+	}
+}
+
+func (d *DB) deleteSigned(ctx context.Context, seqs []int64) error {
+	some, err := list(seqs)
+	if err != nil {
+		return err
+	}
+	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		_, err := exec(ctx, tx, "DELETE FROM signed_checkpoints WHERE superseded = 0 AND seq IN "+d.integers("$1"), some)
+		return err
 	})
 }
 
