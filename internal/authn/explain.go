@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
@@ -126,14 +128,36 @@ func (x *examination) explainForm(err error) string {
 	case len(parts) != 3:
 		return fmt.Sprintf("the token has %d parts and not three: it is not a JWT. If it is an opaque access token, have the provider issue JWTs", len(parts))
 	}
-	header, ok := decodeBase64(parts[0])
-	if !ok {
-		return "a part of the token is not base64url without padding"
+	for _, part := range parts {
+		if _, ok := decodeBase64(part); !ok {
+			return "a part of the token is not base64url without padding"
+		}
+	}
+	header, _ := decodeBase64(parts[0])
+	return fmt.Sprintf("the header is %s: %s", clip(string(header)), explainHeader(header, err))
+}
+
+// explainHeader says which parameter of a refused header is the reason.
+func explainHeader(b []byte, err error) string {
+	var header map[string]jsontext.Value
+	if json.Unmarshal(b, &header) != nil {
+		return "it is not one JSON object in UTF-8 without a name twice"
 	}
 	if hasReason(err, ReasonAlgorithm) {
-		return fmt.Sprintf("the header is %s: alg is none of RS, PS or ES with 256, 384 or 512, EdDSA and Ed25519", clip(string(header)))
+		return fmt.Sprintf("alg is %s, and accepted are RS, PS or ES with 256, 384 or 512, EdDSA and Ed25519", show(header["alg"]))
 	}
-	return fmt.Sprintf("the header is %s: it needs alg, and if they are there kid as a non-empty text of at most %d bytes and typ as JWT, at+jwt or JOSE; crit and b64 are refused", clip(string(header)), maxKeyID)
+	for _, name := range []string{"crit", "b64"} {
+		if header[name] != nil {
+			return name + " declares something that the recipient must understand, and none of it is understood here"
+		}
+	}
+	if typ := header["typ"]; typ != nil && !isTokenType(typ) {
+		return fmt.Sprintf("typ is %s, and must be JWT, at+jwt or JOSE where it is there: this is another kind of token", show(typ))
+	}
+	if _, ok := text(header["alg"]); !ok {
+		return fmt.Sprintf("alg is %s, and must be a text", show(header["alg"]))
+	}
+	return fmt.Sprintf("kid is %s, and must be a text of 1 to %d bytes where it is there", show(header["kid"]), maxKeyID)
 }
 
 func hasReason(err error, reason string) bool {
@@ -152,9 +176,15 @@ func (x *examination) explainIssuer() string {
 	found := fmt.Sprintf("iss is %s, and accepted is exactly %s", show(x.claims["iss"]), strings.Join(names, " or "))
 	name, _ := text(x.claims["iss"])
 	for _, i := range x.issuers {
-		if strings.TrimSuffix(i.Name, "/") == strings.TrimSuffix(name, "/") {
+		switch {
+		case differInSlash(i.Name, name):
 			found += ": they differ in the slash at the end"
+		case i.Name == "https://"+name:
+			found += ": they differ in https:// at the beginning"
 		}
+	}
+	if subject, _ := text(x.claims["sub"]); x.claims["iss"] == nil && strings.HasPrefix(subject, "spiffe://") {
+		found += ": a JWT-SVID has an issuer only if the SPIFFE server is told to write one; SPIRE's setting is jwt_issuer"
 	}
 	return found
 }
@@ -167,27 +197,57 @@ func (x *examination) explainSignature(err error) string {
 	case errors.Is(err, ErrKeysUnavailable):
 		return err.Error() + unverified
 	case hasReason(err, ReasonUnknownKey) && x.token.keyID == "":
-		return "the token names no key (kid), and the number of the issuer's keys that fit is not one" + unverified
+		return "the token names no key (kid), and the number of the issuer's keys that fit is not one: it has " + x.issuer.Keys.names("") + unverified
 	case hasReason(err, ReasonUnknownKey):
-		return fmt.Sprintf("the issuer's set has no usable key %q, or more than one: it has %s%s", x.token.keyID, x.issuer.Keys.names(), unverified)
+		return fmt.Sprintf("the issuer's set has no usable key %q, or more than one: it has %s%s", x.token.keyID, x.issuer.Keys.names(x.token.keyID), unverified)
 	case hasReason(err, ReasonAlgorithm):
 		return fmt.Sprintf("alg is %s, and the issuer's key %q is for another algorithm%s", x.token.algorithm, x.token.keyID, unverified)
+	}
+	header := x.header()
+	switch {
+	case hasReason(err, ReasonMalformed):
+		return "jwk, x5c or nonce in the header is malformed" + unverified
+	case header["nonce"] != nil:
+		unverified = ". The header has a nonce, as tokens for Microsoft's own services have (Graph), which nobody else can verify: ask for a token for your own API" + unverified
 	}
 	return fmt.Sprintf("the issuer's key %q did not make this signature%s", x.token.keyID, unverified)
 }
 
-// names are the IDs of the usable keys.
-func (k *KeySet) names() string {
+// header is that of a token whose form was found good.
+func (x *examination) header() (header map[string]jsontext.Value) {
+	encoded, _, _ := strings.Cut(x.compact, ".")
+	b, _ := decodeBase64(encoded)
+	if json.Unmarshal(b, &header) != nil {
+		return nil
+	}
+	return header
+}
+
+// names are the IDs of the usable keys, and why those that are called id, or all if it is empty, are not usable.
+func (k *KeySet) names(id string) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	var names []string
+	var names, unusable []string
 	for _, key := range k.keys.usable {
-		names = append(names, fmt.Sprintf("%q", key.id))
+		name := "one without kid"
+		if key.id != "" {
+			name = fmt.Sprintf("%q", key.id)
+		}
+		names = append(names, name)
 	}
-	if names == nil {
-		return "none"
+	for _, key := range k.keys.ignored {
+		if id == "" || key.id == id {
+			unusable = append(unusable, key.Error())
+		}
 	}
-	return strings.Join(names, ", ")
+	found := "none"
+	if names != nil {
+		found = clip(strings.Join(names, ", "))
+	}
+	if unusable != nil {
+		found += "; not usable: " + clip(strings.Join(unusable, ", "))
+	}
+	return found
 }
 
 func (x *examination) explainTime(err error) string {
@@ -235,13 +295,23 @@ func (x *examination) explainAudience(err error) string {
 	if err == nil {
 		return found
 	}
-	return fmt.Sprintf("%s, and accepted is a text or list of texts with exactly %s", found, quoted(x.issuer.Audiences))
+	found = fmt.Sprintf("%s, and accepted is a text or list of texts with exactly %s", found, quoted(x.issuer.Audiences))
+	for _, name := range []string{"azp", "client_id", "cid", "appid"} {
+		if client, ok := text(x.claims[name]); ok && slices.Contains(x.issuer.Audiences, client) {
+			found += fmt.Sprintf(". %s is %q, but that is for whom the token was issued, and not where it may be used", name, client)
+			break
+		}
+	}
+	if x.claims["aud"] == nil {
+		found += ". Have the provider write aud; if it cannot, claims.rego can say for whom a token is"
+	}
+	return found
 }
 
 func (x *examination) explainSubject(err error) string {
 	claim := x.issuer.Mapping.Subject
 	if err != nil {
-		return fmt.Sprintf("%s is %s, and a subject is a text of 1 to %d bytes without control characters%s", claim, show(x.claims.at(claim)), maxText, x.elsewhere())
+		return fmt.Sprintf("%s is %s, and a subject is a text of 1 to %d bytes without control characters%s", claim, show(x.claims.at(claim)), maxText, x.elsewhere(claim))
 	}
 	found := fmt.Sprintf("%q, from %s", x.caller.Subject, claim)
 	if IsPersonal(config.PseudonymAddresses, x.caller.Subject) {
@@ -272,7 +342,14 @@ func (x *examination) explainOrganization(err error) string {
 	if _, malformed := org.Parse(named); ok && malformed == nil && x.identity == nil {
 		return fmt.Sprintf("%s is %s, and this issuer may not speak for that organization: the file of issuers says for which", claim, value)
 	}
-	return fmt.Sprintf("%s is %s, and an organization is one ID of 1 to 128 letters, digits, _ or - (beginning with a letter or digit), alone, in a list of one or as the only name of an object, which holds an object or null%s", claim, value, x.elsewhere())
+	found := fmt.Sprintf("%s is %s, and an organization is one ID of 1 to 128 letters, digits, _ or - (beginning with a letter or digit), alone, in a list of one or as the only name of an object, which holds an object", claim, value)
+	if x.identity != nil {
+		return found
+	}
+	if x.claims.at(claim).Kind() == '0' {
+		found += ". This one is a number: have the provider write a text"
+	}
+	return found + x.elsewhere(claim)
 }
 
 func (x *examination) explainRoles() string {
@@ -302,17 +379,34 @@ func (x *examination) explainRoles() string {
 	default:
 		found += ", and no value of it is OWNER, ADMINISTRATOR, WORKSPACES, BILLING or USER"
 	}
-	return found + ": every request is 403, insufficient_role" + x.elsewhere()
+	switch scopes, isText := text(value); {
+	case isText && strings.Contains(scopes, " ") && !m.rolesAreScopes():
+		found += " (it is one value, with spaces: only scope and scp are lists when they are texts)"
+	case value == nil && x.claims["_claim_names"] != nil:
+		found += " (_claim_names says that the provider left claims out, as Entra ID does with more than 200 groups)"
+	}
+	return found + ": every request is 403, insufficient_role" + x.elsewhere(m.Role)
 }
 
 // elsewhere lists the claims there are, for who looks for the right one.
-func (x *examination) elsewhere() string {
-	var names []string
-	for name := range x.claims {
-		names = append(names, name)
+func (x *examination) elsewhere(claim string) string {
+	found := ". The token has the claims " + quoted(slices.Sorted(maps.Keys(x.claims)))
+	if pointer := asPointer(claim); !strings.HasPrefix(claim, "/") && x.claims.at(claim) == nil && x.claims.at(pointer) != nil {
+		found = fmt.Sprintf(". A path into a claim is written as a JSON pointer, %q", pointer) + found
 	}
-	slices.Sort(names)
-	return clip(". The token has the claims " + quoted(names))
+	for parent := jsontext.Pointer(claim).Parent(); strings.HasPrefix(claim, "/") && parent != ""; parent = parent.Parent() {
+		if within := members(x.claims.at(string(parent))); within != nil {
+			found = fmt.Sprintf(". %s has %s", parent, quoted(slices.Sorted(maps.Keys(within)))) + found
+			break
+		}
+	}
+	return clip(found)
+}
+
+// asPointer reads a path as other programs write them.
+func asPointer(claim string) string {
+	path := strings.TrimPrefix(strings.TrimPrefix(claim, "$."), "#/")
+	return "/" + strings.ReplaceAll(path, ".", "/")
 }
 
 func quoted(texts []string) string {

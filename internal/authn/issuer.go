@@ -40,7 +40,7 @@ func checkIssuers(issuers []Issuer) error {
 		}
 		for _, other := range issuers[:n] {
 			if i.Name == other.Name {
-				return fmt.Errorf("issuer %s is given twice", i.Name)
+				return fmt.Errorf("issuer %s is given twice: put its audiences into one entry; claims.rego can tell them apart", i.Name)
 			}
 			if i.SubjectPrefix == other.SubjectPrefix {
 				return fmt.Errorf("issuers %s and %s have the same subject prefix %q: two people with the same subject would count as one", other.Name, i.Name, i.SubjectPrefix)

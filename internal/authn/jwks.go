@@ -21,7 +21,7 @@ import (
 const (
 	minRSABits = 2048
 	maxRSABits = 4096 // beyond it one verification costs too much; go-jose has the same limit
-	maxKeys    = 256  // in a set
+	maxKeys    = 1024 // in a set
 )
 
 // ed25519Algorithm is EdDSA with Ed25519 by its fully specified name (RFC 9864, section 2.2).
@@ -44,7 +44,21 @@ type publishedKey struct {
 // publishedKeys is one version of the issuer's set.
 type publishedKeys struct {
 	usable  []publishedKey
-	ignored []error // why the other keys of the set are not usable
+	ignored []ignoredKey
+}
+
+// ignoredKey is a key of the issuer's set that is not usable.
+type ignoredKey struct {
+	place int    // in the set
+	id    string // empty if it has none that can be read
+	why   error
+}
+
+func (k ignoredKey) Error() string {
+	if k.id == "" {
+		return fmt.Sprintf("key %d: %v", k.place, k.why)
+	}
+	return fmt.Sprintf("key %d, %q: %v", k.place, k.id, k.why)
 }
 
 // parseJWKS reads a JWK set (RFC 7517, section 5). Keys that are not usable
@@ -70,7 +84,8 @@ func parseJWKS(b []byte) (publishedKeys, error) {
 		}
 		key, err := parseJWK(jwk)
 		if err != nil {
-			set.ignored = append(set.ignored, fmt.Errorf("key %d: %w", i, err))
+			id, _ := text(jwk["kid"])
+			set.ignored = append(set.ignored, ignoredKey{i, id, err})
 			continue
 		}
 		set.usable = append(set.usable, key)

@@ -196,7 +196,11 @@ func (k *KeySet) Ready() error {
 	case len(keys.usable) == 0 && len(keys.ignored) == 0:
 		return fmt.Errorf("%w: the set is empty", ErrKeysUnavailable)
 	case len(keys.usable) == 0:
-		return fmt.Errorf("%w: no key of the set is usable: %w", ErrKeysUnavailable, errors.Join(keys.ignored...))
+		var why []error
+		for _, key := range keys.ignored {
+			why = append(why, key)
+		}
+		return fmt.Errorf("%w: no key of the set is usable: %w", ErrKeysUnavailable, errors.Join(why...))
 	}
 	return nil
 }

@@ -20,11 +20,12 @@ import (
 // as /realm_access/roles; any other is a claim's name as it is.
 type Mapping struct {
 	Subject      string // the claim with the caller's ID: a string
-	Organization string // a string, a list of one string, or an object whose one name is meant and holds an object or null, as Keycloak writes it
+	Organization string // a string, a list of one string, or an object whose one name is meant and holds an object, as Keycloak writes it
 
 	// Role is the claim with the caller's roles: a value or a list of values.
 	// An object's names are its values, each of them only if it holds an object
-	// that has the caller's organization as a name; Zitadel writes roles so.
+	// that has the caller's organization as a name; Zitadel writes roles so. Of a claim
+	// that is called scope or scp, a string is a list divided by spaces (RFC 8693, section 4.2).
 	Role string
 
 	// RoleMap says what the strings in the role claim mean. Strings that it does
@@ -172,8 +173,8 @@ func organization(v jsontext.Value) (string, bool) {
 			break
 		}
 		for name, about := range object {
-			// Of {"id":"acme"}, the name would be everybody's organization.
-			return name, about.Kind() == '{' || about.Kind() == 'n'
+			// Of {"id":"acme"}, the name would be everybody's organization; of {"id":null}, that of all who have none.
+			return name, about.Kind() == '{'
 		}
 	}
 	return "", false
@@ -182,7 +183,7 @@ func organization(v jsontext.Value) (string, bool) {
 // roles reads the roles in v that count for a caller of org, each once.
 func (m Mapping) roles(v jsontext.Value, org string) []authz.Role {
 	var roles []authz.Role
-	for _, value := range roleValues(v, org) {
+	for _, value := range m.roleValues(v, org) {
 		if role, ok := m.role(value); ok && !slices.Contains(roles, role) {
 			roles = append(roles, role)
 		}
@@ -194,25 +195,42 @@ func (m Mapping) roles(v jsontext.Value, org string) []authz.Role {
 }
 
 // roleValues returns the values in v that may be roles: it, or its members.
-func roleValues(v jsontext.Value, org string) []jsontext.Value {
-	switch v.Kind() {
-	case '[':
+func (m Mapping) roleValues(v jsontext.Value, org string) []jsontext.Value {
+	var names []string
+	scopes, isText := text(v)
+	switch {
+	case v.Kind() == '[':
 		return list(v)
-	case '{':
-		var values []jsontext.Value
+	case v.Kind() == '{':
 		object := members(v)
 		for _, name := range slices.Sorted(maps.Keys(object)) {
 			where := object[name]
 			if _, here := members(where)[org]; where.Kind() == '{' && here {
-				quoted, err := json.Marshal(name)
-				if err == nil {
-					values = append(values, quoted)
-				}
+				names = append(names, name)
 			}
 		}
-		return values
+	case isText && m.rolesAreScopes():
+		names = strings.Split(scopes, " ")
+	default:
+		return []jsontext.Value{v}
 	}
-	return []jsontext.Value{v}
+	var values []jsontext.Value
+	for _, name := range names {
+		if quoted, err := json.Marshal(name); err == nil {
+			values = append(values, quoted)
+		}
+	}
+	return values
+}
+
+// rolesAreScopes reports whether the role claim is one whose strings are lists. Any other's
+// are not divided: a group's name may hold a space and then another's.
+func (m Mapping) rolesAreScopes() bool {
+	name := m.Role
+	if strings.HasPrefix(name, "/") {
+		name = jsontext.Pointer(name).LastToken()
+	}
+	return name == "scope" || name == "scp"
 }
 
 // role reads a role by the map, or by its name or integer where there is none.

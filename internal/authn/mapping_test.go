@@ -28,7 +28,6 @@ func TestOrganizationOfAMapping(t *testing.T) {
 		{"x", `"acme"`, "acme"},
 		{"x", `["acme"]`, "acme"},
 		{"x", `{"acme":{}}`, "acme"},
-		{"x", `{"acme":null}`, "acme"},
 		{"x", `{"acme":{"id":"0d1e","sites":["a"]}}`, "acme"},
 		{"/x", `"acme"`, "acme"},
 		{"/x/y/0/z", `{"y":[{"z":["acme"]}]}`, "acme"},
@@ -44,6 +43,8 @@ func TestOrganizationOfAMapping(t *testing.T) {
 		{"x", `{"id":"acme"}`, ""},
 		{"x", `{"id":["acme"]}`, ""},
 		{"x", `{"id":1}`, ""},
+		{"x", `{"id":null}`, ""},
+		{"x", `{"acme":null}`, ""},
 		{"x", `{"acme":true}`, ""},
 		{"/x/y", `{"y":{"name":"acme"}}`, ""},
 		{"x", `[["acme"]]`, ""},
@@ -103,6 +104,13 @@ func TestRolesOfAMapping(t *testing.T) {
 		{"a default for who has none", func(m *Mapping) { m.RoleDefault = authz.User }, `["something"]`, []authz.Role{authz.User}},
 		{"a default for a claim that is not there", func(m *Mapping) { m.RoleDefault, m.Role = authz.User, "y" }, `0`, []authz.Role{authz.User}},
 		{"no default for who has one", func(m *Mapping) { m.RoleDefault = authz.User }, `["BILLING"]`, []authz.Role{authz.Billing}},
+		{"a scope", func(m *Mapping) { m.Role, m.RoleMap = "/x/scope", roleMap }, `{"scope":"openid org-admins"}`, []authz.Role{authz.Administrator}},
+		{"a scope of one", func(m *Mapping) { m.Role, m.RoleMap = "/x/scp", roleMap }, `{"scp":"org-admins"}`, []authz.Role{authz.Administrator}},
+		{"a scope that is a list", func(m *Mapping) { m.Role, m.RoleMap = "/x/scp", roleMap }, `{"scp":["openid","org-admins"]}`, []authz.Role{authz.Administrator}},
+		{"a list's texts are not divided, not even a scope's", func(m *Mapping) { m.Role, m.RoleMap = "/x/scp", roleMap }, `{"scp":["openid org-admins"]}`, nil},
+		{"a scope divided by something else", func(m *Mapping) { m.Role, m.RoleMap = "/x/scope", roleMap }, `{"scope":"openid,org-admins\torg-admins\u00a0org-admins"}`, nil},
+		{"no scope, with spaces", func(m *Mapping) { m.Role, m.RoleMap = "/x/groups", roleMap }, `{"groups":"openid org-admins"}`, nil},
+		{"something in a scope", func(m *Mapping) { m.Role, m.RoleMap = "/x/scope/roles", roleMap }, `{"scope":{"roles":"openid org-admins"}}`, nil},
 		{"out of the subject", func(m *Mapping) { m.Role, m.RoleMap = "sub", map[string]authz.Role{"alice": authz.Owner} }, `0`, []authz.Role{authz.Owner}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -188,6 +196,8 @@ var mappings = []Mapping{
 	{Subject: "sub", Organization: "o", Role: "r", RoleDefault: authz.User},
 	{Subject: "sub", Organization: "/o/0", Role: "sub", RoleMap: map[string]authz.Role{"alice": authz.Owner}},
 	{Subject: "/a~1b", Organization: "/o/x~0y", Role: "urn:x:roles"},
+	{Subject: "sub", Organization: "o", Role: "scope", RoleMap: map[string]authz.Role{"keys:admin": authz.Administrator}},
+	{Subject: "sub", Organization: "org_id", Role: "/r/scp"},
 }
 
 // FuzzMapping: whatever the claims, a caller has no subject, organization or
@@ -200,6 +210,7 @@ func FuzzMapping(f *testing.F) {
 		goodClaims(map[string]any{"o": []any{"acme"}, "r": map[string]any{"OWNER": map[string]any{"acme": 1}}}),
 		goodClaims(map[string]any{"o": map[string]any{"x~y": "acme"}, "a/b": "u", "urn:x:roles": map[string]any{"USER": map[string]any{"acme": ""}}}),
 		goodClaims(map[string]any{"o": raw(`["acme","acme"]`), "r": raw(`254.0`)}),
+		goodClaims(map[string]any{"o": "acme", "scope": "openid keys:admin", "r": map[string]any{"scp": "OWNER USER"}}),
 	} {
 		for i := range mappings {
 			f.Add(uint8(i), seed)
@@ -310,6 +321,13 @@ func rolesIn(m Mapping, value any, org string) []authz.Role {
 		for name, where := range v {
 			if within, ok := where.(map[string]any); ok && reflect.ValueOf(within).MapIndex(reflect.ValueOf(org)).IsValid() {
 				add(name)
+			}
+		}
+	case string:
+		add(v)
+		if name := m.Role[strings.LastIndexByte(m.Role, '/')+1:]; name == "scope" || name == "scp" {
+			for _, scope := range strings.Fields(v) {
+				add(scope)
 			}
 		}
 	default:

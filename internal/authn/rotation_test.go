@@ -183,7 +183,10 @@ func TestKeysFoundThroughTheIssuer(t *testing.T) {
 		}, ""},
 		{"a slash more", func(base string) string {
 			return fmt.Sprintf(`{"issuer":%q,"jwks_uri":%q}`, base+"/realm/", base+"/keys")
-		}, nil, "must be the same to the byte"},
+		}, nil, "They differ in the slash at the end"},
+		{"a pattern for many tenants", func(base string) string {
+			return fmt.Sprintf(`{"issuer":%q,"jwks_uri":%q}`, base+"/{tenantid}/v2.0", base+"/keys")
+		}, nil, "give your tenant's own address"},
 		{"another issuer", func(base string) string {
 			return fmt.Sprintf(`{"issuer":"https://mallory.example","jwks_uri":%q}`, base+"/keys")
 		}, nil, "must be the same to the byte"},

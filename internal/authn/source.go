@@ -201,7 +201,18 @@ type metadata struct {
 type IssuerMismatchError struct{ Ours, Theirs string }
 
 func (e *IssuerMismatchError) Error() string {
-	return fmt.Sprintf("the issuer is configured as %q, and the provider calls itself %q: they must be the same to the byte", e.Ours, e.Theirs)
+	message := fmt.Sprintf("the issuer is configured as %q, and the provider calls itself %q: they must be the same to the byte", e.Ours, e.Theirs)
+	switch {
+	case strings.Contains(e.Theirs, "{"):
+		message += ". That is a pattern for many tenants, which no token names as its issuer: give your tenant's own address"
+	case differInSlash(e.Ours, e.Theirs):
+		message += ". They differ in the slash at the end"
+	}
+	return message
+}
+
+func differInSlash(one, other string) bool {
+	return one != other && strings.TrimSuffix(one, "/") == strings.TrimSuffix(other, "/")
 }
 
 // Discover returns where the issuer's metadata says that its keys are. If the
