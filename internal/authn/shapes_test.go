@@ -59,7 +59,7 @@ var shapes = []shape{
 		set("aud", []string{}), ReasonAudience, `aud is [], and accepted is a text or list of texts with exactly "orgkeys"`},
 	{"kubernetes", "system:serviceaccount:acme:orgkeys-admin", "acme", authz.Administrator,
 		set("aud", []string{"https://kubernetes.default.svc.cluster.local"}), ReasonAudience, `with exactly "orgkeys"`},
-	{"github-actions", "github:repo:acme/infra:environment:production", "acme", authz.Administrator,
+	{"github-actions", "github:repo:acme@65/infra@74:environment:production", "acme", authz.Administrator,
 		set("repository_owner", "mallory"), ReasonOrganization, `this issuer may not speak for that organization`},
 	{"spiffe", "spiffe://example.org/org/acme/orgkeys-admin", "acme", authz.Administrator,
 		set("sub", "spiffe://other.example/org/acme/orgkeys-admin"), ReasonClaims, `claims.rego returns no caller`},
