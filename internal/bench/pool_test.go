@@ -62,13 +62,12 @@ func BenchmarkPoolVault(b *testing.B) {
 func besidePool(b *testing.B, start func(b *testing.B, size int) *pooled) {
 	b.Run("filled", func(b *testing.B) { withSize(b, 4, start).filled(b) })
 	b.Run("burst", func(b *testing.B) { withSize(b, 64, start).burst(b) })
-	b.Run("empty", func(b *testing.B) { withSize(b, 4, start).empty(b) })
 }
 
 func withSize(b *testing.B, size int, start func(b *testing.B, size int) *pooled) *pooled {
 	p := start(b, size)
 	p.size = size
-	for i := range (2*(b.N+size)+20*size)/mostKeys + 1 {
+	for i := range 3*(b.N+size)/mostKeys + 1 {
 		for _, s := range []*harness.Server{p.pool, p.plain} {
 			p.bearers = append(p.bearers, s.Token(b, fmt.Sprintf("bench-%d", i), "OWNER"))
 		}
@@ -149,22 +148,4 @@ func (p *pooled) burst(b *testing.B) {
 	b.ReportMetric(float64(rounds*p.size)/with.Seconds(), "pool/s")
 	b.ReportMetric(float64(rounds*p.size)/alone.Seconds(), "alone/s")
 	b.ReportMetric(alone.Seconds()/with.Seconds(), "times")
-}
-
-// empty: two clients without a pause, on a pool that they have emptied, and on the server
-// without one.
-func (p *pooled) empty(b *testing.B) {
-	const rounds = 10
-	var with, without time.Duration
-	n := max(1, b.N/rounds)
-	for range rounds {
-		p.full(b)
-		plain, pool := p.key(p.plain), p.key(p.pool)
-		without += phase(b, 2, 0, n, func(int) error { return plain() })
-		phase(b, 2, 0, p.size, func(int) error { return pool() })
-		with += phase(b, 2, 0, n, func(int) error { return pool() })
-	}
-	b.ReportMetric(float64(rounds*n)/with.Seconds(), "pool/s")
-	b.ReportMetric(float64(rounds*n)/without.Seconds(), "off/s")
-	b.ReportMetric(without.Seconds()/with.Seconds(), "ratio")
 }
