@@ -13,7 +13,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/orgkeys/orgkeys/internal/audit/tiles"
-	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
@@ -21,6 +20,7 @@ import (
 
 func newAuditArchive() *cobra.Command {
 	var before, from string
+	var at time.Time
 	var dryRun, vacuum bool
 	cmd := &cobra.Command{
 		Use:   "archive --before T",
@@ -63,22 +63,18 @@ again, unless --vacuum is given: stop the server for that. PostgreSQL uses the
 space again; to make its files smaller, run in psql, at a quiet moment:
 VACUUM (FULL, ANALYZE) events, log_hashes, event_persons, event_receipts, event_reads`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			at, err := pastTime(before, time.Now())
-			if err != nil {
-				return fmt.Errorf("--before: %w", err)
+		PreRunE: func(*cobra.Command, []string) (err error) {
+			if at, err = pastTime(before, time.Now()); err != nil {
+				err = fmt.Errorf("--before: %w", err)
 			}
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
-			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
-				if dryRun {
-					return archiveDryRun(ctx, cmd.OutOrStdout(), cfg, db, at)
-				}
-				return archiveLog(ctx, cmd, cfg, db, at, from, vacuum)
-			})
+			return err
 		},
+		RunE: onLog(func(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, _ []string) error {
+			if dryRun {
+				return archiveDryRun(cmd.Context(), cmd.OutOrStdout(), cfg, db, at)
+			}
+			return archiveLog(cmd, cfg, db, at, from, vacuum)
+		}),
 	}
 	cmd.Flags().StringVar(&before, "before", "", "a time, or an age such as 90d: which events are moved")
 	cmd.Flags().StringVar(&from, "from", "", "where the archive was before: what is there is copied first, when the log was set back")
@@ -140,12 +136,11 @@ func printHeldBack(ctx context.Context, out io.Writer, cfg config.Config, db *sq
 	return err
 }
 
-func archiveLog(ctx context.Context, cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, before time.Time, from string, vacuum bool) error {
-	out, progress := cmd.OutOrStdout(), cmd.ErrOrStderr()
-	move := tiles.Move{Before: before, Progress: func(doing string) verify.Progress { return progressTo(progress, doing) }}
-	done, err := server.ArchiveLog(ctx, cfg, db, move, from, newLogger(cfg))
-	if done.Published.Size > 0 {
-		fmt.Fprintf(out, "%s: log %s, %d events, root hash %s\n", cfg.AuditArchive, done.Published.Origin, done.Published.Size, done.Published.Root)
+func archiveLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, before time.Time, from string, vacuum bool) error {
+	ctx, out := cmd.Context(), cmd.OutOrStdout()
+	done, err := server.ArchiveLog(ctx, cfg, db, tiles.Move{Before: before, Progress: progress(cmd)}, from, newLogger(cfg))
+	if p := done.Published; p.Size > 0 {
+		_ = sayLog(cmd, cfg.AuditArchive, p.Origin, p.Size, p.Root.String()) // what moved is said below
 	}
 	if err != nil {
 		return err
@@ -166,11 +161,9 @@ func archiveLog(ctx context.Context, cmd *cobra.Command, cfg config.Config, db *
 	}
 	switch {
 	case cfg.DatabaseURL != "":
-		_, err = fmt.Fprintf(out, "the database takes %d bytes, and will use free space again; to make it smaller, see orgkeys audit archive --help\n", space.Size)
+		return say(cmd, "the database takes %d bytes, and will use free space again; to make it smaller, see orgkeys audit archive --help\n", space.Size)
 	case space.Kept:
-		_, err = fmt.Fprintf(out, "the database takes %d bytes, of which %d are free and will be used again; to give them back, stop the server and run the command with --vacuum\n", space.Size, space.Free)
-	default:
-		_, err = fmt.Fprintf(out, "the database takes %d bytes\n", space.Size)
+		return say(cmd, "the database takes %d bytes, of which %d are free and will be used again; to give them back, stop the server and run the command with --vacuum\n", space.Size, space.Free)
 	}
-	return err
+	return say(cmd, "the database takes %d bytes\n", space.Size)
 }

@@ -1,18 +1,15 @@
 package main
 
 import (
-	"context"
 	"errors"
-	"fmt"
 	"strings"
 
-	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/spf13/cobra"
+
 	"github.com/orgkeys/orgkeys/internal/audit/rollback"
-	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
-	"github.com/spf13/cobra"
 )
 
 func newAuditCheckpoint() *cobra.Command {
@@ -24,18 +21,13 @@ A running server signs by itself, every ORGKEYS_CHECKPOINT_INTERVAL and at once
 on SIGUSR1. Nothing is signed if the log does not extend the sinks' copies, or
 while a sink does not answer.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
+		RunE: configured(func(cmd *cobra.Command, cfg config.Config, _ []string) error {
 			newest, err := server.SignCheckpoint(cmd.Context(), cfg, newLogger(cfg))
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprint(cmd.OutOrStdout(), newest.Note)
-			return err
-		},
+			return say(cmd, "%s", newest.Note)
+		}),
 	}
 }
 
@@ -51,43 +43,26 @@ the pseudonym to a subject that is an address. The log itself does not change an
 verifies as before. Backups, and pages that the database has not overwritten
 yet, still hold the data; docs/audit.md lists what remains.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		PreRunE: func(*cobra.Command, []string) error {
 			if subject == "" || strings.TrimSpace(reason) == "" {
 				return errors.New("--subject and --reason are required: the person, and the reason for the auditors")
 			}
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
-			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
-				if dryRun {
-					n, err := db.Erasable(ctx, subject)
-					if err != nil {
-						return err
-					}
-					_, err = fmt.Fprintf(cmd.OutOrStdout(), "dry run, nothing is erased: %d events hold personal data of %s\n", n, subject)
-					return err
-				}
-				// Not locked: the server may run.
-				if err := server.OpenToRecord(ctx, cfg, db, newLogger(cfg)); err != nil {
-					return err
-				}
-				n, err := db.Erase(ctx, subject, func(id string, n int64) audit.Event {
-					e := audit.New(audit.PersonErased, "")
-					e.Actor = audit.Actor{Kind: audit.System, ID: "operator"}
-					if n > 0 || !authn.IsPersonal(config.PseudonymAddresses, id) {
-						e.Object = id // an address that the log does not have yet must not come into it
-					}
-					e.Detail = map[string]string{"events": fmt.Sprint(n), "reason": reason}
-					return e
-				})
+			return nil
+		},
+		RunE: onLog(func(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, _ []string) error {
+			if dryRun {
+				n, err := db.Erasable(cmd.Context(), subject)
 				if err != nil {
 					return err
 				}
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "erased the personal data of %s in %d events\n", subject, n)
+				return say(cmd, "dry run, nothing is erased: %d events hold personal data of %s\n", n, subject)
+			}
+			n, err := server.ErasePerson(cmd.Context(), cfg, db, subject, reason, newLogger(cfg))
+			if err != nil {
 				return err
-			})
-		},
+			}
+			return say(cmd, "erased the personal data of %s in %d events\n", subject, n)
+		}),
 	}
 	cmd.Flags().StringVar(&subject, "subject", "", "the person's ID in the events")
 	cmd.Flags().StringVar(&reason, "reason", "", "why")
@@ -123,16 +98,15 @@ It asks every sink in ORGKEYS_AUDIT_SINKS. With replicas, stop all of them first
 and run it with the data directory of each that has a file sink, with the same
 --reason. After an interruption, run it again, with the same --reason too.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		PreRunE: func(*cobra.Command, []string) error {
 			if strings.TrimSpace(request.Reason) == "" {
 				return errors.New("--reason is required: it is recorded for the auditors")
 			}
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
-			return server.AcceptRollback(cmd.Context(), cfg, request, cmd.OutOrStdout(), newLogger(cfg))
+			return nil
 		},
+		RunE: configured(func(cmd *cobra.Command, cfg config.Config, _ []string) error {
+			return server.AcceptRollback(cmd.Context(), cfg, request, cmd.OutOrStdout(), newLogger(cfg))
+		}),
 	}
 	cmd.Flags().StringVar(&request.Reason, "reason", "", "the reason for the rollback")
 	cmd.Flags().BoolVar(&request.Rewritten, "rewritten", false, "accept a log that differs from the lost one")

@@ -6,10 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
-	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
@@ -59,35 +57,6 @@ func TestAnEmptyCopyExcludesNothing(t *testing.T) {
 	refused("a link into the data directory", harness.Configure(t, harness.In(s.Dir), harness.Set("ORGKEYS_AUDIT_FILE", link)))
 	if out := ok(t, s, "audit", "verify"); !strings.Contains(out, "truncation excluded: the copy covers 8 of 8 events\n") {
 		t.Errorf("the sink itself: %s", out)
-	}
-}
-
-// A copy that is behind by what is on its way is whole; one that is behind by more is not.
-func TestHowFarACopyVouches(t *testing.T) {
-	for _, c := range []struct {
-		name    string
-		covered int64
-		age     time.Duration // of the first event behind them
-		code    int
-		says    string
-	}{
-		{"all", 31, 0, 0, "truncation excluded: the copy covers 31 of 31 events\n"},
-		{"all but what is on its way", 29, time.Second, 0, "the copy covers 29 of 31 events; the 2 newest"},
-		{"all but what came since yesterday", 29, 24 * time.Hour, 3, "the copy covers 29 of 31 events; the 2 newer events are not in it"},
-		{"nothing", 0, time.Second, 3, "holds no event of this log"},
-	} {
-		var out strings.Builder
-		r := verify.Report{Log: audit.Checkpoint{Size: 31}, Covered: c.covered}
-		if c.covered < 31 {
-			r.Uncovered = time.Now().Add(-c.age)
-		}
-		code, said := 0, ""
-		if err := vouched(&out, r); err != nil {
-			code, said = err.(*exitError).code, err.Error()
-		}
-		if said += out.String(); code != c.code || !strings.Contains(said, c.says) || (code == 3) != strings.Contains(said, "truncation not excluded") {
-			t.Errorf("%s: exit code %d, said %q", c.name, code, said)
-		}
 	}
 }
 

@@ -1,14 +1,11 @@
 package main
 
 import (
-	"context"
-	"fmt"
-
 	"github.com/spf13/cobra"
 
-	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/bucket"
 	"github.com/orgkeys/orgkeys/internal/audit/tiles"
+	"github.com/orgkeys/orgkeys/internal/audit/verdict"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
@@ -28,20 +25,17 @@ database: "orgkeys audit archive" moves it.
 The entries are the events as the log holds them: identifiers, without names and
 addresses of people, so that erasing a person needs no change in DIR.`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return withLog(cmd, func(ctx context.Context, db *sqlstore.DB) error {
-				store, err := tilesAt(cmd, args[0])
-				if err != nil {
-					return err
-				}
-				head, err := tiles.Publish(ctx, store, db, progressTo(cmd.ErrOrStderr(), "published"))
-				if err != nil {
-					return err
-				}
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: log %s, %d events, root hash %s\n", args[0], head.Origin, head.Size, head.Root)
+		RunE: onLog(func(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, args []string) error {
+			store, err := server.OpenTiles(cfg, args[0])
+			if err != nil {
 				return err
-			})
-		},
+			}
+			head, err := tiles.Publish(cmd.Context(), store, db, progress(cmd)("published"))
+			if err != nil {
+				return err
+			}
+			return sayLog(cmd, args[0], head.Origin, head.Size, head.Root.String())
+		}),
 	}
 }
 
@@ -58,8 +52,7 @@ func tilesAt(cmd *cobra.Command, place string) (tiles.Store, error) {
 }
 
 func newVerifyTiles() *cobra.Command {
-	var given []string
-	var checkpoint string
+	var g verdict.Given
 	cmd := &cobra.Command{
 		Use:   "verify-tiles DIR --key KEY",
 		Short: "Verify what \"orgkeys audit publish\" has written, anywhere and offline",
@@ -73,55 +66,14 @@ verified, and the given checkpoint covers all events. 1: an error. 3: verified, 
 truncation is not excluded.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return verifyTiles(cmd, args[0], given, checkpoint)
+			store, err := tilesAt(cmd, args[0])
+			if err != nil {
+				return err
+			}
+			return judge(cmd, false, func(j *verdict.Judge) error { return j.Tiles(cmd.Context(), store, args[0], g) })
 		},
 	}
-	cmd.Flags().StringArrayVar(&given, "key", nil, "a verifier key, as printed by \"orgkeys audit key\", or a file of keys; may be repeated")
-	cmd.Flags().StringVar(&checkpoint, "checkpoint", "", "a signed checkpoint of the log that was kept elsewhere: a file, or the text, in any form in which a sink stores it")
+	keyFlag(cmd, &g)
+	cmd.Flags().StringVar(&g.Checkpoint, "checkpoint", "", "a signed checkpoint of the log that was kept elsewhere: a file, or the text, in any form in which a sink stores it")
 	return cmd
-}
-
-func verifyTiles(cmd *cobra.Command, dir string, given []string, checkpoint string) error {
-	vkeys, err := keysGiven(given)
-	if err != nil {
-		return err
-	}
-	if len(vkeys) == 0 {
-		return errNoKey
-	}
-	keys, err := audit.ParseKeys(vkeys...)
-	if err != nil {
-		return err
-	}
-	text, err := checkpointGiven(checkpoint, true)
-	if err != nil {
-		return err
-	}
-	var kept audit.Signed
-	if text != "" {
-		if kept, err = keys.Open(text); err != nil {
-			return fmt.Errorf("--checkpoint: %w", err)
-		}
-	}
-	store, err := tilesAt(cmd, dir)
-	if err != nil {
-		return err
-	}
-	head, removed, err := tiles.Check(cmd.Context(), store, keys, kept.Checkpoint, progressTo(cmd.ErrOrStderr(), "verified"))
-	if err != nil {
-		return fmt.Errorf("%s: %w", dir, err)
-	}
-	out := cmd.OutOrStdout()
-	fmt.Fprintf(out, "log %s: %d events, each covered by the signed checkpoint\nroot hash %s\n", head.Origin, head.Size, head.Root)
-	if removed > 0 {
-		fmt.Fprintf(out, "entries below %d were removed by the policy of retention: their hashes are verified\n", removed)
-	}
-	switch {
-	case kept.Size == 0:
-		return notExcluded("the files end with the signed checkpoint of %d events and cannot show whether there is a newer one; give one that was kept elsewhere with --checkpoint", head.Size)
-	case kept.Size < head.Size:
-		return notExcluded("the given checkpoint covers %d of %d events; give a newer one with --checkpoint", kept.Size, head.Size)
-	}
-	_, err = fmt.Fprintf(out, "truncation excluded: the given checkpoint covers %d of %d events\n", kept.Size, head.Size)
-	return err
 }

@@ -7,14 +7,13 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
-	"github.com/orgkeys/orgkeys/internal/audit/archive"
+	"github.com/orgkeys/orgkeys/internal/audit/verdict"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
 // said is what a command with --json printed.
-func said(t *testing.T, s *harness.Server, code int, args ...string) verdict {
+func said(t *testing.T, s *harness.Server, code int, args ...string) verdict.Verdict {
 	t.Helper()
 	out, errs, got := s.Run(t, append(args, "--json")...)
 	if got != code {
@@ -26,7 +25,7 @@ func said(t *testing.T, s *harness.Server, code int, args ...string) verdict {
 	if _, _, plain := s.Run(t, args...); plain != got {
 		t.Errorf("%q: exit code %d without --json, and %d with it", args, plain, got)
 	}
-	var v verdict
+	var v verdict.Verdict
 	if err := json.Unmarshal([]byte(out), &v); err != nil {
 		t.Fatalf("%q: %v\n%s", args, err, out)
 	}
@@ -150,35 +149,4 @@ func TestTheKeyBeforeTheFirstCheckpoint(t *testing.T) {
 		t.Fatal(err)
 	}
 	harness.Eventually(t, harness.Patience, "the key is there", func() bool { _, _, code := s.Run(t, "audit", "key"); return code == 0 })
-}
-
-// Nobody checks whether every node's file was given: it is said of what time the
-// files speak, and a time that they must reach can be asked for.
-func TestVaultsFilesSpeakOfTheirTime(t *testing.T) {
-	at := time.Date(2026, 1, 31, 12, 0, 0, 0, time.UTC)
-	report := archive.VaultReport{AsOf: at, Newer: 2, Files: []archive.VaultSpan{{Name: "n1", First: at.Add(-time.Hour), Last: at, Entries: 7}}}
-	for _, c := range []struct {
-		name       string
-		asOf       time.Time
-		torn, text []string
-		code       int
-		says       string
-	}{
-		{"no time asked for", time.Time{}, nil, nil, 0, "truncation excluded as of 2026-01-31T12:00:00Z, when the newest entry given was written"},
-		{"a time that they reach", at, nil, nil, 0, "as of 2026-01-31T12:00:00Z"},
-		{"a later time", at.Add(time.Second), nil, nil, 3, "its newest entry is of 2026-01-31T12:00:00Z, before 2026-01-31T12:00:01Z"},
-		{"a torn line", time.Time{}, []string{"n1:3"}, nil, 3, "incomplete, the first at n1:3"},
-		{"text before an entry", time.Time{}, nil, []string{"n1:3"}, 0, "1 lines of Vault's audit file have text before a complete entry, the first at n1:3"},
-	} {
-		var out strings.Builder
-		report.Torn, report.Behind = c.torn, c.text
-		err := vaultVouched(&out, 40, report, c.asOf)
-		said := out.String()
-		if err != nil {
-			said += err.Error()
-		}
-		if exitCode(err) != c.code || !strings.Contains(said, c.says) || !strings.Contains(said, "n1: 7 entries from 2026-01-31T11:00:00Z to 2026-01-31T12:00:00Z") {
-			t.Errorf("%s: %d\n%s", c.name, exitCode(err), said)
-		}
-	}
 }

@@ -2,21 +2,16 @@ package main
 
 import (
 	"errors"
-	"fmt"
-	"io"
-	"log/slog"
-	"os"
 	"slices"
-	"strings"
-	"text/tabwriter"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+	"github.com/spf13/cobra"
+
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/doctor"
 	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/version"
-	"github.com/spf13/cobra"
 )
 
 func newServe() *cobra.Command {
@@ -34,38 +29,10 @@ Settings, as environment variables or as lines of the --config file:
 
 ` + settingsHelp(),
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
+		RunE: configured(func(cmd *cobra.Command, cfg config.Config, _ []string) error {
 			return server.Serve(cmd.Context(), cfg, version.Of("orgkeys"), newLogger(cfg))
-		},
+		}),
 	}
-}
-
-// settingsHelp lists every setting with its default.
-func settingsHelp() string {
-	var b strings.Builder
-	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	for _, s := range config.Settings() {
-		doc := s.Doc
-		if s.Default != "" {
-			doc += " (" + s.Default + ")"
-		}
-		if s.Secret {
-			doc += "; or " + s.Name + "_FILE"
-		}
-		fmt.Fprintf(w, "  %s\t%s\n", s.Name, doc)
-	}
-	_ = w.Flush() // a strings.Builder does not fail
-	return b.String()
-}
-
-func newLogger(cfg config.Config) *slog.Logger {
-	var level slog.Level
-	_ = level.UnmarshalText([]byte(cfg.LogLevel)) // config has checked it
-	return slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 }
 
 func newMigrate() *cobra.Command {
@@ -77,11 +44,7 @@ at its start; use this command if the server's database role may not change the
 schema. Migrations go forward only, may be started by several
 replicas at once, and keep the previous version of orgkeys working.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
+		RunE: configured(func(cmd *cobra.Command, cfg config.Config, _ []string) error {
 			if cfg.DatabaseURL == "" {
 				dir, err := server.OpenDataDir(cfg.DataDir)
 				if err != nil {
@@ -96,9 +59,8 @@ replicas at once, and keep the previous version of orgkeys working.`,
 			if err := db.Close(); err != nil {
 				return err
 			}
-			_, err = fmt.Fprintln(cmd.OutOrStdout(), "the schema is up to date")
-			return err
-		},
+			return say(cmd, "the schema is up to date\n")
+		}),
 	}
 }
 
@@ -121,12 +83,16 @@ is 1 if any line says fail.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			found := examine(cmd)
-			write := printLines
 			if asJSON {
-				write = printJSON
-			}
-			if err := write(cmd.OutOrStdout(), found); err != nil {
-				return err
+				if err := json.MarshalWrite(cmd.OutOrStdout(), found, jsontext.WithIndent("  ")); err != nil {
+					return err
+				}
+			} else {
+				for _, d := range found {
+					if err := sayCheck(cmd, 14, d.State, d.What, d.Found, d.Remedy); err != nil {
+						return err
+					}
+				}
 			}
 			if slices.ContainsFunc(found, func(d doctor.Diagnosis) bool { return d.State == doctor.Fail }) {
 				return errUnwell
@@ -144,23 +110,6 @@ func examine(cmd *cobra.Command) []doctor.Diagnosis {
 		return doctor.Misconfigured(err)
 	}
 	return doctor.Examine(cmd.Context(), cfg, version.Of("orgkeys"))
-}
-
-func printLines(w io.Writer, found []doctor.Diagnosis) error {
-	for _, d := range found {
-		line := fmt.Sprintf("%-4s  %-14s  %s", d.State, d.What, d.Found)
-		if d.Remedy != "" {
-			line += "\n" + strings.Repeat(" ", 22) + "-> " + d.Remedy
-		}
-		if _, err := fmt.Fprintln(w, line); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func printJSON(w io.Writer, found []doctor.Diagnosis) error {
-	return json.MarshalWrite(w, found, jsontext.WithIndent("  "))
 }
 
 func newRewrap() *cobra.Command {
@@ -184,16 +133,12 @@ has ended without an error, only backups of the database need the older versions
 and min_decryption_version may be raised as far as your backups allow. If it was
 raised too early, lower it and run this again: nothing is lost.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
+		RunE: configured(func(cmd *cobra.Command, cfg config.Config, _ []string) error {
 			if cfg.Keystore != config.KeystoreVault {
 				return errors.New("records are sealed by the HSM, whose key has no versions: rewrap is for ORGKEYS_KEYSTORE=vault")
 			}
 			return server.Rewrap(cmd.Context(), cfg, dryRun, cmd.ErrOrStderr(), newLogger(cfg))
-		},
+		}),
 	}
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print how many records would be sealed again and which do not decrypt; store nothing")
 	return cmd

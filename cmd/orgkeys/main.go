@@ -8,12 +8,13 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
+	"github.com/orgkeys/orgkeys/internal/audit/verdict"
 	"github.com/orgkeys/orgkeys/internal/commandline"
-	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/hsm"
 	"github.com/orgkeys/orgkeys/internal/version"
 )
@@ -21,15 +22,6 @@ import (
 func main() {
 	os.Exit(run(os.Args[1:]))
 }
-
-// exitError is an error that asks for an exit code other than 1.
-type exitError struct {
-	code int
-	err  error
-}
-
-func (e *exitError) Error() string { return e.err.Error() }
-func (e *exitError) Unwrap() error { return e.err }
 
 // exitPIN says that the HSM's PIN needs a person (EX_NOPERM of sysexits.h). The
 // shipped unit does not start the service again after it: every start may cost
@@ -52,17 +44,10 @@ func run(args []string) int {
 
 // exitCode is what the program ends with after err.
 func exitCode(err error) int {
-	var exit *exitError
-	switch {
-	case err == nil:
-		return 0
-	case errors.As(err, &exit):
-		return exit.code
-	}
 	if errors.Is(err, hsm.ErrPIN) {
 		return exitPIN
 	}
-	return 1
+	return verdict.Code(err)
 }
 
 func newCommand() *cobra.Command {
@@ -83,20 +68,17 @@ Settings are environment variables; "orgkeys serve --help" lists them all.`,
 	return root
 }
 
-// load reads the settings for a command.
-func load(cmd *cobra.Command) (config.Config, error) {
-	file, err := cmd.Flags().GetString("config")
-	if err != nil {
-		return config.Config{}, err
+// say prints to standard output.
+func say(cmd *cobra.Command, format string, args ...any) error {
+	_, err := fmt.Fprintf(cmd.OutOrStdout(), format, args...)
+	return err
+}
+
+// sayCheck prints what a check found and what to do about it. what is a column of that width.
+func sayCheck(cmd *cobra.Command, width int, state, what, found, remedy string) error {
+	line := fmt.Sprintf("%-4s  %-*s  %s", state, width, what, found)
+	if remedy != "" {
+		line += "\n" + strings.Repeat(" ", width+8) + "-> " + remedy
 	}
-	cfg, err := config.Load(os.Environ(), file)
-	if err != nil {
-		return config.Config{}, err
-	}
-	for name, value := range cfg.Libraries {
-		if err := os.Setenv(name, value); err != nil { // reaches C libraries too: cgo's runtime passes it on
-			return config.Config{}, err
-		}
-	}
-	return cfg, nil
+	return say(cmd, "%s\n", line)
 }

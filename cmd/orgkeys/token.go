@@ -7,7 +7,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/org"
@@ -27,18 +26,21 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 		Example: `  orgkeys token --org acme --role OWNER
   curl -H "Authorization: Bearer $(orgkeys token --org acme --role OWNER)" http://127.0.0.1:3000/organization/acme/key`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := load(cmd)
+		RunE: configured(func(cmd *cobra.Command, cfg config.Config, _ []string) error {
+			id, err := org.Parse(name)
+			if err != nil {
+				return fmt.Errorf("--org: %w", err)
+			}
+			parsed, err := parseRoles(roles)
 			if err != nil {
 				return err
 			}
-			token, err := issue(cfg, name, subject, roles, ttl)
+			token, err := server.IssueToken(cfg, subject, id, parsed, ttl)
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprintln(cmd.OutOrStdout(), token)
-			return err
-		},
+			return say(cmd, "%s\n", token)
+		}),
 	}
 	cmd.AddCommand(newTokenExplain())
 	cmd.Flags().StringVar(&name, "org", "", "the organization's ID")
@@ -51,33 +53,6 @@ directory, listens on a loopback address, and has no ORGKEYS_ISSUER.`,
 		}
 	}
 	return cmd
-}
-
-// issue makes a token of the development issuer.
-func issue(cfg config.Config, name, subject string, roles []string, ttl time.Duration) (string, error) {
-	if !cfg.Development() && cfg.IssuersFile != "" {
-		return "", fmt.Errorf("ORGKEYS_ISSUERS_FILE is %s: tokens come from the issuers there", cfg.IssuersFile)
-	}
-	if !cfg.Development() {
-		return "", fmt.Errorf("ORGKEYS_ISSUER is %s: tokens come from there", cfg.Issuer)
-	}
-	id, err := org.Parse(name)
-	if err != nil {
-		return "", fmt.Errorf("--org: %w", err)
-	}
-	parsed, err := parseRoles(roles)
-	if err != nil {
-		return "", err
-	}
-	dir, err := server.MakeDataDir(cfg.DataDir)
-	if err != nil {
-		return "", err
-	}
-	issuer, err := authn.OpenDevIssuer(dir)
-	if err != nil {
-		return "", err
-	}
-	return issuer.Issue(subject, id, parsed, ttl)
 }
 
 func parseRoles(names []string) ([]authz.Role, error) {

@@ -9,7 +9,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/server"
 )
@@ -34,11 +33,7 @@ issuer's keys).`,
 		Example: `  orgkeys token explain < token
   orgkeys token --org acme --role OWNER | orgkeys token explain`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := load(cmd)
-			if err != nil {
-				return err
-			}
+		RunE: configured(func(cmd *cobra.Command, cfg config.Config, _ []string) error {
 			token, err := readToken(cmd.InOrStdin())
 			if err != nil {
 				return err
@@ -48,14 +43,16 @@ issuer's keys).`,
 				return err
 			}
 			findings, refusal := verifier.Explain(cmd.Context(), token)
-			if err := printFindings(cmd.OutOrStdout(), findings, cfg); err != nil {
-				return err
+			for _, f := range findings {
+				if err := sayCheck(cmd, 12, string(f.Verdict), f.Check, f.Found, f.SettingIn(cfg)); err != nil {
+					return err
+				}
 			}
 			if refusal != nil {
 				return errTokenRefused
 			}
 			return nil
-		},
+		}),
 	}
 }
 
@@ -76,33 +73,4 @@ func readToken(r io.Reader) (string, error) {
 		return "", errors.New("standard input is empty: orgkeys token explain < token")
 	}
 	return token, nil
-}
-
-func printFindings(w io.Writer, findings []authn.Finding, cfg config.Config) error {
-	for _, f := range findings {
-		line := fmt.Sprintf("%-4s  %-12s  %s", f.Verdict, f.Check, f.Found)
-		if f.Setting != "" {
-			line += "\n" + strings.Repeat(" ", 20) + "-> " + inFile(f.Setting, cfg)
-		}
-		if _, err := fmt.Fprintln(w, line); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// inFile names the fields of the file of issuers instead of the settings for one issuer.
-func inFile(setting string, cfg config.Config) string {
-	if cfg.IssuersFile == "" {
-		return setting
-	}
-	fields := strings.NewReplacer(
-		"ORGKEYS_ISSUER", "issuer", "ORGKEYS_AUDIENCE", "audiences", "ORGKEYS_JWKS", "jwks",
-		"ORGKEYS_CLAIM_SUBJECT", "claimSubject", "ORGKEYS_CLAIM_ORG", "claimOrg and organizations", "ORGKEYS_CLAIM_ROLE", "claimRole",
-		"ORGKEYS_ROLE_MAP", "roleMap", "ORGKEYS_ROLE_DEFAULT", "roleDefault",
-	).Replace(setting)
-	if fields == setting {
-		return setting
-	}
-	return fields + " in " + cfg.IssuersFile
 }

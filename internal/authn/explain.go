@@ -25,6 +25,23 @@ type Finding struct {
 	Setting string // that decides; empty: none
 }
 
+// SettingIn names what decides where cfg has it: with a file of issuers its fields, instead of
+// the settings for one issuer.
+func (f Finding) SettingIn(cfg config.Config) string {
+	if cfg.IssuersFile == "" {
+		return f.Setting
+	}
+	fields := strings.NewReplacer(
+		"ORGKEYS_ISSUER", "issuer", "ORGKEYS_AUDIENCE", "audiences", "ORGKEYS_JWKS", "jwks",
+		"ORGKEYS_CLAIM_SUBJECT", "claimSubject", "ORGKEYS_CLAIM_ORG", "claimOrg and organizations", "ORGKEYS_CLAIM_ROLE", "claimRole",
+		"ORGKEYS_ROLE_MAP", "roleMap", "ORGKEYS_ROLE_DEFAULT", "roleDefault",
+	).Replace(f.Setting)
+	if fields == f.Setting {
+		return f.Setting
+	}
+	return fields + " in " + cfg.IssuersFile
+}
+
 // Verdict is how a check ended.
 type Verdict string
 

@@ -1,25 +1,83 @@
-package main
+// Package verdict is what auditors are told: it takes what they have to compare with,
+// has the log, an export, a proof or published files verified, and says what was found and whether
+// truncation is excluded, in lines for people or as one JSON object.
+package verdict
 
 import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
-	"github.com/spf13/cobra"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/archive"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
-// verdict is what verifying prints with --json. docs/audit.md describes it;
+// The exit codes of whoever verifies.
+const (
+	CodeFailed      = 1 // an error, or an event that is known to be missing or changed
+	CodeNotExcluded = 3 // consistent, and may lack its end
+)
+
+// NotExcludedError: everything that was read is consistent, and truncation is not excluded.
+type NotExcludedError struct{ err error }
+
+func (e *NotExcludedError) Error() string { return e.err.Error() }
+
+// Unwrap implements errors.Is and errors.As.
+func (e *NotExcludedError) Unwrap() error { return e.err }
+
+const notExcludedPrefix = "truncation not excluded: "
+
+// notExcluded is the error when no evidence from outside excludes truncation.
+func notExcluded(format string, args ...any) error {
+	return &NotExcludedError{fmt.Errorf(notExcludedPrefix+format, args...)}
+}
+
+// Code is the exit code that says what err does.
+func Code(err error) int {
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, new(*NotExcludedError)):
+		return CodeNotExcluded
+	}
+	return CodeFailed
+}
+
+// Judge has something verified and says what was found.
+type Judge struct {
+	out      io.Writer
+	progress func(doing string) verify.Progress
+	verdict  Verdict
+}
+
+// Say runs do with a judge that writes lines for people to w or, if asked to, prints the
+// verdict in their place. Either way the error is do's, and decides the exit code.
+func Say(w io.Writer, asJSON bool, progress func(doing string) verify.Progress, do func(*Judge) error) error {
+	if !asJSON {
+		return do(&Judge{out: w, progress: progress})
+	}
+	j := Judge{io.Discard, progress, Verdict{Format: format}}
+	err := do(&j)
+	j.verdict.conclude(err)
+	if writeErr := json.MarshalWrite(w, j.verdict, jsontext.WithIndent("  ")); writeErr != nil {
+		return errors.Join(err, writeErr)
+	}
+	if _, writeErr := fmt.Fprintln(w); writeErr != nil {
+		return errors.Join(err, writeErr)
+	}
+	return err
+}
+
+// Verdict is what verifying prints with --json. docs/audit.md describes it;
 // fields are added, and none is taken away or given another meaning.
-type verdict struct {
+type Verdict struct {
 	Format             string `json:"format"`
 	Verified           bool   `json:"verified"`
 	TruncationExcluded bool   `json:"truncationExcluded"`
@@ -46,66 +104,49 @@ type verdict struct {
 	Unexplained     int64              `json:"unexplained,omitzero"` // of the log: rollbacks whose event was not read
 	PublicKeys      int64              `json:"publicKeys,omitzero"`  // of an export, that the log's fingerprints vouch for
 	Enrolled        []archive.Enrolled `json:"enrolled,omitempty"`   // of an export: how each sealed key came to its holder
-	Vault           *vaultVerdict      `json:"vault,omitempty"`
-	Proof           *proofVerdict      `json:"proof,omitempty"`
+	Vault           *Vault             `json:"vault,omitempty"`
+	Proof           *Proof             `json:"proof,omitempty"`
 }
 
-// vaultVerdict is what the comparison with Vault's audit files found.
-type vaultVerdict struct {
-	AsOf   time.Time     `json:"asOf"` // when the newest entry given was written
-	Events int64         `json:"events"`
-	Newer  int64         `json:"newer"`
-	Files  []vaultSpan   `json:"files"`
-	Torn   []string      `json:"torn,omitempty"`
-	Behind []string      `json:"textBeforeEntry,omitempty"`
-	Lost   int64         `json:"lost,omitzero"` // events that accepted rollbacks lost
-	Sealed sealedVerdict `json:"sealed"`
+// Vault is what the comparison with Vault's audit files found.
+type Vault struct {
+	AsOf   time.Time `json:"asOf"` // when the newest entry given was written
+	Events int64     `json:"events"`
+	Newer  int64     `json:"newer"`
+	Files  []Span    `json:"files"`
+	Torn   []string  `json:"torn,omitempty"`
+	Behind []string  `json:"textBeforeEntry,omitempty"`
+	Lost   int64     `json:"lost,omitzero"` // events that accepted rollbacks lost
+	Sealed Sealed    `json:"sealed"`
 }
 
-// sealedVerdict is what Vault's audit files say of keys that left it wrapped.
-type sealedVerdict struct {
+// Sealed is what Vault's audit files say of keys that left it wrapped.
+type Sealed struct {
 	Imports   int      `json:"imports"` // of recipients
 	Exports   int      `json:"exports"`
 	Delivered int      `json:"delivered"`         // keys of the log, to one recipient each
 	Unknown   []string `json:"unknown,omitempty"` // what left, and is no key of the log
 }
 
-type vaultSpan struct {
+// Span is an audit file of Vault, from its first entry to its last.
+type Span struct {
 	Name    string    `json:"name"`
 	First   time.Time `json:"first"`
 	Last    time.Time `json:"last"`
 	Entries int64     `json:"entries"`
 }
 
-// proofVerdict is the event that a proof is of.
-type proofVerdict struct {
+// Proof is the event that a proof is of.
+type Proof struct {
 	Index int64  `json:"index"`
 	Event string `json:"event"` // the leaf, verbatim
 }
 
-const verdictFormat = "orgkeys-verify/1"
+const format = "orgkeys-verify/1"
 
-// judged runs judge, which writes lines for people to out and fills in v, and
-// prints v in their place if asked to. Either way the error decides the exit code.
-func judged(cmd *cobra.Command, asJSON bool, judge func(out io.Writer, v *verdict) error) error {
-	if !asJSON {
-		return judge(cmd.OutOrStdout(), &verdict{})
-	}
-	v := verdict{Format: verdictFormat}
-	err := judge(io.Discard, &v)
-	v.conclude(err)
-	if writeErr := json.MarshalWrite(cmd.OutOrStdout(), v, jsontext.WithIndent("  ")); writeErr != nil {
-		return errors.Join(err, writeErr)
-	}
-	if _, writeErr := fmt.Fprintln(cmd.OutOrStdout()); writeErr != nil {
-		return errors.Join(err, writeErr)
-	}
-	return err
-}
-
-func (v *verdict) conclude(err error) {
-	v.ExitCode = exitCode(err)
-	v.Verified = v.ExitCode == 0 || v.ExitCode == codeNotExcluded
+func (v *Verdict) conclude(err error) {
+	v.ExitCode = Code(err)
+	v.Verified = v.ExitCode != CodeFailed
 	v.TruncationExcluded = v.ExitCode == 0 && v.Proof == nil
 	var problem *verify.Problem
 	switch {
@@ -120,13 +161,13 @@ func (v *verdict) conclude(err error) {
 	}
 }
 
-func (v *verdict) ofLog(r verify.Report) {
+func (v *Verdict) ofLog(r verify.Report) {
 	v.Origin, v.Size, v.Root, v.Covered = r.Log.Origin, r.Log.Size, r.Log.Root.String(), r.Covered
 	v.Archived, v.Removed, v.Unexplained = r.Archived, r.Removed, r.Unexplained
 	v.Signed, v.Receipts, v.Erased, v.Unsequenced, v.Unauthenticated, v.Rollbacks = r.Signed, r.Receipts, r.Erased, r.Unsequenced, r.Unauthenticated, r.Rollbacks
 }
 
-func (v *verdict) ofExport(r archive.Report) {
+func (v *Verdict) ofExport(r archive.Report) {
 	v.Origin, v.Size, v.Root, v.Covered = r.Manifest.Origin, r.Manifest.Size, r.Manifest.Root, r.Covered
 	v.Checkpoints, v.Receipts, v.Keys, v.Rollbacks = r.Checkpoints, r.Receipts, r.Keys, r.Rollbacks
 	v.PublicKeys, v.Enrolled = r.PublicKeys, r.Enrolled
@@ -134,54 +175,11 @@ func (v *verdict) ofExport(r archive.Report) {
 		return
 	}
 	v.Covered = r.Manifest.Size // each of them is in Vault's files, or the export is wrong
-	v.Vault = &vaultVerdict{AsOf: r.Vault.AsOf, Events: r.Vault.Events, Newer: r.Vault.Newer, Torn: r.Vault.Torn, Behind: r.Vault.Behind, Sealed: sealedVerdict(r.Vault.Sealed)}
+	v.Vault = &Vault{AsOf: r.Vault.AsOf, Events: r.Vault.Events, Newer: r.Vault.Newer, Torn: r.Vault.Torn, Behind: r.Vault.Behind, Sealed: Sealed(r.Vault.Sealed)}
 	for _, f := range r.Vault.Files {
-		v.Vault.Files = append(v.Vault.Files, vaultSpan(f))
+		v.Vault.Files = append(v.Vault.Files, Span(f))
 	}
 	for _, l := range r.Vault.Lost {
 		v.Vault.Lost += l.Events
 	}
-}
-
-// keysGiven are verifier keys as they stand on the command line, or files that
-// hold them, one a line.
-func keysGiven(given []string) ([]string, error) {
-	var keys []string
-	for _, text := range given {
-		if b, err := os.ReadFile(text); err == nil {
-			text = string(b)
-		} else if !strings.Contains(text, "+") {
-			return nil, fmt.Errorf("--key: neither a verifier key nor a file that can be read: %w", err)
-		}
-		for line := range strings.Lines(text) {
-			if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
-				keys = append(keys, line)
-			}
-		}
-	}
-	if len(given) > 0 && len(keys) == 0 {
-		return nil, errors.New("--key: the file holds no key")
-	}
-	return keys, nil
-}
-
-// checkpointGiven is the newest checkpoint in what --checkpoint names: a file,
-// or the text itself, in any form in which a sink has it. Empty: none was given.
-func checkpointGiven(given string, signed bool) (string, error) {
-	if given == "" {
-		return "", nil
-	}
-	text := given
-	if trimmed := strings.TrimSpace(given); !strings.HasPrefix(trimmed, "{") && !strings.Contains(trimmed, "\n") {
-		b, err := os.ReadFile(given)
-		if err != nil {
-			return "", fmt.Errorf("--checkpoint: neither a checkpoint nor a file that can be read: %w", err)
-		}
-		text = string(b)
-	}
-	newest, err := verify.NewestIn(text, signed)
-	if err != nil {
-		return "", fmt.Errorf("--checkpoint: %w", err)
-	}
-	return newest, nil
 }

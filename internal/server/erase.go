@@ -1,0 +1,29 @@
+package server
+
+import (
+	"context"
+	"log/slog"
+	"strconv"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authn"
+	"github.com/orgkeys/orgkeys/internal/config"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
+)
+
+// ErasePerson erases a person's data from the log, beside a server or without one, and
+// returns how many events held some.
+func ErasePerson(ctx context.Context, cfg config.Config, db *sqlstore.DB, subject, reason string, log *slog.Logger) (int64, error) {
+	if err := OpenToRecord(ctx, cfg, db, log); err != nil {
+		return 0, err
+	}
+	return db.Erase(ctx, subject, func(id string, n int64) audit.Event {
+		e := audit.New(audit.PersonErased, "")
+		e.Actor = audit.Actor{Kind: audit.System, ID: "operator"}
+		if n > 0 || !authn.IsPersonal(config.PseudonymAddresses, id) {
+			e.Object = id // an address that the log does not have yet must not come into it
+		}
+		e.Detail = map[string]string{"events": strconv.FormatInt(n, 10), "reason": reason}
+		return e
+	})
+}
