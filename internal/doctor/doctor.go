@@ -152,30 +152,36 @@ func (d *doctor) policy(ctx context.Context) string {
 // the function that ends their use.
 func (d *doctor) backend(ctx context.Context, db *sqlstore.DB) (sinks []audit.Sink, end func()) {
 	end = func() {}
-	for _, name := range d.cfg.AuditSinks {
-		if name == config.SinkFile {
-			sinks = append(sinks, audit.NewFileSink(d.cfg.AuditFile))
-		}
-	}
 	if d.cfg.Keystore != config.KeystoreVault {
 		d.hsm(ctx, db)
-		return sinks, end
+		return d.required(nil), end
 	}
 	client, sound := d.vault(ctx, db)
 	if client != nil {
 		end = client.Close // it gives the token back
 	}
 	if !sound {
-		return sinks, end
+		return d.required(nil), end
 	}
 	d.receiptKey(ctx, db, client)
 	d.sealingKey(ctx, db, client.Sealer())
 	d.pool(ctx, db)
 	d.vaultClock(ctx)
-	if slices.Contains(d.cfg.AuditSinks, config.SinkVault) {
-		sinks = append(sinks, client.Sink())
+	return d.required(client.Sink()), end
+}
+
+// required are the audit sinks of the settings, without the keystore's if that cannot be used,
+// which is a diagnosis of its own.
+func (d *doctor) required(own audit.Sink) []audit.Sink {
+	cfg := d.cfg
+	if own == nil {
+		cfg.AuditSinks = slices.DeleteFunc(slices.Clone(cfg.AuditSinks), func(name string) bool { return name == config.SinkVault })
 	}
-	return sinks, end
+	sinks, err := server.Sinks(cfg, own)
+	if err != nil {
+		d.fail("audit sinks", "orgkeys serve --help lists every setting", "%v", err)
+	}
+	return sinks
 }
 
 // restoreRemedy is for a key that was replaced.

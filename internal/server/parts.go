@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -52,20 +53,27 @@ type keyPool interface {
 	Run(context.Context) error
 }
 
-// sinks are the audit sinks that cfg requires.
+// sinks are the audit sinks that cfg requires, each of which can be written to.
 func (b backend) sinks(cfg config.Config) ([]audit.Sink, error) {
+	if slices.Contains(cfg.AuditSinks, config.SinkFile) {
+		if err := checkSinkFile(cfg.AuditFile); err != nil {
+			return nil, err
+		}
+	}
+	return Sinks(cfg, b.sink)
+}
+
+// Sinks are the audit sinks that cfg requires. own is the keystore's; nil: it has none.
+func Sinks(cfg config.Config, own audit.Sink) ([]audit.Sink, error) {
 	var all []audit.Sink
 	for _, name := range cfg.AuditSinks {
 		switch {
 		case name == config.SinkFile:
-			if err := checkSinkFile(cfg.AuditFile); err != nil {
-				return nil, err
-			}
 			all = append(all, audit.NewFileSink(cfg.AuditFile))
-		case b.sink != nil && name == b.sink.Name():
-			all = append(all, b.sink)
+		case own != nil && name == own.Name():
+			all = append(all, own)
 		default:
-			return nil, fmt.Errorf("ORGKEYS_AUDIT_SINKS: the keystore %s has no sink %q", b.name, name)
+			return nil, fmt.Errorf("ORGKEYS_AUDIT_SINKS: the keystore %s has no sink %q", cfg.Keystore, name)
 		}
 	}
 	return all, nil
