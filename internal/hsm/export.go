@@ -232,12 +232,13 @@ func (o oaep) transport(lib *module, h pkcs11.SessionHandle, recipient *rsa.Publ
 	return wrapped, errors.Join(err, lib.DestroyObject(h, public))
 }
 
-func newCourier() (*courier, error) {
+// newRecipient makes the key that the wrapping key is encrypted to.
+func newRecipient() (*rsa.PrivateKey, error) {
 	key, err := rsa.GenerateKey(rand.Reader, courierBits)
 	if err != nil {
-		return &courier{}, fmt.Errorf("making the recipient of the wrapping key: %w", err)
+		return nil, fmt.Errorf("making the recipient of the wrapping key: %w", err)
 	}
-	return &courier{key: key}, nil
+	return key, nil
 }
 
 func (c *courier) chooseTransport(lib *module, h pkcs11.SessionHandle, wrappingAs pkcs11.ObjectHandle, candidates []oaep) ([]byte, error) {

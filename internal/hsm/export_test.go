@@ -153,10 +153,11 @@ func TestTokenWithoutTheMechanismsIsRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			onAnchor(t, func(token *Token, h pkcs11.SessionHandle) {
-				chosen, err := newCourier()
+				recipient, err := newRecipient()
 				if err != nil {
 					t.Fatal(err)
 				}
+				chosen := &courier{key: recipient}
 				key, err := chosen.chooseTransport(token.lib, h, token.life.wrappingAs, c.transports)
 				if err == nil {
 					err = chosen.chooseWrapping(token.lib, h, token.life.wrappingAs, key, c.wraps)

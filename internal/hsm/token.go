@@ -5,6 +5,7 @@ package hsm
 import (
 	"bytes"
 	"context"
+	"crypto/rsa"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -25,16 +26,17 @@ const (
 
 // Token is a PKCS#11 token in use.
 type Token struct {
-	cfg     Config
-	limits  limits
-	lib     *module
-	pin     []byte // the newest that was accepted, should its file go away
-	courier *courier
-	format  byte   // of a sealing key that is made
-	sealID  []byte // the sealing key's CKA_ID
-	made    []byte // the CKA_ID of a sealing key that was made and that no life has looked at yet
-	makes   int    // how many were
-	probe   []byte // a sealed value, made at Open: opens under the sealing key of then
+	cfg       Config
+	limits    limits
+	lib       *module
+	pin       []byte // the newest that was accepted, should its file go away
+	courier   *courier
+	recipient func() (*rsa.PrivateKey, error) // the courier's key; made once
+	format    byte                            // of a sealing key that is made
+	sealID    []byte                          // the sealing key's CKA_ID
+	made      []byte                          // the CKA_ID of a sealing key that was made and that no life has looked at yet
+	makes     int                             // how many were
+	probe     []byte                          // a sealed value, made at Open: opens under the sealing key of then
 
 	signing sync.Mutex // guards signID
 	signID  []byte     // the checkpoint key's CKA_ID; nil: not known yet
@@ -63,6 +65,7 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
+	go t.recipient() // an RSA key takes longest of all: it is made while the token logs in
 	type begun struct {
 		l   *life
 		err error
@@ -142,7 +145,7 @@ func newToken(cfg Config) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Token{cfg: withDefaults(cfg), limits: defaultLimits(), lib: lib}, nil
+	return &Token{cfg: withDefaults(cfg), limits: defaultLimits(), lib: lib, recipient: sync.OnceValues(newRecipient)}, nil
 }
 
 func withDefaults(cfg Config) Config {

@@ -66,7 +66,8 @@ func (r *trial) run() {
 	t.format, err = r.sealing()
 	r.note("sealing (CKM_AES_GCM, or CKM_AES_CBC_PAD with CKM_SHA256_HMAC)", false, formatName(t.format), err)
 
-	c, err := newCourier()
+	c := &courier{}
+	c.key, err = t.recipient()
 	if err == nil && !makes {
 		err = errNotTried
 	}

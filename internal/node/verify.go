@@ -57,8 +57,7 @@ func newVerifier(store Store, opener *orgkey.Opener, now func() time.Time) (*ver
 	if err != nil {
 		return nil, err
 	}
-	decoy, err := orgkey.NewDecoy()
-	return &verifier{store: store, opener: opener, lanes: lanes, last: last, decoy: decoy}, err
+	return &verifier{store: store, opener: opener, lanes: lanes, last: last, decoy: orgkey.NewDecoy()}, nil
 }
 
 // verify returns the proof of r's signature. A key found here was alive when it was

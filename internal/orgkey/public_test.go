@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"testing"
+	"time"
 )
 
 func newKey(t *testing.T) *rsa.PrivateKey {
@@ -66,4 +67,27 @@ func TestWipe(t *testing.T) {
 	}
 	clear(words[0])
 	clear(words[1])
+}
+
+// An organization without keys is not told from one with keys by the time that its refusal takes.
+func TestVerifyingWithADecoyTakesAsLong(t *testing.T) {
+	real, decoy, text, signature := NewPublic(&newKey(t).PublicKey), NewDecoy(), []byte("text"), make([]byte, Bits/8)
+	signature[1] = 1
+	if n := decoy.key.N.BitLen(); n != Bits {
+		t.Errorf("its modulus has %d bits", n)
+	}
+	shortest := func(p Public) time.Duration {
+		least := time.Hour
+		for range 200 {
+			begun := time.Now()
+			if p.Verifies(text, signature) {
+				t.Fatal("it verified")
+			}
+			least = min(least, time.Since(begun))
+		}
+		return least
+	}
+	if a, b := shortest(real), shortest(decoy); a > 2*b || b > 2*a {
+		t.Errorf("a key takes %s, a decoy %s", a, b)
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"runtime"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -18,15 +19,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/config"
-	"github.com/orgkeys/orgkeys/internal/dryrun"
-	"github.com/orgkeys/orgkeys/internal/enroll"
-	"github.com/orgkeys/orgkeys/internal/gate"
-	"github.com/orgkeys/orgkeys/internal/keypool"
-	"github.com/orgkeys/orgkeys/internal/node"
-	"github.com/orgkeys/orgkeys/internal/orgkey"
-	"github.com/orgkeys/orgkeys/internal/orglog"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
-	"github.com/orgkeys/orgkeys/internal/systemevent"
 )
 
 // Intervals of background work.
@@ -61,134 +54,15 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	if err := HideMemory(); err != nil {
 		return fmt.Errorf("keeping memory private: %w", err)
 	}
-	dir, err := OpenDataDir(cfg.DataDir)
+	p, err := open(ctx, cfg, version, log, &closeAll)
 	if err != nil {
 		return err
 	}
-	closeAll.add(dir.Close)
-	db, err := OpenDatabase(ctx, cfg)
+	u, err := p.useCases()
 	if err != nil {
 		return err
 	}
-	closeAll.add(db.Close)
-	starting, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-	backend, err := openBackend(starting, cfg, dir.path, db, log)
-	if err != nil {
-		return err
-	}
-	closeAll.add(backend.close)
-	if err := openEventKey(starting, backend.sealer, db); err != nil {
-		return err
-	}
-	holder, err := sqlstore.Holder(dir.path)
-	if err != nil {
-		return err
-	}
-	db.UseHolder(holder)
-	sinks, err := backend.sinks(cfg)
-	if err != nil {
-		return err
-	}
-	warnOfOnlySink(cfg, log)
-	auditLog := audit.NewLog(db, log, sinks...)
-	if err := checkSinks(starting, auditLog, log); err != nil {
-		return err
-	}
-	policy, err := openPolicy(starting, cfg, log)
-	if err != nil {
-		return err
-	}
-	checkpoints, err := openCheckpoints(starting, cfg, db, auditLog, backend, policy, log)
-	if err != nil {
-		return err
-	}
-	tokens, err := openTokens(cfg, dir.path, policy, log)
-	if err != nil {
-		return err
-	}
-	tokens.UsePseudonyms(cfg.Pseudonyms, db)
-	lock, err := openLocker(cfg, log)
-	if err != nil {
-		return err
-	}
-	closeAll.add(lock.close)
-	lost, outcomes := newLostEvents(), newOutcomes()
-	guard := gate.Gate{Policy: policy, AuditLog: auditLog, Log: log, Lost: lost}
-	opener, err := orgkey.NewOpener(backend.sealer, log, time.Now)
-	if err != nil {
-		return err
-	}
-	var service *orgkey.Service
-	pool := backend.pool(keypool.Config{
-		Size: cfg.Pool, Idle: func() time.Duration { return service.Idle() }, Exclusive: db.Exclusive, Record: db.RecordOnce,
-		Sinks:   func() error { return errors.Join(sinkTrouble(auditLog), auditLog.Halted()) },
-		Backend: backend.name, Log: log,
-	})
-	var ahead keyPool
-	if cfg.Pool > 0 {
-		ahead = pool
-	}
-	service, err = orgkey.New(orgkey.Config{
-		Gate: guard, Pool: ahead,
-		Store: db, Keystore: backend.keystore, Sealer: backend.sealer, Opener: opener, Locker: lock.Locker,
-		Backend: backend.name, Limit: cfg.Max, Concurrency: cfg.MaxGenerations,
-		ReservationLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline,
-	})
-	if err != nil {
-		return err
-	}
-	nodes, err := node.New(node.Config{
-		Gate:  guard,
-		Store: db, Sealer: backend.sealer, Opener: opener, Window: cfg.TimestampWindow, AuditDeadline: cfg.AuditDeadline,
-	})
-	if err != nil {
-		return err
-	}
-	head, err := db.Head(starting)
-	if err != nil {
-		return err
-	}
-	roots, err := TPMRoots(cfg.TPMRootsFile)
-	if err != nil {
-		return err
-	}
-	enrollments, err := enroll.New(enroll.Config{
-		Roots: roots,
-		Gate:  guard, Pool: ahead,
-		Store: db, Keystore: backend.sealed, Sealer: backend.sealer, Opener: opener, Admit: service.Admit, Busy: service.Busy, Enter: nodes.Enter,
-		Count:  func(o enroll.Outcome) { outcomes.WithLabelValues(string(o)).Inc() },
-		Origin: head.Origin, Backend: backend.name, Limit: cfg.Max, NodeLimit: cfg.MaxNodeKeys,
-		AttemptLife: cfg.ReservationTTL, AuditDeadline: cfg.AuditDeadline, DeliverFor: cfg.DeliveryTTL,
-	})
-	if err != nil {
-		return err
-	}
-	failures := &authn.Failures{}
-	pages, err := newConsole(cfg, version, tokens, failures, policy, db, log)
-	if err != nil {
-		return err
-	}
-	surface, err := api.New(api.Config{
-		Keys: service, Nodes: nodes, Enrollments: enrollments,
-		SystemEvents: systemevent.New(guard, db), DryRuns: dryrun.New(guard),
-		OrgLog:       orglog.New(orglog.Config{Gate: guard, Store: db, Limit: cfg.Max, NodeLimit: cfg.MaxNodeKeys, Sinks: auditLog.Sinks, Covered: checkpoints.Status}),
-		Console:      pages,
-		Rejections:   guard,
-		Authenticate: tokens.Authenticate, Unauthenticated: failures.Count,
-		Checks: append([]api.Check{
-			{Name: "database", Ask: db.Healthy},
-			{Name: backend.name, Ask: backend.healthy},
-			{Name: "sealed records", Ask: func(ctx context.Context) error { return stillOpen(ctx, backend.sealer, db) }},
-			{Name: "audit sinks", Ask: func(context.Context) error { return sinkTrouble(auditLog) }},
-			{Name: "audit log", Ask: func(context.Context) error { return advised(auditLog.Halted()) }},
-			{Name: "audit checkpoints", Ask: func(context.Context) error { return rewritten(checkpoints) }},
-			{Name: "audit events", Ask: func(ctx context.Context) error { return unauthenticated(ctx, db) }, Optional: true},
-			{Name: "token keys", Ask: func(context.Context) error { return tokens.Ready() }},
-			{Name: "token issuers", Ask: func(context.Context) error { return tokens.AllReady() }, Optional: true},
-		}, lock.checks...),
-		Metrics: newRegistry(db, auditLog, checkpoints, append(lock.metrics, lost, outcomes, pool)), Log: log, CORSOrigins: cfg.CORSOrigins, Proxies: edge.Proxies,
-	})
+	surface, err := p.surface(u, edge.Proxies)
 	if err != nil {
 		return err
 	}
@@ -205,36 +79,14 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	// background, which the shutdown below cancels last.
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	following := follow(ctx, auditLog, checkpoints, log)
+	following := follow(ctx, p.auditLog, p.checkpoints, log)
 	defer following.end()
 	running, background := errgroup.WithContext(background)
-	running.Go(func() error { return service.Sweep(background, sweepInterval) })
-	running.Go(func() error { return enrollments.Sweep(background, sweepInterval) })
-	running.Go(func() error { return backend.reap(background) })
-	running.Go(func() error { return pool.Run(background) })
-	running.Go(func() error { return nodes.Keep(background, keepInterval) })
-	running.Go(func() error { tokens.Run(background); return nil })
-	if cfg.IssuersFile != "" {
-		running.Go(func() error { tokens.Follow(background, cfg.IssuersFile, cfg.JWKSInterval, log); return nil })
-	}
-	running.Go(func() error {
-		policy.follow(background, func() { keepPolicy(background, db, policy, log) })
-		return nil
-	})
-	refused := summary{failures: failures, record: db.RecordOnce}
-	running.Go(func() error { refused.run(background, log); return nil })
-	if cfg.DatabaseURL != "" {
-		running.Go(func() error {
-			announce(background, db, func() sqlstore.Replica {
-				return sqlstore.Replica{Address: public.Addr().String(), Version: version, Policy: policy.Revision(), Max: cfg.Max, Timeline: auditLog.Attended(background), Credentials: backend.mark()}
-			}, log)
-			return nil
-		})
-	}
+	p.work(background, running, u, public.Addr().String())
 	running.Go(public.Serve)
 	running.Go(admin.Serve)
 	debug.FreeOSMemory() // compiling the policy and running its tests took much that nothing needs again
-	log.Info("listening", "api", public.Addr().String(), "admin", admin.Addr().String(), "version", version, "policy", policy.Revision())
+	log.Info("listening", "api", public.Addr().String(), "admin", admin.Addr().String(), "version", version, "policy", p.policy.Revision())
 
 	select {
 	case <-ctx.Done():
@@ -255,6 +107,117 @@ func Serve(ctx context.Context, cfg config.Config, version string, log *slog.Log
 	following.end()
 	log.Info("stopped")
 	return err
+}
+
+// parts are what the use cases need, opened and checked.
+type parts struct {
+	cfg     config.Config
+	version string
+	log     *slog.Logger
+
+	db          *sqlstore.DB
+	backend     backend
+	origin      string // the log's
+	auditLog    *audit.Log
+	checkpoints *audit.Checkpointer
+	policy      policy
+	tokens      *authn.Verifier
+	failures    *authn.Failures
+	lock        locker
+}
+
+// open opens what the settings name, and refuses what does not fit together.
+func open(ctx context.Context, cfg config.Config, version string, log *slog.Logger, closeAll *closers) (_ *parts, err error) {
+	p := &parts{cfg: cfg, version: version, log: log, failures: &authn.Failures{}}
+	// Compiling the policy and running its tests takes about as long as all that comes before it is
+	// needed, and needs none of that.
+	compiled := sync.OnceValues(func() (policy, error) {
+		compiling, cancel := context.WithTimeout(ctx, startTimeout)
+		defer cancel()
+		return openPolicy(compiling, cfg, log)
+	})
+	go compiled()
+	defer func() {
+		if err != nil {
+			_, _ = compiled() // the error that matters is the first one; nothing goes on behind it
+		}
+	}()
+	dir, err := OpenDataDir(cfg.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	closeAll.add(dir.Close)
+	if p.db, err = OpenDatabase(ctx, cfg); err != nil {
+		return nil, err
+	}
+	closeAll.add(p.db.Close)
+	starting, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	if p.backend, err = openBackend(starting, cfg, dir.path, p.db, log); err != nil {
+		return nil, err
+	}
+	closeAll.add(p.backend.close)
+	if err := openEventKey(starting, p.backend.sealer, p.db); err != nil {
+		return nil, err
+	}
+	holder, err := sqlstore.Holder(dir.path)
+	if err != nil {
+		return nil, err
+	}
+	p.db.UseHolder(holder)
+	sinks, err := p.backend.sinks(cfg)
+	if err != nil {
+		return nil, err
+	}
+	warnOfOnlySink(cfg, log)
+	p.auditLog = audit.NewLog(p.db, log, sinks...)
+	if err := checkSinks(starting, p.auditLog, log); err != nil {
+		return nil, err
+	}
+	if p.policy, err = compiled(); err != nil {
+		return nil, err
+	}
+	if p.checkpoints, err = openCheckpoints(starting, cfg, p.db, p.auditLog, p.backend, p.policy, log); err != nil {
+		return nil, err
+	}
+	if p.tokens, err = openTokens(cfg, dir.path, p.policy, log); err != nil {
+		return nil, err
+	}
+	p.tokens.UsePseudonyms(cfg.Pseudonyms, p.db)
+	if p.lock, err = openLocker(cfg, log); err != nil {
+		return nil, err
+	}
+	closeAll.add(p.lock.close)
+	head, err := p.db.Head(starting)
+	p.origin = head.Origin
+	return p, err
+}
+
+// work starts what goes on in the background until ctx ends. address is the public listener's.
+func (p *parts) work(ctx context.Context, running *errgroup.Group, u *useCases, address string) {
+	running.Go(func() error { return u.keys.Sweep(ctx, sweepInterval) })
+	running.Go(func() error { return u.enrollments.Sweep(ctx, sweepInterval) })
+	running.Go(func() error { return p.backend.reap(ctx) })
+	running.Go(func() error { return u.pool.Run(ctx) })
+	running.Go(func() error { return u.nodes.Keep(ctx, keepInterval) })
+	running.Go(func() error { p.tokens.Run(ctx); return nil })
+	if p.cfg.IssuersFile != "" {
+		running.Go(func() error { p.tokens.Follow(ctx, p.cfg.IssuersFile, p.cfg.JWKSInterval, p.log); return nil })
+	}
+	running.Go(func() error {
+		p.policy.follow(ctx, func() { keepPolicy(ctx, p.db, p.policy, p.log) })
+		return nil
+	})
+	refused := summary{failures: p.failures, record: p.db.RecordOnce}
+	running.Go(func() error { refused.run(ctx, p.log); return nil })
+	if p.cfg.DatabaseURL != "" {
+		running.Go(func() error {
+			announce(ctx, p.db, func() sqlstore.Replica {
+				return sqlstore.Replica{Address: address, Version: p.version, Policy: p.policy.Revision(), Max: p.cfg.Max, Timeline: p.auditLog.Attended(ctx), Credentials: p.backend.mark()}
+			}, p.log)
+			return nil
+		})
+	}
 }
 
 // closers closes what was opened, in reverse order.
@@ -300,56 +263,4 @@ func sinkTrouble(auditLog *audit.Log) error {
 		}
 	}
 	return errors.Join(all...)
-}
-
-// summary records how many unauthenticated callers were refused, for each reason.
-type summary struct {
-	failures *authn.Failures
-	record   func(context.Context, ...audit.Event) error // of events that it may have recorded already
-	unsent   []audit.Event                               // that may have been recorded; they are repeated as they are
-}
-
-// run does so once per minute.
-func (s *summary) run(ctx context.Context, log *slog.Logger) {
-	ticker := time.NewTicker(summaryInterval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-		case <-ticker.C:
-		}
-		if err := s.report(context.WithoutCancel(ctx)); err != nil {
-			log.Warn("the summary of unauthenticated callers is not in the audit log yet", "error", err)
-		}
-		if ctx.Err() != nil {
-			return
-		}
-	}
-}
-
-func (s *summary) report(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	if err := s.send(ctx); err != nil {
-		return err
-	}
-	for reason, n := range s.failures.Flush() {
-		e := audit.New(audit.UnknownCallers, "")
-		e.Actor = audit.Actor{Kind: audit.System, ID: "authn"}
-		e.Outcome, e.Reason = audit.Denied, reason
-		e.Detail = map[string]string{"count": fmt.Sprint(n)}
-		s.unsent = append(s.unsent, e)
-	}
-	return s.send(ctx)
-}
-
-func (s *summary) send(ctx context.Context) error {
-	if len(s.unsent) == 0 {
-		return nil
-	}
-	err := s.record(ctx, s.unsent...)
-	if err == nil {
-		s.unsent = nil
-	}
-	return err
 }
