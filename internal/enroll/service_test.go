@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
-	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -20,6 +19,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/hsm/tokentest"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
@@ -29,27 +29,7 @@ import (
 // token is one SoftHSM token for all tests of the package: a process has one.
 var token *hsm.Token
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "orgkeys-enroll-")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer os.RemoveAll(dir)
-		cfg, _, err := hsm.InitSoftHSM(dir)
-		if err == nil {
-			cfg.CreateSealingKey = true
-			token, err = hsm.Open(context.Background(), cfg)
-		}
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer token.Close()
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { os.Exit(tokentest.Run(&token, m.Run)) }
 
 // fixture is a database with its log, for several services on it.
 type fixture struct {
@@ -74,17 +54,17 @@ func newFixture(t *testing.T) fixture {
 		t.Fatal(err)
 	}
 	quiet := slog.New(slog.DiscardHandler)
-	trail := audit.NewLog(db, quiet, audit.NewFileSink(filepath.Join(dir, "audit.jsonl")))
+	auditLog := audit.NewLog(db, quiet, audit.NewFileSink(filepath.Join(dir, "audit.jsonl")))
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- trail.Run(ctx) }()
+	go func() { ended <- auditLog.Run(ctx) }()
 	t.Cleanup(func() {
 		stop()
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
 	})
-	return fixture{db, gate.Gate{Policy: policy, AuditLog: trail, Log: quiet}}
+	return fixture{db, gate.Gate{Policy: policy, AuditLog: auditLog, Log: quiet}}
 }
 
 // service is one replica's.

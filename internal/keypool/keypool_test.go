@@ -17,6 +17,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/hsm/tokentest"
 	"github.com/orgkeys/orgkeys/internal/keypool"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -26,24 +27,7 @@ import (
 // token is a SoftHSM token: one per process.
 var token *hsm.Token
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "orgkeys-keypool-")
-		if err == nil {
-			defer os.RemoveAll(dir)
-			var cfg hsm.Config
-			if cfg, _, err = hsm.InitSoftHSM(dir); err == nil {
-				token, err = hsm.Open(context.Background(), cfg)
-			}
-		}
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer token.Close()
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { os.Exit(tokentest.Run(&token, m.Run)) }
 
 // counted counts the generations of the pool, and what runs beside them.
 type counted struct {

@@ -27,6 +27,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/hsm/tokentest"
 	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -43,28 +44,17 @@ var (
 )
 
 func TestMain(m *testing.M) {
-	code, err := withBackends(m.Run)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
+	os.Exit(tokentest.Run(&token, func() int {
+		code, err := withPostgres(m.Run)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+		return code
+	}))
 }
 
-func withBackends(run func() int) (int, error) {
-	dir, err := os.MkdirTemp("", "orgkeys-node-")
-	if err != nil {
-		return 1, err
-	}
-	defer os.RemoveAll(dir)
-	cfg, _, err := hsm.InitSoftHSM(dir)
-	if err != nil {
-		return 1, err
-	}
-	if token, err = hsm.Open(context.Background(), cfg); err != nil {
-		return 1, err
-	}
-	defer token.Close()
+func withPostgres(run func() int) (_ int, err error) {
 	if postgres, err = pgtest.Start(); err != nil {
 		return 1, err
 	}

@@ -23,6 +23,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/hsm/tokentest"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
@@ -32,27 +33,7 @@ import (
 // token is one SoftHSM token for all tests of the package: a process has one.
 var token *hsm.Token
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "orgkeys-test-")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer os.RemoveAll(dir)
-		cfg, _, err := hsm.InitSoftHSM(dir)
-		if err == nil {
-			cfg.CreateSealingKey = true
-			token, err = hsm.Open(context.Background(), cfg)
-		}
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer token.Close()
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { os.Exit(tokentest.Run(&token, m.Run)) }
 
 // heldSink is a sink that acknowledges when it is let go.
 type heldSink struct {
@@ -107,10 +88,10 @@ func newFixture(t *testing.T, change func(*orgkey.Config)) fixture {
 	}
 	quiet := slog.New(slog.DiscardHandler)
 	sink := &heldSink{FileSink: audit.NewFileSink(filepath.Join(dir, "audit.jsonl"))}
-	trail := audit.NewLog(db, quiet, sink)
+	auditLog := audit.NewLog(db, quiet, sink)
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- trail.Run(ctx) }()
+	go func() { ended <- auditLog.Run(ctx) }()
 	t.Cleanup(func() {
 		stop()
 		if err := <-ended; err != nil {
@@ -118,7 +99,7 @@ func newFixture(t *testing.T, change func(*orgkey.Config)) fixture {
 		}
 	})
 	cfg := orgkey.Config{
-		Gate:  gate.Gate{Policy: policy, AuditLog: trail, Log: quiet},
+		Gate:  gate.Gate{Policy: policy, AuditLog: auditLog, Log: quiet},
 		Store: db, Keystore: token, Sealer: token, Locker: orgkey.NewLocalLock(),
 		Backend: "pkcs11", Limit: 5, Concurrency: 64, ReservationLife: time.Minute, AuditDeadline: 10 * time.Second,
 	}
@@ -320,7 +301,7 @@ func TestPromise1_TheExportedKeyIsCleared(t *testing.T) {
 	}
 }
 
-// The back end forgets the key while the trail hears of it. The release waits
+// The back end forgets the key while the log hears of it. The release waits
 // for both, whichever takes longer.
 func TestPromise1_NothingIsReleasedBeforeTheBackEndHasForgotten(t *testing.T) {
 	forget := make(chan error)
@@ -598,7 +579,7 @@ func (late) Create(ctx context.Context, _ string) (orgkey.BackendKey, error) {
 }
 
 // A generation that runs out of its time is one too many for the back end,
-// wherever it was by then: the caller and the trail hear the same.
+// wherever it was by then: the caller and the log hear the same.
 func TestAGenerationThatRunsOutOfTimeIsOneTooMany(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -622,7 +603,7 @@ func TestAGenerationThatRunsOutOfTimeIsOneTooMany(t *testing.T) {
 }
 
 // A caller whose key is not released anyhow hears so at once, however long the
-// trail takes.
+// log takes.
 func TestAKeyThatIsNotForgottenWaitsForNoSink(t *testing.T) {
 	lost := errors.New("no answer")
 	var f fixture
@@ -1126,10 +1107,7 @@ func TestARememberedKeyIsKnownByItsCiphertext(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	public, err := orgkey.NewDecoy()
-	if err != nil {
-		t.Fatal(err)
-	}
+	public := orgkey.NewDecoy()
 	der, err := public.DER()
 	if err != nil {
 		t.Fatal(err)
