@@ -10,7 +10,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
 )
 
-// contents are what the audit trail and what it knows of people consist of. The
+// contents are what the audit log and what it knows of people consist of. The
 // database's and the HSM's own files may be written by whoever opens them.
 func contents(t *testing.T, s *harness.Server) map[string]string {
 	t.Helper()

@@ -279,26 +279,26 @@ func TestALogRewrittenBetweenTwoSignaturesIsNotSigned(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			l := audittest.Open(t)
 			quiet := slog.New(slog.DiscardHandler)
-			trail := audit.NewLog(l.DB, quiet, audit.NewFileSink(l.Sink))
-			checkpoints := audit.NewCheckpointer(trail, l.DB, audittest.NewSigner(t), time.Hour, quiet)
-			defer run(t, trail)()
-			record(t, trail, 5)
-			flush(t, trail)
+			auditLog := audit.NewLog(l.DB, quiet, audit.NewFileSink(l.Sink))
+			checkpoints := audit.NewCheckpointer(auditLog, l.DB, audittest.NewSigner(t), time.Hour, quiet)
+			defer run(t, auditLog)()
+			record(t, auditLog, 5)
+			flush(t, auditLog)
 			if err := checkpoints.Sign(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			record(t, trail, 5)
-			flush(t, trail)
+			record(t, auditLog, 5)
+			flush(t, auditLog)
 			held := read(t, l.Sink)
 			l.Rebuild(t, `UPDATE events SET leaf = CAST(replace(leaf, 'acme', 'evil') AS BLOB), org_id = 'evil' WHERE idx = 7`)
 			if c.later > 0 {
-				record(t, trail, c.later)
-				waitFor(t, "they get no place", func() bool { return errors.As(trail.Halted(), new(*audit.RollbackError)) })
+				record(t, auditLog, c.later)
+				waitFor(t, "they get no place", func() bool { return errors.As(auditLog.Halted(), new(*audit.RollbackError)) })
 			}
 			if err := checkpoints.Sign(t.Context()); !errors.As(err, new(*audit.RollbackError)) {
 				t.Errorf("signing: %v", err)
 			}
-			waitFor(t, "the sink's follower sees it", func() bool { return errors.As(trail.Sinks()[0].Err, new(*audit.RollbackError)) })
+			waitFor(t, "the sink's follower sees it", func() bool { return errors.As(auditLog.Sinks()[0].Err, new(*audit.RollbackError)) })
 			if read(t, l.Sink) != held {
 				t.Error("the sink was given more")
 			}
@@ -328,12 +328,12 @@ func TestEverySinkRecordsSignedCheckpoints(t *testing.T) {
 	gate := &gatedSink{Sink: audit.NewFileSink(l.Sink + ".second")}
 	gate.set(errors.New("disk full"))
 	quiet := slog.New(slog.DiscardHandler)
-	trail := audit.NewLog(l.DB, quiet, file, gate)
-	c := audit.NewCheckpointer(trail, l.DB, audittest.NewSigner(t), time.Hour, quiet)
-	end := run(t, trail)
+	auditLog := audit.NewLog(l.DB, quiet, file, gate)
+	c := audit.NewCheckpointer(auditLog, l.DB, audittest.NewSigner(t), time.Hour, quiet)
+	end := run(t, auditLog)
 	defer end()
 	for range 4 {
-		if err := trail.Record(t.Context(), audit.New(audit.KeysListed, "acme")); err != nil {
+		if err := auditLog.Record(t.Context(), audit.New(audit.KeysListed, "acme")); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := l.DB.Sequence(t.Context(), 10, audit.Condition{}); err != nil {
@@ -354,7 +354,7 @@ func TestEverySinkRecordsSignedCheckpoints(t *testing.T) {
 		t.Fatal("the failing sink has a signed checkpoint already, so the case proves nothing")
 	}
 	gate.set(nil)
-	flush(t, trail)
+	flush(t, auditLog)
 	all, err := l.DB.SignedAfter(t.Context(), 0)
 	if err != nil || len(all) != 4 {
 		t.Fatalf("%d signed, %v", len(all), err)
@@ -387,30 +387,30 @@ func TestSinkFaultsLoseNothing(t *testing.T) {
 			t.Parallel()
 			l := audittest.Open(t)
 			bad := &gatedSink{Sink: audit.NewFileSink(l.Sink + ".second")}
-			trail := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), audit.NewFileSink(l.Sink), bad)
-			trail.SetSinkDeadline(300 * time.Millisecond)
-			defer run(t, trail)()
-			record(t, trail, 20)
-			flush(t, trail)
+			auditLog := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), audit.NewFileSink(l.Sink), bad)
+			auditLog.SetSinkDeadline(300 * time.Millisecond)
+			defer run(t, auditLog)()
+			record(t, auditLog, 20)
+			flush(t, auditLog)
 			undo := c.fault(bad)
-			record(t, trail, 20)
-			waitFor(t, "the other sink goes on", func() bool { return trail.Sinks()[0].Next == 40 })
+			record(t, auditLog, 20)
+			waitFor(t, "the other sink goes on", func() bool { return auditLog.Sinks()[0].Next == 40 })
 			if !c.up {
-				waitFor(t, "the sink's trouble is seen", func() bool { return trail.Sinks()[1].Err != nil })
+				waitFor(t, "the sink's trouble is seen", func() bool { return auditLog.Sinks()[1].Err != nil })
 				event := audit.New(audit.KeysListed, "acme")
-				if err := trail.Record(t.Context(), event); err != nil {
+				if err := auditLog.Record(t.Context(), event); err != nil {
 					t.Fatal(err)
 				}
 				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 				defer cancel()
-				err := trail.Acknowledged(ctx, event.ID)
+				err := auditLog.Acknowledged(ctx, event.ID)
 				if err == nil || !strings.Contains(err.Error(), "sink second") {
 					t.Errorf("a release that waits for it hears %v, which must name the sink", err)
 				}
 			}
 			undo()
-			record(t, trail, 20)
-			flush(t, trail)
+			record(t, auditLog, 20)
+			flush(t, auditLog)
 			for _, path := range []string{l.Sink, l.Sink + ".second"} {
 				wantSameEvents(t, l.DB, path)
 			}
@@ -424,31 +424,31 @@ func TestPausesGrowWhileASinkFails(t *testing.T) {
 	t.Parallel()
 	l := audittest.Open(t)
 	bad := &gatedSink{Sink: audit.NewFileSink(l.Sink + ".second")}
-	trail := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), bad)
-	defer run(t, trail)()
-	record(t, trail, 3)
-	flush(t, trail)
+	auditLog := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), bad)
+	defer run(t, auditLog)()
+	record(t, auditLog, 3)
+	flush(t, auditLog)
 	tries := func() int { bad.mu.Lock(); defer bad.mu.Unlock(); return bad.calls }
 	bad.set(errors.New("refused"))
 	before := tries()
-	record(t, trail, 3)
+	record(t, auditLog, 3)
 	time.Sleep(4 * time.Second)
 	// At 0, 0.25, 0.75, 1.75 and 3.75 s; without growing pauses 16 times.
 	if n := tries() - before; n < 2 || n > 8 {
 		t.Errorf("it was tried %d times in 4 s", n)
 	}
 	bad.set(nil)
-	flush(t, trail)
+	flush(t, auditLog)
 	wantSameEvents(t, l.DB, l.Sink+".second")
 }
 
 // A stopped service leaves no event without its place in the log.
 func TestFlushLeavesNothingBehind(t *testing.T) {
 	l := audittest.Open(t)
-	trail := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), audit.NewFileSink(l.Sink))
-	end := run(t, trail)
-	record(t, trail, 500)
-	flush(t, trail)
+	auditLog := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), audit.NewFileSink(l.Sink))
+	end := run(t, auditLog)
+	record(t, auditLog, 500)
+	flush(t, auditLog)
 	end()
 	if n, err := l.DB.Unsequenced(t.Context()); n != 0 || err != nil {
 		t.Errorf("%d events without a place, %v", n, err)
@@ -461,12 +461,12 @@ func TestFlushLeavesNothingBehind(t *testing.T) {
 func TestLostReceiptsAreGivenAgain(t *testing.T) {
 	l := audittest.Open(t)
 	sink := &signingSink{FileSink: audit.NewFileSink(l.Sink)}
-	trail := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), sink)
-	end := run(t, trail)
-	record(t, trail, 20)
-	flush(t, trail)
+	auditLog := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), sink)
+	end := run(t, auditLog)
+	record(t, auditLog, 20)
+	flush(t, auditLog)
 	sink.deaf.Store(true)
-	record(t, trail, 20)
+	record(t, auditLog, 20)
 	waitFor(t, "the sink holds what it gave no receipts for", func() bool {
 		held, err := sink.Last(t.Context())
 		return err == nil && held.Size == 40
@@ -488,26 +488,26 @@ func TestAReplicaThatWaitsForAnotherHasNotCaughtUp(t *testing.T) {
 	l := audittest.Open(t)
 	sink := &signingSink{FileSink: audit.NewFileSink(l.Sink)}
 	db := &contended{DB: l.DB}
-	trail := audit.NewLog(db, slog.New(slog.DiscardHandler), sink)
-	defer run(t, trail)()
-	record(t, trail, 20)
-	flush(t, trail)
-	waitFor(t, "the sink has caught up", func() bool { s := trail.Sinks()[0]; return s.Err == nil && !s.CaughtUp.IsZero() })
+	auditLog := audit.NewLog(db, slog.New(slog.DiscardHandler), sink)
+	defer run(t, auditLog)()
+	record(t, auditLog, 20)
+	flush(t, auditLog)
+	waitFor(t, "the sink has caught up", func() bool { s := auditLog.Sinks()[0]; return s.Err == nil && !s.CaughtUp.IsZero() })
 	sink.deaf.Store(true)
-	record(t, trail, 1)
-	waitFor(t, "the sink's trouble is seen", func() bool { return trail.Sinks()[0].Err != nil })
-	before := trail.Sinks()[0].CaughtUp
+	record(t, auditLog, 1)
+	waitFor(t, "the sink's trouble is seen", func() bool { return auditLog.Sinks()[0].Err != nil })
+	before := auditLog.Sinks()[0].CaughtUp
 
 	db.elsewhere.Store(true)
 	waitFor(t, "it has waited for the other replica", func() bool { return db.refused.Load() >= 3 })
-	if s := trail.Sinks()[0]; s.Err == nil || s.CaughtUp != before {
+	if s := auditLog.Sinks()[0]; s.Err == nil || s.CaughtUp != before {
 		t.Errorf("while another replica is at it: error %v, caught up %v, and before at %v", s.Err, s.CaughtUp, before)
 	}
 
 	sink.deaf.Store(false)
 	db.elsewhere.Store(false)
-	flush(t, trail)
-	waitFor(t, "the sink has caught up again", func() bool { return trail.Sinks()[0].CaughtUp.After(before) })
+	flush(t, auditLog)
+	waitFor(t, "the sink has caught up again", func() bool { return auditLog.Sinks()[0].CaughtUp.After(before) })
 }
 
 // contended is a database whose exclusive work another replica may be doing.
@@ -588,11 +588,11 @@ func (s *gatedSink) Append(ctx context.Context, entries []audit.Entry, c audit.C
 	return s.Sink.Append(ctx, entries, c)
 }
 
-func run(t *testing.T, trail *audit.Log) (end func()) {
+func run(t *testing.T, auditLog *audit.Log) (end func()) {
 	t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- trail.Run(ctx) }()
+	go func() { done <- auditLog.Run(ctx) }()
 	return func() {
 		stop()
 		if err := <-done; err != nil {
@@ -601,22 +601,22 @@ func run(t *testing.T, trail *audit.Log) (end func()) {
 	}
 }
 
-func record(t *testing.T, trail *audit.Log, n int) {
+func record(t *testing.T, auditLog *audit.Log, n int) {
 	t.Helper()
 	var events []audit.Event
 	for range n {
 		events = append(events, audit.New(audit.KeysListed, "acme"))
 	}
-	if err := trail.Record(t.Context(), events...); err != nil {
+	if err := auditLog.Record(t.Context(), events...); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func flush(t *testing.T, trail *audit.Log) {
+func flush(t *testing.T, auditLog *audit.Log) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if err := trail.Flush(ctx); err != nil {
+	if err := auditLog.Flush(ctx); err != nil {
 		t.Fatal(err)
 	}
 }

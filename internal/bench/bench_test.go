@@ -281,12 +281,12 @@ func BenchmarkEvents(b *testing.B) {
 				b.Fatal(err)
 			}
 			db.UseEventKey(audit.NewEventKey())
-			trail := audit.NewLog(db, slog.New(slog.DiscardHandler), audit.NewFileSink(filepath.Join(dir, "audit.jsonl")))
+			auditLog := audit.NewLog(db, slog.New(slog.DiscardHandler), audit.NewFileSink(filepath.Join(dir, "audit.jsonl")))
 			ctx, stop := context.WithCancel(b.Context())
 			ended := make(chan error, 1)
-			go func() { ended <- trail.Run(ctx) }()
-			record(b, trail, callers)
-			for trail.Sinks()[0].Next < int64(b.N) {
+			go func() { ended <- auditLog.Run(ctx) }()
+			record(b, auditLog, callers)
+			for auditLog.Sinks()[0].Next < int64(b.N) {
 				time.Sleep(time.Millisecond)
 			}
 			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "events/s")
@@ -298,7 +298,7 @@ func BenchmarkEvents(b *testing.B) {
 	}
 }
 
-func record(b *testing.B, trail *audit.Log, callers int) {
+func record(b *testing.B, auditLog *audit.Log, callers int) {
 	var left atomic.Int64
 	left.Store(int64(b.N))
 	var wg sync.WaitGroup
@@ -309,7 +309,7 @@ func record(b *testing.B, trail *audit.Log, callers int) {
 				e := audit.New(audit.KeysListed, "acme")
 				e.Actor = audit.Actor{Kind: authz.Person, ID: "u-1"}
 				e.Request = "0f0e0d0c-0b0a-0908-0706-050403020100"
-				if err := trail.Record(b.Context(), e); err != nil {
+				if err := auditLog.Record(b.Context(), e); err != nil {
 					b.Error(err)
 					return
 				}

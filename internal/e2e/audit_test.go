@@ -175,7 +175,7 @@ func TestPromise5_CallersNobodyKnowsLeaveOneSummary(t *testing.T) {
 	}
 }
 
-// A history is a stopped server's data with an audit trail worth attacking,
+// A history is a stopped server's data with an audit log worth attacking,
 // its file sink outside the data directory.
 type history struct {
 	server *harness.Server

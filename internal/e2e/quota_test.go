@@ -113,7 +113,7 @@ func TestOverloadAnswersAtOnce(t *testing.T) {
 		t.Errorf("statuses %v", statuses)
 	}
 	// At once is before the one generation that has the place could be over.
-	// The database and the audit trail, which a refusal asks, share the machine.
+	// The database and the audit log, which a refusal asks, share the machine.
 	if slowest >= fastest {
 		t.Errorf("the slowest refusal took %s, the fastest generation %s", slowest, fastest)
 	}

@@ -123,7 +123,7 @@ func TestCORSIsAnExactList(t *testing.T) {
 }
 
 // TestProxiesAreTrustedOnlyWhenNamed looks at the client's address as the
-// audit trail has it.
+// audit log has it.
 func TestProxiesAreTrustedOnlyWhenNamed(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {

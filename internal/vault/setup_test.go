@@ -373,7 +373,7 @@ func TestSetupTellsWhatItCannotDo(t *testing.T) {
 	}
 }
 
-// The audit trail is looked at while the service is at work, not only at start.
+// The audit log is looked at while the service is at work, not only at start.
 func TestAuditTrailThatIsChangedStopsTheSink(t *testing.T) {
 	sys := root(t).Sys()
 	device := func(options map[string]string) func() error {
