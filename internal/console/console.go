@@ -294,7 +294,7 @@ func (c *Console) problem(w http.ResponseWriter, r *http.Request, status int, ti
 // render writes a page, whole or not at all.
 func (c *Console) render(w http.ResponseWriter, status int, name string, v *view) {
 	var text bytes.Buffer
-	if err := pages[name].ExecuteTemplate(&text, "layout", v); err != nil {
+	if err := pages()[name].ExecuteTemplate(&text, "layout", v); err != nil {
 		c.Log.Error("a page of the console could not be made", "page", name, "error", err)
 		http.Error(w, "Internal error", http.StatusInternalServerError)
 		return

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"html/template"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -16,8 +17,9 @@ import (
 //go:embed templates
 var templateFiles embed.FS
 
-// pages are the templates, each with the layout around it. They are read only.
-var pages = parsePages()
+// pages are the templates, each with the layout around it. They are read only, and parsed for the
+// first page: that takes longer than anything else that a command would do before its own work.
+var pages = sync.OnceValue(parsePages)
 
 func parsePages() map[string]*template.Template {
 	all := map[string]*template.Template{}
