@@ -31,6 +31,9 @@
 //     says about the key or the organization.
 //   - There was no answer: the error of net/http.
 //
+// A private key in a device may fail before there is a request, or after the answer:
+// [ErrKeyFailed].
+//
 // Sealed keys are verified before any part of them is used: [ErrForged] and
 // [ErrSealedDamaged] come with a [*ForeignError], since something in between made or
 // changed the answer; [ErrSealedUseless] is final.

@@ -2,6 +2,7 @@ package client_test
 
 import (
 	"context"
+	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
@@ -307,6 +308,78 @@ func TestAnswersWithADoubtfulSecretAreRefusedAsAWhole(t *testing.T) {
 	node := nodeAt(t, stub(t, answering(200, "application/json", "{"+good+`,"more":1}`)))
 	if secrets := must[[]client.Secret](t)(node.Secrets(t.Context())); len(secrets) != 1 {
 		t.Errorf("secrets %q", secrets)
+	}
+}
+
+// failing is a key in a device that fails at first.
+type failing struct {
+	*rsa.PrivateKey
+	signs, decrypts atomic.Int64 // how often it fails
+}
+
+var errDevice = errors.New("open /dev/tpmrm0: no such file or directory")
+
+func (k *failing) Sign(r io.Reader, digest []byte, o crypto.SignerOpts) ([]byte, error) {
+	if k.signs.Add(-1) >= 0 {
+		return nil, errDevice
+	}
+	return k.PrivateKey.Sign(r, digest, o)
+}
+
+func (k *failing) Decrypt(r io.Reader, text []byte, o crypto.DecrypterOpts) ([]byte, error) {
+	if k.decrypts.Add(-1) >= 0 {
+		return nil, errDevice
+	}
+	return k.PrivateKey.Decrypt(r, text, o)
+}
+
+// A device may not be there yet, or fail once. Nothing that was asked for, and nothing
+// that the server said, is to blame for that.
+func TestAKeyThatFailsIsAskedAgain(t *testing.T) {
+	answers := map[string]http.HandlerFunc{
+		"/register": answering(200, "application/json", `{"success":true,"message":"Node registered successfully"}`),
+		"/secrets":  answering(200, "application/json", "{"+sealed(t, "env_s3", "A=1")+"}", "X-Secret-Count", "1"),
+		"/receipt":  answering(200, "application/json", `{"success":true,"message":"Receipt recorded"}`),
+	}
+	server := stub(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		answers[r.URL.Path[strings.LastIndex(r.URL.Path, "/"):]](w, r)
+	}))
+	for name, c := range map[string]struct {
+		signs, decrypts int64
+		do              func(ctx context.Context, n client.Node, key client.PrivateKey) error
+	}{
+		"register": {2, 0, func(ctx context.Context, n client.Node, _ client.PrivateKey) error {
+			return n.Register(ctx, client.Registration{Version: "1", Status: "s"})
+		}},
+		"secrets": {1, 1, func(ctx context.Context, n client.Node, _ client.PrivateKey) error {
+			_, err := n.Secrets(ctx)
+			return err
+		}},
+		"secrets that came": {0, 2, func(ctx context.Context, n client.Node, _ client.PrivateKey) error {
+			_, err := n.Secrets(ctx)
+			return err
+		}},
+		"receipt": {2, 0, func(ctx context.Context, n client.Node, key client.PrivateKey) error {
+			return n.Client.Receipt(ctx, client.Delivery{Enrollment: "e"}, key)
+		}},
+	} {
+		for _, patient := range []bool{false, true} {
+			key := &failing{PrivateKey: testKey}
+			key.signs.Store(c.signs)
+			key.decrypts.Store(c.decrypts)
+			config := client.Config{Server: server}
+			if patient {
+				config.Retry.For = time.Minute
+			}
+			err := c.do(t.Context(), client.Node{Client: newClient(t, config), Org: "acme", IP: "192.0.2.7", Region: "eu", Key: key}, key)
+			if patient && err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			if foreign := new(client.ForeignError); !patient && (!errors.Is(err, client.ErrKeyFailed) || !errors.Is(err, errDevice) ||
+				!client.Temporary(err) || errors.Is(err, client.ErrRequest) || errors.As(err, &foreign)) {
+				t.Errorf("%s, once: %v", name, err)
+			}
+		}
 	}
 }
 

@@ -308,6 +308,9 @@ func open(a *answer, s sealedAnswer, recipient crypto.Decrypter) (*Delivered, er
 
 func unwrap(s sealedAnswer, recipient crypto.Decrypter) (*Delivered, error) {
 	der, err := s.Sealed.Open(recipient)
+	if errors.Is(err, ErrKeyFailed) {
+		return nil, err
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrSealedUseless, err)
 	}

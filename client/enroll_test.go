@@ -86,6 +86,15 @@ func TestWhatASealedKeyMustBe(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		device := &failing{PrivateKey: recipient}
+		device.decrypts.Store(1)
+		e.Recipient = device
+		if c.want != client.ErrSealedDamaged && len(c.sealed.Value) > 0 {
+			if _, err := e.Fetch(context.Background()); !errors.Is(err, client.ErrKeyFailed) || errors.Is(err, client.ErrSealedUseless) || !client.Temporary(err) {
+				t.Errorf("%s, while the recipient's device fails: %v", name, err)
+			}
+		}
+		e.Recipient = recipient
 		delivered, err := e.Fetch(context.Background())
 		if !errors.Is(err, c.want) || c.want == nil && err != nil || client.Temporary(err) != c.passes {
 			t.Errorf("%s: %v, passes %t", name, err, client.Temporary(err))

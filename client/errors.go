@@ -114,7 +114,7 @@ func (e *ForeignError) Error() string {
 
 // Temporary reports whether the same call may succeed later without a change
 // to its arguments. Only a refusal by the server itself can be final; no answer,
-// and an answer of something else, always pass.
+// an answer of something else, and a key that fails, always pass.
 func Temporary(err error) bool {
 	if e, ok := errors.AsType[*Error](err); ok {
 		return e.temporary()

@@ -101,7 +101,11 @@ func (c *Client) build(ctx context.Context, r request) (*http.Request, error) {
 	var body []byte
 	if r.body != nil {
 		var err error
-		if body, err = r.body(); err != nil {
+		body, err = r.body()
+		if errors.Is(err, ErrKeyFailed) {
+			return nil, err
+		}
+		if err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrRequest, err)
 		}
 	}
@@ -142,6 +146,13 @@ func (c *Client) authorize(ctx context.Context, req *http.Request, r request) er
 type unsentError struct{ error }
 
 func (e *unsentError) Unwrap() error { return e.error }
+
+// Unsent reports whether a call failed before there was a connection that it could be sent
+// over: no server got it, so nothing came of it.
+func Unsent(err error) bool {
+	_, unsent := errors.AsType[*unsentError](err)
+	return unsent || errors.Is(err, ErrRequest)
+}
 
 var errTooLong = errors.New("too long")
 

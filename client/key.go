@@ -10,10 +10,14 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+
+	"github.com/orgkeys/orgkeys/internal/envelope"
 )
 
 // PrivateKey is an RSA private key that signs (RSASSA-PKCS1-v1_5, SHA-256) and
 // decrypts (RSAES-OAEP, SHA-256). *rsa.PrivateKey is one; a key in a device can be another.
+// Like that one, it reports rsa.ErrDecryption for what it does not open; any other error is
+// taken for a failure of the device, ErrKeyFailed.
 type PrivateKey interface {
 	crypto.Signer
 	crypto.Decrypter
@@ -21,6 +25,10 @@ type PrivateKey interface {
 
 // ErrKey means that a text is not an RSA private key in PEM.
 var ErrKey = errors.New("not an RSA private key in PEM")
+
+// ErrKeyFailed means that a private key did not sign or decrypt: what has it, such as a
+// TPM, is not there or fails. Asking again may help.
+var ErrKeyFailed = envelope.ErrKeyFailed
 
 // ParsePrivateKey reads a private key in PEM, PKCS#1 (as the server hands keys
 // out) or PKCS#8. The caller clears text.
@@ -67,7 +75,7 @@ func sign(key crypto.Signer, line string) (string, error) {
 	digest := sha256.Sum256([]byte(line))
 	signature, err := key.Sign(nil, digest[:], crypto.SHA256)
 	if err != nil {
-		return "", fmt.Errorf("signing: %w", err)
+		return "", fmt.Errorf("signing: %w: %w", ErrKeyFailed, err)
 	}
 	return base64.StdEncoding.EncodeToString(signature), nil
 }

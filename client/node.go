@@ -134,6 +134,9 @@ func (n Node) open(a *answer) ([]Secret, error) {
 			for _, s := range all {
 				clear(s.Value)
 			}
+			if errors.Is(err, ErrKeyFailed) {
+				return nil, err
+			}
 			return nil, fmt.Errorf("%w: %w", a.foreign(err.Error()), err)
 		}
 		all = append(all, Secret{name, opened})

@@ -31,8 +31,13 @@ func diagnose(s settings, err error) *failure {
 	if foreign, ok := errors.AsType[*client.ForeignError](err); ok {
 		return &failure{exitProtocol, "something that is not orgkeys answers at " + s.server, "is --server right, and is there a portal, proxy or load balancer in between?", foreign}
 	}
-	if errors.Is(err, client.ErrServer) {
+	switch {
+	case errors.Is(err, client.ErrKeyFailed):
+		return &failure{exitConfig, "key file " + s.keyFile, "copy the PEM again as it was handed out", err}
+	case errors.Is(err, client.ErrServer):
 		return &failure{exitUsage, "--server " + s.server, "use https", err}
+	case errors.Is(err, client.ErrRequest):
+		return &failure{exitUsage, "the request cannot be made", "check the settings", err}
 	}
 	if f := certificateTrouble(err); f != nil {
 		return f

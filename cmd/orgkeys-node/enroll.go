@@ -229,7 +229,7 @@ func errorOf(err error) error {
 func refusedClaim(s settings, id string, recipient client.PrivateKey, err error) error {
 	refused := func(what, hint string) error { return &failure{exitRefused, what, hint, err} }
 	another := "ask an administrator for a new token"
-	if f := tpmTrouble(s, err); f != nil && !errors.Is(err, client.ErrSealedUseless) || errors.Is(err, tpmdevice.ErrBusy) {
+	if f := tpmTrouble(s, err); f != nil && !errors.Is(err, client.ErrSealedUseless) {
 		return f
 	}
 	named := nameOf(recipient)

@@ -109,6 +109,9 @@ func unseal(ctx context.Context, s settings, r *report) error {
 		return err
 	}
 	key, err := client.OpenSealed(text, recipient)
+	if errors.Is(err, client.ErrKeyFailed) {
+		return err
+	}
 	if err != nil {
 		return &failure{exitConfig, "--sealed-file " + s.sealedFile, "fetch it again (GET /organization/ORG/key/ID/sealed), and check --recipient-file", err}
 	}

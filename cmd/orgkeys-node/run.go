@@ -52,7 +52,7 @@ func temporary(err error) bool {
 	if f, ok := errors.AsType[*failure](err); ok && (f.exit == exitUsage || f.exit == exitRefused) {
 		return false
 	}
-	return errors.Is(err, tpmdevice.ErrBusy) || errors.Is(err, tpmdevice.ErrLockedOut) || client.Temporary(err)
+	return client.Temporary(err)
 }
 
 // sayAgain is the time after which the same reason to wait is printed again.

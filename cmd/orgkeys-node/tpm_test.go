@@ -1,6 +1,7 @@
 package main_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto"
@@ -266,6 +267,83 @@ func TestFirstBootInTheTPM(t *testing.T) {
 	}
 	e.put(mint(t, s, org, `{"origin":"node","bind":{"ek":"`+ek+`"}}`).Token)
 	e.run(0, "registered 192.0.2.8", "boot", append([]string{"--ip", "192.0.2.8"}, inTPM...)...)
+}
+
+// onceWaiting runs a command, calls do as soon as it waits for something with text in
+// it, and checks that it ends well.
+func (e *enrolling) onceWaiting(text string, do func(), command string, more ...string) {
+	e.t.Helper()
+	cmd := e.command(command, more...)
+	stderr, err := cmd.StderrPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	var out strings.Builder
+	waited := false
+	for lines := bufio.NewScanner(stderr); lines.Scan(); {
+		fmt.Fprintln(&out, lines.Text())
+		if !waited && strings.Contains(lines.Text(), "waiting: ") && strings.Contains(lines.Text(), text) {
+			waited = true
+			do()
+		}
+	}
+	if err := cmd.Wait(); err != nil || !waited {
+		e.t.Fatalf("%s %q: %v, waited %t, printed %s", command, more, err, waited, &out)
+	}
+}
+
+// A driver makes a TPM's device later than a unit starts, at any boot.
+func TestATPMThatComesLaterIsWaitedFor(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org := harness.Org()
+	s.PutSecret(t, org, "env_s3", []byte("A=1"))
+	device := tpmtest.Start(t)
+	allow(t, s, org, ekOf(t, device))
+	path := filepath.Join(filepath.Dir(device.Socket), "later")
+	appear := func() {
+		if err := os.Symlink(device.Socket, path); err != nil {
+			t.Error(err)
+		}
+	}
+	vanish := func() {
+		if err := os.Remove(path); err != nil {
+			t.Error(err)
+		}
+	}
+	waits := []string{"--wait", "2m", "--tpm", path}
+	e := newEnrolling(t, s.API, mint(t, s, org, `{"origin":"node"}`).Token)
+	e.onceWaiting("there is no TPM at "+path, appear, "boot", append(waits, "--origin", "node")...)
+	for _, command := range []string{"boot", "secrets", "register", "unregister"} {
+		vanish()
+		e.onceWaiting("there is no TPM at "+path, appear, command, waits...)
+	}
+	device.Stop(t)
+	e.onceWaiting("there is no TPM at "+path, func() { device.Restart(t) }, "boot", waits...)
+
+	// Nor is a sealed key given up that came while the TPM was away.
+	target, err := url.Parse(s.API)
+	if err != nil {
+		t.Fatal(err)
+	}
+	came := false
+	proxy := httputil.NewSingleHostReverseProxy(target)
+	proxy.ModifyResponse = func(r *http.Response) error {
+		body, err := io.ReadAll(r.Body)
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		if bytes.Contains(body, []byte(`"sealed":`)) && !came {
+			came = true
+			vanish()
+		}
+		return err
+	}
+	between := httptest.NewServer(proxy)
+	defer between.Close()
+	e = newEnrolling(t, between.URL, mint(t, s, org, `{"bind":{"tpm":true}}`).Token)
+	e.onceWaiting("there is no TPM at "+path, appear, "boot", append(waits, "--ip", "192.0.2.8")...)
 }
 
 // Deployed scripts with the organization's key, nodes that made their keys with

@@ -50,6 +50,9 @@ var (
 	ErrFormat = errors.New("not an envelope")
 	// ErrNotAuthentic: not made for this key, or changed on the way.
 	ErrNotAuthentic = errors.New("envelope was made for another key, or changed on the way")
+	// ErrKeyFailed: nothing is known of the envelope, since the private key did not do
+	// what it was asked for. What has it, such as a TPM, is not there, or fails.
+	ErrKeyFailed = errors.New("the private key cannot be used")
 )
 
 type fields struct {
@@ -85,8 +88,10 @@ func Seal(recipient *rsa.PublicKey, secret []byte) ([]byte, error) {
 	return text, nil
 }
 
-// Open returns the secret. The caller clears it. The recipient is an RSA key. A wrong key and a changed
-// envelope are the same error, and nothing is decrypted before the MAC is right.
+// Open returns the secret. The caller clears it. The recipient is an RSA key, whose Decrypt
+// reports rsa.ErrDecryption for what does not open, and another error only for a failure of its
+// own (ErrKeyFailed). A wrong key and a changed envelope are the same error, and nothing is
+// decrypted before the MAC is right.
 func Open(recipient crypto.Decrypter, text []byte) ([]byte, error) {
 	if len(text) > maxText {
 		return nil, ErrTooLong
@@ -102,11 +107,11 @@ func Open(recipient crypto.Decrypter, text []byte) ([]byte, error) {
 	if err := f.check(public.Size()); err != nil {
 		return nil, err
 	}
-	key, err := recipient.Decrypt(nil, f.Key, &rsa.OAEPOptions{Hash: crypto.SHA256})
-	defer clear(key)
-	if err != nil { // a key in a device says more than that
-		return nil, fmt.Errorf("%w: %w", ErrNotAuthentic, err)
+	key, err := decrypt(recipient, f.Key, crypto.SHA256)
+	if err != nil {
+		return nil, err
 	}
+	defer clear(key)
 	if len(key) != keySize || !hmac.Equal(f.MAC, mac(key, f.IV, f.CT)) {
 		return nil, ErrNotAuthentic
 	}
@@ -115,6 +120,19 @@ func Open(recipient crypto.Decrypter, text []byte) ([]byte, error) {
 		return nil, err
 	}
 	return secret, nil
+}
+
+// decrypt asks recipient for RSAES-OAEP. Whatever it reports but rsa.ErrDecryption is
+// about itself, and not about the ciphertext.
+func decrypt(recipient crypto.Decrypter, ciphertext []byte, hash crypto.Hash) ([]byte, error) {
+	key, err := recipient.Decrypt(nil, ciphertext, &rsa.OAEPOptions{Hash: hash})
+	switch {
+	case errors.Is(err, rsa.ErrDecryption):
+		return nil, fmt.Errorf("%w: %w", ErrNotAuthentic, err)
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", ErrKeyFailed, err)
+	}
+	return key, nil
 }
 
 func (f fields) check(modulus int) error {

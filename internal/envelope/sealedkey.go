@@ -49,8 +49,9 @@ func (k SealedKey) Hash() (crypto.Hash, error) {
 
 // Open returns the PKCS#8 DER of the private key; the caller clears it.
 // recipient's Decrypt is asked for OAEP with the algorithm's hash. A wrong
-// recipient and changed bytes are the same error, ErrNotAuthentic. That the
-// private key is the expected one is for the caller to check.
+// recipient and changed bytes are the same error, ErrNotAuthentic; a recipient that fails
+// is ErrKeyFailed, as with Open. That the private key is the expected one is for the caller
+// to check.
 func (k SealedKey) Open(recipient crypto.Decrypter) ([]byte, error) {
 	hash, err := k.Hash()
 	if err != nil {
@@ -66,11 +67,11 @@ func (k SealedKey) Open(recipient crypto.Decrypter) ([]byte, error) {
 	if len(k.Value) <= public.Size() {
 		return nil, fmt.Errorf("%w: a sealed key of %d bytes for a recipient of %d bits", ErrFormat, len(k.Value), public.N.BitLen())
 	}
-	key, err := recipient.Decrypt(nil, k.Value[:public.Size()], &rsa.OAEPOptions{Hash: hash})
-	defer clear(key)
-	if err != nil { // a key in a device says more than that
-		return nil, fmt.Errorf("%w: %w", ErrNotAuthentic, err)
+	key, err := decrypt(recipient, k.Value[:public.Size()], hash)
+	if err != nil {
+		return nil, err
 	}
+	defer clear(key)
 	if len(key) != keySize {
 		return nil, ErrNotAuthentic
 	}

@@ -173,7 +173,7 @@ func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, 
 }
 
 // ErrDecryption: the ciphertext is none of the key's.
-var ErrDecryption = errors.New("the TPM's key does not decrypt it")
+var ErrDecryption = fmt.Errorf("the TPM's key does not decrypt it: %w", rsa.ErrDecryption)
 
 var oaepHashes = map[crypto.Hash]tpm2.TPMAlgID{crypto.SHA256: tpm2.TPMAlgSHA256, crypto.SHA1: tpm2.TPMAlgSHA1}
 
