@@ -53,13 +53,13 @@ func identify(s settings) (client.Node, error) {
 	if err != nil {
 		return client.Node{}, err
 	}
-	if enrolled.of(key) {
-		n.KeyID = enrolled.KeyID
+	if d := enrolled.delivery(key); d != nil {
+		n.KeyID = d.KeyID
 		if n.Org == "" {
-			n.Org = enrolled.Org
+			n.Org = d.Org
 		}
-		if n.Org != enrolled.Org {
-			return client.Node{}, usageError("--org is %s, and the key was enrolled for %s", n.Org, enrolled.Org)
+		if n.Org != d.Org {
+			return client.Node{}, usageError("--org is %s, and the key was enrolled for %s", n.Org, d.Org)
 		}
 	}
 	if n.Org == "" {

@@ -25,9 +25,9 @@ func mustEnroll(ctx context.Context, s settings, r *report) error {
 		return err
 	}
 	defer k.clear()
-	if k.enrolled() {
+	if before := k.delivery(); before != nil {
 		k.report(s, r)
-		r.add(fmt.Sprintf("key %s of %s was enrolled before, in %s", k.record.KeyID, k.record.Org, s.keyFile))
+		r.add(fmt.Sprintf("key %s of %s was enrolled before, in %s", before.KeyID, before.Org, s.keyFile))
 		return nil
 	}
 	if s.token == "" {
@@ -143,9 +143,7 @@ func (k *keyState) fetch(ctx context.Context, c *client.Client, d *dir, s settin
 	}
 	next := record{Delivery: key.Delivery}
 	next.Scope = "" // the answer's MAC does not cover it
-	if k.private != nil {
-		next.Replaces = client.Fingerprint(k.private.Public())
-	}
+	next.Replaced = k.delivery()
 	if err := d.writeRecord(s, next); err != nil {
 		return err
 	}
@@ -200,6 +198,10 @@ func (k *keyState) finish(d *dir, s settings, r *report) error {
 	}
 	// A token for one node is used up. A token for several nodes would still let
 	// others in.
+	if info, err := os.Lstat(s.token); err == nil && info.Mode()&fs.ModeSymlink != 0 {
+		r.add(fmt.Sprintf("token file %s is a link, and what it leads to is not removed: remove both", s.token))
+		return nil
+	}
 	err := os.Remove(s.token)
 	switch {
 	case err == nil:
@@ -213,7 +215,7 @@ func (k *keyState) finish(d *dir, s settings, r *report) error {
 }
 
 func ofSystemd(path string) bool {
-	dir := os.Getenv("CREDENTIALS_DIRECTORY")
+	dir := credentials()
 	return dir != "" && filepath.Dir(path) == filepath.Clean(dir)
 }
 

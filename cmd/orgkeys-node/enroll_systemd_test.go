@@ -192,6 +192,31 @@ func TestAMachineImageWithATPM(t *testing.T) {
 	}
 }
 
+// A credential that comes after the unit's start is none for it until it is started
+// again, which the unit is.
+func TestACredentialThatComesLater(t *testing.T) {
+	if systemd.AsRoot(t) {
+		return
+	}
+	f := newFront(t, harness.Start(t))
+	m := mint(t, f.Server, f.org, `{}`)
+	b := withoutKey(t, f)
+	b.Put("systemd/system/orgkeys-node.service.d/soon.conf", "[Service]\nRestartSec=1\n", 0o644, 0)
+	b.boot()
+	b.waits()
+	b.Put("credstore/orgkeys-node.token", m.Token, 0o600, 0)
+	b.Put("orgkeys-node/env", "ORGKEYS_NODE_SERVER="+f.url+"\nORGKEYS_NODE_IP=192.0.2.7\nORGKEYS_NODE_REGION=eu\n", 0o644, 0)
+	harness.Eventually(t, 2*harness.Patience, "the unit is active", func() bool {
+		return b.Property("orgkeys-node.service", "ActiveState") == "active"
+	})
+	if shown := enrollments(t, f.Server, f.org, m.ID); !strings.Contains(shown, `"state":"received"`) {
+		t.Errorf("the administrator sees %s", shown)
+	}
+	if log, err := b.Inside("journalctl", "--no-pager", "--unit=orgkeys-node"); err != nil || !strings.Contains(log, "there is no credential orgkeys-node.token") {
+		t.Errorf("it does not say what was missing: %v %s", err, log)
+	}
+}
+
 // A token that systemd hands to the shipped unit as a credential does, too, and
 // the key lasts over boots with and without it.
 func TestTokenInTheCredentialStore(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -15,6 +16,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -162,6 +164,87 @@ func TestFirstBootWithAToken(t *testing.T) {
 	e.has("key.pem", "key.pem.enrollment")
 	if e.fingerprint() == before || !strings.Contains(enrollments(t, s, org, next.ID), e.fingerprint()) {
 		t.Error("the new token brought no new key")
+	}
+}
+
+// A run that was cut off between record and key of another enrollment leaves the key
+// that was there as good as it was, whatever became of that enrollment.
+func TestTheKeyBeforeIsGoodUntilTheNextOneIsThere(t *testing.T) {
+	s := harness.Start(t)
+	org := harness.Org()
+	target, err := url.Parse(s.API)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httputil.NewSingleHostReverseProxy(target)
+	var named sync.Map // the keys that requests name
+	between := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			panic(http.ErrAbortHandler)
+		}
+		var fields struct {
+			Key string `json:"key_id"`
+		}
+		if json.Unmarshal(body, &fields) == nil {
+			named.Store(r.URL.Path, fields.Key)
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		proxy.ServeHTTP(w, r)
+	}))
+	defer between.Close()
+	e := newEnrolling(t, between.URL, mint(t, s, org, `{}`).Token)
+	e.run(0, "registered", "boot")
+	var first struct{ KeyID string }
+	key, record := read(t, e.key), e.key+".enrollment"
+	if err := json.Unmarshal([]byte(read(t, record)), &first); err != nil || first.KeyID == "" {
+		t.Fatalf("%v %+v", err, first)
+	}
+	next := mint(t, s, org, `{}`)
+	e.put(next.Token)
+	e.run(0, "enrolled key", "enroll")
+	// As if the run had ended before it stored the key; and the token is taken away.
+	cut := strings.Replace(read(t, record), `"received":true`, `"received":false`, 1)
+	if err := errors.Join(os.WriteFile(e.key, []byte(key), 0o600), os.WriteFile(record, []byte(cut), 0o600)); err != nil || !strings.Contains(cut, `"received":false`) {
+		t.Fatalf("%v %s", err, cut)
+	}
+	for range 2 {
+		for _, command := range []string{"boot", "secrets", "register"} {
+			named.Clear()
+			e.run(0, "", command, "--wait", "30s")
+			for _, path := range []string{"/secrets", "/register"} {
+				if id, asked := named.Load(path); asked && id != first.KeyID {
+					t.Errorf("%s: %s names the key %v, want %s", command, path, id, first.KeyID)
+				}
+			}
+		}
+		e.run(0, first.KeyID, "enroll")
+		e.run(0, "(enrolled), ", "status")
+	}
+	e.run(64, "was enrolled for "+org, "boot", "--org", "globex")
+	// A third token brings a third key.
+	e.put(mint(t, s, org, `{}`).Token)
+	e.run(0, "enrolled key", "enroll")
+	e.has("key.pem", "key.pem.enrollment")
+	if now := read(t, e.key); now == key {
+		t.Error("the new token brought no new key")
+	}
+}
+
+// A link to the token is not the token.
+func TestATokenThatIsALinkIsSaidToStay(t *testing.T) {
+	s := harness.Start(t)
+	e := newEnrolling(t, s.API, mint(t, s, harness.Org(), `{"uses":3}`).Token)
+	real := e.token
+	e.token += ".link"
+	if err := os.Symlink(real, e.token); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		e.run(0, e.token+" is a link, and what it leads to is not removed", "enroll")
+	}
+	if _, err := os.Stat(real); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -19,13 +19,25 @@ const (
 // before the key, so that a key without a record is not one that was enrolled here.
 type record struct {
 	client.Delivery
-	Received bool   `json:"received"`           // the server has the receipt
-	Replaces string `json:"replaces,omitempty"` // fingerprint of the key before it
+	Received bool             `json:"received"`           // the server has the receipt
+	Replaced *client.Delivery `json:"replaced,omitempty"` // of the key before it
 }
 
-// of reports whether the record, which may be nil, is that of key.
-func (r *record) of(key client.PrivateKey) bool {
-	return r != nil && key != nil && r.Fingerprint == client.Fingerprint(key.Public())
+// delivery returns how key came: by the enrollment of the record or, after a run that
+// ended between record and key, by the one before. It is nil for any other key. The record
+// may be nil.
+func (r *record) delivery(key client.PrivateKey) *client.Delivery {
+	if r == nil || key == nil {
+		return nil
+	}
+	fingerprint := client.Fingerprint(key.Public())
+	if r.Fingerprint == fingerprint {
+		return &r.Delivery
+	}
+	if r.Replaced != nil && r.Replaced.Fingerprint == fingerprint {
+		return r.Replaced
+	}
+	return nil
 }
 
 // readRecord returns nil where there is none.
@@ -58,22 +70,18 @@ type keyState struct {
 
 func (k *keyState) clear() { clear(k.token) }
 
-// enrolled reports whether the key came by an enrollment.
-func (k *keyState) enrolled() bool { return k.record.of(k.private) }
+// delivery returns how the key came, nil if by no enrollment of this node.
+func (k *keyState) delivery() *client.Delivery { return k.record.delivery(k.private) }
 
 // delivered reports whether the key is there that the token is for or, without a
 // token, that the last enrollment brought.
 func (k *keyState) delivered() bool {
-	return k.enrolled() && (k.token == nil || k.id == k.record.Enrollment)
+	d := k.delivery()
+	return d != nil && d == &k.record.Delivery && (k.token == nil || k.id == d.Enrollment)
 }
 
 // foreign reports whether there is a key that no enrollment of this node brought.
-func (k *keyState) foreign() bool {
-	if k.private == nil || k.enrolled() {
-		return false
-	}
-	return k.record == nil || k.record.Replaces != client.Fingerprint(k.private.Public())
-}
+func (k *keyState) foreign() bool { return k.private != nil && k.delivery() == nil }
 
 func readKeyState(s settings) (*keyState, error) {
 	k := &keyState{begun: exists(s.recipientFile)}
@@ -137,12 +145,12 @@ func (k *keyState) report(s settings, r *report) {
 		r.State = stateToken
 	case k.private == nil:
 		r.State = stateBegun
-	case !k.enrolled():
+	case k.foreign():
 		r.State = stateGiven
-	case !k.delivered():
-		r.State = stateReplacing
-	case !k.record.Received:
+	case k.delivered() && !k.record.Received:
 		r.State = stateDelivered
+	case !k.delivered() && k.token != nil:
+		r.State = stateReplacing
 	default:
 		r.State = stateReceived
 	}
@@ -152,8 +160,8 @@ func (k *keyState) report(s settings, r *report) {
 	if k.private != nil {
 		r.Fingerprint = client.Fingerprint(k.private.Public())
 	}
-	if k.enrolled() {
-		r.KeyID, r.Enrollment = k.record.KeyID, k.record.Enrollment
+	if d := k.delivery(); d != nil {
+		r.KeyID, r.Enrollment = d.KeyID, d.Enrollment
 	} else {
 		r.Enrollment = k.id
 	}

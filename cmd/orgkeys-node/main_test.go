@@ -573,6 +573,11 @@ func TestDoubtfulSettingsAreRefused(t *testing.T) {
 		{"not an IP address", []string{"--ip", "fe80::1%eth0"}},
 		{"has a | in it", []string{"--region", "a|b"}},
 		{"not a number", []string{"--services", "x"}},
+		{`--region "M\xfcnchen" is not UTF-8`, []string{"--region", "M\xfcnchen"}},
+		{"is not UTF-8", []string{"--status", "\xff"}},
+		{"is not UTF-8", []string{"--version", "1\xff"}},
+		{"is not UTF-8", []string{"--url", "https://\xff"}},
+		{"is not UTF-8", []string{"--provider", "\xff"}},
 		{"flag provided but not defined", []string{"--sever", "x"}},
 		{"one argument too many", []string{"now"}},
 	} {

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/org"
@@ -176,7 +177,7 @@ func parseSettings(ctx context.Context, command string, args []string, progress 
 
 // resolve finds the files that are not named.
 func (s *settings) resolve() {
-	if dir := os.Getenv("CREDENTIALS_DIRECTORY"); s.token == "" && dir != "" {
+	if dir := credentials(); s.token == "" && dir != "" {
 		// While a unit reloads, systemd names a directory that cannot be read.
 		if path := filepath.Join(dir, tokenCredential); exists(path) {
 			s.token = path
@@ -193,6 +194,9 @@ func (s *settings) resolve() {
 		s.recipientFile = s.keyFile + recipientSuffix
 	}
 }
+
+// credentials is the directory of the unit's credentials; empty without systemd.
+func credentials() string { return os.Getenv("CREDENTIALS_DIRECTORY") }
 
 func exists(path string) bool {
 	_, err := os.Lstat(path)
@@ -365,6 +369,10 @@ func (s *settings) check() error {
 		return usageError("--tls-cert and --tls-key belong together")
 	}
 	if s.org != "" || needs.node && s.token == "" && !exists(s.keyFile+recordSuffix) {
+		if s.org == "" && credentials() != "" {
+			// A unit has the credentials that there were when it started.
+			return &failure{exit: exitConfig, what: "there is no credential " + tokenCredential + ", and --org is not set", hint: "put a token there, or set --token-file or --org, and start the unit again"}
+		}
 		if _, err := org.Parse(s.org); err != nil {
 			return usageError("--org %q is not an organization ID", s.org)
 		}
@@ -381,6 +389,11 @@ func (s *settings) checkNode() error {
 	}
 	if s.region == "" || strings.ContainsAny(s.region, "|\r\n") {
 		return usageError("--region %q is empty, or has a | in it", s.region)
+	}
+	for _, said := range [][2]string{{"region", s.region}, {"version", s.version}, {"status", s.status}, {"url", s.url}, {"provider", s.provider}} {
+		if !utf8.ValidString(said[1]) {
+			return usageError("--%s %q is not UTF-8", said[0], said[1])
+		}
 	}
 	if s.services == "" {
 		return nil
