@@ -235,12 +235,13 @@ func (c *Client) remove(ctx context.Context, path, message string, gone Code) er
 
 // mayBeDone reports whether the server may have done what was asked although err is
 // what came back. Redirects and refusals of something in between never reached it; a
-// proxy that answers with 5xx, or a 200 that was cut, says nothing of that.
+// proxy that answers with 5xx, or a 200 that was cut, says nothing of that. Nor do the
+// server's own answers when its database did not say how a change ended, or it failed.
 func mayBeDone(err error) bool {
-	if _, refused := errors.AsType[*Error](err); refused {
-		return false
+	if refused, ok := errors.AsType[*Error](err); ok {
+		return refused.Code == Unavailable || refused.Code == Internal
 	}
-	if _, unsent := errors.AsType[*unsentError](err); unsent {
+	if Unsent(err) {
 		return false
 	}
 	foreign, ok := errors.AsType[*ForeignError](err)

@@ -423,6 +423,41 @@ func TestGenerateKeyIsRepeatedOnlyIfNothingWasMade(t *testing.T) {
 	}
 }
 
+// What cannot be said in a request is an error, and not taken for nothing said.
+func TestARestrictionThatIsNotKnownIsNoneTaken(t *testing.T) {
+	var n atomic.Int64
+	c := newClient(t, client.Config{Server: stub(t, counted(&n, answering(200, "application/json", `{"events":[],"total":0}`))), Token: anyToken})
+	for _, f := range []client.EventFilter{{Context: "nodes"}, {Change: "delete"}, {Context: client.WasDeleted}, {Change: client.OfKeys}} {
+		if _, err := c.Events(t.Context(), "acme", f); !errors.Is(err, client.ErrRequest) {
+			t.Errorf("%+v: %v", f, err)
+		}
+	}
+	for _, life := range []time.Duration{time.Millisecond, -time.Hour, 90*time.Minute + 1} {
+		if _, err := c.CreateEnrollment(t.Context(), "acme", client.Terms{Life: life}); !errors.Is(err, client.ErrRequest) {
+			t.Errorf("a life of %s: %v", life, err)
+		}
+	}
+	if n.Load() != 0 {
+		t.Errorf("%d requests", n.Load())
+	}
+	// As Event has them.
+	for _, f := range []client.EventFilter{{Context: "orgkey"}, {Context: "flashbacknode", Change: "updated"}} {
+		if _, err := c.Events(t.Context(), "acme", f); err != nil {
+			t.Errorf("%+v: %v", f, err)
+		}
+	}
+	asked := make(chan string, 1)
+	c = newClient(t, client.Config{Server: stub(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked <- r.URL.RawQuery
+		refusing(400, "invalid_request")(w, r)
+	})), Token: anyToken})
+	if _, err := c.Log(t.Context(), "acme", client.LogFilter{Take: -1, Before: -2}); !errors.Is(err, client.InvalidRequest) {
+		t.Errorf("negative numbers: %v", err)
+	} else if query := <-asked; query != "before=-2&take=-1" {
+		t.Errorf("the server is asked for %q", query)
+	}
+}
+
 func TestDamagedKeyIsNamed(t *testing.T) {
 	for _, body := range []string{"-----BEGIN RSA PRIVATE KEY-----\nAA==\n-----END RSA PRIVATE KEY-----\n", "", "x"} {
 		c := newClient(t, client.Config{Server: stub(t, answering(200, "application/x-pem-file", body, "X-Key-Id", "k-1")), Token: anyToken})
@@ -439,7 +474,10 @@ func TestDeletionWhoseAnswerWasLostIsDone(t *testing.T) {
 		done  bool
 	}{
 		"lost":       {lost, true},
+		"unknown":    {refusing(503, "unavailable"), true}, // to the server itself
+		"failed":     {refusing(500, "internal"), true},
 		"overloaded": {refusing(503, "overloaded"), false},
+		"no trail":   {refusing(503, "audit_unavailable"), false},
 		"not found":  {refusing(404, "key_not_found"), false},
 	} {
 		var n atomic.Int64

@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"time"
 
@@ -18,10 +19,15 @@ const (
 	WasDeleted = "deleted"
 )
 
-// numbers are what the API calls them in requests.
-var numbers = map[string]int{OfNodes: 9, OfKeys: 10, WasCreated: 0, WasUpdated: 1, WasDeleted: 2}
+// What the API calls contexts and changes in requests. A context may have the name, too,
+// that Event.Context has.
+var (
+	contextNumbers = map[string]int{OfNodes: 9, "flashbacknode": 9, OfKeys: 10, "orgkey": 10}
+	changeNumbers  = map[string]int{WasCreated: 0, WasUpdated: 1, WasDeleted: 2}
+)
 
-// EventFilter says which events to list. The zero value is the last day's.
+// EventFilter says which events to list. The zero value is the last day's. A name that is
+// none is an error, ErrRequest, and not taken for no restriction.
 type EventFilter struct {
 	From, To time.Time // zero: the last 24 hours, and no end
 	Context  string    // OfNodes, OfKeys, or both if empty
@@ -46,7 +52,7 @@ type eventFields struct {
 	Take    int        `json:"take,omitzero"`
 }
 
-func (f EventFilter) fields(org string) eventFields {
+func (f EventFilter) fields(org string) (eventFields, error) {
 	e := eventFields{Org: org, Object: f.Object, By: f.By, Unread: f.Unread, Skip: f.Skip, Take: f.Take}
 	instant := func(at time.Time) *time.Time {
 		if at.IsZero() {
@@ -54,16 +60,23 @@ func (f EventFilter) fields(org string) eventFields {
 		}
 		return &at
 	}
-	number := func(name string) *int {
-		n, known := numbers[name]
-		if !known {
-			return nil
+	number := func(what, name string, of map[string]int) (*int, error) {
+		if name == "" {
+			return nil, nil
 		}
-		return &n
+		n, known := of[name]
+		if !known {
+			return nil, fmt.Errorf("%w: there is no %s %q", ErrRequest, what, name)
+		}
+		return &n, nil
 	}
 	e.From, e.To = instant(f.From), instant(f.To)
-	e.Context, e.Change = number(f.Context), number(f.Change)
-	return e
+	var err error
+	if e.Context, err = number("context", f.Context, contextNumbers); err != nil {
+		return e, err
+	}
+	e.Change, err = number("change", f.Change, changeNumbers)
+	return e, err
 }
 
 // Event is a change in an organization.
@@ -91,9 +104,13 @@ type EventPage struct {
 // other members their own.
 func (c *Client) Events(ctx context.Context, org string, f EventFilter) (EventPage, error) {
 	var page EventPage
+	fields, err := f.fields(org)
+	if err != nil {
+		return page, err
+	}
 	return page, c.do(ctx, request{
 		method: http.MethodPost, path: "/systemevent", token: true, typ: "application/json", limit: maxList,
-		body: func() ([]byte, error) { return json.Marshal(f.fields(org)) },
+		body: func() ([]byte, error) { return json.Marshal(fields) },
 		read: func(a *answer) error {
 			if err := a.decode(&page); err != nil {
 				return err

@@ -35,10 +35,10 @@ func (f LogFilter) query() string {
 	if !f.Until.IsZero() {
 		set("until", f.Until.UTC().Format(time.RFC3339Nano))
 	}
-	if f.Before > 0 {
+	if f.Before != 0 {
 		set("before", strconv.FormatInt(f.Before, 10))
 	}
-	if f.Take > 0 {
+	if f.Take != 0 {
 		set("take", strconv.Itoa(f.Take))
 	}
 	if encoded := q.Encode(); encoded != "" {

@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"time"
 
@@ -50,12 +51,15 @@ type Bound struct {
 // InTPM reports whether only a key in a TPM may be enrolled.
 func (b *Bound) InTPM() bool { return b != nil && (b.EK != "" || b.TPM) }
 
-func (t Terms) fields() termsFields {
+func (t Terms) fields() (termsFields, error) {
+	if t.Life < 0 || t.Life%time.Second != 0 {
+		return termsFields{}, fmt.Errorf("%w: a life of %s is not in whole seconds", ErrRequest, t.Life)
+	}
 	f := termsFields{Scope: t.Scope, Origin: t.Origin, Uses: t.Uses, Seconds: int64(t.Life / time.Second), Approval: t.Approval, IP: t.IP, Note: t.Note}
 	if bound := (Bound{t.Recipient, t.EK, t.TPM}); bound != (Bound{}) {
 		f.Bind = &bound
 	}
-	return f
+	return f, nil
 }
 
 // Permission is an enrollment as administrators see it: for one node, or
@@ -109,10 +113,14 @@ type MintedPermission struct {
 // answer, the enrollment may exist all the same, and nobody has its token:
 // [Client.Permissions] shows it.
 func (c *Client) CreateEnrollment(ctx context.Context, org string, t Terms) (*MintedPermission, error) {
+	fields, err := t.fields()
+	if err != nil {
+		return nil, err
+	}
 	var minted *MintedPermission
-	err := c.do(ctx, request{
+	err = c.do(ctx, request{
 		method: http.MethodPost, path: orgPath(org, "enrollment"), token: true, typ: "application/json", status: http.StatusCreated, temporary: nothingMade,
-		body: func() ([]byte, error) { return json.Marshal(t.fields()) },
+		body: func() ([]byte, error) { return json.Marshal(fields) },
 		read: func(a *answer) (err error) {
 			minted, err = a.minted()
 			return err

@@ -39,8 +39,12 @@ orgkeys-node.service). The address and region of the node are left for you to sa
 			if out != "" && form != "" {
 				return usage("--for and --token-out exclude each other: the snippet holds the token")
 			}
-			if t.Life%time.Second != 0 {
-				return usage("--life is in whole seconds")
+			// The API takes 0 of either for its default.
+			if t.Life < time.Second || t.Life%time.Second != 0 {
+				return usage("--life is in whole seconds, from 1m to 720h")
+			}
+			if t.Uses < 1 {
+				return usage("--uses is 1 to 1000")
 			}
 			return createEnrollment(ctx, c, t, out, write)
 		}),
@@ -74,7 +78,7 @@ func createEnrollment(ctx context.Context, c *connection, t client.Terms, out st
 	minted, err := c.CreateEnrollment(ctx, c.Org, t)
 	if err != nil {
 		if !nothingCameOfIt(err) {
-			c.progress(`there may be an enrollment now whose token nobody has: "orgkeysctl enrollment list" shows it, revoke it`)
+			c.warn(`there may be an enrollment now whose token nobody has: "orgkeysctl enrollment list" shows it, revoke it`)
 		}
 		return err
 	}

@@ -201,8 +201,8 @@ func readTerms(form url.Values) (client.Terms, error) {
 	}
 	uses, err := strconv.Atoi(cmp.Or(form.Get("uses"), "1"))
 	hours, err2 := strconv.Atoi(cmp.Or(form.Get("hours"), "24"))
-	if err != nil || err2 != nil || hours < 0 || hours > 1<<20 {
-		return t, &client.Error{Status: http.StatusBadRequest, Code: client.InvalidRequest, Message: "Uses and hours are whole numbers."}
+	if err != nil || err2 != nil || uses < 1 || hours < 1 || hours > 1<<20 {
+		return t, &client.Error{Status: http.StatusBadRequest, Code: client.InvalidRequest, Message: "Uses and hours are whole numbers, and at least 1."}
 	}
 	t.Uses, t.Life = uses, time.Duration(hours)*time.Hour
 	return t, nil

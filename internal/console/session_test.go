@@ -580,6 +580,11 @@ func TestPromise15_HostileTextsAreTexts(t *testing.T) {
 			t.Errorf("uses %q answers %d", value, got.StatusCode)
 		}
 	}
+	for field, other := range map[string]string{"uses": "hours", "hours": "uses"} {
+		if got := ada.send("/console/enrollments", url.Values{field: {"0"}, other: {"1"}}); got.StatusCode != http.StatusBadRequest {
+			t.Errorf("no %s answers %d", field, got.StatusCode)
+		}
+	}
 	if got := ada.send("/console/secrets", url.Values{"name": {"big"}, "value": {strings.Repeat("x", 300<<10)}}); got.StatusCode < 400 || got.StatusCode >= 500 {
 		t.Errorf("a large form answers %d", got.StatusCode)
 	}
