@@ -75,6 +75,11 @@ func TestEnrollments(t *testing.T) {
 	looksLike(t, "enrollment-list", p.home, p.does("enrollment", "list"))
 	p.fails(exitNotFound, "enrollment_not_found", "enrollment", "show", "11ea7a05-6cc2-495a-a581-466cc1cd2067")
 	p.fails(exitRefused, "invalid_request", "enrollment", "create", "--uses", "2000")
+	// What the API takes for its default is not what was said.
+	for _, wrong := range [][]string{{"--life", "0s"}, {"--life", "-1h"}, {"--life", "1500ms"}, {"--uses", "0"}, {"--uses", "-1"}} {
+		p.fails(exitUsage, wrong[0]+" is", append([]string{"enrollment", "create"}, wrong...)...)
+	}
+	p.fails(exitUsage, "UTF-8", "enrollment", "create", "--note", "M\xfcnchen")
 	p.fails(exitUsage, "--for is one of", "enrollment", "create", "--for", "pigeon")
 
 	looksLike(t, "enrollment-create-file", p.home, p.does("enrollment", "create", "--token-out", "token"))
@@ -281,8 +286,9 @@ func TestNodesSecretsAndEvents(t *testing.T) {
 	looksLike(t, "event-list", p.home, p.does("event", "list"))
 	looksLike(t, "event-list-deleted", p.home, p.does("event", "list", "--of", "node", "--change", "deleted", "--id", nodes[0].ID))
 	var events []client.Event
-	if err := json.Unmarshal([]byte(p.does("event", "list", "--json", "--limit", "2")), &events); err != nil || len(events) != 2 {
-		t.Errorf("%+v, %v", events, err)
+	code, out, log = p.run("", "event", "list", "--json", "--limit", "2")
+	if err := json.Unmarshal([]byte(out), &events); code != 0 || err != nil || len(events) != 2 || !strings.Contains(log, "there are more: --limit") {
+		t.Errorf("%d, %+v, %v, %s", code, events, err, log)
 	}
 	looksLike(t, "event-list-none", p.home, p.does("event", "list", "--since", "2020-01-01T00:00:00Z", "--until", "2020-01-02T00:00:00Z"))
 	for _, wrong := range [][]string{{"--since", "yesterday"}, {"--of", "bucket"}, {"--change", "made"}, {"--limit", "0"}} {

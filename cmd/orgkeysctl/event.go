@@ -42,10 +42,13 @@ audit log alone.`,
 			if err != nil {
 				return err
 			}
+			if more > 0 {
+				defer c.warn("there are more: --limit")
+			}
 			if c.json {
 				return printJSON(c.out, events)
 			}
-			return showEvents(c, events, more)
+			return showEvents(c, events)
 		}),
 	}
 	flags := cmd.Flags()
@@ -115,7 +118,7 @@ func fetchEvents(ctx context.Context, c *connection, f client.EventFilter, limit
 	}
 }
 
-func showEvents(c *connection, events []client.Event, more int) error {
+func showEvents(c *connection, events []client.Event) error {
 	var rows [][]string
 	for _, e := range events {
 		by := e.By
@@ -124,13 +127,7 @@ func showEvents(c *connection, events []client.Event, more int) error {
 		}
 		rows = append(rows, []string{instant(e.Time), kindOf(e.Context), e.Change, e.Object, by})
 	}
-	if err := table(c.out, []string{"TIME", "OF", "CHANGE", "ID", "BY"}, rows, "no events"); err != nil {
-		return err
-	}
-	if more > 0 {
-		c.progress("there are more: --limit")
-	}
-	return nil
+	return table(c.out, []string{"TIME", "OF", "CHANGE", "ID", "BY"}, rows, "no events")
 }
 
 // kindOf is what commands call what the API calls by the platform's names.

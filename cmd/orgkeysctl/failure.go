@@ -5,6 +5,8 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"strings"
 	"unicode"
 
@@ -68,8 +70,17 @@ func diagnose(ctx context.Context, s *settings, err error) error {
 	if errors.Is(err, client.ErrKeyDamaged) || errors.Is(err, client.ErrSealedDamaged) {
 		return &failure{exit: exitDamaged, err: err}
 	}
+	if errors.Is(err, client.ErrRequest) {
+		return &failure{exitUsage, "the request cannot be made", "texts have to be UTF-8", err}
+	}
 	if untrusted, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		return &failure{exitUnavailable, "the server's certificate is not trusted", "check --server and --ca-file", untrusted.Err}
+	}
+	if path, ok := errors.AsType[*fs.PathError](err); ok {
+		return &failure{exit: exitCannotWrite, err: path}
+	}
+	if link, ok := errors.AsType[*os.LinkError](err); ok {
+		return &failure{exit: exitCannotWrite, err: link}
 	}
 	return &failure{exitUnavailable, "the server " + s.server + " cannot be reached", "check the network, and whether it wants a client certificate (--tls-cert and --tls-key)", err}
 }

@@ -3,12 +3,14 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -219,6 +221,114 @@ func TestAKeyThatIsGoneBeforeItsReceipt(t *testing.T) {
 	p.fails(exitCannotWrite, "is there already", "key", "create", "--out", "key.pem")
 	p.does("key", "create", "--out", "other.pem")
 	wantKey(t, p, p.path("other.pem"))
+}
+
+// What may exist although nobody has it is said to programs, too.
+func TestProgramsHearOfWhatMayBeLost(t *testing.T) {
+	t.Parallel()
+	for path, c := range map[string]struct {
+		want string
+		args []string
+	}{
+		"/key":        {`"orgkeysctl key list" shows it`, []string{"key", "create", "--plain", "--out", "key.pem"}},
+		"/enrollment": {`"orgkeysctl enrollment list" shows it`, []string{"enrollment", "create"}},
+		"/receipt":    {"run the same command again", []string{"key", "create", "--out", "key.pem"}},
+	} {
+		p := owner(t)
+		p.server = (&cutter{path: path}).start(t)
+		p.logIn("OWNER")
+		p.fails(exitUnavailable, c.want, append(c.args, "--json")...)
+	}
+	// Where nothing was sent, nothing is lost.
+	closed := httptest.NewServer(nil)
+	closed.Close()
+	untrusted := httptest.NewTLSServer(nil)
+	defer untrusted.Close()
+	for _, at := range []string{closed.URL, untrusted.URL} {
+		p := newcomer(t, at)
+		p.logIn("OWNER")
+		if code, _, log := p.run("", "key", "create", "--plain", "--out", "key.pem"); code != exitUnavailable || strings.Contains(log, "there may be") {
+			t.Errorf("%s: %d, %s", at, code, log)
+		}
+	}
+}
+
+// A receipt that was taken, and the file moved: the next run has another key, and says so.
+func TestAnotherKeyThanTheInterruptedRuns(t *testing.T) {
+	t.Parallel()
+	p := owner(t)
+	p.server = (&cutter{path: "/receipt"}).start(t)
+	p.logIn("OWNER")
+	p.fails(exitUnavailable, "before you move it", "key", "create", "--out", "key.pem")
+	first := wantKey(t, p, p.path("key.pem"))
+	if err := os.Rename(p.path("key.pem"), p.path("moved.pem")); err != nil {
+		t.Fatal(err)
+	}
+	code, out, log := p.run("", "key", "create", "--out", "key.pem", "--json")
+	var second made
+	if err := json.Unmarshal([]byte(out), &second); code != 0 || err != nil || second.ID == first.ID {
+		t.Fatalf("%d, %v, %s%s", code, err, out, log)
+	}
+	if !strings.Contains(log, first.ID) || !strings.Contains(log, "this is another one, "+second.ID) {
+		t.Errorf("it does not say that there are two keys: %s", log)
+	}
+}
+
+// What is wrong with a file of its own is not told as the server's.
+func TestFilesOfItsOwnAreNotTheServers(t *testing.T) {
+	t.Parallel()
+	p := owner(t)
+	p.does("key", "create", "--out", "key.pem")
+	locks, err := filepath.Glob(p.path(".config/orgkeysctl/arrival-*.lock"))
+	if err != nil || len(locks) != 1 {
+		t.Fatalf("%v %v", locks, err)
+	}
+	if err := errors.Join(os.Remove(locks[0]), os.Mkdir(locks[0], 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	p.fails(exitCannotWrite, "arrival-", "key", "create", "--out", "second.pem")
+	if err := os.Remove(locks[0]); err != nil {
+		t.Fatal(err)
+	}
+
+	// The recipient cannot be removed, once the receipt is there.
+	to, err := url.Parse(server.API)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forward := &httputil.ReverseProxy{Transport: &http.Transport{DisableKeepAlives: true}, Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(to) }}
+	between := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "/receipt") {
+			arrivals, err := filepath.Glob(p.path(".config/orgkeysctl/arrival-*.json"))
+			if err != nil || len(arrivals) != 1 {
+				t.Errorf("%v %v", arrivals, err)
+			}
+			for _, of := range arrivals {
+				if err := errors.Join(os.Remove(of), os.MkdirAll(filepath.Join(of, "full"), 0o700)); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		forward.ServeHTTP(w, r)
+	}))
+	defer between.Close()
+	p.server = between.URL
+	p.logIn("OWNER")
+	p.fails(exitCannotWrite, "is in "+p.path("third.pem")+", and its recipient", "key", "create", "--out", "third.pem")
+
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	for _, more := range [][]string{nil, {"--json"}} {
+		cmd := p.command(t.Context(), append([]string{"key", "list"}, more...)...)
+		var log bytes.Buffer
+		cmd.Stdout, cmd.Stderr = full, &log
+		if err := cmd.Run(); cmd.ProcessState.ExitCode() != exitCannotWrite || strings.Contains(log.String(), "cannot be reached") {
+			t.Errorf("%q: %v, %s", more, err, &log)
+		}
+	}
 }
 
 // Two at once wait for each other, and each ends with a key of its own.

@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -87,11 +86,15 @@ func (m made) print(c *connection) error {
 	return fields(c.out, field{"key", m.ID}, field{"organization", m.Org}, field{"fingerprint", m.Fingerprint}, field{"delivery", way}, field{"file", m.File})
 }
 
+// progress says what goes on, to a person who watches.
 func (c *connection) progress(text string) {
 	if !c.json {
-		fmt.Fprintln(c.log, "orgkeysctl:", text)
+		c.warn(text)
 	}
 }
+
+// warn says what nobody may miss. Standard output is for what was asked for alone.
+func (c *connection) warn(text string) { fmt.Fprintln(c.log, "orgkeysctl:", text) }
 
 func createPlain(ctx context.Context, c *connection, path string) (made, error) {
 	file, err := newFile(path, rand.Text())
@@ -103,7 +106,7 @@ func createPlain(ctx context.Context, c *connection, path string) (made, error) 
 	key, err := c.GenerateKey(ctx, c.Org)
 	if err != nil {
 		if !nothingCameOfIt(err) {
-			c.progress(`there may be a key now that nobody has: "orgkeysctl key list" shows it, delete it`)
+			c.warn(`there may be a key now that nobody has: "orgkeysctl key list" shows it, delete it`)
 		}
 		return made{}, err
 	}
@@ -119,8 +122,7 @@ func createPlain(ctx context.Context, c *connection, path string) (made, error) 
 // so, or was not asked.
 func nothingCameOfIt(err error) bool {
 	_, refused := errors.AsType[*client.Error](err)
-	dial, ok := errors.AsType[*net.OpError](err)
-	return refused || errors.Is(err, client.ErrRequest) || ok && dial.Op == "dial"
+	return refused || client.Unsent(err)
 }
 
 // newFile makes sure, before there is a secret, that it can be written.
@@ -208,7 +210,7 @@ func createSealed(ctx context.Context, c *connection, path string) (m made, err 
 		if m, err = a.receive(ctx, c); err != nil || a.File == path {
 			return m, err
 		}
-		c.progress("the key of an interrupted run is in " + a.File + "; this is another one")
+		c.warn("the key of an interrupted run is in " + a.File + "; this is another one")
 		a = nil
 	}
 	return c.fetch(ctx, a, path)
@@ -240,6 +242,9 @@ func (c *connection) fetch(ctx context.Context, a *arrival, path string) (made, 
 		return made{}, err
 	}
 	defer clear(key.PEM)
+	if before := a.Key.KeyID; before != "" && before != key.KeyID {
+		c.warn("key " + before + ", which an interrupted run wrote to " + a.File + ", was received, withdrawn or deleted before; this is another one, " + key.KeyID)
+	}
 	a.File, a.Key = path, key.Delivery
 	if err := a.store(); err != nil {
 		return made{}, err
@@ -263,10 +268,13 @@ func (a *arrival) receive(ctx context.Context, c *connection) (made, error) {
 		return made{}, errors.Join(&failure{exitRefused, "the server withdrew or deleted key " + a.Key.KeyID + " before it heard that it arrived",
 			"delete " + a.File + " and run this again", err}, durable.Remove(a.path))
 	case err != nil:
-		c.progress("the key is in " + a.File + ", and the server does not know that yet: run the same command again")
+		c.warn("the key is in " + a.File + ", and the server may not know that yet: run the same command again before you move it")
 		return made{}, err
 	}
-	return a.made(), durable.Remove(a.path)
+	if err := durable.Remove(a.path); err != nil {
+		return made{}, &failure{exitCannotWrite, "key " + a.Key.KeyID + " is in " + a.File + ", and its recipient, which nobody needs any more, cannot be removed", "delete " + a.path, err}
+	}
+	return a.made(), nil
 }
 
 func (c *connection) newArrival() (*arrival, error) {
