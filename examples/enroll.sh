@@ -1,5 +1,6 @@
 #!/bin/sh
-# Fetches this node's own key with a one-time token. Needs sh, openssl 3, curl and jq.
+# Fetches this node's own key with a one-time token. Needs sh, openssl 3, curl, jq 1.6 and flock
+# (of util-linux or busybox).
 set -eu
 
 usage() {
@@ -9,19 +10,21 @@ Usage: enroll.sh --server URL --token-file FILE --dir DIR [--origin node] [--cac
 Fetches this node's private key from orgkeys with the enrollment token in FILE,
 and writes DIR/private_key.pem (0600) and DIR/enrollment.json. Nobody between
 the HSM and this machine can read the key. Run it again after any interruption:
-it goes on where it was. When all is done, FILE is removed. With a new token it
-brings a new key in place of the one that it fetched before.
+it goes on where it was. Of two runs at once one waits for the other. When all is
+done, FILE is removed. With a new token it brings a new key in place of the one
+that it fetched before.
 
   --server URL       as https://orgkeys.example
   --token-file FILE  the token, oke1.ID.SECRET
-  --dir DIR          where the key goes; made 0700 if it is missing
+  --dir DIR          where the key goes; made 0700 if it is missing. It must be
+                     this user's, and nobody else may write to it
   --origin node      this machine makes the key, and sends its public half only;
                      for enrollments of that origin
   --cacert FILE      authorities of the server's certificate; default the system's
 
 Exit codes: 0 the key is there; 75 try again later; 77 the enrollment is not
-good (any more): ask an administrator; 64 wrong arguments, or a key that this
-did not fetch is there; 70 something is wrong with the answer.
+good (any more): ask an administrator; 64 wrong arguments, a program that is
+missing, or a key that this did not fetch; 70 something is wrong with the answer.
 USAGE
 }
 
@@ -48,8 +51,28 @@ fail() {
 	exit "$code"
 }
 
+while [ "$server" != "${server%/}" ]; do server=${server%/}; done
+
+for program in openssl curl jq flock; do
+	command -v "$program" >/dev/null || fail 64 "there is no $program"
+done
+jq -n --rawfile empty /dev/null '$empty' >/dev/null 2>&1 || fail 64 "jq 1.6 or newer is needed"
+
 umask 077
 mkdir -p "$dir"
+# Whoever can put a key there can open what is sealed to it.
+case $(ls -ld "$dir") in
+?????w* | ????????w*) fail 64 "others may write to $dir: chmod go-w" ;;
+esac
+[ -O "$dir" ] || fail 64 "$dir belongs to another user"
+# Two runs at once would begin with two keys, of which the enrollment takes one.
+exec 9<"$dir"
+tries=0
+until flock -n 9; do # busybox has no -w
+	tries=$((tries + 1))
+	[ $tries -le 90 ] || fail 75 "another run is at it"
+	sleep 1
+done
 key=$dir/private_key.pem
 answer=$dir/enrollment.json
 # What the enrollment begins with: the recipient, or the node's own key.
@@ -57,8 +80,11 @@ case $origin in
 backend) first=$dir/recipient.pem bits=3072 ;;
 node) first=$dir/own_key.pem bits=2048 ;;
 esac
+# A run that was killed may have left the private key there.
+rm -rf "$dir"/.work.*
 work=$(mktemp -d "$dir/.work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
+trap 'exit 75' HUP INT TERM # of some shells a signal ends the script without the line above
 
 if [ ! -e "$token_file" ]; then
 	[ -s "$key" ] || fail 77 "there is neither a token at $token_file nor a key at $key"
@@ -127,12 +153,13 @@ sign() { openssl dgst -sha256 -sign "$1" | openssl base64 -A; }
 
 # post PATH sends standard input, and leaves the body in $work/body.
 post() {
-	set -- "$server$1"
+	path=$1
+	set -- "$server$path"
 	[ -z "$cacert" ] || set -- --cacert "$cacert" "$@"
 	status=$(curl --silent --show-error --proto '=https,http' --max-time 60 --output "$work/body" --write-out '%{http_code}' \
 		-H 'Content-Type: application/json' --data-binary @- "$@") || fail 75 "$server cannot be reached"
 	# Whatever is not our own errorCode is somebody else's answer, and passes.
-	reason=$(jq -r '.errorCode // empty' "$work/body" 2>/dev/null) || reason=''
+	reason=$(jq -r 'select(.requestId) | .errorCode // empty' "$work/body" 2>/dev/null) || reason=''
 	case $status:$reason in
 	200:) ;;
 	202:*) fail 75 "the key is not ready yet" ;;
@@ -140,6 +167,7 @@ post() {
 		*:origin_not_allowed | *:device_not_allowed)
 		fail 77 "$(jq -r .message "$work/body")"
 		;;
+	*:not_found) fail 64 "$server answers that there is no $path: is the path of --server right?" ;;
 	*) fail 75 "$server answers $status $reason" ;;
 	esac
 }
