@@ -55,7 +55,11 @@ func TestCloudInitExample(t *testing.T) {
 	b.boot()
 	b.waits()
 
+	// cloud-init has more to do than to wait for a server, or for an approval.
+	f.stop()
 	b.cloudInit(read(t, "../../examples/cloud-init.yaml"), "https://orgkeys.example", f.url, "oke1.00000000-0000-4000-8000-000000000000."+strings.Repeat("A", 43), m.Token)
+	b.waits()
+	f.begin(t)
 	b.isUp()
 	if _, err := os.Stat(b.Path("/var/lib/orgkeys-node/enroll.token")); !os.IsNotExist(err) {
 		t.Errorf("the token's file after the receipt: %v", err)
@@ -101,7 +105,9 @@ func (b *box) cloudInit(text string, replacements ...string) {
 		}
 	}
 	for _, command := range data.Run {
-		if out, err := b.Inside(command...); err != nil {
+		// A job that waits for the node's server is none of cloud-init's to wait for.
+		bounded := append([]string{"timeout", strconv.FormatFloat(harness.Patience.Seconds(), 'f', 0, 64)}, command...)
+		if out, err := b.Inside(bounded...); err != nil {
 			t.Errorf("%q: %v %s", command, err, out)
 		}
 	}
@@ -171,6 +177,9 @@ func TestAMachineImageWithATPM(t *testing.T) {
 	var data strings.Builder
 	if err := snippet.Write(&data, "cloud-init", snippet.Enrollment{Server: f.url, ID: m.ID, Token: m.Token, OwnKey: true, TPM: true}); err != nil {
 		t.Fatal(err)
+	}
+	if !strings.Contains(data.String(), "# The unit opens the TPM only with a drop-in") {
+		t.Errorf("the user data do not say what the unit needs: %s", data.String())
 	}
 	b.cloudInit(strings.Replace(data.String(), m.Token, "oke1.TOKEN", 1), "=ADDRESS", "=192.0.2.7", "=REGION", "=eu", "oke1.TOKEN", m.Token)
 	b.isUp()

@@ -135,6 +135,8 @@ func TestSnippets(t *testing.T) {
 	} {
 		if out := p.does("enrollment", "create", "--origin", "node", "--tpm", "--for", form); !strings.Contains(out, want) {
 			t.Errorf("%s of an enrollment for keys in TPMs: %s", form, out)
+		} else if strings.Contains(out, "# The unit opens the TPM only with a drop-in") == (form == "shell") {
+			t.Errorf("%s does not say what its unit needs: %s", form, out)
 		}
 	}
 	token := varying[0].form
@@ -171,7 +173,7 @@ func TestSnippets(t *testing.T) {
 		} `yaml:"write_files"`
 		Run [][]string `yaml:"runcmd"`
 	}
-	if err := yaml.Unmarshal([]byte(texts["cloud-init"]), &config); err != nil || len(config.Files) != 2 || len(config.Run) != 1 {
+	if err := yaml.Unmarshal([]byte(texts["cloud-init"]), &config); err != nil || len(config.Files) != 2 || len(config.Run) != 2 {
 		t.Fatalf("cloud-init's: %v, %+v", err, config)
 	}
 	if f := config.Files[1]; f.Content != token.FindString(texts["cloud-init"]) || f.Permissions != "0600" || f.Owner != "orgkeys-node:orgkeys-node" || !f.Defer {

@@ -22,6 +22,16 @@ type Enrollment struct {
 	TPM               bool // in its TPM
 }
 
+// needs is what the shipped unit lacks for the enrollment, as comments.
+func (e Enrollment) needs() string {
+	if !e.TPM {
+		return ""
+	}
+	return `# The unit opens the TPM only with a drop-in that has PrivateDevices=no,
+# DeviceAllow=/dev/tpmrm0 rw and the group of the device: docs/nodes.md.
+`
+}
+
 // settings are those that the enrollment asks for, as flags and as variables.
 func (e Enrollment) settings() (flags, variables string) {
 	if e.OwnKey {
@@ -50,7 +60,7 @@ func Write(w io.Writer, kind string, e Enrollment) error {
 	flags, variables := e.settings()
 	indented := strings.ReplaceAll(variables, "ORGKEYS_", "      ORGKEYS_") // as the lines of the file in YAML
 	_, err := strings.NewReplacer("{server}", e.Server, "{id}", e.ID, "{token}", e.Token,
-		"{flags}", flags, "{variables}", variables, "{indented}", indented).WriteString(w, text)
+		"{needs}", e.needs(), "{flags}", flags, "{variables}", variables, "{indented}", indented).WriteString(w, text)
 	return err
 }
 
@@ -73,7 +83,7 @@ orgkeys-node boot --server {server} --ip "$IP" --region "$REGION" --dir "$DIR" -
 const cloudSnippet = `#cloud-config
 # Enrollment {id}. The image has orgkeys-node and its unit. Whatever runs on the
 # machine can read this; the token is worth nothing any more once the node has its key.
-users:
+{needs}users:
   - default
   - name: orgkeys-node
     system: true
@@ -96,12 +106,13 @@ write_files:
     content: {token}
 
 runcmd:
-  - [systemctl, enable, --now, orgkeys-node.service]
+  - [systemctl, enable, orgkeys-node.service]
+  - [systemctl, --no-block, start, orgkeys-node.service]
 `
 
 const systemdSnippet = `# As root on the node, where orgkeys-node.service is installed. It takes the credential
 # orgkeys-node.token (systemd 252 and newer). Enrollment {id}
-set -eu
+{needs}set -eu
 : "${IP:?the address of the node}" "${REGION:?its region}"
 install -d -m 0700 /etc/credstore
 (umask 077 && cat >/etc/credstore/orgkeys-node.token) <<'TOKEN'
