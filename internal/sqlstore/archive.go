@@ -35,7 +35,7 @@ var ErrRemoved = errors.New("its entry was removed by the policy of retention")
 // over is the log as q reads it.
 func (d *DB) over(q reader) snapshot { return snapshot{q, d.snapshot.archive} }
 
-// Archived implements tiles.Log and verify.Snapshot.
+// Archived implements tiles.Log, verify.Past and verify.Snapshot.
 func (s snapshot) Archived(ctx context.Context) (a audit.Archived, err error) {
 	err = s.q.QueryRowContext(ctx, "SELECT moved, moved_by, next_move, removed, removed_by, next_removal FROM log_archive").
 		Scan(&a.Moved, &a.MovedBy, &a.NextMove, &a.Removed, &a.RemovedBy, &a.NextRemoval)
@@ -45,7 +45,7 @@ func (s snapshot) Archived(ctx context.Context) (a audit.Archived, err error) {
 	return a, err
 }
 
-// ArchiveCheckpoint implements verify.Snapshot.
+// ArchiveCheckpoint implements verify.Past.
 func (s snapshot) ArchiveCheckpoint(ctx context.Context) (audit.Checkpoint, error) {
 	if s.archive == nil {
 		return audit.Checkpoint{}, ErrNoArchive
@@ -163,7 +163,7 @@ func (s snapshot) archivedHash(ctx context.Context, at int64) (tlog.Hash, error)
 	return tiles.Root(hashes[within : within+1<<level]), nil
 }
 
-// Bundle implements verify.Snapshot.
+// Bundle implements verify.Past.
 func (s snapshot) Bundle(ctx context.Context, bundle int64, removed bool) (b verify.Bundle, err error) {
 	if removed {
 		b.Hashes, err = s.bundleHashes(ctx, bundle)
@@ -197,23 +197,22 @@ func (s snapshot) Bundle(ctx context.Context, bundle int64, removed bool) (b ver
 	return b, err
 }
 
-// archivedReceipts returns receipts for events that were moved.
-func (s snapshot) archivedReceipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error) {
+// archivedReceipts returns receipts for events that were moved, and how many were.
+func (s snapshot) archivedReceipts(ctx context.Context, sink string, from, to int64) (all []audit.Receipt, moved int64, err error) {
 	a, err := s.Archived(ctx)
 	if err != nil || from >= a.Moved {
-		return nil, err
+		return nil, a.Moved, err
 	}
 	if s.archive == nil {
-		return nil, fmt.Errorf("event %d: %w", from, ErrNoArchive)
+		return nil, 0, fmt.Errorf("event %d: %w", from, ErrNoArchive)
 	}
-	var all []audit.Receipt
 	for b := from / tiles.Width; b*tiles.Width < min(to, a.Moved); b++ {
 		receipts, err := s.archive.Receipts(ctx, sink, b)
 		if errors.Is(err, fs.ErrNotExist) { // it gave none then
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		for i, receipt := range receipts {
 			if index := b*tiles.Width + int64(i); len(receipt) > 0 && index >= from && index < to {
@@ -221,5 +220,5 @@ func (s snapshot) archivedReceipts(ctx context.Context, sink string, from, to in
 			}
 		}
 	}
-	return all, nil
+	return all, a.Moved, nil
 }

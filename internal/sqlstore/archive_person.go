@@ -28,7 +28,7 @@ func scanBytes(scan func(...any) error) (b []byte, err error) {
 	return bytes.Clone(b), err
 }
 
-// DeliveredTo implements verify.Snapshot.
+// DeliveredTo implements verify.Past.
 func (s snapshot) DeliveredTo(ctx context.Context) (map[string][]byte, error) {
 	all := map[string][]byte{}
 	err := each(ctx, s.q, func(scan func(...any) error) error {

@@ -48,9 +48,9 @@ func (d *DB) LastSigned(ctx context.Context) (audit.Signed, error) {
 	return found[0], nil
 }
 
-// SignedAfter implements audit.Store.
-func (d *DB) SignedAfter(ctx context.Context, seq int64) ([]audit.Signed, error) {
-	return query(ctx, d.read, scanSigned, signedAfter, seq, int64(math.MaxInt64), 1000)
+// SignedAfter implements audit.Store and verify.Checkpoints.
+func (s snapshot) SignedAfter(ctx context.Context, seq int64) ([]audit.Signed, error) {
+	return query(ctx, s.q, scanSigned, signedAfter, seq, int64(math.MaxInt64), 1000)
 }
 
 // KeepSigned implements audit.CheckpointStore.
@@ -138,9 +138,9 @@ func (d *DB) Supersede(ctx context.Context, seq int64) error {
 	})
 }
 
-// CheckpointKeys implements archive.Source.
-func (d *DB) CheckpointKeys(ctx context.Context) ([]string, error) {
-	return query(ctx, d.read, func(scan func(...any) error) (vkey string, err error) {
+// CheckpointKeys implements archive.Source and verify.Checkpoints.
+func (s snapshot) CheckpointKeys(ctx context.Context) ([]string, error) {
+	return query(ctx, s.q, func(scan func(...any) error) (vkey string, err error) {
 		err = scan(&vkey)
 		return vkey, err
 	}, "SELECT vkey FROM checkpoint_keys ORDER BY seq")
@@ -234,15 +234,16 @@ func (s snapshot) Policies(ctx context.Context) ([]audit.PolicyFile, error) {
 	}, "SELECT revision, name, content FROM policies ORDER BY revision, name")
 }
 
-// Receipts implements archive.Source and verify.Snapshot.
+// Receipts implements archive.Source and verify.Snapshot. What is moved between its two
+// reads, from the database to the archive, is in both.
 func (s snapshot) Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error) {
-	archived, err := s.archivedReceipts(ctx, sink, from, to)
-	if err != nil {
-		return nil, err
-	}
 	rows, err := query(ctx, s.q, func(scan func(...any) error) (r audit.Receipt, err error) {
 		err = scan(&r.Index, &r.Receipt)
 		return r, err
 	}, "SELECT idx, receipt FROM event_receipts WHERE sink = $1 AND idx >= $2 AND idx < $3 ORDER BY idx", sink, from, to)
-	return append(archived, rows...), err
+	if err != nil {
+		return nil, err
+	}
+	archived, moved, err := s.archivedReceipts(ctx, sink, from, to)
+	return append(archived, slices.DeleteFunc(rows, func(r audit.Receipt) bool { return r.Index < moved })...), err
 }

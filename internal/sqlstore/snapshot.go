@@ -16,7 +16,10 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
 
-var _ verify.Snapshot = (*DB)(nil)
+var (
+	_ verify.Log      = (*DB)(nil)
+	_ verify.Snapshot = snapshot{}
+)
 
 // snapshot reads the log at one moment, page by page: PostgreSQL sends one result at a
 // time on a connection, and limits the time of each statement.
@@ -27,11 +30,11 @@ type snapshot struct {
 
 const snapshotPage = 1000
 
-// archiveWait bounds what a snapshot waits for the archive between two statements. A call of a
-// bucket takes up to a minute; no write waits for a snapshot.
-const archiveWait = 2 * time.Minute
+// snapshotIdle is how long PostgreSQL waits for the next statement of a snapshot, whose reader
+// computes meanwhile on a machine that may be busy. No write waits for a snapshot.
+const snapshotIdle = time.Minute
 
-// Snapshot calls do with the log at one moment, while it continues to grow.
+// Snapshot implements verify.Log.
 func (d *DB) Snapshot(ctx context.Context, do func(verify.Snapshot) error) error {
 	options := &sql.TxOptions{ReadOnly: true}
 	if d.postgres {
@@ -41,8 +44,8 @@ func (d *DB) Snapshot(ctx context.Context, do func(verify.Snapshot) error) error
 	if err != nil {
 		return unavailable(err)
 	}
-	if d.postgres && d.snapshot.archive != nil {
-		_, err = tx.ExecContext(ctx, fmt.Sprintf("SET LOCAL idle_in_transaction_session_timeout = %d", archiveWait.Milliseconds()))
+	if d.postgres {
+		_, err = tx.ExecContext(ctx, fmt.Sprintf("SET LOCAL idle_in_transaction_session_timeout = %d", snapshotIdle.Milliseconds()))
 	}
 	if err == nil {
 		err = do(d.over(tx))

@@ -38,13 +38,10 @@ func TestALogIsVerifiedWhileItGrows(t *testing.T) {
 			}
 		}()
 		for range 20 {
-			err := db.Snapshot(t.Context(), func(s verify.Snapshot) error {
-				report, err := verify.Verify(t.Context(), s, nil, nil)
-				if err == nil && report.Log.Size < 2500 {
-					t.Errorf("%d events", report.Log.Size)
-				}
-				return err
-			})
+			report, err := verify.Verify(t.Context(), db, nil, nil)
+			if err == nil && report.Log.Size < 2500 {
+				t.Errorf("%d events", report.Log.Size)
+			}
 			if err != nil {
 				t.Error(err)
 				break

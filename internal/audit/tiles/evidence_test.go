@@ -15,7 +15,6 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit/tiles"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
-	"github.com/orgkeys/orgkeys/internal/sqlstore/pgtest"
 )
 
 // rolledBack is a log of 641 events of which event 40 accepted a rollback, a sink's text of
@@ -296,37 +295,4 @@ func TestWhatHoldsEventsBackIsNamed(t *testing.T) {
 		e.run(t, e.move(t), 256, 0)
 		e.wantGood(t)
 	})
-}
-
-// slow is a store in which one file takes a while.
-type slow struct{ tiles.Store }
-
-func (s slow) Read(ctx context.Context, path string) ([]byte, error) {
-	if path == "tile/entries/001" {
-		time.Sleep(4 * time.Second)
-	}
-	return s.Store.Read(ctx, path)
-}
-
-// PostgreSQL ends transactions whose client is silent for 3 s, but not one that waits for a bucket.
-func TestVerifyingWaitsForASlowArchive(t *testing.T) {
-	t.Parallel()
-	server, err := pgtest.Start()
-	audittest.Must(t, err)
-	t.Cleanup(func() { server.Close() })
-	location, err := server.NewDatabase("orgkeys")
-	audittest.Must(t, err)
-	e := newMovable(t, location)
-	e.run(t, e.move(t), 512, 0)
-	e.DB.UseArchive(tiles.Archive{Store: slow{e.Store}})
-	evidence := &verify.Copy{}
-	audittest.Must(t, evidence.AddKept(t.Context(), e.DB, nil))
-	var report verify.Report
-	err = e.DB.Snapshot(t.Context(), func(s verify.Snapshot) (err error) {
-		report, err = verify.Verify(t.Context(), s, evidence, nil)
-		return err
-	})
-	if err != nil || report.Unread != nil || report.Archived != 512 {
-		t.Errorf("%+v, %v", report, err)
-	}
 }

@@ -21,7 +21,7 @@ var errNoCopy = notExcluded("no copy of the log from outside the data directory 
 // Log is the log in the database.
 type Log interface {
 	verify.Checkpoints
-	Snapshot(ctx context.Context, do func(verify.Snapshot) error) error
+	verify.Log
 }
 
 // Sink is the file sink of the settings.
@@ -43,11 +43,7 @@ func (j *Judge) Log(ctx context.Context, db Log, sink Sink, g Given) error {
 	if err := evidence.AddKept(ctx, db, keys); err != nil {
 		return err
 	}
-	var report verify.Report
-	err = db.Snapshot(ctx, func(s verify.Snapshot) (err error) {
-		report, err = verify.Verify(ctx, s, evidence, j.progress("verified"))
-		return err
-	})
+	report, err := verify.Verify(ctx, db, evidence, j.progress("verified"))
 	if err != nil {
 		return err
 	}

@@ -38,42 +38,107 @@ type ArchivedKeys struct {
 // claim is what an event says of events that may be moved, or removed.
 type claim struct{ index, moved, removed int64 }
 
-// walkArchive takes the events that are no longer in the database.
-func (v *verification) walkArchive(ctx context.Context, s Snapshot, stored func() (StoredHash, error, bool)) error {
-	a, err := s.Archived(ctx)
-	if err != nil || a.Moved == 0 {
+// Past is the archive of a log, and what the database says of it. It is read outside of
+// any snapshot: an archive may be slow, and a snapshot that lasts keeps what is deleted.
+type Past interface {
+	Head(ctx context.Context) (audit.Checkpoint, error)
+	Archived(ctx context.Context) (audit.Archived, error)
+	ReceiptSinks(ctx context.Context) ([]string, error)
+	ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error)
+	// ArchiveCheckpoint returns up to where the archive says that it holds the log. An error that
+	// is no *Problem: it cannot be read; fs.ErrNotExist: it holds nothing.
+	ArchiveCheckpoint(ctx context.Context) (audit.Checkpoint, error)
+	// Bundle reads a bundle of the archive, and compares it with its root hash in the
+	// database; of one that was removed there are only the hashes.
+	Bundle(ctx context.Context, bundle int64, removed bool) (Bundle, error)
+	// DeliveredTo returns personal parts of archived events that are not with their
+	// bundle, by the event's ID.
+	DeliveredTo(ctx context.Context) (map[string][]byte, error)
+}
+
+// errMovedOn: more was moved to the archive than was read of it.
+var errMovedOn = errors.New("more was moved to the archive meanwhile")
+
+// hashBehind is a hash of the tree, which the event at index completed.
+type hashBehind struct {
+	hash  tlog.Hash
+	index int64
+}
+
+// readArchive reads the events that are no longer in the database. It goes on where it ended
+// before.
+func (v *verification) readArchive(ctx context.Context, log Past) error {
+	a, err := log.Archived(ctx)
+	if err != nil || a.Moved <= v.tree.size {
 		return err
 	}
-	if a.Moved > v.Log.Size || a.Removed > a.Moved {
-		return Problemf(-1, "according to the database %d events were moved to an archive, and the log holds %d", a.Moved, v.Log.Size)
+	if v.tree.size == 0 {
+		v.archived = ArchivedKeys{Created: map[string]string{}, Ended: map[string]string{}, Whole: true}
+		if err := v.checkCheckpoint(); err != nil {
+			return err
+		}
 	}
-	v.Archived, v.Removed = a.Moved, a.Removed
-	v.archived.Created, v.archived.Ended = map[string]string{}, map[string]string{}
-	held, err := s.ArchiveCheckpoint(ctx)
+	held, err := log.ArchiveCheckpoint(ctx)
 	switch {
 	case errors.As(err, new(*Problem)):
 		return err
 	case errors.Is(err, fs.ErrNotExist):
 		return Problemf(0, "the archive, to which the first %d events were moved, does not hold them: %v", a.Moved, err)
 	case err != nil:
-		v.Unread = err
+		v.Unread, v.archived.Whole = err, false
+		return nil
 	case held.Origin != v.Log.Origin:
 		return Problemf(-1, "the archive's checkpoint is of another log (%s, not %s)", held.Origin, v.Log.Origin)
 	case held.Size < a.Moved:
 		return Problemf(held.Size, "it was moved to the archive, whose checkpoint covers %d events", held.Size)
 	}
-	v.archived.Whole = v.Unread == nil && a.Removed == 0
-	if v.delivered, err = s.DeliveredTo(ctx); err != nil {
+	if v.delivered, err = log.DeliveredTo(ctx); err != nil {
+		return err
+	}
+	if err := v.openReceipts(ctx, log); err != nil {
 		return err
 	}
 	for v.tree.size < a.Moved {
-		bundle := v.tree.size / bundleWidth
-		if v.Unread != nil {
-			err = v.growBundle(stored)
-		} else {
-			err = v.readBundle(ctx, s, bundle, v.tree.size < a.Removed, stored)
+		if a.Removed, err = v.readBundle(ctx, log, a.Removed); err != nil {
+			return err
 		}
-		if err != nil {
+		v.progress(v.tree.size, max(v.Log.Size, a.Moved))
+	}
+	return nil
+}
+
+// open begins with a log at rest: errMovedOn, before anything is done, unless what
+// the archive has of it was read.
+func (v *verification) open(ctx context.Context, s Snapshot) error {
+	a, err := s.Archived(ctx)
+	if err != nil {
+		return err
+	}
+	head, err := s.Head(ctx)
+	switch {
+	case err != nil:
+		return err
+	case a.Moved > head.Size || a.Removed > a.Moved:
+		return Problemf(-1, "according to the database %d events were moved to an archive, and the log holds %d", a.Moved, head.Size)
+	case a.Moved > v.tree.size && v.Unread == nil:
+		return errMovedOn
+	case a.Moved < v.tree.size, head.Origin != v.Log.Origin:
+		return errors.New("the log was set back while it was verified: verify it again")
+	}
+	v.Log, v.Archived, v.Removed = head, a.Moved, a.Removed
+	return v.copy.addNewer(ctx, s, v.tree.size)
+}
+
+// compareArchived compares the stored hashes over what is in the archive with those that
+// were computed or, where the archive was not read, the checkpoints with the stored ones.
+func (v *verification) compareArchived(stored func() (StoredHash, error, bool)) error {
+	for _, h := range v.pending {
+		if err := checkHash(h.hash, h.index, stored); err != nil {
+			return err
+		}
+	}
+	for v.tree.size < v.Archived {
+		if err := v.growBundle(stored); err != nil {
 			return err
 		}
 		v.progress(v.tree.size, v.Log.Size)
@@ -106,27 +171,47 @@ func (v *verification) growBundle(stored func() (StoredHash, error, bool)) error
 	return v.checkCheckpoint()
 }
 
-func (v *verification) readBundle(ctx context.Context, s Snapshot, bundle int64, removed bool, stored func() (StoredHash, error, bool)) error {
-	b, err := s.Bundle(ctx, bundle, removed)
+// readBundle takes the next bundle, of which below removed only hashes are left. It returns
+// how many are removed: that may become more meanwhile.
+func (v *verification) readBundle(ctx context.Context, log Past, removed int64) (int64, error) {
+	bundle := v.tree.size / bundleWidth
+	b, err := log.Bundle(ctx, bundle, v.tree.size < removed)
+	if errors.Is(err, fs.ErrNotExist) && v.tree.size >= removed {
+		now, asking := log.Archived(ctx)
+		if asking != nil {
+			return removed, asking
+		}
+		if removed = now.Removed; v.tree.size < removed {
+			b, err = log.Bundle(ctx, bundle, true)
+		}
+	}
 	if errors.Is(err, fs.ErrNotExist) {
-		return Problemf(v.tree.size, "it is missing in the archive: %v", err)
+		return removed, Problemf(v.tree.size, "it is missing in the archive: %v", err)
 	}
 	if err != nil {
-		return err
+		return removed, err
 	}
 	for i, h := range b.Hashes {
 		index := v.tree.size
 		v.compare(index, h)
 		if b.Leaves != nil {
 			if err := v.readArchived(index, b, i); err != nil {
-				return err
+				return removed, err
 			}
 		}
-		if err := v.grow(h, bundleLevel, stored); err != nil {
-			return err
+		for l, h := range v.tree.Push(h) {
+			if l >= bundleLevel {
+				v.pending = append(v.pending, hashBehind{h, index})
+			}
+		}
+		if err := v.checkCheckpoint(); err != nil {
+			return removed, err
 		}
 	}
-	return nil
+	if b.Leaves == nil {
+		v.hashed, v.archived.Whole = v.tree.size, false
+	}
+	return removed, nil
 }
 
 // readArchived checks the i-th event of a bundle.

@@ -28,6 +28,7 @@ type Copy struct {
 	points map[int64][]audit.Checkpoint
 	last   int64 // size of the largest checkpoint
 	signed map[int64][]audit.Checkpoint
+	kept   *keptSigned // nil: they are not asked for
 }
 
 // pageSize is how many events, or receipts, are read at once.

@@ -83,7 +83,11 @@ type receiptOf struct {
 }
 
 // openReceipts reads the keys that receipts must be signed with.
-func (v *verification) openReceipts(ctx context.Context, s Snapshot) error {
+func (v *verification) openReceipts(ctx context.Context, s interface {
+	ReceiptSinks(ctx context.Context) ([]string, error)
+	ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error)
+},
+) error {
 	keys, err := s.ReceiptKeys(ctx)
 	if err != nil {
 		return err

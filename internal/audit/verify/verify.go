@@ -33,8 +33,17 @@ type StoredHash struct {
 	Hash  tlog.Hash
 }
 
-// Snapshot is a log at rest, to be verified. Its implementation is sqlstore.
+// Log is a log that grows, and is moved to its archive, while it is verified. Its
+// implementation is sqlstore.
+type Log interface {
+	Past
+	// Snapshot calls do with the log at one moment.
+	Snapshot(ctx context.Context, do func(Snapshot) error) error
+}
+
+// Snapshot is a log at rest, to be verified.
 type Snapshot interface {
+	Checkpoints
 	Head(ctx context.Context) (audit.Checkpoint, error)
 	// Rows yields the sequenced events in the order of their indices.
 	Rows(ctx context.Context) iter.Seq2[Row, error]
@@ -50,22 +59,13 @@ type Snapshot interface {
 	Policies(ctx context.Context) ([]audit.PolicyFile, error)
 	// ReceiptSinks names the sinks of which there are receipts.
 	ReceiptSinks(ctx context.Context) ([]string, error)
+	// ReceiptKeys returns what sinks sign receipts with.
 	ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error)
 	// Receipts returns a sink's receipts for the events from index from to before to.
 	Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error)
 	// Contradictions describes records and events that do not agree.
 	Contradictions(ctx context.Context, a ArchivedKeys) ([]string, error)
-
 	Archived(ctx context.Context) (audit.Archived, error)
-	// ArchiveCheckpoint returns up to where the archive says that it holds the log. An error that
-	// is no *Problem: it cannot be read; fs.ErrNotExist: it holds nothing.
-	ArchiveCheckpoint(ctx context.Context) (audit.Checkpoint, error)
-	// Bundle reads a bundle of the archive, and compares it with its root hash in the
-	// database; of one that was removed there are only the hashes.
-	Bundle(ctx context.Context, bundle int64, removed bool) (Bundle, error)
-	// DeliveredTo returns personal parts of archived events that are not with their
-	// bundle, by the event's ID.
-	DeliveredTo(ctx context.Context) (map[string][]byte, error)
 }
 
 // Problem is the first error that verification found.
@@ -106,10 +106,10 @@ type Report struct {
 
 // Verify checks that every event matches the tree, that none is missing, inserted or
 // out of order, that the log extends copy, which may be nil, and that the tables
-// beside the log agree with it: records, policies, receipts, erasures. An error in
-// the log is a *Problem.
-func Verify(ctx context.Context, s Snapshot, copy *Copy, progress Progress) (Report, error) {
-	head, err := s.Head(ctx)
+// beside the log agree with it: records, policies, receipts, erasures. The archive is read
+// first, outside of any snapshot of the database. An error in the log is a *Problem.
+func Verify(ctx context.Context, log Log, copy *Copy, progress Progress) (Report, error) {
+	head, err := log.Head(ctx)
 	if err != nil {
 		return Report{}, err
 	}
@@ -120,39 +120,61 @@ func Verify(ctx context.Context, s Snapshot, copy *Copy, progress Progress) (Rep
 		Report: Report{Log: head, Rollbacks: copy.Rollbacks}, copy: copy, progress: progress.Ticking(),
 		policies: map[string]int64{}, erased: map[string]int64{}, missing: map[string]int64{},
 	}
-	if v.Unsequenced, err = s.Unsequenced(ctx); err != nil {
-		return Report{}, err
-	}
-	if v.Unauthenticated, err = s.Unauthenticated(ctx); err != nil {
-		return Report{}, err
-	}
-	if err := v.openReceipts(ctx, s); err != nil {
-		return Report{}, err
-	}
-	err = v.walk(ctx, s)
-	if err == nil {
-		err = v.finish()
-	}
-	if err == nil {
-		err = v.checkClaims()
-	}
-	if parted := v.unaccounted(); parted != nil {
-		return Report{}, parted
+	for err = errMovedOn; errors.Is(err, errMovedOn); { // which is read, too
+		if err = v.readArchive(ctx, log); err != nil {
+			return Report{}, v.first(err)
+		}
+		err = log.Snapshot(ctx, func(s Snapshot) error { return v.atRest(ctx, s) })
 	}
 	if err != nil {
 		return Report{}, err
-	}
-	if err := errors.Join(v.checkPolicies(ctx, s), v.checkErasures(ctx, s)); err != nil {
-		return Report{}, err
-	}
-	contradictions, err := s.Contradictions(ctx, v.archived)
-	if err != nil {
-		return Report{}, err
-	}
-	if len(contradictions) > 0 {
-		return Report{}, &Problem{-1, contradictions[0]}
 	}
 	return v.Report, nil
+}
+
+// atRest verifies what the database holds, behind what was read of the archive.
+func (v *verification) atRest(ctx context.Context, s Snapshot) error {
+	if err := v.open(ctx, s); err != nil {
+		return err
+	}
+	if err := v.first(v.checkLog(ctx, s)); err != nil {
+		return err
+	}
+	if err := errors.Join(v.checkPolicies(ctx, s), v.checkErasures(ctx, s)); err != nil {
+		return err
+	}
+	contradictions, err := s.Contradictions(ctx, v.archived)
+	if err == nil && len(contradictions) > 0 {
+		err = &Problem{-1, contradictions[0]}
+	}
+	return err
+}
+
+func (v *verification) checkLog(ctx context.Context, s Snapshot) (err error) {
+	if v.Unsequenced, err = s.Unsequenced(ctx); err != nil {
+		return err
+	}
+	if v.Unauthenticated, err = s.Unauthenticated(ctx); err != nil {
+		return err
+	}
+	if err := v.openReceipts(ctx, s); err != nil {
+		return err
+	}
+	if err := v.walk(ctx, s); err != nil {
+		return err
+	}
+	if err := v.finish(); err != nil {
+		return err
+	}
+	return v.checkClaims()
+}
+
+// first returns the problem that comes first: that the log differs from the copy, or err.
+func (v *verification) first(err error) error {
+	if parted := v.unaccounted(); parted != nil {
+		return parted
+	}
+	return err
 }
 
 type verification struct {
@@ -170,6 +192,8 @@ type verification struct {
 	archived  ArchivedKeys
 	claims    []claim
 	delivered map[string][]byte
+	hashed    int64        // first events of which only hashes were read
+	pending   []hashBehind // of the tree, of which the database's are not compared yet
 
 	receiptKeys map[string]audit.ReceiptKeys // by sink
 	receipts    map[receiptOf][]byte         // of the page under way
@@ -178,10 +202,12 @@ type verification struct {
 func (v *verification) walk(ctx context.Context, s Snapshot) error {
 	stored, stop := iter.Pull2(s.Hashes(ctx))
 	defer stop()
-	if err := v.checkCheckpoint(); err != nil {
-		return err
+	if v.tree.size == 0 {
+		if err := v.checkCheckpoint(); err != nil {
+			return err
+		}
 	}
-	if err := v.walkArchive(ctx, s, stored); err != nil {
+	if err := v.compareArchived(stored); err != nil {
 		return err
 	}
 	for row, err := range s.Rows(ctx) {
@@ -200,7 +226,7 @@ func (v *verification) walk(ctx context.Context, s Snapshot) error {
 		if err := v.checkReceipts(ctx, s, row); err != nil {
 			return err
 		}
-		if err := v.grow(tlog.RecordHash(row.Leaf), 0, stored); err != nil {
+		if err := v.grow(tlog.RecordHash(row.Leaf), stored); err != nil {
 			return err
 		}
 		v.progress(v.tree.size, v.Log.Size)
@@ -214,13 +240,10 @@ func (v *verification) walk(ctx context.Context, s Snapshot) error {
 	return nil
 }
 
-// grow appends a leaf, compares the hashes from a level on with the stored ones, and the
-// tree with the copy's checkpoints.
-func (v *verification) grow(h tlog.Hash, level int, stored func() (StoredHash, error, bool)) error {
-	for l, h := range v.tree.Push(h) {
-		if l < level {
-			continue
-		}
+// grow appends a leaf, compares the hashes with the stored ones, and the tree with the
+// copy's checkpoints.
+func (v *verification) grow(h tlog.Hash, stored func() (StoredHash, error, bool)) error {
+	for _, h := range v.tree.Push(h) {
 		if err := checkHash(h, v.tree.size-1, stored); err != nil {
 			return err
 		}
@@ -352,7 +375,7 @@ func (v *verification) unread() int64 {
 	if v.Unread != nil {
 		return v.Archived
 	}
-	return v.Removed
+	return v.hashed
 }
 
 // unaccounted returns the problem that the log differs from the copy, unless the copy
