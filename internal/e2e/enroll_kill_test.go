@@ -147,7 +147,7 @@ func kills12(inTurn int) (steps, random int) {
 func TestPromise12_KilledAfterEachStepOnSoftHSM(t *testing.T) {
 	t.Parallel()
 	d := &deliveries{
-		s:   harness.Start(t, onItsPort(t), harness.Set("ORGKEYS_RESERVATION_TTL", "6s")),
+		s:   harness.Start(t, onItsPort(t), shortLife(t, 6*time.Second)),
 		org: harness.Org(), recipient: newRecipient(t), seen: map[string]bool{},
 	}
 	steps, random := kills12(3)
@@ -189,7 +189,7 @@ func TestPromise12_KilledAfterEachStepOnSoftHSM(t *testing.T) {
 func TestPromise12_KilledAfterEachStepOnVault(t *testing.T) {
 	v, proxy, settings := throughVault(t)
 	d := &deliveries{
-		s:   harness.Start(t, settings, onItsPort(t), harness.Set("ORGKEYS_RESERVATION_TTL", "6s")),
+		s:   harness.Start(t, settings, onItsPort(t), shortLife(t, 6*time.Second)),
 		org: harness.Org(), recipient: newRecipient(t), seen: map[string]bool{},
 	}
 	steps, random := kills12(3)

@@ -414,7 +414,7 @@ func (n *enrollingNode) ownFingerprint(d tpmdevice.Device) string {
 // answered. It is one key, and it works on all of them.
 func TestPromise12_AnOwnKeyOnThreeReplicas(t *testing.T) {
 	onVaultFirst(t, func(t *testing.T, backend string) {
-		c := replicasOf(t, backend, 3, harness.Set("ORGKEYS_RESERVATION_TTL", "3s"))
+		c := replicasOf(t, backend, 3, shortLife(t, 3*time.Second))
 		device := tpmtest.Start(t)
 		d := tpmdevice.Device{Path: device.Socket}
 		ek, err := d.Endorsement(t.Context())

@@ -72,7 +72,7 @@ func nothingInTheBackend(t *testing.T, c *cluster.Cluster) {
 // just served is killed each time, at some moment while it serves.
 func TestPromise12_ClaimedFetchedAndReceivedOnThreeReplicas(t *testing.T) {
 	onEveryBackend(t, func(t *testing.T, backend string) {
-		c := replicasOf(t, backend, 3, harness.Set("ORGKEYS_RESERVATION_TTL", "3s"))
+		c := replicasOf(t, backend, 3, shortLife(t, 3*time.Second))
 		rounds := 3
 		if long() {
 			rounds = 60

@@ -221,7 +221,7 @@ func TestPoolKilledAtEveryStep(t *testing.T) {
 	t.Parallel()
 	v, proxy, settings := onItsOwnVault(t)
 	issuer := harness.NewIssuer(t)
-	s := harness.Start(t, settings, poolOf(2), harness.Set("ORGKEYS_RESERVATION_TTL", "3s"), harness.TrustedBy(issuer))
+	s := harness.Start(t, settings, poolOf(2), shortLife(t, 3*time.Second), harness.TrustedBy(issuer))
 	kills := 6
 	if long() {
 		kills = 300
@@ -284,7 +284,7 @@ func TestPoolOfThreeReplicas(t *testing.T) {
 	if long() {
 		each = 40
 	}
-	c := cluster.Start(t, 3, poolOf(size), harness.Set("ORGKEYS_RESERVATION_TTL", "5s"))
+	c := cluster.Start(t, 3, poolOf(size), shortLife(t, 5*time.Second))
 	filled(t, c.Replicas[0], size)
 	db := clusterDatabase(t, c)
 	done := make(chan struct{})
@@ -368,7 +368,7 @@ func TestPoolOfThreeReplicas(t *testing.T) {
 func TestPoolAfterARestoredDatabase(t *testing.T) {
 	t.Parallel()
 	v, _, settings := onItsOwnVault(t)
-	s := harness.Start(t, settings, poolOf(2), harness.Set("ORGKEYS_RESERVATION_TTL", "3s"), harness.Set("ORGKEYS_MAX", "9"))
+	s := harness.Start(t, settings, poolOf(2), shortLife(t, 3*time.Second), harness.Set("ORGKEYS_MAX", "9"))
 	filled(t, s, 2)
 	s.Stop(t)
 	backup := harness.Copy(t, s.Dir)

@@ -28,6 +28,20 @@ import (
 // long tells a run that may take its time.
 func long() bool { return os.Getenv("ORGKEYS_TEST_LONG") != "" }
 
+// shortLife is how long reservations last in a test that waits for their end. A generation
+// has half of it, so that half is ten generations long on a machine that is busy too; the
+// tests wait a minute for what the end of a reservation brings about.
+func shortLife(t *testing.T, least time.Duration) harness.Option {
+	t.Helper()
+	const tries = 4
+	begun := time.Now()
+	for range tries {
+		newRSAKey(t)
+	}
+	life := min(max(least, 2*10*time.Since(begun)/tries), 30*time.Second)
+	return harness.Set("ORGKEYS_RESERVATION_TTL", life.Round(time.Second).String())
+}
+
 // TestPromise3_AcrossReplicas: three processes on one PostgreSQL, Redis and
 // Vault give exactly as many keys as an organization may have, whatever
 // becomes of Redis meanwhile.
