@@ -13,14 +13,17 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/orgkeys/orgkeys/internal/audit/tiles"
+	"github.com/orgkeys/orgkeys/internal/audit/verdict"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
 func newAuditArchive() *cobra.Command {
-	var before, from string
+	var before string
 	var at time.Time
+	var from server.Before
+	var given verdict.Given
 	var dryRun, vacuum bool
 	cmd := &cobra.Command{
 		Use:   "archive --before T",
@@ -57,6 +60,10 @@ it was; then set ORGKEYS_AUDIT_ARCHIVE to an empty place, here, for the server a
 other commands, and name the one before once with --from: what was moved, the receipts, and
 the hashes of what was removed are copied, each bundle compared with its root hash in the
 database. Remove the one before when "orgkeys audit verify" has verified the new one.
+If retention removed entries after the backup was made, the restored log does not know
+that; the lost part of the log does, in the archive before. Give the log's verifier
+key, which was kept elsewhere, with --key: then the archive before is verified by it, and
+what it says of removed entries is announced in the restored log, too.
 
 SQLite: above ` + strconv.Itoa(sqlstore.QuickVacuum>>20) + ` MiB in use the file keeps its size, and what is free is used
 again, unless --vacuum is given: stop the server for that. PostgreSQL uses the
@@ -65,8 +72,12 @@ VACUUM (FULL, ANALYZE) events, log_hashes, event_persons, event_receipts, event_
 		Args: cobra.NoArgs,
 		PreRunE: func(*cobra.Command, []string) (err error) {
 			if at, err = pastTime(before, time.Now()); err != nil {
-				err = fmt.Errorf("--before: %w", err)
+				return fmt.Errorf("--before: %w", err)
 			}
+			if len(given.Keys) > 0 && from.Place == "" {
+				return errors.New("--key: it is for --from")
+			}
+			from.Keys, err = given.Trusted()
 			return err
 		},
 		RunE: onLog(func(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, _ []string) error {
@@ -77,7 +88,8 @@ VACUUM (FULL, ANALYZE) events, log_hashes, event_persons, event_receipts, event_
 		}),
 	}
 	cmd.Flags().StringVar(&before, "before", "", "a time, or an age such as 90d: which events are moved")
-	cmd.Flags().StringVar(&from, "from", "", "where the archive was before: what is there is copied first, when the log was set back")
+	cmd.Flags().StringVar(&from.Place, "from", "", "where the archive was before: what is there is copied first, when the log was set back")
+	cmd.Flags().StringArrayVar(&given.Keys, "key", nil, "with --from: a verifier key, as printed by \"orgkeys audit key\", or a file of keys; may be repeated")
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print how many events would be moved, and change nothing")
 	cmd.Flags().BoolVar(&vacuum, "vacuum", false, "SQLite: give free space back however large the database is, while writes wait")
 	return cmd
@@ -136,9 +148,9 @@ func printHeldBack(ctx context.Context, out io.Writer, cfg config.Config, db *sq
 	return err
 }
 
-func archiveLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, before time.Time, from string, vacuum bool) error {
+func archiveLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, at time.Time, from server.Before, vacuum bool) error {
 	ctx, out := cmd.Context(), cmd.OutOrStdout()
-	done, err := server.ArchiveLog(ctx, cfg, db, tiles.Move{Before: before, Progress: progress(cmd)}, from, newLogger(cfg))
+	done, err := server.ArchiveLog(ctx, cfg, db, tiles.Move{Before: at, Progress: progress(cmd)}, from, newLogger(cfg))
 	if p := done.Published; p.Size > 0 {
 		_ = sayLog(cmd, cfg.AuditArchive, p.Origin, p.Size, p.Root.String()) // what moved is said below
 	}
@@ -149,7 +161,7 @@ func archiveLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, before t
 	if done.Removed > 0 {
 		fmt.Fprintf(out, "removed %d entries; the first %d are no longer in the archive\n", done.Entries, done.Removed)
 	}
-	if err := printHeldBack(ctx, out, cfg, db, done.Moved, before, done.Published.Size); err != nil {
+	if err := printHeldBack(ctx, out, cfg, db, done.Moved, at, done.Published.Size); err != nil {
 		return err
 	}
 	if done.Events == 0 && !vacuum {

@@ -37,6 +37,15 @@ func EntriesRemoved(n int64, before time.Time) Event {
 	return e
 }
 
+// EntriesFoundRemoved is the event that the first n entries are not in the archive at where any
+// more, into which this log had been moved before it was set back: what was lost in that says
+// there, up to held, that they may be removed.
+func EntriesFoundRemoved(n int64, where string, held Checkpoint) Event {
+	e := byOperator(LogPruned, n)
+	e.Detail["from"], e.Detail["published"] = where, strconv.FormatInt(held.Size, 10)
+	return e
+}
+
 func byOperator(t Type, n int64) Event {
 	e := New(t, "")
 	e.Actor = Actor{System, "operator"}

@@ -42,9 +42,15 @@ func useArchive(cfg config.Config, db *sqlstore.DB) error {
 // ErrNoArchive: the settings do not say where to.
 var ErrNoArchive = errors.New("set ORGKEYS_AUDIT_ARCHIVE to the place of the archive, for this command, for the server and for all other commands")
 
+// Before is where the archive was before, if it is to be taken over from there.
+type Before struct {
+	Place string     // empty: nowhere
+	Keys  audit.Keys // for what retention removed there after the log was set back
+}
+
 // ArchiveLog moves old events out of the database, as m says, beside a running server or
-// without one. from is where the archive was before, if it is to be taken over from there.
-func ArchiveLog(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles.Move, from string, log *slog.Logger) (done tiles.Moved, err error) {
+// without one.
+func ArchiveLog(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles.Move, before Before, log *slog.Logger) (done tiles.Moved, err error) {
 	if cfg.AuditArchive == "" {
 		return done, ErrNoArchive
 	}
@@ -68,8 +74,8 @@ func ArchiveLog(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles
 		return done, err
 	}
 	a := tiles.Archive{Store: store}
-	if from != "" {
-		err = takeOver(ctx, cfg, db, m, from, a)
+	if before.Place != "" {
+		err = takeOver(ctx, cfg, db, m, before, a)
 		db.UseArchive(a)
 	}
 	if err == nil {
@@ -85,15 +91,21 @@ func ArchiveLog(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles
 }
 
 // takeOver has an archive hold what is in the one before.
-func takeOver(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles.Move, from string, to tiles.Archive) error {
-	store, err := OpenTiles(cfg, from)
+func takeOver(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles.Move, before Before, to tiles.Archive) error {
+	store, err := OpenTiles(cfg, before.Place)
 	if err != nil {
 		return err
 	}
-	before := tiles.Archive{Store: store}
-	db.UseArchive(before)
+	from := tiles.Archive{Store: store}
+	db.UseArchive(from)
 	return exclusively(ctx, db, func(ctx context.Context) error {
-		_, err := tiles.Transfer(ctx, before, to, db, m.Progress)
+		_, err := m.Explain(ctx, from, db, before.Keys)
+		if errors.Is(err, tiles.ErrEntriesGone) {
+			err = fmt.Errorf("%w; if retention removed them after the backup was made, the log in %s says so: give the log's verifier key, which was kept elsewhere, with --key. Otherwise bring them back from a copy of the archive", err, from)
+		}
+		if err == nil {
+			_, err = tiles.Transfer(ctx, from, to, db, m.Progress)
+		}
 		return err
 	})
 }

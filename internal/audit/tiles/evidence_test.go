@@ -2,6 +2,7 @@ package tiles_test
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"os"
 	"path/filepath"
@@ -294,5 +295,114 @@ func TestWhatHoldsEventsBackIsNamed(t *testing.T) {
 		want("retired", 256, late)
 		e.run(t, e.move(t), 256, 0)
 		e.wantGood(t)
+	})
+}
+
+// restorable is a log whose database can be put back to what it was.
+func (e *movable) restorable(t *testing.T) (restore func()) {
+	t.Helper()
+	reopen := func() {
+		t.Helper()
+		e.Log = audittest.OpenAt(t, e.location)
+		e.Checkpoints = audit.NewCheckpointer(audit.NewLog(e.DB, nil), e.DB, e.Signer, time.Hour, nil)
+		e.DB.UseArchive(e.Archive)
+	}
+	closed := func() {
+		t.Helper()
+		audittest.Must(t, errors.Join(e.Raw.Close(), e.DB.Close()))
+	}
+	closed()
+	if e.location[0] != 'p' {
+		backup, err := os.ReadFile(e.location) // the write-ahead log is in it
+		audittest.Must(t, err)
+		reopen()
+		return func() {
+			closed()
+			e.location = filepath.Join(t.TempDir(), "orgkeys.db")
+			audittest.Must(t, os.WriteFile(e.location, backup, 0o600))
+			reopen()
+		}
+	}
+	admin, err := sql.Open("pgx", strings.Replace(e.location, "/orgkeys?", "/postgres?", 1))
+	audittest.Must(t, err)
+	t.Cleanup(func() { admin.Close() })
+	_, err = admin.Exec("CREATE DATABASE backup TEMPLATE orgkeys")
+	audittest.Must(t, err)
+	reopen()
+	return func() {
+		closed()
+		_, err := admin.Exec("DROP DATABASE orgkeys WITH (FORCE)")
+		audittest.Must(t, err)
+		_, err = admin.Exec("CREATE DATABASE orgkeys TEMPLATE backup")
+		audittest.Must(t, err)
+		reopen()
+	}
+}
+
+// What an archive lacks is explained by what its own log says, up to a signed checkpoint, and
+// by nothing else.
+func TestRemovedEntriesAreExplainedByTheArchiveItself(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e := newMovable(t, location)
+		keys, err := audit.ParseKeys(e.VKey(t))
+		audittest.Must(t, err)
+		e.run(t, e.move(t), 512, 0)
+		restore := e.restorable(t)
+		explain := func(keys audit.Keys) (int64, error) { return e.move(t).Explain(t.Context(), e.Archive, e.DB, keys) }
+		stolen := filepath.Join(e.dir, "tile/entries/000")
+		entries, err := os.ReadFile(stolen)
+		audittest.Must(t, err)
+		audittest.Must(t, os.Remove(stolen))
+		if _, err := explain(nil); !errors.Is(err, tiles.ErrEntriesGone) {
+			t.Errorf("stolen entries, without keys: %v", err)
+		}
+		if n, err := explain(keys); n != 0 || !errors.As(err, new(*verify.Problem)) {
+			t.Errorf("stolen entries: %d are said to be removed, %v", n, err)
+		}
+		audittest.Must(t, os.WriteFile(stolen, entries, 0o600))
+		if n, err := explain(nil); err != nil || n != 0 {
+			t.Errorf("where nothing is missing: %d, %v", n, err)
+		}
+
+		m := e.move(t)
+		m.Keep = time.Nanosecond
+		e.run(t, m, 0, 512)
+		restore()
+		if _, err := explain(nil); !errors.Is(err, tiles.ErrEntriesGone) {
+			t.Errorf("removed entries, without keys: %v", err)
+		}
+		other := audittest.NewSignedAt(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+		others, err := audit.ParseKeys(other.VKey(t))
+		audittest.Must(t, err)
+		if n, err := explain(others); n != 0 || err == nil {
+			t.Errorf("by another log's key %d are removed, %v", n, err)
+		}
+		if n := e.count(t, "events WHERE type = 'log.pruned'"); n != 0 {
+			t.Errorf("%d removals are announced", n)
+		}
+		m = e.move(t)
+		m.Signed = func(context.Context, func(context.Context) (bool, error)) error { return tiles.ErrNotCovered } // killed there
+		if n, err := m.Explain(t.Context(), e.Archive, e.DB, keys); n != 0 || !errors.Is(err, tiles.ErrNotCovered) {
+			t.Errorf("before the event is signed %d are removed, %v", n, err)
+		}
+		if n, err := explain(keys); err != nil || n != 512 {
+			t.Errorf("%d are removed, %v; want 512", n, err)
+		}
+		if n, err := explain(nil); err != nil || n != 512 {
+			t.Errorf("again: %d are removed, %v; want 512", n, err)
+		}
+		if report := e.wantGood(t); report.Removed != 512 || report.Archived != 512 {
+			t.Errorf("%+v", report)
+		}
+		to := tiles.Archive{Store: tiles.NewDir(t.TempDir())}
+		if _, err := tiles.Transfer(t.Context(), e.Archive, to, e.DB, e.move(t).Progress); err != nil {
+			t.Fatal(err)
+		}
+		e.DB.UseArchive(to)
+		e.wantGood(t)
+		if _, removed, err := tiles.Check(t.Context(), to, keys, audit.Checkpoint{}, nil); err != nil || removed != 512 {
+			t.Errorf("the files alone: %d are removed, %v", removed, err)
+		}
 	})
 }

@@ -30,6 +30,8 @@ type Log interface {
 	MoveOut(ctx context.Context, from, to int64) error
 	// NoteRemoved notes, likewise, that the entries of bundles are removed.
 	NoteRemoved(ctx context.Context, from, to int64) error
+	// At returns the checkpoint that the log had at an earlier size.
+	At(ctx context.Context, size int64) (audit.Checkpoint, error)
 	// ClockAhead is how far this process's clock is ahead of the database's, if it has one.
 	ClockAhead(ctx context.Context) (time.Duration, error)
 }

@@ -24,9 +24,48 @@ func Transfer(ctx context.Context, from, to Archive, log Log, progress func(doin
 	}
 	signed, err = publish(ctx, to, log, progress("published"))
 	if errors.Is(err, fs.ErrNotExist) {
-		err = fmt.Errorf("%s lacks what the log says is there; what retention removed after the backup was made is in a copy of the archive alone: %w", from, err)
+		err = fmt.Errorf("%s lacks what the log says is there: %w", from, err)
 	}
 	return signed, err
+}
+
+// ErrEntriesGone: an archive lacks entries that the log, which was set back since, does not know
+// to be removed.
+var ErrEntriesGone = errors.New("entries are not there that the log says are")
+
+// Explain finds whether entries that an archive lacks were removed by the policy of retention after
+// the log was set back to where it is: the archive must hold what the log has moved, and
+// say in its own later part, up to a checkpoint signed by one of the keys, how many were removed. That
+// is announced in the log too, and noted once it is signed. It returns how many entries are
+// removed; without keys it returns ErrEntriesGone if any are missing.
+func (m Move) Explain(ctx context.Context, from Archive, log Log, keys audit.Keys) (int64, error) {
+	now, err := log.Archived(ctx)
+	if err != nil || now.Removed == now.Moved {
+		return now.Removed, err
+	}
+	path := bundlePath(now.Removed/width, width)
+	if _, err := from.Read(ctx, path); !errors.Is(err, fs.ErrNotExist) {
+		return now.Removed, err
+	}
+	if len(keys) == 0 {
+		return now.Removed, fmt.Errorf("event %d: %s/%s: %w", now.Removed, from, path, ErrEntriesGone)
+	}
+	kept, err := log.At(ctx, now.Moved)
+	if err != nil {
+		return now.Removed, err
+	}
+	signed, removed, err := Check(ctx, from, keys, kept, m.Progress("verified"))
+	if err != nil {
+		return now.Removed, fmt.Errorf("verifying what is in %s: %w", from, err)
+	}
+	removed = min(removed, now.Moved)
+	if err := log.Announce(ctx, audit.EntriesFoundRemoved(removed, from.String(), signed.Checkpoint)); err != nil {
+		return now.Removed, err
+	}
+	if err := m.Signed(ctx, func(ctx context.Context) (bool, error) { return covered(ctx, log) }); err != nil {
+		return now.Removed, err
+	}
+	return removed, log.NoteRemoved(ctx, now.Removed, removed)
 }
 
 func transferReceipts(ctx context.Context, from, to Archive, log Log, tick func(done, all int64)) error {

@@ -33,6 +33,15 @@ func (g Given) requiredKeys() ([]string, error) {
 	return keys, err
 }
 
+// Trusted returns the keys; none: none were given.
+func (g Given) Trusted() (audit.Keys, error) {
+	keys, err := g.keys()
+	if err != nil {
+		return nil, err
+	}
+	return audit.ParseKeys(keys...)
+}
+
 // keys are verifier keys as they stand on the command line, or in files that
 // hold them, one a line.
 func (g Given) keys() ([]string, error) {
