@@ -27,6 +27,7 @@ type writer struct {
 	given   *lru.Cache[string, int64] // the indices given last, by event ID
 	last    batch                     // that was committed
 	commits int
+	careful int // commits for which each change gets a savepoint, because one failed
 
 	conn     *sql.Conn // nil until the first change, and after the connection failed
 	prepared map[string]*sql.Stmt
@@ -285,12 +286,35 @@ func (w *writer) collect(first *change) []*change {
 	return all
 }
 
-// commit runs a batch in one transaction. Only a change that
-// fails is undone; a single change needs no savepoint for that. An error that commit
+// commit runs a batch in one transaction. Only a change that fails is undone. That takes a
+// savepoint for each, for which SQLite copies every page that a change touches, so a batch
+// has none at first: if a change fails, everything is undone, and done again with savepoints,
+// as are the next commits. An error that commit
 // returns is the error of all changes. A change that has begun is finished, however long
 // that takes; changes after it are refused then.
 func (w *writer) commit(batch []*change) error {
 	started := time.Now()
+	if w.careful > 0 {
+		w.careful--
+		return w.transact(batch, started, apply)
+	}
+	err := w.transact(batch, started, applyBare)
+	if errors.Is(err, errUndone) {
+		w.careful = carefulFor
+		err = w.transact(batch, started, apply)
+	}
+	return err
+}
+
+// carefulFor is for how many commits savepoints are used after a change failed, so that who makes
+// changes that fail cannot have every batch done twice.
+const carefulFor = 64
+
+// errUndone: a change of a batch failed, and the batch was undone as a whole.
+var errUndone = errors.New("a change failed")
+
+// transact runs a batch in one transaction. A single change needs no savepoint.
+func (w *writer) transact(batch []*change, started time.Time, apply func(context.Context, *txn, *change) error) error {
 	tx, err := w.begin()
 	if err != nil {
 		return unavailable(err)
@@ -312,7 +336,13 @@ func (w *writer) commit(batch []*change) error {
 			}
 			break
 		}
-		if err := apply(ctx, tx, c); err != nil {
+		switch err := apply(ctx, tx, c); {
+		case errors.Is(err, errUndone):
+			if err := ignoreDone(tx.Rollback()); err != nil {
+				return unavailable(err)
+			}
+			return errUndone
+		case err != nil:
 			return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
 		}
 	}
@@ -348,6 +378,15 @@ func (w *writer) giveIndices(tx *txn) error {
 	return apply(context.Background(), tx, &change{do: indices.give})
 }
 
+// applyBare reports errUndone if the change fails: nothing of the batch may be committed then.
+func applyBare(ctx context.Context, tx *txn, c *change) error {
+	if c.do(ctx, tx) != nil {
+		return errUndone
+	}
+	return nil
+}
+
+// apply undoes the change if it fails.
 func apply(ctx context.Context, tx *txn, c *change) error {
 	if _, err := tx.ExecContext(ctx, "SAVEPOINT change"); err != nil {
 		return err
