@@ -200,9 +200,13 @@ func (d *DB) deleteNode(ctx context.Context, tx *txn, where string, args ...any)
 	if err != nil {
 		return "", unavailable(err)
 	}
-	_, err = exec(ctx, tx, "DELETE FROM node_keys WHERE node_id = $1", id)
+	_, err = exec(ctx, tx, "DELETE FROM node_keys WHERE node_id = $1 AND key_id IN ("+signersOf+")", id)
 	return id, err
 }
+
+// signersOf are the keys by which node $1 can have signed, by which SQLite finds its node_keys.
+const signersOf = `SELECT k.id FROM nodes n JOIN org_keys k ON k.org_id = n.org_id WHERE n.id = $1
+	UNION ALL SELECT id FROM keys_of_nodes WHERE node_id = $1`
 
 // SecretsSize implements node.Store.
 func (d *DB) SecretsSize(ctx context.Context, org org.ID) (size int64, err error) {

@@ -57,8 +57,9 @@ func (d *DB) makeRoom(ctx context.Context, tx *txn, u node.Use, ip netip.Addr) e
 	}
 	const former = "SELECT id FROM nodes WHERE org_id = $1 AND ip = $2 AND deleted_at IS NOT NULL AND id <> $3"
 	for _, statement := range []string{
+		"DELETE FROM node_keys WHERE node_id IN (" + former + ") AND key_id IN (SELECT id FROM org_keys WHERE org_id = $1" +
+			" UNION ALL SELECT id FROM keys_of_nodes WHERE node_id IN (" + former + "))", // as signersOf
 		"UPDATE keys_of_nodes SET node_id = NULL WHERE node_id IN (" + former + ")",
-		"DELETE FROM node_keys WHERE node_id IN (" + former + ")",
 		"DELETE FROM nodes WHERE id IN (" + former + ")",
 	} {
 		if _, err := exec(ctx, tx, statement, u.Org, ip.String(), own); err != nil {
