@@ -201,10 +201,12 @@ func (e Event) Encode() (Record, error) {
 		r.Personal = p
 		l.Personal = PersonalDigest(p)
 	}
-	var err error
-	r.Leaf, err = json.Marshal(l, json.Deterministic(true))
-	if err != nil {
-		return Record{}, fmt.Errorf("encoding event %s: %w", e.ID, err)
+	var plain bool
+	if r.Leaf, plain = l.plain(); !plain {
+		var err error
+		if r.Leaf, err = json.Marshal(l, json.Deterministic(true)); err != nil {
+			return Record{}, fmt.Errorf("encoding event %s: %w", e.ID, err)
+		}
 	}
 	if len(r.Leaf) > MaxLeaf {
 		return Record{}, fmt.Errorf("encoding event %s of type %s: %w", e.ID, e.Type, ErrLeafTooLarge)
@@ -212,13 +214,20 @@ func (e Event) Encode() (Record, error) {
 	return r, nil
 }
 
+// salted is a personal part as it is stored.
+type salted struct {
+	Salt string `json:"salt"`
+	Personal
+}
+
 func encodePersonal(p Personal) ([]byte, error) {
 	salt := make([]byte, 16)
 	rand.Read(salt) // never fails, crypto/rand
-	b, err := json.Marshal(struct {
-		Salt string `json:"salt"`
-		Personal
-	}{base64.StdEncoding.EncodeToString(salt), p})
+	s := salted{base64.StdEncoding.EncodeToString(salt), p}
+	if b, plain := s.plain(); plain {
+		return b, nil
+	}
+	b, err := json.Marshal(s)
 	if err != nil {
 		return nil, fmt.Errorf("encoding the personal part of an event: %w", err)
 	}
