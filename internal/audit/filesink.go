@@ -84,9 +84,14 @@ func (s *FileSink) Append(_ context.Context, entries []Entry, c Checkpoint) ([][
 	if err != nil {
 		return nil, err
 	}
-	var b []byte
+	size := len(last) + 1
 	for _, e := range entries {
-		b = fmt.Appendf(b, `{"index":%d,"event":%s}`+"\n", e.Index, e.Leaf)
+		size += len(`{"index":9223372036854775807,"event":}`) + len(e.Leaf) + 1
+	}
+	b := make([]byte, 0, size)
+	for _, e := range entries {
+		b = strconv.AppendInt(append(b, `{"index":`...), e.Index, 10)
+		b = append(append(append(b, `,"event":`...), e.Leaf...), "}\n"...)
 	}
 	return nil, s.write(append(append(b, last...), '\n'), c)
 }
