@@ -5,7 +5,7 @@
 // A sequencer, one at a time across all replicas, then gives rows their index
 // and appends their leaves to the tree in batches, so writers never queue
 // behind the tree's head. (On SQLite, which has one writer anyhow, an event that
-// somebody waits for gets its index in its own transaction: see Store.AtOnce.) Each sink is fed from its own last
+// somebody waits for, or that comes with many, gets its index in its own transaction: see Store.AtOnce.) Each sink is fed from its own last
 // checkpoint on: at least once, in order, keyed by index. An operation that must
 // not happen before the log and its sinks have its event waits in
 // Log.Acknowledged.
@@ -55,9 +55,10 @@ type Store interface {
 	// *RollbackError, or *HaltError because of another replica's sinks.
 	Sequence(ctx context.Context, limit int, only Condition) (int, error)
 	// AtOnce has transactions whose event somebody will wait for give their indices to
-	// it and to at most limit events that wait, where that spares a commit, if the
+	// it and to at most limit events that wait, where that spares a commit, and
+	// transactions with many events to these, if the
 	// condition that only returns is met; grown is told the log's size after a
-	// commit. It holds until end is called. Sequence does what they leave.
+	// commit with an event that somebody will wait for. It holds until end is called. Sequence does what they leave.
 	AtOnce(limit int, only func(context.Context) (Condition, error), grown func(size int64)) (end func())
 	// Timeline identifies the database's history: it is another one after a
 	// failover or a restored backup (PostgreSQL's timeline ID). It is empty if the
@@ -353,7 +354,7 @@ func (l *Log) Run(ctx context.Context) error {
 func (l *Log) sequence(ctx context.Context) {
 	for ctx.Err() == nil {
 		n, err := l.advance(ctx)
-		if err == nil && n > 0 {
+		if err == nil { // also of those that got theirs as they were inserted
 			err = l.announce(ctx)
 		}
 		if err != nil && ctx.Err() == nil {

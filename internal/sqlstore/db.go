@@ -3,9 +3,9 @@
 //
 // Everything that changes goes through write: one function, one transaction.
 // On SQLite a single writer runs the functions that are waiting inside one
-// transaction, each in a savepoint of its own, so that concurrent requests
-// share the one fsync; on PostgreSQL each has its own transaction, and the
-// server shares commits itself. Times come from the database's clock.
+// transaction, so that concurrent requests share the one fsync; on PostgreSQL each has
+// its own transaction, and the server shares commits itself. Both may run a function
+// again. Times come from the database's clock.
 package sqlstore
 
 import (

@@ -69,3 +69,13 @@ func (d *DB) Execute(ctx context.Context, statement string) error {
 	_, err := d.read.ExecContext(ctx, statement)
 	return err
 }
+
+// Stall has SQLite's writer do nothing until leave is called: what is written meanwhile shares a batch.
+func (d *DB) Stall(ctx context.Context) (leave func() error) {
+	entered, left, result := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	go func() {
+		result <- d.transact(ctx, func(context.Context, *txn) error { close(entered); <-left; return nil })
+	}()
+	<-entered
+	return func() error { close(left); return <-result }
+}

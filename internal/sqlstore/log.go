@@ -70,6 +70,9 @@ func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.
 // recordNext records an event and gives it the next index, before all
 // waiting events. tx has the sequencer's lock.
 func (d *DB) recordNext(ctx context.Context, tx *txn, e audit.Event) error {
+	if err := d.settle(ctx, tx); err != nil {
+		return err
+	}
 	if err := d.record(ctx, tx, e); err != nil {
 		return err
 	}
@@ -119,16 +122,22 @@ func (d *DB) record(ctx context.Context, tx *txn, events ...audit.Event) error {
 	return nil
 }
 
-const insertEvent = "INSERT INTO events (id, occurred_at, type, reason, org_id, actor_kind, actor, object, leaf, mac) "
-
 // insertEvents inserts several in one statement in PostgreSQL, where each is a round trip.
 func (d *DB) insertEvents(ctx context.Context, tx *txn, all []audit.Record) error {
 	if d.postgres && len(all) > 1 {
 		return d.insertTogether(ctx, tx, all)
 	}
 	for _, r := range all {
-		if _, err := exec(ctx, tx, insertEvent+"VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
-			r.ID, r.Time.UnixMicro(), string(r.Type), r.Reason, r.Org, string(r.Kind), r.Actor, r.Object, r.Leaf, d.eventKey.MAC(r.Leaf)); err != nil {
+		var mac any = "" // what has an index bears none
+		var place any
+		if index, given := tx.next(ctx, r); given {
+			place = index
+		} else {
+			mac = d.eventKey.MAC(r.Leaf)
+		}
+		if _, err := exec(ctx, tx, `INSERT INTO events (id, occurred_at, type, reason, org_id, actor_kind, actor, object, leaf, mac, idx)
+			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)`,
+			r.ID, r.Time.UnixMicro(), string(r.Type), r.Reason, r.Org, string(r.Kind), r.Actor, r.Object, r.Leaf, mac, place); err != nil {
 			return err
 		}
 		if r.Personal == nil {
@@ -155,7 +164,8 @@ func (d *DB) insertTogether(ctx context.Context, tx *txn, all []audit.Record) er
 			persons, personal = append(persons, r.ID), append(personal, r.Personal)
 		}
 	}
-	if _, err := exec(ctx, tx, insertEvent+`SELECT id, at, type, reason, org, kind, actor, object, leaf, mac
+	if _, err := exec(ctx, tx, `INSERT INTO events (id, occurred_at, type, reason, org_id, actor_kind, actor, object, leaf, mac)
+		SELECT id, at, type, reason, org, kind, actor, object, leaf, mac
 		FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::bytea[], $10::bytea[])
 		WITH ORDINALITY AS e (id, at, type, reason, org, kind, actor, object, leaf, mac, n) ORDER BY n`,
 		texts[0], times, texts[1], texts[2], texts[3], texts[4], texts[5], texts[6], leaves, macs); err != nil || persons == nil {

@@ -59,7 +59,9 @@ func (d *DB) AtOnce(limit int, only func(context.Context) (audit.Condition, erro
 		return func() {}
 	}
 	d.writer.indices.Store(&indices{
-		give: func(ctx context.Context, tx *txn) error { return d.giveAtOnce(ctx, tx, limit, only) }, grown: grown,
+		give:   func(ctx context.Context, tx *txn) error { return d.giveAtOnce(ctx, tx, limit, only) },
+		first:  func(ctx context.Context, tx *txn) (int64, bool) { return d.firstIndex(ctx, tx, only) },
+		settle: d.settle, grown: grown,
 	})
 	return func() { d.writer.indices.Store(nil) }
 }
@@ -77,6 +79,70 @@ func (d *DB) giveAtOnce(ctx context.Context, tx *txn, limit int, only func(conte
 		err = &audit.UnauthenticatedError{Count: refused}
 	}
 	return err
+}
+
+// growing gives events of a batch their indices as they are inserted, so that
+// the sequencer need not read and change each of them.
+type growing struct {
+	begin  func(context.Context, *txn) (first int64, ok bool) // nil once it was called
+	first  int64
+	leaves [][]byte
+}
+
+// next returns the index for an event that is about to be inserted, if there is one.
+func (t *txn) next(ctx context.Context, r audit.Record) (int64, bool) {
+	if g := t.growing; g != nil && g.begin != nil {
+		var ok bool
+		if g.first, ok = g.begin(ctx, t); !ok {
+			t.growing = nil
+		}
+		g.begin = nil
+	}
+	if t.growing == nil {
+		return 0, false
+	}
+	index := t.growing.first + int64(len(t.growing.leaves))
+	t.growing.leaves = append(t.growing.leaves, r.Leaf)
+	t.placed = append(t.placed, placed{r.ID, index})
+	return index, true
+}
+
+// firstIndex returns the log's next index if the sequencer would give it to the next event that
+// is recorded: there is none while others wait. It changes nothing.
+func (d *DB) firstIndex(ctx context.Context, tx *txn, only func(context.Context) (audit.Condition, error)) (int64, bool) {
+	condition, err := only(ctx)
+	if err != nil || d.mayGrow(ctx, tx, condition) != nil {
+		return 0, false
+	}
+	waiting, err := query(ctx, tx, scanInt, "SELECT 1 FROM events WHERE idx IS NULL AND refused = 0 LIMIT 1")
+	if err != nil || len(waiting) > 0 {
+		return 0, false
+	}
+	head, err := readHead(ctx, tx)
+	return head.Size, err == nil
+}
+
+// settle extends the tree by the events that got their indices as they were inserted. Further
+// ones of the batch wait for the sequencer.
+func (d *DB) settle(ctx context.Context, tx *txn) error {
+	g := tx.growing
+	tx.growing = nil
+	if g == nil || len(g.leaves) == 0 {
+		return nil
+	}
+	return d.extend(ctx, tx, g.first, g.leaves)
+}
+
+// extend appends leaves to the tree of the first events.
+func (d *DB) extend(ctx context.Context, tx *txn, first int64, leaves [][]byte) error {
+	hashes, root, err := audit.Grow(first, leaves, d.over(tx).hashReader(ctx))
+	if err != nil {
+		return err
+	}
+	if err := d.storeHashes(ctx, tx, hashes, tlog.StoredHashIndex(0, first)); err != nil {
+		return err
+	}
+	return one(exec(ctx, tx, "UPDATE log_head SET size = $1, root = $2 WHERE size = $3", first+int64(len(leaves)), root[:], first))
 }
 
 func (d *DB) sequence(ctx context.Context, tx *txn, limit int) (given, refused int, err error) {
@@ -97,6 +163,9 @@ func scanUnsequenced(scan func(...any) error) (u unsequenced, err error) {
 func (d *DB) place(ctx context.Context, tx *txn, waiting []unsequenced) (given, refused int, err error) {
 	if d.eventKey == nil {
 		return 0, 0, errNoEventKey
+	}
+	if err := d.settle(ctx, tx); err != nil {
+		return 0, 0, err
 	}
 	head, err := readHead(ctx, tx)
 	if err != nil {
@@ -127,14 +196,7 @@ func (d *DB) place(ctx context.Context, tx *txn, waiting []unsequenced) (given, 
 	if err := d.giveIndices(ctx, tx, rows, head.Size); err != nil {
 		return 0, 0, err
 	}
-	hashes, root, err := audit.Grow(head.Size, leaves, d.over(tx).hashReader(ctx))
-	if err != nil {
-		return 0, 0, err
-	}
-	if err := d.storeHashes(ctx, tx, hashes, tlog.StoredHashIndex(0, head.Size)); err != nil {
-		return 0, 0, err
-	}
-	return len(rows), refused, one(exec(ctx, tx, "UPDATE log_head SET size = $1, root = $2 WHERE size = $3", head.Size+int64(len(rows)), root[:], head.Size))
+	return len(rows), refused, d.extend(ctx, tx, head.Size, leaves)
 }
 
 // giveIndices gives the events in these rows consecutive indices from first

@@ -42,8 +42,10 @@ type batch struct {
 // indices gives the events that wait for them their indices, in the transaction of
 // the newest of them.
 type indices struct {
-	give  func(context.Context, *txn) error
-	grown func(size int64) // told of the log's size after the commit
+	give   func(context.Context, *txn) error
+	first  func(context.Context, *txn) (int64, bool) // see growing
+	settle func(context.Context, *txn) error
+	grown  func(size int64) // told of the log's size after a commit with an event that is awaited
 }
 
 // placed is an event that got its index in a transaction.
@@ -190,6 +192,7 @@ type txn struct {
 	unhurried bool    // others follow them within the second, and nobody waits for these
 	awaited   bool    // somebody waits until the sinks have them
 	placed    []placed
+	growing   *growing // nil: events get their indices later
 }
 
 // SQLite's statements are not interrupted, see commit; for a context that may end, the
@@ -296,12 +299,12 @@ func (w *writer) commit(batch []*change) error {
 	started := time.Now()
 	if w.careful > 0 {
 		w.careful--
-		return w.transact(batch, started, apply)
+		return w.transact(batch, started, true)
 	}
-	err := w.transact(batch, started, applyBare)
+	err := w.transact(batch, started, false)
 	if errors.Is(err, errUndone) {
 		w.careful = carefulFor
-		err = w.transact(batch, started, apply)
+		err = w.transact(batch, started, true)
 	}
 	return err
 }
@@ -313,11 +316,16 @@ const carefulFor = 64
 // errUndone: a change of a batch failed, and the batch was undone as a whole.
 var errUndone = errors.New("a change failed")
 
-// transact runs a batch in one transaction. A single change needs no savepoint.
-func (w *writer) transact(batch []*change, started time.Time, apply func(context.Context, *txn, *change) error) error {
+// transact runs a batch in one transaction. If a change fails it reports errUndone, unless
+// that change alone can be undone: each has a savepoint, or it is a single one.
+func (w *writer) transact(batch []*change, started time.Time, savepoints bool) error {
 	tx, err := w.begin()
 	if err != nil {
 		return unavailable(err)
+	}
+	indices := w.indices.Load()
+	if indices != nil && !savepoints && len(batch) >= manyEvents {
+		tx.growing = &growing{begin: indices.first}
 	}
 	for _, c := range batch {
 		if c.err = c.ctx.Err(); c.err != nil {
@@ -330,23 +338,26 @@ func (w *writer) transact(batch []*change, started time.Time, apply func(context
 		// SQLite would roll back the whole transaction if a caller that leaves
 		// interrupted one of its statements.
 		ctx := context.WithoutCancel(c.ctx)
-		if len(batch) == 1 {
+		switch {
+		case len(batch) == 1:
 			if c.err = c.do(ctx, tx); c.err != nil {
 				return ignoreDone(tx.Rollback())
 			}
-			break
-		}
-		switch err := apply(ctx, tx, c); {
-		case errors.Is(err, errUndone):
-			if err := ignoreDone(tx.Rollback()); err != nil {
-				return unavailable(err)
+		case !savepoints:
+			if c.do(ctx, tx) != nil {
+				return undone(tx)
 			}
-			return errUndone
-		case err != nil:
-			return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
+		default:
+			if err := apply(ctx, tx, c); err != nil {
+				return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
+			}
 		}
 	}
-	if err := w.giveIndices(tx); err != nil {
+	if tx.growing != nil {
+		if err := indices.settle(context.Background(), tx); err != nil {
+			return undone(tx)
+		}
+	} else if err := giveIndices(tx, indices); err != nil {
 		return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
 	}
 	if err := tx.Commit(); err != nil {
@@ -361,29 +372,32 @@ func (w *writer) transact(batch []*change, started time.Time, apply func(context
 	for _, p := range tx.placed {
 		w.given.Add(p.id, p.index)
 	}
-	if indices := w.indices.Load(); indices != nil && len(tx.placed) > 0 {
+	if indices != nil && tx.awaited && len(tx.placed) > 0 {
 		indices.grown(tx.placed[len(tx.placed)-1].index + 1)
 	}
 	return nil
 }
 
+// undone undoes a batch as a whole.
+func undone(tx *txn) error {
+	if err := ignoreDone(tx.Rollback()); err != nil {
+		return unavailable(err)
+	}
+	return errUndone
+}
+
+// manyEvents is how many changes a batch has at least whose events get their indices as they are
+// inserted: that takes some statements for each batch, and spares one for each event.
+const manyEvents = 4
+
 // giveIndices gives the events of a batch their indices if somebody waits for that,
 // which spares a commit of its own. If it cannot, the batch goes on without: the
 // sequencer tries again, and says why.
-func (w *writer) giveIndices(tx *txn) error {
-	indices := w.indices.Load()
+func giveIndices(tx *txn, indices *indices) error {
 	if indices == nil || !tx.awaited {
 		return nil
 	}
 	return apply(context.Background(), tx, &change{do: indices.give})
-}
-
-// applyBare reports errUndone if the change fails: nothing of the batch may be committed then.
-func applyBare(ctx context.Context, tx *txn, c *change) error {
-	if c.do(ctx, tx) != nil {
-		return errUndone
-	}
-	return nil
 }
 
 // apply undoes the change if it fails.
