@@ -205,3 +205,77 @@ func TestARestoredBackupGoesOnInAnotherArchive(t *testing.T) {
 	}
 	ok(t, s, "audit", "verify")
 }
+
+// What retention removed after the backup was made is not missing to the restored log, if the
+// archive's own log says so, signed by a key that was kept; a thief of entries says nothing.
+func TestARestoredBackupAndWhatRetentionRemovedSince(t *testing.T) {
+	t.Parallel()
+	old, next := filepath.Join(t.TempDir(), "old"), filepath.Join(t.TempDir(), "next")
+	sink := filepath.Join(t.TempDir(), "sink.jsonl")
+	s := harness.Start(t, harness.Set("ORGKEYS_AUDIT_FILE", sink), harness.Set("ORGKEYS_AUDIT_ARCHIVE", old))
+	s.Stop(t)
+	db := s.Database(t)
+	fillLog(t, db, 1100) // a year ago
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.Start(t)
+	s.Stop(t)
+	archive := func(want int, args ...string) string {
+		t.Helper()
+		out, errs, code := s.Run(t, append([]string{"audit", "archive", "--before", "90d"}, args...)...)
+		if code != want {
+			t.Fatalf("%q: exit code %d, want %d: %s%s", args, code, want, out, errs)
+		}
+		return out + errs
+	}
+	if said := archive(0); !strings.Contains(said, "the first 1024 are no longer in the database") {
+		t.Fatalf("it says %s", said)
+	}
+	key := strings.TrimSpace(ok(t, s, "audit", "key"))
+	backup := harness.Copy(t, s.Dir)
+	s.Configured("ORGKEYS_AUDIT_RETENTION", "8700h")
+	if said := archive(0); !strings.Contains(said, "the first 1024 are no longer in the archive") {
+		t.Fatalf("it says %s", said)
+	}
+	ok(t, s, "audit", "verify")
+	s.Configured("ORGKEYS_AUDIT_RETENTION", "")
+	putBack(t, s, backup)
+	ok(t, s, "audit", "accept-rollback", "--reason", "restored the backup")
+	s.Start(t)
+	s.List(t, harness.Org())
+	s.Stop(t)
+	if _, errs, code := s.Run(t, "audit", "verify"); code != 1 || !strings.Contains(errs, "event 0: it is missing in the archive") {
+		t.Errorf("verifying says %d, %s", code, errs)
+	}
+	s.Configured("ORGKEYS_AUDIT_ARCHIVE", next)
+	if said := archive(1, "--from", old); !strings.Contains(said, "with --key") {
+		t.Errorf("without a key: %s", said)
+	}
+	if said := archive(1, "--from", old, "--key", "orgkeys/another+00000000+AQ"); !strings.Contains(said, "not a verifier key") {
+		t.Errorf("with no key: %s", said)
+	}
+	stranger := harness.Start(t)
+	stranger.List(t, harness.Org())
+	stranger.Stop(t)
+	if said := archive(1, "--from", old, "--key", strings.TrimSpace(ok(t, stranger, "audit", "key"))); !strings.Contains(said, "none of the given keys has signed it") {
+		t.Errorf("with another log's key: %s", said)
+	}
+	if n := harness.Number(t, s.Database(t), "SELECT count(*) FROM events WHERE type = 'log.pruned'"); n != 0 {
+		t.Errorf("%d removals were announced", n)
+	}
+	if said := archive(0, "--from", old, "--key", key); strings.Contains(said, "moved 1024 events") {
+		t.Errorf("it says %s", said)
+	}
+	if err := os.RemoveAll(old); err != nil {
+		t.Fatal(err)
+	}
+	if said := ok(t, s, "audit", "verify"); !strings.Contains(said, "entries below 1024 were removed by the policy of retention") || !strings.Contains(said, "truncation excluded") {
+		t.Errorf("verifying says %s", said)
+	}
+	if out, errs, code := s.Run(t, "audit", "verify-tiles", next, "--key", key); code != 3 || !strings.Contains(out, "below 1024") {
+		t.Errorf("the files alone: exit code %d: %s%s", code, out, errs)
+	}
+	s.Start(t)
+	s.List(t, harness.Org())
+}
