@@ -16,6 +16,7 @@ import (
 	"github.com/go-json-experiment/json"
 
 	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/keypem"
 )
 
 // ErrToken means that a text is not an enrollment token.
@@ -325,7 +326,7 @@ func unwrap(s sealedAnswer, recipient crypto.Decrypter) (*Delivered, error) {
 	}
 	private := x509.MarshalPKCS1PrivateKey(key)
 	defer clear(private)
-	return &Delivered{s.Delivery, pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: private})}, nil
+	return &Delivered{s.Delivery, keypem.Encode("RSA PRIVATE KEY", private)}, nil
 }
 
 // Receipt tells the server that the key of d, which signs for it, is stored. The

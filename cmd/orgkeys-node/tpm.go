@@ -4,11 +4,11 @@ import (
 	"cmp"
 	"context"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"strings"
 
 	"github.com/orgkeys/orgkeys/client"
+	"github.com/orgkeys/orgkeys/internal/keypem"
 	"github.com/orgkeys/orgkeys/internal/tpmdevice"
 )
 
@@ -51,7 +51,7 @@ func (s settings) newKey(ctx context.Context) (client.PrivateKey, []byte, error)
 		}
 		der := x509.MarshalPKCS1PrivateKey(key)
 		defer clear(der)
-		return key, pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: der}), nil // the form in which the server hands keys out
+		return key, keypem.Encode("RSA PRIVATE KEY", der), nil // the form in which the server hands keys out
 	}
 	key, err := client.NewRecipient()
 	if err != nil {
@@ -62,7 +62,7 @@ func (s settings) newKey(ctx context.Context) (client.PrivateKey, []byte, error)
 		return nil, nil, cannotStore(s.recipientFile, err)
 	}
 	defer clear(der)
-	return key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+	return key, keypem.Encode("PRIVATE KEY", der), nil
 }
 
 // suits reports an error if an earlier run made the key with other settings.

@@ -2,10 +2,8 @@ package orgkey
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 
 	"github.com/google/uuid"
@@ -14,6 +12,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
+	"github.com/orgkeys/orgkeys/internal/keypem"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/panics"
 )
@@ -103,7 +102,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	// whether its holder got all of it, so nothing deletes it automatically.
 	served()
 	leave() // back end and audit log are done; a slow reader delays no other caller
-	private := encodePEM(place.der)
+	private := keypem.Encode("RSA PRIVATE KEY", place.der)
 	defer clear(private)
 	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: record.public.Fingerprint(), PEM: private}); err != nil {
 		s.withdraw(ctx, pass, id, "write_failed")
@@ -402,21 +401,4 @@ func refusal(err error) string {
 	default:
 		return "generation_failed"
 	}
-}
-
-// encodePEM is pem.Encode, which leaves parts of the key in buffers of its own. Here the
-// only one is what is returned: it never grows, so none is left behind.
-func encodePEM(der []byte) []byte {
-	const (
-		begin = "-----BEGIN RSA PRIVATE KEY-----\n"
-		end   = "-----END RSA PRIVATE KEY-----\n"
-		line  = 48 // bytes, in 64 characters
-	)
-	lines := (len(der) + line - 1) / line
-	text := make([]byte, 0, len(begin)+base64.StdEncoding.EncodedLen(len(der))+lines+len(end))
-	text = append(text, begin...)
-	for part := range slices.Chunk(der, line) {
-		text = append(base64.StdEncoding.AppendEncode(text, part), '\n')
-	}
-	return append(text, end...)
 }

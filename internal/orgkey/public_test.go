@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
-	"encoding/pem"
 	"testing"
 	"time"
 )
@@ -33,20 +32,6 @@ func TestExportedKeyMustMatch(t *testing.T) {
 	}
 	if err := NewPublic(&key.PublicKey).CheckPrivate(append(bytes.Clone(der), 0)); err == nil {
 		t.Error("a byte after the key was accepted")
-	}
-}
-
-// The text is that of package pem, and its buffer never grew: what it left would not be cleared.
-func TestThePEMOfAKey(t *testing.T) {
-	der := make([]byte, 2400)
-	if _, err := rand.Read(der); err != nil {
-		t.Fatal(err)
-	}
-	for n := range der {
-		got, want := encodePEM(der[:n]), pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: der[:n]})
-		if !bytes.Equal(got, want) || cap(got) != len(got) {
-			t.Fatalf("%d bytes: %d characters of %d, want %d\n%s", n, len(got), cap(got), len(want), got)
-		}
 	}
 }
 
