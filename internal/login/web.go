@@ -28,10 +28,11 @@ type Web struct {
 	Secret   string // of a confidential client; empty: a public one
 	Redirect string // where the provider sends browsers back to
 
-	mu    sync.Mutex
-	found *endpoints
-	fault error
-	until time.Time
+	mu       sync.Mutex
+	found    *endpoints
+	fault    error
+	until    time.Time
+	renewing bool
 }
 
 // Attempt is one sign-in. All of it is known to the browser that began it, and to nobody else.
@@ -92,12 +93,19 @@ func withoutAnswer(err error) error {
 	return err
 }
 
-// endpoints are the provider's, asked for at most every metadataLife.
+// endpoints are the provider's, asked for at most every metadataLife. Nobody waits for
+// that but who comes before any were found.
 func (w *Web) endpoints(ctx context.Context) (context.Context, *endpoints, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !time.Now().Before(w.until) {
-		w.renew(context.WithoutCancel(ctx))
+		switch asking := context.WithoutCancel(ctx); {
+		case w.found == nil:
+			w.keep(w.ask(asking))
+		case !w.renewing:
+			w.renewing = true
+			go w.renew(asking)
+		}
 	}
 	if w.fault != nil {
 		return ctx, nil, w.fault
@@ -106,20 +114,36 @@ func (w *Web) endpoints(ctx context.Context) (context.Context, *endpoints, error
 	return oidc.ClientContext(ctx, c), w.found, err
 }
 
-// renew asks for the metadata. While it cannot be had, what was found before is used
-// on: it seldom changes, and without it nobody could sign in.
+// renew asks for the metadata beside the sign-ins, which go on with what was found before.
 func (w *Web) renew(ctx context.Context) {
+	e, err := w.ask(ctx)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.renewing = false
+	w.keep(e, err)
+}
+
+func (w *Web) ask(ctx context.Context) (*endpoints, error) {
 	_, e, err := w.discover(ctx)
 	if err != nil {
-		if w.until = time.Now().Add(failureLife); w.found == nil {
-			w.fault = err
-		}
-		return
+		return nil, err
 	}
 	e.ClientSecret, e.RedirectURL = w.Secret, w.Redirect
 	// Where a provider does not say, client_secret_basic is what it takes (OpenID Connect Discovery, 3).
 	if w.Secret != "" && (len(e.AuthMethods) == 0 || slices.Contains(e.AuthMethods, "client_secret_basic")) {
 		e.Endpoint.AuthStyle = oauth2.AuthStyleInHeader
+	}
+	return e, nil
+}
+
+// keep keeps what the provider answered. While its metadata cannot be had, what was found
+// before is used on: it seldom changes, and without it nobody could sign in.
+func (w *Web) keep(e *endpoints, err error) {
+	if err != nil {
+		if w.until = time.Now().Add(failureLife); w.found == nil {
+			w.fault = err
+		}
+		return
 	}
 	w.found, w.fault, w.until = e, nil, time.Now().Add(metadataLife)
 }

@@ -50,10 +50,17 @@ func TestBrowsersAreSentToPages(t *testing.T) {
 // A provider whose metadata fails for a while signs people in with what was read before.
 func TestMetadataOutlivesAFailedRefresh(t *testing.T) {
 	t.Parallel()
-	var down atomic.Bool
+	var down, silent atomic.Bool
 	down.Store(true)
+	var waiting atomic.Int32
+	speak := make(chan struct{})
+	defer close(speak)
 	var issuer string
 	provider := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if silent.Load() {
+			waiting.Add(1)
+			<-speak
+		}
 		if down.Load() {
 			w.WriteHeader(http.StatusBadGateway)
 			return
@@ -65,7 +72,9 @@ func TestMetadataOutlivesAFailedRefresh(t *testing.T) {
 	issuer = provider.URL
 	w := &Web{Provider: Provider{Issuer: issuer, ClientID: "console"}, Redirect: "http://localhost/console/callback"}
 	begin := func() error {
+		w.mu.Lock()
 		w.until = time.Time{} // what was found, or failed, is old
+		w.mu.Unlock()
 		address, err := w.Begin(t.Context(), Attempt{"s", "n", "v"})
 		if err == nil && !strings.HasPrefix(address, issuer+"/auth?") {
 			t.Errorf("browsers are sent to %s", address)
@@ -83,8 +92,36 @@ func TestMetadataOutlivesAFailedRefresh(t *testing.T) {
 	if err := begin(); err != nil {
 		t.Errorf("one failed refresh: %v", err)
 	}
-	if again := time.Until(w.until); again > failureLife {
+	settled := func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return !w.renewing
+	}
+	for deadline := time.Now().Add(20 * time.Second); !settled(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the refresh does not end")
+		}
+	}
+	w.mu.Lock()
+	again := time.Until(w.until)
+	w.mu.Unlock()
+	if again > failureLife || again < 0 {
 		t.Errorf("the next refresh is in %v", again)
+	}
+	// Nor does anybody wait for a provider that says nothing, which is asked once.
+	silent.Store(true)
+	for range 3 {
+		if err := begin(); err != nil {
+			t.Errorf("while a refresh takes long: %v", err)
+		}
+	}
+	for deadline := time.Now().Add(20 * time.Second); waiting.Load() < 1; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("no refresh was tried")
+		}
+	}
+	if n := waiting.Load(); n != 1 {
+		t.Errorf("the provider is asked %d times at once", n)
 	}
 
 	// What a browser brings is in no message in full.
