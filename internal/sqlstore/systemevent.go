@@ -64,7 +64,7 @@ func systemEvents(f systemevent.Filter) (string, []any) {
 	matching := "FROM events WHERE " + strings.Join(c.terms, " AND ")
 	page := "SELECT occurred_at, seq " + matching + " ORDER BY occurred_at DESC, seq DESC LIMIT " + c.arg(f.Take) + " OFFSET " + c.arg(f.Skip)
 	return `SELECT n.total, page.seq, NOT ` + marked + `page.seq), e.leaf, p.personal
-		FROM (SELECT count(*) AS total ` + matching + `) n
+		FROM (SELECT count(*) AS total FROM (SELECT 1 ` + matching + ` LIMIT ` + c.arg(f.Count) + `) counted) n
 		LEFT JOIN (` + page + `) page ON TRUE
 		LEFT JOIN events e ON e.seq = page.seq
 		LEFT JOIN event_persons p ON p.event_id = e.id

@@ -110,7 +110,7 @@ func TestSystemEventsByEveryFilter(t *testing.T) {
 			{"beyond the last page", func(f *systemevent.Filter) { f.Skip = 9 }, 9, nil},
 		} {
 			t.Run(c.name, func(t *testing.T) {
-				f := systemevent.Filter{Org: "acme", Reader: "ada", Kinds: everyKind, From: noon, Take: 100}
+				f := systemevent.Filter{Org: "acme", Reader: "ada", Kinds: everyKind, From: noon, Take: 100, Count: 100}
 				c.change(&f)
 				found, total, err := db.SystemEvents(t.Context(), f)
 				if err != nil {
@@ -138,7 +138,7 @@ func TestSystemEventsByEveryFilter(t *testing.T) {
 func TestSystemEventsThatWereRead(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
 		someEvents(t, db)
-		f := systemevent.Filter{Org: "acme", Reader: "eve", Kinds: everyKind, From: noon, Take: 100}
+		f := systemevent.Filter{Org: "acme", Reader: "eve", Kinds: everyKind, From: noon, Take: 100, Count: 100}
 		found, _, err := db.SystemEvents(t.Context(), f)
 		if err != nil {
 			t.Fatal(err)
@@ -181,12 +181,12 @@ func TestSystemEventsThatWereRead(t *testing.T) {
 // the log holds: every condition is the index's, whatever is asked.
 func TestSystemEventsAreFoundByTheIndexAlone(t *testing.T) {
 	everything := systemevent.Filter{
-		Org: "acme", Kinds: everyKind, From: noon, Before: noon.Add(time.Hour), Object: "k-1", Actor: "ada", Person: "ada", Reader: "ada", Unread: true, Take: 20,
+		Org: "acme", Kinds: everyKind, From: noon, Before: noon.Add(time.Hour), Object: "k-1", Actor: "ada", Person: "ada", Reader: "ada", Unread: true, Take: 20, Count: 1000,
 	}
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
-		raw := fill(t, location)
+		raw := fill(t, location, 20_000, 100)
 		for name, f := range map[string]systemevent.Filter{
-			"the default": {Org: "acme", Kinds: everyKind, From: noon, Take: 20}, "every filter": everything,
+			"the default": {Org: "acme", Kinds: everyKind, From: noon, Take: 20, Count: 1000}, "every filter": everything,
 		} {
 			plan := explain(t, raw, location, f)
 			if strings.Count(plan, "events_changes") != 2 || strings.Contains(plan, "SCAN events") || strings.Contains(plan, "Seq Scan on events ") {
@@ -200,15 +200,31 @@ func TestSystemEventsAreFoundByTheIndexAlone(t *testing.T) {
 	})
 }
 
+// What a page costs has a bound, however long the time that it asks about.
+func TestACountOfSystemEventsHasABound(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		fill(t, location, 20_000, 100)
+		for want, f := range map[int]systemevent.Filter{
+			100: {Org: "acme", Kinds: everyKind, From: noon, Take: 20, Count: 100},
+			20:  {Org: "acme", Kinds: everyKind, From: noon, Before: noon.Add(3100 * time.Microsecond), Take: 20, Count: 100},
+		} {
+			page, total, err := db.SystemEvents(t.Context(), f)
+			if err != nil || total != want || len(page) != 20 {
+				t.Errorf("a page of %d has %d, %v", want, total, err)
+			}
+		}
+	})
+}
+
 var indexOnly = regexp.MustCompile(`Index Only Scan (Backward )?using events_changes`)
 
-// fill adds 20,000 events of 100 organizations past sqlstore, and returns the
-// connection that did it.
-func fill(t *testing.T, location string) *sql.DB {
+// fill adds events of organizations past sqlstore, and returns the connection that
+// did it.
+func fill(t *testing.T, location string, events, orgs int) *sql.DB {
 	t.Helper()
-	driver, numbers := "sqlite", "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
+	driver, numbers := "sqlite", fmt.Sprintf("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d) ", events)
 	if strings.HasPrefix(location, "postgres") {
-		driver, numbers = "pgx", "WITH n(i) AS (SELECT generate_series(1, 20000)) "
+		driver, numbers = "pgx", fmt.Sprintf("WITH n(i) AS (SELECT generate_series(1, %d)) ", events)
 	}
 	raw, err := sql.Open(driver, location)
 	if err != nil {
@@ -216,8 +232,8 @@ func fill(t *testing.T, location string) *sql.DB {
 	}
 	t.Cleanup(func() { raw.Close() })
 	insert := "INSERT INTO events (id, occurred_at, type, org_id, actor_kind, actor, object, leaf, mac) " + numbers + fmt.Sprintf(
-		"SELECT 'e-' || i, %d + i, CASE i %% 3 WHEN 0 THEN 'orgkey.listed' ELSE 'orgkey.created' END, CASE i %% 100 WHEN 0 THEN 'acme' ELSE 'org-' || (i %% 100) END, 'user', 'ada', 'k-1', '', '' FROM n",
-		noon.UnixMicro())
+		"SELECT 'e-' || i, %[1]d + i, CASE i %% 3 WHEN 0 THEN 'orgkey.listed' ELSE 'orgkey.created' END, CASE i %% %[2]d WHEN 0 THEN 'acme' ELSE 'org-' || (i %% %[2]d) END, 'user', 'ada', 'k-1', '', '' FROM n",
+		noon.UnixMicro(), orgs)
 	if driver == "pgx" {
 		insert = strings.Replace(insert, "'', '' FROM n", `''::bytea, ''::bytea FROM n`, 1)
 	}

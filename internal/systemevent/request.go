@@ -15,6 +15,8 @@ const (
 	maxTake       = 100
 	// maxSkip bounds the work on a page. Beyond it, to_timestamp leads further.
 	maxSkip = 100_000
+	// mostCounted is the most that a page's total says: as many events as skip and take reach.
+	mostCounted = maxSkip + maxTake
 	// maxMarks bounds what one request marks: ten of the longest pages.
 	maxMarks = 10 * maxTake
 	// maxNumber is the largest integer that JavaScript has exactly.
@@ -39,7 +41,7 @@ type fields struct {
 // With an error, which is a *jsonbody.Error, the filter's organization is still
 // the one to decide about.
 func parse(body []byte, own org.ID, now time.Time) (Filter, error) {
-	f := Filter{Org: own}
+	f := Filter{Org: own, Count: mostCounted}
 	var sent fields
 	if len(body) > 0 {
 		if err := jsonbody.Decode(body, &sent); err != nil {

@@ -91,6 +91,7 @@ type Filter struct {
 	Person string // the subject of the person who did it
 	Skip   int
 	Take   int
+	Count  int // the most that the total says
 }
 
 // Marks says which events a reader has read, or has not.
