@@ -24,6 +24,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/shares"
 )
 
 // Keys is what the routes need of *orgkey.Service.
@@ -77,8 +78,8 @@ type API struct {
 	Config
 	metrics  metrics
 	ready    *readiness
-	cors     *cors.Cors // nil without origins
-	reading  *places    // of bodies that are read before anybody vouches for them
+	cors     *cors.Cors     // nil without origins
+	reading  *shares.Places // of bodies that are read before anybody vouches for them
 	leaving  atomic.Bool
 	draining atomic.Bool
 	public   *gin.Engine
@@ -99,7 +100,7 @@ func New(c Config) (*API, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &API{Config: c, metrics: m, ready: ready, cors: crossOrigin, reading: newPlaces(maxReading, c.Proxies.shared)}
+	a := &API{Config: c, metrics: m, ready: ready, cors: crossOrigin, reading: shares.New(maxReading, c.Proxies.Shared)}
 	a.public = a.engine(a.checkProxy, a.crossOrigin)
 	a.routesKeys(a.public)
 	a.routesNodes(a.public)

@@ -11,6 +11,8 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/orgkeys/orgkeys/internal/shares"
 )
 
 // dialFrom opens a connection to address from a loopback address.
@@ -76,7 +78,7 @@ func TestOneAddressLeavesRoomForOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.listener.shared = func(a netip.Addr) bool { return a == netip.MustParseAddr("127.0.0.9") }
+	s.listener.places = shares.New(maxConnections, func(a netip.Addr) bool { return a == netip.MustParseAddr("127.0.0.9") })
 	served := make(chan error, 1)
 	go func() { served <- s.Serve() }()
 	t.Cleanup(func() {
@@ -123,13 +125,11 @@ func TestOneAddressLeavesRoomForOthers(t *testing.T) {
 // and sends none of them. What it holds meanwhile is bounded, and others are served.
 func TestStalledBodiesLeaveRoomForOthers(t *testing.T) {
 	b := newBench(t, nil)
-	b.api.reading = newPlaces(64, func(netip.Addr) bool { return false }) // the test has only addresses of this host
+	b.api.reading = shares.New(64, func(netip.Addr) bool { return false }) // the test has only addresses of this host
 	for _, path := range []string{"/register", "/unregister", "/secrets", "/enroll/" + nodeID, "/enroll/" + nodeID + "/receipt"} {
 		var stalled []net.Conn
 		waiting := func() int {
-			b.api.reading.mu.Lock()
-			defer b.api.reading.mu.Unlock()
-			return b.api.reading.taken
+			return b.api.reading.Taken()
 		}
 		stall := func(from string) net.Conn {
 			conn := dialFrom(t, from, b.address)

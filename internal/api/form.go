@@ -22,7 +22,7 @@ func (a *API) formAuthorization(c *gin.Context) {
 	if err != nil || form != "application/x-www-form-urlencoded" || len(c.Request.Header.Values("Authorization")) > 0 {
 		return
 	}
-	leave := a.reading.take(a.Proxies.client(c.Request))
+	leave := a.reading.Take(a.Proxies.Client(c.Request))
 	if leave == nil {
 		a.refuse(c, overloaded)
 		return

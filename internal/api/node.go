@@ -72,7 +72,7 @@ func readBody(c *gin.Context) (body []byte, refusal *problem) {
 // signedBody reads the body of a request that only what is in it vouches for. A body
 // may take until readTimeout, so those who send none must not hold every place.
 func (a *API) signedBody(c *gin.Context) ([]byte, bool) {
-	leave := a.reading.take(a.Proxies.client(c.Request))
+	leave := a.reading.Take(a.Proxies.Client(c.Request))
 	if leave == nil {
 		a.refuse(c, nodesBusy)
 		return nil, false

@@ -20,9 +20,9 @@ func (p Proxies) trusts(a netip.Addr) bool {
 	return slices.ContainsFunc(p.Trusted, func(t netip.Prefix) bool { return t.Contains(a) })
 }
 
-// shared reports whether many clients may have an address: that of a trusted proxy, and
+// Shared reports whether many clients may have an address: that of a trusted proxy, and
 // this host's own, on which a proxy may run that is not trusted and so not configured.
-func (p Proxies) shared(a netip.Addr) bool { return a.IsLoopback() || p.trusts(a) }
+func (p Proxies) Shared(a netip.Addr) bool { return a.IsLoopback() || p.trusts(a) }
 
 // peer is the address at the other end of the connection; invalid if there is none.
 func peer(r *http.Request) netip.Addr { return peerOf(r.RemoteAddr) }
@@ -35,11 +35,11 @@ func peerOf(remote string) netip.Addr {
 	return at.Addr().Unmap().WithZone("")
 }
 
-// client is the address that the request came from, according to trusted proxies. Each proxy appends the address of its own peer to
+// Client is the address that the request came from, according to trusted proxies. Each proxy appends the address of its own peer to
 // X-Forwarded-For, so the list is read from the right, up to the first address
 // that is no trusted proxy. Whatever stands to the left of that, or of
 // something that is not an address, anybody may have written.
-func (p Proxies) client(r *http.Request) netip.Addr {
+func (p Proxies) Client(r *http.Request) netip.Addr {
 	at := peer(r)
 	lines := r.Header.Values("X-Forwarded-For")
 	for i := len(lines) - 1; i >= 0; i-- {
@@ -88,7 +88,7 @@ func (p Proxies) overTLS(r *http.Request) bool {
 // refuses what travelled without, so that a token or key never does; health
 // probes come from next door and carry nothing.
 func (a *API) checkProxy(c *gin.Context) {
-	if from := a.Proxies.client(c.Request); from.IsValid() {
+	if from := a.Proxies.Client(c.Request); from.IsValid() {
 		exchangeOf(c).address = from.String()
 	}
 	probe := c.FullPath() == healthPath || c.FullPath() == readyPath

@@ -44,7 +44,7 @@ func TestClientAddress(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := &http.Request{RemoteAddr: c.peer, Header: http.Header{"X-Forwarded-For": c.forwarded}}
-			if got := (Proxies{Trusted: trusted}).client(r); got.String() != c.want {
+			if got := (Proxies{Trusted: trusted}).Client(r); got.String() != c.want {
 				t.Errorf("got %s, want %s", got, c.want)
 			}
 		})
@@ -58,7 +58,7 @@ func FuzzForwardedFor(f *testing.F) {
 	p := Proxies{Trusted: prefixes("10.0.0.0/8")}
 	f.Fuzz(func(t *testing.T, forwarded string) {
 		ask := func(list string) netip.Addr {
-			return p.client(&http.Request{RemoteAddr: "10.0.0.1:1", Header: http.Header{"X-Forwarded-For": {list}}})
+			return p.Client(&http.Request{RemoteAddr: "10.0.0.1:1", Header: http.Header{"X-Forwarded-For": {list}}})
 		}
 		if got := ask(forwarded); !got.IsValid() || got.Zone() != "" || got.Is4In6() {
 			t.Errorf("%q: %s", forwarded, got)
@@ -69,7 +69,7 @@ func FuzzForwardedFor(f *testing.F) {
 		}
 		// Nor does it count from somebody who is no proxy.
 		r := &http.Request{RemoteAddr: "198.51.100.7:1", Header: http.Header{"X-Forwarded-For": {forwarded}}}
-		if got := p.client(r); got.String() != "198.51.100.7" {
+		if got := p.Client(r); got.String() != "198.51.100.7" {
 			t.Errorf("%q counted: %s", forwarded, got)
 		}
 	})

@@ -112,7 +112,7 @@ func Listen(c ServerConfig, h http.Handler) (*Server, error) {
 	if err := c.checkPlaintext(ok && at.IP.IsLoopback()); err != nil {
 		return nil, errors.Join(err, listener.Close())
 	}
-	s.listener = newFairListener(listener, maxConnections, c.Proxies.shared)
+	s.listener = newFairListener(listener, maxConnections, c.Proxies.Shared)
 	s.server.Handler = s.listener.closing(h)
 	return s, nil
 }

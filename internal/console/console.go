@@ -34,6 +34,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/login"
 	"github.com/orgkeys/orgkeys/internal/session"
+	"github.com/orgkeys/orgkeys/internal/shares"
 )
 
 // maxForm is the size of the largest form, in bytes: a boot secret of 64 KiB, with
@@ -42,9 +43,9 @@ const maxForm = 96 << 10
 
 // What goes on at once, at most.
 const (
-	maxExchanges = 16 // codes at the provider for tokens; more are refused
+	maxExchanges = 16 // codes at the provider for tokens, shared out among addresses; more are refused
 	maxLookups   = 8  // sessions in the database; more wait
-	maxExports   = 4  // of events; more are refused
+	maxExports   = 16 // of events, shared out likewise
 )
 
 // contentPolicy lets a page load what this package serves and nothing else. No script
@@ -70,8 +71,12 @@ type Config struct {
 	URL string
 	// Provider signs people in. nil: they paste a token of the development issuer.
 	Provider *login.Web
-	Version  string // of the program
-	Log      *slog.Logger
+	// Client is the address that a request came from; Shared reports whether many clients
+	// may have it.
+	Client  func(*http.Request) netip.Addr
+	Shared  func(netip.Addr) bool
+	Version string // of the program
+	Log     *slog.Logger
 }
 
 // Console serves the pages.
@@ -80,9 +85,10 @@ type Console struct {
 	api     http.Handler // set by Asking
 	handler http.Handler
 	// What anybody may cause without being signed in, and what is large.
-	exchanges, lookups, exports *semaphore.Weighted
-	static                      map[string]asset
-	version                     string // of the static files, in their address
+	exchanges, exports *shares.Places
+	lookups            *semaphore.Weighted
+	static             map[string]asset
+	version            string // of the static files, in their address
 }
 
 //go:embed static
@@ -97,7 +103,7 @@ type asset struct {
 func New(c Config) (*Console, error) {
 	con := &Console{
 		Config: c, static: map[string]asset{},
-		exchanges: semaphore.NewWeighted(maxExchanges), lookups: semaphore.NewWeighted(maxLookups), exports: semaphore.NewWeighted(maxExports),
+		exchanges: shares.New(maxExchanges, c.Shared), lookups: semaphore.NewWeighted(maxLookups), exports: shares.New(maxExports, c.Shared),
 	}
 	digest := sha256.New()
 	err := fs.WalkDir(staticFiles, "static", func(name string, entry fs.DirEntry, err error) error {

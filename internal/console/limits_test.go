@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"strings"
 	"testing"
@@ -30,10 +31,15 @@ func (e *empty) DropSession(context.Context, string) error {
 	return nil
 }
 
+var stranger = netip.MustParseAddr("203.0.113.9")
+
 func limited(t *testing.T) (*Console, *empty) {
 	t.Helper()
 	store := &empty{}
-	c, err := New(Config{Sessions: store, URL: "https://keys.example", Provider: &login.Web{}, Log: slog.New(slog.DiscardHandler)})
+	c, err := New(Config{
+		Sessions: store, Client: func(*http.Request) netip.Addr { return stranger }, Shared: func(netip.Addr) bool { return false },
+		URL: "https://keys.example", Provider: &login.Web{}, Log: slog.New(slog.DiscardHandler),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,14 +61,22 @@ func TestWhoIsNotSignedInCausesLittle(t *testing.T) {
 	secret := session.NewSecret()
 	callback := "/console/callback?code=x&state=" + url.QueryEscape(attempt(secret).State)
 	cookie := "__Host-orgkeys-sign-in-443=" + secret.Text() + "."
-	if !c.exchanges.TryAcquire(maxExchanges) {
-		t.Fatal("there are fewer places")
+	var leave []func()
+	for range maxExchanges / 2 {
+		if leave = append(leave, c.exchanges.Take(stranger)); leave[len(leave)-1] == nil {
+			t.Fatal("there are fewer places")
+		}
 	}
 	if w := ask(c, t.Context(), "GET", callback, cookie); w.Code != http.StatusServiceUnavailable || !strings.Contains(w.Body.String(), "too many sign-ins at once") || len(w.Result().Cookies()) > 0 {
 		t.Errorf("one sign-in too many gets %d %v", w.Code, w.Result().Cookies())
 	}
-	c.exchanges.Release(maxExchanges)
-	if w := ask(c, t.Context(), "GET", callback, cookie); strings.Contains(w.Body.String(), "too many") || len(w.Result().Cookies()) != 1 || !c.exchanges.TryAcquire(maxExchanges) {
+	if from := netip.MustParseAddr("198.51.100.7"); c.exchanges.Take(from) == nil {
+		t.Error("an address that holds all it may leaves others no place")
+	}
+	for _, l := range leave {
+		l()
+	}
+	if w := ask(c, t.Context(), "GET", callback, cookie); strings.Contains(w.Body.String(), "too many") || len(w.Result().Cookies()) != 1 || c.exchanges.Taken() != 1 {
 		t.Errorf("afterwards one gets %d %v, or its place is not given back", w.Code, w.Result().Cookies())
 	}
 
@@ -158,8 +172,13 @@ func TestExportsAreFewAndWholeOrBroken(t *testing.T) {
 	if _, broken, _ := export(""); broken != http.ErrAbortHandler {
 		t.Errorf("an export that fails on its way ends with %v", broken)
 	}
-	if !c.exports.TryAcquire(maxExports) {
-		t.Fatal("there are fewer places, or one is not given back")
+	for range maxExports / 2 {
+		if c.exports.Take(stranger) == nil {
+			t.Fatal("there are fewer places, or one is not given back")
+		}
+	}
+	if c.exports.Take(netip.MustParseAddr("198.51.100.7")) == nil {
+		t.Error("an address that holds all it may leaves others no place")
 	}
 	_, _, err := export("")
 	if status, f := explain(err); status != http.StatusServiceUnavailable || !strings.Contains(f.Message, "too many exports") {

@@ -447,10 +447,11 @@ func (v *visit) export() error {
 	if err != nil {
 		return err
 	}
-	if !v.exports.TryAcquire(1) {
+	leave := v.exports.Take(v.Client(v.r))
+	if leave == nil {
 		return &client.Error{Status: http.StatusServiceUnavailable, Code: client.Overloaded, Message: "There are too many exports at once. Please try again shortly."}
 	}
-	defer v.exports.Release(1)
+	defer leave()
 	f.Take = 1000
 	for n := range exportPages {
 		lines, next, err := v.lines(f)

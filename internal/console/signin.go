@@ -270,11 +270,12 @@ func (c *Console) callback(w http.ResponseWriter, r *http.Request) {
 		c.signInPage(w, r, http.StatusBadRequest, home, "This sign-in was begun in another tab or browser, or too long ago. Please begin again.", false)
 		return
 	}
-	if !c.exchanges.TryAcquire(1) {
+	leave := c.exchanges.Take(c.Client(r))
+	if leave == nil {
 		c.signInPage(w, r, http.StatusServiceUnavailable, home, "There are too many sign-ins at once. Please reload this page.", false)
 		return
 	}
-	defer c.exchanges.Release(1)
+	defer leave()
 	c.setCookie(w, r, "sign-in", "", 0)
 	to := home
 	if decoded, err := base64.RawURLEncoding.DecodeString(encoded); err == nil {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http"
 
+	"github.com/orgkeys/orgkeys/internal/api"
 	"github.com/orgkeys/orgkeys/internal/authn"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/console"
@@ -14,7 +15,7 @@ import (
 )
 
 // newConsole returns what makes the console, or nil where there is none.
-func newConsole(cfg config.Config, version string, tokens *authn.Verifier, failures *authn.Failures, p policy, db *sqlstore.DB, log *slog.Logger) (func(http.Handler) http.Handler, error) {
+func newConsole(cfg config.Config, version string, tokens *authn.Verifier, failures *authn.Failures, proxies api.Proxies, p policy, db *sqlstore.DB, log *slog.Logger) (func(http.Handler) http.Handler, error) {
 	if !cfg.HasConsole() {
 		return nil, nil
 	}
@@ -24,6 +25,7 @@ func newConsole(cfg config.Config, version string, tokens *authn.Verifier, failu
 	}
 	c, err := console.New(console.Config{
 		Authenticate: tokens.Authenticate, Unauthenticated: failures.Count, Policy: p, Sessions: db,
+		Client: proxies.Client, Shared: proxies.Shared,
 		URL: cfg.ConsoleURL, Provider: provider, Version: version, Log: log,
 	})
 	if err != nil {

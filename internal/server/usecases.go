@@ -78,7 +78,7 @@ func (p *parts) useCases() (*useCases, error) {
 
 // surface is what is reached from outside: the API, the console, and the checks of readiness.
 func (p *parts) surface(u *useCases, proxies api.Proxies) (*api.API, error) {
-	pages, err := newConsole(p.cfg, p.version, p.tokens, p.failures, p.policy, p.db, p.log)
+	pages, err := newConsole(p.cfg, p.version, p.tokens, p.failures, proxies, p.policy, p.db, p.log)
 	if err != nil {
 		return nil, err
 	}
