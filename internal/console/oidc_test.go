@@ -181,4 +181,17 @@ func TestPromise15_SigningInAtAProvider(t *testing.T) {
 	if n := harness.Number(t, s.Database(t), "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 1 {
 		t.Errorf("a session that ended, a reload and a second try made %d keys", n)
 	}
+	// The answer to the receipt is lost: the key is not taken for one that is not saved yet.
+	b.do(`await page.route('**/receipt', async (route) => { await route.fetch(); await route.abort() })
+		await page.click('#generate-finish')
+		await page.waitForSelector('#generate-problem:has-text("cannot be reached")')
+		await page.unroute('**/receipt')
+		await page.reload()
+		await page.waitForSelector('#generate-start', { state: 'visible' })
+		if ((await page.textContent('#generate-start')).includes('not saved')) throw new Error('a key that was saved is offered again')
+		await page.click('#generate-start')
+		await page.waitForSelector('#generate-save', { state: 'visible', timeout: 60000 })`)
+	if n := harness.Number(t, s.Database(t), "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 2 {
+		t.Errorf("after a receipt whose answer was lost there are %d keys, and one was saved and one asked for", n)
+	}
 }

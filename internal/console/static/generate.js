@@ -1,6 +1,7 @@
 // Generating a key whose private half is opened in this page. The recipient is stored in
 // this browser before the service is asked, and forgotten after the receipt: whatever is
-// lost in between, asking again gives the same key.
+// lost in between, asking again gives the same key. The receipt is stored with it before it
+// is sent: one whose answer was lost is repeated, as another key would be made otherwise.
 import { ask, explain, pause, Refused } from './ask.js'
 import { makeRecipient, open, pem, pkcs1, prove } from './seal.js'
 
@@ -48,6 +49,18 @@ async function fetchSealed(recipient) {
   }
 }
 
+// The person said that the key's file is saved: the service is told, and then the recipient
+// is forgotten. So it is for a key that was deleted meanwhile.
+async function finish(recipient) {
+  const { keyId, body } = recipient.receipt
+  try {
+    await ask(`key/${keyId}/receipt`, { method: 'POST', body, headers: { 'Content-Type': 'application/json' } })
+  } catch (error) {
+    if (!(error instanceof Refused && error.code === 'key_not_found')) throw error
+  }
+  await stored('readwrite', (s) => s.delete(recipient.org))
+}
+
 export async function offerGenerating(section) {
   const part = (name) => document.getElementById(`generate-${name}`)
   const { org } = section.dataset
@@ -64,7 +77,9 @@ export async function offerGenerating(section) {
     part('steps').append(item)
   }
   try {
-    if (await stored('readonly', (s) => s.get(org))) start.textContent = 'Open the key that is not saved yet'
+    const kept = await stored('readonly', (s) => s.get(org))
+    if (kept?.receipt) await finish(kept)
+    else if (kept) start.textContent = 'Open the key that is not saved yet'
   } catch (error) {
     start.disabled = true
     return explain(error, part('problem'))
@@ -72,6 +87,10 @@ export async function offerGenerating(section) {
 
   async function generate() {
     let recipient = await stored('readonly', (s) => s.get(org))
+    if (recipient?.receipt) {
+      await finish(recipient)
+      recipient = undefined
+    }
     if (!recipient) {
       recipient = { org, ...(await makeRecipient()) }
       await stored('readwrite', (s) => s.put(recipient))
@@ -89,10 +108,10 @@ export async function offerGenerating(section) {
     const pkcs8 = await open(answer.sealed, recipient)
     const signature = await prove(pkcs8, answer)
     step('The private key is open, and is the one that the log names.')
-    offer(answer, pkcs8, signature)
+    offer(recipient, answer, pkcs8, signature)
   }
 
-  function offer(answer, pkcs8, signature) {
+  function offer(recipient, answer, pkcs8, signature) {
     const file = URL.createObjectURL(new Blob([pem('RSA PRIVATE KEY', pkcs1(pkcs8))], { type: 'application/x-pem-file' }))
     pkcs8.fill(0)
     const save = part('save')
@@ -105,10 +124,9 @@ export async function offerGenerating(section) {
       part('problem').hidden = true
       part('finish').disabled = true
       try {
-        await ask(`key/${answer.keyId}/receipt`, {
-          method: 'POST', body: JSON.stringify({ recipient: answer.recipient, signature }), headers: { 'Content-Type': 'application/json' },
-        })
-        await stored('readwrite', (s) => s.delete(org))
+        const receipt = { keyId: answer.keyId, body: JSON.stringify({ recipient: answer.recipient, signature }) }
+        await stored('readwrite', (s) => s.put({ ...recipient, receipt }))
+        await finish({ ...recipient, receipt })
         URL.revokeObjectURL(file)
         location.assign(`/console/keys/${answer.keyId}`)
       } catch (error) {
