@@ -80,6 +80,7 @@ type API struct {
 	ready    *readiness
 	cors     *cors.Cors     // nil without origins
 	reading  *shares.Places // of bodies that are read before anybody vouches for them
+	lists    lists
 	leaving  atomic.Bool
 	draining atomic.Bool
 	public   *gin.Engine
@@ -100,7 +101,7 @@ func New(c Config) (*API, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &API{Config: c, metrics: m, ready: ready, cors: crossOrigin, reading: shares.New(maxReading, c.Proxies.Shared)}
+	a := &API{Config: c, metrics: m, ready: ready, cors: crossOrigin, reading: shares.New(maxReading, c.Proxies.Shared), lists: newLists()}
 	a.public = a.engine(a.checkProxy, a.crossOrigin)
 	a.routesKeys(a.public)
 	a.routesNodes(a.public)

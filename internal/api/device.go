@@ -55,7 +55,7 @@ func (a *API) listDevices(c *gin.Context) {
 	for i, d := range all {
 		list.Data[i] = deviceOf(x, d)
 	}
-	writeJSON(c, http.StatusOK, list)
+	a.writeList(c, list)
 }
 
 func (a *API) getDevice(c *gin.Context) {

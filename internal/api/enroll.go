@@ -44,14 +44,14 @@ const sealedForm = "application/vnd.orgkeys.sealed+json"
 func (a *API) routesEnrollments(r gin.IRouter) {
 	all := r.Group("/organization/:idOrg/enrollment", a.whileServing, a.authenticate)
 	all.POST("", a.organization(authz.CreateEnrollment), a.createEnrollment)
-	get(all, "", a.organization(authz.ListEnrollments), a.withoutBody, a.listEnrollments)
+	get(all, "", a.organization(authz.ListEnrollments), a.withoutBody, a.listing, a.listEnrollments)
 	one := all.Group("/:idEnrollment")
 	get(one, "", a.organization(authz.ListEnrollments), a.withoutBody, a.existing, a.getEnrollment)
 	one.DELETE("", a.organization(authz.RevokeEnrollment), a.withoutBody, a.reasoned, a.existing, a.revokeEnrollment)
 	one.POST("/approve", a.organization(authz.ApproveEnrollment), a.existing, a.approveEnrollment)
 
 	devices := r.Group("/organization/:idOrg/device", a.whileServing, a.authenticate)
-	get(devices, "", a.organization(authz.ListDevices), a.withoutBody, a.listDevices)
+	get(devices, "", a.organization(authz.ListDevices), a.withoutBody, a.listing, a.listDevices)
 	devices.PUT("/:ek", a.organization(authz.AllowDevice), a.allowDevice)
 	get(devices, "/:ek", a.organization(authz.ListDevices), a.withoutBody, a.getDevice)
 	devices.DELETE("/:ek", a.organization(authz.RemoveDevice), a.withoutBody, a.reasoned, a.removeDevice)
@@ -262,7 +262,7 @@ func (a *API) listEnrollments(c *gin.Context) {
 	for i, e := range all {
 		list.Data[i] = enrollmentOf(e)
 	}
-	writeJSON(c, http.StatusOK, list)
+	a.writeList(c, list)
 }
 
 func (a *API) getEnrollment(c *gin.Context) {

@@ -79,6 +79,7 @@ var (
 	signatureUsed     = problem{http.StatusBadRequest, "signature_reused", "This signature was used for another request; sign again with a new timestamp", 0}
 	tooManyFailed     = problem{http.StatusTooManyRequests, "too_many_failures", "Invalid signature, and too many of them from this address. Please try again later.", 10}
 	nodesBusy         = problem{http.StatusServiceUnavailable, "overloaded", "Too many signed requests in progress. Please try again shortly.", 2}
+	listsBusy         = problem{http.StatusServiceUnavailable, "overloaded", "Too many lists are being sent. Please try again shortly.", 2}
 	addressInUse      = problem{http.StatusConflict, "address_in_use", "The address belongs to another node, and this key may act for its own node only", 0}
 	addressNotAllowed = problem{http.StatusForbidden, "address_not_allowed", "The key was enrolled for another address", 0}
 	nodeNotFound      = problem{http.StatusNotFound, "node_not_found", "Node not found", 0}

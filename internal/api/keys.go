@@ -24,7 +24,7 @@ func (a *API) routesKeys(r gin.IRouter) {
 	r.POST("/organization/:idOrg/key", a.whileServing, a.formAuthorization, a.authenticate,
 		a.organization(authz.GenerateKey), a.plainOrSealed)
 	keys := r.Group("/organization/:idOrg/key", a.whileServing, a.authenticate)
-	get(keys, "", a.organization(authz.ListKeys), a.withoutBody, a.listKeys)
+	get(keys, "", a.organization(authz.ListKeys), a.withoutBody, a.listing, a.listKeys)
 	keys.DELETE("", a.organization(authz.DeleteAllKeys), a.withoutBody, a.reasoned, a.deleteKeys)
 	keys.DELETE("/:idKey", a.organization(authz.DeleteKey), a.withoutBody, a.reasoned, a.deleteKey)
 }
@@ -162,7 +162,7 @@ func (a *API) listKeys(c *gin.Context) {
 			return
 		}
 	}
-	writeJSON(c, http.StatusOK, list)
+	a.writeList(c, list)
 }
 
 // timeForm is RFC 3339 to the millisecond, in UTC.

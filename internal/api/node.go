@@ -39,12 +39,12 @@ func (a *API) routesNodes(r gin.IRouter) {
 	signed.POST("/unregister", a.signed("Node unregistered successfully", a.Nodes.Unregister))
 	signed.POST("/secrets", a.fetchSecrets)
 
-	get(r, "/node", a.whileServing, a.authenticate, a.withoutBody, a.listNodesByService)
+	get(r, "/node", a.whileServing, a.authenticate, a.withoutBody, a.listing, a.listNodesByService)
 
 	org := r.Group("/organization/:idOrg", a.whileServing, a.authenticate)
-	get(org, "/nodes", a.organization(authz.ListNodes), a.withoutBody, a.listNodes)
+	get(org, "/nodes", a.organization(authz.ListNodes), a.withoutBody, a.listing, a.listNodes)
 	org.DELETE("/node/:idNode", a.organization(authz.DeleteNode), a.withoutBody, a.reasoned, a.deleteNode)
-	get(org, "/secret", a.organization(authz.ListSecrets), a.withoutBody, a.listSecrets)
+	get(org, "/secret", a.organization(authz.ListSecrets), a.withoutBody, a.listing, a.listSecrets)
 	org.PUT("/secret/:name", a.organization(authz.PutSecret), a.putSecret)
 	org.DELETE("/secret/:name", a.organization(authz.DeleteSecret), a.withoutBody, a.reasoned, a.deleteSecret)
 }
@@ -238,7 +238,7 @@ func (a *API) answerNodes(c *gin.Context, services int64) {
 		})
 	}
 	list.Total = len(list.Data)
-	writeJSON(c, http.StatusOK, list)
+	a.writeList(c, list)
 }
 
 func (a *API) deleteNode(c *gin.Context) {
@@ -278,7 +278,7 @@ func (a *API) listSecrets(c *gin.Context) {
 	for i, s := range secrets {
 		list.Data[i] = secretEntry{s.Name, instant(s.Created), instant(s.Updated)}
 	}
-	writeJSON(c, http.StatusOK, list)
+	a.writeList(c, list)
 }
 
 func (a *API) putSecret(c *gin.Context) {

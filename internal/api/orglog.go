@@ -26,7 +26,7 @@ var _ OrgLog = (*orglog.Service)(nil)
 
 func (a *API) routesOrgLog(r gin.IRouter) {
 	of := r.Group("/organization/:idOrg", a.whileServing, a.authenticate)
-	get(of, "/event", a.organization(authz.ReadEvents), a.withoutBody, a.listEvents)
+	get(of, "/event", a.organization(authz.ReadEvents), a.withoutBody, a.listing, a.listEvents)
 	get(of, "/event/:idEvent/proof", a.organization(authz.ReadEvents), a.withoutBody, a.proveEvent)
 	get(of, "/checkpoint", a.organization(authz.ReadEvents), a.withoutBody, a.newestCheckpoint)
 	get(of, "/summary", a.organization(authz.ListKeys), a.withoutBody, a.summarize)
@@ -63,7 +63,7 @@ func (a *API) listEvents(c *gin.Context) {
 			answer.Data[i].Index = &e.Index
 		}
 	}
-	writeJSON(c, http.StatusOK, answer)
+	a.writeList(c, answer)
 }
 
 func (a *API) proveEvent(c *gin.Context) {

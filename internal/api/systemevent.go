@@ -21,7 +21,7 @@ type SystemEvents interface {
 var _ SystemEvents = (*systemevent.Service)(nil)
 
 func (a *API) routesSystemEvents(r gin.IRouter) {
-	r.POST("/systemevent", a.whileServing, a.authenticate, a.readSystemEvents)
+	r.POST("/systemevent", a.whileServing, a.authenticate, a.listing, a.readSystemEvents)
 	r.POST("/systemevent/read", a.whileServing, a.authenticate, a.markSystemEvents(true))
 	r.DELETE("/systemevent/read", a.whileServing, a.authenticate, a.markSystemEvents(false))
 }
@@ -68,7 +68,7 @@ func (a *API) readSystemEvents(c *gin.Context) {
 			OrgID: e.Org, UserID: e.Actor.ID, UserName: e.Person.Name, UserEmail: e.Person.Email, JSONData: e.Leaf, ShowUnread: e.Unread,
 		}
 	}
-	writeJSON(c, http.StatusOK, answer)
+	a.writeList(c, answer)
 }
 
 func (a *API) markSystemEvents(asRead bool) gin.HandlerFunc {
