@@ -284,7 +284,7 @@ func TestPoolOfThreeReplicas(t *testing.T) {
 	if long() {
 		each = 40
 	}
-	c := cluster.Start(t, 3, poolOf(size), shortLife(t, 5*time.Second))
+	c := cluster.Start(t, 3, poolOf(size))
 	filled(t, c.Replicas[0], size)
 	db := clusterDatabase(t, c)
 	done := make(chan struct{})
