@@ -20,6 +20,7 @@ var advice = map[string]string{
 	"25006": "the server is a standby, or read-only: ORGKEYS_DATABASE_URL must lead to the primary (name several hosts, or change the pooler's target)",
 	"53100": "the server's disk is full",
 	"53300": "the server has no connection left: raise max_connections, or lower ORGKEYS_DATABASE_CONNECTIONS",
+	"55P03": "another transaction kept a table for too long: if it is a verification or an export, wait until that has ended",
 	"57014": "a statement took longer than the time limit, or waited so long for another transaction",
 	"57P01": "an administrator or a failover ended the connection",
 	"57P03": "the server is starting or stopping: wait",

@@ -79,3 +79,6 @@ func (d *DB) Stall(ctx context.Context) (leave func() error) {
 	<-entered
 	return func() error { close(left); return <-result }
 }
+
+// AnswerTimeout is how long requests wait for the database.
+const AnswerTimeout = answerTimeout

@@ -41,6 +41,9 @@ var ErrGrown = errors.New("the log has grown in the meantime: stop every replica
 // AcceptRollback implements rollback.Store.
 func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, v rollback.Voids) (void int, err error) {
 	err = d.writeWithin(ctx, rollbackTimeout, func(ctx context.Context, tx *txn) error {
+		if err := d.limitStatements(ctx, tx.Tx, rollbackTimeout); err != nil {
+			return err
+		}
 		if err := d.lock(ctx, tx, "sequencer"); err != nil {
 			return err
 		}

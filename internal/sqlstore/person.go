@@ -2,6 +2,8 @@ package sqlstore
 
 import (
 	"context"
+	"database/sql"
+	"errors"
 	"fmt"
 
 	"github.com/google/uuid"
@@ -37,25 +39,34 @@ func pseudonymOf(ctx context.Context, q querier, subject string) (string, error)
 
 // Erasable returns how many events have a personal part that Erase would delete.
 func (d *DB) Erasable(ctx context.Context, subject string) (int, error) {
-	n, err := d.erasable(ctx, subject)
+	ctx, cancel := context.WithTimeout(ctx, eraseTimeout)
+	defer cancel()
+	tx, err := d.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	if err != nil {
+		return 0, unavailable(err)
+	}
+	n, err := d.erasable(ctx, tx, subject)
+	err = errors.Join(err, unavailable(ignoreDone(tx.Rollback())))
 	if err != nil {
 		return 0, fmt.Errorf("counting what is known of a person: %w", err)
 	}
 	return n, nil
 }
 
-func (d *DB) erasable(ctx context.Context, subject string) (int, error) {
-	pseudonym, err := pseudonymOf(ctx, d.read, subject)
+func (d *DB) erasable(ctx context.Context, tx *sql.Tx, subject string) (n int, err error) {
+	if err := d.limitStatements(ctx, tx, eraseTimeout); err != nil {
+		return 0, err
+	}
+	pseudonym, err := pseudonymOf(ctx, tx, subject)
 	if err != nil {
 		return 0, err
 	}
-	found, err := query(ctx, d.read, scanInt, `SELECT count(*) FROM event_persons WHERE event_id IN
-		(SELECT id FROM events WHERE actor IN ($1, $2)) OR actor <> '' AND actor IN ($1, $2)`, subject, pseudonym)
+	err = tx.QueryRowContext(ctx, `SELECT count(*) FROM event_persons WHERE event_id IN
+		(SELECT id FROM events WHERE actor IN ($1, $2)) OR actor <> '' AND actor IN ($1, $2)`, subject, pseudonym).Scan(&n)
 	if err != nil {
-		return 0, err
+		return 0, unavailable(err)
 	}
-	n := found[0]
-	err = eachArchived(ctx, d.read, func(_ int64, content []byte) error {
+	err = eachArchived(ctx, tx, func(_ int64, content []byte) error {
 		actors, _, err := unpackPersons(content)
 		for _, actor := range actors {
 			if text := string(actor); text != "" && (text == subject || text == pseudonym) {
@@ -80,6 +91,10 @@ func (d *DB) Erase(ctx context.Context, subject string, event func(id string, co
 	}
 	err = d.writeWithin(ctx, eraseTimeout, func(ctx context.Context, tx *txn) error {
 		total = 0 // of an attempt that was aborted
+		// Nothing finds events by their actor but reading all of them.
+		if err := d.limitStatements(ctx, tx.Tx, eraseTimeout); err != nil {
+			return err
+		}
 		// What moves events, or erases somebody else, reads what it writes back.
 		if err := d.lock(ctx, tx, "archive"); err != nil {
 			return err

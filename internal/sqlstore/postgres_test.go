@@ -4,6 +4,9 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -13,6 +16,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -564,4 +568,75 @@ func untilWaiting(t *testing.T, other *sql.DB) {
 		}
 		return n > 0
 	})
+}
+
+// What reads a whole table takes longer than a request's statement may, once there are
+// millions of events.
+func TestWhatReadsWholeTablesMayTakeLong(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db, beside := open(t, location), raw(t, location)
+	held, err := beside.Begin()
+	must(t, err)
+	statement(t, held, "LOCK TABLE events, event_persons, event_receipts IN ACCESS EXCLUSIVE MODE")
+	all := map[string]func(context.Context) error{
+		"audit erase": func(ctx context.Context) error {
+			_, err := db.Erase(ctx, "ada", func(id string, _ int64) audit.Event { return event(audit.PersonErased, "", id) })
+			return err
+		},
+		"audit erase --dry-run": func(ctx context.Context) error {
+			_, err := db.Erasable(ctx, "ada")
+			return err
+		},
+		"audit verify, its comparisons": func(ctx context.Context) error {
+			return db.Snapshot(ctx, func(s verify.Snapshot) error {
+				_, err := s.Contradictions(ctx, verify.ArchivedKeys{})
+				return err
+			})
+		},
+		"audit verify, its receipts": func(ctx context.Context) error {
+			return db.Snapshot(ctx, func(s verify.Snapshot) error {
+				_, err := s.ReceiptSinks(ctx)
+				return err
+			})
+		},
+	}
+	type ended struct {
+		what string
+		err  error
+	}
+	done := make(chan ended, len(all))
+	for what, do := range all {
+		go func() { done <- ended{what, do(t.Context())} }()
+	}
+	until(t, "all of them have waited for longer than a request may", func() bool {
+		var n int
+		must(t, beside.QueryRow(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
+			AND clock_timestamp() - query_start > $1 * interval '1 second'`, sqlstore.AnswerTimeout.Seconds()).Scan(&n))
+		return n == len(all) || len(done) > 0
+	})
+	must(t, held.Rollback())
+	for range all {
+		if e := <-done; e.err != nil {
+			t.Errorf("%s: %v", e.what, e.err)
+		}
+	}
+}
+
+// A migration may read a whole table. It does not wait for one for longer than a statement
+// may, since all that writes to that waits behind it.
+func TestMigrationsTakeTheirTimeButDoNotWaitForLocks(t *testing.T) {
+	const dir = "migrations/postgres"
+	files, err := os.ReadDir(dir)
+	must(t, err)
+	if len(files) < 2 {
+		t.Fatalf("%d migrations", len(files))
+	}
+	for _, f := range files[1:] { // the first finds an empty database
+		text, err := os.ReadFile(filepath.Join(dir, f.Name()))
+		must(t, err)
+		settings, _, _ := strings.Cut(regexp.MustCompile(`(?m)^--.*\n`).ReplaceAllString(string(text), ""), "5s';\n")
+		if want := "SET LOCAL statement_timeout = 0;\nSET LOCAL lock_timeout = '"; settings != want {
+			t.Errorf("%s does not begin with the settings %s5s';", f.Name(), want)
+		}
+	}
 }

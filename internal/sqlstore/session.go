@@ -2,9 +2,11 @@ package sqlstore
 
 import (
 	"context"
+	"database/sql"
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -228,6 +230,16 @@ func setLimits(ctx context.Context, conn *pgx.Conn) error {
 		return errors.New("the pooler's session runs with synchronous_commit=off and may lose acknowledged commits: use server_reset_query_always = 1, or no client that sets it")
 	}
 	return nil
+}
+
+// limitStatements sets how long each further statement of a transaction on PostgreSQL may
+// take, where it may read a whole table; 0: until ctx ends.
+func (d *DB) limitStatements(ctx context.Context, tx *sql.Tx, limit time.Duration) error {
+	if !d.postgres {
+		return nil
+	}
+	_, err := tx.ExecContext(ctx, "SELECT set_config('statement_timeout', $1, true)", strconv.FormatInt(limit.Milliseconds(), 10))
+	return unavailable(err)
 }
 
 type stdlibConn = stdlib.Conn

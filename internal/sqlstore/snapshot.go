@@ -22,7 +22,7 @@ var (
 )
 
 // snapshot reads the log at one moment, page by page: PostgreSQL sends one result at a
-// time on a connection, and limits the time of each statement.
+// time on a connection.
 type snapshot struct {
 	q       reader
 	archive *tiles.Archive // nil: it is not known where what was moved is
@@ -44,7 +44,8 @@ func (d *DB) Snapshot(ctx context.Context, do func(verify.Snapshot) error) error
 	if err != nil {
 		return unavailable(err)
 	}
-	if d.postgres {
+	err = d.limitStatements(ctx, tx, 0)
+	if err == nil && d.postgres {
 		_, err = tx.ExecContext(ctx, fmt.Sprintf("SET LOCAL idle_in_transaction_session_timeout = %d", snapshotIdle.Milliseconds()))
 	}
 	if err == nil {
@@ -93,8 +94,13 @@ func (s snapshot) Erasing(ctx context.Context) ([]string, error) {
 }
 
 // ReceiptSinks implements verify.Snapshot.
-func (s snapshot) ReceiptSinks(ctx context.Context) ([]string, error) {
-	return query(ctx, s.q, scanText, "SELECT DISTINCT sink FROM event_receipts ORDER BY sink")
+func (s snapshot) ReceiptSinks(ctx context.Context) (sinks []string, err error) {
+	err = each(ctx, s.q, func(scan func(...any) error) error {
+		sink, err := scanText(scan)
+		sinks = append(sinks, sink)
+		return err
+	}, "SELECT DISTINCT sink FROM event_receipts ORDER BY sink")
+	return sinks, err
 }
 
 func scanText(scan func(...any) error) (text string, err error) {

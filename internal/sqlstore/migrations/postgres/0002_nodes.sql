@@ -1,4 +1,6 @@
 -- +goose Up
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 -- A node is its IP within its organization, and stays when it is deleted:
 -- registering again brings it back.
 CREATE TABLE nodes (

@@ -1,4 +1,6 @@
 -- +goose Up
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 -- Signed checkpoints, verbatim. A superseded one is of a log that was set back
 -- since, which an operator accepted.
 CREATE TABLE signed_checkpoints (

@@ -3,6 +3,7 @@
 -- time, newest first, by conditions that this index alone can check. Nothing
 -- else asks by organization.
 SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 ALTER TABLE events ADD COLUMN reason TEXT NOT NULL DEFAULT '';
 ALTER TABLE events ADD COLUMN actor_kind TEXT NOT NULL DEFAULT '';
 UPDATE events SET reason = coalesce(convert_from(leaf, 'UTF8')::jsonb ->> 'reason', ''), actor_kind = coalesce(convert_from(leaf, 'UTF8')::jsonb ->> 'actorKind', '');

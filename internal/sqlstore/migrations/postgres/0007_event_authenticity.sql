@@ -4,6 +4,7 @@
 -- default: the version before this one cannot record events, and so does nothing,
 -- rather than record events that are refused.
 SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 ALTER TABLE events ADD COLUMN mac BYTEA NOT NULL DEFAULT '';
 ALTER TABLE events ALTER COLUMN mac DROP DEFAULT;
 ALTER TABLE events ADD COLUMN refused BIGINT NOT NULL DEFAULT 0;

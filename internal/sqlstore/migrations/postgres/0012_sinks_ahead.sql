@@ -1,4 +1,6 @@
 -- +goose Up
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 -- Audit sinks that were found to hold more of the log than there is, or another
 -- one, as after a failover that lost events. While one is here no replica gives
 -- an event its place. An operator's word (orgkeys audit accept-rollback) ends it,

@@ -1,4 +1,6 @@
 -- +goose Up
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 -- Keys that belong to one node each. They are apart from org_keys, so that a
 -- program that does not know them takes none for an organization's. address is
 -- the only one that the key may speak for until it belongs to a node.

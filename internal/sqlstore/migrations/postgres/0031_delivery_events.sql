@@ -1,4 +1,6 @@
 -- +goose Up
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 -- The event of a key's first delivery: where it went is that event's personal
 -- part, which can be erased.
 ALTER TABLE org_keys ADD COLUMN delivery_event TEXT;

@@ -1,4 +1,6 @@
 -- +goose Up
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 -- origin: who makes the key, the back end or the node. bind_tpm: empty, the one
 -- TPM that may claim it, or 'allowed' for any that the organization allows.
 -- challenge: the secret, sealed, from which those of challenges to TPMs are

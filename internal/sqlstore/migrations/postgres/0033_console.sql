@@ -1,4 +1,6 @@
 -- +goose Up
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 -- Who is signed in to the console. id is derived from the browser's cookie, and
 -- sealed holds the access token under a key that only the cookie gives; holder is
 -- a digest of organization and subject, to bound the sessions of one person.

@@ -1,4 +1,6 @@
 -- +goose Up
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 -- Keys made ahead, which wait in the back end and belong to nobody. sealed is NULL
 -- while a key is being made, and holds its public half, its time and the mark of the
 -- credentials that it was made with. Taking a key deletes its row, in the transaction

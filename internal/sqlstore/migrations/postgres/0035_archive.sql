@@ -1,4 +1,6 @@
 -- +goose Up
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '5s';
 -- What was moved out of the database, into an archive: the first events of the log,
 -- whole entry bundles of 256; and of the archive, by the policy of retention, removed,
 -- the first entries again. moved_by and removed_by are the IDs of the events that say
