@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/cookiejar"
 	"net/url"
@@ -37,72 +40,136 @@ type realProvider struct {
 	tokens string // its token endpoint
 	login  string // its authorization endpoint
 	rotate func(*testing.T)
+
+	id, secret string // of its client
+	back       string // where its client has codes sent to
+	vault      *vaulttest.Server
 }
 
 // grant is how a test gets a token.
 type grant func(t *testing.T, p *realProvider) string
 
+// The grants that each provider is tried with, and the ways to a token that are a provider's own.
+const (
+	clientCredentials = "client credentials"
+	authorizationCode = "authorization code"
+	bySessionToken    = "a session"
+	byIdentityToken   = "a login of a person"
+	byAppRole         = "a login of a machine"
+)
+
+// way is one way to a token, and whom the token must be about.
+type way struct {
+	grant   string
+	subject string
+	get     grant
+}
+
+// trial is a provider with the settings for its tokens.
+type trial struct {
+	name     string
+	start    func(*testing.T) *realProvider
+	settings []string
+	org      org.ID
+	ways     []way
+}
+
+// trials are several for a provider whose tokens want several settings.
+func trials() map[string][]trial {
+	const resource = "https://orgkeys.example"
+	forZitadel := []string{
+		"ORGKEYS_CLAIM_ORG=urn:zitadel:iam:user:resourceowner:id", "ORGKEYS_CLAIM_ROLE=urn:zitadel:iam:org:project:roles",
+		"ORGKEYS_ROLE_MAP=orgkeys-admin=ADMINISTRATOR",
+	}
+	return map[string][]trial{
+		"oidc-provider": {{"", program("oidc-provider"),
+			[]string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_CLAIM_ROLE=/realm_access/roles", "ORGKEYS_ROLE_MAP=org-admins=ADMINISTRATOR"}, "acme", []way{
+				{clientCredentials, "client", byClientCredentials(nil)},
+				{authorizationCode, "ada-1", byAuthorizationCode(url.Values{"scope": {"openid keys"}, "resource": {resource}}, nil)},
+			}}},
+		"zitadel": { // whose example has no audience but the client's ID
+			{"for a service", program("zitadel"), append(forZitadel, "ORGKEYS_AUDIENCE=sid1"), "278000000000000001", []way{
+				{clientCredentials, "sid1", func(t *testing.T, p *realProvider) string {
+					return p.token(t, "access_token", url.Values{"grant_type": {"client_credentials"}, "scope": {"openid"}}, "sid1", "verysecret")
+				}},
+			}},
+			{"for a person", program("zitadel"), append(forZitadel, "ORGKEYS_AUDIENCE=client"), "278000000000000001", []way{
+				{authorizationCode, "id1", byAuthorizationCode(url.Values{"scope": {"openid"}},
+					url.Values{"username": {"test-user@127.0.0.1"}, "password": {"verysecure"}})},
+			}},
+		},
+		"fosite": {{"", program("fosite"),
+			[]string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_CLAIM_ORG=/ext/org_id", "ORGKEYS_CLAIM_ROLE=/ext/org_role"}, "acme", []way{
+				{clientCredentials, "client", byClientCredentials(url.Values{"audience": {"orgkeys"}, "scope": {"keys"}})},
+				{authorizationCode, "ada-1", byAuthorizationCode(url.Values{"audience": {"orgkeys"}, "scope": {"keys"}, "state": {"at least eight"}}, nil)},
+			}}},
+		"better-auth": {{"", program("better-auth"),
+			[]string{"ORGKEYS_AUDIENCE=" + resource, "ORGKEYS_ROLE_MAP=owner=ADMINISTRATOR"}, "acme", []way{
+				{clientCredentials, "client", byClientCredentials(url.Values{"resource": {resource}, "scope": {"keys"}})},
+				{authorizationCode, anyone, byAuthorizationCode(url.Values{"resource": {resource}, "scope": {"openid keys"}}, nil)},
+				{bySessionToken, anyone, bySession()},
+			}}},
+		"Vault": {
+			{"identity tokens", startVault, []string{"ORGKEYS_AUDIENCE=orgkeys"}, "acme", []way{
+				{byIdentityToken, anyone, byEntity("auth/userpass/login/ada", func(*vaulttest.Server) map[string]any { return map[string]any{"password": vaultPassword} })},
+				{byAppRole, anyone, byEntity("auth/approle/login", roleOfVault)},
+			}},
+			{"its OIDC provider", startVaultsProvider, []string{"ORGKEYS_AUDIENCE=CLIENT"}, "acme", []way{
+				{authorizationCode, anyone, byVaultsProvider()},
+			}},
+		},
+	}
+}
+
 // TestRealProviders runs other people's providers over https with an authority of the
 // test's own. Their tokens are accepted with settings alone, and no request is lost
 // while they rotate their keys under load.
 func TestRealProviders(t *testing.T) {
-	zitadel := []string{
-		"ORGKEYS_CLAIM_ORG=urn:zitadel:iam:user:resourceowner:id", "ORGKEYS_CLAIM_ROLE=urn:zitadel:iam:org:project:roles",
-		"ORGKEYS_ROLE_MAP=orgkeys-admin=ADMINISTRATOR",
-	}
-	for _, c := range []struct {
-		name     string
-		start    func(*testing.T) *realProvider
-		settings []string
-		grants   map[string]grant // by the subject that they bring
-		org      org.ID
-	}{
-		{"oidc-provider", program("oidc-provider"),
-			[]string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_CLAIM_ROLE=/realm_access/roles", "ORGKEYS_ROLE_MAP=org-admins=ADMINISTRATOR"},
-			map[string]grant{
-				"client": byClientCredentials("client", "secret", nil),
-				"ada-1":  byAuthorizationCode(url.Values{"scope": {"openid keys"}, "resource": {"https://orgkeys.example"}}, nil),
-			}, "acme"},
-		{"zitadel by client credentials", program("zitadel"), append(zitadel, "ORGKEYS_AUDIENCE=sid1"),
-			map[string]grant{"sid1": byClientCredentials("sid1", "verysecret", url.Values{"scope": {"openid"}})}, "278000000000000001"},
-		{"zitadel by authorization code", program("zitadel"), append(zitadel, "ORGKEYS_AUDIENCE=client"),
-			map[string]grant{"id1": byAuthorizationCode(url.Values{"scope": {"openid"}},
-				url.Values{"username": {"test-user@127.0.0.1"}, "password": {"verysecure"}})}, "278000000000000001"},
-		{"fosite", program("fosite"),
-			[]string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_CLAIM_ORG=/ext/org_id", "ORGKEYS_CLAIM_ROLE=/ext/org_role"},
-			map[string]grant{
-				"client": byClientCredentials("client", "secret", url.Values{"audience": {"orgkeys"}, "scope": {"keys"}}),
-				"ada-1":  byAuthorizationCode(url.Values{"audience": {"orgkeys"}, "scope": {"keys"}, "state": {"at least eight"}}, nil),
-			}, "acme"},
-		{"better-auth", program("better-auth"), []string{"ORGKEYS_AUDIENCE=orgkeys", "ORGKEYS_JWKS=ISSUER/api/auth/jwks", "ORGKEYS_ROLE_MAP=owner=ADMINISTRATOR"},
-			map[string]grant{anyone: bySession()}, "acme"},
-		{"Vault", startVault, []string{"ORGKEYS_AUDIENCE=orgkeys"}, map[string]grant{anyone: byVault()}, "acme"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			p := c.start(t)
-			v := p.verifier(t, c.settings)
-			var grants []grant
-			for subject, get := range c.grants {
-				grants = append(grants, get)
-				token := get(t, p)
-				caller, err := v.Authenticate(t.Context(), bearerHeader(token))
-				if err != nil || caller.Subject != subject && subject != anyone || caller.Org != c.org || !slices.Equal(caller.Roles, []authz.Role{authz.Administrator}) {
-					findings, _ := v.Explain(t.Context(), token)
-					t.Fatalf("Authenticate = %+v, %v, want %s of %s; %+v", caller, err, subject, c.org, findings)
-				}
+	for name, all := range trials() {
+		var grants []string
+		for _, c := range all {
+			t.Run(strings.TrimSpace(name+" "+c.name), func(t *testing.T) {
+				t.Parallel()
+				c.run(t)
+			})
+			for _, w := range c.ways {
+				grants = append(grants, w.grant)
 			}
-			p.rotateUnderLoad(t, v, grants)
-		})
+		}
+		for _, wanted := range []string{clientCredentials, authorizationCode} {
+			if name == "Vault" && wanted == clientCredentials {
+				continue // it refuses that grant, as startVaultsProvider shows; machines have auth methods there
+			}
+			if !slices.Contains(grants, wanted) {
+				t.Errorf("%s is not tried with %s", name, wanted)
+			}
+		}
 	}
+}
+
+func (c trial) run(t *testing.T) {
+	p := c.start(t)
+	v := p.verifier(t, c.settings)
+	for _, w := range c.ways {
+		token := w.get(t, p)
+		caller, err := v.Authenticate(t.Context(), bearerHeader(token))
+		if err != nil || caller.Subject != w.subject && w.subject != anyone || caller.Org != c.org || !slices.Equal(caller.Roles, []authz.Role{authz.Administrator}) {
+			findings, _ := v.Explain(t.Context(), token)
+			t.Fatalf("by %s: Authenticate = %+v, %v, want %s of %s; %+v", w.grant, caller, err, w.subject, c.org, findings)
+		}
+	}
+	p.rotateUnderLoad(t, v, c.ways)
 }
 
 // anyone is a subject whose ID the provider makes.
 const anyone = "*"
 
-// rotateUnderLoad has four clients fetch tokens, in all ways there are, and use them
-// while the provider rotates.
-func (p *realProvider) rotateUnderLoad(t *testing.T, v *Verifier, grants []grant) {
+// app is an application elsewhere, which no test reaches.
+const app = "https://app.example/callback"
+
+// rotateUnderLoad has two clients for each way fetch tokens and use them while the
+// provider rotates.
+func (p *realProvider) rotateUnderLoad(t *testing.T, v *Verifier, ways []way) {
 	t.Helper()
 	rotations := 4
 	if os.Getenv("ORGKEYS_TEST_LONG") != "" {
@@ -111,8 +178,8 @@ func (p *realProvider) rotateUnderLoad(t *testing.T, v *Verifier, grants []grant
 	var used atomic.Int64
 	ended := make(chan struct{})
 	var clients sync.WaitGroup
-	for n := range 4 {
-		get := grants[n%len(grants)]
+	for n := range 2 * len(ways) {
+		get := ways[n%len(ways)].get
 		clients.Go(func() {
 			for {
 				select {
@@ -157,7 +224,7 @@ func (p *realProvider) verifier(t *testing.T, settings []string) *Verifier {
 	t.Helper()
 	environ := []string{"ORGKEYS_ISSUER=" + p.issuer, "ORGKEYS_JWKS_CA_FILE=" + p.caFile}
 	for _, s := range settings {
-		environ = append(environ, strings.ReplaceAll(s, "ISSUER/", p.issuer+"/"))
+		environ = append(environ, strings.ReplaceAll(s, "CLIENT", p.id))
 	}
 	c, err := config.Load(environ, "")
 	if err != nil {
@@ -179,11 +246,12 @@ func program(name string) func(*testing.T) *realProvider {
 	return func(t *testing.T) *realProvider {
 		t.Helper()
 		started := providertest.Start(t, name)
-		p := &realProvider{issuer: started.Issuer, caFile: started.CA.File, http: started.Client(t)}
-		p.rotate = p.rotateItself
-		if name != "better-auth" { // which has no metadata
-			p.endpoints(t)
+		p := &realProvider{issuer: started.Issuer, caFile: started.CA.File, http: started.Client(t), id: "client", secret: "secret", back: started.Issuer + "/callback"}
+		if name == "better-auth" { // which takes no address of this machine
+			p.back = app
 		}
+		p.rotate = p.rotateItself
+		p.endpoints(t)
 		return p
 	}
 }
@@ -212,25 +280,20 @@ func (p *realProvider) endpoints(t *testing.T) {
 	p.tokens, p.login = metadata.Tokens, metadata.Login
 }
 
-func byClientCredentials(id, secret string, more url.Values) grant {
+func byClientCredentials(parameters url.Values) grant {
 	return func(t *testing.T, p *realProvider) string {
 		form := url.Values{"grant_type": {"client_credentials"}}
-		return p.token(t, form, more, id, secret)
+		maps.Copy(form, parameters)
+		return p.token(t, "access_token", form, p.id, p.secret)
 	}
 }
 
-// token asks the token endpoint. Providers differ in where they want the client's secret.
-func (p *realProvider) token(t *testing.T, form, more url.Values, id, secret string) string {
+// token asks the token endpoint for the token by that name. Providers differ in where they want the client's secret.
+func (p *realProvider) token(t *testing.T, name string, form url.Values, id, secret string) string {
 	t.Helper()
-	for name, values := range more {
-		form[name] = values
-	}
 	var failures []string
 	for _, inForm := range []bool{true, false} {
-		body := url.Values{}
-		for name, values := range form {
-			body[name] = values
-		}
+		body := maps.Clone(form)
 		if inForm {
 			body.Set("client_id", id)
 			body.Set("client_secret", secret)
@@ -245,13 +308,12 @@ func (p *realProvider) token(t *testing.T, form, more url.Values, id, secret str
 			t.Error(err)
 			return ""
 		}
-		var answer struct {
-			Token string `json:"access_token"`
-		}
+		var answer map[string]any
 		b, _ := io.ReadAll(resp.Body)
 		resp.Body.Close()
-		if _ = json.Unmarshal(b, &answer); answer.Token != "" {
-			return answer.Token
+		_ = json.Unmarshal(b, &answer)
+		if token, _ := answer[name].(string); token != "" {
+			return token
 		}
 		failures = append(failures, fmt.Sprintf("status %d: %s", resp.StatusCode, b))
 	}
@@ -262,24 +324,18 @@ func (p *realProvider) token(t *testing.T, form, more url.Values, id, secret str
 // byAuthorizationCode is a browser's way, with PKCE: the login page, if there is one, gets credentials.
 func byAuthorizationCode(parameters, credentials url.Values) grant {
 	return func(t *testing.T, p *realProvider) string {
-		back := p.issuer + "/callback"
 		browser := *p.http
 		browser.Jar = must(cookiejar.New(nil))
 		var code string
 		browser.CheckRedirect = func(r *http.Request, _ []*http.Request) error {
-			if strings.HasPrefix(r.URL.String(), back) {
+			if strings.HasPrefix(r.URL.String(), p.back) {
 				code = r.URL.Query().Get("code")
 				return http.ErrUseLastResponse
 			}
 			return nil
 		}
-		verifier := rand.Text() + rand.Text()
-		challenge := sha256.Sum256([]byte(verifier))
-		query := url.Values{"client_id": {"client"}, "response_type": {"code"}, "redirect_uri": {back}, "state": {"s"},
-			"code_challenge": {b64(challenge[:])}, "code_challenge_method": {"S256"}}
-		for name, values := range parameters {
-			query[name] = values
-		}
+		query, proof := p.authorization()
+		maps.Copy(query, parameters)
 		resp, err := browser.Get(p.login + "?" + query.Encode())
 		if err != nil {
 			t.Error(err)
@@ -289,9 +345,7 @@ func byAuthorizationCode(parameters, credentials url.Values) grant {
 		if code == "" && credentials != nil {
 			at := resp.Request.URL
 			form := url.Values{"id": {at.Query().Get("authRequestID")}}
-			for name, values := range credentials {
-				form[name] = values
-			}
+			maps.Copy(form, credentials)
 			at.RawQuery = ""
 			if resp, err = browser.PostForm(at.String(), form); err != nil {
 				t.Error(err)
@@ -299,14 +353,24 @@ func byAuthorizationCode(parameters, credentials url.Values) grant {
 			}
 			resp.Body.Close()
 		}
-		return p.token(t, url.Values{"grant_type": {"authorization_code"}, "code": {code}, "redirect_uri": {back}, "code_verifier": {verifier}}, nil, "client", "secret")
+		proof.Set("code", code)
+		return p.token(t, "access_token", proof, p.id, p.secret)
 	}
 }
 
-// bySession is better-auth's way: who is logged in asks for a token.
+// authorization is a request for a code, with PKCE (RFC 7636), and the one for a token, which lacks the code.
+func (p *realProvider) authorization() (query, proof url.Values) {
+	verifier := rand.Text() + rand.Text()
+	challenge := sha256.Sum256([]byte(verifier))
+	query = url.Values{"client_id": {p.id}, "response_type": {"code"}, "redirect_uri": {p.back}, "state": {"s"},
+		"code_challenge": {b64(challenge[:])}, "code_challenge_method": {"S256"}}
+	return query, url.Values{"grant_type": {"authorization_code"}, "redirect_uri": {p.back}, "code_verifier": {verifier}}
+}
+
+// bySession is better-auth's own way: who is logged in asks for a token.
 func bySession() grant {
 	var session http.Client
-	var signUp sync.Once
+	var logIn sync.Once
 	return func(t *testing.T, p *realProvider) string {
 		var answer struct{ Token string }
 		call := func(path string, body map[string]string) {
@@ -314,9 +378,9 @@ func bySession() grant {
 			if body != nil {
 				method, content = http.MethodPost, bytes.NewReader(must(json.Marshal(body)))
 			}
-			req := must(http.NewRequest(method, p.issuer+"/api/auth/"+path, content))
+			req := must(http.NewRequest(method, p.issuer+path, content))
 			req.Header.Set("Content-Type", "application/json")
-			req.Header.Set("Origin", p.issuer)
+			req.Header.Set("Origin", strings.TrimSuffix(p.issuer, "/api/auth"))
 			resp, err := session.Do(req)
 			if err != nil {
 				t.Error(err)
@@ -327,18 +391,20 @@ func bySession() grant {
 				t.Errorf("%s: status %d, %v", path, resp.StatusCode, err)
 			}
 		}
-		signUp.Do(func() {
+		logIn.Do(func() {
 			session = *p.http
 			session.Jar = must(cookiejar.New(nil))
-			call("sign-up/email", map[string]string{"email": "ada@example.com", "password": rand.Text(), "name": "Ada"})
-			call("organization/create", map[string]string{"name": "Acme", "slug": "acme"})
+			call("/sign-in/email", map[string]string{"email": "ada@example.com", "password": "of the test"})
 		})
-		call("token", nil)
+		call("/token", nil)
 		return answer.Token
 	}
 }
 
-// startVault is a Vault that is set up as docs/identity/vault.md says, with a user.
+const vaultPassword = "of the test"
+
+// startVault is a Vault that is set up as docs/identity/vault.md says. Its one entity, ada,
+// logs in as a person and, by AppRole, as a machine does.
 func startVault(t *testing.T) *realProvider {
 	t.Helper()
 	server, err := vaulttest.Start(t.Context(), t.TempDir())
@@ -346,46 +412,65 @@ func startVault(t *testing.T) *realProvider {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = server.Stop() })
+	p := &realProvider{issuer: server.Address + "/v1/identity/oidc", caFile: server.CACert, http: trusting(t, server.CACert), vault: server}
+	p.runOnVault(t, "At the provider")
 	root := must(server.Client(server.RootToken))
-	page := string(must(os.ReadFile(filepath.Join(pagesDir, "vault.md"))))
-	script := strings.ReplaceAll(fenced(t, page, "At the provider"), "https://vault.example:8200", server.Address)
-	cmd := exec.CommandContext(t.Context(), "bash", "-euc", `vault() { "$VAULT_CLI" "$@"; }`+"\n"+script)
-	cmd.Env = append(os.Environ(), append(server.Env(), "VAULT_CLI="+must(vaulttest.Binary()), "VAULT_TOKEN="+server.RootToken)...)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("the page's commands: %v\n%s", err, out)
-	}
-	if err := root.Sys().EnableAuth("userpass", "userpass", ""); err != nil {
-		t.Fatal(err)
-	}
-	mounts := must(root.Sys().ListAuth())
 	entity := must(root.Logical().Read("identity/entity/name/ada"))
-	must(root.Logical().Write("auth/userpass/users/ada", map[string]any{"password": vaultPassword}))
-	must(root.Logical().Write("identity/entity-alias", map[string]any{
-		"name": "ada", "canonical_id": entity.Data["id"], "mount_accessor": mounts["userpass/"].Accessor,
-	}))
-	p := &realProvider{issuer: server.Address + "/v1/identity/oidc", caFile: server.CACert}
-	p.rotate = func(t *testing.T) {
-		if _, err := root.Logical().Write("identity/oidc/key/orgkeys/rotate", nil); err != nil {
+	write := func(path string, data map[string]any) {
+		if _, err := root.Logical().Write(path, data); err != nil {
 			t.Fatal(err)
 		}
 	}
+	for _, method := range []string{"userpass", "approle"} {
+		if err := root.Sys().EnableAuth(method, method, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("auth/userpass/users/ada", map[string]any{"password": vaultPassword})
+	write("auth/approle/role/ada", nil)
+	mounts := must(root.Sys().ListAuth())
+	for mount, alias := range map[string]any{"userpass/": "ada", "approle/": roleOfVault(server)["role_id"]} {
+		write("identity/entity-alias", map[string]any{"name": alias, "canonical_id": entity.Data["id"], "mount_accessor": mounts[mount].Accessor})
+	}
+	p.rotate = func(t *testing.T) { write("identity/oidc/key/orgkeys/rotate", nil) }
 	return p
 }
 
-const vaultPassword = "of the test"
+// runOnVault runs the commands behind a heading of the page.
+func (p *realProvider) runOnVault(t *testing.T, heading string) {
+	t.Helper()
+	page := string(must(os.ReadFile(filepath.Join(pagesDir, "vault.md"))))
+	script := strings.ReplaceAll(fenced(t, page, heading), "https://vault.example:8200", p.vault.Address)
+	cmd := exec.CommandContext(t.Context(), "bash", "-euc", `vault() { "$VAULT_CLI" "$@"; }`+"\n"+script)
+	cmd.Env = append(os.Environ(), append(p.vault.Env(), "VAULT_CLI="+must(vaulttest.Binary()), "VAULT_TOKEN="+p.vault.RootToken)...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("the page's commands: %v\n%s", err, out)
+	}
+}
 
-// byVault logs in once, and reads tokens.
-func byVault() grant {
+func trusting(t *testing.T, caFile string) *http.Client {
+	t.Helper()
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(must(os.ReadFile(caFile)))
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport, Timeout: 30 * time.Second}
+}
+
+// roleOfVault is what a machine logs in to Vault with: an ID and a secret.
+func roleOfVault(server *vaulttest.Server) map[string]any {
+	root := must(server.Client(server.RootToken))
+	role := must(root.Logical().Read("auth/approle/role/ada/role-id"))
+	secret := must(root.Logical().Write("auth/approle/role/ada/secret-id", nil))
+	return map[string]any{"role_id": role.Data["role_id"], "secret_id": secret.Data["secret_id"]}
+}
+
+// byEntity logs in to Vault once, and reads identity tokens.
+func byEntity(login string, credentials func(*vaulttest.Server) map[string]any) grant {
 	var user *vaultapi.Client
 	var logIn sync.Once
 	return func(t *testing.T, p *realProvider) string {
-		logIn.Do(func() {
-			server := vaulttest.Server{Address: strings.TrimSuffix(p.issuer, "/v1/identity/oidc"), CACert: p.caFile}
-			client := must(server.Client(""))
-			login := must(client.Logical().Write("auth/userpass/login/ada", map[string]any{"password": vaultPassword}))
-			client.SetToken(login.Auth.ClientToken)
-			user = client
-		})
+		logIn.Do(func() { user = logInToVault(p, login, credentials(p.vault)) })
 		secret, err := user.Logical().Read("identity/oidc/token/orgkeys")
 		if err != nil {
 			t.Error(err)
@@ -393,5 +478,56 @@ func byVault() grant {
 		}
 		token, _ := secret.Data["token"].(string)
 		return token
+	}
+}
+
+func logInToVault(p *realProvider, path string, credentials map[string]any) *vaultapi.Client {
+	client := must(p.vault.Client(""))
+	login := must(client.Logical().Write(path, credentials))
+	client.SetToken(login.Auth.ClientToken)
+	return client
+}
+
+// startVaultsProvider is a Vault that is an OIDC provider besides, as the page says.
+func startVaultsProvider(t *testing.T) *realProvider {
+	t.Helper()
+	p := startVault(t)
+	p.runOnVault(t, "Vault as an OIDC provider")
+	client := must(must(p.vault.Client(p.vault.RootToken)).Logical().Read("identity/oidc/client/orgkeys"))
+	p.id, p.secret = client.Data["client_id"].(string), client.Data["client_secret"].(string)
+	p.issuer, p.back = p.issuer+"/provider/orgkeys", app
+	p.endpoints(t)
+	resp, err := p.http.PostForm(p.tokens, url.Values{"grant_type": {"client_credentials"}, "client_id": {p.id}, "client_secret": {p.secret}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if b := must(io.ReadAll(resp.Body)); !strings.Contains(string(b), "unsupported_grant_type") {
+		t.Errorf("it knows client credentials, which nobody tries: status %d: %s", resp.StatusCode, b)
+	}
+	return p
+}
+
+// byVaultsProvider is a browser's way at Vault's OIDC provider, where Vault's own pages call
+// its API with the token of who is logged in. The access token is opaque, the ID token is a JWT.
+func byVaultsProvider() grant {
+	var user *vaultapi.Client
+	var logIn sync.Once
+	return func(t *testing.T, p *realProvider) string {
+		logIn.Do(func() { user = logInToVault(p, "auth/userpass/login/ada", map[string]any{"password": vaultPassword}) })
+		query, proof := p.authorization()
+		query.Set("scope", "openid orgkeys")
+		resp, err := user.Logical().ReadRawWithData("identity/oidc/provider/orgkeys/authorize", query)
+		if err != nil {
+			t.Error(err)
+			return ""
+		}
+		defer resp.Body.Close()
+		var answer struct{ Code string }
+		if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.Code == "" {
+			t.Errorf("no code: status %d, %v", resp.StatusCode, err)
+		}
+		proof.Set("code", answer.Code)
+		return p.token(t, "id_token", proof, p.id, p.secret)
 	}
 }
