@@ -75,6 +75,27 @@ func hostileUnder(t *testing.T, page string) {
 	if resp := s.Do(t, harness.Request{Method: http.MethodGet, Path: "/node", Token: good}); resp.Status != http.StatusOK {
 		t.Fatalf("the page's own token: status %d, body %.300q", resp.Status, resp.Body)
 	}
+	explain := func(token string, code int, says ...string) {
+		t.Helper()
+		stdout, stderr, exited := s.RunWith(t, token, "token", "explain")
+		if exited != code {
+			t.Errorf("token explain: exit code %d, want %d\n%s%s", exited, code, stdout, stderr)
+		}
+		for _, words := range says {
+			if !strings.Contains(stdout, words) {
+				t.Errorf("token explain does not say %q:\n%s", words, stdout)
+			}
+		}
+		if code == 0 && (strings.Contains(stdout, "fail ") || strings.Contains(stdout, "warn ")) {
+			t.Errorf("token explain complains of the page's own token:\n%s", stdout)
+		}
+	}
+	setting := "-> ORGKEYS_AUDIENCE"
+	if strings.HasPrefix(blockBehind(t, page, "\n## Settings\n"), "{") {
+		setting = "-> audiences in "
+	}
+	explain(good, 0, "ok    organization")
+	explain(issuer.Sign(t, "es", nil, payload(harness.Claims{"aud": "somebody-else"})), 1, `fail  audience      aud is "somebody-else", and accepted is`, setting)
 	for name, token := range hostileTokens(t, issuer, rsaKey, payload) {
 		if strings.Contains(name, "audience") && claims["aud"] == nil && !strings.Contains(name, "another") {
 			continue // claims.rego says whom it is for
