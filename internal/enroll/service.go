@@ -132,18 +132,16 @@ func (s *Service) Create(ctx context.Context, call gate.Call, org org.ID, body [
 }
 
 func (s *Service) mint(ctx context.Context, pass gate.Pass, t terms, token envelope.Token) (Enrollment, error) {
-	k, err := s.Sealer.Seal(ctx, tokenBinding(pass.Org, token.ID), token.K)
-	if err != nil {
-		return Enrollment{}, fmt.Errorf("sealing a token: %w", err)
-	}
 	challenge := make([]byte, tpm.SecretSize)
 	rand.Read(challenge) // never fails, crypto/rand
 	defer clear(challenge)
-	sealed, err := s.Sealer.Seal(ctx, challengeBinding(pass.Org, token.ID), challenge)
+	sealed, err := s.Sealer.SealAll(ctx, []orgkey.Unsealed{
+		{Binding: tokenBinding(pass.Org, token.ID), Plaintext: token.K}, {Binding: challengeBinding(pass.Org, token.ID), Plaintext: challenge},
+	})
 	if err != nil {
-		return Enrollment{}, fmt.Errorf("sealing a secret of challenges: %w", err)
+		return Enrollment{}, fmt.Errorf("sealing a token and its secret of challenges: %w", err)
 	}
-	p := Permission{K: k, Challenge: sealed, Enrollment: Enrollment{
+	p := Permission{K: sealed[0], Challenge: sealed[1], Enrollment: Enrollment{
 		ID: token.ID, Org: pass.Org, Scope: t.scope, Uses: t.uses, Recipient: t.recipient, Origin: t.origin, TPM: t.tpm,
 		Approval: t.approval, Address: t.address, Note: t.note,
 	}}

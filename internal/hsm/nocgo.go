@@ -27,6 +27,9 @@ func (*Token) Create(context.Context, string) (orgkey.BackendKey, error) { retur
 // Seal reports ErrNoCgo.
 func (*Token) Seal(context.Context, orgkey.Binding, []byte) ([]byte, error) { return nil, ErrNoCgo }
 
+// SealAll reports ErrNoCgo.
+func (*Token) SealAll(context.Context, []orgkey.Unsealed) ([][]byte, error) { return nil, ErrNoCgo }
+
 // Open reports ErrNoCgo.
 func (*Token) Open(context.Context, []orgkey.Sealed) ([][]byte, error) { return nil, ErrNoCgo }
 

@@ -19,10 +19,29 @@ var errSealingKey = errors.New("the token's sealing key cannot be trusted")
 
 // Seal encrypts plaintext in the token.
 func (t *Token) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) ([]byte, error) {
-	var sealed []byte
-	err := t.seal(ctx, func(l *life, h pkcs11.SessionHandle) (err error) {
-		sealed, err = l.sealingKey.encrypt(t.lib, h, b.Context(), plaintext)
-		return err
+	sealed, err := t.SealAll(ctx, []orgkey.Unsealed{{Binding: b, Plaintext: plaintext}})
+	if err != nil {
+		return nil, err
+	}
+	return sealed[0], nil
+}
+
+// SealAll encrypts values in the token, on one session.
+func (t *Token) SealAll(ctx context.Context, values []orgkey.Unsealed) ([][]byte, error) {
+	var sealed [][]byte
+	err := t.seal(ctx, func(l *life, h pkcs11.SessionHandle) error {
+		all := make([][]byte, len(values))
+		for i, v := range values {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			var err error
+			if all[i], err = l.sealingKey.encrypt(t.lib, h, v.Binding.Context(), v.Plaintext); err != nil {
+				return err
+			}
+		}
+		sealed = all
+		return nil
 	}, func() {})
 	if err != nil {
 		return nil, sealFault("sealing", err)

@@ -108,6 +108,10 @@ func (w *world) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) ([
 	return token.Seal(ctx, b, plaintext)
 }
 
+func (w *world) SealAll(ctx context.Context, values []orgkey.Unsealed) ([][]byte, error) {
+	return token.SealAll(ctx, values)
+}
+
 // onBoth runs a test over SQLite and over PostgreSQL.
 func onBoth(t *testing.T, test func(t *testing.T, w *world)) {
 	t.Run("sqlite", func(t *testing.T) { test(t, newWorld(t, filepath.Join(t.TempDir(), "orgkeys.db"))) })

@@ -154,10 +154,18 @@ type Sealed struct {
 	Ciphertext []byte
 }
 
+// Unsealed is a value as it is to be sealed.
+type Unsealed struct {
+	Binding   Binding
+	Plaintext []byte
+}
+
 // Sealer encrypts values for storage, bound to their owner. Its implementations
 // are hsm and vault.
 type Sealer interface {
 	Seal(ctx context.Context, b Binding, plaintext []byte) ([]byte, error)
+	// SealAll is Seal of several values in one call to the back end: all or none.
+	SealAll(ctx context.Context, values []Unsealed) ([][]byte, error)
 	// Open decrypts all values or none. An item that does not decrypt under its
 	// binding is an error that wraps ErrSealBroken; an unreachable back end is one
 	// that wraps ErrUnavailable.

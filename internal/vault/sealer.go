@@ -52,28 +52,62 @@ func (c *Client) Sealer() *Sealer { return &Sealer{c} }
 
 // Seal implements orgkey.Sealer.
 func (s *Sealer) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) ([]byte, error) {
-	body := append([]byte(nil), `{"context":"`...)
-	body = base64.StdEncoding.AppendEncode(body, b.Context())
-	body = append(body, `","plaintext":"`...)
-	whole := make([]byte, 0, len(body)+base64.StdEncoding.EncodedLen(len(plaintext))+len(`"}`))
-	whole = base64.StdEncoding.AppendEncode(append(whole, body...), plaintext)
-	whole = append(whole, `"}`...)
-	answer, err := s.c.do(correlated(ctx, b.ID), request{method: http.MethodPut, path: sealMount + "/encrypt/seal", body: whole})
+	sealed, err := s.SealAll(ctx, []orgkey.Unsealed{{Binding: b, Plaintext: plaintext}})
+	if err != nil {
+		return nil, err
+	}
+	return sealed[0], nil
+}
+
+// SealAll implements orgkey.Sealer, in one call: the values are few and small.
+func (s *Sealer) SealAll(ctx context.Context, values []orgkey.Unsealed) ([][]byte, error) {
+	if len(values) == 0 {
+		return nil, nil
+	}
+	body := encryptBody(values)
+	answer, err := s.c.do(correlated(ctx, values[0].Binding.ID), request{method: http.MethodPut, path: sealMount + "/encrypt/seal", body: body})
 	if err != nil {
 		// Not cleared: the transport may still be sending it.
 		return nil, fmt.Errorf("sealing: %w", notSealing(err))
 	}
-	clear(whole)
-	sealed, err := data[struct {
-		Ciphertext string `json:"ciphertext"`
+	clear(body)
+	output, err := data[struct {
+		Results []sealResult `json:"batch_results"`
 	}](answer.body)
 	if err != nil {
 		return nil, fmt.Errorf("sealing: %w", err)
 	}
-	if _, err := parseCiphertext([]byte(sealed.Ciphertext)); err != nil {
-		return nil, errors.New("sealing: Vault's answer is not a ciphertext")
+	if len(output.Results) != len(values) {
+		return nil, fmt.Errorf("sealing: %w: Transit answered %d values with %d results", orgkey.ErrUnavailable, len(values), len(output.Results))
 	}
-	return []byte(sealed.Ciphertext), nil
+	sealed := make([][]byte, len(values))
+	for i, r := range output.Results {
+		if r.Error != "" {
+			return nil, fmt.Errorf("sealing: %w", notSealing(errors.New(r.Error)))
+		}
+		if _, err := parseCiphertext([]byte(r.Ciphertext)); err != nil {
+			return nil, errors.New("sealing: Vault's answer is not a ciphertext")
+		}
+		sealed[i] = []byte(r.Ciphertext)
+	}
+	return sealed, nil
+}
+
+// encryptBody never grows the buffer that it returns, so that no copy of a plaintext is
+// left behind.
+func encryptBody(values []orgkey.Unsealed) []byte {
+	const head, context, plaintext, end, tail = `{"batch_input":[`, `{"context":"`, `","plaintext":"`, `"},`, `]}`
+	size := len(head) + len(tail)
+	for _, v := range values {
+		size += len(context) + base64.StdEncoding.EncodedLen(len(v.Binding.Context())) + len(plaintext) + base64.StdEncoding.EncodedLen(len(v.Plaintext)) + len(end)
+	}
+	body := append(make([]byte, 0, size), head...)
+	for _, v := range values {
+		body = base64.StdEncoding.AppendEncode(append(body, context...), v.Binding.Context())
+		body = base64.StdEncoding.AppendEncode(append(body, plaintext...), v.Plaintext)
+		body = append(body, end...)
+	}
+	return append(body[:len(body)-1], tail...)
 }
 
 // Open implements orgkey.Sealer.

@@ -234,6 +234,7 @@ func Sealer(t *testing.T, s orgkey.Sealer) {
 	t.Run("no byte can be changed", func(t *testing.T) { everyByteFlipped(t, s) })
 	t.Run("nothing can be cut off or appended", func(t *testing.T) { otherLengths(t, s) })
 	t.Run("garbage does not open", func(t *testing.T) { garbage(t, s) })
+	t.Run("values that are sealed together open apart", func(t *testing.T) { sealedTogether(t, s) })
 	t.Run("a batch opens in order", func(t *testing.T) { batch(t, s) })
 	t.Run("a batch opens as a whole or not at all", func(t *testing.T) { allOrNothing(t, s) })
 	t.Run("equal values are sealed differently", func(t *testing.T) { equalDiffers(t, s) })
@@ -360,6 +361,24 @@ func sealMany(t *testing.T, s orgkey.Sealer, n int) []orgkey.Sealed {
 	return items
 }
 
+func sealedTogether(t *testing.T, s orgkey.Sealer) {
+	values := []orgkey.Unsealed{{binding(), []byte("the same")}, {binding(), nil}, {binding(), []byte("the same")}, {binding(), bytes.Repeat([]byte{0xff}, 2000)}}
+	sealed, err := s.SealAll(bounded(t), values)
+	if err != nil || len(sealed) != len(values) {
+		t.Fatalf("SealAll: %d values, %v", len(sealed), err)
+	}
+	for i, v := range values {
+		opened, err := open(t, s, orgkey.Sealed{Binding: v.Binding, Ciphertext: sealed[i]})
+		if err != nil || !bytes.Equal(opened[0], v.Plaintext) {
+			t.Errorf("value %d: %d bytes, %v", i, len(opened), err)
+		}
+	}
+	broken(t, s, "an equal value's place", orgkey.Sealed{Binding: values[0].Binding, Ciphertext: sealed[2]})
+	if sealed, err := s.SealAll(bounded(t), nil); err != nil || len(sealed) != 0 {
+		t.Errorf("sealing nothing: %d values, %v", len(sealed), err)
+	}
+}
+
 func batch(t *testing.T, s orgkey.Sealer) {
 	opened, err := open(t, s, sealMany(t, s, 20)...)
 	if err != nil {
@@ -401,6 +420,9 @@ func sealCancelled(t *testing.T, s orgkey.Sealer) {
 	cancel()
 	if _, err := s.Seal(ctx, b, []byte("value")); !errors.Is(err, context.Canceled) {
 		t.Errorf("Seal: %v, want context.Canceled", err)
+	}
+	if _, err := s.SealAll(ctx, []orgkey.Unsealed{{Binding: b, Plaintext: []byte("value")}}); !errors.Is(err, context.Canceled) {
+		t.Errorf("SealAll: %v, want context.Canceled", err)
 	}
 	if _, err := s.Open(ctx, []orgkey.Sealed{{Binding: b, Ciphertext: sealed}}); !errors.Is(err, context.Canceled) || errors.Is(err, orgkey.ErrSealBroken) {
 		t.Errorf("Open: %v, want context.Canceled", err)
