@@ -8,7 +8,6 @@ import (
 	"fmt"
 
 	"github.com/google/uuid"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/envelope"
@@ -16,43 +15,36 @@ import (
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
-// made is what a call made itself.
-type made struct {
-	attempt string // whose copy in the back end this call destroyed
-	wrapped []byte // the key, as it goes out
-}
-
 // make has the back end make and wrap a key and destroy its copy, and commits what was
 // wrapped.
-func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (made, error) {
+func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (_ Delivery, wrapped []byte, err error) {
 	defer s.Busy()()
-	attempt, mine, taken, err := s.begin(ctx, d.KeyID)
-	if err != nil {
-		return made{}, fmt.Errorf("beginning key %s: %w", d.KeyID, err)
+	attempt, mine, taken := d.Attempt, d.Begun, (*orgkey.Taken[orgkey.SealableKey])(nil)
+	if !mine {
+		if attempt, mine, taken, err = s.begin(ctx, d.KeyID); err != nil {
+			return d, nil, fmt.Errorf("beginning key %s: %w", d.KeyID, err)
+		}
 	}
 	if mine && taken != nil {
-		m, used, err := s.fromPool(ctx, pass, d, taken)
+		made, wrapped, used, err := s.fromPool(ctx, pass, d, taken)
 		if used || err == nil {
-			return m, err
+			return made, wrapped, err
 		}
 		s.Gate.Log.Warn("a key out of the pool could not be used; another one is made", "key", d.KeyID, "pool", taken.ID, "error", err)
 		s.giveUp(ctx, d.KeyID, taken.ID)
 		attempt = uuid.NewString()
 		if mine, err = s.Store.Begin(ctx, d.KeyID, attempt, s.AttemptLife); err != nil {
-			return made{}, fmt.Errorf("beginning key %s: %w", d.KeyID, err)
+			return d, nil, fmt.Errorf("beginning key %s: %w", d.KeyID, err)
 		}
 	}
 	if !mine {
-		return made{}, ErrPending
+		return d, nil, ErrPending
 	}
-	wrapped, stored, err := s.attempt(ctx, pass, d, attempt)
+	made, wrapped, stored, err := s.attempt(ctx, pass, d, attempt)
 	if err != nil && !stored {
 		s.giveUp(ctx, d.KeyID, attempt)
 	}
-	if err != nil {
-		return made{}, err
-	}
-	return made{attempt, wrapped}, nil
+	return made, wrapped, err
 }
 
 // begin begins an attempt, with a key out of the pool if there is one: the attempt's
@@ -72,59 +64,97 @@ func (s *Service) begin(ctx context.Context, keyID string) (attempt string, mine
 
 // fromPool is attempt with a key out of the pool: it is the delivery's only if this
 // deletion removed it. used says that nothing else may be tried for this attempt.
-func (s *Service) fromPool(ctx context.Context, pass gate.Pass, d Delivery, taken *orgkey.Taken[orgkey.SealableKey]) (_ made, used bool, err error) {
+func (s *Service) fromPool(ctx context.Context, pass gate.Pass, d Delivery, taken *orgkey.Taken[orgkey.SealableKey]) (made Delivery, wrapped []byte, used bool, err error) {
 	key, since, err := taken.Open(ctx)
 	if err != nil {
-		return made{}, false, err
+		return d, nil, false, err
 	}
-	wrapped, err := s.wrap(ctx, d, key)
+	w, err := s.wrap(ctx, d, key)
 	if err != nil {
-		return made{}, false, err
+		return d, nil, false, err
 	}
-	stored, err := s.store(ctx, pass, d, taken.ID, key.Public(), wrapped, orgkey.AheadDetail(since))
+	made, stored, err := s.store(ctx, pass, d, taken.ID, w, orgkey.AheadDetail(since))
 	if err != nil && !stored {
 		s.giveUp(ctx, d.KeyID, taken.ID)
 	}
-	return made{taken.ID, wrapped.Value}, true, err
+	return made, w.key.Value, true, err
 }
 
-func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attempt string) (value []byte, stored bool, err error) {
+// attempt also says whether something may have been stored.
+func (s *Service) attempt(ctx context.Context, pass gate.Pass, d Delivery, attempt string) (made Delivery, wrapped []byte, stored bool, err error) {
 	leave, err := s.Admit()
 	if err != nil {
-		return nil, false, err
+		return d, nil, false, err
 	}
 	defer leave()
 	key, err := s.Keystore.CreateSealed(ctx, attempt)
 	if err != nil {
-		return nil, false, backEnd("making", d, err)
+		return d, nil, false, backEnd("making", d, err)
 	}
-	wrapped, err := s.wrap(ctx, d, key)
+	w, err := s.wrap(ctx, d, key)
 	if err != nil {
-		return nil, false, err
+		return d, nil, false, err
 	}
-	stored, err = s.store(ctx, pass, d, attempt, key.Public(), wrapped, nil)
-	return wrapped.Value, stored, err
+	made, stored, err = s.store(ctx, pass, d, attempt, w, nil)
+	return made, w.key.Value, stored, err
 }
 
-// wrap has the back end wrap a key to d's recipient and destroy its copy, which also
-// happens if the wrapping failed. Only then may anything be stored: another replica
-// cannot see what is in this one's session with a token.
-func (s *Service) wrap(ctx context.Context, d Delivery, key orgkey.SealableKey) (wrapped envelope.SealedKey, err error) {
+// wrapped is a key that exists nowhere but wrapped to its recipient, and both its
+// halves as they are stored.
+type wrapped struct {
+	public      orgkey.Public
+	key         envelope.SealedKey
+	record, own []byte // the public half and the wrapped key, sealed
+}
+
+// wrap has the back end wrap a key to d's recipient, and destroy its copy while it seals
+// what is to be stored. The copy is destroyed also if something else fails. Only then may
+// anything be stored: another replica cannot see what is in this one's session with a token.
+func (s *Service) wrap(ctx context.Context, d Delivery, key orgkey.SealableKey) (_ wrapped, err error) {
+	w := wrapped{public: key.Public()}
 	recipient, err := recipientOf(d)
 	if err == nil {
-		if wrapped, err = key.Seal(ctx, recipient); err != nil {
+		if w.key, err = key.Seal(ctx, recipient); err != nil {
 			err = backEnd("wrapping", d, err)
 		}
 	}
-	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
-	defer cancel()
 	// CRASH: the delivery is claimed, and what is in the back end bears the attempt's name.
-	if kept := key.Destroy(ending); kept != nil {
-		s.Gate.Log.Warn("the back end may still have its copy of a sealed key, which nobody gets", "key", d.KeyID, "error", kept)
-		err = errors.Join(err, backEnd("destroying", d, kept))
+	sealed := make(chan error, 1)
+	if err == nil {
+		go func() { sealed <- s.seal(ctx, d, &w) }()
+	} else {
+		sealed <- err
 	}
+	kept := s.destroy(ctx, d, key)
 	// CRASH: the key is lost, and another attempt begins when this one's life is over.
-	return wrapped, err
+	return w, errors.Join(<-sealed, kept)
+}
+
+func (s *Service) destroy(ctx context.Context, d Delivery, key orgkey.SealableKey) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	err := key.Destroy(ctx)
+	if err == nil {
+		return nil
+	}
+	s.Gate.Log.Warn("the back end may still have its copy of a sealed key, which nobody gets", "key", d.KeyID, "error", err)
+	return backEnd("destroying", d, err)
+}
+
+// seal seals both halves of w, in one call.
+func (s *Service) seal(ctx context.Context, d Delivery, w *wrapped) error {
+	der, err := w.public.DER()
+	if err != nil {
+		return fmt.Errorf("encoding key %s: %w", d.KeyID, err)
+	}
+	sealed, err := s.Sealer.SealAll(ctx, []orgkey.Unsealed{
+		{Binding: orgkey.PublicKeyOf(d.Org, d.KeyID), Plaintext: der}, {Binding: wrappedBinding(d), Plaintext: w.key.Value},
+	})
+	if err != nil {
+		return backEnd("sealing", d, err)
+	}
+	w.record, w.own = sealed[0], sealed[1]
+	return nil
 }
 
 func backEnd(doing string, d Delivery, err error) error {
@@ -152,38 +182,24 @@ func recipientOf(d Delivery) (*rsa.PublicKey, error) {
 
 // store commits a wrapped key and its record. stored also says that they may
 // have been committed.
-func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt string, public orgkey.Public, wrapped envelope.SealedKey, pool map[string]string) (stored bool, err error) {
-	der, err := public.DER()
-	if err != nil {
-		return false, fmt.Errorf("encoding key %s: %w", d.KeyID, err)
-	}
-	var record, value []byte
-	both, sealing := errgroup.WithContext(ctx)
-	both.Go(func() (err error) {
-		record, err = s.Sealer.Seal(sealing, orgkey.PublicKeyOf(d.Org, d.KeyID), der)
-		return err
-	})
-	both.Go(func() (err error) { value, err = s.Sealer.Seal(sealing, wrappedBinding(d), wrapped.Value); return err })
-	if err := both.Wait(); err != nil {
-		return false, backEnd("sealing", d, err)
-	}
-	fingerprint := public.Fingerprint()
+func (s *Service) store(ctx context.Context, pass gate.Pass, d Delivery, attempt string, w wrapped, pool map[string]string) (made Delivery, stored bool, err error) {
+	d.Attempt, d.Fingerprint = attempt, w.public.Fingerprint()
+	d.Wrapped = Wrapped{w.key.Alg, w.own, envelope.Digest(w.key.Value)}
 	created := pass.Event(audit.KeyCreated)
 	created.Object = d.KeyID
-	created.Detail = map[string]string{"fingerprint": fingerprint, "backend": s.Backend, "algorithm": orgkey.Algorithm, "scope": string(d.Scope)}
+	created.Detail = map[string]string{"fingerprint": d.Fingerprint, "backend": s.Backend, "algorithm": orgkey.Algorithm, "scope": string(d.Scope)}
 	d.describe(created.Detail)
 	created.Add(pool)
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
-	err = s.Store.StoreWrapped(storing, d.KeyID, attempt, record,
-		Wrapped{wrapped.Alg, value, envelope.Digest(wrapped.Value)}, fingerprint, created)
+	made, err = s.Store.StoreWrapped(storing, d.KeyID, attempt, w.record, d.Wrapped, d.Fingerprint, created, sealedEvent(pass, d))
 	if errors.Is(err, orgkey.ErrGone) {
-		return false, fmt.Errorf("storing key %s: %w", d.KeyID, err)
+		return d, false, fmt.Errorf("storing key %s: %w", d.KeyID, err)
 	}
 	if err == nil {
-		s.Opener.Remember(d.Org, orgkey.SealedKey{ID: d.KeyID, Sealed: record}, public)
+		s.Opener.Remember(d.Org, orgkey.SealedKey{ID: d.KeyID, Sealed: w.record}, w.public)
 	}
-	return true, err
+	return made, true, err
 }
 
 // giveUp ends an attempt, so that the next one need not wait for its life.

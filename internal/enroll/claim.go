@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/envelope"
@@ -129,7 +131,11 @@ func (s *Service) claim(ctx context.Context, pass gate.Pass, id string, recipien
 	conflict := pass.Event(audit.EnrollmentConflict)
 	conflict.Object, conflict.Outcome, conflict.Reason = id, audit.Denied, "claimed"
 	first := false
-	d, err := s.Store.Claim(ctx, id, recipient, pass.Call.Address, s.DeliverFor, func(keyID string) audit.Event {
+	var attempt Attempt
+	if s.Pool == nil { // which begins one with a key of its own
+		attempt = Attempt{uuid.NewString(), s.AttemptLife}
+	}
+	d, err := s.Store.Claim(ctx, id, recipient, pass.Call.Address, s.DeliverFor, attempt, func(keyID string) audit.Event {
 		first = true
 		event := pass.Event(audit.EnrollmentClaimed)
 		event.Object = id

@@ -58,35 +58,32 @@ func reasonOf(ctx context.Context, err error) string {
 // conditional, so that two who take the same one do it once. It also returns the
 // wrapped key if this call made it.
 func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery, signature []byte) (_ Delivery, wrapped []byte, err error) {
-	var own made
 	for {
+		before := d.Stage
 		switch d.Stage {
 		case Claimed:
 			if !d.Approved {
 				return d, nil, ErrPending
 			}
 			if d.Origin == FromNode {
-				err = s.storeOwn(ctx, pass, d, signature)
+				d, err = s.storeOwn(ctx, pass, d, signature)
 				break // CRASH: claimed, or sealed with the key pending; asking again goes on.
 			}
-			own, err = s.make(ctx, pass, d)
+			d, wrapped, err = s.make(ctx, pass, d)
 			// CRASH: the delivery is claimed, and another attempt can begin when this one's
-			// life is over. What it left in the back end bears the attempt's name.
+			// life is over. What it left in the back end bears the attempt's name. Or it is sealed,
+			// and nobody has had it.
 		case Stored:
-			// The copy is gone since before it was stored, but a replica of an older
-			// version stores first.
-			if d.Attempt != own.attempt {
-				err = s.Keystore.DestroySealed(ctx, d.Attempt)
-			}
-			if err == nil {
-				err = s.Store.Seal(ctx, d.KeyID, sealedEvent(pass, d))
+			// A replica of an older version stores before it destroys.
+			if err = s.Keystore.DestroySealed(ctx, d.Attempt); err == nil {
+				d, err = s.Store.Seal(ctx, d.KeyID, sealedEvent(pass, d))
 			}
 			// CRASH: stored, and whoever asks next seals it; or sealed.
 		case Sealed:
-			err = s.offer(ctx, d)
+			d, err = s.offer(ctx, d)
 			// CRASH: sealed, and nobody has had it.
 		case Available:
-			return d, own.wrapped, nil
+			return d, wrapped, nil
 		case Received:
 			if d.Origin == FromNode { // its answer is no secret, and may be lost as often as any
 				return d, nil, nil
@@ -97,10 +94,6 @@ func (s *Service) advance(ctx context.Context, pass gate.Pass, d Delivery, signa
 		}
 		if err != nil {
 			return d, nil, err
-		}
-		before := d.Stage
-		if d, err = s.Store.Delivery(ctx, d.KeyID); err != nil {
-			return d, nil, fmt.Errorf("reading a delivery: %w", err)
 		}
 		if d.Stage == before {
 			return d, nil, ErrPending // somebody else is at it
@@ -131,16 +124,17 @@ func (d Delivery) describe(detail map[string]string) {
 }
 
 // offer waits until the sinks have the event of the sealing, and releases the key.
-func (s *Service) offer(ctx context.Context, d Delivery) error {
+func (s *Service) offer(ctx context.Context, d Delivery) (Delivery, error) {
 	waiting, cancel := context.WithTimeout(ctx, s.AuditDeadline)
 	defer cancel()
 	if err := s.Gate.AuditLog.Acknowledged(waiting, d.Event); err != nil {
-		return fmt.Errorf("%w: %w", gate.ErrAudit, err)
+		return d, fmt.Errorf("%w: %w", gate.ErrAudit, err)
 	}
-	if err := s.Store.Offer(ctx, d.KeyID, s.DeliverFor); err != nil {
-		return fmt.Errorf("releasing key %s: %w", d.KeyID, err)
+	offered, err := s.Store.Offer(ctx, d.KeyID, s.DeliverFor)
+	if err != nil {
+		return d, fmt.Errorf("releasing key %s: %w", d.KeyID, err)
 	}
-	return nil
+	return offered, nil
 }
 
 // answer is what d's recipient gets: the same bytes each time.

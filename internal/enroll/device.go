@@ -186,14 +186,14 @@ func (s *Service) challengeSecret(ctx context.Context, p Permission, recipient, 
 
 // storeOwn commits the public half of a key that its holder made. signature is
 // theirs, and evidence that they have the private half.
-func (s *Service) storeOwn(ctx context.Context, pass gate.Pass, d Delivery, signature []byte) error {
+func (s *Service) storeOwn(ctx context.Context, pass gate.Pass, d Delivery, signature []byte) (Delivery, error) {
 	recipient, err := recipientOf(d)
 	if err != nil {
-		return err
+		return d, err
 	}
 	record, err := s.Sealer.Seal(ctx, orgkey.PublicKeyOf(d.Org, d.KeyID), d.DER)
 	if err != nil {
-		return backEnd("sealing", d, err)
+		return d, backEnd("sealing", d, err)
 	}
 	fingerprint := orgkey.NewPublic(recipient).Fingerprint()
 	created := pass.Event(audit.KeyCreated)
@@ -205,10 +205,11 @@ func (s *Service) storeOwn(ctx context.Context, pass gate.Pass, d Delivery, sign
 	d.describe(created.Detail)
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
-	if err := s.Store.StoreOwn(storing, d.KeyID, record, fingerprint, created); err != nil {
-		return fmt.Errorf("storing key %s: %w", d.KeyID, err)
+	stored, err := s.Store.StoreOwn(storing, d.KeyID, record, fingerprint, created)
+	if err != nil {
+		return d, fmt.Errorf("storing key %s: %w", d.KeyID, err)
 	}
-	return nil
+	return stored, nil
 }
 
 // Add makes a key that the caller made one of org's, and has deliver say so. The

@@ -8,11 +8,12 @@
 // uses; an administrator's own sealed key is one delivery without an
 // enrollment. Each has its place in the quota from the start, and goes through
 //
-//	open → claimed → stored → sealed → available → received
+//	open → claimed → sealed → available → received
 //
-// claimed: a recipient has the use, by one conditional update. stored: the back
-// end's copy is gone, and the wrapped key and the record are committed. sealed: the
-// event that says so is in the log. available: every required
+// claimed: a recipient has the use, by one conditional update. sealed: the back
+// end's copy is gone, and the wrapped key, the record and the events that say so are
+// committed. (An older version committed the last event by itself; until then the
+// delivery was stored.) available: every required
 // audit sink has that event; the key is released, and the wrapped bytes go out,
 // always the same, as often as they are asked for. received: the holder of the
 // private key has signed for it; the wrapped bytes are deleted.
@@ -137,8 +138,8 @@ type Stage string
 const (
 	Open      Stage = "open"      // a place in the quota, for whoever has the token
 	Claimed   Stage = "claimed"   // a recipient has it
-	Stored    Stage = "stored"    // the back end's copy is gone; wrapped key and record are committed
-	Sealed    Stage = "sealed"    // the event that says so is in the log
+	Stored    Stage = "stored"    // by an older version: wrapped key and record are committed, and the event of that is not
+	Sealed    Stage = "sealed"    // the back end's copy is gone; wrapped key, record and events are committed
 	Available Stage = "available" // the sinks have the event; the wrapped key goes out
 	Received  Stage = "received"  // its holder has signed for it, or used it
 	Ended     Stage = "ended"     // withdrawn, revoked, expired, or the key was deleted
@@ -183,13 +184,21 @@ type Delivery struct {
 	ClaimedAt   time.Time
 	Approved    bool      // or needs no approval
 	Attempt     string    // names the key in the back end that was or is being made
-	Wrapped     Wrapped   // from Stored until Received
-	Public      []byte    // the public key, sealed; from Stored on
+	Begun       bool      // by the call that returned the delivery: the attempt is its caller's
+	Wrapped     Wrapped   // from Sealed until Received
+	Public      []byte    // the public key, sealed; from Sealed on
 	Fingerprint string    // RFC 7638 thumbprint
 	Event       string    // the ID of orgkey.sealed; from Sealed on
 	Until       time.Time // when it is withdrawn unless it was received; zero: never, since a rollback was accepted
 	Answers     int       // how often the wrapped key was written out
 	ReceivedAt  time.Time
+}
+
+// Attempt is one to have the back end make a key. Whoever has begun it has the
+// delivery for its life. The zero value is none.
+type Attempt struct {
+	Name string // the key's in the back end
+	Life time.Duration
 }
 
 // Wrapped is a wrapped private key as the store holds it.
@@ -220,10 +229,11 @@ type Store interface {
 	// Permission returns an enrollment by its ID alone, or ErrNotFound.
 	Permission(ctx context.Context, id string) (Permission, error)
 	// Claim gives recipient an open use of enrollment id for deliverFor, and
-	// records claimed(keyID) if it is the first time. Another recipient than
+	// records claimed(keyID) if it is the first time. If the back end has to make the
+	// key and may do so, attempt is begun as Begin does. Another recipient than
 	// may have it is ErrClaimed, and so is a second key in one TPM; conflict is recorded once a recipient, and for
 	// no more than MaxConflicts of them. An enrollment that is over is ErrClosed.
-	Claim(ctx context.Context, id string, recipient Recipient, from string, deliverFor time.Duration, claimed func(keyID string) audit.Event, conflict audit.Event) (Delivery, error)
+	Claim(ctx context.Context, id string, recipient Recipient, from string, deliverFor time.Duration, attempt Attempt, claimed func(keyID string) audit.Event, conflict audit.Event) (Delivery, error)
 	// ClaimOwn begins an administrator's own delivery under keyID, a reserved
 	// place in the organization's quota, or returns the unreceived one of the
 	// same recipient.
@@ -239,17 +249,17 @@ type Store interface {
 	Begin(ctx context.Context, keyID, attempt string, life time.Duration) (bool, error)
 	// GiveUp ends an attempt that came to nothing; one that is over is no error.
 	GiveUp(ctx context.Context, keyID, attempt string) error
-	// StoreWrapped makes the delivery stored and its key pending, if attempt still
+	// StoreWrapped makes the delivery sealed and its key pending, if attempt still
 	// has it, or reports orgkey.ErrGone.
-	StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w Wrapped, fingerprint string, created audit.Event) error
+	StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w Wrapped, fingerprint string, created, sealed audit.Event) (Delivery, error)
 	// StoreOwn makes a claimed delivery of a key that its holder made sealed, and
 	// the key pending; one that is further is let be.
-	StoreOwn(ctx context.Context, keyID string, public []byte, fingerprint string, created audit.Event) error
+	StoreOwn(ctx context.Context, keyID string, public []byte, fingerprint string, created audit.Event) (Delivery, error)
 	// Seal makes a stored delivery sealed; one that is further is let be.
-	Seal(ctx context.Context, keyID string, sealed audit.Event) error
+	Seal(ctx context.Context, keyID string, sealed audit.Event) (Delivery, error)
 	// Offer makes a sealed delivery available for deliverFor and its key
 	// released; one of a key that its holder made is received at once. One that is further is let be.
-	Offer(ctx context.Context, keyID string, deliverFor time.Duration) error
+	Offer(ctx context.Context, keyID string, deliverFor time.Duration) (Delivery, error)
 	// Answered counts an answer, and records delivered if it is the first.
 	Answered(ctx context.Context, keyID string, delivered audit.Event) error
 	// Receive makes an available delivery received and deletes the wrapped key;

@@ -21,9 +21,9 @@ import (
 func accepted(t *testing.T, db *sqlstore.DB, d enroll.Delivery) enroll.Delivery {
 	t.Helper()
 	for range 2 { // as often as it is asked for
-		err := db.StoreOwn(t.Context(), d.KeyID, []byte("public"), "print", event(audit.KeyCreated, "acme", d.KeyID))
+		_, err := db.StoreOwn(t.Context(), d.KeyID, []byte("public"), "print", event(audit.KeyCreated, "acme", d.KeyID))
 		if err == nil {
-			err = db.Offer(t.Context(), d.KeyID, time.Hour)
+			_, err = db.Offer(t.Context(), d.KeyID, time.Hour)
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -136,16 +136,13 @@ func TestKeysThatTheirHoldersMade(t *testing.T) {
 		if d, err = claim(t, db, id, other); err != nil {
 			t.Fatal(err)
 		}
-		if err := db.StoreOwn(t.Context(), d.KeyID, []byte("public"), "print", event(audit.KeyCreated, "acme", d.KeyID)); err != nil {
-			t.Fatal(err)
-		}
-		if d, err = db.Delivery(t.Context(), d.KeyID); err != nil || d.Stage != enroll.Claimed {
+		if d, err = db.StoreOwn(t.Context(), d.KeyID, []byte("public"), "print", event(audit.KeyCreated, "acme", d.KeyID)); err != nil || d.Stage != enroll.Claimed {
 			t.Errorf("stored before it was approved: %+v, %v", d, err)
 		}
 		if err := db.Approve(t.Context(), "acme", id, other.ID, time.Hour, event(audit.EnrollmentApproved, "acme", id)); err != nil {
 			t.Fatal(err)
 		}
-		if err := db.StoreOwn(t.Context(), d.KeyID, []byte("public"), "print", event(audit.KeyCreated, "acme", d.KeyID)); err != nil {
+		if _, err := db.StoreOwn(t.Context(), d.KeyID, []byte("public"), "print", event(audit.KeyCreated, "acme", d.KeyID)); err != nil {
 			t.Fatal(err)
 		}
 		withdrawn := 0
@@ -155,10 +152,7 @@ func TestKeysThatTheirHoldersMade(t *testing.T) {
 		}); err != nil || withdrawn != 1 {
 			t.Fatalf("revoking withdraws %d: %v", withdrawn, err)
 		}
-		if err := db.Offer(t.Context(), d.KeyID, time.Hour); err != nil {
-			t.Fatal(err)
-		}
-		if d, err = db.Delivery(t.Context(), d.KeyID); err != nil || d.Stage != enroll.Ended {
+		if d, err = db.Offer(t.Context(), d.KeyID, time.Hour); err != nil || d.Stage != enroll.Ended {
 			t.Errorf("revoked: %+v, %v", d, err)
 		}
 	})

@@ -14,7 +14,7 @@ import (
 )
 
 // Claim implements enroll.Store. Claims of one enrollment come one at a time.
-func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from string, deliverFor time.Duration, claimed func(string) audit.Event, conflict audit.Event) (enroll.Delivery, error) {
+func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from string, deliverFor time.Duration, attempt enroll.Attempt, claimed func(string) audit.Event, conflict audit.Event) (enroll.Delivery, error) {
 	var v enroll.Delivery
 	refused := false
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
@@ -35,7 +35,7 @@ func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from stri
 		case err == nil && (v.Stage == enroll.Received && v.Origin == enroll.FromBackend || v.Stage == enroll.Ended):
 			return enroll.ErrClosed
 		case err == nil:
-			return nil
+			return beginClaimed(ctx, tx, &v, attempt, now)
 		case !errors.Is(err, enroll.ErrNotFound):
 			return err
 		case !e.Revoked.IsZero() || e.Expires.UnixMicro() <= now:
@@ -63,7 +63,10 @@ func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from stri
 			return err
 		}
 		tx.unhurried = true // the key's own events follow: one batch for the sinks in place of two
-		return d.record(ctx, tx, claimed(key))
+		if err := d.record(ctx, tx, claimed(key)); err != nil {
+			return err
+		}
+		return beginClaimed(ctx, tx, &v, attempt, now)
 	})
 	if err == nil && refused {
 		err = enroll.ErrClaimed

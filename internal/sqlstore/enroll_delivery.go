@@ -68,6 +68,18 @@ func (d *DB) Begin(ctx context.Context, keyID, attempt string, life time.Duratio
 	return err == nil && mine, err
 }
 
+// beginClaimed begins attempt, if there is one, for a delivery whose key the back end
+// can make now.
+func beginClaimed(ctx context.Context, tx *txn, v *enroll.Delivery, attempt enroll.Attempt, now int64) (err error) {
+	if attempt.Name == "" || v.Stage != enroll.Claimed || !v.Approved || v.Origin != enroll.FromBackend {
+		return nil
+	}
+	if v.Begun, err = begin(ctx, tx, v.KeyID, attempt.Name, now, attempt.Life); v.Begun {
+		v.Attempt = attempt.Name
+	}
+	return err
+}
+
 func begin(ctx context.Context, tx *txn, keyID, attempt string, now int64, life time.Duration) (mine bool, err error) {
 	// An attempt that would have the delivery for longer than any began before the clock was set back.
 	n, err := exec(ctx, tx, `UPDATE deliveries SET attempt = $2, attempt_until = $4
@@ -85,54 +97,60 @@ func (d *DB) GiveUp(ctx context.Context, keyID, attempt string) error {
 }
 
 // StoreWrapped implements enroll.Store. The attempt fences off one that was slow.
-func (d *DB) StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w enroll.Wrapped, fingerprint string, created audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		now, err := d.now(ctx, tx)
-		if err != nil {
+func (d *DB) StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w enroll.Wrapped, fingerprint string, created, sealed audit.Event) (enroll.Delivery, error) {
+	return d.step(ctx, keyID, func(ctx context.Context, tx *txn, now int64) error {
+		scopes, err := query(ctx, tx, scanText, `UPDATE deliveries SET stage = 'sealed', alg = $4, wrapped = $5, digest = $6, fingerprint = $7, event_id = $8, attempt_until = NULL
+			WHERE key_id = $1 AND attempt = $2 AND stage = 'claimed' AND attempt_until > $3 RETURNING scope`,
+			keyID, attempt, now, w.Alg, w.Value, w.SHA256, fingerprint, sealed.ID)
+		if err := one(int64(len(scopes)), err); err != nil {
 			return err
 		}
-		if err := one(exec(ctx, tx, `UPDATE deliveries SET stage = 'stored', alg = $4, wrapped = $5, digest = $6, fingerprint = $7, attempt_until = NULL
-			WHERE key_id = $1 AND attempt = $2 AND stage = 'claimed' AND attempt_until > $3`,
-			keyID, attempt, now, w.Alg, w.Value, w.SHA256, fingerprint)); err != nil {
-			return err
-		}
-		return d.pend(ctx, tx, keyID, now, public, created)
+		return d.pend(ctx, tx, keyID, enroll.Scope(scopes[0]), now, public, created, sealed)
 	})
 }
 
-// pend makes a delivery's reserved key a pending one.
-func (d *DB) pend(ctx context.Context, tx *txn, keyID string, now int64, public []byte, created audit.Event) error {
-	v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
-	if err != nil {
-		return err
-	}
-	if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = "+pending+", sealed = $3, created_at = $2 WHERE id = $1 AND state = "+reserved+" AND expires_at > $2",
-		keyID, now, public)); err != nil {
-		return err
-	}
-	return d.record(ctx, tx, created)
-}
-
-// StoreOwn implements enroll.Store.
-func (d *DB) StoreOwn(ctx context.Context, keyID string, public []byte, fingerprint string, created audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+// step takes a delivery a stage further in one transaction, and returns it as it is then.
+func (d *DB) step(ctx context.Context, keyID string, do func(ctx context.Context, tx *txn, now int64) error) (v enroll.Delivery, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
 		}
-		n, err := exec(ctx, tx, `UPDATE deliveries SET stage = 'sealed', wrapped = $2, fingerprint = $3, event_id = $4
-			WHERE key_id = $1 AND stage = 'claimed' AND origin = 'node' AND approved_at IS NOT NULL`, keyID, []byte{}, fingerprint, created.ID)
-		if err != nil || n == 0 {
+		if err := do(ctx, tx, now); err != nil {
 			return err
 		}
-		tx.awaited = true
-		return d.pend(ctx, tx, keyID, now, public, created)
+		v, err = delivery(ctx, tx, "d.key_id = $1", keyID)
+		return err
+	})
+	return v, err
+}
+
+// pend makes a delivery's reserved key a pending one. Somebody waits until the sinks
+// have the events.
+func (d *DB) pend(ctx context.Context, tx *txn, keyID string, scope enroll.Scope, now int64, public []byte, events ...audit.Event) error {
+	if err := one(exec(ctx, tx, "UPDATE "+keyTable(scope)+" SET state = "+pending+", sealed = $3, created_at = $2 WHERE id = $1 AND state = "+reserved+" AND expires_at > $2",
+		keyID, now, public)); err != nil {
+		return err
+	}
+	tx.awaited = true
+	return d.record(ctx, tx, events...)
+}
+
+// StoreOwn implements enroll.Store.
+func (d *DB) StoreOwn(ctx context.Context, keyID string, public []byte, fingerprint string, created audit.Event) (enroll.Delivery, error) {
+	return d.step(ctx, keyID, func(ctx context.Context, tx *txn, now int64) error {
+		scopes, err := query(ctx, tx, scanText, `UPDATE deliveries SET stage = 'sealed', wrapped = $2, fingerprint = $3, event_id = $4
+			WHERE key_id = $1 AND stage = 'claimed' AND origin = 'node' AND approved_at IS NOT NULL RETURNING scope`, keyID, []byte{}, fingerprint, created.ID)
+		if err != nil || len(scopes) == 0 {
+			return err
+		}
+		return d.pend(ctx, tx, keyID, enroll.Scope(scopes[0]), now, public, created)
 	})
 }
 
 // Seal implements enroll.Store.
-func (d *DB) Seal(ctx context.Context, keyID string, sealed audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+func (d *DB) Seal(ctx context.Context, keyID string, sealed audit.Event) (enroll.Delivery, error) {
+	return d.step(ctx, keyID, func(ctx context.Context, tx *txn, _ int64) error {
 		n, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'sealed', event_id = $2 WHERE key_id = $1 AND stage = 'stored'", keyID, sealed.ID)
 		if err != nil || n == 0 {
 			return err
@@ -143,20 +161,16 @@ func (d *DB) Seal(ctx context.Context, keyID string, sealed audit.Event) error {
 }
 
 // Offer implements enroll.Store.
-func (d *DB) Offer(ctx context.Context, keyID string, deliverFor time.Duration) error {
-	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		now, err := d.now(ctx, tx)
-		if err != nil {
+func (d *DB) Offer(ctx context.Context, keyID string, deliverFor time.Duration) (enroll.Delivery, error) {
+	return d.step(ctx, keyID, func(ctx context.Context, tx *txn, now int64) error {
+		offered, err := query(ctx, tx, func(scan func(...any) error) (v enroll.Delivery, err error) {
+			err = scan(&v.Scope, &v.Origin, &v.Event)
+			return v, err
+		}, "UPDATE deliveries SET stage = 'available', until = $2 WHERE key_id = $1 AND stage = 'sealed' RETURNING scope, origin, event_id", keyID, now+deliverFor.Microseconds())
+		if err != nil || len(offered) == 0 {
 			return err
 		}
-		n, err := exec(ctx, tx, "UPDATE deliveries SET stage = 'available', until = $2 WHERE key_id = $1 AND stage = 'sealed'", keyID, now+deliverFor.Microseconds())
-		if err != nil || n == 0 {
-			return err
-		}
-		v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
-		if err != nil {
-			return err
-		}
+		v := offered[0]
 		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET state = "+released+", released_at = $2, expires_at = NULL WHERE id = $1 AND state = "+pending+" AND expires_at > $2", keyID, now)); err != nil || v.Origin == enroll.FromBackend {
 			return err
 		}

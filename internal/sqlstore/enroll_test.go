@@ -60,7 +60,7 @@ func mint(t *testing.T, db *sqlstore.DB, e enroll.Enrollment, life time.Duration
 
 func claim(t *testing.T, db *sqlstore.DB, id string, r enroll.Recipient) (enroll.Delivery, error) {
 	t.Helper()
-	return db.Claim(t.Context(), id, r, "192.0.2.9", time.Hour,
+	return db.Claim(t.Context(), id, r, "192.0.2.9", time.Hour, enroll.Attempt{},
 		func(string) audit.Event { return event(audit.EnrollmentClaimed, "acme", id) }, event(audit.EnrollmentConflict, "acme", id))
 }
 
@@ -89,15 +89,10 @@ func offeredAs(t *testing.T, db *sqlstore.DB, d enroll.Delivery, fingerprint str
 	if mine, err := db.Begin(t.Context(), d.KeyID, attempt, time.Minute); err != nil || !mine {
 		t.Fatalf("beginning: %t, %v", mine, err)
 	}
-	err := db.StoreWrapped(t.Context(), d.KeyID, attempt, []byte("public"), enroll.Wrapped{Alg: envelope.WrapSHA256, Value: []byte("wrapped"), SHA256: "digest"}, fingerprint, event(audit.KeyCreated, "acme", d.KeyID))
+	d, err := db.StoreWrapped(t.Context(), d.KeyID, attempt, []byte("public"), enroll.Wrapped{Alg: envelope.WrapSHA256, Value: []byte("wrapped"), SHA256: "digest"}, fingerprint,
+		event(audit.KeyCreated, "acme", d.KeyID), event(audit.KeySealed, "acme", d.KeyID))
 	if err == nil {
-		err = db.Seal(t.Context(), d.KeyID, event(audit.KeySealed, "acme", d.KeyID))
-	}
-	if err == nil {
-		err = db.Offer(t.Context(), d.KeyID, time.Hour)
-	}
-	if err == nil {
-		d, err = db.Delivery(t.Context(), d.KeyID)
+		d, err = db.Offer(t.Context(), d.KeyID, time.Hour)
 	}
 	if err != nil || d.Stage != enroll.Available {
 		t.Fatalf("%+v, %v", d, err)
@@ -264,9 +259,90 @@ func TestALateAttemptStoresNothing(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 		offered(t, db, d)
-		err := db.StoreWrapped(t.Context(), d.KeyID, late, []byte("x"), enroll.Wrapped{Value: []byte("other")}, "other", event(audit.KeyCreated, "acme", d.KeyID))
+		_, err := db.StoreWrapped(t.Context(), d.KeyID, late, []byte("x"), enroll.Wrapped{Value: []byte("other")}, "other",
+			event(audit.KeyCreated, "acme", d.KeyID), event(audit.KeySealed, "acme", d.KeyID))
 		if !errors.Is(err, orgkey.ErrGone) {
 			t.Errorf("the late attempt: %v", err)
+		}
+	})
+}
+
+// A claim begins the attempt of whoever claims, once, and not before it may.
+func TestAClaimBeginsAnAttempt(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		asks := func(id string, r enroll.Recipient) enroll.Delivery {
+			t.Helper()
+			d, err := db.Claim(t.Context(), id, r, "192.0.2.9", time.Hour, enroll.Attempt{Name: uuid.NewString(), Life: time.Minute},
+				func(key string) audit.Event { return event(audit.EnrollmentClaimed, "acme", key) }, event(audit.EnrollmentConflict, "acme", id))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return d
+		}
+		id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 5)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := recipient(t)
+		first := asks(id, r)
+		if kept, err := db.Delivery(t.Context(), first.KeyID); err != nil || !first.Begun || kept.Attempt != first.Attempt || kept.Begun {
+			t.Errorf("the first: %+v, kept as %+v, %v", first, kept, err)
+		}
+		if again := asks(id, r); again.Begun || again.Attempt != first.Attempt {
+			t.Errorf("while the first is at it: %+v", again)
+		}
+		if _, err := raw(t, location).Exec("UPDATE deliveries SET attempt_until = 1"); err != nil {
+			t.Fatal(err)
+		}
+		second := asks(id, r)
+		if !second.Begun || second.Attempt == first.Attempt {
+			t.Errorf("when its time is over: %+v", second)
+		}
+		if _, err := db.StoreWrapped(t.Context(), first.KeyID, first.Attempt, []byte("x"), enroll.Wrapped{}, "x", event(audit.KeyCreated, "acme", first.KeyID), event(audit.KeySealed, "acme", first.KeyID)); !errors.Is(err, orgkey.ErrGone) {
+			t.Errorf("the first is fenced off: %v", err)
+		}
+		stored, err := db.StoreWrapped(t.Context(), first.KeyID, second.Attempt, []byte("x"), enroll.Wrapped{Value: []byte("x")}, "x", event(audit.KeyCreated, "acme", first.KeyID), event(audit.KeySealed, "acme", first.KeyID))
+		if err != nil || stored.Stage != enroll.Sealed {
+			t.Errorf("the second stores: %+v, %v", stored, err)
+		}
+		if made := asks(id, r); made.Begun || made.Stage != enroll.Sealed {
+			t.Errorf("when the key is made: %+v", made)
+		}
+		for name, e := range map[string]enroll.Enrollment{"it waits for approval": {Approval: true}, "the node makes the key": {Origin: enroll.FromNode}} {
+			id, err := mint(t, db, e, time.Hour, 5)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := recipient(t)
+			r.Origin = e.Origin
+			if d := asks(id, r); d.Begun || d.Attempt != "" {
+				t.Errorf("%s: %+v", name, d)
+			}
+		}
+	})
+}
+
+// An older version committed the event of the sealing by itself, and a crash can have come before.
+func TestADeliveryThatAnOlderVersionStoredGoesOn(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		_, d := claimed(t, db, enroll.Enrollment{}, time.Hour, 2)
+		d = offered(t, db, d)
+		for _, statement := range []string{
+			"UPDATE deliveries SET stage = 'stored', event_id = '' WHERE key_id = '" + d.KeyID + "'",
+			"UPDATE keys_of_nodes SET state = 'pending', released_at = NULL, expires_at = 9000000000000000 WHERE id = '" + d.KeyID + "'",
+		} {
+			if _, err := raw(t, location).Exec(statement); err != nil {
+				t.Fatal(err)
+			}
+		}
+		first := event(audit.KeySealed, "acme", d.KeyID)
+		for _, sealed := range []audit.Event{first, event(audit.KeySealed, "acme", d.KeyID)} { // as when two replicas do so at once
+			if after, err := db.Seal(t.Context(), d.KeyID, sealed); err != nil || after.Stage != enroll.Sealed || after.Event != first.ID {
+				t.Fatalf("sealing: %+v, %v", after, err)
+			}
+		}
+		if d, err := db.Offer(t.Context(), d.KeyID, time.Hour); err != nil || d.Stage != enroll.Available {
+			t.Errorf("offering: %+v, %v", d, err)
 		}
 	})
 }

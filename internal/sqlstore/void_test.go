@@ -71,7 +71,8 @@ func TestAnAcceptedRollbackVoidsOpenEnrollments(t *testing.T) {
 		if mine, err := db.Begin(t.Context(), stored.KeyID, attempt, time.Minute); err != nil || !mine {
 			t.Fatal(err)
 		}
-		if err := db.StoreWrapped(t.Context(), stored.KeyID, attempt, []byte("public"), enroll.Wrapped{Value: []byte("wrapped")}, "print", event(audit.KeyCreated, "acme", stored.KeyID)); err != nil {
+		if _, err := db.StoreWrapped(t.Context(), stored.KeyID, attempt, []byte("public"), enroll.Wrapped{Value: []byte("wrapped")}, "print",
+			event(audit.KeyCreated, "acme", stored.KeyID), event(audit.KeySealed, "acme", stored.KeyID)); err != nil {
 			t.Fatal(err)
 		}
 		done := minted(enroll.Enrollment{})
