@@ -187,10 +187,9 @@ func TestARecipientThatWasExchangedInVaultIsFound(t *testing.T) {
 		parts := strings.Split(strings.TrimPrefix(r.URL.Path, "/v1/orgkeys-sealed/"), "/")
 		if parts[0] == "byok-export" {
 			must(t, th.use(r.Header.Get("X-Vault-Token"), v))
-			_, err := th.api.Delete("orgkeys-sealed/keys/" + parts[1])
-			err = errors.Join(err, th.give(parts[1]))
 			_, allowed := th.api.Write("orgkeys-sealed/keys/"+parts[1]+"/config", map[string]any{"deletion_allowed": true})
-			exchanged <- errors.Join(err, allowed)
+			_, err := th.api.Delete("orgkeys-sealed/keys/" + parts[1])
+			exchanged <- errors.Join(allowed, err, th.give(parts[1]))
 		}
 		return true
 	})

@@ -62,9 +62,9 @@ type sealableKey struct {
 // Public implements orgkey.SealableKey.
 func (k *sealableKey) Public() orgkey.Public { return k.public }
 
-// Seal implements orgkey.SealableKey. The recipient is in Transit, under a name
-// of its own, for this call only.
-func (k *sealableKey) Seal(ctx context.Context, recipient *rsa.PublicKey) (_ envelope.SealedKey, err error) {
+// Seal implements orgkey.SealableKey. The recipient is in Transit under a name of its
+// own for as long as that takes; it is removed while the caller goes on.
+func (k *sealableKey) Seal(ctx context.Context, recipient *rsa.PublicKey) (envelope.SealedKey, error) {
 	body, err := importBody(recipient)
 	if err != nil {
 		return envelope.SealedKey{}, fmt.Errorf("sealing a key: %w", err)
@@ -75,39 +75,37 @@ func (k *sealableKey) Seal(ctx context.Context, recipient *rsa.PublicKey) (_ env
 	}
 	name := uuid.NewString()
 	place := sealedMount + "/keys/" + name
-	defer func() {
-		if err != nil {
-			k.c.abandon(ctx, place)
-		}
-	}()
 	answer, err := k.c.do(ctx, request{method: http.MethodPut, path: place + "/import", body: body})
 	if err == nil && answer.status != http.StatusNoContent {
 		err = fmt.Errorf("%w: importing answers %d", errForeignForm, answer.status)
 	}
 	if err != nil {
+		k.c.abandon(ctx, place)
 		return envelope.SealedKey{}, fmt.Errorf("importing the recipient into Transit: %w", err)
 	}
-	if err := k.c.allowDeletion(ctx, place); err != nil {
-		return envelope.SealedKey{}, fmt.Errorf("sealing a key: %w", err)
-	}
+	defer k.c.dropRecipient(ctx, place)
 	sealed, err := k.export(ctx, name, recipient)
 	if err != nil {
 		return envelope.SealedKey{}, fmt.Errorf("sealing a key: %w", err)
 	}
-	if err := k.c.removeRecipient(ctx, place); err != nil {
-		return envelope.SealedKey{}, fmt.Errorf("removing the recipient from Transit: %w", err)
-	}
 	return sealed, nil
 }
 
-// removeRecipient believes Vault that it has deleted the recipient: one that stayed would
-// be a public key, in which there is no secret, and the reaper's.
-func (c *Client) removeRecipient(ctx context.Context, path string) error {
-	answer, err := c.do(ctx, request{method: http.MethodDelete, path: path})
-	if err == nil && answer.status == http.StatusNoContent {
-		return nil
-	}
-	return c.remove(ctx, path)
+// dropRecipient removes, in the background, a recipient that was imported. It believes
+// Vault that it has deleted it: one that stayed would be a public key, in which there is
+// no secret, and the reaper's.
+func (c *Client) dropRecipient(ctx context.Context, path string) {
+	ctx = context.WithoutCancel(ctx)
+	c.abandoned.Go(func() {
+		err := c.allowDeletion(ctx, path)
+		if err == nil {
+			var answer response
+			if answer, err = c.do(ctx, request{method: http.MethodDelete, path: path}); err == nil && answer.status == http.StatusNoContent {
+				return
+			}
+		}
+		c.abandon(ctx, path)
+	})
 }
 
 // importBody is the request to import a recipient. Transit answers 500 to an invalid one,
