@@ -1,13 +1,17 @@
 package bench_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/rsa"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -18,6 +22,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/vault/vaulttest"
 )
 
 // mostNodeKeys is how many node keys an organization has by default.
@@ -27,34 +32,76 @@ const mostNodeKeys = 1000
 // the request to the receipt, beside plain generation on the same, in turns.
 // Tokens and recipient keys are made before.
 func BenchmarkEnrollSoftHSM(b *testing.B) {
-	besidePlain(b, harness.Start(b, harness.Set("ORGKEYS_MAX", fmt.Sprint(mostKeys))))
+	besidePlain(b, harness.Start(b, harness.Set("ORGKEYS_MAX", fmt.Sprint(mostKeys))), func() map[string]int { return nil })
 }
 
-// BenchmarkEnrollVault is BenchmarkEnrollSoftHSM on Vault.
+// BenchmarkEnrollVault is BenchmarkEnrollSoftHSM on Vault. It also reports how many
+// calls to Vault a key of each kind takes, by Vault's audit file, and lists them.
 func BenchmarkEnrollVault(b *testing.B) {
-	_, s := withVault(b, harness.Set("ORGKEYS_MAX", fmt.Sprint(mostKeys)))
-	besidePlain(b, s)
+	v, s := withVault(b, harness.Set("ORGKEYS_MAX", fmt.Sprint(mostKeys)))
+	besidePlain(b, s, func() map[string]int { return vaultCalls(b, v) })
+}
+
+var keyName = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`)
+
+// vaultCalls are the calls that Vault has answered, by operation and path.
+func vaultCalls(b *testing.B, v *vaulttest.Server) map[string]int {
+	text, err := os.ReadFile(v.AuditFile)
+	if err != nil {
+		b.Fatal(err)
+	}
+	calls := map[string]int{}
+	for line := range bytes.Lines(text) {
+		var e struct {
+			Type    string `json:"type"`
+			Request struct {
+				Operation string `json:"operation"`
+				Path      string `json:"path"`
+			} `json:"request"`
+		}
+		if err := json.Unmarshal(line, &e); err != nil {
+			b.Fatalf("Vault's audit file: %v: %.200q", err, line)
+		}
+		if e.Type == "response" {
+			calls[e.Request.Operation+" "+keyName.ReplaceAllString(e.Request.Path, "KEY")]++
+		}
+	}
+	return calls
 }
 
 // besidePlain also reports the processor time that each takes, of the program,
 // the back end and the client: on a machine that has other work as well it says
 // more than the rates.
-func besidePlain(b *testing.B, s *harness.Server) {
+func besidePlain(b *testing.B, s *harness.Server, calls func() map[string]int) {
 	plain, enrolled := generator(b, s), enroller(b, s)
 	var cost [2]time.Duration
+	made := [2]map[string]int{{}, {}}
 	round := max(1, b.N/10)
 	var took [2]time.Duration
 	b.ResetTimer()
 	for from := 0; from < b.N; from += round {
 		for i, do := range []func() error{plain, enrolled} {
-			before := processorTime(b)
+			asked, before := calls(), processorTime(b)
 			took[i] += phase(b, 2, from, min(from+round, b.N), func(int) error { return do() })
 			cost[i] += processorTime(b) - before
+			for name, n := range calls() {
+				made[i][name] += n - asked[name]
+			}
 		}
 	}
 	for i, name := range []string{"plain", "enrolled"} {
 		b.ReportMetric(float64(b.N)/took[i].Seconds(), name+"/s")
 		b.ReportMetric(float64(cost[i].Microseconds())/1000/float64(b.N), name+"-cpu-ms")
+		all := 0
+		for _, call := range slices.Sorted(maps.Keys(made[i])) {
+			if n := made[i][call]; n > 0 {
+				all += n
+				b.Logf("%s: %.2f %s", name, float64(n)/float64(b.N), call)
+			}
+		}
+		if all > 0 {
+			b.ReportMetric(float64(all)/float64(b.N), name+"-vault-calls")
+		}
 	}
 	b.ReportMetric(100*took[0].Seconds()/took[1].Seconds(), "%")
 	b.ReportMetric(100*cost[0].Seconds()/cost[1].Seconds(), "cpu-%")
