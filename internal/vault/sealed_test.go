@@ -209,7 +209,13 @@ func sealFails(t *testing.T, step string, before bool, fail func(http.ResponseWr
 			t.Errorf("destroying: %v", destroyErr)
 		}
 	}
-	mu.Lock()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) { // the recipient is removed in the background
+		mu.Lock()
+		if failed || time.Now().After(deadline) {
+			break
+		}
+		mu.Unlock()
+	}
 	if !failed {
 		t.Error("the step was never reached: the case shows nothing")
 	}
