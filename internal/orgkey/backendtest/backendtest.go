@@ -362,7 +362,10 @@ func sealMany(t *testing.T, s orgkey.Sealer, n int) []orgkey.Sealed {
 }
 
 func sealedTogether(t *testing.T, s orgkey.Sealer) {
-	values := []orgkey.Unsealed{{binding(), []byte("the same")}, {binding(), nil}, {binding(), []byte("the same")}, {binding(), bytes.Repeat([]byte{0xff}, 2000)}}
+	values := []orgkey.Unsealed{
+		{Binding: binding(), Plaintext: []byte("the same")}, {Binding: binding()},
+		{Binding: binding(), Plaintext: []byte("the same")}, {Binding: binding(), Plaintext: bytes.Repeat([]byte{0xff}, 2000)},
+	}
 	sealed, err := s.SealAll(bounded(t), values)
 	if err != nil || len(sealed) != len(values) {
 		t.Fatalf("SealAll: %d values, %v", len(sealed), err)
