@@ -38,9 +38,11 @@ func newAuditErase() *cobra.Command {
 		Use:   "erase --subject ID --reason TEXT",
 		Short: "Erase a person's data from the audit log",
 		Long: `Deletes names, e-mail addresses and network addresses of the events whose actor is
-the subject, as in the token ("sub" or ORGKEYS_CLAIM_SUBJECT), and the mapping from
-the pseudonym to a subject that is an address. The log itself does not change and
-verifies as before. Backups, and pages that the database has not overwritten
+the subject, as in the token ("sub" or ORGKEYS_CLAIM_SUBJECT) or as in the events
+(person-…), and the mapping from the pseudonym to the subject. The log itself does
+not change and verifies as before. For a minute a running server may still record
+events under the former pseudonym: if the person was active, run the command again,
+with that. Backups, and pages that the database has not overwritten
 yet, still hold the data; docs/audit.md lists what remains.`,
 		Args: cobra.NoArgs,
 		PreRunE: func(*cobra.Command, []string) error {
@@ -57,14 +59,20 @@ yet, still hold the data; docs/audit.md lists what remains.`,
 				}
 				return say(cmd, "dry run, nothing is erased: %d events hold personal data of %s\n", n, subject)
 			}
-			n, err := server.ErasePerson(cmd.Context(), cfg, db, subject, reason, newLogger(cfg))
+			n, known, err := server.ErasePerson(cmd.Context(), cfg, db, subject, reason, newLogger(cfg))
 			if err != nil {
 				return err
 			}
-			return say(cmd, "erased the personal data of %s in %d events\n", subject, n)
+			err = say(cmd, "erased the personal data of %s in %d events\n", subject, n)
+			for _, id := range known {
+				if err == nil && id != subject {
+					err = say(cmd, "events have the person as %s; if the person was active in the last minute, wait for one, and repeat with --subject %s\n", id, id)
+				}
+			}
+			return err
 		}),
 	}
-	cmd.Flags().StringVar(&subject, "subject", "", "the person's ID in the events")
+	cmd.Flags().StringVar(&subject, "subject", "", "the person's ID, in tokens or in the events")
 	cmd.Flags().StringVar(&reason, "reason", "", "why")
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print how much would be erased, and change nothing")
 	return cmd

@@ -102,20 +102,20 @@ type packs struct {
 
 // archivedOf looks for a person, which takes long where much is archived, outside of any
 // transaction.
-func (d *DB) archivedOf(ctx context.Context, subject string) (p packs, err error) {
+func (d *DB) archivedOf(ctx context.Context, id string) (p packs, err error) {
 	a, err := d.Archived(ctx) // first: a pseudonym that does not exist yet is in no event before
 	if err != nil {
 		return p, err
 	}
 	p.from = a.Moved / tiles.Width
-	pseudonym, err := pseudonymOf(ctx, d.read, subject)
+	person, err := known(ctx, d.read, id)
 	if err != nil {
 		return p, err
 	}
 	err = eachArchived(ctx, d.read, func(bundle int64, content []byte) error {
 		actors, _, err := unpackPersons(content)
 		if bundle < p.from && slices.ContainsFunc(actors, func(actor []byte) bool {
-			return len(actor) > 0 && (string(actor) == subject || string(actor) == pseudonym)
+			return len(actor) > 0 && slices.Contains(person.all(), string(actor))
 		}) {
 			p.bundles = append(p.bundles, bundle)
 		}

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/uuid"
 
@@ -37,15 +38,34 @@ func pseudonymOf(ctx context.Context, q querier, subject string) (string, error)
 	return found[0], nil
 }
 
+// knownAs is what events may call a person.
+type knownAs struct{ pseudonyms, subjects []string }
+
+func (k knownAs) all() []string { return slices.Concat(k.pseudonyms, k.subjects) }
+
+// known looks for a person by the subject, or by the pseudonym that events show.
+func known(ctx context.Context, q querier, id string) (k knownAs, err error) {
+	err = each(ctx, q, func(scan func(...any) error) error {
+		var subject, pseudonym string
+		err := scan(&subject, &pseudonym)
+		k.subjects, k.pseudonyms = append(k.subjects, subject), append(k.pseudonyms, pseudonym)
+		return err
+	}, "SELECT subject, pseudonym FROM persons WHERE subject = $1 OR pseudonym = $1", id)
+	if !slices.Contains(k.all(), id) {
+		k.subjects = append(k.subjects, id)
+	}
+	return k, err
+}
+
 // Erasable returns how many events have a personal part that Erase would delete.
-func (d *DB) Erasable(ctx context.Context, subject string) (int, error) {
+func (d *DB) Erasable(ctx context.Context, id string) (int, error) {
 	ctx, cancel := context.WithTimeout(ctx, eraseTimeout)
 	defer cancel()
 	tx, err := d.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
 	if err != nil {
 		return 0, unavailable(err)
 	}
-	n, err := d.erasable(ctx, tx, subject)
+	n, err := d.erasable(ctx, tx, id)
 	err = errors.Join(err, unavailable(ignoreDone(tx.Rollback())))
 	if err != nil {
 		return 0, fmt.Errorf("counting what is known of a person: %w", err)
@@ -53,23 +73,27 @@ func (d *DB) Erasable(ctx context.Context, subject string) (int, error) {
 	return n, nil
 }
 
-func (d *DB) erasable(ctx context.Context, tx *sql.Tx, subject string) (n int, err error) {
+func (d *DB) erasable(ctx context.Context, tx *sql.Tx, id string) (n int, err error) {
 	if err := d.limitStatements(ctx, tx, eraseTimeout); err != nil {
 		return 0, err
 	}
-	pseudonym, err := pseudonymOf(ctx, tx, subject)
+	person, err := known(ctx, tx, id)
+	if err != nil {
+		return 0, err
+	}
+	ids, err := list(person.all())
 	if err != nil {
 		return 0, err
 	}
 	err = tx.QueryRowContext(ctx, `SELECT count(*) FROM event_persons WHERE event_id IN
-		(SELECT id FROM events WHERE actor IN ($1, $2)) OR actor <> '' AND actor IN ($1, $2)`, subject, pseudonym).Scan(&n)
+		(SELECT id FROM events WHERE actor IN `+d.texts("$1")+`) OR actor <> '' AND actor IN `+d.texts("$1"), ids).Scan(&n)
 	if err != nil {
 		return 0, unavailable(err)
 	}
 	err = eachArchived(ctx, tx, func(_ int64, content []byte) error {
 		actors, _, err := unpackPersons(content)
 		for _, actor := range actors {
-			if text := string(actor); text != "" && (text == subject || text == pseudonym) {
+			if len(actor) > 0 && slices.Contains(person.all(), string(actor)) {
 				n++
 			}
 		}
@@ -78,14 +102,14 @@ func (d *DB) erasable(ctx context.Context, tx *sql.Tx, subject string) (n int, e
 	return n, err
 }
 
-// Erase deletes a person's data: the personal part of the events whose
-// actor is subject, or is the pseudonym of subject, which events that person has
+// Erase deletes a person's data: the personal part of the events whose actor is id, or the
+// subject or the pseudonym of the same person, which events that person has
 // marked as read, and that pseudonym. It returns
 // how many events had one. event says so in the log, of each ID that events
 // have of the person, and goes with it in one transaction; of a subject that has a
 // pseudonym and is in no event itself, the log is told the pseudonym alone.
-func (d *DB) Erase(ctx context.Context, subject string, event func(id string, count int64) audit.Event) (total int64, err error) {
-	where, err := d.archivedOf(ctx, subject)
+func (d *DB) Erase(ctx context.Context, id string, event func(id string, count int64) audit.Event) (total int64, err error) {
+	where, err := d.archivedOf(ctx, id)
 	if err != nil {
 		return 0, fmt.Errorf("looking for what is known of a person: %w", err)
 	}
@@ -99,18 +123,18 @@ func (d *DB) Erase(ctx context.Context, subject string, event func(id string, co
 		if err := d.lock(ctx, tx, "archive"); err != nil {
 			return err
 		}
-		pseudonym, err := pseudonymOf(ctx, tx, subject)
+		person, err := known(ctx, tx, id)
 		if err != nil {
 			return err
 		}
-		archived, err := d.eraseArchived(ctx, tx, where, pseudonym, subject)
+		archived, err := d.eraseArchived(ctx, tx, where, person.all()...)
 		if err != nil {
 			return err
 		}
-		if _, err := exec(ctx, tx, "DELETE FROM persons WHERE subject = $1", subject); err != nil {
+		if _, err := exec(ctx, tx, "DELETE FROM persons WHERE subject = $1 OR pseudonym = $1", id); err != nil {
 			return err
 		}
-		for _, id := range []string{pseudonym, subject} {
+		for _, id := range person.all() {
 			n, err := exec(ctx, tx, "DELETE FROM event_persons WHERE event_id IN (SELECT id FROM events WHERE actor = $1)", id)
 			if err != nil {
 				return err
@@ -120,7 +144,7 @@ func (d *DB) Erase(ctx context.Context, subject string, event func(id string, co
 				return err
 			}
 			total += n
-			if id == "" || id == subject && n == 0 && pseudonym != "" {
+			if n == 0 && len(person.pseudonyms) > 0 && !slices.Contains(person.pseudonyms, id) {
 				continue
 			}
 			if err := d.record(ctx, tx, event(id, n)); err != nil {

@@ -47,6 +47,36 @@ func TestPseudonyms(t *testing.T) {
 	})
 }
 
+// Whoever has only an event at hand erases by what it shows.
+func TestAPersonIsErasedByThePseudonymToo(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		const subject = "ada@acme.example"
+		pseudonym, err := db.Pseudonym(t.Context(), subject)
+		must(t, err)
+		for _, actor := range []string{pseudonym, subject} { // as before there were pseudonyms
+			e := event(audit.KeysListed, "acme", "")
+			e.Actor = audit.Actor{Kind: authz.Person, ID: actor}
+			must(t, db.Record(t.Context(), e))
+		}
+		if n, err := db.Erasable(t.Context(), pseudonym); err != nil || n != 2 {
+			t.Errorf("%d events would be erased, %v, want 2", n, err)
+		}
+		var named []string
+		n, err := db.Erase(t.Context(), pseudonym, func(id string, _ int64) audit.Event {
+			named = append(named, id)
+			return audit.New(audit.PersonErased, "")
+		})
+		if err != nil || n != 2 || !slices.Equal(named, []string{pseudonym, subject}) {
+			t.Errorf("erased %d, the log is told %q, %v", n, named, err)
+		}
+		var left int
+		must(t, raw(t, location).QueryRow("SELECT (SELECT count(*) FROM persons) + (SELECT count(*) FROM event_persons)").Scan(&left))
+		if left != 0 {
+			t.Errorf("%d rows are left", left)
+		}
+	})
+}
+
 // The address that a key was handed out to is a person's, and goes with the rest.
 func TestErasingForgetsWhereKeysWent(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {

@@ -22,7 +22,7 @@ func (a *acceptance) nameLosses(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	lost, keys := 0, 0
+	lost, keys, erased := 0, 0, 0
 	for _, entry := range behind {
 		e, err := audit.Decode(entry.Leaf)
 		if err != nil {
@@ -35,8 +35,11 @@ func (a *acceptance) nameLosses(ctx context.Context) error {
 		if !errors.Is(err, orgkey.ErrGone) {
 			return err
 		}
-		if e.Type == audit.KeyCreated {
+		switch e.Type {
+		case audit.KeyCreated:
 			keys++
+		case audit.PersonErased:
+			erased++
 		}
 		if lost++; lost > namedLosses {
 			continue
@@ -52,6 +55,9 @@ func (a *acceptance) nameLosses(ctx context.Context) error {
 		fmt.Fprintf(a.out, "and %d more: all are in %s\n", lost-namedLosses, a.request.SinkFile)
 	}
 	_, err = fmt.Fprintf(a.out, "lost: %d events, of which %d created a key; they are not in the database any more\n", lost, keys)
+	if err == nil && erased > 0 {
+		_, err = fmt.Fprintf(a.out, "lost: %d of them erased a person, whose data may be in the database again: repeat \"orgkeys audit erase\" with each one's object\n", erased)
+	}
 	return err
 }
 
