@@ -171,7 +171,8 @@ type CheckpointStore interface {
 	Consistency(ctx context.Context, size, old int64) (tlog.TreeProof, error)
 	// LastSigned returns the newest signed checkpoint; Seq 0 if there is none.
 	LastSigned(ctx context.Context) (Signed, error)
-	// KeepSigned stores a signed checkpoint and the verifier key of its signer.
+	// KeepSigned stores a signed checkpoint and the verifier key of its signer, unless a
+	// larger one is stored, which covers it: their sizes never fall.
 	KeepSigned(ctx context.Context, s Signed, vkey string) error
 	// ThinSigned deletes old ones that are not needed any more.
 	ThinSigned(ctx context.Context) error
@@ -202,7 +203,8 @@ type Checkpointer struct {
 	// is signed. It may be nil.
 	Prepare func(context.Context) error
 
-	asked atomic.Bool // whether the log was found to extend what the sinks hold
+	asked atomic.Bool   // whether the log was found to extend what the sinks hold
+	turn  chan struct{} // holds a value while a checkpoint is being signed
 
 	mu      sync.Mutex
 	last    Checkpoint // the newest that this process knows to be signed
@@ -212,7 +214,7 @@ type Checkpointer struct {
 
 // NewCheckpointer returns a checkpointer for the log that auditLog follows.
 func NewCheckpointer(auditLog *Log, store CheckpointStore, signer Signer, interval time.Duration, log *slog.Logger) *Checkpointer {
-	return &Checkpointer{auditLog: auditLog, store: store, signer: signer, interval: interval, log: log, at: time.Now()}
+	return &Checkpointer{auditLog: auditLog, store: store, signer: signer, interval: interval, log: log, turn: make(chan struct{}, 1), at: time.Now()}
 }
 
 // Run signs at the interval until ctx ends.
@@ -252,6 +254,13 @@ func (c *Checkpointer) Status() CheckpointStatus {
 func (c *Checkpointer) Sign(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, sinkDeadline)
 	defer cancel()
+	// Exclusive holds off other processes only.
+	select {
+	case c.turn <- struct{}{}:
+		defer func() { <-c.turn }()
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for a checkpoint that is being signed: %w", ctx.Err())
+	}
 	mine, err := c.store.Exclusive(ctx, "checkpointer", c.sign)
 	var last Signed
 	if err == nil {

@@ -56,7 +56,15 @@ func (s snapshot) SignedAfter(ctx context.Context, seq int64) ([]audit.Signed, e
 // KeepSigned implements audit.CheckpointStore.
 func (d *DB) KeepSigned(ctx context.Context, s audit.Signed, vkey string) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		// A replica that was stopped between Exclusive and here may come after another.
+		if err := d.lock(ctx, tx, "signed checkpoints"); err != nil {
+			return err
+		}
 		if _, err := exec(ctx, tx, "INSERT INTO checkpoint_keys (vkey) VALUES ($1) ON CONFLICT DO NOTHING", vkey); err != nil {
+			return err
+		}
+		last, err := query(ctx, tx, scanSigned, lastSigned)
+		if err != nil || len(last) > 0 && last[0].Size > s.Size {
 			return err
 		}
 		return one(exec(ctx, tx, "INSERT INTO signed_checkpoints (size, text) VALUES ($1, $2)", s.Size, s.Note))

@@ -2,10 +2,12 @@ package sqlstore_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/ed25519"
 	"encoding/base64"
 	"errors"
 	"log/slog"
+	"sync"
 	"testing"
 	"time"
 
@@ -109,4 +111,79 @@ func must(t *testing.T, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// gated is a signer whose first signature waits until it may go on.
+type gated struct {
+	audit.Signer
+	once          sync.Once
+	reached, goOn chan struct{}
+}
+
+func (g *gated) SignCheckpoint(ctx context.Context, text []byte) ([]byte, ed25519.PublicKey, error) {
+	g.once.Do(func() { close(g.reached); <-g.goOn })
+	return g.Signer.SignCheckpoint(ctx, text)
+}
+
+// An export whose checkpoints shrink is refused, so none is stored behind a larger one:
+// not of two that are signed at once, nor of a replica that was stopped in between.
+func TestSignedCheckpointsNeverShrink(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		_, private, err := ed25519.GenerateKey(nil)
+		must(t, err)
+		quiet := slog.New(slog.DiscardHandler)
+		signer := &gated{Signer: audit.LocalSigner{Private: private}, reached: make(chan struct{}), goOn: make(chan struct{})}
+		checkpoints := audit.NewCheckpointer(audit.NewLog(db, quiet), db, signer, time.Hour, quiet)
+		grow := func() {
+			must(t, db.Record(t.Context(), audit.New(audit.KeysListed, "acme")))
+			_, err := db.Sequence(t.Context(), 100, audit.Condition{})
+			must(t, err)
+		}
+		stored := func() (all []audit.Signed) {
+			all, err := db.SignedAfter(t.Context(), 0)
+			must(t, err)
+			for i := range all[1:] {
+				if all[i+1].Size < all[i].Size {
+					t.Errorf("a checkpoint of %d events is stored behind one of %d", all[i+1].Size, all[i].Size)
+				}
+			}
+			return all
+		}
+		grow()
+		first := make(chan error, 1)
+		go func() { first <- checkpoints.Sign(t.Context()) }()
+		<-signer.reached
+		grow()
+		meanwhile, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		_ = checkpoints.Sign(meanwhile) // it may wait, or leave it to the other
+		close(signer.goOn)
+		must(t, <-first)
+		must(t, checkpoints.Sign(t.Context()))
+		if all := stored(); len(all) == 0 || all[len(all)-1].Size != 2 {
+			t.Fatalf("%d checkpoints are stored", len(all))
+		}
+
+		keys, err := db.CheckpointKeys(t.Context())
+		must(t, err)
+		late := stored()[0]
+		must(t, db.KeepSigned(t.Context(), late, keys[0]))
+		stored()
+
+		// A version before stored them as they came.
+		export := func() {
+			t.Helper()
+			var to bytes.Buffer
+			_, err := archive.Write(t.Context(), &to, db, nil, t.TempDir(), "a test", nil)
+			must(t, err)
+			if _, err := archive.Verify(t.Context(), &to, keys, archive.Outside{}, nil); err != nil {
+				t.Errorf("an export with a checkpoint out of order: %v", err)
+			}
+		}
+		statement(t, raw(t, location), "INSERT INTO signed_checkpoints (size, text) VALUES ($1, $2)", late.Size, late.Note)
+		export()
+		grow()
+		must(t, checkpoints.Sign(t.Context()))
+		export()
+	})
 }

@@ -246,7 +246,10 @@ func (x *writer) writePublicKeys(ctx context.Context, w io.Writer) error {
 	return nil
 }
 
+// writeCheckpoints leaves out those that cover fewer events than one before them, or than
+// the newest does not reach: versions before this one stored two of the same moment in any order.
 func (x *writer) writeCheckpoints(ctx context.Context, w io.Writer) error {
+	written := int64(0)
 	for seq := int64(0); ; {
 		page, err := x.source.SignedAfter(ctx, seq)
 		if err != nil {
@@ -256,6 +259,11 @@ func (x *writer) writeCheckpoints(ctx context.Context, w io.Writer) error {
 			if s.Seq > x.head.Seq {
 				return nil
 			}
+			seq = s.Seq
+			if s.Size < written || s.Size > x.head.Size {
+				continue
+			}
+			written = s.Size
 			b, err := json.Marshal(audit.Line{Checkpoint: s.Note})
 			if err != nil {
 				return err
@@ -263,7 +271,6 @@ func (x *writer) writeCheckpoints(ctx context.Context, w io.Writer) error {
 			if _, err := w.Write(append(b, '\n')); err != nil {
 				return err
 			}
-			seq = s.Seq
 		}
 		if len(page) == 0 {
 			return nil
