@@ -84,12 +84,14 @@ func (d *Directory) Revision() string { return d.current.Load().Revision() }
 func (d *Directory) Current() *Policy { return d.current.Load() }
 
 // Follow keeps up with the directory until ctx ends; a change counts within two
-// seconds. Every change is reported once: with the new policy's revision, or
-// with the error for which it was not taken up and the revision that stays in force.
-func (d *Directory) Follow(ctx context.Context, report func(revision string, err error)) {
+// seconds. A policy decides nothing before keep has succeeded, which stores its text for
+// auditors; keep is repeated until it does. Every change is reported once: with the new
+// policy's revision, or with the error for which it was not taken up, or not yet, and the
+// revision that stays in force.
+func (d *Directory) Follow(ctx context.Context, keep func(context.Context, *Policy) error, report func(revision string, err error)) {
 	ticker := time.NewTicker(pollInterval)
 	defer ticker.Stop()
-	f := follower{directory: d, handled: d.Revision(), report: report}
+	f := follower{directory: d, keep: keep, handled: d.Revision(), report: report}
 	for {
 		select {
 		case <-ctx.Done():
@@ -103,9 +105,11 @@ func (d *Directory) Follow(ctx context.Context, report func(revision string, err
 // follower remembers what was read and done about it.
 type follower struct {
 	directory *Directory
+	keep      func(context.Context, *Policy) error
 	report    func(revision string, err error)
-	seen      string // by the last reading
-	handled   string // and settled: in force, or refused and reported
+	seen      string  // by the last reading
+	handled   string  // and settled: in force, or refused and reported
+	waiting   *Policy // is fit to be in force, but could not be kept yet
 }
 
 // unreadable takes the place of a revision where the directory cannot be read.
@@ -122,13 +126,20 @@ func (f *follower) poll(ctx context.Context) {
 	if !settled || revision == f.handled {
 		return
 	}
+	reported := f.waiting != nil && f.waiting.Revision() == revision
 	if err == nil {
-		err = f.directory.replace(ctx, files)
+		err = f.replace(ctx, files)
+	} else {
+		f.waiting = nil
 	}
 	if ctx.Err() != nil {
 		return
 	}
-	f.handled = revision
+	if f.waiting == nil {
+		f.handled = revision
+	} else if reported {
+		return
+	}
 	if err != nil {
 		err = fmt.Errorf("%s: %w", f.directory.name, err)
 	}
@@ -136,14 +147,22 @@ func (f *follower) poll(ctx context.Context) {
 }
 
 // replace puts the policy made of files in force, unless it is already.
-func (d *Directory) replace(ctx context.Context, files source) error {
-	if files.revision() == d.Revision() {
+func (f *follower) replace(ctx context.Context, files source) error {
+	p, revision := f.waiting, files.revision()
+	f.waiting = nil
+	if revision == f.directory.Revision() {
 		return nil
 	}
-	p, err := load(ctx, files)
-	if err != nil {
-		return err
+	if p == nil || p.Revision() != revision {
+		var err error
+		if p, err = load(ctx, files); err != nil {
+			return err
+		}
 	}
-	d.current.Store(p)
+	if err := f.keep(ctx, p); err != nil {
+		f.waiting = p
+		return fmt.Errorf("its text could not be stored yet, which is tried again: %w", err)
+	}
+	f.directory.current.Store(p)
 	return nil
 }

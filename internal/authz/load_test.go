@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -206,6 +207,10 @@ type report struct {
 
 // followed opens dir and follows it until the test ends.
 func followed(t *testing.T, dir string) (*Directory, <-chan report) {
+	return followedKeeping(t, dir, func(context.Context, *Policy) error { return nil })
+}
+
+func followedKeeping(t *testing.T, dir string, keep func(context.Context, *Policy) error) (*Directory, <-chan report) {
 	t.Helper()
 	d, err := Open(t.Context(), dir)
 	if err != nil {
@@ -214,7 +219,7 @@ func followed(t *testing.T, dir string) (*Directory, <-chan report) {
 	reports, done := make(chan report, 16), make(chan struct{})
 	go func() {
 		defer close(done)
-		d.Follow(t.Context(), func(revision string, err error) { reports <- report{revision, err} })
+		d.Follow(t.Context(), keep, func(revision string, err error) { reports <- report{revision, err} })
 	}()
 	t.Cleanup(func() { <-done })
 	return d, reports
@@ -314,6 +319,53 @@ func TestOldPolicyStaysInForceWhileTheDirectoryIsUnusable(t *testing.T) {
 				t.Errorf("in force is %s, want %s", d.Revision(), revision)
 			}
 		})
+	}
+}
+
+// What decides is in the log by its revision, whose text auditors need.
+func TestAPolicyDecidesNothingBeforeItsTextIsStored(t *testing.T) {
+	shipped, closed, dir := directory(t), t.TempDir(), filepath.Join(t.TempDir(), "policy")
+	write(t, filepath.Join(closed, "authz.rego"), denyAll)
+	link := func(to string) { // at once: no reading finds half of it
+		if err := errors.Join(os.Symlink(to, dir+".new"), os.Rename(dir+".new", dir)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link(shipped)
+	stored := make(chan error)
+	d, reports := followedKeeping(t, dir, func(ctx context.Context, p *Policy) error {
+		if string(p.Files()["authz.rego"]) != denyAll {
+			t.Errorf("stored is %q", p.Files())
+		}
+		select {
+		case err := <-stored:
+			return err
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	})
+	revision := d.Revision()
+	unchanged := func(while string) {
+		t.Helper()
+		if got := reasonFor(t, d, Owner); got != Allowed || d.Revision() != revision {
+			t.Errorf("%s: %s, by %s", while, got, d.Revision())
+		}
+	}
+	link(closed)
+	failure := errors.New("the database is away")
+	stored <- failure // whoever sends finds the call under way
+	if r := next(t, reports); !errors.Is(r.err, failure) || r.revision != revision {
+		t.Fatalf("got %+v", r)
+	}
+	unchanged("after it failed")
+	stored <- failure
+	unchanged("while it is tried again")
+	stored <- nil
+	if r := next(t, reports); r.err != nil || r.revision == revision || r.revision != d.Revision() {
+		t.Fatalf("got %+v", r)
+	}
+	if got := reasonFor(t, d, Owner); got != "closed_for_now" {
+		t.Errorf("with its text stored: %s", got)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
@@ -48,11 +49,9 @@ func SignCheckpoint(ctx context.Context, cfg config.Config, log *slog.Logger) (n
 // not extend its newest one.
 func openCheckpoints(ctx context.Context, cfg config.Config, db *sqlstore.DB, auditLog *audit.Log, b backend, p policy, log *slog.Logger) (*audit.Checkpointer, error) {
 	c := audit.NewCheckpointer(auditLog, db, b.signer, cfg.CheckpointInterval, log)
-	c.Prepare = func(ctx context.Context) error {
-		current := p.current()
-		return db.KeepPolicy(ctx, current.Revision(), current.Files())
-	}
-	if err := db.KeepPolicy(ctx, p.Revision(), p.current().Files()); err != nil {
+	keep := keepPolicy(db)
+	c.Prepare = func(ctx context.Context) error { return keep(ctx, p.current()) }
+	if err := keep(ctx, p.current()); err != nil {
 		return nil, err
 	}
 	_, _, err := c.Check(ctx)
@@ -66,11 +65,9 @@ func openCheckpoints(ctx context.Context, cfg config.Config, db *sqlstore.DB, au
 	return c, db.CheckArchived(ctx)
 }
 
-func keepPolicy(ctx context.Context, db *sqlstore.DB, p policy, log *slog.Logger) {
-	current := p.current()
-	if err := db.KeepPolicy(ctx, current.Revision(), current.Files()); err != nil {
-		log.Warn("the policy's text could not be stored yet", "policy", current.Revision(), "error", err)
-	}
+// keepPolicy returns what stores a policy's text for auditors.
+func keepPolicy(db *sqlstore.DB) func(context.Context, *authz.Policy) error {
+	return func(ctx context.Context, p *authz.Policy) error { return db.KeepPolicy(ctx, p.Revision(), p.Files()) }
 }
 
 // rewritten reports that the log under the running server was rewritten.

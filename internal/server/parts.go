@@ -227,7 +227,7 @@ func VaultLogin(cfg config.Config) vault.Login {
 type policy struct {
 	decider
 	current func() *authz.Policy
-	follow  func(ctx context.Context, replaced func())
+	follow  func(ctx context.Context, keep func(context.Context, *authz.Policy) error)
 }
 
 type decider interface {
@@ -239,20 +239,19 @@ type decider interface {
 func openPolicy(ctx context.Context, cfg config.Config, log *slog.Logger) (policy, error) {
 	if cfg.PolicyDir == "" {
 		p, err := authz.Load(ctx, policies.Files)
-		return policy{p, func() *authz.Policy { return p }, func(context.Context, func()) {}}, err
+		return policy{p, func() *authz.Policy { return p }, func(context.Context, func(context.Context, *authz.Policy) error) {}}, err
 	}
 	d, err := authz.Open(ctx, cfg.PolicyDir)
 	if err != nil {
 		return policy{}, fmt.Errorf("ORGKEYS_POLICY_DIR: %w", err)
 	}
-	return policy{d, d.Current, func(ctx context.Context, replaced func()) {
-		d.Follow(ctx, func(revision string, err error) {
+	return policy{d, d.Current, func(ctx context.Context, keep func(context.Context, *authz.Policy) error) {
+		d.Follow(ctx, keep, func(revision string, err error) {
 			if err != nil {
 				log.Error("the changed policy directory cannot be used; the previous policy stays in force", "policy", revision, "error", err)
 				return
 			}
 			log.Info("policy replaced", "policy", revision)
-			replaced()
 		})
 	}}, nil
 }

@@ -205,7 +205,7 @@ func (p *parts) work(ctx context.Context, running *errgroup.Group, u *useCases, 
 		running.Go(func() error { p.tokens.Follow(ctx, p.cfg.IssuersFile, p.cfg.JWKSInterval, p.log); return nil })
 	}
 	running.Go(func() error {
-		p.policy.follow(ctx, func() { keepPolicy(ctx, p.db, p.policy, p.log) })
+		p.policy.follow(ctx, keepPolicy(p.db))
 		return nil
 	})
 	refused := summary{failures: p.failures, record: p.db.RecordOnce}
