@@ -85,10 +85,8 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	// record at its expiry, with an event that says so. The reaper leaves a
 	// Transit key alone until then.
 	switch {
-	case err != nil && pending:
-		err = orOverloaded(ctx, err)
-		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err, "generation_failed")))
-		return err
+	case err != nil && pending && s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(orOverloaded(ctx, err), "generation_failed"))):
+		return orOverloaded(ctx, err)
 	case err != nil:
 		s.cancel(ctx, place.asked)
 		return s.refused(ctx, pass, err)
@@ -258,7 +256,8 @@ func (s *Service) export(ctx context.Context, key BackendKey, id string) (der []
 }
 
 // storeRecord stores the record of a key, which is pending from then on, and waits
-// until the audit log has acknowledged it.
+// until the audit log has acknowledged it. pending also says that it may be, although the
+// answer was lost.
 func (s *Service) storeRecord(ctx context.Context, pass gate.Pass, p place) (pending bool, err error) {
 	id, sealed := p.id, p.sealed
 	if sealed == nil {
@@ -274,7 +273,7 @@ func (s *Service) storeRecord(ctx context.Context, pass gate.Pass, p place) (pen
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	if err := s.store.StorePending(storing, id, p.asked, sealed, created); err != nil {
-		return false, fmt.Errorf("storing key %s: %w", id, err)
+		return !errors.Is(err, ErrGone), fmt.Errorf("storing key %s: %w", id, err)
 	}
 	waiting, cancel := context.WithTimeout(ctx, s.auditDeadline)
 	defer cancel()
@@ -295,27 +294,30 @@ func (s *Service) cancel(ctx context.Context, asked string) {
 }
 
 // withdraw ends a key that was not, or not completely, handed out, even if the
-// caller is gone. If that fails, the caller does not wait: Sweep tries again.
+// caller is gone. If that fails, the caller does not wait: Sweep tries again. It returns
+// false if there was no such key, and so no event says that it ended.
 // CRASH: a pending key is swept at its expiry, and a released one stays
 // "unconfirmed".
-func (s *Service) withdraw(ctx context.Context, pass gate.Pass, id, reason string) {
+func (s *Service) withdraw(ctx context.Context, pass gate.Pass, id, reason string) bool {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	event := pass.Event(audit.KeyWithdrawn)
 	event.Object, event.Reason, event.Outcome = id, reason, audit.Failure
-	if err := s.end(ctx, event); err != nil {
+	ended, err := s.end(ctx, event)
+	if err != nil {
 		s.gate.Log.Error("key not withdrawn yet", "key", id, "org", pass.Org, "reason", reason, "error", err)
 		s.postpone(event)
 	}
+	return ended || err != nil
 }
 
-// end withdraws the key that event is about.
-func (s *Service) end(ctx context.Context, event audit.Event) error {
-	err := s.store.Withdraw(ctx, event.Object, event)
-	if err == nil {
+// end withdraws the key that event is about, if there is one.
+func (s *Service) end(ctx context.Context, event audit.Event) (ended bool, err error) {
+	ended, err = s.store.Withdraw(ctx, event.Object, event)
+	if ended {
 		s.gate.Log.Warn("key withdrawn", "key", event.Object, "org", event.Org, "reason", event.Reason, "request", event.Request)
 	}
-	return err
+	return ended, err
 }
 
 func (s *Service) postpone(events ...audit.Event) {
@@ -332,7 +334,7 @@ func (s *Service) withdrawPostponed(ctx context.Context) error {
 	s.postponed = nil
 	s.mu.Unlock()
 	for i, event := range postponed {
-		if err := s.end(ctx, event); err != nil {
+		if _, err := s.end(ctx, event); err != nil {
 			s.postpone(postponed[i:]...)
 			return fmt.Errorf("%d keys still have to be withdrawn: %w", len(postponed)-i, err)
 		}

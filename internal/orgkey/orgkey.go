@@ -214,8 +214,9 @@ type Store interface {
 	Release(ctx context.Context, id string) error
 	// Delivered marks a released key's private half as written out.
 	Delivered(ctx context.Context, id string, event audit.Event) error
-	// Withdraw ends a pending or released key; a missing one is no error and leaves no event.
-	Withdraw(ctx context.Context, id string, event audit.Event) error
+	// Withdraw ends a pending or released key, if it is there, and reports whether it was;
+	// a missing one leaves no event.
+	Withdraw(ctx context.Context, id string, event audit.Event) (bool, error)
 	// Keys returns org's released keys, newest first.
 	Keys(ctx context.Context, org org.ID) ([]Record, error)
 	// NodeKeys returns the released keys of org's nodes, newest first.

@@ -1038,6 +1038,43 @@ func TestPromise3_AReservationWhoseAnswerWasLostIsGivenBack(t *testing.T) {
 	}
 }
 
+// lostRecord stores a record and does not say so, or fails and does not say whether it did.
+type lostRecord struct {
+	*sqlstore.DB
+	stores bool
+}
+
+func (s lostRecord) StorePending(ctx context.Context, id, asked string, sealed []byte, created audit.Event) error {
+	if !s.stores {
+		return orgkey.ErrUnavailable
+	}
+	return errors.Join(orgkey.ErrUnavailable, s.DB.StorePending(ctx, id, asked, sealed, created))
+}
+
+// Promise 3: nor does a key that nobody was handed, whatever became of its record.
+func TestPromise3_ARecordWhoseAnswerWasLostHoldsNoPlace(t *testing.T) {
+	for name, c := range map[string]struct {
+		stores bool
+		events string
+	}{
+		"stored":     {true, "orgkey.created orgkey.withdrawn:unavailable"},
+		"not stored": {false, "orgkey.refused:unavailable"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t, func(config *orgkey.Config) { config.Store = lostRecord{config.Store.(*sqlstore.DB), c.stores} })
+			if err := f.Generate(t.Context(), owner("acme"), "acme", accept); !errors.Is(err, orgkey.ErrUnavailable) {
+				t.Fatal(err)
+			}
+			if n := f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 0 {
+				t.Errorf("%d places are held", n)
+			}
+			if got := f.history(t, "type LIKE 'orgkey.%'"); got != c.events {
+				t.Errorf("events: %s, want %s", got, c.events)
+			}
+		})
+	}
+}
+
 func TestAnotherOrganizationsKeyIsNotFound(t *testing.T) {
 	f := newFixture(t, nil)
 	id, _ := f.generate(t, "acme")

@@ -245,14 +245,15 @@ func one(n int64, err error) error {
 }
 
 // Withdraw implements orgkey.Store.
-func (d *DB) Withdraw(ctx context.Context, id string, event audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+func (d *DB) Withdraw(ctx context.Context, id string, event audit.Event) (bool, error) {
+	var ended bool
+	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
 		}
 		n, err := exec(ctx, tx, endKey+" AND state IN ("+pending+", "+released+")", id, now)
-		if err != nil || n == 0 {
+		if ended = n > 0; err != nil || !ended {
 			return err
 		}
 		if err := dissociate(ctx, tx, id); err != nil {
@@ -260,6 +261,10 @@ func (d *DB) Withdraw(ctx context.Context, id string, event audit.Event) error {
 		}
 		return d.record(ctx, tx, event)
 	})
+	if err != nil {
+		return false, err
+	}
+	return ended, nil
 }
 
 // Keys implements orgkey.Store.

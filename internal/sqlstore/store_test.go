@@ -490,9 +490,9 @@ func TestDeletingAllKeysCancelsWhatIsUnderWay(t *testing.T) {
 func TestWithdrawingEndsAReleasedKeyAndIsRepeatable(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
 		id := released(t, db, "acme", 1)
-		for range 2 {
-			if err := db.Withdraw(t.Context(), id, event(audit.KeyWithdrawn, "acme", id)); err != nil {
-				t.Fatal(err)
+		for _, there := range []bool{true, false} {
+			if ended, err := db.Withdraw(t.Context(), id, event(audit.KeyWithdrawn, "acme", id)); err != nil || ended != there {
+				t.Fatalf("ended %v, %v, want %v", ended, err, there)
 			}
 		}
 		if got := types(t, db); got != "orgkey.created orgkey.withdrawn" {
