@@ -145,6 +145,13 @@ func (d *DB) extend(ctx context.Context, tx *txn, first int64, leaves [][]byte) 
 	return one(exec(ctx, tx, "UPDATE log_head SET size = $1, root = $2 WHERE size = $3", first+int64(len(leaves)), root[:], first))
 }
 
+// isRecorded is the condition on rows of events that they are events: they have their place in
+// the log, or wait for it. Whatever else stands there was refused, or was never to be looked at.
+const isRecorded = "(idx IS NOT NULL OR refused = 0)"
+
+// notRefused is isRecorded for statements that read events by an index of other columns.
+const notRefused = "seq NOT IN (SELECT seq FROM events WHERE idx IS NULL AND refused <> 0)"
+
 func (d *DB) sequence(ctx context.Context, tx *txn, limit int) (given, refused int, err error) {
 	waiting, err := query(ctx, tx, scanUnsequenced, "SELECT seq, id, leaf, mac FROM events WHERE idx IS NULL AND refused = 0 ORDER BY seq LIMIT $1", limit)
 	if err != nil {

@@ -12,7 +12,7 @@ import (
 
 var _ orglog.Store = (*DB)(nil)
 
-const orgEvent = "SELECT e.seq, e.idx, e.leaf, p.personal FROM events e LEFT JOIN event_persons p ON p.event_id = e.id WHERE "
+const orgEvent = "SELECT e.seq, e.idx, e.leaf, p.personal FROM events e LEFT JOIN event_persons p ON p.event_id = e.id WHERE " + isRecorded + " AND "
 
 func scanOrgEvent(scan func(...any) error) (s orglog.Stored, err error) {
 	var index sql.NullInt64
@@ -135,6 +135,6 @@ func (d *DB) OrgCounts(ctx context.Context, org org.ID, first time.Time) (orglog
 		}
 		return nil
 	}, `SELECT (occurred_at - $2) / 3600000000 AS hour, count(*)
-		FROM (SELECT occurred_at FROM events WHERE org_id = $1 ORDER BY seq DESC LIMIT $3) recent WHERE occurred_at >= $2 GROUP BY hour`, org, first.UnixMicro(), orglog.MostCounted)
+		FROM (SELECT occurred_at FROM events WHERE org_id = $1 AND `+isRecorded+` ORDER BY seq DESC LIMIT $3) recent WHERE occurred_at >= $2 GROUP BY hour`, org, first.UnixMicro(), orglog.MostCounted)
 	return counts, err
 }

@@ -84,13 +84,13 @@ func (s snapshot) Unsequenced(ctx context.Context) (n int64, err error) {
 
 // Unauthenticated implements verify.Snapshot.
 func (s snapshot) Unauthenticated(ctx context.Context) (n int64, err error) {
-	err = s.q.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE refused = 1").Scan(&n)
+	err = s.q.QueryRowContext(ctx, "SELECT count(*) FROM events WHERE refused = 1 OR idx IS NULL AND refused <> 0").Scan(&n)
 	return n, unavailable(err)
 }
 
 // Erasing implements verify.Snapshot.
 func (s snapshot) Erasing(ctx context.Context) ([]string, error) {
-	return query(ctx, s.q, scanText, "SELECT object FROM events WHERE idx IS NULL AND type = $1", string(audit.PersonErased))
+	return query(ctx, s.q, scanText, "SELECT object FROM events WHERE idx IS NULL AND refused = 0 AND type = $1", string(audit.PersonErased))
 }
 
 // ReceiptSinks implements verify.Snapshot.
@@ -123,16 +123,16 @@ var contradictions = []struct {
 }{
 	{"key %s has a record, but no event says that it was created", `
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + reserved + ` EXCEPT
-		SELECT object, org_id FROM events WHERE type = 'orgkey.created'`, "created_at", created},
+		SELECT object, org_id FROM events WHERE ` + isRecorded + ` AND type = 'orgkey.created'`, "created_at", created},
 	{"key %s was created according to its event, but has no record", `
-		SELECT object, org_id FROM events WHERE type = 'orgkey.created' EXCEPT
+		SELECT object, org_id FROM events WHERE ` + isRecorded + ` AND type = 'orgkey.created' EXCEPT
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + reserved, "", nil},
 	{"key %s is deleted, but no event says so", `
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state = ` + deleted + ` EXCEPT
-		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`, "deleted_at", ended},
+		SELECT object, org_id FROM events WHERE ` + isRecorded + ` AND type IN ('orgkey.deleted', 'orgkey.withdrawn')`, "deleted_at", ended},
 	{"key %s was deleted according to its event, but its record is not", `
 		SELECT id, org_id FROM ` + everyKey + ` WHERE state <> ` + deleted + ` INTERSECT
-		SELECT object, org_id FROM events WHERE type IN ('orgkey.deleted', 'orgkey.withdrawn')`, "", nil},
+		SELECT object, org_id FROM events WHERE ` + isRecorded + ` AND type IN ('orgkey.deleted', 'orgkey.withdrawn')`, "", nil},
 }
 
 func created(a verify.ArchivedKeys) map[string]string { return a.Created }

@@ -47,7 +47,7 @@ func systemEvents(f systemevent.Filter) (string, []any) {
 	if !f.Before.IsZero() {
 		c.add("occurred_at < ?", f.Before.UnixMicro())
 	}
-	c.terms = append(c.terms, changes, c.anyKind(f.Kinds))
+	c.terms = append(c.terms, changes, notRefused, c.anyKind(f.Kinds))
 	if f.Object != "" {
 		c.add("object = ?", f.Object)
 	}
@@ -97,7 +97,7 @@ func (d *DB) markRead(m systemevent.Marks, numbers string, kinds []systemevent.K
 	var c conditions
 	c.add("org_id = ?", m.Org)
 	into := "INSERT INTO event_reads (org_id, reader, seq) SELECT org_id, CAST(" + c.arg(m.Reader) + " AS TEXT), seq FROM events WHERE "
-	c.terms = append(c.terms, changes, c.anyKind(kinds), "seq IN "+d.integers(c.arg(numbers)))
+	c.terms = append(c.terms, changes, notRefused, c.anyKind(kinds), "seq IN "+d.integers(c.arg(numbers)))
 	if m.Person != "" {
 		c.add("actor_kind = 'user' AND actor = ?", m.Person)
 	}

@@ -231,8 +231,8 @@ func fill(t *testing.T, location string, events, orgs int) *sql.DB {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { raw.Close() })
-	insert := "INSERT INTO events (id, occurred_at, type, org_id, actor_kind, actor, object, leaf, mac) " + numbers + fmt.Sprintf(
-		"SELECT 'e-' || i, %[1]d + i, CASE i %% 3 WHEN 0 THEN 'orgkey.listed' ELSE 'orgkey.created' END, CASE i %% %[2]d WHEN 0 THEN 'acme' ELSE 'org-' || (i %% %[2]d) END, 'user', 'ada', 'k-1', '', '' FROM n",
+	insert := "INSERT INTO events (id, idx, occurred_at, type, org_id, actor_kind, actor, object, leaf, mac) " + numbers + fmt.Sprintf(
+		"SELECT 'e-' || i, i, %[1]d + i, CASE i %% 3 WHEN 0 THEN 'orgkey.listed' ELSE 'orgkey.created' END, CASE i %% %[2]d WHEN 0 THEN 'acme' ELSE 'org-' || (i %% %[2]d) END, 'user', 'ada', 'k-1', '', '' FROM n",
 		noon.UnixMicro(), orgs)
 	if driver == "pgx" {
 		insert = strings.Replace(insert, "'', '' FROM n", `''::bytea, ''::bytea FROM n`, 1)
