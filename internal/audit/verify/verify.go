@@ -183,7 +183,8 @@ type verification struct {
 	copy     *Copy
 	progress func(done, all int64)
 	accepted []AcceptedRollback
-	parted   *Problem // the first event that differs from the copy
+	parted   *Problem  // the first event that differs from the copy
+	behind   time.Time // when the first event after the copy's checkpoints was recorded
 
 	policies map[string]int64 // by revision, the first event that it decided
 	erased   map[string]int64 // by person, the newest PersonErased event
@@ -277,6 +278,9 @@ func (v *verification) checkEvent(row Row, e audit.Event) error {
 	if row.Index == v.copy.end() {
 		v.Uncovered = e.Time
 	}
+	if row.Index == v.Covered {
+		v.behind = e.Time
+	}
 	switch e.Type {
 	case audit.RollbackAccepted:
 		v.accepted = append(v.accepted, RollbackOf(e, row.Index))
@@ -357,7 +361,12 @@ func (v *verification) finish() error {
 			return &Problem{v.tree.size, fmt.Sprintf("it is missing: a signed checkpoint covers %d events, so the log was truncated or restored", size)}
 		}
 	}
-	v.Covered = max(v.Covered, min(v.copy.end(), v.tree.size))
+	// Events of the copy vouch for themselves, and only a checkpoint for what comes before them.
+	if v.copy.first <= v.Covered {
+		v.Covered = max(v.Covered, min(v.copy.end(), v.tree.size))
+	} else {
+		v.Uncovered = v.behind
+	}
 	for _, r := range v.Rollbacks {
 		switch {
 		case slices.ContainsFunc(v.accepted, func(a AcceptedRollback) bool { return a.Rollback == r }):

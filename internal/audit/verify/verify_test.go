@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/go-json-experiment/json"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -110,6 +111,50 @@ func TestConsistentForgeriesAreFoundThroughTheSink(t *testing.T) {
 			wantProblem(t, l.DB, held, c.index)
 		})
 	}
+}
+
+// The end of a sink's file vouches for what comes before it only with a checkpoint.
+func TestACopyThatBeginsLaterCoversNothingBeforeIt(t *testing.T) {
+	l := audittest.New(t)
+	var events, checkpoint string
+	for line := range strings.Lines(l.Text(t)) {
+		var parsed audit.Line
+		if err := json.Unmarshal([]byte(line), &parsed); err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case parsed.Index == nil:
+			checkpoint = line
+		case *parsed.Index >= 20:
+			events += line
+		}
+	}
+	read := func(text string) *verify.Copy {
+		c, err := verify.ReadCopy(strings.NewReader(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	check := func(what string, c *verify.Copy, covered int64) {
+		t.Helper()
+		if report, err := verify.Verify(t.Context(), l.DB, c, nil); err != nil || report.Covered != covered || covered != 0 && covered < 30 && report.Uncovered.IsZero() {
+			t.Errorf("%s: %+v, %v, want that it covers %d", what, report, err, covered)
+		}
+	}
+	earlier, err := l.DB.At(t.Context(), 10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	between := read(events)
+	between.AddCheckpoint(earlier)
+	check("events alone", read(events), 0)
+	check("with a checkpoint behind them", read(events+checkpoint), 30)
+	check("with a checkpoint before them", between, 10)
+
+	l.Rebuild(t, "UPDATE events SET leaf = CAST(replace(leaf, 'u-1', 'u-2') AS BLOB), actor = 'u-2' WHERE idx = 5")
+	check("events alone, of a log that was rewritten before them", read(events), 0)
+	wantProblem(t, l.DB, read(events+checkpoint), 29)
 }
 
 // A bare checkpoint that was kept elsewhere is enough.
