@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -106,5 +108,33 @@ func TestTheEventOfARollbackTellsWhatTheSinksAreTold(t *testing.T) {
 		if got := r.Event().Detail[name]; got != fmt.Sprint(value) {
 			t.Errorf("%s is %v in the sink, and %q in the event", name, value, got)
 		}
+	}
+}
+
+// A sink that was emptied while nothing ran is filled again, and would say nothing.
+func TestAnEmptiedSinkIsReportedOnce(t *testing.T) {
+	l := audittest.New(t)
+	reports := func(events audittest.Log) int {
+		t.Helper()
+		var out bytes.Buffer
+		log := audit.NewLog(events.DB, slog.New(slog.NewTextHandler(&out, nil)), audit.NewFileSink(events.Sink))
+		for range 3 {
+			if err := log.CheckExtends(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return strings.Count(out.String(), "an audit sink is empty")
+	}
+	if n := reports(l); n != 0 {
+		t.Errorf("with its file: %d reports", n)
+	}
+	if n := reports(audittest.Open(t)); n != 0 {
+		t.Errorf("at a first start: %d reports", n)
+	}
+	if err := os.Remove(l.Sink); err != nil {
+		t.Fatal(err)
+	}
+	if n := reports(l); n != 1 {
+		t.Errorf("with its file removed: %d reports, want 1", n)
 	}
 }

@@ -81,6 +81,7 @@ type follower struct {
 	attended *string    // the database's timeline at its last report; nil: none yet
 	err      error
 	caughtUp time.Time // when it last held the whole log
+	empty    bool      // it held nothing when it was asked last
 }
 
 func (f *follower) state() (Checkpoint, error) {
@@ -195,9 +196,11 @@ func (f *follower) resume(ctx context.Context) (held Checkpoint, err error) {
 		return Checkpoint{}, fmt.Errorf("asking sink %s for its last checkpoint: %w", f.sink.Name(), err)
 	}
 	held = last
-	if _, err := f.extended(ctx, held); err != nil {
+	head, err := f.extended(ctx, held)
+	if err != nil {
 		return held, err
 	}
+	f.foundEmpty(held.Size == 0, head.Size)
 	if f.sink.Shared() {
 		next, err := f.log.store.SinkNext(ctx, f.sink.Name())
 		if err == nil {
@@ -212,6 +215,19 @@ func (f *follower) resume(ctx context.Context) (held Checkpoint, err error) {
 	}
 	f.asked(timeline, last)
 	return held, nil
+}
+
+// foundEmpty says once that a sink that is not new holds nothing, as after its file was
+// removed: it is filled again, and nothing else tells of it.
+func (f *follower) foundEmpty(empty bool, events int64) {
+	f.mu.Lock()
+	before := f.empty
+	f.empty = empty
+	f.mu.Unlock()
+	if empty && !before && events > 0 && !f.sink.Shared() {
+		f.log.log.Warn("an audit sink is empty although the log has events: it is filled from the log, and detects no rollback until then; if it is not new, find out who emptied it",
+			"sink", f.sink.Name(), "events", events)
+	}
 }
 
 // extended returns the log's head, and reports *RollbackError unless the log
