@@ -114,6 +114,8 @@ const (
 	PseudonymAlways    = "always"
 	PseudonymNever     = "never"
 
+	defaultAuditDeadline = 10 * time.Second
+
 	defaultSubject = "sub"
 	defaultOrg     = "org_id"
 	defaultRole    = "org_role"
@@ -275,6 +277,10 @@ func (c *Config) check() error {
 	}
 	if !Loopback(c.AdminListen) {
 		return fmt.Errorf("ORGKEYS_ADMIN_LISTEN is %s: it must be a loopback address such as 127.0.0.1:4000, because the admin listener has no authentication", c.AdminListen)
+	}
+	// A generation, and the server's connections, end at half of the reservation's life anyhow.
+	if c.AuditDeadline > defaultAuditDeadline && c.AuditDeadline > c.ReservationTTL/2 {
+		return fmt.Errorf("ORGKEYS_AUDIT_DEADLINE is %s, but a generation times out after half of ORGKEYS_RESERVATION_TTL, which is %s: lower the one, or raise the other to %s", c.AuditDeadline, c.ReservationTTL, 2*c.AuditDeadline)
 	}
 	return errors.Join(c.checkTokens(), c.checkStorage(), c.checkSinks(), c.checkArchive(), c.checkVault(), c.checkConsole())
 }

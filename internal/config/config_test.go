@@ -59,6 +59,7 @@ func TestDoubtfulSettingsAreRefusedByName(t *testing.T) {
 		"number":                          {[]string{"ORGKEYS_MAX=five"}, "ORGKEYS_MAX"},
 		"negative number":                 {[]string{"ORGKEYS_MAX=-1"}, "ORGKEYS_MAX"},
 		"duration":                        {[]string{"ORGKEYS_AUDIT_DEADLINE=10"}, "ORGKEYS_AUDIT_DEADLINE"},
+		"audit deadline too long":         {[]string{"ORGKEYS_AUDIT_DEADLINE=31s"}, "ORGKEYS_RESERVATION_TTL"},
 		"reservation too short":           {[]string{"ORGKEYS_RESERVATION_TTL=1s"}, "ORGKEYS_RESERVATION_TTL"},
 		"development issuer in the open":  {[]string{"ORGKEYS_LISTEN=0.0.0.0:3000"}, "ORGKEYS_ISSUER"},
 		"development issuer, other claim": {[]string{"ORGKEYS_CLAIM_ORG=org"}, "ORGKEYS_CLAIM_ORG"},
