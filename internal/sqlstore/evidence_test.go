@@ -13,6 +13,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/archive"
+	"github.com/orgkeys/orgkeys/internal/audit/tiles"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
@@ -185,5 +186,32 @@ func TestSignedCheckpointsNeverShrink(t *testing.T) {
 		grow()
 		must(t, checkpoints.Sign(t.Context()))
 		export()
+	})
+}
+
+// An export reads receipts while events are moved to the archive, and misses none.
+func TestReceiptsThatAreMovedMeanwhileAreRead(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		archive := tiles.Archive{Store: tiles.NewDir(t.TempDir())}
+		db.UseArchive(archive)
+		receipts := make([][]byte, 2*tiles.Width)
+		for i := range receipts {
+			receipts[i] = []byte{'r', byte(i), byte(i / tiles.Width)}
+		}
+		must(t, db.Acknowledge(t.Context(), "vault", int64(len(receipts)), receipts))
+		found, err := db.ReceiptsWhile(t.Context(), "vault", 0, int64(len(receipts)), func() {
+			must(t, archive.Keep(t.Context(), "vault", 0, receipts[:tiles.Width]))
+			statement(t, raw(t, location), "DELETE FROM event_receipts WHERE idx < $1", tiles.Width)
+			statement(t, raw(t, location), "UPDATE log_archive SET moved = $1", tiles.Width)
+		})
+		must(t, err)
+		if len(found) != len(receipts) {
+			t.Fatalf("%d receipts, want %d", len(found), len(receipts))
+		}
+		for i, r := range found {
+			if r.Index != int64(i) || !bytes.Equal(r.Receipt, receipts[i]) {
+				t.Fatalf("receipt %d is %d, %q", i, r.Index, r.Receipt)
+			}
+		}
 	})
 }

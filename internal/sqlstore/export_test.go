@@ -5,6 +5,8 @@ import (
 	"database/sql"
 	"errors"
 	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
 )
 
 // SystemEventsStatement is what SystemEvents asks the database.
@@ -30,6 +32,9 @@ func (d *DB) Waiting() int { return len(d.writer.queue) }
 
 // Prepared is how many statements SQLite's writer keeps, while nothing writes.
 func (d *DB) Prepared() int { return len(d.writer.prepared) }
+
+// ReadersPrepared is how many statements SQLite's readers keep.
+func (d *DB) ReadersPrepared() int { return len(d.read.prepared) }
 
 // HolderIdle is how long a holder may be silent.
 const HolderIdle = holderIdle
@@ -82,3 +87,30 @@ func (d *DB) Stall(ctx context.Context) (leave func() error) {
 
 // AnswerTimeout is how long requests wait for the database.
 const AnswerTimeout = answerTimeout
+
+// ReceiptsWhile is Receipts with something that happens behind its first statement.
+func (d *DB) ReceiptsWhile(ctx context.Context, sink string, from, to int64, happens func()) ([]audit.Receipt, error) {
+	return snapshot{&interrupted{d.read, happens, 0}, d.snapshot.archive}.Receipts(ctx, sink, from, to)
+}
+
+type interrupted struct {
+	reader
+	happens    func()
+	statements int
+}
+
+func (i *interrupted) next() {
+	if i.statements++; i.statements == 2 {
+		i.happens()
+	}
+}
+
+func (i *interrupted) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {
+	i.next()
+	return i.reader.QueryContext(ctx, text, args...)
+}
+
+func (i *interrupted) QueryRowContext(ctx context.Context, text string, args ...any) *sql.Row {
+	i.next()
+	return i.reader.QueryRowContext(ctx, text, args...)
+}
