@@ -16,6 +16,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/orglog"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/internal/systemevent"
 )
@@ -264,6 +265,18 @@ func TestAListMakesNoStatementOfItsOwn(t *testing.T) {
 	}
 	if n := db.Prepared(); n > 20 {
 		t.Errorf("%d statements are prepared", n)
+	}
+	var few int
+	for n := range 64 {
+		if _, err := db.OrgEvents(t.Context(), orglog.Filter{Org: "acme", Types: make([]string, n+1), Take: 10}); err != nil {
+			t.Fatal(err)
+		}
+		if n == 1 {
+			few = db.ReadersPrepared()
+		}
+	}
+	if n := db.ReadersPrepared(); n != few {
+		t.Errorf("%d statements are prepared for 64 lists of types, and %d for two", n, few)
 	}
 }
 

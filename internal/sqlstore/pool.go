@@ -9,8 +9,9 @@ import (
 
 // pool is the connections that many use at once. SQLite's keeps its statements
 // prepared, because parsing was half of what a small query costs; pgx does so
-// by itself. Statements are constants of this package, but for how many hashes,
-// types and kinds they name, so there are few; longer lists are one parameter, see elements.
+// by itself. Statements are constants of this package, but for how many hashes and kinds
+// they name and which filters are given, so there are few; longer lists, and what callers
+// choose the length of, are one parameter, see elements.
 type pool struct {
 	*sql.DB
 	mu       sync.RWMutex
