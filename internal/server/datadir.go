@@ -1,14 +1,18 @@
 package server
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/orgkeys/orgkeys/internal/durable"
 	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
@@ -54,6 +58,24 @@ func OpenDataDir(path string) (*DataDir, error) {
 		return nil, errors.Join(err, lock.Close())
 	}
 	return &DataDir{path, lock}, nil
+}
+
+// own is a name that no other data directory has, and that it keeps.
+func (d *DataDir) own() (string, error) {
+	path := filepath.Join(d.path, "replica")
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		b = []byte(rand.Text()[:8] + "\n")
+		err = durable.Replace(path, b)
+	}
+	if err != nil {
+		return "", fmt.Errorf("naming the data directory: %w", err)
+	}
+	own := strings.TrimSpace(string(b))
+	if own == "" {
+		return "", fmt.Errorf("%s is empty: remove it, and the next start makes another", path)
+	}
+	return own, nil
 }
 
 // Close gives the directory free for another process.

@@ -114,6 +114,7 @@ type parts struct {
 	cfg     config.Config
 	version string
 	log     *slog.Logger
+	own     string // a name that no other replica has
 
 	db          *sqlstore.DB
 	backend     backend
@@ -160,7 +161,10 @@ func open(ctx context.Context, cfg config.Config, version string, log *slog.Logg
 	if err := openEventKey(starting, p.backend.sealer, p.db); err != nil {
 		return nil, err
 	}
-	holder, err := sqlstore.Holder(dir.path)
+	if p.own, err = dir.own(); err != nil {
+		return nil, err
+	}
+	holder, err := sqlstore.Holder(dir.path, p.own)
 	if err != nil {
 		return nil, err
 	}
@@ -213,7 +217,7 @@ func (p *parts) work(ctx context.Context, running *errgroup.Group, u *useCases, 
 	if p.cfg.DatabaseURL != "" {
 		running.Go(func() error {
 			announce(ctx, p.db, func() sqlstore.Replica {
-				return sqlstore.Replica{Address: address, Version: p.version, Policy: p.policy.Revision(), Max: p.cfg.Max, Timeline: p.auditLog.Attended(ctx), Credentials: p.backend.mark()}
+				return sqlstore.Replica{Address: address + " " + p.own, Version: p.version, Policy: p.policy.Revision(), Max: p.cfg.Max, Timeline: p.auditLog.Attended(ctx), Credentials: p.backend.mark()}
 			}, p.log)
 			return nil
 		})

@@ -123,13 +123,14 @@ func (d *DB) Timeline(ctx context.Context) (now string, err error) {
 // may be in progress.
 func (d *DB) UseHolder(name string) { d.holder = name }
 
-// Holder is a name for the sinks of a process, by its host and data directory.
-func Holder(dataDir string) (string, error) {
+// Holder is a name for the sinks of a process, by its host and data directory, and what is
+// that directory's alone: machines from one image may have one name.
+func Holder(dataDir, own string) (string, error) {
 	host, err := os.Hostname()
 	if err != nil {
 		return "", fmt.Errorf("naming this host: %w", err)
 	}
-	return host + ":" + dataDir, nil
+	return host + ":" + dataDir + " " + own, nil
 }
 
 // SinkAhead implements audit.Store.
