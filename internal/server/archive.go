@@ -58,9 +58,6 @@ func ArchiveLog(ctx context.Context, cfg config.Config, db *sqlstore.DB, m tiles
 	if err != nil {
 		return done, err
 	}
-	if err := HideMemory(); err != nil {
-		return done, err
-	}
 	if err := OpenToRecord(ctx, cfg, db, log); err != nil {
 		return done, err
 	}

@@ -97,6 +97,9 @@ func checkSinkFile(path string) error {
 }
 
 func openBackend(ctx context.Context, cfg config.Config, dir string, db *sqlstore.DB, log *slog.Logger) (backend, error) {
+	if err := HideMemory(); err != nil {
+		return backend{}, fmt.Errorf("keeping memory private: %w", err)
+	}
 	if cfg.Keystore == config.KeystoreVault {
 		return openVault(ctx, cfg, db, log)
 	}
