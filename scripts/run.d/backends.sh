@@ -129,9 +129,11 @@ start_postgres() {
 		# A change of user clears the signal that start has set.
 		as=(setpriv --pdeathsig INT --reuid postgres --regid postgres --clear-groups --inh-caps=+dac_override --ambient-caps=+dac_override)
 	fi
-	if [[ ! -s $dir/cluster/PG_VERSION ]]; then
-		${as[@]+"${as[@]}"} "$bin/initdb" --pgdata="$dir/cluster" --username=orgkeys --pwfile="$dir/password" \
+	if [[ ! -e $dir/cluster ]]; then # initdb writes PG_VERSION first, and may have been killed since
+		rm -rf "$dir/cluster.new"
+		${as[@]+"${as[@]}"} "$bin/initdb" --pgdata="$dir/cluster.new" --username=orgkeys --pwfile="$dir/password" \
 			--auth=scram-sha-256 --encoding=UTF8 --locale=C >"$dir/initdb.log" 2>&1 || { cat "$dir/initdb.log" >&2 && exit 1; }
+		mv "$dir/cluster.new" "$dir/cluster"
 	fi
 	# INT is its fast shutdown; TERM would wait for clients to leave.
 	start INT PostgreSQL "$data/postgres.log" ${as[@]+"${as[@]}"} "$bin/postgres" -D "$dir/cluster" -p "$1" \
