@@ -121,6 +121,9 @@ func newAuditList() *cobra.Command {
 commits to, with its index in front.`,
 		Args: cobra.NoArgs,
 		RunE: onLog(func(cmd *cobra.Command, _ config.Config, db *sqlstore.DB, _ []string) error {
+			if from < 0 {
+				return errors.New("--from is the index of an event: 0 or more")
+			}
 			return archive.List(cmd.Context(), cmd.OutOrStdout(), db, from, org.ID(of))
 		}),
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,8 +52,8 @@ type Service struct {
 	locker    Locker
 	pool      Pool
 	admission *semaphore.Weighted
-	waiting   atomic.Int64 // callers who wait for a key
-	quiet     atomic.Int64 // when the last of them was served, in nanoseconds since the epoch
+	waiting   atomic.Int64              // callers who wait for a key
+	quiet     atomic.Pointer[time.Time] // when the last of them was served, by a clock that nobody sets; nil: none was yet
 
 	backend         string
 	limit           int
@@ -89,7 +90,8 @@ func (s *Service) Admit() (leave func(), err error) {
 func (s *Service) Busy() (served func()) {
 	s.waiting.Add(1)
 	return func() {
-		s.quiet.Store(time.Now().UnixNano())
+		now := time.Now()
+		s.quiet.Store(&now)
 		s.waiting.Add(-1)
 	}
 }
@@ -99,7 +101,11 @@ func (s *Service) Idle() time.Duration {
 	if s.waiting.Load() > 0 {
 		return 0
 	}
-	return max(0, time.Since(time.Unix(0, s.quiet.Load())))
+	quiet := s.quiet.Load()
+	if quiet == nil {
+		return math.MaxInt64
+	}
+	return time.Since(*quiet)
 }
 
 // List returns org's released keys, newest first. It fails closed: one record

@@ -169,15 +169,16 @@ func checkDurable(ctx context.Context, conn *pgx.Conn) error {
 // most once every durableFor. While the answer is bad every connection that
 // is asked is given up, and none is made instead.
 func stillDurable() func(context.Context, *pgx.Conn) error {
-	var good atomic.Int64 // when the answer was good last, in nanoseconds since the epoch
+	var good atomic.Pointer[time.Time] // when the answer was good last, by a clock that nobody sets
 	return func(ctx context.Context, conn *pgx.Conn) error {
-		if time.Since(time.Unix(0, good.Load())) < durableFor {
+		if last := good.Load(); last != nil && time.Since(*last) < durableFor {
 			return nil
 		}
 		if checkDurable(ctx, conn) != nil {
 			return driver.ErrBadConn // the next connection's error has the details
 		}
-		good.Store(time.Now().UnixNano())
+		now := time.Now()
+		good.Store(&now)
 		return nil
 	}
 }
