@@ -74,7 +74,8 @@ Events of the last minute may be missing in a copy of the sink.
 
 const exitCodesHelp = `Exit code 0: verified, and truncation is excluded. 1: an error, or an event
 that is known to be missing; the first such event is named. 3: verified, but
-truncation is not excluded, for lack of evidence from elsewhere. --json prints
+truncation is not excluded, for lack of evidence from elsewhere, or because the
+database holds rows that orgkeys did not record. --json prints
 the result as one JSON object, with the same exit codes; see docs/audit.md.`
 
 // evidenceFlags are those of whoever verifies the log or an export.

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"strconv"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -18,7 +19,9 @@ func ErasePerson(ctx context.Context, cfg config.Config, db *sqlstore.DB, subjec
 		return 0, nil, err
 	}
 	n, err = db.Erase(ctx, subject, func(id string, n int64) audit.Event {
-		known = append(known, id)
+		if !slices.Contains(known, id) { // an attempt may be repeated
+			known = append(known, id)
+		}
 		e := audit.New(audit.PersonErased, "")
 		e.Actor = audit.Actor{Kind: audit.System, ID: "operator"}
 		if n > 0 || !authn.IsPersonal(config.PseudonymAddresses, id) && !authn.IsPersonal(cfg.Pseudonyms, id) {

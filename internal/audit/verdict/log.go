@@ -111,6 +111,8 @@ func vouched(out io.Writer, r verify.Report) error {
 		return notExcluded("the given copy or checkpoint holds no event of this log")
 	case r.Before:
 		return notExcluded("the copy is older than the last accepted rollback and covers %d of %d events; use a copy from after it", r.Covered, r.Log.Size)
+	case r.Unauthenticated > 0:
+		return notExcluded("somebody other than orgkeys writes to the database, and may have removed what waited for its place in the log; keep the %d rows of the table events (idx IS NULL AND refused <> 0) as evidence, find out who wrote them, and delete them", r.Unauthenticated)
 	case newer == 0:
 		_, err := fmt.Fprintf(out, "truncation excluded: the copy covers %d of %d events\n", r.Covered, r.Log.Size)
 		return err

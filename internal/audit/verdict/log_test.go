@@ -23,16 +23,18 @@ func TestHowFarACopyVouches(t *testing.T) {
 		name    string
 		covered int64
 		age     time.Duration // of the first event behind them
+		forged  int64
 		code    int
 		says    string
 	}{
-		{"all", 31, 0, 0, "truncation excluded: the copy covers 31 of 31 events\n"},
-		{"all but what is on its way", 29, time.Second, 0, "the copy covers 29 of 31 events; the 2 newest"},
-		{"all but what came since yesterday", 29, 24 * time.Hour, 3, "the copy covers 29 of 31 events; the 2 newer events are not in it"},
-		{"nothing", 0, time.Second, 3, "holds no event of this log"},
+		{"all", 31, 0, 0, 0, "truncation excluded: the copy covers 31 of 31 events\n"},
+		{"all but what is on its way", 29, time.Second, 0, 0, "the copy covers 29 of 31 events; the 2 newest"},
+		{"all but what came since yesterday", 29, 24 * time.Hour, 0, 3, "the copy covers 29 of 31 events; the 2 newer events are not in it"},
+		{"all, with rows that orgkeys did not record", 31, 0, 2, 3, "the 2 rows of the table events"},
+		{"nothing", 0, time.Second, 0, 3, "holds no event of this log"},
 	} {
 		var out strings.Builder
-		r := verify.Report{Log: audit.Checkpoint{Size: 31}, Covered: c.covered}
+		r := verify.Report{Log: audit.Checkpoint{Size: 31}, Covered: c.covered, Unauthenticated: c.forged}
 		if c.covered < 31 {
 			r.Uncovered = time.Now().Add(-c.age)
 		}
