@@ -594,7 +594,7 @@ func TestImports(t *testing.T) {
 	}
 	for _, path := range strings.Fields(string(out)) {
 		switch {
-		case path == "github.com/orgkeys/orgkeys/client", path == "github.com/orgkeys/orgkeys/internal/envelope":
+		case path == "github.com/orgkeys/orgkeys/client", path == "github.com/orgkeys/orgkeys/internal/envelope", path == "github.com/orgkeys/orgkeys/internal/keypem":
 		case strings.HasPrefix(path, "github.com/go-json-experiment/json"):
 		case path == "github.com/tink-crypto/tink-go/v2/kwp/subtle": // AES key wrap of sealed keys
 		default:
