@@ -54,7 +54,6 @@ func TestMetadataOutlivesAFailedRefresh(t *testing.T) {
 	down.Store(true)
 	var waiting atomic.Int32
 	speak := make(chan struct{})
-	defer close(speak)
 	var issuer string
 	provider := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		if silent.Load() {
@@ -69,6 +68,7 @@ func TestMetadataOutlivesAFailedRefresh(t *testing.T) {
 		fmt.Fprintf(w, `{"issuer":%q,"authorization_endpoint":%q,"token_endpoint":%q,"jwks_uri":%q}`, issuer, issuer+"/auth", issuer+"/token", issuer+"/jwks")
 	}))
 	defer provider.Close()
+	defer close(speak) // before the provider waits for its answers
 	issuer = provider.URL
 	w := &Web{Provider: Provider{Issuer: issuer, ClientID: "console"}, Redirect: "http://localhost/console/callback"}
 	begin := func() error {
