@@ -186,7 +186,7 @@ func TestPromise5_AForgedRowExplainsNothing(t *testing.T) {
 		if n := counts.EventsByHour[0] + counts.EventsByHour[1]; n != 2 {
 			t.Errorf("counted are %d events, want 2", n)
 		}
-		feed, total, err := db.SystemEvents(t.Context(), systemevent.Filter{Org: "acme", Kinds: everyKind, From: time.Now().Add(-time.Hour), Reader: "ada", Take: 100})
+		feed, total, err := db.SystemEvents(t.Context(), systemevent.Filter{Org: "acme", Kinds: everyKind, From: time.Now().Add(-time.Hour), Reader: "ada", Take: 100, Count: 100})
 		must(t, err)
 		if total != 1 || len(feed) != 1 {
 			t.Errorf("the feed shows %d of %d changes, want 1", len(feed), total)
