@@ -127,18 +127,7 @@ func TestPromise1_NoReplicaReleasesWhatAnotherHasNotDestroyed(t *testing.T) {
 	a := &held{token, make(chan struct{}), make(chan struct{})}
 	slow := f.service(t, func(c *enroll.Config) { c.Keystore = a })
 	other := f.service(t, func(c *enroll.Config) { c.Keystore = elsewhere{token} })
-	recipient, err := rsa.GenerateKey(rand.Reader, 3072)
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := x509.MarshalPKIXPublicKey(&recipient.PublicKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	body, err := json.Marshal(map[string]string{"recipient": string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))})
-	if err != nil {
-		t.Fatal(err)
-	}
+	body := recipientBody(t)
 	delivered := func(enroll.Answer) error { return nil }
 	first := make(chan error, 1)
 	go func() { first <- slow.Generate(t.Context(), owner("acme"), "acme", body, delivered) }()
@@ -153,6 +142,66 @@ func TestPromise1_NoReplicaReleasesWhatAnotherHasNotDestroyed(t *testing.T) {
 	if err := other.Generate(t.Context(), owner("acme"), "acme", body, delivered); err != nil {
 		t.Errorf("afterwards: %v", err)
 	}
+}
+
+// keeping is a back end that fails to destroy the first key.
+type keeping struct {
+	orgkey.SealedKeystore
+	kept string // the fingerprint of that key
+}
+
+type keptKey struct {
+	orgkey.SealableKey
+	by *keeping
+}
+
+func (k *keeping) CreateSealed(ctx context.Context, name string) (orgkey.SealableKey, error) {
+	key, err := k.SealedKeystore.CreateSealed(ctx, name)
+	if err != nil || k.kept != "" {
+		return key, err
+	}
+	k.kept = key.Public().Fingerprint()
+	return keptKey{key, k}, nil
+}
+
+func (keptKey) Destroy(context.Context) error { return orgkey.ErrUnavailable }
+
+// A key that the back end may still have is nobody's: nothing of it is stored, and asking
+// again gives another one.
+func TestPromise1_ASealedKeyThatWasNotDestroyedIsNobodys(t *testing.T) {
+	f := newFixture(t)
+	backEnd := &keeping{SealedKeystore: token}
+	s := f.service(t, func(c *enroll.Config) { c.Keystore = backEnd })
+	body := recipientBody(t)
+	got := ""
+	delivered := func(a enroll.Answer) error { got = a.Fingerprint; return nil }
+	if err := s.Generate(t.Context(), owner("acme"), "acme", body, delivered); !errors.Is(err, orgkey.ErrUnavailable) || got != "" {
+		t.Errorf("with a key that is not destroyed: %v, and %q was released", err, got)
+	}
+	if keys, err := f.db.Keys(t.Context(), "acme"); err != nil || len(keys) != 0 {
+		t.Errorf("%d keys are there, %v", len(keys), err)
+	}
+	if err := s.Generate(t.Context(), owner("acme"), "acme", body, delivered); err != nil || got == "" || got == backEnd.kept {
+		t.Errorf("asking again: %v, and the key %q; the one that was kept is %q", err, got, backEnd.kept)
+	}
+}
+
+// recipientBody is the body of a request for a key that is sealed to a new recipient.
+func recipientBody(t *testing.T) []byte {
+	t.Helper()
+	recipient, err := rsa.GenerateKey(rand.Reader, 3072)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKIXPublicKey(&recipient.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := json.Marshal(map[string]string{"recipient": string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return body
 }
 
 // unanswered is a store whose answer to a mint is lost.
