@@ -13,6 +13,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/envelope"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/panics"
 )
 
 // make has the back end make and wrap a key and destroy its copy, and commits what was
@@ -121,13 +122,14 @@ func (s *Service) wrap(ctx context.Context, d Delivery, key orgkey.SealableKey) 
 	// CRASH: the delivery is claimed, and what is in the back end bears the attempt's name.
 	sealed := make(chan error, 1)
 	if err == nil {
-		go func() { sealed <- s.seal(ctx, d, &w) }()
+		go func() { sealed <- panics.Caught(s.Gate.Log, func() error { return s.seal(ctx, d, &w) }) }()
 	} else {
 		sealed <- err
 	}
 	kept := s.destroy(ctx, d, key)
 	// CRASH: the key is lost, and another attempt begins when this one's life is over.
-	return w, errors.Join(<-sealed, kept)
+	err = errors.Join(<-sealed, kept) // before w is copied, whose halves seal fills
+	return w, err
 }
 
 func (s *Service) destroy(ctx context.Context, d Delivery, key orgkey.SealableKey) error {

@@ -22,6 +22,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/hsm/tokentest"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/panics"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 	"github.com/orgkeys/orgkeys/policies"
 )
@@ -183,6 +184,34 @@ func TestPromise1_ASealedKeyThatWasNotDestroyedIsNobodys(t *testing.T) {
 	}
 	if err := s.Generate(t.Context(), owner("acme"), "acme", body, delivered); err != nil || got == "" || got == backEnd.kept {
 		t.Errorf("asking again: %v, and the key %q; the one that was kept is %q", err, got, backEnd.kept)
+	}
+}
+
+// panicking is a sealer with a bug, until it is mended.
+type panicking struct {
+	orgkey.Sealer
+	mended bool
+}
+
+func (p *panicking) SealAll(ctx context.Context, all []orgkey.Unsealed) ([][]byte, error) {
+	if !p.mended {
+		panic("a bug")
+	}
+	return p.Sealer.SealAll(ctx, all)
+}
+
+// Sealing is done beside the request's goroutine, where a panic would end the process.
+func TestAPanicWhileAKeyIsSealedEndsOneRequestOnly(t *testing.T) {
+	f := newFixture(t)
+	sealer := &panicking{Sealer: token}
+	s := f.service(t, func(c *enroll.Config) { c.Sealer = sealer })
+	body, delivered := recipientBody(t), func(enroll.Answer) error { return nil }
+	if err := s.Generate(t.Context(), owner("acme"), "acme", body, delivered); !errors.Is(err, panics.ErrBug) {
+		t.Errorf("with a sealer that panics: %v", err)
+	}
+	sealer.mended = true
+	if err := s.Generate(t.Context(), owner("acme"), "acme", body, delivered); err != nil {
+		t.Errorf("asking again: %v", err)
 	}
 }
 

@@ -210,12 +210,8 @@ func (s *Service) locked(ctx context.Context, org org.ID, do func() error) error
 	return do()
 }
 
-// errBug is a panic, which the server's log describes.
-var errBug = errors.New("a bug in the program")
-
 // concurrently runs both halves at once and returns the error of the one that
-// failed first, which also ends the other's context. A panic becomes an error: in
-// a goroutine other than the request's it would end the process.
+// failed first, which also ends the other's context.
 func (s *Service) concurrently(ctx context.Context, halves ...func(context.Context) error) error {
 	both, failed := errgroup.WithContext(ctx)
 	// Not the context failed itself: its cause is the other half's error, which a
@@ -224,15 +220,7 @@ func (s *Service) concurrently(ctx context.Context, halves ...func(context.Conte
 	defer stop()
 	defer context.AfterFunc(failed, stop)()
 	for _, half := range halves {
-		both.Go(func() (err error) {
-			defer func() {
-				if v := recover(); v != nil {
-					panics.Log(s.gate.Log, v)
-					err = errBug
-				}
-			}()
-			return half(working)
-		})
+		both.Go(func() error { return panics.Caught(s.gate.Log, func() error { return half(working) }) })
 	}
 	return both.Wait()
 }

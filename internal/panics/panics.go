@@ -2,6 +2,7 @@
 package panics
 
 import (
+	"errors"
 	"log/slog"
 	"runtime"
 	"runtime/debug"
@@ -16,4 +17,19 @@ func Log(log *slog.Logger, recovered any, attrs ...any) {
 		attrs = append(attrs, "panic", bug.Error())
 	}
 	log.Error("panic", attrs...)
+}
+
+// ErrBug is a panic, which the log describes.
+var ErrBug = errors.New("a bug in the program")
+
+// Caught does something in a goroutine other than a request's, where a panic would end the
+// process: it becomes an error.
+func Caught(log *slog.Logger, do func() error) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			Log(log, v)
+			err = ErrBug
+		}
+	}()
+	return do()
 }
