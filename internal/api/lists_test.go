@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bufio"
 	"fmt"
 	"net/http"
 	"strings"
@@ -79,6 +80,27 @@ func TestFewListsAreMadeAtOnce(t *testing.T) {
 	b.ask("GET", "/organization/acme/key")
 	if !b.api.lists.making.TryAcquire(maxListing) {
 		t.Error("a list's turn is not given back")
+	}
+}
+
+// A body that does not come holds no turn.
+func TestStalledBodiesHoldNoTurnOfLists(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, nil)
+	b.events.page.Take = 1
+	for range maxListing {
+		conn := b.dial()
+		if _, err := fmt.Fprintf(conn, "POST /systemevent HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: 10\r\nExpect: 100-continue\r\n\r\n", token); err != nil {
+			t.Fatal(err)
+		}
+		if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || line != "HTTP/1.1 100 Continue\r\n" {
+			t.Fatalf("no body is waited for: %q, %v", line, err)
+		}
+	}
+	for _, r := range []struct{ method, path string }{{"GET", "/organization/acme/nodes"}, {"POST", "/systemevent"}} {
+		if a := b.ask(r.method, r.path); a.StatusCode != http.StatusOK {
+			t.Errorf("%s beside them gets %d %s", r.path, a.StatusCode, a.body)
+		}
 	}
 }
 

@@ -27,6 +27,7 @@ type exchange struct {
 	code    string // of the problem answered
 	aborted bool   // aborted after the response had begun
 	last    bool   // of its connection
+	body    []byte // if it is read before the handler
 	made    func() // of a list: it is made, and the next may be
 }
 

@@ -21,7 +21,7 @@ type SystemEvents interface {
 var _ SystemEvents = (*systemevent.Service)(nil)
 
 func (a *API) routesSystemEvents(r gin.IRouter) {
-	r.POST("/systemevent", a.whileServing, a.authenticate, a.listing, a.readSystemEvents)
+	r.POST("/systemevent", a.whileServing, a.authenticate, a.systemEventBody, a.listing, a.readSystemEvents)
 	r.POST("/systemevent/read", a.whileServing, a.authenticate, a.markSystemEvents(true))
 	r.DELETE("/systemevent/read", a.whileServing, a.authenticate, a.markSystemEvents(false))
 }
@@ -48,15 +48,16 @@ type eventEntry struct {
 	ShowUnread  bool    `json:"showUnread"`  // the caller has not marked it as read
 }
 
-func (a *API) readSystemEvents(c *gin.Context) {
+// systemEventBody is before listing: whoever sends a body slowly must not hold a turn.
+func (a *API) systemEventBody(c *gin.Context) {
 	x := exchangeOf(c)
 	x.org, x.action = x.caller.Org, authz.ReadEvents
-	body, refusal := readBody(c)
-	if refusal != nil {
-		a.reject(c, refusal.code, *refusal)
-		return
-	}
-	page, err := a.SystemEvents.Read(c.Request.Context(), x.call(), body)
+	x.body, _ = a.adminBody(c)
+}
+
+func (a *API) readSystemEvents(c *gin.Context) {
+	x := exchangeOf(c)
+	page, err := a.SystemEvents.Read(c.Request.Context(), x.call(), x.body)
 	if err != nil {
 		a.fail(c, err)
 		return
