@@ -345,13 +345,13 @@ func (f *VaultFile) finish(origin string, accepted []verify.AcceptedRollback) (V
 		}
 	}
 	f.findNewer(origin)
-	r.Sealed = f.sealed.judge(f)
+	f.bad = slices.DeleteFunc(f.bad, func(p vaultProblem) bool { return lossAt(losses, p.vaultMark) != nil })
+	r.Sealed = f.sealed.judge(f) // after that: no rollback explains that somebody else can have a key
 	for _, l := range losses {
 		if l.events > 0 {
 			r.Lost = append(r.Lost, VaultLoss{l.index, l.events, f.place(l.first), f.place(l.last)})
 		}
 	}
-	f.bad = slices.DeleteFunc(f.bad, func(p vaultProblem) bool { return lossAt(losses, p.vaultMark) != nil })
 	if len(f.bad) == 0 {
 		return r, nil
 	}

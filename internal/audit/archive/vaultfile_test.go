@@ -264,6 +264,10 @@ func TestAnAcceptedRollbackExcusesOnlyWhatItLost(t *testing.T) {
 		{"another root before", line(2, other(10)), 9},
 		{"another root after", line(8, other(37)), 36},
 		{"a checkpoint that covers more, after it", line(8, other(40)), 37},
+		{"a key that left Vault to one recipient", imports(4, "ra") + leaves(4, "ra", "a"), -2},
+		{"a key of the lost events that left Vault to two", leaves(4, "ra", "a") + leaves(4, "rt", "a"), -1},
+		{"one before, and one after it", leaves(2, "ra", "a") + leaves(6, "rt", "a"), -1},
+		{"one among the lost events, and another after it", leaves(4, "ra", "a") + leaves(4, "rt", "a") + leaves(6, "rb", "b") + leaves(6, "rt", "b"), -1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			vault := &archive.VaultFile{}
