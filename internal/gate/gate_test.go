@@ -51,7 +51,7 @@ func newWorld(t *testing.T, policy gate.Policy) *world {
 		t.Fatal(err)
 	}
 	db.UseEventKey(audit.EventKey{})
-	raw, err := sql.Open("sqlite", "file:"+path+"?_pragma=busy_timeout(5000)")
+	raw, err := sql.Open("sqlite3", "file:"+path+"?_busy_timeout=5000")
 	if err != nil {
 		t.Fatal(err)
 	}

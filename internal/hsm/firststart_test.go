@@ -88,7 +88,7 @@ func (l lingering) AnnounceKey(ctx context.Context, purpose string, id []byte) e
 // and one checkpoint key, whatever dies when, and leave nothing else behind.
 func TestFirstStartsOfReplicasMakeOneKey(t *testing.T) {
 	location := filepath.Join(t.TempDir(), "orgkeys.db")
-	driver, name := "sqlite", "file:"+location+"?_pragma=busy_timeout(5000)"
+	driver, name := "sqlite3", "file:"+location+"?_busy_timeout=5000"
 	if os.Getenv(kind) == "" {
 		server, err := pgtest.Start()
 		if err != nil {

@@ -138,7 +138,7 @@ func newWorld(t testing.TB, location string, sinks ...audit.Sink) *world {
 	if sinks == nil {
 		sinks = []audit.Sink{audit.NewFileSink(filepath.Join(t.TempDir(), "audit.jsonl"))}
 	}
-	driver := "sqlite"
+	driver := "sqlite3"
 	if strings.HasPrefix(location, "postgres") {
 		driver = "pgx"
 	}

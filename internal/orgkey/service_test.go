@@ -77,7 +77,7 @@ func newFixture(t *testing.T, change func(*orgkey.Config)) fixture {
 		t.Fatal(err)
 	}
 	db.UseEventKey(audit.EventKey{})
-	raw, err := sql.Open("sqlite", "file:"+filepath.Join(dir, "orgkeys.db")+"?_pragma=busy_timeout(5000)")
+	raw, err := sql.Open("sqlite3", "file:"+filepath.Join(dir, "orgkeys.db")+"?_busy_timeout=5000")
 	if err != nil {
 		t.Fatal(err)
 	}

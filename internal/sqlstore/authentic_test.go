@@ -37,7 +37,7 @@ func TestPromise5_AForgedRowGetsNoPlaceInTheLog(t *testing.T) {
 		forge(audit.NewEventKey().MAC)
 		altered := event(audit.KeysListed, "acme", "")
 		must(t, db.Record(t.Context(), altered))
-		statement(t, attacker, "UPDATE events SET leaf = $2 WHERE id = $1", altered.ID, []byte(`{"v":1}`))
+		statement(t, attacker, "UPDATE events SET leaf = $1 WHERE id = $2", []byte(`{"v":1}`), altered.ID)
 		must(t, db.Record(t.Context(), event(audit.NodesListed, "acme", "")))
 
 		// One at a time, so that a batch of forged rows has genuine ones behind it.
@@ -115,7 +115,7 @@ func administrator(t *testing.T, location string) *sql.DB {
 	if strings.HasPrefix(location, "postgres") {
 		return raw(t, location)
 	}
-	db, err := sql.Open("sqlite", "file:"+location+"?_pragma=busy_timeout(5000)")
+	db, err := sql.Open("sqlite3", "file:"+location+"?_busy_timeout=5000")
 	must(t, err)
 	t.Cleanup(func() { db.Close() })
 	return db
@@ -167,7 +167,7 @@ func TestPromise5_AForgedRowExplainsNothing(t *testing.T) {
 		for refused := range 3 {
 			forge("deleted"+strconv.Itoa(refused), audit.KeyDeleted, key, refused)
 		}
-		statement(t, attacker, "UPDATE org_keys SET state = 'deleted', slot = NULL, sealed = NULL, deleted_at = $2 WHERE id = $1", key, time.Now().UnixMicro())
+		statement(t, attacker, "UPDATE org_keys SET state = 'deleted', slot = NULL, sealed = NULL, deleted_at = $1 WHERE id = $2", time.Now().UnixMicro(), key)
 		problem("with a key deleted", "no event says so")
 
 		// Nobody is shown such rows.

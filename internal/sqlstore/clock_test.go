@@ -40,7 +40,7 @@ func TestTheDatabasesClockDatesEvents(t *testing.T) {
 func TestAReservationOutlivesNoClockThatWasSetBack(t *testing.T) {
 	location := filepath.Join(t.TempDir(), "orgkeys.db")
 	db := open(t, location)
-	beside, err := sql.Open("sqlite", "file:"+location+"?_pragma=busy_timeout(5000)")
+	beside, err := sql.Open("sqlite3", "file:"+location+"?_busy_timeout=5000")
 	must(t, err)
 	defer beside.Close()
 	lost := reserve(t, db, "acme", 1)

@@ -1,5 +1,5 @@
-// Package sqlstore keeps records, quota and log in SQL: SQLite (modernc, in
-// the process) or PostgreSQL (pgx), with one set of statements.
+// Package sqlstore keeps records, quota and log in SQL: SQLite (in the
+// process) or PostgreSQL (pgx), with one set of statements.
 //
 // Everything that changes goes through write: one function, one transaction.
 // On SQLite a single writer runs the functions that are waiting inside one
@@ -15,16 +15,13 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net/url"
 	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	_ "modernc.org/sqlite" // registers the driver "sqlite"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -79,32 +76,6 @@ func Open(ctx context.Context, location string) (*DB, error) {
 		return openPostgres(ctx, location)
 	}
 	return openSQLite(ctx, location)
-}
-
-// openSQLite keeps savepoints' journals in memory: they are needed only until
-// their transaction ends, and were a fifth of the writer's time as files.
-func openSQLite(ctx context.Context, path string) (*DB, error) {
-	dsn := func(extra string) string {
-		return (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: "_pragma=busy_timeout(5000)" +
-			"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=temp_store(MEMORY)&_pragma=foreign_keys(1)" + extra}).String()
-	}
-	single, err := sql.Open("sqlite", dsn("&_txlock=immediate&_pragma=wal_autocheckpoint("+strconv.Itoa(mostPages)+")"))
-	if err != nil {
-		return nil, fmt.Errorf("opening %s: %w", path, err)
-	}
-	single.SetMaxOpenConns(3) // the writer's, one for migrations, and one for checkpoints
-	opened, err := sql.Open("sqlite", dsn("&_pragma=query_only(1)"))
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), single.Close())
-	}
-	readers := &pool{DB: opened, prepared: map[string]*sql.Stmt{}}
-	d := &DB{snapshot: snapshot{q: readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
-	d.LimitConnections(DefaultConnections)
-	// The first connection to write creates the file and turns on its WAL.
-	if err := errors.Join(single.PingContext(ctx), readers.PingContext(ctx)); err != nil {
-		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), d.Close())
-	}
-	return d, nil
 }
 
 func openPostgres(ctx context.Context, location string) (*DB, error) {

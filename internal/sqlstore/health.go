@@ -10,8 +10,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5/pgconn"
-	"modernc.org/sqlite"
-	sqlite3 "modernc.org/sqlite/lib"
+	"github.com/mattn/go-sqlite3"
 )
 
 // Health is judged by writes: a database that answers but accepts none, because its disk
@@ -76,9 +75,9 @@ func storageFailure(err error) bool {
 			return true
 		}
 	}
-	if failure, ok := errors.AsType[*sqlite.Error](err); ok {
-		switch failure.Code() & 0xff {
-		case sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN:
+	if failure, ok := errors.AsType[sqlite3.Error](err); ok {
+		switch failure.Code {
+		case sqlite3.ErrFull, sqlite3.ErrIoErr, sqlite3.ErrReadonly, sqlite3.ErrCantOpen:
 			return true
 		}
 	}

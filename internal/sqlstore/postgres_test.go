@@ -38,7 +38,7 @@ func raw(t testing.TB, location string) *sql.DB {
 	t.Helper()
 	driver, source := "pgx", location
 	if strings.HasSuffix(location, ".db") {
-		driver, source = "sqlite", "file:"+location+"?_pragma=busy_timeout(5000)"
+		driver, source = "sqlite3", "file:"+location+"?_busy_timeout=5000"
 	}
 	db, err := sql.Open(driver, source)
 	if err != nil {

@@ -549,7 +549,7 @@ func TestMigratingTwiceAndAtOnceIsHarmless(t *testing.T) {
 // Who only looks whether a database is migrated leaves nothing in it.
 func TestLookingForMigrationsChangesNothing(t *testing.T) {
 	for _, tt := range []struct{ name, location, driver, tables string }{
-		{"sqlite", filepath.Join(t.TempDir(), "orgkeys.db"), "sqlite", "SELECT count(*) FROM sqlite_master"},
+		{"sqlite", filepath.Join(t.TempDir(), "orgkeys.db"), "sqlite3", "SELECT count(*) FROM sqlite_master"},
 		{"postgres", newDatabase(t, postgres), "pgx", "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

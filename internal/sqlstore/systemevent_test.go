@@ -222,7 +222,7 @@ var indexOnly = regexp.MustCompile(`Index Only Scan (Backward )?using events_cha
 // did it.
 func fill(t *testing.T, location string, events, orgs int) *sql.DB {
 	t.Helper()
-	driver, numbers := "sqlite", fmt.Sprintf("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d) ", events)
+	driver, numbers := "sqlite3", fmt.Sprintf("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d) ", events)
 	if strings.HasPrefix(location, "postgres") {
 		driver, numbers = "pgx", fmt.Sprintf("WITH n(i) AS (SELECT generate_series(1, %d)) ", events)
 	}
@@ -237,7 +237,7 @@ func fill(t *testing.T, location string, events, orgs int) *sql.DB {
 	if driver == "pgx" {
 		insert = strings.Replace(insert, "'', '' FROM n", `''::bytea, ''::bytea FROM n`, 1)
 	}
-	for _, statement := range []string{insert, map[string]string{"sqlite": "ANALYZE", "pgx": "VACUUM ANALYZE events"}[driver]} {
+	for _, statement := range []string{insert, map[string]string{"sqlite3": "ANALYZE", "pgx": "VACUUM ANALYZE events"}[driver]} {
 		if _, err := raw.ExecContext(t.Context(), statement); err != nil {
 			t.Fatal(err)
 		}

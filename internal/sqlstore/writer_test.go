@@ -94,7 +94,7 @@ func TestAChangeBehindAStalledOneIsNotMade(t *testing.T) {
 func TestALockedFileIsNotHealthy(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "orgkeys.db")
 	db := open(t, path)
-	other, err := sql.Open("sqlite", "file:"+path+"?_txlock=immediate")
+	other, err := sql.Open("sqlite3", "file:"+path+"?_txlock=immediate")
 	if err != nil {
 		t.Fatal(err)
 	}

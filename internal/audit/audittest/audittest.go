@@ -58,7 +58,7 @@ func OpenAt(t *testing.T, location string) Log {
 		t.Fatal(err)
 	}
 	db.UseEventKey(audit.EventKey{})
-	driver, name := "sqlite", "file:"+location
+	driver, name := "sqlite3", "file:"+location
 	if strings.HasPrefix(location, "postgres") {
 		driver, name = "pgx", location
 	}

@@ -14,7 +14,7 @@ import (
 	"strings"
 	"testing"
 
-	_ "modernc.org/sqlite" // the driver of the database that the tests read
+	_ "github.com/mattn/go-sqlite3" // the driver of the database that the tests read
 )
 
 // SoftHSM is the PKCS#11 module of the default set-up.
@@ -126,7 +126,7 @@ func OpenDatabase(t testing.TB, dir string) *sql.DB {
 	if _, err := os.Stat(path); err != nil {
 		t.Fatal(err)
 	}
-	db, err := sql.Open("sqlite", "file:"+path+"?_pragma=busy_timeout(10000)")
+	db, err := sql.Open("sqlite3", "file:"+path+"?_busy_timeout=10000")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,84 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"net/url"
+	"regexp"
+
+	"github.com/mattn/go-sqlite3"
+)
+
+// busyTimeout is how long SQLite waits for another process that holds its file.
+const busyTimeout = statementTimeout
+
+// settings of every connection to SQLite. Savepoints' journals are kept in memory: they are
+// needed only until their transaction ends, and were a fifth of the writer's time as files.
+var settings = fmt.Sprintf("PRAGMA busy_timeout = %d; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; "+
+	"PRAGMA temp_store = MEMORY; PRAGMA foreign_keys = ON; ", busyTimeout.Milliseconds())
+
+func openSQLite(ctx context.Context, path string) (*DB, error) {
+	single := sql.OpenDB(newFile(path, "immediate", fmt.Sprintf("PRAGMA wal_autocheckpoint = %d", mostPages)))
+	single.SetMaxOpenConns(3) // the writer's, one for migrations, and one for checkpoints
+	readers := &pool{DB: sql.OpenDB(newFile(path, "deferred", "PRAGMA query_only = ON")), prepared: map[string]*sql.Stmt{}}
+	d := &DB{snapshot: snapshot{q: readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
+	d.LimitConnections(DefaultConnections)
+	// The first connection to write creates the file and turns on its WAL.
+	if err := errors.Join(single.PingContext(ctx), readers.PingContext(ctx)); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), d.Close())
+	}
+	return d, nil
+}
+
+// file is a driver.Connector for SQLite's file.
+type file struct {
+	driver *sqlite3.SQLiteDriver
+	name   string
+}
+
+// newFile returns the connector for the file at path. Its transactions begin with lock, and its
+// connections have the settings of all and more, which is SQL. database/sql uses a connection from
+// one goroutine at a time, so SQLite need not lock it (SQLITE_OPEN_NOMUTEX).
+func newFile(path, lock, more string) *file {
+	name := url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: "_mutex=no&_txlock=" + lock}
+	return &file{name: name.String(), driver: &sqlite3.SQLiteDriver{ConnectHook: func(c *sqlite3.SQLiteConn) error {
+		_, err := c.Exec(settings+more, nil)
+		return err
+	}}}
+}
+
+// Connect implements driver.Connector.
+func (f *file) Connect(context.Context) (driver.Conn, error) {
+	c, err := f.driver.Open(f.name)
+	if err != nil {
+		return nil, err
+	}
+	return sqliteConn{c.(*sqlite3.SQLiteConn)}, nil
+}
+
+// Driver implements driver.Connector.
+func (f *file) Driver() driver.Driver { return f.driver }
+
+// sqliteConn has parameters counted as PostgreSQL counts them: $2 is the second argument. In
+// SQLite that is a name, the argument of which is given by where it first appears, and ?2 is
+// the second (https://sqlite.org/lang_expr.html#varparam).
+type sqliteConn struct{ *sqlite3.SQLiteConn }
+
+var parameter = regexp.MustCompile(`\$([0-9])`)
+
+func counted(statement string) string { return parameter.ReplaceAllString(statement, "?$1") }
+
+func (c sqliteConn) PrepareContext(ctx context.Context, statement string) (driver.Stmt, error) {
+	return c.SQLiteConn.PrepareContext(ctx, counted(statement))
+}
+
+func (c sqliteConn) ExecContext(ctx context.Context, statement string, args []driver.NamedValue) (driver.Result, error) {
+	return c.SQLiteConn.ExecContext(ctx, counted(statement), args)
+}
+
+func (c sqliteConn) QueryContext(ctx context.Context, statement string, args []driver.NamedValue) (driver.Rows, error) {
+	return c.SQLiteConn.QueryContext(ctx, counted(statement), args)
+}
