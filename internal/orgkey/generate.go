@@ -85,7 +85,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	// record at its expiry, with an event that says so. The reaper leaves a
 	// Transit key alone until then.
 	switch {
-	case err != nil && pending && s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(orOverloaded(ctx, err), "generation_failed"))):
+	case err != nil && pending && s.withdraw(ctx, pass, id, place.asked, gate.ReasonFor(ctx, withdrawal(orOverloaded(ctx, err), "generation_failed"))):
 		return orOverloaded(ctx, err)
 	case err != nil:
 		s.cancel(ctx, place.asked)
@@ -93,7 +93,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	}
 	if err := s.store.Release(ctx, id); err != nil {
 		err = orOverloaded(ctx, fmt.Errorf("releasing key %s: %w", id, err))
-		s.withdraw(ctx, pass, id, gate.ReasonFor(ctx, withdrawal(err, "release_failed")))
+		s.withdraw(ctx, pass, id, "", gate.ReasonFor(ctx, withdrawal(err, "release_failed")))
 		return err
 	}
 	// CRASH: the key is released and listed as delivery "unconfirmed"; it is unknown
@@ -103,7 +103,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, deli
 	private := keypem.Encode("RSA PRIVATE KEY", place.der)
 	defer clear(private)
 	if err := deliver(ctx, Generated{ID: id, Org: org, Fingerprint: record.public.Fingerprint(), PEM: private}); err != nil {
-		s.withdraw(ctx, pass, id, "write_failed")
+		s.withdraw(ctx, pass, id, "", "write_failed")
 		return fmt.Errorf("writing key %s out: %w", id, err)
 	}
 	// CRASH: as above, although the holder has it.
@@ -283,10 +283,11 @@ func (s *Service) cancel(ctx context.Context, asked string) {
 
 // withdraw ends a key that was not, or not completely, handed out, even if the
 // caller is gone. If that fails, the caller does not wait: Sweep tries again. It returns
-// false if there was no such key, and so no event says that it ended.
+// false if there was no such key, and so no event says that it ended. asked is the
+// reservation's own ID, unless the key is known to have been stored.
 // CRASH: a pending key is swept at its expiry, and a released one stays
 // "unconfirmed".
-func (s *Service) withdraw(ctx context.Context, pass gate.Pass, id, reason string) bool {
+func (s *Service) withdraw(ctx context.Context, pass gate.Pass, id, asked, reason string) bool {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	event := pass.Event(audit.KeyWithdrawn)
@@ -294,7 +295,7 @@ func (s *Service) withdraw(ctx context.Context, pass gate.Pass, id, reason strin
 	ended, err := s.end(ctx, event)
 	if err != nil {
 		s.gate.Log.Error("key not withdrawn yet", "key", id, "org", pass.Org, "reason", reason, "error", err)
-		s.postpone(event)
+		s.postpone(withdrawn{event, asked})
 	}
 	return ended || err != nil
 }
@@ -308,10 +309,16 @@ func (s *Service) end(ctx context.Context, event audit.Event) (ended bool, err e
 	return ended, err
 }
 
-func (s *Service) postpone(events ...audit.Event) {
+// withdrawn is a withdrawal that failed.
+type withdrawn struct {
+	event audit.Event
+	asked string // the reservation's own ID, if it is not known whether the key was ever stored
+}
+
+func (s *Service) postpone(all ...withdrawn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.postponed = append(s.postponed, events...)
+	s.postponed = append(s.postponed, all...)
 }
 
 // withdrawPostponed repeats withdrawals that failed, up to the first that fails
@@ -321,13 +328,29 @@ func (s *Service) withdrawPostponed(ctx context.Context) error {
 	postponed := s.postponed
 	s.postponed = nil
 	s.mu.Unlock()
-	for i, event := range postponed {
-		if _, err := s.end(ctx, event); err != nil {
+	for i, w := range postponed {
+		if err := s.makeUpFor(ctx, w); err != nil {
 			s.postpone(postponed[i:]...)
 			return fmt.Errorf("%d keys still have to be withdrawn: %w", len(postponed)-i, err)
 		}
 	}
 	return nil
+}
+
+// makeUpFor repeats a withdrawal. If the key was never stored, its place is given back and
+// an event says that the request made none. It has the withdrawal's ID: one that was
+// committed although its answer was lost is the request's event already.
+func (s *Service) makeUpFor(ctx context.Context, w withdrawn) error {
+	ended, err := s.end(ctx, w.event)
+	if err != nil || ended || w.asked == "" {
+		return err
+	}
+	if err := s.store.Cancel(ctx, w.asked); err != nil {
+		return err
+	}
+	refused := w.event
+	refused.Type, refused.Object = audit.KeyRefused, ""
+	return s.store.RecordOnce(ctx, refused)
 }
 
 // delivered records that the private key was written out. A failure is only

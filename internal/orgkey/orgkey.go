@@ -217,6 +217,8 @@ type Store interface {
 	// Withdraw ends a pending or released key, if it is there, and reports whether it was;
 	// a missing one leaves no event.
 	Withdraw(ctx context.Context, id string, event audit.Event) (bool, error)
+	// RecordOnce records events of their own, unless they are recorded already.
+	RecordOnce(ctx context.Context, events ...audit.Event) error
 	// Keys returns org's released keys, newest first.
 	Keys(ctx context.Context, org org.ID) ([]Record, error)
 	// NodeKeys returns the released keys of org's nodes, newest first.

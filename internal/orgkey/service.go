@@ -61,7 +61,7 @@ type Service struct {
 	auditDeadline   time.Duration
 
 	mu        sync.Mutex
-	postponed []audit.Event // withdrawals that failed
+	postponed []withdrawn
 }
 
 // New returns a Service, or an error that names what is wrong with c.

@@ -1075,6 +1075,65 @@ func TestPromise3_ARecordWhoseAnswerWasLostHoldsNoPlace(t *testing.T) {
 	}
 }
 
+// outage is a store that answers no change of a key until it is over, whether it is done or not.
+type outage struct {
+	*sqlstore.DB
+	stores, withdraws bool
+	over              atomic.Bool
+}
+
+func (s *outage) StorePending(ctx context.Context, id, asked string, sealed []byte, created audit.Event) error {
+	return lostRecord{s.DB, s.stores}.StorePending(ctx, id, asked, sealed, created)
+}
+
+func (s *outage) Withdraw(ctx context.Context, id string, event audit.Event) (bool, error) {
+	if s.over.Load() {
+		return s.DB.Withdraw(ctx, id, event)
+	}
+	if !s.withdraws {
+		return false, orgkey.ErrUnavailable
+	}
+	_, err := s.DB.Withdraw(ctx, id, event)
+	return false, errors.Join(orgkey.ErrUnavailable, err)
+}
+
+// Promises 3 and 5: a generation in an outage of the store leaves its one outcome, and no
+// place, when that is over.
+func TestPromise5_AGenerationInAnOutageLeavesItsEventAfterIt(t *testing.T) {
+	for _, c := range []struct {
+		name              string
+		stores, withdraws bool
+		events            string
+	}{
+		{"nothing was stored", false, false, "orgkey.refused:unavailable"},
+		{"the record was stored", true, false, "orgkey.created orgkey.withdrawn:unavailable"},
+		{"it was withdrawn, too", true, true, "orgkey.created orgkey.withdrawn:unavailable"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			store := &outage{stores: c.stores, withdraws: c.withdraws}
+			f := newFixture(t, func(config *orgkey.Config) {
+				store.DB = config.Store.(*sqlstore.DB)
+				config.Store = store
+			})
+			if err := f.Generate(t.Context(), owner("acme"), "acme", accept); !errors.Is(err, orgkey.ErrUnavailable) {
+				t.Fatal(err)
+			}
+			store.over.Store(true)
+			ctx, stop := context.WithCancel(t.Context())
+			stop()
+			if err := f.Sweep(ctx, time.Hour); err != nil {
+				t.Error(err)
+			}
+			if n := f.count(t, "SELECT count(*) FROM org_keys WHERE slot IS NOT NULL"); n != 0 {
+				t.Errorf("%d places are held", n)
+			}
+			if got := f.history(t, "type LIKE 'orgkey.%'"); got != c.events {
+				t.Errorf("events: %s, want %s", got, c.events)
+			}
+		})
+	}
+}
+
 func TestAnotherOrganizationsKeyIsNotFound(t *testing.T) {
 	f := newFixture(t, nil)
 	id, _ := f.generate(t, "acme")
