@@ -156,8 +156,9 @@ func (d *DB) receiptSinks(ctx context.Context) ([]string, error) {
 // ReceiptSinksOf implements tiles.Log.
 func (d *DB) ReceiptSinksOf(ctx context.Context) ([]string, error) { return d.receiptSinks(ctx) }
 
-// keptPersonal is the condition on events e whose personal part tells where a live key went.
-const keptPersonal = `e.type = 'orgkey.delivered' AND (
+// keptPersonal is the condition on events e whose personal part tells where a live key went,
+// or where one is from that its holder made.
+const keptPersonal = `(
 	EXISTS (SELECT 1 FROM org_keys k WHERE k.id = e.object AND k.delivery_event = e.id AND k.state <> 'deleted') OR
 	EXISTS (SELECT 1 FROM keys_of_nodes k WHERE k.id = e.object AND k.delivery_event = e.id AND k.state <> 'deleted'))`
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -43,15 +44,17 @@ func newMovable(t *testing.T, location string) movable {
 	e.DB.UseArchive(e.Archive)
 	delivered := e.Key(audit.KeyDelivered, "k-3")
 	delivered.Personal = audit.Personal{Address: "192.0.2.99"}
-	events := []audit.Event{delivered}
-	for i := range 699 {
+	added := e.Key(audit.KeyCreated, "k-4") // its holder made it, and has it
+	added.Personal = audit.Personal{Address: "192.0.2.98"}
+	events := []audit.Event{delivered, added}
+	for i := range 698 {
 		event := e.Key(audit.KeysListed, "")
 		event.Actor.ID = fmt.Sprintf("u-%d", i%3+1)
 		event.Personal = audit.Personal{Name: "Grace " + event.Actor.ID, Address: "192.0.2.1"}
 		events = append(events, event)
 	}
 	e.SignedLog.Record(t, events...)
-	for _, row := range [][]any{{"k-1", nil, "deleted", nil, nil, nil}, {"k-2", nil, "deleted", nil, nil, nil}, {"k-3", 1, "released", []byte{0}, delivered.ID, 1}} {
+	for _, row := range [][]any{{"k-1", nil, "deleted", nil, nil, nil}, {"k-2", nil, "deleted", nil, nil, nil}, {"k-3", 1, "released", []byte{0}, delivered.ID, 1}, {"k-4", 2, "released", []byte{0}, added.ID, 1}} {
 		_, err := e.Raw.Exec("INSERT INTO org_keys (id, org_id, slot, state, sealed, delivery_event, delivered_at) VALUES ($1, 'acme', $2, $3, $4, $5, $6)", row...)
 		audittest.Must(t, err)
 	}
@@ -224,8 +227,8 @@ func TestALogSpansDatabaseAndArchive(t *testing.T) {
 			t.Error("an event that never was is proved")
 		}
 		now, err := e.DB.Keys(t.Context(), "acme")
-		if err != nil || len(now) != 1 || now[0].DeliveredTo != "192.0.2.99" || now[0].DeliveredTo != kept[0].DeliveredTo {
-			t.Errorf("the list says %+v, %v", now, err)
+		if err != nil || len(now) != 2 || now[0].DeliveredTo != "192.0.2.99" || now[1].DeliveredTo != "192.0.2.98" || !reflect.DeepEqual(now, kept) {
+			t.Errorf("the list says %+v, and said %+v, %v", now, kept, err)
 		}
 		readByOthers(t, e.dir, e.VKey(t), size+1)
 
@@ -467,7 +470,7 @@ func TestErasingAPersonReachesTheArchivedPart(t *testing.T) {
 		if n, err := e.DB.Erasable(t.Context(), "u-1"); err != nil || n != 0 {
 			t.Errorf("%d are left, %v", n, err)
 		}
-		if now, err := e.DB.Keys(t.Context(), "acme"); err != nil || now[0].DeliveredTo != "" {
+		if now, err := e.DB.Keys(t.Context(), "acme"); err != nil || now[0].DeliveredTo != "" || now[1].DeliveredTo != "" {
 			t.Errorf("the list says %+v, %v", now, err)
 		}
 		if n, err := e.DB.Erasable(t.Context(), "u-2"); err != nil || n != 233 {
