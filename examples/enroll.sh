@@ -11,8 +11,8 @@ Fetches this node's private key from orgkeys with the enrollment token in FILE,
 and writes DIR/private_key.pem (0600) and DIR/enrollment.json. Nobody between
 the HSM and this machine can read the key. Run it again after any interruption:
 it goes on where it was. Of two runs at once one waits for the other. When all is
-done, FILE is removed. With a new token it brings a new key in place of the one
-that it fetched before.
+done, FILE is removed, if it can be. With a new token it brings a new key in place
+of the one that it fetched before.
 
   --server URL       as https://orgkeys.example
   --token-file FILE  the token, oke1.ID.SECRET
@@ -128,17 +128,11 @@ hmac() {
 	{ bytes 92 && cat "$work/inner"; } | openssl dgst -sha256 -binary | openssl base64 -A
 }
 
-# It is stored durably before anything is sent: the enrollment is bound to it
-# once and for all.
-if [ ! -s "$first" ]; then
-	openssl genpkey -quiet -algorithm RSA -pkeyopt "rsa_keygen_bits:$bits" -out "$work/first.pem" 2>/dev/null ||
-		openssl genpkey -algorithm RSA -pkeyopt "rsa_keygen_bits:$bits" -out "$work/first.pem" 2>/dev/null
-	sync "$work/first.pem"
-	mv "$work/first.pem" "$first"
-	sync "$dir"
-fi
-openssl pkey -in "$first" -pubout -out "$work/public.pem"
-R=$(openssl pkey -pubin -in "$work/public.pem" -outform DER | openssl dgst -sha256 -r | cut -d' ' -f1)
+# name FILE prints the name of a recipient, or own key, whose public half it leaves in $work/public.pem.
+name() {
+	openssl pkey -in "$1" -pubout -out "$work/public.pem"
+	openssl pkey -pubin -in "$work/public.pem" -outform DER | openssl dgst -sha256 -r | cut -d' ' -f1
+}
 
 # thumbprint FILE prints the fingerprint of a private key, an RFC 7638 thumbprint.
 thumbprint() {
@@ -212,6 +206,16 @@ if [ -s "$key" ]; then
 fi
 
 if [ -z "$have" ]; then
+	# It is stored durably before anything is sent: the enrollment is bound to it
+	# once and for all.
+	if [ ! -s "$first" ]; then
+		openssl genpkey -quiet -algorithm RSA -pkeyopt "rsa_keygen_bits:$bits" -out "$work/first.pem" 2>/dev/null ||
+			openssl genpkey -algorithm RSA -pkeyopt "rsa_keygen_bits:$bits" -out "$work/first.pem" 2>/dev/null
+		sync "$work/first.pem"
+		mv "$work/first.pem" "$first"
+		sync "$dir"
+	fi
+	R=$(name "$first")
 	printf 'orgkeys/enroll/v1\n%s\n%s\n' "$id" "$R" >"$work/claim"
 	mac=$(hmac <"$work/claim")
 	case $origin in
@@ -246,11 +250,15 @@ if [ -z "$have" ]; then
 fi
 
 # The receipt: the delivered key signs, as it signs everything else. A key that
-# was made here has signed for itself before.
-if [ -n "$(value sha256)" ]; then
+# was made here has signed for itself before. Without its recipient the key was
+# received before, and only the token is left.
+recipient=$dir/recipient.pem
+if [ -n "$(value sha256)" ] && [ -s "$recipient" ]; then
+	R=$(name "$recipient")
 	signature=$(printf 'orgkeys/receipt/v1\n%s\n%s\n%s\n%s\n%s\n' "$(value origin)" "$(value org)" "$(value keyId)" "$R" "$(value sha256)" | sign "$key")
 	jq -n --arg recipient "$R" --arg signature "$signature" '{recipient: $recipient, signature: $signature}' | post "/enroll/$id/receipt"
 	[ "$(jq -r .message "$work/body" 2>/dev/null)" = 'Receipt recorded' ] || fail 75 "$server answers as something else than orgkeys does"
 fi
-rm -f "$token_file" "$dir/recipient.pem" "$dir/own_key.pem"
+rm -f "$recipient" "$dir/own_key.pem"
+rm -f "$token_file" || echo "enroll.sh: $token_file cannot be removed; this machine does not need it any more" >&2
 echo "enroll.sh: key $(value keyId) of $(value org) is in $key"

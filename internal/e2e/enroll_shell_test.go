@@ -124,3 +124,24 @@ func TestAShellNodesArguments(t *testing.T) {
 	n.run(0, "key ", "--origin", "node")
 	n.key()
 }
+
+// A token that cannot be removed, or that a power cut brings back, is said, and changes nothing.
+func TestAShellNodeWhoseTokenStays(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org := harness.Org()
+	for _, origin := range []string{"backend", "node"} {
+		m := mint(t, s, org, `{"origin":"`+origin+`"}`)
+		n := newShellNode(t, s.API, m.Token)
+		n.under = []string{"strace", "-f", "-o", "/dev/null", "-P", n.token, "-e", "trace=unlink,unlinkat", "-e", "inject=unlink,unlinkat:error=EROFS"}
+		n.run(0, n.token+" cannot be removed", "--origin", origin)
+		n.server = "http://127.0.0.1:1" // nothing is left to ask
+		n.run(0, n.token+" cannot be removed", "--origin", origin)
+		n.under = nil
+		n.run(0, "key ", "--origin", origin)
+		key := n.key()
+		if got := show(t, s, org, m.ID); got.State != "received" || got.Conflicts != 0 || got.Claims[0].Fingerprint != client.Fingerprint(&key.PublicKey) {
+			t.Errorf("%s: %+v", origin, got)
+		}
+	}
+}
