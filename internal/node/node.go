@@ -149,6 +149,7 @@ type Use struct {
 	Signer
 	Message [32]byte  // SHA-256 of the line that was signed
 	Request [32]byte  // SHA-256 of the endpoint and the decoded fields
+	Stamp   time.Time // the latest time that the line can be read to name, whatever request presents it
 	Until   time.Time // when nobody can present the signature any more
 }
 

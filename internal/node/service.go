@@ -124,9 +124,10 @@ func (s *Service) admit(ctx context.Context, from Origin, e endpoint, action aut
 }
 
 func (s *Service) use(r signed) Use {
+	stamp := r.presentable(r.line)
 	return Use{
 		Org: r.org, Signer: r.Signer, Message: sha256.Sum256([]byte(r.line)), Request: r.digest(),
-		Until: r.presentable(r.line).Add(s.window + margin),
+		Stamp: stamp, Until: stamp.Add(s.window + margin),
 	}
 }
 

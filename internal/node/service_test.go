@@ -187,6 +187,23 @@ func TestSignatureHasOneMeaning(t *testing.T) {
 	})
 }
 
+// An earlier version recorded uses without the time that their lines name.
+func TestAUseThatAnEarlierVersionRecordedIsOne(t *testing.T) {
+	onBoth(t, func(t *testing.T, w *world) {
+		k := w.release("acme")
+		f := k.signedAt("192.0.2.1", w.now())
+		w.must(w.register(f))
+		w.exec("UPDATE signature_uses SET stamp = 0")
+		w.want("another status", w.register(f.with("status", "off")), node.ErrReused)
+		w.want("the other endpoint", w.unregister(f), node.ErrReused)
+		w.must(w.register(f))
+		w.ahead.Store(int64(620 * time.Second))
+		if n := w.forget(); n != 1 {
+			t.Errorf("%d uses are forgotten, want the one", n)
+		}
+	})
+}
+
 func TestTimestampAheadIsNotReplayableLater(t *testing.T) {
 	onBoth(t, func(t *testing.T, w *world) {
 		k := w.release("acme")

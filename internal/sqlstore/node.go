@@ -71,7 +71,8 @@ func checkLive(ctx context.Context, tx *txn, org org.ID, key node.Signer) error 
 // use records the use of a signature and reports whether it is the first. A
 // key that is not live gets no use recorded, in the same statement. A use that is
 // already outside its time window by the database's clock is refused: the replica's own
-// clock may be behind.
+// clock may be behind. Uses are ordered by what their lines say of the time, so that those of
+// one moment share pages; of uses from before that was stored, stamp is 0.
 func (d *DB) use(ctx context.Context, tx *txn, u node.Use) (first bool, err error) {
 	now, err := d.now(ctx, tx)
 	if err != nil {
@@ -80,9 +81,10 @@ func (d *DB) use(ctx context.Context, tx *txn, u node.Use) (first bool, err erro
 	if u.Until.UnixMicro() < now {
 		return false, node.ErrStale
 	}
-	n, err := exec(ctx, tx, `INSERT INTO signature_uses (key_id, message, request, until)
-		SELECT id, $3, $4, $5 `+liveAs(u.Signer)+` AND id = $2 AND sealed = $6 ON CONFLICT DO NOTHING`,
-		u.Org, u.Key, u.Message[:], u.Request[:], u.Until.UnixMicro(), u.Sealed)
+	n, err := exec(ctx, tx, `INSERT INTO signature_uses (key_id, stamp, message, request, until)
+		SELECT id, $3, $4, $5, $6 `+liveAs(u.Signer)+` AND id = $2 AND sealed = $7
+		AND NOT EXISTS (SELECT 1 FROM signature_uses WHERE key_id = $2 AND stamp = 0 AND message = $4) ON CONFLICT DO NOTHING`,
+		u.Org, u.Key, u.Stamp.UnixMicro(), u.Message[:], u.Request[:], u.Until.UnixMicro(), u.Sealed)
 	if err != nil || n == 1 {
 		return n == 1, err
 	}
@@ -90,7 +92,8 @@ func (d *DB) use(ctx context.Context, tx *txn, u node.Use) (first bool, err erro
 		return false, err
 	}
 	var earlier []byte
-	err = tx.QueryRowContext(ctx, "SELECT request FROM signature_uses WHERE key_id = $1 AND message = $2", u.Key, u.Message[:]).Scan(&earlier)
+	err = tx.QueryRowContext(ctx, "SELECT request FROM signature_uses WHERE key_id = $1 AND stamp IN (0, $2) AND message = $3",
+		u.Key, u.Stamp.UnixMicro(), u.Message[:]).Scan(&earlier)
 	if err != nil {
 		return false, unavailable(err)
 	}
@@ -353,8 +356,8 @@ func (d *DB) ForgetUses(ctx context.Context, limit int) (int, error) {
 		if err != nil {
 			return err
 		}
-		n, err = exec(ctx, tx, `DELETE FROM signature_uses WHERE (key_id, message) IN (
-			SELECT key_id, message FROM signature_uses WHERE until < $1 LIMIT $2`+d.forUpdate(" SKIP LOCKED")+`)`, now, limit)
+		n, err = exec(ctx, tx, `DELETE FROM signature_uses WHERE (key_id, stamp, message) IN (
+			SELECT key_id, stamp, message FROM signature_uses WHERE until < $1 LIMIT $2`+d.forUpdate(" SKIP LOCKED")+`)`, now, limit)
 		return err
 	})
 	if err != nil {
