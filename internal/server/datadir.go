@@ -60,7 +60,7 @@ func OpenDataDir(path string) (*DataDir, error) {
 	return &DataDir{path, lock}, nil
 }
 
-// own is a name that no other data directory has, and that it keeps.
+// own is a name that the directory keeps, and that no other has but a copy of it.
 func (d *DataDir) own() (string, error) {
 	path := filepath.Join(d.path, "replica")
 	b, err := os.ReadFile(path)
