@@ -85,6 +85,16 @@ func (d *DB) Stall(ctx context.Context) (leave func() error) {
 	return func() error { close(left); return <-result }
 }
 
+// Change makes a change of SQLite's of the statements that do executes.
+func (d *DB) Change(ctx context.Context, do func(execute func(statement string) error) error) error {
+	return d.transact(ctx, func(ctx context.Context, tx *txn) error {
+		return do(func(statement string) error {
+			_, err := exec(ctx, tx, statement)
+			return err
+		})
+	})
+}
+
 // AnswerTimeout is how long requests wait for the database.
 const AnswerTimeout = answerTimeout
 

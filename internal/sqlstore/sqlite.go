@@ -56,7 +56,7 @@ func (f *file) Connect(context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return sqliteConn{c.(*sqlite3.SQLiteConn)}, nil
+	return &sqliteConn{SQLiteConn: c.(*sqlite3.SQLiteConn)}, nil
 }
 
 // Driver implements driver.Connector.
@@ -65,20 +65,96 @@ func (f *file) Driver() driver.Driver { return f.driver }
 // sqliteConn has parameters counted as PostgreSQL counts them: $2 is the second argument. In
 // SQLite that is a name, the argument of which is given by where it first appears, and ?2 is
 // the second (https://sqlite.org/lang_expr.html#varparam).
-type sqliteConn struct{ *sqlite3.SQLiteConn }
+type sqliteConn struct {
+	*sqlite3.SQLiteConn
+	inside bool // a transaction that was begun
+}
 
 var parameter = regexp.MustCompile(`\$([0-9])`)
 
 func counted(statement string) string { return parameter.ReplaceAllString(statement, "?$1") }
 
-func (c sqliteConn) PrepareContext(ctx context.Context, statement string) (driver.Stmt, error) {
-	return c.SQLiteConn.PrepareContext(ctx, counted(statement))
+var errRolledBack = errors.New("SQLite has rolled the transaction back by itself")
+
+// rolledBack refuses what comes in a transaction that SQLite has rolled back by itself, as it may
+// when its storage fails (https://sqlite.org/lang_transaction.html): each statement would be
+// committed on its own.
+func (c *sqliteConn) rolledBack() error {
+	if c.inside && c.AutoCommit() {
+		return errRolledBack
+	}
+	return nil
 }
 
-func (c sqliteConn) ExecContext(ctx context.Context, statement string, args []driver.NamedValue) (driver.Result, error) {
+func (c *sqliteConn) BeginTx(ctx context.Context, options driver.TxOptions) (driver.Tx, error) {
+	tx, err := c.SQLiteConn.BeginTx(ctx, options)
+	if c.inside = err == nil; !c.inside {
+		return nil, err
+	}
+	return sqliteTx{c, tx}, nil
+}
+
+func (c *sqliteConn) PrepareContext(ctx context.Context, statement string) (driver.Stmt, error) {
+	s, err := c.SQLiteConn.PrepareContext(ctx, counted(statement))
+	if err != nil {
+		return nil, err
+	}
+	return sqliteStmt{s.(*sqlite3.SQLiteStmt), c}, nil
+}
+
+func (c *sqliteConn) ExecContext(ctx context.Context, statement string, args []driver.NamedValue) (driver.Result, error) {
+	if err := c.rolledBack(); err != nil {
+		return nil, err
+	}
 	return c.SQLiteConn.ExecContext(ctx, counted(statement), args)
 }
 
-func (c sqliteConn) QueryContext(ctx context.Context, statement string, args []driver.NamedValue) (driver.Rows, error) {
+func (c *sqliteConn) QueryContext(ctx context.Context, statement string, args []driver.NamedValue) (driver.Rows, error) {
+	if err := c.rolledBack(); err != nil {
+		return nil, err
+	}
 	return c.SQLiteConn.QueryContext(ctx, counted(statement), args)
+}
+
+type sqliteStmt struct {
+	*sqlite3.SQLiteStmt
+	conn *sqliteConn
+}
+
+func (s sqliteStmt) ExecContext(ctx context.Context, args []driver.NamedValue) (driver.Result, error) {
+	if err := s.conn.rolledBack(); err != nil {
+		return nil, err
+	}
+	return s.SQLiteStmt.ExecContext(ctx, args)
+}
+
+func (s sqliteStmt) QueryContext(ctx context.Context, args []driver.NamedValue) (driver.Rows, error) {
+	if err := s.conn.rolledBack(); err != nil {
+		return nil, err
+	}
+	return s.SQLiteStmt.QueryContext(ctx, args)
+}
+
+type sqliteTx struct {
+	conn *sqliteConn
+	tx   driver.Tx
+}
+
+func (t sqliteTx) Commit() error {
+	err := t.conn.rolledBack()
+	t.conn.inside = false
+	if err != nil {
+		return err
+	}
+	return t.tx.Commit()
+}
+
+// Rollback does nothing if SQLite has done it.
+func (t sqliteTx) Rollback() error {
+	err := t.conn.rolledBack()
+	t.conn.inside = false
+	if err != nil {
+		return nil
+	}
+	return t.tx.Rollback()
 }

@@ -344,7 +344,7 @@ func (w *writer) transact(batch []*change, started time.Time, savepoints bool) e
 				return ignoreDone(tx.Rollback())
 			}
 		case !savepoints:
-			if c.do(ctx, tx) != nil {
+			if c.err = c.do(ctx, tx); c.err != nil {
 				return undone(tx)
 			}
 		default:
@@ -355,7 +355,7 @@ func (w *writer) transact(batch []*change, started time.Time, savepoints bool) e
 	}
 	if tx.growing != nil {
 		if err := indices.settle(context.Background(), tx); err != nil {
-			return undone(tx)
+			return errors.Join(err, undone(tx))
 		}
 	} else if err := giveIndices(tx, indices); err != nil {
 		return errors.Join(unavailable(err), ignoreDone(tx.Rollback()))
@@ -397,10 +397,14 @@ func giveIndices(tx *txn, indices *indices) error {
 	if indices == nil || !tx.awaited {
 		return nil
 	}
-	return apply(context.Background(), tx, &change{do: indices.give})
+	c := &change{do: indices.give}
+	if err := apply(context.Background(), tx, c); err != nil {
+		return errors.Join(err, c.err)
+	}
+	return nil
 }
 
-// apply undoes the change if it fails.
+// apply undoes the change if it fails. An error is all changes', whose transaction has failed.
 func apply(ctx context.Context, tx *txn, c *change) error {
 	if _, err := tx.ExecContext(ctx, "SAVEPOINT change"); err != nil {
 		return err
