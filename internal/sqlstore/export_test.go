@@ -95,6 +95,16 @@ func (d *DB) Change(ctx context.Context, do func(execute func(statement string) 
 	})
 }
 
+// FirstIndexFails has a statement fail when a batch of many events asks for its first index.
+func (d *DB) FirstIndexFails(statement string) {
+	failing := *d.writer.indices.Load()
+	failing.first = func(ctx context.Context, tx *txn) (int64, bool, error) {
+		_, err := exec(ctx, tx, statement)
+		return 0, false, err
+	}
+	d.writer.indices.Store(&failing)
+}
+
 // AnswerTimeout is how long requests wait for the database.
 const AnswerTimeout = answerTimeout
 

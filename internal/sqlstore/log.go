@@ -133,7 +133,11 @@ func (d *DB) insertEvents(ctx context.Context, tx *txn, all []audit.Record) erro
 	for _, r := range all {
 		var mac any = "" // what has an index bears none
 		var place any
-		if index, given := tx.next(ctx, r); given {
+		index, given, err := tx.next(ctx, r)
+		if err != nil {
+			return err
+		}
+		if given {
 			place = index
 		} else {
 			mac = d.eventKey.MAC(r.Leaf)

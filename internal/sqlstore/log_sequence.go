@@ -3,11 +3,13 @@ package sqlstore
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 
 	"github.com/go-json-experiment/json"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 type unsequenced struct {
@@ -60,7 +62,7 @@ func (d *DB) AtOnce(limit int, only func(context.Context) (audit.Condition, erro
 	}
 	d.writer.indices.Store(&indices{
 		give:   func(ctx context.Context, tx *txn) error { return d.giveAtOnce(ctx, tx, limit, only) },
-		first:  func(ctx context.Context, tx *txn) (int64, bool) { return d.firstIndex(ctx, tx, only) },
+		first:  func(ctx context.Context, tx *txn) (int64, bool, error) { return d.firstIndex(ctx, tx, only) },
 		settle: d.settle, grown: grown,
 	})
 	return func() { d.writer.indices.Store(nil) }
@@ -84,42 +86,49 @@ func (d *DB) giveAtOnce(ctx context.Context, tx *txn, limit int, only func(conte
 // growing gives events of a batch their indices as they are inserted, so that
 // the sequencer need not read and change each of them.
 type growing struct {
-	begin  func(context.Context, *txn) (first int64, ok bool) // nil once it was called
+	begin  func(context.Context, *txn) (first int64, ok bool, err error) // nil once it was called
 	first  int64
 	leaves [][]byte
 }
 
 // next returns the index for an event that is about to be inserted, if there is one.
-func (t *txn) next(ctx context.Context, r audit.Record) (int64, bool) {
+func (t *txn) next(ctx context.Context, r audit.Record) (index int64, ok bool, err error) {
 	if g := t.growing; g != nil && g.begin != nil {
-		var ok bool
-		if g.first, ok = g.begin(ctx, t); !ok {
+		if g.first, ok, err = g.begin(ctx, t); err != nil {
+			return 0, false, err
+		}
+		if g.begin = nil; !ok {
 			t.growing = nil
 		}
-		g.begin = nil
 	}
 	if t.growing == nil {
-		return 0, false
+		return 0, false, nil
 	}
-	index := t.growing.first + int64(len(t.growing.leaves))
+	index = t.growing.first + int64(len(t.growing.leaves))
 	t.growing.leaves = append(t.growing.leaves, r.Leaf)
 	t.placed = append(t.placed, placed{r.ID, index})
-	return index, true
+	return index, true, nil
 }
 
 // firstIndex returns the log's next index if the sequencer would give it to the next event that
-// is recorded: there is none while others wait. It changes nothing.
-func (d *DB) firstIndex(ctx context.Context, tx *txn, only func(context.Context) (audit.Condition, error)) (int64, bool) {
+// is recorded: there is none while others wait. It changes nothing. An error is the database's:
+// why the log may not grow is for the sequencer to say.
+func (d *DB) firstIndex(ctx context.Context, tx *txn, only func(context.Context) (audit.Condition, error)) (first int64, ok bool, err error) {
 	condition, err := only(ctx)
-	if err != nil || d.mayGrow(ctx, tx, condition) != nil {
-		return 0, false
+	if err != nil {
+		return 0, false, nil
+	}
+	if err := d.mayGrow(ctx, tx, condition); errors.Is(err, orgkey.ErrUnavailable) {
+		return 0, false, err
+	} else if err != nil {
+		return 0, false, nil
 	}
 	waiting, err := query(ctx, tx, scanInt, "SELECT 1 FROM events WHERE idx IS NULL AND refused = 0 LIMIT 1")
 	if err != nil || len(waiting) > 0 {
-		return 0, false
+		return 0, false, err
 	}
 	head, err := readHead(ctx, tx)
-	return head.Size, err == nil
+	return head.Size, err == nil, err
 }
 
 // settle extends the tree by the events that got their indices as they were inserted. Further

@@ -72,3 +72,14 @@ func TestABatchThatSQLiteRolledBackIsDoneAgain(t *testing.T) {
 		wholeLog(t, db, 6)
 	}
 }
+
+// Nor are events recorded by themselves when asking for their indices has failed so.
+func TestABatchIsDoneAgainIfAskingForIndicesFails(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+	atOnce(t, db, func() (audit.Condition, error) { return audit.Condition{}, nil })
+	db.FirstIndexFails(rolledBack)
+	must(t, together(t, db, records(db, 6)...))
+	_, err := db.Sequence(t.Context(), 100, audit.Condition{})
+	must(t, err)
+	wholeLog(t, db, 6)
+}

@@ -43,7 +43,7 @@ type batch struct {
 // the newest of them.
 type indices struct {
 	give   func(context.Context, *txn) error
-	first  func(context.Context, *txn) (int64, bool) // see growing
+	first  func(context.Context, *txn) (int64, bool, error) // see growing
 	settle func(context.Context, *txn) error
 	grown  func(size int64) // told of the log's size after a commit with an event that is awaited
 }
