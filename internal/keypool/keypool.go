@@ -32,7 +32,7 @@ const (
 	look        = 25 * time.Millisecond  // between two looks whether that is so
 	elsewhere   = 100 * time.Millisecond // while another replica makes a key
 	upkeep      = 10 * time.Second       // between two searches for keys that must go
-	stale       = 2 * upkeep             // what a search found is asked again by a taker
+	stale       = time.Second            // a taker asks again then what is present, which is a call to Vault
 	clocks      = time.Hour              // by how much replicas' clocks may differ
 	retry       = 2 * time.Second        // after a failure
 	firstReport = 10 * time.Second       // after the start, before the first event with totals

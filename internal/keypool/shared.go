@@ -133,7 +133,7 @@ func open[K any](p *Shared, use orgkey.Use, ahead *orgkey.Ahead, key func(string
 }
 
 // check refuses a key that must be destroyed, but that keep has not come to. It asks what
-// is present only if that is not known, or if a key does not match it, which may be newer.
+// is present only if that is not known of late, or if a key does not match it, which may be newer.
 func (p *Shared) check(ctx context.Context, a orgkey.Ahead, r record) (reason string, err error) {
 	p.mu.Lock()
 	now := p.latest

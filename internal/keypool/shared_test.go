@@ -168,6 +168,33 @@ func TestATakerRefusesAPoolKeyThatMustGo(t *testing.T) {
 	}
 }
 
+// What a taker has heard counts for the next ones, and no longer than for a moment: a key out of
+// the pool that somebody may have is not handed out long after the rotation that is to end it.
+func TestATakerSoonNoticesARotation(t *testing.T) {
+	t.Parallel()
+	s := newShared(t)
+	for i, good := range []bool{true, false} {
+		id := s.put(t, time.Now(), "those in use")
+		taken, err := s.Reserve(t.Context(), org.ID("acme"), uuid.NewString(), 2, time.Minute)
+		if err != nil || taken == nil {
+			t.Fatal(taken, err)
+		}
+		key, _, err := taken.Open(t.Context())
+		if (err == nil) != good {
+			t.Errorf("key %d: %v", i, err)
+		}
+		if err == nil {
+			if err := key.Destroy(t.Context()); err != nil {
+				t.Error(err)
+			}
+		} else if s.backend.key(id) != nil {
+			t.Error("it was refused, and is in the back end")
+		}
+		s.backend.rotated.Store(true)
+		time.Sleep(1100 * time.Millisecond)
+	}
+}
+
 // What must go goes also while keys are wanted all the time, when the pool is not filled.
 func TestWhatMustGoIsDestroyedWhileKeysAreWanted(t *testing.T) {
 	t.Parallel()
