@@ -102,3 +102,40 @@ func TestTerms(t *testing.T) {
 		}
 	}
 }
+
+// Primes that are found in any of the rounds are found, and others are not.
+func TestClosePrimes(t *testing.T) {
+	middle := prime(t, 1536)
+	for _, bits := range []int{1536, 40} {
+		a := new(big.Int).Rsh(middle, uint(1536-bits))
+		for _, rounds := range []int64{0, 1, 2, 3, 17, 64, fermatRounds - 2, fermatRounds - 1, fermatRounds, fermatRounds + 1, fermatRounds + 64} {
+			// n = (a+b)(a-b), and b² is 2a·rounds: its root is that much below a.
+			b := new(big.Int).Mul(a, big.NewInt(2*rounds))
+			b.Sqrt(b)
+			n := new(big.Int).Mul(new(big.Int).Add(a, b), new(big.Int).Sub(a, b))
+			if got, want := closePrimes(n), plainFermat(n); got != want {
+				t.Errorf("%d bits, some %d rounds: %t, want %t", bits, rounds, got, want)
+			}
+		}
+	}
+	for n := range int64(1 << 12) {
+		if square := big.NewInt(n * n); !maySquare(square, new(big.Int)) {
+			t.Errorf("%d² is taken for no square", n)
+		}
+	}
+}
+
+// plainFermat is the method as it is described.
+func plainFermat(n *big.Int) bool {
+	a := new(big.Int).Sqrt(n)
+	for range fermatRounds {
+		b := new(big.Int).Mul(a, a)
+		if b.Sub(b, n); b.Sign() >= 0 {
+			if root := new(big.Int).Sqrt(b); root.Mul(root, root).Cmp(b) == 0 {
+				return true
+			}
+		}
+		a.Add(a, big.NewInt(1))
+	}
+	return false
+}
