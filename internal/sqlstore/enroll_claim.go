@@ -30,7 +30,7 @@ func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from stri
 		if err != nil {
 			return err
 		}
-		v, err = delivery(ctx, tx, "d.enrollment_id = $1 AND d.recipient = $2", id, r.ID)
+		v, err = deliveryTo(ctx, tx, id, r.ID)
 		switch {
 		case err == nil && (v.Stage == enroll.Received && v.Origin == enroll.FromBackend || v.Stage == enroll.Ended):
 			return enroll.ErrClosed

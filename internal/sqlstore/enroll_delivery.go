@@ -51,7 +51,14 @@ func (d *DB) Delivery(ctx context.Context, keyID string) (enroll.Delivery, error
 
 // DeliveryTo implements enroll.Store.
 func (d *DB) DeliveryTo(ctx context.Context, id, recipient string) (enroll.Delivery, error) {
-	return delivery(ctx, d.read, "d.enrollment_id = $1 AND d.recipient = $2", id, recipient)
+	return deliveryTo(ctx, d.read, id, recipient)
+}
+
+// deliveryTo finds it by an index. SQLite compares a parameter with the conditions of partial
+// indices, and then prepares the statement anew each time that it is run; it does not do so
+// with what is cast.
+func deliveryTo(ctx context.Context, q querier, id, recipient string) (enroll.Delivery, error) {
+	return delivery(ctx, q, "d.enrollment_id = CAST($1 AS TEXT) AND d.enrollment_id <> '' AND d.recipient = $2", id, recipient)
 }
 
 // Begin implements enroll.Store.
