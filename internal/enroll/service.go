@@ -90,7 +90,10 @@ func Outcomes() []Outcome {
 
 // Service is the use cases of enrollment. Each method leaves an audit event
 // whatever the outcome, once the caller is known.
-type Service struct{ Config }
+type Service struct {
+	Config
+	secrets secrets
+}
 
 // New returns a Service, or an error that says what is wrong with c.
 func New(c Config) (*Service, error) {
@@ -98,7 +101,7 @@ func New(c Config) (*Service, error) {
 		return nil, fmt.Errorf("limits %d and %d, attempt life %s, audit deadline %s, delivery %s: out of range",
 			c.Limit, c.NodeLimit, c.AttemptLife, c.AuditDeadline, c.DeliverFor)
 	}
-	return &Service{c}, nil
+	return &Service{Config: c}, nil
 }
 
 // Minted is a new enrollment with its token, which is shown once.
@@ -161,6 +164,9 @@ func (s *Service) mint(ctx context.Context, pass gate.Pass, t terms, token envel
 	e, err := s.Store.CreateEnrollment(storing, p, t.life, keys, limit, event)
 	if err != nil && !errors.As(err, new(*orgkey.QuotaError)) {
 		s.unmint(ctx, pass, token.ID)
+	}
+	if err == nil {
+		s.secrets.remember(orgkey.Sealed{Binding: tokenBinding(pass.Org, token.ID), Ciphertext: p.K}, token.K)
 	}
 	return e, err
 }
@@ -264,6 +270,7 @@ func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for {
+		s.secrets.forget()
 		if err := s.sweepOnce(ctx); err != nil && ctx.Err() == nil {
 			s.Gate.Log.Warn("sweeping enrollments", "error", err)
 		}
