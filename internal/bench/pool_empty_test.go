@@ -189,7 +189,7 @@ func (a *arm) measure(b *testing.B, before, n int, key func() error) (r spent) {
 	pid := strconv.Itoa(a.s.PID())
 	a.generated(b)
 	phase(b, 2, 0, before, func(int) error { return key() })
-	own, all := processorTimeOf(b, pid), processorTime(b)
+	own, all := processorTimeOf(b, pid), processorTime(b, a.s).all()
 	var sum atomic.Int64
 	phase(b, 2, 0, n, func(int) error {
 		start := time.Now()
@@ -197,7 +197,7 @@ func (a *arm) measure(b *testing.B, before, n int, key func() error) (r spent) {
 		sum.Add(int64(time.Since(start)))
 		return err
 	})
-	r.own, r.all = processorTimeOf(b, pid)-own, processorTime(b)-all
+	r.own, r.all = processorTimeOf(b, pid)-own, processorTime(b, a.s).all()-all
 	r.took, r.generating = time.Duration(sum.Load()), a.generated(b)
 	return r
 }
