@@ -111,7 +111,7 @@ func (s snapshot) entries(ctx context.Context, index int64, limit int) ([]audit.
 	entries, err := query(ctx, s.q, func(scan func(...any) error) (e audit.Entry, err error) {
 		err = scan(&e.Index, &e.Leaf)
 		return e, err
-	}, "SELECT idx, leaf FROM events WHERE idx >= $1 ORDER BY idx LIMIT $2", index, limit)
+	}, "SELECT idx, leaf FROM events WHERE idx >= $1 ORDER BY idx LIMIT CAST($2 AS BIGINT)", index, limit) // cast, see deliveryTo
 	if err != nil {
 		return nil, err
 	}
