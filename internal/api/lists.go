@@ -5,38 +5,42 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
-	"sync"
 	"time"
 
 	"github.com/gin-gonic/gin"
-	"golang.org/x/sync/semaphore"
+
+	"github.com/orgkeys/orgkeys/internal/org"
+	"github.com/orgkeys/orgkeys/internal/shares"
 )
 
 // What lists may hold of memory: at most maxListing are made at once, and those that
-// are written take listsMemory bytes together, however slowly they are read.
+// are written take listsMemory bytes together, however slowly they are read. Both are
+// shared out among the organizations of those who ask.
 const (
 	maxListing   = 32
 	listsMemory  = 96 << 20
-	smallList    = 4 << 10          // bytes; it waits for no memory
 	listTime     = 30 * time.Second // for writing one out, which may be some MB
-	listPatience = 2 * time.Second  // how long one waits for its turn, and for memory
+	listPatience = 2 * time.Second  // how long one waits for its turn
 )
 
-type lists struct{ making, memory *semaphore.Weighted }
+type lists struct{ making, memory *shares.Amount[org.ID] }
 
 func newLists() lists {
-	return lists{semaphore.NewWeighted(maxListing), semaphore.NewWeighted(listsMemory)}
+	return lists{shares.NewAmount[org.ID](maxListing), shares.NewAmount[org.ID](listsMemory)}
 }
 
 // listing is before a handler that ends with writeList.
 func (a *API) listing(c *gin.Context) {
-	if !acquire(c, a.lists.making, 1) {
+	x := exchangeOf(c)
+	waiting, cancel := context.WithTimeout(c.Request.Context(), listPatience)
+	defer cancel()
+	turn := a.lists.making.Await(waiting, x.caller.Org, 1)
+	if turn == nil {
 		a.refuse(c, listsBusy)
 		return
 	}
-	made := sync.OnceFunc(func() { a.lists.making.Release(1) })
-	defer made()
-	exchangeOf(c).made = made
+	x.made = func() { turn(0) }
+	defer x.made()
 	c.Next()
 }
 
@@ -47,23 +51,17 @@ func (a *API) writeList(c *gin.Context, list any) {
 		a.fail(c, err)
 		return
 	}
-	if held := int64(len(text)); held > smallList {
-		held = min(held, listsMemory)
-		if !acquire(c, a.lists.memory, held) {
-			a.refuse(c, listsBusy)
-			return
-		}
-		defer a.lists.memory.Release(held)
+	x := exchangeOf(c)
+	x.made()
+	// It does not wait: the list is in memory meanwhile.
+	keep := a.lists.memory.Take(x.caller.Org, shares.Counted(int64(len(text))))
+	if keep == nil {
+		a.refuse(c, listsBusy)
+		return
 	}
-	exchangeOf(c).made()
+	defer keep(0)
 	if err := http.NewResponseController(underlying(c)).SetWriteDeadline(time.Now().Add(listTime)); err != nil && !errors.Is(err, http.ErrNotSupported) { // the console reads in this process
-		a.Log.Warn("a list's writing has no deadline of its own", "request", exchangeOf(c).id, "error", err)
+		a.Log.Warn("a list's writing has no deadline of its own", "request", x.id, "error", err)
 	}
 	c.Data(http.StatusOK, "application/json", text)
-}
-
-func acquire(c *gin.Context, s *semaphore.Weighted, n int64) bool {
-	ctx, cancel := context.WithTimeout(c.Request.Context(), listPatience)
-	defer cancel()
-	return s.Acquire(ctx, n) == nil
 }

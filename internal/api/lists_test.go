@@ -2,45 +2,56 @@ package api
 
 import (
 	"bufio"
+	"context"
 	"fmt"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/node"
 )
 
+// newListBench is a bench with two organizations, acme and other.
+func newListBench(t *testing.T) *bench {
+	return newBench(t, func(c *Config) {
+		ofAcme := c.Authenticate
+		c.Authenticate = func(ctx context.Context, h http.Header) (authz.Caller, error) {
+			if h.Get("Authorization") == "Bearer other" {
+				return authz.Caller{Kind: authz.Person, Subject: "bob", Org: "other", Roles: []authz.Role{authz.Owner}}, nil
+			}
+			return ofAcme(ctx, h)
+		}
+	})
+}
+
 // TestSlowReadersOfListsTakeBoundedMemory: what is written takes its part of listsMemory
 // until it is read or the reader is gone. Without room for it a list is refused, and one
-// that takes next to nothing is not.
+// that takes next to nothing is not, nor that of another organization.
 func TestSlowReadersOfListsTakeBoundedMemory(t *testing.T) {
 	t.Parallel()
-	b := newBench(t, nil)
+	b := newListBench(t)
+	const size = 16 << 20
 	b.nodes.nodes = make([]node.Node, 8)
 	for i := range b.nodes.nodes {
-		b.nodes.nodes[i].ID, b.nodes.nodes[i].Version = nodeID, strings.Repeat("v", 2<<20)
+		b.nodes.nodes[i].ID, b.nodes.nodes[i].Version = nodeID, strings.Repeat("v", size/8)
 	}
-	written := func() bool {
-		if !b.api.lists.memory.TryAcquire(listsMemory) {
-			return true
+	var readers []net.Conn
+	for i := range int64(3) {
+		reader := dialFrom(t, "127.0.0.2", b.address)
+		readers = append(readers, reader)
+		if _, err := fmt.Fprintf(reader, "GET /organization/acme/nodes HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer %s\r\n\r\n", token); err != nil {
+			t.Fatal(err)
 		}
-		b.api.lists.memory.Release(listsMemory)
-		return false
+		await(t, "a list that nobody reads takes memory", func() bool { return b.api.lists.memory.Taken() > (i+1)*size })
 	}
-	reader := dialFrom(t, "127.0.0.2", b.address)
-	if _, err := fmt.Fprintf(reader, "GET /organization/acme/nodes HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer %s\r\n\r\n", token); err != nil {
-		t.Fatal(err)
+	if n := b.api.lists.memory.Taken(); n > 3*(size+64<<10) {
+		t.Errorf("the lists take %d bytes, more than they are long", n)
 	}
-	await(t, "a list that nobody reads takes memory", written)
-	if !b.api.lists.making.TryAcquire(maxListing) {
-		t.Error("a list that is being written is still taken for one that is being made")
-	}
-	b.api.lists.making.Release(maxListing)
-
-	rest := int64(listsMemory - 16<<20 - 64<<10) // all but what that list takes, and more
-	if !b.api.lists.memory.TryAcquire(rest) {
-		t.Fatal("the list takes more than it is long")
+	if n := b.api.lists.making.Taken(); n != 0 {
+		t.Errorf("%d lists that are being written are still taken for such that are being made", n)
 	}
 	if a := b.ask("GET", "/organization/acme/nodes"); a.StatusCode != http.StatusServiceUnavailable || a.Header.Get("Retry-After") == "" || !strings.Contains(string(a.body), `"overloaded"`) {
 		t.Errorf("a list too many gets %d %v %.200s", a.StatusCode, a.Header, a.body)
@@ -48,20 +59,26 @@ func TestSlowReadersOfListsTakeBoundedMemory(t *testing.T) {
 	if a := b.ask("GET", "/organization/acme/key"); a.StatusCode != http.StatusOK {
 		t.Errorf("a list that takes next to nothing gets %d %s", a.StatusCode, a.body)
 	}
-	b.api.lists.memory.Release(rest)
-	reader.Close()
-	await(t, "memory is given back when the reader is gone", func() bool { return !written() })
+	if a := b.ask("GET", "/organization/other/nodes", "Authorization", "Bearer other"); a.StatusCode != http.StatusOK {
+		t.Errorf("another organization gets %d %.200s", a.StatusCode, a.body)
+	}
+	for _, r := range readers {
+		r.Close()
+	}
+	await(t, "memory is given back when the readers are gone", func() bool { return b.api.lists.memory.Taken() == 0 })
 	if a := b.ask("GET", "/organization/acme/nodes"); a.StatusCode != http.StatusOK {
 		t.Errorf("afterwards a list gets %d %.200s", a.StatusCode, a.body)
 	}
 }
 
-// Every list waits for its turn to be made, and gives it back.
+// Every list waits for its turn to be made, and gives it back. One organization leaves
+// turns to others.
 func TestFewListsAreMadeAtOnce(t *testing.T) {
 	t.Parallel()
-	b := newBench(t, nil)
-	if !b.api.lists.making.TryAcquire(maxListing) {
-		t.Fatal("there are fewer turns")
+	b := newListBench(t)
+	var taken []func(int64)
+	for range maxListing / 2 {
+		taken = append(taken, b.api.lists.making.Take("acme", 1))
 	}
 	refused := make(chan answer)
 	asked := []struct{ method, path string }{
@@ -76,11 +93,14 @@ func TestFewListsAreMadeAtOnce(t *testing.T) {
 			t.Errorf("%s: a list too many gets %d %s", a.Request.URL.Path, a.StatusCode, a.body)
 		}
 	}
-	b.api.lists.making.Release(maxListing)
-	b.ask("GET", "/organization/acme/key")
-	if !b.api.lists.making.TryAcquire(maxListing) {
-		t.Error("a list's turn is not given back")
+	if a := b.ask("GET", "/organization/other/nodes", "Authorization", "Bearer other"); a.StatusCode != http.StatusOK {
+		t.Errorf("another organization gets %d %s", a.StatusCode, a.body)
 	}
+	for _, turn := range taken {
+		turn(0)
+	}
+	b.ask("GET", "/organization/acme/key")
+	await(t, "a list's turn is given back", func() bool { return b.api.lists.making.Taken() == 0 })
 }
 
 // A body that does not come holds no turn.

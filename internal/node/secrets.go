@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,14 +13,14 @@ import (
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/shares"
 )
 
-// What answers with secrets may hold of memory, in bytes. An organization's
-// secrets can be 4 MiB, and whoever fetches them may be slow to read, or mean
-// to be. A node's usual few hundred bytes never wait for this.
+// What answers with secrets may hold of memory, in bytes, shared out among
+// organizations. An organization's secrets can be 4 MiB, and whoever fetches them may be
+// slow to read, or mean to be. A node's usual few hundred bytes do not count.
 const (
 	answersMemory   = 96 << 20
-	answerBase      = 4 << 10         // a request, whatever its secrets
 	answerPreparing = 6               // times what is stored, while it is read, opened and sealed
 	answerWriting   = 2               // the same while it is written
 	answerPatience  = 2 * time.Second // how long a request waits for memory
@@ -60,32 +61,20 @@ func (s *Service) secrets(ctx context.Context, r signed, deliver func([]Envelope
 
 // upTo delivers secrets that are stored in at most size bytes, or reports ErrLarger.
 func (s *Service) upTo(ctx context.Context, r signed, size int64, deliver func([]Envelope) error) error {
-	held := min(answerBase+answerPreparing*size, answersMemory)
-	if err := s.reserve(ctx, held); err != nil {
-		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "overloaded", err)
+	waiting, cancel := context.WithTimeout(ctx, answerPatience)
+	defer cancel()
+	counted := shares.Counted(size)
+	keep := s.memory.Await(waiting, r.org, answerPreparing*counted)
+	if keep == nil {
+		return s.gate.Failed(ctx, r.pass, audit.RequestFailed, "overloaded", cmp.Or(ctx.Err(), ErrBusy))
 	}
-	defer func() { s.memory.Release(held) }()
+	defer keep(0)
 	envelopes, err := s.fetch(ctx, r, size)
 	if err != nil {
 		return err
 	}
-	needless := held - min(answerBase+answerWriting*size, held)
-	s.memory.Release(needless)
-	held -= needless
+	keep(answerWriting * counted)
 	return deliver(envelopes)
-}
-
-// reserve waits for memory, or reports ErrBusy.
-func (s *Service) reserve(ctx context.Context, size int64) error {
-	waiting, cancel := context.WithTimeout(ctx, answerPatience)
-	defer cancel()
-	if s.memory.Acquire(waiting, size) == nil {
-		return nil
-	}
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	return ErrBusy
 }
 
 func (s *Service) fetch(ctx context.Context, r signed, size int64) ([]Envelope, error) {

@@ -8,13 +8,13 @@ import (
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/shares"
 )
 
 // margin is how much longer than the window a use of a signature is kept. The
@@ -48,7 +48,7 @@ type Service struct {
 	seen      *seen
 	envelopes *envelopes
 	sizes     *lru.Cache[org.ID, int64] // of organizations' sealed secrets, as they were last
-	memory    *semaphore.Weighted       // of answers to Secrets, in bytes
+	memory    *shares.Amount[org.ID]    // of answers to Secrets, in bytes
 }
 
 // New returns a Service, or an error that says what is wrong with c.
@@ -74,7 +74,7 @@ func New(c Config) (*Service, error) {
 	return &Service{
 		envelopes: kept, sizes: sizes,
 		gate: c.Gate, store: c.Store, sealer: c.Sealer, window: c.Window, auditDeadline: c.AuditDeadline, now: c.Now,
-		verifier: v, seen: newSeen(), memory: semaphore.NewWeighted(answersMemory),
+		verifier: v, seen: newSeen(), memory: shares.NewAmount[org.ID](answersMemory),
 	}, nil
 }
 

@@ -20,6 +20,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/envelope"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/node"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
@@ -557,6 +558,60 @@ func TestRefusedSecrets(t *testing.T) {
 		w.want("one too many", w.service.PutSecret(ctx, admin, "acme", "z", []byte("v")), node.ErrTooManySecrets)
 		w.must(w.service.PutSecret(ctx, admin, "acme", "s0", []byte("w")))
 	})
+}
+
+// An organization whose nodes do not read their answers leaves memory for others'.
+func TestSlowReadersOfSecretsLeaveMemoryForOtherOrganizations(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+	value := make([]byte, 64<<10)
+	orgs := []org.ID{"slow", "large", "small"}
+	keys := map[org.ID]key{}
+	for _, o := range orgs {
+		keys[o] = w.release(o)
+		n := node.MaxSecrets
+		if o == "small" {
+			n, value = 3, []byte("A=1")
+		}
+		for i := range n {
+			w.must(w.service.PutSecret(t.Context(), by(o, authz.Owner), o, "s"+strconv.Itoa(i), value))
+		}
+	}
+	fetch := func(ctx context.Context, o org.ID, deliver func([]node.Envelope) error) error {
+		return w.service.Secrets(ctx, here, keys[o].signedAt("192.0.2.1", w.now()).body(), deliver)
+	}
+	atOnce := func([]node.Envelope) error { return nil }
+	read := make(chan struct{})
+	// hold has an organization fetch without reading, as often as it can.
+	hold := func(o org.ID) (held int) {
+		for ; ; held++ {
+			reading, ended := make(chan struct{}), make(chan error, 1)
+			go func() {
+				ended <- fetch(t.Context(), o, func([]node.Envelope) error {
+					close(reading)
+					<-read
+					return nil
+				})
+			}()
+			select {
+			case <-reading:
+			case err := <-ended:
+				w.want("an answer too many", err, node.ErrBusy)
+				return held
+			}
+		}
+	}
+	if n := hold("slow"); n < 2 || n > 6 {
+		t.Errorf("one organization holds %d answers of 8 MiB", n)
+	}
+	w.must(fetch(t.Context(), "large", atOnce))
+	hold("large")
+	waiting := make(chan error)
+	go func() { waiting <- fetch(t.Context(), "large", atOnce) }()
+	w.must(fetch(t.Context(), "small", atOnce))
+	w.want("an answer for which there is no memory", <-waiting, node.ErrBusy)
+	close(read)
+	w.must(fetch(t.Context(), "slow", atOnce))
 }
 
 func TestMovedSecretDoesNotOpen(t *testing.T) {
