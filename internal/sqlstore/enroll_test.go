@@ -229,8 +229,9 @@ func sweep(t *testing.T, db *sqlstore.DB, back func(id string, places int)) {
 
 func TestUnclaimedPlacesComeBack(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
-		id, d := claimed(t, db, enroll.Enrollment{Uses: 2}, time.Second, 2)
-		time.Sleep(1100 * time.Millisecond)
+		const life = 4 * time.Second // claiming must come first, on a busy machine too
+		id, d := claimed(t, db, enroll.Enrollment{Uses: 2}, life, 2)
+		time.Sleep(life + 100*time.Millisecond)
 		places := 0
 		for range 2 {
 			sweep(t, db, func(_ string, n int) { places += n })
