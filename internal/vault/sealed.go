@@ -91,7 +91,8 @@ func (k *sealableKey) Seal(ctx context.Context, recipient *rsa.PublicKey) (envel
 	return sealed, nil
 }
 
-// dropRecipient removes, in the background, a recipient that was imported. It believes
+// dropRecipient removes, in the background, a recipient that was imported, in two calls: an
+// import cannot allow deletion. It believes
 // Vault that it has deleted it: one that stayed would be a public key, in which there is
 // no secret, and the reaper's.
 func (c *Client) dropRecipient(ctx context.Context, path string) {
