@@ -90,10 +90,7 @@ func Outcomes() []Outcome {
 
 // Service is the use cases of enrollment. Each method leaves an audit event
 // whatever the outcome, once the caller is known.
-type Service struct {
-	Config
-	secrets secrets
-}
+type Service struct{ Config }
 
 // New returns a Service, or an error that says what is wrong with c.
 func New(c Config) (*Service, error) {
@@ -101,7 +98,7 @@ func New(c Config) (*Service, error) {
 		return nil, fmt.Errorf("limits %d and %d, attempt life %s, audit deadline %s, delivery %s: out of range",
 			c.Limit, c.NodeLimit, c.AttemptLife, c.AuditDeadline, c.DeliverFor)
 	}
-	return &Service{Config: c}, nil
+	return &Service{c}, nil
 }
 
 // Minted is a new enrollment with its token, which is shown once.
@@ -164,9 +161,6 @@ func (s *Service) mint(ctx context.Context, pass gate.Pass, t terms, token envel
 	e, err := s.Store.CreateEnrollment(storing, p, t.life, keys, limit, event)
 	if err != nil && !errors.As(err, new(*orgkey.QuotaError)) {
 		s.unmint(ctx, pass, token.ID)
-	}
-	if err == nil {
-		s.secrets.remember(orgkey.Sealed{Binding: tokenBinding(pass.Org, token.ID), Ciphertext: p.K}, token.K)
 	}
 	return e, err
 }
@@ -270,7 +264,6 @@ func (s *Service) Sweep(ctx context.Context, interval time.Duration) error {
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for {
-		s.secrets.forget()
 		if err := s.sweepOnce(ctx); err != nil && ctx.Err() == nil {
 			s.Gate.Log.Warn("sweeping enrollments", "error", err)
 		}

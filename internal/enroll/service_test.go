@@ -17,7 +17,6 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/enroll"
-	"github.com/orgkeys/orgkeys/internal/envelope"
 	"github.com/orgkeys/orgkeys/internal/gate"
 	"github.com/orgkeys/orgkeys/internal/hsm"
 	"github.com/orgkeys/orgkeys/internal/hsm/tokentest"
@@ -216,97 +215,6 @@ func TestAPanicWhileAKeyIsSealedEndsOneRequestOnly(t *testing.T) {
 	}
 }
 
-// counting is a sealer that counts how often it is asked to open something.
-type counting struct {
-	orgkey.Sealer
-	opened int
-}
-
-func (c *counting) Open(ctx context.Context, all []orgkey.Sealed) ([][]byte, error) {
-	c.opened++
-	return c.Sealer.Open(ctx, all)
-}
-
-// moving is a store in which somebody puts another enrollment's secret in the place of each, once k is set.
-type moving struct {
-	enroll.Store
-	k []byte
-}
-
-func (m *moving) Permission(ctx context.Context, id string) (enroll.Permission, error) {
-	p, err := m.Store.Permission(ctx, id)
-	if m.k != nil {
-		p.K = m.k
-	}
-	return p, err
-}
-
-// A node that waits for approval asks again and again. What is remembered for it opens no
-// record but its own.
-func TestANodeThatAsksAgainCostsOneOpening(t *testing.T) {
-	f := newFixture(t)
-	store, here, there := &moving{Store: f.db}, &counting{Sealer: token}, &counting{Sealer: token}
-	minting := f.service(t, func(c *enroll.Config) { c.Store, c.Sealer = store, here })
-	other := f.service(t, func(c *enroll.Config) { c.Sealer = there })
-	mint := func() (minted envelope.Token) {
-		err := minting.Create(t.Context(), owner("acme"), "acme", []byte(`{"approval":true}`), func(m enroll.Minted) (err error) {
-			minted, err = envelope.ParseToken(m.Token)
-			return err
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return minted
-	}
-	first, second := mint(), mint()
-	recipient, err := rsa.GenerateKey(rand.Reader, 3072)
-	if err != nil {
-		t.Fatal(err)
-	}
-	claim := func(s *enroll.Service, k []byte) error {
-		r, err := enroll.ParseRecipient(publicPEM(t, &recipient.PublicKey))
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, err := json.Marshal(map[string]any{"recipient": publicPEM(t, &recipient.PublicKey), "mac": envelope.ClaimMAC(k, first.ID, r.ID)})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return s.Claim(t.Context(), enroll.Origin{Request: "r-2", Address: "192.0.2.8"}, first.ID, body, func(enroll.Answer) error { return nil }, func(enroll.Challenge) error { return nil })
-	}
-	for range 3 {
-		for _, s := range []*enroll.Service{minting, other} {
-			if err := claim(s, first.K); !errors.Is(err, enroll.ErrPending) {
-				t.Errorf("before approval: %v", err)
-			}
-			if err := claim(s, second.K); !errors.Is(err, enroll.ErrUnknown) {
-				t.Errorf("with another enrollment's secret: %v", err)
-			}
-		}
-	}
-	if here.opened != 0 || there.opened != 1 {
-		t.Errorf("where it was minted %d were opened, elsewhere %d; want 0 and 1", here.opened, there.opened)
-	}
-	p, err := f.db.Permission(t.Context(), second.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	store.k = p.K
-	if err := claim(minting, second.K); err == nil || errors.Is(err, enroll.ErrPending) {
-		t.Errorf("with another enrollment's secret in its place in the database: %v", err)
-	}
-}
-
-// publicPEM is a public key as a claim has it.
-func publicPEM(t *testing.T, key *rsa.PublicKey) string {
-	t.Helper()
-	der, err := x509.MarshalPKIXPublicKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
-}
-
 // recipientBody is the body of a request for a key that is sealed to a new recipient.
 func recipientBody(t *testing.T) []byte {
 	t.Helper()
@@ -314,7 +222,11 @@ func recipientBody(t *testing.T) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	body, err := json.Marshal(map[string]string{"recipient": publicPEM(t, &recipient.PublicKey)})
+	der, err := x509.MarshalPKIXPublicKey(&recipient.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := json.Marshal(map[string]string{"recipient": string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))})
 	if err != nil {
 		t.Fatal(err)
 	}
