@@ -10,7 +10,7 @@ import (
 
 // Amount is shared out among holders. A holder may hold as much of it as it leaves
 // free, so that one takes half, a second a quarter, and something remains for whoever
-// holds nothing.
+// holds nothing, which may take what is left.
 type Amount[K comparable] struct {
 	all int64
 
@@ -53,7 +53,8 @@ func (a *Amount[K]) take(of K, n int64, bounded bool) (keep func(n int64), freed
 	n = min(n, max(a.all/2, 1))
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if free := a.all - a.taken; n > 0 && (n > free || bounded && a.held[of]+n > free) {
+	held, left := a.held[of], a.all-a.taken-n
+	if n > 0 && (left < 0 || bounded && held > 0 && held+n > left) {
 		if a.freed == nil {
 			a.freed = make(chan struct{})
 		}

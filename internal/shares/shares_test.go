@@ -76,6 +76,11 @@ func TestOneHolderLeavesSomethingForOthers(t *testing.T) {
 	if a.Take("a", 0) == nil || a.Take("b", 0) == nil {
 		t.Error("what takes nothing is refused")
 	}
+	if c := a.Take("c", 2); c == nil || a.Take("c", 20) != nil {
+		t.Error("c does not get 2, or 20 more of 22")
+	} else {
+		c(0)
+	}
 	first[0](3)
 	first[0](5) // takes nothing back
 	if a.Taken() != 72-5 {
