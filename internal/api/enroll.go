@@ -46,7 +46,7 @@ func (a *API) routesEnrollments(r gin.IRouter) {
 	all.POST("", a.organization(authz.CreateEnrollment), a.createEnrollment)
 	get(all, "", a.organization(authz.ListEnrollments), a.withoutBody, a.listing, a.listEnrollments)
 	one := all.Group("/:idEnrollment")
-	get(one, "", a.organization(authz.ListEnrollments), a.withoutBody, a.existing, a.getEnrollment)
+	get(one, "", a.organization(authz.ListEnrollments), a.withoutBody, a.existing, a.listing, a.getEnrollment)
 	one.DELETE("", a.organization(authz.RevokeEnrollment), a.withoutBody, a.reasoned, a.existing, a.revokeEnrollment)
 	one.POST("/approve", a.organization(authz.ApproveEnrollment), a.existing, a.approveEnrollment)
 
@@ -272,7 +272,7 @@ func (a *API) getEnrollment(c *gin.Context) {
 		a.fail(c, err)
 		return
 	}
-	writeJSON(c, http.StatusOK, enrollmentAnswer{true, enrollmentOf(e)})
+	a.writeList(c, enrollmentAnswer{true, enrollmentOf(e)}) // it may have many claims
 }
 
 func (a *API) approveEnrollment(c *gin.Context) {

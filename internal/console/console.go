@@ -28,11 +28,13 @@ import (
 	"net/url"
 	"path"
 	"strings"
+	"time"
 
 	"golang.org/x/sync/semaphore"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/login"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/session"
 	"github.com/orgkeys/orgkeys/internal/shares"
 )
@@ -46,6 +48,12 @@ const (
 	maxExchanges = 16 // codes at the provider for tokens, shared out among addresses; more are refused
 	maxLookups   = 8  // sessions in the database; more wait
 	maxExports   = 16 // of events, shared out likewise
+	maxPages     = 32 // that are being made, shared out among organizations; more wait for pagePatience
+)
+
+const (
+	pagePatience = 2 * time.Second
+	pagesMemory  = 96 << 20 // bytes of the pages that are being sent, shared out likewise; more are refused
 )
 
 // contentPolicy lets a page load what this package serves and nothing else. No script
@@ -87,6 +95,7 @@ type Console struct {
 	// What anybody may cause without being signed in, and what is large.
 	exchanges, exports *shares.Places
 	lookups            *semaphore.Weighted
+	making, memory     *shares.Amount[org.ID] // of pages for those who are
 	static             map[string]asset
 	version            string // of the static files, in their address
 }
@@ -104,6 +113,7 @@ func New(c Config) (*Console, error) {
 	con := &Console{
 		Config: c, static: map[string]asset{},
 		exchanges: shares.New(maxExchanges, c.Shared), lookups: semaphore.NewWeighted(maxLookups), exports: shares.New(maxExports, c.Shared),
+		making: shares.NewAmount[org.ID](maxPages), memory: shares.NewAmount[org.ID](pagesMemory),
 	}
 	digest := sha256.New()
 	err := fs.WalkDir(staticFiles, "static", func(name string, entry fs.DirEntry, err error) error {
@@ -156,7 +166,12 @@ func (c *Console) routes() *http.ServeMux {
 		mux.HandleFunc("GET /console/sign-in/begin", c.begin)
 		mux.HandleFunc("GET /console/callback", c.callback)
 	}
-	page := func(pattern string, h func(*visit) error) { mux.HandleFunc(pattern, c.signedIn(h)) }
+	page := func(pattern string, h func(*visit) error) {
+		if strings.HasPrefix(pattern, http.MethodGet) { // no turn waits for a form
+			h = inTurn(h)
+		}
+		mux.HandleFunc(pattern, c.signedIn(h))
+	}
 	page("GET /console/{$}", (*visit).overview)
 	page("GET /console/keys", (*visit).keys)
 	page("GET /console/keys/{id}", (*visit).key)
@@ -175,7 +190,7 @@ func (c *Console) routes() *http.ServeMux {
 	page("POST /console/secrets", (*visit).putSecret)
 	page("POST /console/secrets/{name}/delete", (*visit).deleteSecret)
 	page("GET /console/events", (*visit).events)
-	page("GET /console/events/export", (*visit).export)
+	mux.HandleFunc("GET /console/events/export", c.signedIn((*visit).export)) // which has its own places
 	page("GET /console/verify", (*visit).verify)
 	page("GET /console/policy", (*visit).policy)
 	// What scripts ask for; the path behind /console/api is the API's behind the organization.
@@ -304,6 +319,15 @@ func (c *Console) render(w http.ResponseWriter, status int, name string, v *view
 		c.Log.Error("a page of the console could not be made", "page", name, "error", err)
 		http.Error(w, "Internal error", http.StatusInternalServerError)
 		return
+	}
+	if v.visit != nil {
+		v.visit.made()
+		keep := c.memory.Take(v.visit.caller.Org, shares.Counted(int64(text.Cap())))
+		if keep == nil {
+			c.problem(w, v.visit.r, http.StatusServiceUnavailable, "Not available", "Too many large pages are being sent. Please try again shortly.")
+			return
+		}
+		defer keep(0)
 	}
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	if status == http.StatusServiceUnavailable {

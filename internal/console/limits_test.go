@@ -9,11 +9,15 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/login"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/session"
+	"github.com/orgkeys/orgkeys/policies"
 )
 
 // empty has no session, and counts what it is asked for.
@@ -185,6 +189,119 @@ func TestExportsAreFewAndWholeOrBroken(t *testing.T) {
 		t.Errorf("one export too many gets %d %v", status, f)
 	}
 }
+
+// sessions keeps them in memory.
+type sessions map[string]session.Stored
+
+func (s sessions) KeepSession(_ context.Context, one session.Stored, _ int) error {
+	s[one.ID] = one
+	return nil
+}
+
+func (s sessions) Session(_ context.Context, id string) (session.Stored, bool, error) {
+	one, there := s[id]
+	return one, there, nil
+}
+
+func (s sessions) DropSession(context.Context, string) error { return nil }
+
+// slowBrowser does not read.
+type slowBrowser struct {
+	*httptest.ResponseRecorder
+	status  chan int
+	reading chan struct{}
+}
+
+func (w slowBrowser) WriteHeader(status int) { w.status <- status }
+
+func (w slowBrowser) Write(b []byte) (int, error) {
+	<-w.reading
+	return w.ResponseRecorder.Write(b)
+}
+
+// Pages that browsers do not read take memory that has a bound, and so do pages that are
+// being made. One organization leaves room for another.
+func TestSlowBrowsersTakeBoundedMemory(t *testing.T) {
+	t.Parallel()
+	kept := sessions{}
+	policy, err := authz.Load(t.Context(), policies.Files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := New(Config{
+		Sessions: kept, Policy: policy, URL: "https://keys.example", Provider: &login.Web{}, Log: slog.New(slog.DiscardHandler),
+		Client: func(*http.Request) netip.Addr { return stranger }, Shared: func(netip.Addr) bool { return false },
+		Authenticate: func(_ context.Context, h http.Header) (authz.Caller, error) {
+			return authz.Caller{Kind: authz.Person, Subject: "ada", Org: org.ID(strings.TrimPrefix(h.Get("Authorization"), "Bearer ")), Roles: []authz.Role{authz.Owner}}, nil
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Asking(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		fmt.Fprintf(w, `{"success":true,"data":[{"name":"%s"}],"total":1}`, strings.Repeat("n", 4<<20))
+	}))
+	cookies := map[string]string{}
+	for _, of := range []string{"acme", "other"} {
+		secret := session.NewSecret()
+		stored, err := secret.Seal(of, of, time.Now().Add(time.Hour))
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept[stored.ID] = stored
+		cookies[of] = "__Host-orgkeys-session-443=" + secret.Text()
+	}
+	reading, held := make(chan struct{}), 0
+	var readers sync.WaitGroup
+	for {
+		w := slowBrowser{httptest.NewRecorder(), make(chan int, 1), reading}
+		readers.Go(func() {
+			r := httptest.NewRequestWithContext(t.Context(), "GET", "/console/secrets", nil)
+			r.Header.Set("Cookie", cookies["acme"])
+			c.handler.ServeHTTP(w, r)
+		})
+		if <-w.status != http.StatusOK {
+			break
+		}
+		held++
+	}
+	if taken := c.memory.Taken(); held < 2 || taken > pagesMemory/2 || taken < int64(held)*4<<20 {
+		t.Errorf("%d pages take %d bytes", held, taken)
+	}
+	if n := c.making.Taken(); n != 0 {
+		t.Errorf("%d pages that are being sent are still taken for such that are being made", n)
+	}
+	if w := ask(c, t.Context(), "GET", "/console/secrets", cookies["acme"]); w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || !strings.Contains(w.Body.String(), "Too many large pages") {
+		t.Errorf("a page too many gets %d %v %.300s", w.Code, w.Header(), w.Body)
+	}
+	if w := ask(c, t.Context(), "GET", "/console/secrets", cookies["other"]); w.Code != http.StatusOK {
+		t.Errorf("another organization's page gets %d %.300s", w.Code, w.Body)
+	}
+	close(reading)
+	readers.Wait()
+	if n := c.memory.Taken(); n != 0 {
+		t.Errorf("%d bytes are not given back", n)
+	}
+
+	for range maxPages / 2 {
+		c.making.Take("acme", 1)
+	}
+	var asked sync.WaitGroup
+	for _, path := range []string{"", "keys", "keys/" + someID, "enrollments", "enrollments/" + someID, "nodes", "devices", "secrets", "events", "policy"} {
+		asked.Go(func() {
+			if w := ask(c, t.Context(), "GET", "/console/"+path, cookies["acme"]); w.Code != http.StatusServiceUnavailable || !strings.Contains(w.Body.String(), "Too many pages") {
+				t.Errorf("%s: a page too many gets %d %.300s", path, w.Code, w.Body)
+			}
+		})
+	}
+	asked.Wait()
+	if w := ask(c, t.Context(), "GET", "/console/secrets", cookies["other"]); w.Code != http.StatusOK || c.making.Taken() != maxPages/2 {
+		t.Errorf("another organization's page gets %d, or its turn is not given back", w.Code)
+	}
+}
+
+const someID = "01234567-89ab-7cde-8f01-23456789abcd"
 
 func TestWhoDidIt(t *testing.T) {
 	t.Parallel()

@@ -22,6 +22,7 @@ type visit struct {
 	api   *client.Client
 	org   string
 	asked map[string]bool // what the policy has answered to may
+	made  func()          // the page is made, and the next may be
 }
 
 // signedIn serves h to people who are signed in, and sends others to the sign-in page.
@@ -41,13 +42,28 @@ func (c *Console) signedIn(h func(*visit) error) http.HandlerFunc {
 			c.problem(w, r, http.StatusServiceUnavailable, "Not available", "The service cannot answer at the moment. Please try again shortly.")
 			return
 		}
-		v := &visit{Console: c, signed: who, w: w, r: r, org: string(who.caller.Org), asked: map[string]bool{}}
+		v := &visit{Console: c, signed: who, w: w, r: r, org: string(who.caller.Org), asked: map[string]bool{}, made: func() {}}
 		if v.api, err = v.client(); err == nil {
 			err = h(v)
 		}
 		if err != nil {
 			v.fail(err)
 		}
+	}
+}
+
+// inTurn has pages, each with the lists that it is made of, wait for their turn.
+func inTurn(h func(*visit) error) func(*visit) error {
+	return func(v *visit) error {
+		waiting, cancel := context.WithTimeout(v.r.Context(), pagePatience)
+		defer cancel()
+		turn := v.making.Await(waiting, v.caller.Org, 1)
+		if turn == nil {
+			return &client.Error{Status: http.StatusServiceUnavailable, Code: client.Overloaded, Message: "Too many pages are being made. Please try again shortly."}
+		}
+		v.made = func() { turn(0) }
+		defer v.made()
+		return h(v)
 	}
 }
 
