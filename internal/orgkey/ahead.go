@@ -47,6 +47,13 @@ type Pool interface {
 	Reserve(ctx context.Context, org org.ID, asked string, limit int, life time.Duration) (*Taken[BackendKey], error)
 }
 
+// Trace is a name in the back end under which a process that died may have left something
+// that no list there shows.
+type Trace struct {
+	Name string
+	Use  Use
+}
+
 // AheadOf is the binding of a pool key's record.
 func AheadOf(use Use, id string) Binding { return Binding{Purpose: PoolKey, Org: string(use), ID: id} }
 

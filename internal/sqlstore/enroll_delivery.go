@@ -87,11 +87,20 @@ func beginClaimed(ctx context.Context, tx *txn, v *enroll.Delivery, attempt enro
 	return err
 }
 
+// begin gives the delivery of a key to attempt, unless another one has it.
 func begin(ctx context.Context, tx *txn, keyID, attempt string, now int64, life time.Duration) (mine bool, err error) {
+	const update = "UPDATE deliveries SET attempt = $2, attempt_until = $3 WHERE key_id = $1 AND stage = 'claimed' AND approved_at IS NOT NULL AND "
+	until := now + life.Microseconds()
+	n, err := exec(ctx, tx, update+"attempt_until IS NULL", keyID, attempt, until)
+	if err != nil || n == 1 {
+		return n == 1, err
+	}
 	// An attempt that would have the delivery for longer than any began before the clock was set back.
-	n, err := exec(ctx, tx, `UPDATE deliveries SET attempt = $2, attempt_until = $4
-		WHERE key_id = $1 AND stage = 'claimed' AND approved_at IS NOT NULL AND (attempt_until IS NULL OR attempt_until <= $3 OR attempt_until > $5)`,
-		keyID, attempt, now, now+life.Microseconds(), now+(life+clockSlack).Microseconds())
+	latest := until + clockSlack.Microseconds()
+	if _, err := exec(ctx, tx, traceAttempts+"key_id = $1 AND (attempt_until <= $2 OR attempt_until > $3)"+unlessTraced, keyID, now, latest); err != nil {
+		return false, err
+	}
+	n, err = exec(ctx, tx, update+"(attempt_until <= $4 OR attempt_until > $5)", keyID, attempt, until, now, latest)
 	return n == 1, err
 }
 

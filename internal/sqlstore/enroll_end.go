@@ -67,6 +67,9 @@ func (d *DB) endDeliveries(ctx context.Context, tx *txn, all []ending, now int64
 	}
 	var events []audit.Event
 	for _, scope := range []enroll.Scope{enroll.ForOrganization, enroll.ForNode} {
+		if err := execAll(ctx, tx, traceAttempts+"key_id IN "+d.texts("$1")+unlessTraced, keys[scope]); err != nil {
+			return err
+		}
 		for _, statement := range []string{
 			"DELETE FROM deliveries WHERE stage = 'open' AND key_id IN ",
 			"UPDATE deliveries SET stage = 'ended', wrapped = NULL WHERE stage NOT IN ('received', 'ended') AND key_id IN ",
@@ -103,12 +106,24 @@ const (
 	endedKey = endedAt + " WHERE id = $1"
 )
 
+// giveUpAttempts gives deliveries back that an attempt has had for too long, and notes the attempt's name.
+func giveUpAttempts(ctx context.Context, tx *txn, now int64) error {
+	if _, err := exec(ctx, tx, traceAttempts+"attempt_until <= $1"+unlessTraced, now); err != nil {
+		return err
+	}
+	_, err := exec(ctx, tx, "UPDATE deliveries SET attempt = '', attempt_until = NULL WHERE stage = 'claimed' AND attempt_until IS NOT NULL AND attempt_until <= $1", now)
+	return err
+}
+
 // SweepDeliveries implements enroll.Store.
 func (d *DB) SweepDeliveries(ctx context.Context, limit int, withdrawn, used func(org.ID, string) audit.Event) (int, error) {
 	var n int
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
+			return err
+		}
+		if err := giveUpAttempts(ctx, tx, now); err != nil {
 			return err
 		}
 		late, err := query(ctx, tx, scanEnding, endingColumns+`d.until <= $1 AND d.stage NOT IN ('open', 'received', 'ended')

@@ -127,6 +127,9 @@ func (d *DB) Sweep(ctx context.Context, limit int, life time.Duration, withdrawn
 		if err := d.shorten(ctx, tx, now+life.Microseconds()); err != nil {
 			return err
 		}
+		if _, err := exec(ctx, tx, "DELETE FROM key_traces WHERE due_at <= $1", now-traceLife.Microseconds()); err != nil {
+			return err
+		}
 		expired, err := query(ctx, tx, scanState,
 			"SELECT id, org_id, state FROM org_keys WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2"+d.forUpdate(" SKIP LOCKED"), now, limit)
 		if err != nil {
@@ -161,6 +164,9 @@ func (d *DB) end(ctx context.Context, tx *txn, keys []keyState, now int64, withd
 	ids, orgs := make([]string, len(keys)), make(map[string]org.ID, len(keys))
 	for i, k := range keys {
 		ids[i], orgs[k.id] = k.id, k.org
+	}
+	if err := execAll(ctx, tx, traceKeys+"id IN "+d.texts("$1")+unlessTraced, ids); err != nil {
+		return err
 	}
 	if err := execAll(ctx, tx, "DELETE FROM org_keys WHERE state = "+reserved+" AND id IN "+d.texts("$1"), ids); err != nil {
 		return err

@@ -49,6 +49,9 @@ func (d *DB) DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, requ
 		if err != nil {
 			return err
 		}
+		if err := traceOrg(ctx, tx, org); err != nil {
+			return err
+		}
 		deleting := deletion{org: org, now: now, each: each, revoked: revoked}
 		if n.Keys, err = d.deleteScope(ctx, tx, enroll.ForOrganization, &deleting); err != nil {
 			return err
