@@ -1,9 +1,9 @@
 # What the orgkeys service may do in Vault. Loaded as "orgkeys-service" by
 # vault/setup; the service compares its token with this at every start.
 
-# Keys in the making, and keys made ahead. Creating needs only "update": Transit has no existence
-# check there. "read" is how the service confirms that a key is gone; it shows
-# public halves.
+# Keys in the making, keys made ahead, and, made without a type, blanks in the place of
+# deleted keys. Creating needs only "update": Transit has no existence check there.
+# "read" is how the service confirms that a key is gone; it shows public halves.
 path "orgkeys/keys/+" {
   capabilities       = ["read", "update", "delete"]
   allowed_parameters = {

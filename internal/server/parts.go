@@ -162,8 +162,8 @@ func HSMConfig(cfg config.Config, dir string) hsm.Config {
 }
 
 // openVaultClient logs in to Vault and refuses one that is not set up as it must be.
-func openVaultClient(ctx context.Context, cfg config.Config, live vault.Live, log *slog.Logger) (*vault.Client, error) {
-	client, err := vault.Open(ctx, vault.Config{Login: VaultLogin(cfg), ReapGrace: cfg.ReservationTTL, Live: live, Log: log})
+func openVaultClient(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slog.Logger) (*vault.Client, error) {
+	client, err := vault.Open(ctx, vault.Config{Login: VaultLogin(cfg), ReapGrace: cfg.ReservationTTL, Live: db.Needed, Traces: db, Log: log})
 	if err != nil {
 		return nil, err
 	}
@@ -183,7 +183,7 @@ func openVaultClient(ctx context.Context, cfg config.Config, live vault.Live, lo
 }
 
 func openVault(ctx context.Context, cfg config.Config, db *sqlstore.DB, log *slog.Logger) (backend, error) {
-	client, err := openVaultClient(ctx, cfg, db.Needed, log)
+	client, err := openVaultClient(ctx, cfg, db, log)
 	if err != nil {
 		return backend{}, err
 	}

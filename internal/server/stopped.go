@@ -139,7 +139,7 @@ func Rewrap(ctx context.Context, cfg config.Config, dryRun bool, progress io.Wri
 	defer func() { err = errors.Join(err, db.Close()) }()
 	starting, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	client, err := openVaultClient(starting, cfg, db.Needed, log)
+	client, err := openVaultClient(starting, cfg, db, log)
 	if err != nil {
 		return err
 	}

@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"net/http"
 	"strings"
 
 	"github.com/orgkeys/orgkeys/internal/orgkey"
@@ -56,10 +55,8 @@ func (k *Keystore) Discard(ctx context.Context, use orgkey.Use, name string) err
 		return fmt.Errorf("discarding a key: %q is not a UUID", name)
 	}
 	ctx = correlated(ctx, name)
-	place := aheadMount(use) + "/keys/" + name
-	allowErr := k.c.allowDeletion(ctx, place)
-	if err := k.c.remove(ctx, place); err != nil {
-		return fmt.Errorf("discarding a key: %w", errors.Join(err, allowErr))
+	if err := k.c.removeAllowing(ctx, aheadMount(use)+"/keys/"+name); err != nil {
+		return fmt.Errorf("discarding a key: %w", err)
 	}
 	return nil
 }
@@ -78,29 +75,6 @@ func (k *Keystore) Credentials() string {
 func credentialMark(parts ...string) string {
 	sum := sha256.Sum256([]byte("orgkeys credentials\x00" + strings.Join(parts, "\x00")))
 	return hex.EncodeToString(sum[:8])
-}
-
-// removeOwn deletes the key at path and confirms that it is gone. Unless the one
-// deletion that it sends first is answered with 204, it removes the key nevertheless,
-// and reports errNotOwn.
-func (c *Client) removeOwn(ctx context.Context, path string) error {
-	answer, err := c.do(once(ctx), request{method: http.MethodDelete, path: path})
-	if err == nil && answer.status == http.StatusNoContent {
-		return c.confirmGone(ctx, path)
-	}
-	return errors.Join(errNotOwn, err, c.remove(ctx, path))
-}
-
-// confirmGone reports an error unless there is no key at path.
-func (c *Client) confirmGone(ctx context.Context, path string) error {
-	_, err := c.do(ctx, request{method: http.MethodGet, path: path})
-	switch {
-	case errors.Is(err, errNotFound):
-		return nil
-	case err != nil:
-		return fmt.Errorf("confirming that it is deleted: %w", err)
-	}
-	return errors.New("it is still there")
 }
 
 // Newest returns a function that reports whether a ciphertext is of the sealing key's

@@ -66,8 +66,13 @@ type Config struct {
 	CallTimeout time.Duration
 	// ReapGrace is the age below which Reap leaves a key alone; 5 min when zero.
 	ReapGrace time.Duration
+	// BlankAge is how long a blank stays in the place of a key that was deleted; six times
+	// CallTimeout when zero. See remove.
+	BlankAge time.Duration
 	// Live is which keys Check takes for needed; none when nil.
 	Live Live
+	// Traces are where else Reap looks for what a crash left; nowhere when nil.
+	Traces Traces
 	// Log receives logins and their failures; slog.Default() when nil.
 	Log *slog.Logger
 }
@@ -87,6 +92,7 @@ type Client struct {
 	cacheCheck cacheCheck
 
 	abandoned sync.WaitGroup // removals under way in the background
+	doubts    doubts
 }
 
 // ErrInsecure: the client's settings would send tokens and keys where others
@@ -103,6 +109,9 @@ func Open(ctx context.Context, config Config) (*Client, error) {
 	}
 	if config.ReapGrace == 0 {
 		config.ReapGrace = 5 * time.Minute
+	}
+	if config.BlankAge == 0 {
+		config.BlankAge = blankAge * config.CallTimeout
 	}
 	if config.Log == nil {
 		config.Log = slog.Default()

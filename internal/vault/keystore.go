@@ -49,7 +49,7 @@ type Keystore struct{ c *Client }
 // Keystore returns the keystore.
 func (c *Client) Keystore() *Keystore { return &Keystore{c} }
 
-// transitKey is what Transit says of an asymmetric key.
+// transitKey is what Transit says of a key.
 type transitKey struct {
 	Type            string `json:"type"`
 	LatestVersion   int    `json:"latest_version"`
@@ -57,10 +57,27 @@ type transitKey struct {
 	DeletionAllowed bool   `json:"deletion_allowed"`
 	PlaintextBackup bool   `json:"allow_plaintext_backup"`
 	Imported        bool   `json:"imported_key"`
-	Keys            map[string]struct {
-		PublicKey string    `json:"public_key"`
-		Created   time.Time `json:"creation_time"`
-	} `json:"keys"`
+	// Keys are its versions: of an asymmetric key each as a keyVersion, of a symmetric
+	// one the second of its creation.
+	Keys map[string]jsontext.Value `json:"keys"`
+}
+
+// keyVersion is one version of an asymmetric key.
+type keyVersion struct {
+	PublicKey string    `json:"public_key"`
+	Created   time.Time `json:"creation_time"`
+}
+
+// first is the version that a key is created with.
+func (k transitKey) first() (v keyVersion, err error) {
+	text := k.Keys["1"]
+	if text.Kind() != '0' {
+		err = json.Unmarshal(text, &v)
+		return v, err
+	}
+	var second int64
+	err = json.Unmarshal(text, &second)
+	return keyVersion{Created: time.Unix(second, 0)}, err
 }
 
 // Create implements orgkey.Keystore. The key can be deleted from then on: a
@@ -103,10 +120,12 @@ func (c *Client) create(ctx context.Context, path string) (orgkey.Public, error)
 func freshKey(answer response, callTimeout time.Duration) (orgkey.Public, error) {
 	k, err := data[transitKey](answer.body)
 	if err != nil {
-		return orgkey.Public{}, fmt.Errorf("%w: %w", ErrNotFresh, err) // as a symmetric key has it
+		return orgkey.Public{}, fmt.Errorf("%w: %w", ErrNotFresh, err)
 	}
-	first := k.Keys["1"]
+	first, err := k.first()
 	switch {
+	case err != nil:
+		return orgkey.Public{}, fmt.Errorf("%w: reading its first version: %w", ErrNotFresh, err)
 	case k.Type != "rsa-2048" || !k.Exportable || k.Imported || k.PlaintextBackup:
 		return orgkey.Public{}, fmt.Errorf("%w: it is of type %q, exportable %t, imported %t", ErrNotFresh, k.Type, k.Exportable, k.Imported)
 	case k.LatestVersion != 1 || len(k.Keys) != 1:
@@ -255,20 +274,6 @@ func (c *Client) allowDeletion(ctx context.Context, path string) error {
 	}
 	if err != nil {
 		return fmt.Errorf("allowing a key's deletion: %w", err)
-	}
-	return nil
-}
-
-// remove deletes the key at path and confirms that it is gone. Transit answers a
-// deletion with 400 both when there is no such key and when deleting it is not
-// allowed; reading tells which.
-func (c *Client) remove(ctx context.Context, path string) error {
-	_, deleteErr := c.do(ctx, request{method: http.MethodDelete, path: path})
-	if deleteErr != nil && !badRequest(deleteErr) {
-		return deleteErr
-	}
-	if err := c.confirmGone(ctx, path); err != nil {
-		return errors.Join(err, deleteErr)
 	}
 	return nil
 }

@@ -218,7 +218,7 @@ func (c *Client) checkLeftBehind(ctx context.Context) []Finding {
 			if needed[name] {
 				continue
 			}
-			if age, err := c.age(ctx, mount+"/keys/"+name); err == nil && age > c.config.ReapGrace {
+			if k, age, err := c.read(ctx, mount+"/keys/"+name); err == nil && !k.blank() && age > c.config.ReapGrace {
 				old++
 			}
 		}

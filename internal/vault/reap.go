@@ -7,11 +7,20 @@ import (
 	"net/http"
 	"net/url"
 	"time"
+
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
 
 // Live answers which of names are still needed: by a generation under way, reserved
 // or pending and not expired, or because they are in the pool.
 type Live func(ctx context.Context, names []string) (map[string]bool, error)
+
+// Traces are names under which a process that died may have left an archive without its key,
+// which no list shows.
+type Traces interface {
+	Traces(ctx context.Context) ([]orgkey.Trace, error)
+	ForgetTraces(ctx context.Context, names []string) error
+}
 
 // Reap deletes the keys that a crash left in Transit, and returns how many: a
 // key is deleted if no generation needs it and it is older than the grace.
@@ -26,7 +35,7 @@ type Live func(ctx context.Context, names []string) (map[string]bool, error)
 func (c *Client) Reap(ctx context.Context, live Live) (int, error) {
 	generated, err := c.reapMount(ctx, keysMount, live)
 	sealed, sealedErr := c.reapMount(ctx, sealedMount, live)
-	return generated + sealed, errors.Join(err, sealedErr)
+	return generated + sealed, errors.Join(err, sealedErr, c.settle(ctx), c.followTraces(ctx))
 }
 
 func (c *Client) reapMount(ctx context.Context, mount string, live Live) (int, error) {
@@ -76,18 +85,20 @@ func (c *Client) ReapEvery(ctx context.Context, interval time.Duration, live Liv
 }
 
 func (c *Client) reapOne(ctx context.Context, path string) (deleted bool, err error) {
-	age, err := c.age(ctx, path)
+	k, age, err := c.read(ctx, path)
 	switch {
 	case errors.Is(err, errNotFound):
 		return false, nil
-	case err != nil || age <= c.config.ReapGrace:
+	case err != nil:
 		return false, err
+	case k.blank():
+		return false, c.reapBlank(ctx, path, age)
+	case age <= c.config.ReapGrace:
+		return false, nil
 	}
-	// The crash may have come before the key's deletion was allowed. If another
-	// replica has deleted it since, this fails and remove finds it gone.
-	allowErr := c.allowDeletion(ctx, path)
-	if err := c.remove(ctx, path); err != nil {
-		return false, errors.Join(err, allowErr)
+	// The crash may have come before the key's deletion was allowed.
+	if err := c.removeAllowing(ctx, path); err != nil {
+		return false, err
 	}
 	return true, nil
 }
@@ -117,15 +128,19 @@ func (c *Client) keyNames(ctx context.Context, mount string) ([]string, error) {
 	return names, nil
 }
 
-// age is how long ago the key at path was created, by Vault's clock.
-func (c *Client) age(ctx context.Context, path string) (time.Duration, error) {
+// read returns what Transit says of the key at path, and how long ago it was created, by
+// Vault's clock.
+func (c *Client) read(ctx context.Context, path string) (k transitKey, age time.Duration, err error) {
 	answer, err := c.do(ctx, request{method: http.MethodGet, path: path})
 	if err != nil {
-		return 0, err
+		return k, 0, err
 	}
-	k, err := data[transitKey](answer.body)
+	if k, err = data[transitKey](answer.body); err != nil {
+		return k, 0, err
+	}
+	first, err := k.first()
 	if err != nil {
-		return 0, err
+		return k, 0, fmt.Errorf("reading a key's first version: %w", err)
 	}
-	return answer.date.Sub(k.Keys["1"].Created), nil
+	return k, answer.date.Sub(first.Created), nil
 }

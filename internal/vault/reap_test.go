@@ -31,7 +31,7 @@ func leave(t *testing.T, name string) {
 }
 
 // young reaps without a grace.
-func young(c *vault.Config) { c.ReapGrace = time.Nanosecond }
+func young(c *vault.Config) { c.ReapGrace, c.BlankAge = time.Nanosecond, time.Nanosecond }
 
 func TestReaperDeletesOnlyWhatHasNoLiveReservation(t *testing.T) {
 	dead, live, foreign := uuid.NewString(), uuid.NewString(), "somebody-elses"

@@ -40,10 +40,8 @@ func (k *Keystore) DestroySealed(ctx context.Context, name string) error {
 		return fmt.Errorf("destroying what was left of a sealed key: %q is not a UUID", name)
 	}
 	ctx = correlated(ctx, name)
-	place := sealedMount + "/keys/" + name
-	allowErr := k.c.allowDeletion(ctx, place)
-	if err := k.c.remove(ctx, place); err != nil {
-		return fmt.Errorf("destroying what was left of a sealed key: %w", errors.Join(err, allowErr))
+	if err := k.c.removeAllowing(ctx, sealedMount+"/keys/"+name); err != nil {
+		return fmt.Errorf("destroying what was left of a sealed key: %w", err)
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -114,10 +115,30 @@ func mustGenerate(t testing.TB, c *vault.Client) *rsa.PrivateKey {
 	return key
 }
 
-// keysInVault lists what root sees in the key mount.
-func keysInVault(t testing.TB) []any {
+// keysInVault lists what root sees in the key mount, but blanks.
+func keysInVault(t testing.TB) []any { t.Helper(); return keysIn(t, "orgkeys") }
+
+func keysIn(t testing.TB, mount string) []any {
 	t.Helper()
-	list, err := root(t).Logical().ListWithContext(t.Context(), "orgkeys/keys")
+	return slices.DeleteFunc(namesIn(t, mount), func(name any) bool {
+		return isGone(t, mount, name.(string))
+	})
+}
+
+// isGone reports whether there is no key, or a blank in its place.
+func isGone(t testing.TB, mount, name string) bool {
+	t.Helper()
+	k, err := root(t).Logical().ReadWithContext(context.WithoutCancel(t.Context()), mount+"/keys/"+name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k == nil || k.Data["type"] == "aes256-gcm96" && k.Data["exportable"] == false
+}
+
+// namesIn lists what root sees in a mount of Transit.
+func namesIn(t testing.TB, mount string) []any {
+	t.Helper()
+	list, err := root(t).Logical().ListWithContext(context.WithoutCancel(t.Context()), mount+"/keys")
 	if err != nil {
 		t.Fatal(err)
 	}

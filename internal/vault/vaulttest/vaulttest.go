@@ -116,6 +116,7 @@ listener "tcp" {
 api_addr      = %q
 disable_mlock = true
 allow_audit_log_prefixing = true
+raw_storage_endpoint = true
 `, filepath.Join(s.Dir, "storage"), address, s.CACert, filepath.Join(s.Dir, "tls.key"), s.Address)
 	return os.WriteFile(filepath.Join(s.Dir, "server.hcl"), []byte(config), 0o600)
 }
