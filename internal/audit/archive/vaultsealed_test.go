@@ -69,6 +69,8 @@ func TestKeysThatLeftVaultAreCountedAgainstTheLog(t *testing.T) {
 		{"an export of what was gone", honest + sealedLine(5, "read", "byok-export/rt/a/1", "", ""), "", 0, 0},
 		{"an export that HTTP asked for again", honest + leaves(5, "ra", "a"), "", 0, 0},
 		{"a request whose answer never left", honest + strings.Replace(leaves(5, "rt", "a"), `"type":"response"`, `"type":"request"`, 1), "", 0, 0},
+		{"blanks in the place of keys whose deletion was interrupted", honest + sealedLine(5, "delete", "keys/a", "", "error deleting key \"a\" archive") + sealedLine(6, "update", "keys/a", "", "") + sealedLine(7, "update", "keys/a/config", "", "") +
+			sealedLine(8, "delete", "keys/a", "", "") + sealedLine(9, "update", "keys/ra", "", "") + sealedLine(10, "read", "byok-export/ra/a/1", "", "key is not exportable"), "", 0, 0},
 		{"a recipient of a thief's", honest + imports(5, "rt") + leaves(6, "rt", "a"), "key key-0 (a in Vault) left Vault to two recipients", index["a"], 0},
 		{"a thief who is first", imports(0, "rt") + leaves(0, "rt", "b") + honest, "key key-1 (b in Vault)", index["b"], 0},
 		{"a thief of all", honest + imports(5, "rt") + leaves(6, "rt", "a") + leaves(7, "rt", "b"), "key key-0 (a in Vault) left Vault to two recipients, at audit.log:2 and at audit.log:6; key key-1", index["a"], 0},
