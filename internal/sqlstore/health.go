@@ -10,7 +10,6 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/mattn/go-sqlite3"
 )
 
 // Health is judged by writes: a database that answers but accepts none, because its disk
@@ -75,13 +74,7 @@ func storageFailure(err error) bool {
 			return true
 		}
 	}
-	if failure, ok := errors.AsType[sqlite3.Error](err); ok {
-		switch failure.Code {
-		case sqlite3.ErrFull, sqlite3.ErrIoErr, sqlite3.ErrReadonly, sqlite3.ErrCantOpen:
-			return true
-		}
-	}
-	return false
+	return fileFailure(err)
 }
 
 // Healthy reports whether the database answers, and takes writes: a disk may be

@@ -1,3 +1,5 @@
+//go:build cgo
+
 package sqlstore
 
 import (
@@ -157,4 +159,17 @@ func (t sqliteTx) Rollback() error {
 		return nil
 	}
 	return t.tx.Rollback()
+}
+
+// fileFailure reports whether SQLite found its file, or the disk, unfit for a write.
+func fileFailure(err error) bool {
+	failure, ok := errors.AsType[sqlite3.Error](err)
+	if !ok {
+		return false
+	}
+	switch failure.Code {
+	case sqlite3.ErrFull, sqlite3.ErrIoErr, sqlite3.ErrReadonly, sqlite3.ErrCantOpen:
+		return true
+	}
+	return false
 }
