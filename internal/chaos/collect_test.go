@@ -282,6 +282,7 @@ func locks(t *testing.T, c *cluster.Cluster, db *sql.DB) []string {
 const (
 	reservationLife = 10 * time.Second    // as configured in TestChaos
 	reapInterval    = reservationLife / 2 // between looks for keys left in Transit
+	blankLife       = 30 * time.Second    // of what is made in the place of a key whose deletion was interrupted
 	lockLife        = 15 * time.Second    // 5 s in Redis; in PostgreSQL locks() lists none that is younger
 	slack           = 15 * time.Second
 )
@@ -298,7 +299,7 @@ func awaitLives(t *testing.T, c *cluster.Cluster) {
 	harness.Eventually(t, reservationLife+slack, "no reservation is left", func() bool {
 		return number(t, db, "SELECT count(*) FROM org_keys WHERE state IN ('reserved', 'pending')") == 0
 	})
-	harness.Eventually(t, reservationLife+reapInterval+slack, "no Transit key is left", func() bool { return len(transit(t, c)) == 0 })
+	harness.Eventually(t, reservationLife+blankLife+reapInterval+slack, "no Transit key is left", func() bool { return len(transit(t, c)) == 0 })
 }
 
 // summary is the run in one line.
