@@ -121,59 +121,23 @@ var primorial = sync.OnceValue(func() *big.Int {
 	return product
 })
 
-// closePrimes tries Fermat's method: n = a² - b² = (a+b)(a-b), with a from the
-// square root of n upwards. From one a to the next, a² - n grows by 2a+1.
-func closePrimes(n *big.Int) bool {
-	one := big.NewInt(1)
-	a := new(big.Int).Sqrt(n)
-	rest := new(big.Int).Mul(a, a)
-	rest.Sub(rest, n)
-	step := new(big.Int).Lsh(a, 1)
-	step.Add(step, one)
-	two, root, square := big.NewInt(2), new(big.Int), new(big.Int)
-	for range fermatRounds {
-		if rest.Sign() >= 0 && maySquare(rest, root) {
-			if root.Sqrt(rest); square.Mul(root, root).Cmp(rest) == 0 {
-				return true
-			}
-		}
-		rest.Add(rest, step)
-		step.Add(step, two)
-	}
-	return false
-}
-
 // squaresModulo64 has the bit of each number below 64 that a square can be modulo 64.
 const squaresModulo64 uint64 = 0x202021202030213
 
-// squareModuli have no common factor, and their product fits in 64 bits. Of numbers that are no
-// squares one in 1,600 has the remainders of one by all of them and 64.
-var squareModuli = [...]uint64{63, 65, 11, 17, 19, 23, 31}
-
-// squareRemainders says by each of squareModuli which remainders squares have, and has the product.
-var squareRemainders = sync.OnceValues(func() (may [len(squareModuli)][65]bool, product *big.Int) {
-	product = big.NewInt(1)
-	for i, m := range squareModuli {
-		for n := range m {
-			may[i][n*n%m] = true
+// closePrimes tries Fermat's method: n = a² - b² = (a+b)(a-b), with a from the
+// square root of n upwards.
+func closePrimes(n *big.Int) bool {
+	a := new(big.Int).Sqrt(n)
+	square, b, root := new(big.Int), new(big.Int), new(big.Int)
+	for range fermatRounds {
+		b.Sub(square.Mul(a, a), n)
+		// A square is one of twelve numbers modulo 64; most others need no root.
+		if b.Sign() >= 0 && squaresModulo64>>(b.Uint64()%64)&1 == 1 {
+			if root.Sqrt(b); square.Mul(root, root).Cmp(b) == 0 {
+				return true
+			}
 		}
-		product.Mul(product, new(big.Int).SetUint64(m))
+		a.Add(a, big.NewInt(1))
 	}
-	return may, product
-})
-
-// maySquare reports false for most numbers that are no squares, whose root need not be drawn then.
-// It overwrites scratch.
-func maySquare(n, scratch *big.Int) bool {
-	if squaresModulo64>>(n.Uint64()%64)&1 == 0 {
-		return false
-	}
-	may, product := squareRemainders()
-	remainder := scratch.Mod(n, product).Uint64()
-	for i, m := range squareModuli {
-		if !may[i][remainder%m] {
-			return false
-		}
-	}
-	return true
+	return false
 }
