@@ -134,3 +134,18 @@ func (i *interrupted) QueryRowContext(ctx context.Context, text string, args ...
 	i.next()
 	return i.reader.QueryRowContext(ctx, text, args...)
 }
+
+// Pragma is what a setting of SQLite is on a connection that writes, or on one that reads.
+func (d *DB) Pragma(ctx context.Context, name string, writes bool) (value string, err error) {
+	var on interface {
+		QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+	} = d.read
+	if writes {
+		on = d.writer.db
+	}
+	err = on.QueryRowContext(ctx, "PRAGMA "+name).Scan(&value)
+	return value, err
+}
+
+// StorageFailure reports whether err says that the storage failed.
+var StorageFailure = storageFailure

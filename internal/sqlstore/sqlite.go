@@ -17,15 +17,15 @@ import (
 // busyTimeout is how long SQLite waits for another process that holds its file.
 const busyTimeout = statementTimeout
 
-// settings of every connection to SQLite. Savepoints' journals are kept in memory: they are
+// sqliteSettings are those of every connection to SQLite. Savepoints' journals are kept in memory: they are
 // needed only until their transaction ends, and were a fifth of the writer's time as files.
-var settings = fmt.Sprintf("PRAGMA busy_timeout = %d; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; "+
+var sqliteSettings = fmt.Sprintf("PRAGMA busy_timeout = %d; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; "+
 	"PRAGMA temp_store = MEMORY; PRAGMA foreign_keys = ON; ", busyTimeout.Milliseconds())
 
 func openSQLite(ctx context.Context, path string) (*DB, error) {
-	single := sql.OpenDB(newFile(path, "immediate", fmt.Sprintf("PRAGMA wal_autocheckpoint = %d", mostPages)))
+	single := sql.OpenDB(newSQLiteConnector(path, "immediate", fmt.Sprintf("PRAGMA wal_autocheckpoint = %d", mostPages)))
 	single.SetMaxOpenConns(3) // the writer's, one for migrations, and one for checkpoints
-	readers := &pool{DB: sql.OpenDB(newFile(path, "deferred", "PRAGMA query_only = ON")), prepared: map[string]*sql.Stmt{}}
+	readers := &pool{DB: sql.OpenDB(newSQLiteConnector(path, "deferred", "PRAGMA query_only = ON")), prepared: map[string]*sql.Stmt{}}
 	d := &DB{snapshot: snapshot{q: readers}, read: readers, writer: newWriter(single), recorded: make(chan struct{}, 1)}
 	d.LimitConnections(DefaultConnections)
 	// The first connection to write creates the file and turns on its WAL.
@@ -35,25 +35,25 @@ func openSQLite(ctx context.Context, path string) (*DB, error) {
 	return d, nil
 }
 
-// file is a driver.Connector for SQLite's file.
-type file struct {
+// sqliteConnector is a driver.Connector for SQLite's file.
+type sqliteConnector struct {
 	driver *sqlite3.SQLiteDriver
 	name   string
 }
 
-// newFile returns the connector for the file at path. Its transactions begin with lock, and its
+// newSQLiteConnector returns the connector for the file at path. Its transactions begin with lock, and its
 // connections have the settings of all and more, which is SQL. database/sql uses a connection from
 // one goroutine at a time, so SQLite need not lock it (SQLITE_OPEN_NOMUTEX).
-func newFile(path, lock, more string) *file {
+func newSQLiteConnector(path, lock, more string) *sqliteConnector {
 	name := url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: "_mutex=no&_txlock=" + lock}
-	return &file{name: name.String(), driver: &sqlite3.SQLiteDriver{ConnectHook: func(c *sqlite3.SQLiteConn) error {
-		_, err := c.Exec(settings+more, nil)
+	return &sqliteConnector{name: name.String(), driver: &sqlite3.SQLiteDriver{ConnectHook: func(c *sqlite3.SQLiteConn) error {
+		_, err := c.Exec(sqliteSettings+more, nil)
 		return err
 	}}}
 }
 
 // Connect implements driver.Connector.
-func (f *file) Connect(context.Context) (driver.Conn, error) {
+func (f *sqliteConnector) Connect(context.Context) (driver.Conn, error) {
 	c, err := f.driver.Open(f.name)
 	if err != nil {
 		return nil, err
@@ -62,7 +62,7 @@ func (f *file) Connect(context.Context) (driver.Conn, error) {
 }
 
 // Driver implements driver.Connector.
-func (f *file) Driver() driver.Driver { return f.driver }
+func (f *sqliteConnector) Driver() driver.Driver { return f.driver }
 
 // sqliteConn has parameters counted as PostgreSQL counts them: $2 is the second argument. In
 // SQLite that is a name, the argument of which is given by where it first appears, and ?2 is
