@@ -26,7 +26,11 @@ type failovers struct {
 	steps            []string // the documented commands
 	lost             map[string]bool
 	losses           int // rounds in which something was lost
+	deaths           []death
 }
+
+// death is when a primary was killed, and when its standby's promotion began.
+type death struct{ killed, promoted time.Time }
 
 // documentedSteps are the commands of a section of docs/operations.md.
 func documentedSteps(t *testing.T, heading string) (steps []string) {
@@ -179,10 +183,12 @@ func TestPromise8_AsynchronousFailover(t *testing.T) {
 				f.must(t, f.standby.Stop()) // what comes now is lost
 				time.Sleep(time.Second)
 			}
+			killed := time.Now()
 			f.must(t, f.primary.Kill())
 			if round%2 == 0 {
 				f.must(t, f.standby.Restart())
 			}
+			f.deaths = append(f.deaths, death{killed, time.Now()})
 			f.promote(t)
 			time.Sleep(3 * time.Second)
 		})
@@ -237,6 +243,25 @@ func (f *failovers) recover(t *testing.T, round int, accept string) {
 	}
 }
 
+// sinksTrail is how long before its primary's end a change may have been answered whose event
+// no sink has: changes do not wait for the sinks (docs/operations.md says so).
+const sinksTrail = 2 * time.Second
+
+// unnamed reports whether the deletion of a key was lost and nobody can name it: no sink has
+// it, and it was answered just before a primary was killed.
+func (f *failovers) unnamed(t *testing.T, id string) bool {
+	t.Helper()
+	for _, r := range f.Replicas {
+		if slices.ContainsFunc(r.Sink(t).Events, func(e harness.SunkEvent) bool { return e.Leaf.Type == "orgkey.deleted" && e.Leaf.Object == id }) {
+			return false
+		}
+	}
+	answered := f.load.answered[id]
+	return slices.ContainsFunc(f.deaths, func(d death) bool {
+		return answered.After(d.killed.Add(-sinksTrail)) && answered.Before(d.promoted)
+	})
+}
+
 // forget takes out of what the clients know what was named as lost. Of a key whose
 // creation the standby had, and not its release, the log says that it expired.
 func (f *failovers) forget(t *testing.T) {
@@ -249,6 +274,12 @@ func (f *failovers) forget(t *testing.T) {
 		f.lost["orgkey.created "+id] = true
 		return err
 	})
+	for _, id := range l.deleted {
+		if f.unnamed(t, id) {
+			t.Logf("the deletion of key %s was lost, and no sink had it yet", id)
+			f.lost["orgkey.deleted "+id] = true
+		}
+	}
 	l.received = slices.DeleteFunc(l.received, func(r Received) bool { return f.lost["orgkey.created "+r.ID] })
 	l.deleted = slices.DeleteFunc(l.deleted, func(id string) bool { return f.lost["orgkey.deleted "+id] || f.lost["orgkey.created "+id] })
 	l.wrong = slices.DeleteFunc(l.wrong, func(text string) bool {

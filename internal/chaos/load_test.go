@@ -36,6 +36,7 @@ type load struct {
 	usable   map[string][]held // by organization
 	requests map[string]bool   // the IDs of requests that delete
 	deleted  []string
+	answered map[string]time.Time // when a deletion was, by the key's ID
 	statuses map[int]int
 	failed   int // requests without a whole answer
 	wrong    []string
@@ -49,7 +50,7 @@ type held struct {
 
 func newLoad(t *testing.T, c *cluster.Cluster, orgs int) *load {
 	l := &load{
-		tokens: map[string]string{}, usable: map[string][]held{}, requests: map[string]bool{}, statuses: map[int]int{},
+		tokens: map[string]string{}, usable: map[string][]held{}, requests: map[string]bool{}, answered: map[string]time.Time{}, statuses: map[int]int{},
 		client: &http.Client{Timeout: 40 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 16}},
 	}
 	for _, r := range c.Replicas {
@@ -216,6 +217,7 @@ func (l *load) delete(dice *rand.Rand, org string) {
 	}
 	l.mu.Lock()
 	l.deleted = append(l.deleted, key.id)
+	l.answered[key.id] = time.Now()
 	l.mu.Unlock()
 	body, err := cluster.Signed(key.private, org, "192.0.2.1")
 	if err != nil {
