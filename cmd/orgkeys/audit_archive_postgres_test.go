@@ -67,12 +67,24 @@ func statements(t *testing.T, db *sql.DB, all ...string) {
 	}
 }
 
-// listed has n events recorded.
+// listed has n events recorded, and covered by a signed checkpoint: what none covers is not moved.
 func listed(t *testing.T, s *harness.Server, n int) {
 	t.Helper()
 	org := harness.Org()
 	for range n {
 		s.List(t, org)
+	}
+	db := opened(t, s.Setting("ORGKEYS_DATABASE_URL"))
+	var size int64
+	if err := db.QueryRow("SELECT size FROM log_head").Scan(&size); err != nil {
+		t.Fatal(err)
+	}
+	harness.Eventually(t, harness.Patience, "a signed checkpoint covers the events", func() (covered bool) {
+		err := db.QueryRow("SELECT max(size) >= $1 FROM signed_checkpoints WHERE superseded = 0", size).Scan(&covered)
+		return err == nil && covered
+	})
+	if err := db.Close(); err != nil { // its database may be dropped next
+		t.Fatal(err)
 	}
 }
 
