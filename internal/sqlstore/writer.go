@@ -10,6 +10,8 @@ import (
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
+
+	"github.com/orgkeys/orgkeys/internal/panics"
 )
 
 // writer is SQLite's one writing connection.
@@ -59,6 +61,19 @@ type change struct {
 	do     func(context.Context, *txn) error
 	result chan error
 	err    error
+	bug    *panics.Elsewhere // that do panicked with
+}
+
+// run does the change. A panic is undone as a failure is, and its caller's: here it would end
+// the process.
+func (c *change) run(ctx context.Context, tx *txn) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			bug := panics.Moved(v)
+			c.bug, err = &bug, panics.ErrBug
+		}
+	}()
+	return c.do(ctx, tx)
 }
 
 var (
@@ -106,6 +121,9 @@ func (w *writer) write(ctx context.Context, do func(context.Context, *txn) error
 	}
 	select {
 	case err := <-c.result:
+		if c.bug != nil && errors.Is(err, panics.ErrBug) {
+			panic(*c.bug)
+		}
 		return err
 	case <-ctx.Done():
 		return unavailable(ctx.Err())
@@ -340,11 +358,11 @@ func (w *writer) transact(batch []*change, started time.Time, savepoints bool) e
 		ctx := context.WithoutCancel(c.ctx)
 		switch {
 		case len(batch) == 1:
-			if c.err = c.do(ctx, tx); c.err != nil {
+			if c.err = c.run(ctx, tx); c.err != nil {
 				return ignoreDone(tx.Rollback())
 			}
 		case !savepoints:
-			if c.err = c.do(ctx, tx); c.err != nil {
+			if c.err = c.run(ctx, tx); c.err != nil {
 				return undone(tx)
 			}
 		default:
@@ -410,7 +428,7 @@ func apply(ctx context.Context, tx *txn, c *change) error {
 		return err
 	}
 	before := len(tx.placed)
-	if c.err = c.do(ctx, tx); c.err != nil {
+	if c.err = c.run(ctx, tx); c.err != nil {
 		tx.placed = tx.placed[:before]
 		if _, err := tx.ExecContext(ctx, "ROLLBACK TO change"); err != nil {
 			return err

@@ -4,9 +4,12 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
+	"log/slog"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -17,6 +20,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
+	"github.com/orgkeys/orgkeys/internal/panics"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
@@ -187,4 +191,61 @@ func TestGatheredChangesAreEachMadeOnce(t *testing.T) {
 	if n := db.LastBatch(); n != 1 {
 		t.Errorf("the sequencer's change shared its commit with %d others", n-1)
 	}
+}
+
+// A bug in one change is its caller's, alone or in a batch with others: they are made, it is
+// undone, and the process goes on. What is logged of it is where it was.
+func TestAChangeThatPanicsIsItsCallers(t *testing.T) {
+	location := filepath.Join(t.TempDir(), "orgkeys.db")
+	db := open(t, location)
+	statement(t, administrator(t, location), "CREATE TABLE done (n INTEGER)")
+	var log strings.Builder
+	change := func(n int) (panicked bool) {
+		defer func() {
+			if v := recover(); v != nil {
+				panicked = true
+				panics.Log(slog.New(slog.NewTextHandler(&log, nil)), v)
+			}
+		}()
+		if err := db.Change(t.Context(), func(execute func(string) error) error {
+			err := execute(fmt.Sprintf("INSERT INTO done VALUES (%d)", n))
+			return errors.Join(err, bug(n))
+		}); err != nil {
+			t.Error(err)
+		}
+		return false
+	}
+	leave := db.Stall(t.Context())
+	var all sync.WaitGroup
+	for n := range 3 {
+		all.Go(func() {
+			if panicked := change(n); panicked != (n == 1) {
+				t.Errorf("change %d panicked: %t", n, panicked)
+			}
+		})
+	}
+	until(t, "the changes wait", func() bool { return db.Waiting() == 3 })
+	must(t, leave())
+	all.Wait()
+	if !change(1) { // alone
+		t.Error("no panic")
+	}
+	rows := 0
+	if must(t, administrator(t, location).QueryRow("SELECT count(*) FROM done WHERE n <> 1").Scan(&rows)); rows != 2 {
+		t.Errorf("%d of the others' changes were made", rows)
+	}
+	if must(t, administrator(t, location).QueryRow("SELECT count(*) FROM done").Scan(&rows)); rows != 2 {
+		t.Errorf("%d changes were made", rows)
+	}
+	if said := log.String(); strings.Count(said, "sqlstore_test.bug") != 2 || !strings.Contains(said, "index out of range") {
+		t.Errorf("logged: %s", said)
+	}
+}
+
+// bug panics for 1.
+func bug(n int) error {
+	if n != 1 {
+		return nil
+	}
+	return make([]error, n)[n]
 }
