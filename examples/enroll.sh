@@ -260,5 +260,9 @@ if [ -n "$(value sha256)" ] && [ -s "$recipient" ]; then
 	[ "$(jq -r .message "$work/body" 2>/dev/null)" = 'Receipt recorded' ] || fail 75 "$server answers as something else than orgkeys does"
 fi
 rm -f "$recipient" "$dir/own_key.pem"
-rm -f "$token_file" || echo "enroll.sh: $token_file cannot be removed; this machine does not need it any more" >&2
+if [ -L "$token_file" ]; then
+	echo "enroll.sh: $token_file is a link, and what it leads to is not removed: remove both" >&2
+else
+	rm -f "$token_file" || echo "enroll.sh: $token_file cannot be removed; this machine does not need it any more" >&2
+fi
 echo "enroll.sh: key $(value keyId) of $(value org) is in $key"

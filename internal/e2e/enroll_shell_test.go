@@ -138,6 +138,14 @@ func TestAShellNodeWhoseTokenStays(t *testing.T) {
 		n.server = "http://127.0.0.1:1" // nothing is left to ask
 		n.run(0, n.token+" cannot be removed", "--origin", origin)
 		n.under = nil
+		token := n.token
+		n.token += ".link"
+		must(t, os.Symlink(token, n.token))
+		n.run(0, n.token+" is a link, and what it leads to is not removed: remove both", "--origin", origin)
+		_, err := os.Stat(n.token) // the link and the token
+		must(t, err)
+		must(t, os.Remove(n.token))
+		n.token = token
 		n.run(0, "key ", "--origin", origin)
 		key := n.key()
 		if got := show(t, s, org, m.ID); got.State != "received" || got.Conflicts != 0 || got.Claims[0].Fingerprint != client.Fingerprint(&key.PublicKey) {
