@@ -322,6 +322,9 @@ func (c *Console) render(w http.ResponseWriter, status int, name string, v *view
 	}
 	if v.visit != nil {
 		v.visit.made()
+	}
+	// The answer to a form is small, and may show what is shown once.
+	if v.visit != nil && v.visit.r.Method == http.MethodGet {
 		keep := c.memory.Take(v.visit.caller.Org, shares.Counted(int64(text.Cap())))
 		if keep == nil {
 			c.problem(w, v.visit.r, http.StatusServiceUnavailable, "Not available", "Too many large pages are being sent. Please try again shortly.")

@@ -240,6 +240,11 @@ func TestSlowBrowsersTakeBoundedMemory(t *testing.T) {
 	}
 	c.Asking(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
+		if r.Method == http.MethodPost {
+			w.WriteHeader(http.StatusCreated)
+			fmt.Fprintf(w, `{"success":true,"data":{"id":"%s","token":"oke1.of-the-test","origin":"backend"}}`, someID)
+			return
+		}
 		fmt.Fprintf(w, `{"success":true,"data":[{"name":"%s"}],"total":1}`, strings.Repeat("n", 4<<20))
 	}))
 	cookies := map[string]string{}
@@ -275,6 +280,12 @@ func TestSlowBrowsersTakeBoundedMemory(t *testing.T) {
 	if w := ask(c, t.Context(), "GET", "/console/secrets", cookies["acme"]); w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || !strings.Contains(w.Body.String(), "Too many large pages") {
 		t.Errorf("a page too many gets %d %v %.300s", w.Code, w.Header(), w.Body)
 	}
+	// What a form has done is shown in any case: a token is shown once.
+	rest := c.memory.Take("acme", pagesMemory/2-c.memory.Taken())
+	if w := ask(c, t.Context(), "POST", "/console/enrollments", cookies["acme"]); w.Code != http.StatusCreated || !strings.Contains(w.Body.String(), "oke1.of-the-test") {
+		t.Errorf("minting beside them gets %d %.300s", w.Code, w.Body)
+	}
+	rest(0)
 	if w := ask(c, t.Context(), "GET", "/console/secrets", cookies["other"]); w.Code != http.StatusOK {
 		t.Errorf("another organization's page gets %d %.300s", w.Code, w.Body)
 	}
