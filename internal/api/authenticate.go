@@ -67,6 +67,14 @@ func (a *API) organization(action authz.Action) gin.HandlerFunc {
 	}
 }
 
+// ofCaller is organization for a path that names none: it is the caller's.
+func (a *API) ofCaller(action authz.Action) gin.HandlerFunc {
+	return func(c *gin.Context) {
+		x := exchangeOf(c)
+		x.org, x.action = x.caller.Org, action
+	}
+}
+
 // reasonForm is what a client may say in a deletion's ?reason=. It is for people, and
 // goes into the part of the event that can be erased.
 var reasonForm = regexp.MustCompile(`\A[^\p{Cc}\p{Cf}\x{2028}\x{2029}]{1,200}\z`)

@@ -36,7 +36,7 @@ func (a *API) listing(c *gin.Context) {
 	defer cancel()
 	turn := a.lists.making.Await(waiting, x.caller.Org, 1)
 	if turn == nil {
-		a.refuse(c, listsBusy)
+		a.reject(c, "overloaded", listsBusy)
 		return
 	}
 	x.made = func() { turn(0) }
@@ -56,7 +56,7 @@ func (a *API) writeList(c *gin.Context, list any) {
 	// It does not wait: the list is in memory meanwhile.
 	keep := a.lists.memory.Take(x.caller.Org, shares.Counted(int64(len(text))))
 	if keep == nil {
-		a.refuse(c, listsBusy)
+		a.reject(c, "overloaded", listsBusy)
 		return
 	}
 	defer keep(0)

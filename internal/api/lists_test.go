@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -73,6 +74,9 @@ func TestSlowReadersOfListsTakeBoundedMemory(t *testing.T) {
 			t.Errorf("%s: a list too many gets %d %v %.200s", path, a.StatusCode, a.Header, a.body)
 		}
 	}
+	if recorded := b.keys.log(); !slices.Contains(recorded, "reject acme node.list overloaded") || !slices.Contains(recorded, "reject acme enrollment.list overloaded") {
+		t.Errorf("recorded: %q", recorded)
+	}
 	if a := b.ask("GET", "/organization/acme/key"); a.StatusCode != http.StatusOK {
 		t.Errorf("a list that takes next to nothing gets %d %s", a.StatusCode, a.body)
 	}
@@ -101,7 +105,7 @@ func TestFewListsAreMadeAtOnce(t *testing.T) {
 	refused := make(chan answer)
 	asked := []struct{ method, path string }{
 		{"GET", "/organization/acme/key"}, {"GET", "/organization/acme/nodes"}, {"GET", "/organization/acme/secret"},
-		{"GET", "/organization/acme/enrollment"}, {"GET", "/organization/acme/enrollment/" + nodeID}, {"GET", "/organization/acme/device"}, {"GET", "/organization/acme/event"}, {"POST", "/systemevent"},
+		{"GET", "/organization/acme/enrollment"}, {"GET", "/organization/acme/enrollment/" + nodeID}, {"GET", "/organization/acme/device"}, {"GET", "/organization/acme/event"}, {"POST", "/systemevent"}, {"GET", "/node"},
 	}
 	for _, r := range asked {
 		go func() { refused <- b.ask(r.method, r.path) }()
@@ -110,6 +114,16 @@ func TestFewListsAreMadeAtOnce(t *testing.T) {
 		if a := <-refused; a.StatusCode != http.StatusServiceUnavailable || a.Header.Get("Retry-After") == "" {
 			t.Errorf("%s: a list too many gets %d %s", a.Request.URL.Path, a.StatusCode, a.body)
 		}
+	}
+	// Each leaves its event, or who may not list is told so.
+	recorded := b.keys.log()
+	slices.Sort(recorded)
+	want := []string{
+		"reject acme device.list overloaded", "reject acme enrollment.list overloaded", "reject acme enrollment.list overloaded", "reject acme event.read overloaded", "reject acme event.read overloaded",
+		"reject acme node.list overloaded", "reject acme node.list overloaded", "reject acme orgkey.list overloaded", "reject acme secret.list overloaded",
+	}
+	if !slices.Equal(recorded, want) {
+		t.Errorf("recorded: %q", recorded)
 	}
 	if a := b.ask("GET", "/organization/other/nodes", "Authorization", "Bearer other"); a.StatusCode != http.StatusOK {
 		t.Errorf("another organization gets %d %s", a.StatusCode, a.body)

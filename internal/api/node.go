@@ -39,7 +39,7 @@ func (a *API) routesNodes(r gin.IRouter) {
 	signed.POST("/unregister", a.signed("Node unregistered successfully", a.Nodes.Unregister))
 	signed.POST("/secrets", a.fetchSecrets)
 
-	get(r, "/node", a.whileServing, a.authenticate, a.withoutBody, a.listing, a.listNodesByService)
+	get(r, "/node", a.whileServing, a.authenticate, a.ofCaller(authz.ListNodes), a.withoutBody, a.listing, a.listNodesByService)
 
 	org := r.Group("/organization/:idOrg", a.whileServing, a.authenticate)
 	get(org, "/nodes", a.organization(authz.ListNodes), a.withoutBody, a.listing, a.listNodes)
@@ -191,8 +191,6 @@ func (a *API) listNodes(c *gin.Context) { a.answerNodes(c, 0) }
 // listNodesByService lists the nodes of the caller's own organization that offer
 // every service of a bit mask, as the platform's client asks for them.
 func (a *API) listNodesByService(c *gin.Context) {
-	x := exchangeOf(c)
-	x.org, x.action = x.caller.Org, authz.ListNodes
 	services, err := servicesAsked(c.Request.URL.RawQuery)
 	if err != nil {
 		a.reject(c, "invalid", problem{http.StatusBadRequest, "invalid_request", err.Error(), 0})

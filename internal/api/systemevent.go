@@ -21,9 +21,9 @@ type SystemEvents interface {
 var _ SystemEvents = (*systemevent.Service)(nil)
 
 func (a *API) routesSystemEvents(r gin.IRouter) {
-	r.POST("/systemevent", a.whileServing, a.authenticate, a.systemEventBody, a.listing, a.readSystemEvents)
-	r.POST("/systemevent/read", a.whileServing, a.authenticate, a.markSystemEvents(true))
-	r.DELETE("/systemevent/read", a.whileServing, a.authenticate, a.markSystemEvents(false))
+	r.POST("/systemevent", a.whileServing, a.authenticate, a.ofCaller(authz.ReadEvents), a.systemEventBody, a.listing, a.readSystemEvents)
+	r.POST("/systemevent/read", a.whileServing, a.authenticate, a.ofCaller(authz.MarkEvents), a.markSystemEvents(true))
+	r.DELETE("/systemevent/read", a.whileServing, a.authenticate, a.ofCaller(authz.MarkEvents), a.markSystemEvents(false))
 }
 
 type eventPage struct {
@@ -50,9 +50,7 @@ type eventEntry struct {
 
 // systemEventBody is before listing: whoever sends a body slowly must not hold a turn.
 func (a *API) systemEventBody(c *gin.Context) {
-	x := exchangeOf(c)
-	x.org, x.action = x.caller.Org, authz.ReadEvents
-	x.body, _ = a.adminBody(c)
+	exchangeOf(c).body, _ = a.adminBody(c)
 }
 
 func (a *API) readSystemEvents(c *gin.Context) {
@@ -74,14 +72,12 @@ func (a *API) readSystemEvents(c *gin.Context) {
 
 func (a *API) markSystemEvents(asRead bool) gin.HandlerFunc {
 	return func(c *gin.Context) {
-		x := exchangeOf(c)
-		x.org, x.action = x.caller.Org, authz.MarkEvents
 		body, refusal := readBody(c)
 		if refusal != nil {
 			a.reject(c, refusal.code, *refusal)
 			return
 		}
-		if err := a.SystemEvents.Mark(c.Request.Context(), x.call(), body, asRead); err != nil {
+		if err := a.SystemEvents.Mark(c.Request.Context(), exchangeOf(c).call(), body, asRead); err != nil {
 			a.fail(c, err)
 			return
 		}
