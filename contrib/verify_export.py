@@ -331,27 +331,64 @@ class Inventory:
         return [life for life in self.order if "ended" not in life]
 
 
+USES = re.compile(r"0*([0-9]{1,10})", re.ASCII)
+
+
+class Permission:
+    """What an enrollment permits, as the event of its creation has it, and what came of it.
+
+    What that event does not say is not held against anybody. The order of events is the
+    evidence, not their times: orgkeys lets no claim and no approval come behind an
+    enrollment's end; but an end that waits for a key that is being sealed can be recorded first.
+    """
+
+    def __init__(self, index, e):
+        self.created, self.org, self.terms = moment(index, e), e.get("org"), e.get("detail", {})
+        uses = USES.fullmatch(self.terms.get("uses", ""))
+        self.uses = int(uses[1]) if uses and int(uses[1]) < 1 << 31 else 0  # 0: the log does not say
+        self.whole = bool(self.uses and self.terms.get("scope") and self.terms.get("approval"))
+        self.claims, self.ends = 0, set()
+
+    def claim(self, index, e, detail):
+        self.claims += 1
+        need(self.org == e.get("org"), "event %d: the enrollment that is claimed is of another organization" % index)
+        need(not self.ends, "event %d: the enrollment is claimed, and was over" % index)
+        need(not self.uses or self.claims <= self.uses, "event %d: the enrollment is claimed once more than the %d times that were permitted" % (index, self.uses))
+        need(self.terms.get("recipient") in (None, "", detail.get("recipient")), "event %d: the enrollment is claimed by another recipient than the one that was permitted" % index)
+        tpm, ek = self.terms.get("tpm"), detail.get("ek")
+        need(not tpm or (ek if tpm == "allowed" else ek == tpm), "event %d: the enrollment is claimed without the TPM that was permitted" % index)
+
+
 class Deliveries:
     """How each sealed key came to who asked for it, as the events tell it."""
 
     def __init__(self, inventory):
         self.inventory, self.known, self.signatures = inventory, {}, {}
         self.permitted, self.claims, self.approvals = {}, {}, {}
-        self.own = {}  # keys that their holders made, with their proofs
+        self.own, self.proven = {}, 0  # keys that their holders made, with their proofs, and how many of these were checked
 
     def add(self, index, e):
         kind, detail, thing = e["type"], e.get("detail", {}), e.get("object")
         if e["outcome"] != "success":
             return
+        permission = self.permitted.get(thing)
         if kind == "enrollment.created":
-            self.permitted[thing] = moment(index, e)
+            need(not permission, "event %d: the enrollment is created a second time" % index)
+            self.permitted[thing] = Permission(index, e)
+        elif kind in ("enrollment.revoked", "enrollment.expired") and permission:
+            permission.ends.add(kind)
         elif kind == "enrollment.approved":
+            # The sweeper may come late to the claims of an expired one.
+            need(not permission or "enrollment.revoked" not in permission.ends, "event %d: a claim is approved, and the enrollment was revoked" % index)
             self.approvals[thing, detail.get("recipient")] = moment(index, e)
         elif kind == "enrollment.claimed":
-            need(thing in self.permitted, "event %d: the enrollment is claimed, and nobody created it" % index)
-            self.claims[detail.get("key")] = moment(index, e), detail.get("from"), detail.get("recipient"), thing
-        elif kind == "orgkey.created" and detail.get("backend") == "node":
-            self.made(index, e, thing, detail)
+            need(permission, "event %d: the enrollment is claimed, and nobody created it" % index)
+            permission.claim(index, e, detail)
+            self.claims[detail.get("key")] = moment(index, e), detail.get("from"), detail.get("ek"), detail.get("recipient"), thing
+        elif kind == "orgkey.created":
+            self.keeps(index, e, thing, detail)
+            if detail.get("backend") == "node":
+                self.made(index, e, thing, detail)
         elif kind == "orgkey.sealed":
             self.seal(index, e, thing, detail)
         elif kind == "orgkey.delivered" and thing in self.known:
@@ -359,12 +396,25 @@ class Deliveries:
         elif kind == "orgkey.received":
             self.receive(index, e, thing, detail)
 
+    def keeps(self, index, e, key, detail):
+        """A key that came by an enrollment is one that this permits."""
+        enrollment, life = detail.get("enrollment"), self.inventory.lives[key]
+        if not enrollment:
+            return
+        _, _, ek, recipient, by = self.claims.get(key, (None,) * 5)
+        need(by == enrollment, "event %d: the key did not claim the enrollment by which it came" % index)
+        p = self.permitted[enrollment]
+        need(life["org"] == p.org, "event %d: the enrollment by which the key came is of another organization" % index)
+        need(p.terms.get("scope") in (None, "", self.inventory.scopes[key]), "event %d: the key is of another scope than was permitted" % index)
+        need(not p.whole or (life.get("generatedIn") == "node") == (p.terms.get("origin") == "node"), "event %d: the key is of another origin than was permitted" % index)
+        need(p.terms.get("approval") != "true" or (enrollment, recipient) in self.approvals, "event %d: the key was made, and nobody approved its claim" % index)
+        need(detail.get("ek") in (None, "", ek), "event %d: the key is in another TPM than claimed its enrollment" % index)
+
     def made(self, index, e, key, detail):
         recipient, enrollment = detail.get("recipient", ""), detail.get("enrollment")
         lines = ("orgkeys/add/v1", e["org"], recipient)
         if enrollment:
-            claim = self.claims.pop(key, (None,) * 4)
-            need(claim[2:] == (recipient, enrollment), "event %d: the key did not claim the enrollment by which it came" % index)
+            need(self.claims.pop(key)[3] == recipient, "event %d: the key is another than claimed the enrollment by which it came" % index)
             lines = ("orgkeys/enroll/v1", enrollment, recipient)
         self.own[key] = index, "".join(line + "\n" for line in lines), b64(detail.get("signature", ""))
 
@@ -378,9 +428,10 @@ class Deliveries:
         }
         enrollment = detail.get("enrollment")
         if enrollment:
-            claimed, origin, recipient, by = self.claims.pop(key, (None,) * 4)
-            need(by == enrollment and recipient == known["recipient"], "event %d: the key is sealed to a recipient that did not claim it" % index)
-            known.update(enrollment=enrollment, permitted=self.permitted[enrollment], claimed=claimed)
+            self.keeps(index, e, key, detail)
+            claimed, origin, _, recipient, _ = self.claims.pop(key)
+            need(recipient == known["recipient"], "event %d: the key is sealed to a recipient that did not claim it" % index)
+            known.update(enrollment=enrollment, permitted=self.permitted[enrollment].created, claimed=claimed)
             if origin:
                 known["from"] = origin
             if (enrollment, recipient) in self.approvals:
@@ -408,6 +459,7 @@ class Deliveries:
         if key in self.own:
             index, text, signature = self.own[key]
             need(rsa_verify(public, text.encode(), signature), "event %d: the proof of key %s was not signed by that key" % (index, key))
+            self.proven += 1
         if key not in self.signatures:
             return
         known = self.known[key]
@@ -427,6 +479,13 @@ class Deliveries:
             nodes = self.inventory.lives[known["key"]].get("nodes")
             all_known.append(dict(known, nodes=nodes) if nodes else known)
         return all_known
+
+    def unproven(self):
+        return len(self.own) - self.proven
+
+    def in_part(self):
+        """Of how many enrollments that were claimed the log does not have all that was permitted."""
+        return sum(p.claims > 0 and not p.whole for p in self.permitted.values())
 
     def signed(self):
         return sum(known["receipt"] == "signed" for known in self.known.values())
@@ -658,6 +717,8 @@ class Verifier:
         if self.public_keys is not None:
             yield "%d public keys, each the one whose fingerprint the log has" % self.public_keys
             yield "%d receipts of sealed keys, each signed by the holder of the key that it is for" % self.deliveries.signed()
+            yield "%d proofs of keys that their holders made, each signed by that key" % self.deliveries.proven
+        yield "%d enrollments: their claims and keys keep to the uses, recipient, TPM, scope, origin and approval that were permitted, and no claim came behind the end" % len(self.deliveries.permitted)
         yield "the manifest: every member is there once, in its place, with its size and SHA-256"
         if self.covered():
             yield "the checkpoint given: it covers every event, so that the end is not cut off"
@@ -672,6 +733,10 @@ class Verifier:
         unchecked = sum(known["receipt"] == "unchecked" for known in self.deliveries.known.values())
         if unchecked:
             yield "%d receipts of sealed keys, whose public keys are not in the export" % unchecked
+        if self.deliveries.unproven():
+            yield "%d proofs of keys that their holders made, whose public keys are not in the export: it was made without, or the keys were deleted before" % self.deliveries.unproven()
+        if self.deliveries.in_part():
+            yield "%d enrollments of which the log does not have all that was permitted; what it has was compared" % self.deliveries.in_part()
         yield "Vault's own audit file: \"orgkeys audit verify-export --vault-audit\" compares with it"
         yield "whether what the events say is so: times, actors and outcomes are the server's word"
         yield "decisions: they follow from the policy's text and each event, and were not recomputed"
@@ -681,6 +746,8 @@ class Verifier:
             "verified": True, "truncationExcluded": self.covered(), "origin": self.manifest["origin"], "events": self.tree.size,
             "root": base64.b64encode(self.tree.root()).decode(), "keys": len(self.inventory.order), "checkpoints": self.signed,
             "publicKeys": self.public_keys or 0, "enrolled": self.deliveries.told(),
+            "proofs": self.deliveries.proven, "proofsUnchecked": self.deliveries.unproven(),
+            "enrollments": len(self.deliveries.permitted), "termsUnchecked": self.deliveries.in_part(),
             "receipts": self.with_receipt, "types": self.types, "checked": list(self.checked()), "notChecked": list(self.unchecked()),
         }
 

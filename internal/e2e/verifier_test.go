@@ -96,6 +96,9 @@ func allHappens(t *testing.T, except []string, rotate func(*testing.T), opts ...
 	if len(judged.Enrolled) == 0 || judged.Enrolled[0]["receipt"] != "signed" || judged.Enrolled[0]["from"] != "127.0.0.1" {
 		t.Errorf("of the node that enrolled it says %v", judged.Enrolled)
 	}
+	if want := (permitted{Enrollments: 5, Proofs: 1}); judged.permitted != want {
+		t.Errorf("of enrollments it says %+v, want %+v", judged.permitted, want)
+	}
 	happened := judged.Types
 	except = append(except, "log.database_changed") // wants a PostgreSQL that fails over: internal/chaos has its export verified
 	except = append(except, "log.pruned")           // of a log whose first entries are removed there is no export
@@ -231,7 +234,11 @@ type verdict struct {
 	Checked, NotChecked []string
 	Enrolled            []map[string]any
 	Error               string
+	permitted
 }
+
+// permitted is what both verifiers count of enrollments and of keys that their holders made.
+type permitted struct{ Enrollments, TermsUnchecked, Proofs, ProofsUnchecked int64 }
 
 // same compares two JSON texts by what they say; none is an empty list.
 func same(t *testing.T, a, b []byte) bool {
@@ -266,10 +273,16 @@ func python(t *testing.T, s *harness.Server, code int) verdict {
 	verdict := pythonSays(t, 0, archive, "--key", keys, "--checkpoint", note)
 	told, err := json.Marshal(verdict.Enrolled)
 	must(t, err)
-	var ours struct{ Enrolled json.RawMessage }
+	var ours struct {
+		Enrolled json.RawMessage
+		permitted
+	}
 	must(t, json.Unmarshal([]byte(succeeds(t, s, "audit", "verify-export", archive, "--key", keys, "--checkpoint", note, "--json")), &ours))
 	if !same(t, told, ours.Enrolled) {
 		t.Errorf("of sealed keys it says\n%s\nand the program\n%s", told, ours.Enrolled)
+	}
+	if verdict.permitted != ours.permitted {
+		t.Errorf("of enrollments it says %+v, and the program %+v", verdict.permitted, ours.permitted)
 	}
 	if len(verdict.Checked) < 6 || len(verdict.NotChecked) < 2 || verdict.Events == 0 {
 		t.Errorf("it says %+v", verdict)

@@ -58,10 +58,11 @@ const (
 type deliveries struct {
 	all       []*Enrolled
 	byKey     map[string]*Enrolled
-	permitted map[string]*Moment  // by enrollment
-	claims    map[string]*claimed // by key
-	approvals map[string]*Moment  // by enrollment and recipient
-	own       map[string]ownKey   // by key
+	permitted map[string]*permission // by enrollment
+	claims    map[string]*claimed    // by key
+	approvals map[string]*Moment     // by enrollment and recipient
+	own       map[string]ownKey      // by key
+	proven    int64                  // of own
 }
 
 // ownKey is a key that its holder made, with their proof.
@@ -85,11 +86,11 @@ func (k ownKey) text() []byte {
 type claimed struct {
 	at              *Moment
 	from, recipient string
-	enrollment      string
+	enrollment, ek  string
 }
 
 func newDeliveries() deliveries {
-	return deliveries{byKey: map[string]*Enrolled{}, permitted: map[string]*Moment{}, claims: map[string]*claimed{}, approvals: map[string]*Moment{}, own: map[string]ownKey{}}
+	return deliveries{byKey: map[string]*Enrolled{}, permitted: map[string]*permission{}, claims: map[string]*claimed{}, approvals: map[string]*Moment{}, own: map[string]ownKey{}}
 }
 
 // add takes the next event into account, after the inventory has. It reports
@@ -97,11 +98,11 @@ func newDeliveries() deliveries {
 func (d *deliveries) add(index int64, e *audit.Event, lives *inventory) error {
 	switch e.Type {
 	case audit.KeyCreated:
-		if e.Detail["backend"] != nodeMade {
+		if e.Detail["backend"] != nodeMade && e.Detail["enrollment"] == "" {
 			return nil
 		}
 		fallthrough
-	case audit.EnrollmentCreated, audit.EnrollmentApproved, audit.EnrollmentClaimed, audit.KeySealed, audit.KeyDelivered, audit.KeyReceived:
+	case audit.EnrollmentCreated, audit.EnrollmentApproved, audit.EnrollmentClaimed, audit.EnrollmentRevoked, audit.EnrollmentExpired, audit.KeySealed, audit.KeyDelivered, audit.KeyReceived:
 		if e.Outcome == audit.Success {
 			return d.note(index, e, lives)
 		}
@@ -115,23 +116,16 @@ func (d *deliveries) note(index int64, told *audit.Event, lives *inventory) erro
 	}
 	e := told.Clone() // what is kept must not keep the text that it was read from
 	switch e.Type {
-	case audit.EnrollmentCreated:
-		d.permitted[e.Object] = momentOf(index, e)
-	case audit.EnrollmentApproved:
-		d.approvals[e.Object+"/"+e.Detail["recipient"]] = momentOf(index, e)
-	case audit.EnrollmentClaimed:
-		if d.permitted[e.Object] == nil {
-			return fmt.Errorf("enrollment %s is claimed, and nobody created it", e.Object)
-		}
-		d.claims[e.Detail["key"]] = &claimed{momentOf(index, e), e.Detail["from"], e.Detail["recipient"], e.Object}
 	case audit.KeyCreated:
-		return d.made(index, e)
+		return d.made(index, e, lives)
 	case audit.KeySealed:
 		return d.seal(index, e, lives, lives.find(e.Object))
 	case audit.KeyDelivered:
 		d.byKey[e.Object].Delivered = momentOf(index, e)
 	case audit.KeyReceived:
 		return d.receive(index, e)
+	default:
+		return d.permit(index, e)
 	}
 	return nil
 }
@@ -139,15 +133,18 @@ func (d *deliveries) note(index int64, told *audit.Event, lives *inventory) erro
 // nodeMade is the back end, in the log, of a key that its holder made.
 const nodeMade = "node"
 
-// made takes a key that its holder made into account.
-func (d *deliveries) made(index int64, e audit.Event) error {
+// made takes a key into account that came by an enrollment, or that its holder made.
+func (d *deliveries) made(index int64, e audit.Event, lives *inventory) error {
+	if err := d.keeps(e, lives); err != nil || e.Detail["backend"] != nodeMade {
+		return err
+	}
 	k := ownKey{index: index, org: e.Org, enrollment: e.Detail["enrollment"], recipient: e.Detail["recipient"]}
 	var err error
 	if k.signature, err = base64.StdEncoding.Strict().DecodeString(e.Detail["signature"]); err != nil {
 		return fmt.Errorf("the proof of key %s is no signature: %w", e.Object, err)
 	}
-	if claim := d.claims[e.Object]; k.enrollment != "" && (claim == nil || claim.enrollment != k.enrollment || claim.recipient != k.recipient) {
-		return fmt.Errorf("key %s did not claim enrollment %s, by which it came", e.Object, k.enrollment)
+	if k.enrollment != "" && d.claims[e.Object].recipient != k.recipient {
+		return fmt.Errorf("key %s is another than claimed enrollment %s", e.Object, k.enrollment)
 	}
 	delete(d.claims, e.Object)
 	d.own[e.Object] = k
@@ -170,7 +167,10 @@ func (d *deliveries) seal(index int64, e audit.Event, lives *inventory, life *li
 		if claim == nil || claim.enrollment != known.Enrollment || claim.recipient != known.Recipient {
 			return fmt.Errorf("key %s is sealed to a recipient that did not claim it by enrollment %s", e.Object, known.Enrollment)
 		}
-		known.Permitted, known.Claimed, known.From = d.permitted[known.Enrollment], claim.at, claim.from
+		if err := d.keeps(e, lives); err != nil {
+			return err
+		}
+		known.Permitted, known.Claimed, known.From = d.permitted[known.Enrollment].at, claim.at, claim.from
 		known.Approved = d.approvals[known.Enrollment+"/"+known.Recipient]
 		delete(d.claims, e.Object)
 	}
@@ -210,8 +210,11 @@ func (d *deliveries) receive(index int64, e audit.Event) error {
 // check checks that the holder of key's private half signed its receipt, and if
 // they made the key their proof, where there is one.
 func (d *deliveries) check(origin, key string, public orgkey.Public) error {
-	if k, made := d.own[key]; made && !public.Verifies(k.text(), k.signature) {
-		return verify.Problemf(k.index, "the proof of key %s was not signed by that key", key)
+	if k, made := d.own[key]; made {
+		if !public.Verifies(k.text(), k.signature) {
+			return verify.Problemf(k.index, "the proof of key %s was not signed by that key", key)
+		}
+		d.proven++
 	}
 	known := d.byKey[key]
 	if known == nil || known.Receipt != Unchecked {

@@ -31,6 +31,10 @@ type Report struct {
 	Keys        int64 // in the inventory
 	PublicKeys  int64 // that match the log's fingerprints
 	Enrolled    []Enrolled
+	Proofs      int64 // of keys that their holders made, each signed by that key
+	Unproven    int64 // of such keys, whose public keys are not in the export
+	Enrollments int64 // whose claims and keys are as was permitted
+	InPart      int64 // of those that were claimed, of which the log does not have all that was permitted
 	Rollbacks   []audit.Rollback
 	Covered     int64        // events that evidence from outside covers
 	Vault       *VaultReport // nil without Vault's audit file
@@ -473,6 +477,8 @@ func (x *verifier) finish() error {
 		return verify.Problemf(x.tree.Size(), "it is missing: the checkpoint given covers %d events; the export is older, or the log was truncated: make a new export", x.kept.Size)
 	}
 	x.report.Covered, x.report.Enrolled = x.kept.Size, x.deliveries.told(&x.lives)
+	x.report.Proofs, x.report.Unproven = x.deliveries.proven, int64(len(x.deliveries.own))-x.deliveries.proven
+	x.report.Enrollments, x.report.InPart = x.deliveries.compared()
 	if x.vault == nil {
 		return nil
 	}

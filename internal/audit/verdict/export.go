@@ -51,6 +51,9 @@ func (j *Judge) Export(ctx context.Context, name string, g Given) error {
 	for _, e := range report.Enrolled {
 		fmt.Fprintln(j.out, enrolled(e))
 	}
+	for _, line := range permitted(report) {
+		fmt.Fprintln(j.out, line)
+	}
 	return exportVouched(j.out, report, asOf)
 }
 
@@ -88,6 +91,24 @@ func enrolled(e archive.Enrolled) string {
 		b.WriteString("; nobody has signed for them")
 	}
 	return b.String()
+}
+
+// permitted says what was compared with what administrators permitted, and what was not.
+func permitted(r archive.Report) (lines []string) {
+	for _, said := range []struct {
+		n    int64
+		text string
+	}{
+		{r.Enrollments, "%d enrollments: their claims and keys keep to the uses, recipient, TPM, scope, origin and approval that were permitted, and no claim came behind the end"},
+		{r.InPart, "NOT checked: %d enrollments of which the log does not have all that was permitted; what it has was compared"},
+		{r.Proofs, "%d proofs of keys that their holders made, each signed by that key"},
+		{r.Unproven, "NOT checked: %d proofs of keys that their holders made, whose public keys are not in the export: it was made without, or the keys were deleted before"},
+	} {
+		if said.n > 0 {
+			lines = append(lines, fmt.Sprintf(said.text, said.n))
+		}
+	}
+	return lines
 }
 
 // exportVouched prints how many events of an export the evidence from outside

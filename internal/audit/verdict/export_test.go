@@ -88,3 +88,17 @@ func TestHowAKeyCameToItsHolderIsTold(t *testing.T) {
 		}
 	}
 }
+
+// What was not compared with what administrators permitted is said, and nothing is said
+// where there was nothing to compare.
+func TestWhatIsNotCheckedIsSaid(t *testing.T) {
+	if said := permitted(archive.Report{}); len(said) != 0 {
+		t.Errorf("of no enrollment: %q", said)
+	}
+	said := strings.Join(permitted(archive.Report{Enrollments: 7, InPart: 3, Proofs: 5, Unproven: 2}), "\n")
+	for _, want := range []string{"7 enrollments: their", "NOT checked: 3 enrollments", "5 proofs of keys that their holders made, each signed", "NOT checked: 2 proofs of keys that their holders made, whose public keys are not in the export"} {
+		if !strings.Contains(said, want) {
+			t.Errorf("%q is missing in\n%s", want, said)
+		}
+	}
+}

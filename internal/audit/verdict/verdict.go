@@ -101,9 +101,13 @@ type Verdict struct {
 	Archived        int64              `json:"archived,omitzero"`        // of the log: first events that are in the archive
 	Removed         int64              `json:"removed,omitzero"`         // of the log: first entries that the archive no longer has
 	Rollbacks       []audit.Rollback   `json:"rollbacks,omitempty"`
-	Unexplained     int64              `json:"unexplained,omitzero"` // of the log: rollbacks whose event was not read
-	PublicKeys      int64              `json:"publicKeys,omitzero"`  // of an export, that the log's fingerprints vouch for
-	Enrolled        []archive.Enrolled `json:"enrolled,omitempty"`   // of an export: how each sealed key came to its holder
+	Unexplained     int64              `json:"unexplained,omitzero"`     // of the log: rollbacks whose event was not read
+	PublicKeys      int64              `json:"publicKeys,omitzero"`      // of an export, that the log's fingerprints vouch for
+	Enrolled        []archive.Enrolled `json:"enrolled,omitempty"`       // of an export: how each sealed key came to its holder
+	Proofs          int64              `json:"proofs,omitzero"`          // of an export: of keys that their holders made, each signed by that key
+	ProofsUnchecked int64              `json:"proofsUnchecked,omitzero"` // such, whose public keys are not in the export
+	Enrollments     int64              `json:"enrollments,omitzero"`     // of an export, whose claims and keys are as was permitted
+	TermsUnchecked  int64              `json:"termsUnchecked,omitzero"`  // of those that were claimed, of which the log does not have all that was permitted
 	Vault           *Vault             `json:"vault,omitempty"`
 	Proof           *Proof             `json:"proof,omitempty"`
 }
@@ -171,6 +175,7 @@ func (v *Verdict) ofExport(r archive.Report) {
 	v.Origin, v.Size, v.Root, v.Covered = r.Manifest.Origin, r.Manifest.Size, r.Manifest.Root, r.Covered
 	v.Checkpoints, v.Receipts, v.Keys, v.Rollbacks = r.Checkpoints, r.Receipts, r.Keys, r.Rollbacks
 	v.PublicKeys, v.Enrolled = r.PublicKeys, r.Enrolled
+	v.Proofs, v.ProofsUnchecked, v.Enrollments, v.TermsUnchecked = r.Proofs, r.Unproven, r.Enrollments, r.InPart
 	if r.Vault == nil {
 		return
 	}
