@@ -1,11 +1,13 @@
 package sqlstore_test
 
 import (
+	"cmp"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -349,7 +351,7 @@ func TestADeliveryThatAnOlderVersionStoredGoesOn(t *testing.T) {
 }
 
 func TestPromise14_ANodeKeyActsForItsNodeOnly(t *testing.T) {
-	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
 		nodeKey := func(address string) node.Signer {
 			t.Helper()
 			e := enroll.Enrollment{}
@@ -365,6 +367,13 @@ func TestPromise14_ANodeKeyActsForItsNodeOnly(t *testing.T) {
 			use := node.Use{Org: "acme", Signer: by, Message: [32]byte{message, 7}, Until: time.Now().Add(time.Hour)}
 			return db.Register(t.Context(), use, node.Node{ID: uuid.NewString(), IP: netip.MustParseAddr(ip)}, func(id string, _ node.Change) audit.Event {
 				return event(audit.NodeRegistered, "acme", id)
+			})
+		}
+		unregister := func(by node.Signer, ip string) error {
+			message++
+			use := node.Use{Org: "acme", Signer: by, Message: [32]byte{message, 7}, Until: time.Now().Add(time.Hour)}
+			return db.Unregister(t.Context(), use, netip.MustParseAddr(ip), func(id string, _ node.Change) audit.Event {
+				return event(audit.NodeUnregistered, "acme", id)
 			})
 		}
 		secrets := func(by node.Signer, ip string) error {
@@ -400,8 +409,44 @@ func TestPromise14_ANodeKeyActsForItsNodeOnly(t *testing.T) {
 		public := signer(t, db, released(t, db, "acme", 9))
 		must(register(public, "192.0.2.40"), nil)
 		must(register(a, "192.0.2.40"), node.ErrAddressInUse)
-		must(register(nodeKey(""), "192.0.2.40"), nil)
+		must(unregister(a, "192.0.2.40"), node.ErrAddressInUse)
+		given := nodeKey("")
+		must(register(given, "192.0.2.40"), nil)
 		must(register(public, "192.0.2.40"), nil)
+		must(unregister(a, "192.0.2.40"), node.ErrAddressInUse)
+		must(unregister(given, "192.0.2.40"), nil)
+
+		// A key that never registered may become one such node, and do nothing else to any.
+		must(register(public, "192.0.2.41"), nil)
+		must(register(public, "192.0.2.42"), nil)
+		if _, err := raw(t, location).Exec("UPDATE nodes SET seen_at = 1"); err != nil {
+			t.Fatal(err)
+		}
+		fresh, allowed := nodeKey(""), nodeKey("192.0.2.42")
+		for ip, want := range map[string]error{"192.0.2.41": nil, "192.0.2.42": nil, "192.0.2.43": nil, "192.0.2.2": node.ErrAddressInUse} {
+			must(secrets(fresh, ip), want) // which it fetches before it registers
+			must(unregister(fresh, ip), cmp.Or(want, node.ErrNodeNotFound))
+		}
+		must(unregister(allowed, "192.0.2.42"), node.ErrNodeNotFound)
+		must(unregister(allowed, "192.0.2.41"), node.ErrAddressNotAllowed)
+		contacts := map[node.Contact]time.Duration{}
+		for key, ip := range map[string]string{fresh.Key: "192.0.2.41", allowed.Key: "192.0.2.42", b.Key: "192.0.2.2"} {
+			contacts[node.Contact{Ref: node.Ref{Org: "acme", IP: netip.MustParseAddr(ip)}, Key: key}] = time.Second
+		}
+		must(db.Seen(t.Context(), nil, contacts), nil)
+		seen := map[string]bool{}
+		after, err := db.Nodes(t.Context(), "acme")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range after {
+			seen[n.IP.String()] = n.Seen.Year() > 1970
+		}
+		if want := map[string]bool{"192.0.2.2": true, "192.0.2.3": false, "192.0.2.31": false, "192.0.2.41": false, "192.0.2.42": false}; !maps.Equal(seen, want) {
+			t.Errorf("nodes that are there, and whether they were seen: %v, want %v", seen, want)
+		}
+		must(register(fresh, "192.0.2.41"), nil)
+		must(unregister(fresh, "192.0.2.42"), node.ErrAddressInUse)
 
 		// Its node deleted, it is over.
 		var id string

@@ -174,7 +174,8 @@ func (d *DB) Unregister(ctx context.Context, u node.Use, ip netip.Addr, event fu
 		if !first {
 			return d.repeated(ctx, tx, u.Org, ip, event)
 		}
-		if _, err := d.nodeOf(ctx, tx, u.Org, u.Signer, ip); err != nil {
+		own, err := d.nodeOf(ctx, tx, u.Org, u.Signer, ip)
+		if err != nil {
 			return err
 		}
 		if err := d.signedBy(ctx, tx, u.Signer, ""); err != nil {
@@ -183,6 +184,9 @@ func (d *DB) Unregister(ctx context.Context, u node.Use, ip netip.Addr, event fu
 		id, err := d.deleteNode(ctx, tx, "org_id = $2 AND ip = $3", u.Org, ip.String())
 		if err != nil {
 			return err
+		}
+		if u.OfNode && id != own { // a key without a node may become this one, but not delete it
+			return node.ErrNodeNotFound
 		}
 		return d.record(ctx, tx, event(id, node.Deleted))
 	})
@@ -432,7 +436,10 @@ func (d *DB) storeContacts(ctx context.Context, tx *txn, now int64, contacts []n
 		return err
 	}
 	with := "WITH v(org_id, ip, key_id, at) AS MATERIALIZED (SELECT value ->> 0, value ->> 1, value ->> 2, CAST(value ->> 3 AS BIGINT) FROM " + d.elements("$1") + ") "
-	if _, err := exec(ctx, tx, with+`UPDATE nodes SET seen_at = last.at FROM (SELECT org_id, ip, max(at) AS at FROM v GROUP BY org_id, ip) AS last
+	// A node key that fetched secrets under the address of another node, as it may before it registers, is no contact of that node.
+	if _, err := exec(ctx, tx, with+`UPDATE nodes SET seen_at = last.at FROM (
+			SELECT v.org_id, v.ip, max(v.at) AS at FROM v LEFT JOIN keys_of_nodes k ON k.id = v.key_id LEFT JOIN nodes own ON own.id = k.node_id
+			WHERE k.id IS NULL OR own.org_id = v.org_id AND own.ip = v.ip GROUP BY v.org_id, v.ip) AS last
 		WHERE nodes.org_id = last.org_id AND nodes.ip = last.ip AND (seen_at < last.at OR seen_at > $2)
 		AND nodes.id IN (SELECT id FROM nodes WHERE (org_id, ip) IN (SELECT org_id, ip FROM v)`+d.forUpdate(" SKIP LOCKED")+")", string(list), now); err != nil {
 		return err
