@@ -202,8 +202,8 @@ type Store interface {
 	Secrets(ctx context.Context, org org.ID, by Signer, ip netip.Addr, size int64, event func(names []string) audit.Event) ([]SealedSecret, error)
 	// Nodes returns org's nodes that are not deleted, the newest registration first.
 	Nodes(ctx context.Context, org org.ID) ([]Node, error)
-	// DeleteNode deletes org's node id, its associations and its node keys, or
-	// reports ErrNodeNotFound or ErrAlreadyDeleted.
+	// DeleteNode deletes org's node id, its associations and its node keys, which may
+	// outlive it. If there is neither it reports ErrNodeNotFound or ErrAlreadyDeleted.
 	DeleteNode(ctx context.Context, org org.ID, id string, event audit.Event, keyDeleted func(keyID string) audit.Event) error
 	// PutSecret stores a new or changed secret, or reports ErrTooManySecrets.
 	PutSecret(ctx context.Context, org org.ID, s SealedSecret, limit int, event audit.Event) error

@@ -352,40 +352,8 @@ func TestADeliveryThatAnOlderVersionStoredGoesOn(t *testing.T) {
 
 func TestPromise14_ANodeKeyActsForItsNodeOnly(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
-		nodeKey := func(address string) node.Signer {
-			t.Helper()
-			e := enroll.Enrollment{}
-			if address != "" {
-				e.Address = netip.MustParseAddr(address)
-			}
-			_, d := claimed(t, db, e, time.Hour, 100)
-			return signer(t, db, offered(t, db, d).KeyID)
-		}
-		message := byte(0)
-		register := func(by node.Signer, ip string) error {
-			message++
-			use := node.Use{Org: "acme", Signer: by, Message: [32]byte{message, 7}, Until: time.Now().Add(time.Hour)}
-			return db.Register(t.Context(), use, node.Node{ID: uuid.NewString(), IP: netip.MustParseAddr(ip)}, func(id string, _ node.Change) audit.Event {
-				return event(audit.NodeRegistered, "acme", id)
-			})
-		}
-		unregister := func(by node.Signer, ip string) error {
-			message++
-			use := node.Use{Org: "acme", Signer: by, Message: [32]byte{message, 7}, Until: time.Now().Add(time.Hour)}
-			return db.Unregister(t.Context(), use, netip.MustParseAddr(ip), func(id string, _ node.Change) audit.Event {
-				return event(audit.NodeUnregistered, "acme", id)
-			})
-		}
-		secrets := func(by node.Signer, ip string) error {
-			_, err := db.Secrets(t.Context(), "acme", by, netip.MustParseAddr(ip), 0, func([]string) audit.Event { return event(audit.SecretsFetched, "acme", "") })
-			return err
-		}
-		must := func(err error, want error) {
-			t.Helper()
-			if !errors.Is(err, want) {
-				t.Errorf("%v, want %v", err, want)
-			}
-		}
+		n := &nodes{t: t, db: db}
+		nodeKey, register, unregister, secrets, must := n.key, n.register, n.unregister, n.secrets, n.want
 		a, b, bound := nodeKey(""), nodeKey(""), nodeKey("192.0.2.30")
 		must(register(a, "192.0.2.1"), nil)
 		must(register(b, "192.0.2.1"), node.ErrAddressInUse)

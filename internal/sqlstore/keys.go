@@ -304,13 +304,13 @@ func (d *DB) keys(ctx context.Context, org org.ID, table string) ([]orgkey.Recor
 }
 
 // NodeKeys implements orgkey.Store. The node of a node key is the one that
-// registered with it.
+// registered with it, and unregistered perhaps.
 func (d *DB) NodeKeys(ctx context.Context, org org.ID) ([]orgkey.Record, error) {
 	records, err := d.keys(ctx, org, "keys_of_nodes")
 	if err != nil || len(records) == 0 {
 		return records, err
 	}
-	return records, associate(ctx, d.read, records, `SELECT k.id, n.ip, true FROM keys_of_nodes k JOIN nodes n ON n.id = k.node_id AND n.deleted_at IS NULL
+	return records, associate(ctx, d.read, records, `SELECT k.id, n.ip, true FROM keys_of_nodes k JOIN nodes n ON n.id = k.node_id
 		WHERE k.org_id = $1 AND `+isLive, org)
 }
 

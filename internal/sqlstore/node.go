@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -123,12 +124,17 @@ func (d *DB) Register(ctx context.Context, u node.Use, n node.Node, event func(s
 		if !first {
 			return d.repeated(ctx, tx, u.Org, n.IP, event)
 		}
-		if err := d.makeRoom(ctx, tx, u, n.IP); err != nil {
+		own, err := d.makeRoom(ctx, tx, u, n.IP)
+		if err != nil {
 			return err
 		}
+		n.ID = cmp.Or(own, n.ID)
 		id, change, err := d.upsertNode(ctx, tx, u.Org, n)
 		if err != nil {
 			return err
+		}
+		if own != "" && id != own { // an organization key registered another node there meanwhile
+			return node.ErrAddressInUse
 		}
 		if err := d.signedBy(ctx, tx, u.Signer, id); err != nil {
 			return err
@@ -281,8 +287,19 @@ func (d *DB) Nodes(ctx context.Context, org org.ID) ([]node.Node, error) {
 // DeleteNode implements node.Store.
 func (d *DB) DeleteNode(ctx context.Context, org org.ID, id string, event audit.Event, keyDeleted func(string) audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		_, err := d.deleteNode(ctx, tx, "org_id = $2 AND id = $3", org, id)
-		if errors.Is(err, node.ErrNodeNotFound) {
+		// A registration with one of its keys comes before all this, or after it and is refused.
+		if err := d.lock(ctx, tx, "nodes:"+string(org)); err != nil {
+			return err
+		}
+		_, gone := d.deleteNode(ctx, tx, "org_id = $2 AND id = $3", org, id)
+		if gone != nil && !errors.Is(gone, node.ErrNodeNotFound) {
+			return gone
+		}
+		events, err := d.endNodeKeys(ctx, tx, org, id, keyDeleted)
+		if err != nil {
+			return err
+		}
+		if gone != nil && len(events) == 0 {
 			there, err := query(ctx, tx, scanInt, "SELECT 1 FROM nodes WHERE org_id = $1 AND id = $2", org, id)
 			if err != nil {
 				return err
@@ -290,14 +307,7 @@ func (d *DB) DeleteNode(ctx context.Context, org org.ID, id string, event audit.
 			if len(there) > 0 {
 				return node.ErrAlreadyDeleted
 			}
-			return node.ErrNodeNotFound
-		}
-		if err != nil {
-			return err
-		}
-		events, err := d.endNodeKeys(ctx, tx, id, keyDeleted)
-		if err != nil {
-			return err
+			return gone
 		}
 		return d.record(ctx, tx, append(events, event)...)
 	})

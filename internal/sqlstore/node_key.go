@@ -12,8 +12,9 @@ import (
 )
 
 // nodeOf returns the ID of the node that a node key belongs to, which is empty
-// until it registered. It reports node.ErrAddressInUse or ErrAddressNotAllowed
-// unless the key may speak for ip. An organization key may speak for any.
+// until it registered, and then stays, even if the node is forgotten. It reports
+// node.ErrAddressInUse or ErrAddressNotAllowed unless the key may speak for ip, and
+// ErrKeyGone if it ended meanwhile. An organization key may speak for any.
 func (d *DB) nodeOf(ctx context.Context, tx *txn, org org.ID, k node.Signer, ip netip.Addr) (string, error) {
 	if !k.OfNode {
 		return "", nil
@@ -23,7 +24,10 @@ func (d *DB) nodeOf(ctx context.Context, tx *txn, org org.ID, k node.Signer, ip 
 		return "", err
 	}
 	var own, allowed string
-	err := tx.QueryRowContext(ctx, "SELECT coalesce(node_id, ''), coalesce(address, '') FROM keys_of_nodes WHERE id = $1", k.Key).Scan(&own, &allowed)
+	err := tx.QueryRowContext(ctx, "SELECT coalesce(node_id, ''), coalesce(address, '') FROM keys_of_nodes WHERE id = $1 AND "+isLive, k.Key).Scan(&own, &allowed)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", node.ErrKeyGone
+	}
 	if err != nil {
 		return "", unavailable(err)
 	}
@@ -49,25 +53,26 @@ func (d *DB) nodeOf(ctx context.Context, tx *txn, org org.ID, k node.Signer, ip 
 }
 
 // makeRoom lets the node of a node key be at ip: it moves there, and a deleted
-// node that was there is forgotten, so that two nodes are never one.
-func (d *DB) makeRoom(ctx context.Context, tx *txn, u node.Use, ip netip.Addr) error {
-	own, err := d.nodeOf(ctx, tx, u.Org, u.Signer, ip)
+// node that was there is forgotten, so that two nodes are never one. The keys of
+// that one keep its ID, by which they register and are deleted. It returns the ID
+// of the key's node, as nodeOf does.
+func (d *DB) makeRoom(ctx context.Context, tx *txn, u node.Use, ip netip.Addr) (own string, err error) {
+	own, err = d.nodeOf(ctx, tx, u.Org, u.Signer, ip)
 	if err != nil || !u.OfNode {
-		return err
+		return own, err
 	}
 	const former = "SELECT id FROM nodes WHERE org_id = $1 AND ip = $2 AND deleted_at IS NOT NULL AND id <> $3"
 	for _, statement := range []string{
 		"DELETE FROM node_keys WHERE node_id IN (" + former + ") AND key_id IN (SELECT id FROM org_keys WHERE org_id = $1" +
 			" UNION ALL SELECT id FROM keys_of_nodes WHERE node_id IN (" + former + "))", // as signersOf
-		"UPDATE keys_of_nodes SET node_id = NULL WHERE node_id IN (" + former + ")",
 		"DELETE FROM nodes WHERE id IN (" + former + ")",
 	} {
 		if _, err := exec(ctx, tx, statement, u.Org, ip.String(), own); err != nil {
-			return err
+			return "", err
 		}
 	}
 	_, err = exec(ctx, tx, "UPDATE nodes SET ip = $2 WHERE id = $3 AND org_id = $1 AND ip <> $2", u.Org, ip.String(), own)
-	return err
+	return own, err
 }
 
 // signedBy notes that a key signed: its node, if it is a node key that registered as
@@ -89,13 +94,13 @@ func (d *DB) signedBy(ctx context.Context, tx *txn, k node.Signer, id string) er
 	return err
 }
 
-// endNodeKeys ends the node keys of node id, and returns their events.
-func (d *DB) endNodeKeys(ctx context.Context, tx *txn, id string, deleted func(string) audit.Event) ([]audit.Event, error) {
+// endNodeKeys ends the node keys of org's node id, and returns their events.
+func (d *DB) endNodeKeys(ctx context.Context, tx *txn, org org.ID, id string, deleted func(string) audit.Event) ([]audit.Event, error) {
 	now, err := d.now(ctx, tx)
 	if err != nil {
 		return nil, err
 	}
-	keys, err := query(ctx, tx, scanText, "SELECT id FROM keys_of_nodes WHERE node_id = $1 AND "+isLive+" ORDER BY id"+d.forUpdate(""), id)
+	keys, err := query(ctx, tx, scanText, "SELECT id FROM keys_of_nodes WHERE org_id = $1 AND node_id = $2 AND "+isLive+" ORDER BY id"+d.forUpdate(""), org, id)
 	if err != nil {
 		return nil, err
 	}
