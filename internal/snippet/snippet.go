@@ -68,7 +68,12 @@ func unsafe(c rune) bool {
 	return !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.ContainsRune("-._~:/[]", c))
 }
 
+// A shell reads what is in parentheses whole before it runs any of it, and their set
+// and exit end that alone. Pasted without, a failure would end the shell of the
+// node, and the one before it, of another machine, would run the rest. Nothing is
+// indented: in some terminals a tab asks for a completion.
 const shellSnippet = `# On the node, as the user that orgkeys-node runs as. Enrollment {id}
+(
 set -eu
 : "${IP:?the address of the node}" "${REGION:?its region}"
 DIR=${DIR:-/var/lib/orgkeys-node}
@@ -77,6 +82,7 @@ install -d -m 0700 "$DIR"
 {token}
 TOKEN
 orgkeys-node boot --server {server} --ip "$IP" --region "$REGION" --dir "$DIR" --token-file "$DIR/enroll.token"{flags}
+)
 `
 
 // cloudSnippet is examples/cloud-init.yaml with a token in it.
@@ -112,7 +118,8 @@ runcmd:
 
 const systemdSnippet = `# As root on the node, where orgkeys-node.service is installed. It takes the credential
 # orgkeys-node.token (systemd 252 and newer). Enrollment {id}
-{needs}set -eu
+{needs}(
+set -eu
 : "${IP:?the address of the node}" "${REGION:?its region}"
 install -d -m 0700 /etc/credstore
 (umask 077 && cat >/etc/credstore/orgkeys-node.token) <<'TOKEN'
@@ -127,4 +134,5 @@ ORGKEYS_NODE_REGION=$REGION
 systemctl enable orgkeys-node.service
 systemctl restart orgkeys-node.service
 rm /etc/credstore/orgkeys-node.token
+)
 `
