@@ -15,7 +15,7 @@ done, FILE is removed, if it can be. With a new token it brings a new key in pla
 of the one that it fetched before.
 
   --server URL       as https://orgkeys.example
-  --token-file FILE  the token, oke1.ID.SECRET
+  --token-file FILE  the token, oke1.ID.SECRET. Nobody else may read it
   --dir DIR          where the key goes; made 0700 if it is missing. It must be
                      this user's, and nobody else may write to it
   --origin node      this machine makes the key, and sends its public half only;
@@ -23,8 +23,9 @@ of the one that it fetched before.
   --cacert FILE      authorities of the server's certificate; default the system's
 
 Exit codes: 0 the key is there; 75 try again later; 77 the enrollment is not
-good (any more): ask an administrator; 64 wrong arguments, a program that is
-missing, or a key that this did not fetch; 70 something is wrong with the answer.
+good (any more), or FILE has no token: ask an administrator; 64 wrong arguments, a
+program that is missing, FILE or DIR open to others, or a key that this did not
+fetch; 70 something is wrong with the answer.
 USAGE
 }
 
@@ -61,7 +62,7 @@ jq -n --rawfile empty /dev/null '$empty' >/dev/null 2>&1 || fail 64 "jq 1.6 or n
 umask 077
 mkdir -p "$dir"
 # Whoever can put a key there can open what is sealed to it.
-case $(ls -ld "$dir") in
+case $(ls -ldL "$dir") in
 ?????w* | ????????w*) fail 64 "others may write to $dir: chmod go-w" ;;
 esac
 [ -O "$dir" ] || fail 64 "$dir belongs to another user"
@@ -91,6 +92,28 @@ if [ ! -e "$token_file" ]; then
 	rm -f "$first" # of a run that was interrupted here
 	exit 0         # enrolled before
 fi
+[ -f "$token_file" ] || fail 77 "$token_file is not a regular file: put the token into one"
+[ -r "$token_file" ] || fail 64 "this user may not read $token_file: chown it to this user, and chmod 600"
+read -r mode _ owner group _ <<FACTS
+$(ls -ldnL "$token_file")
+FACTS
+# What orgkeys-node accepts, too: beside its owner a group of this user's may read it, if
+# it is read only or somebody else's, as Kubernetes mounts it. systemd's credentials have an
+# access control list, which is not looked into: ls shows +, or the file can be read although
+# it belongs neither to this user nor to a group of theirs.
+others='' me=$(id -u)
+case $mode in
+-???------*) ;;
+-???r-----*)
+	case "$mode: $(id -G) " in
+	*+:*) ;;
+	*" $group "*) case $owner:$mode in "$me":-?w*) others=yes ;; esac ;;
+	*) [ "$me" -ne 0 ] && [ "$owner" -ne "$me" ] || others=yes ;;
+	esac
+	;;
+*) others=yes ;;
+esac
+[ -z "$others" ] || fail 64 "others may read or change $token_file ($mode): chmod 600"
 token=$(tr -d ' \t\r\n' <"$token_file")
 id=$(printf %s "$token" | cut -d. -f2)
 case $token in
@@ -187,6 +210,7 @@ unseal() {
 }
 
 case $server in
+*@*) fail 64 "--server: a URL without @" ;; # before an @ the host is a user's name
 https://* | http://127.0.0.1:* | http://localhost:*) ;;
 *) fail 64 "--server: http:// is for loopback addresses only" ;;
 esac

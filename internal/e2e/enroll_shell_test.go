@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/binary"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -13,8 +14,11 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
 // start starts examples/enroll.sh.
@@ -115,14 +119,92 @@ func TestAShellNodesArguments(t *testing.T) {
 		n.run(64, "others may write to "+n.dir, "--origin", "node")
 	}
 	must(t, os.Chmod(n.dir, 0o755))
+	// What stands before an @ is no host.
+	for _, scheme := range []string{"http://127.0.0.1:1@", "http://localhost:1@", "https://127.0.0.1:1@"} {
+		n.server = scheme + strings.TrimPrefix(s.API, "http://")
+		n.run(64, "--server: a URL without @", "--origin", "node")
+	}
 	if os.Geteuid() == 0 {
 		must(t, os.Chown(n.dir, 1, 1))
 		n.run(64, "belongs to another user", "--origin", "node")
 		must(t, os.Chown(n.dir, 0, 0))
 	}
 	n.server = s.API + "//"
+	dir := n.dir
+	n.dir += ".link"
+	must(t, os.Symlink(dir, n.dir))
+	must(t, os.Chmod(dir, 0o777))
+	n.run(64, "others may write to "+n.dir, "--origin", "node")
+	must(t, os.Chmod(dir, 0o755))
 	n.run(0, "key ", "--origin", "node")
+	n.dir = dir
 	n.key()
+}
+
+// The token's file is what orgkeys-node accepts as one, and nothing else.
+func TestWhoMayReadAShellNodesToken(t *testing.T) {
+	t.Parallel()
+	// Nothing answers there: a file that is accepted is read, and the server missed.
+	n := newShellNode(t, "http://127.0.0.1:1", "oke1.00000000-0000-4000-8000-000000000000."+strings.Repeat("A", 43))
+	file := n.token
+	const accepted, shared = "cannot be reached", "): chmod 600"
+	try := func(mode os.FileMode, want string) {
+		t.Helper()
+		must(t, os.Chmod(file, mode))
+		_, err := privatefile.Read(file, 4096, privatefile.Owner)
+		if (err == nil) != (want == accepted) {
+			t.Errorf("orgkeys-node says of %v: %v", mode, err)
+		}
+		n.run(map[string]int{accepted: 75, shared: 64}[want], want, "--origin", "node")
+	}
+	for mode, want := range map[os.FileMode]string{
+		0o600: accepted, 0o400: accepted, 0o440: accepted,
+		0o640: shared, 0o460: shared, 0o604: shared, 0o602: shared, 0o644: shared, 0o444: shared, 0o620: shared, 0o610: shared,
+	} {
+		try(mode, want)
+	}
+	n.token = file + ".link"
+	must(t, os.Symlink(file, n.token))
+	try(0o644, shared)
+	try(0o600, accepted)
+	if os.Geteuid() == 0 { // nobody else can give files away, or is not asked who may read them
+		must(t, os.Chown(file, 1, 0))
+		try(0o640, accepted) // as Kubernetes mounts it
+		must(t, os.Chown(file, 0, 54321))
+		try(0o440, shared)
+	}
+	n.token = t.TempDir()
+	n.run(77, n.token+" is not a regular file", "--origin", "node")
+	n.token = filepath.Join(t.TempDir(), "pipe")
+	must(t, syscall.Mkfifo(n.token, 0o600))
+	n.run(77, n.token+" is not a regular file", "--origin", "node")
+}
+
+// A systemd credential, of which the mode says that root's group may read it.
+func TestAShellNodesTokenIsACredential(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("only root makes files of root")
+	}
+	n := newShellNode(t, "http://127.0.0.1:1", "oke1.00000000-0000-4000-8000-000000000000."+strings.Repeat("A", 43))
+	for _, path := range []string{filepath.Dir(n.token), filepath.Dir(filepath.Dir(n.token))} {
+		must(t, os.Chmod(path, 0o755))
+	}
+	must(t, os.Mkdir(n.dir, 0o700))
+	const nobody = 65534
+	must(t, os.Chown(n.dir, nobody, nobody))
+	script, err := os.ReadFile("../../examples/enroll.sh")
+	must(t, err)
+	// The script as a text: nobody may be kept from reading the source tree.
+	n.under = []string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", string(script)}
+	must(t, os.Chmod(n.token, 0o440))
+	n.run(64, "this user may not read "+n.token, "--origin", "node")
+	// Version 2, and of each entry tag, permissions and ID: linux/posix_acl_xattr.h.
+	list := []uint32{2, 4<<16 | 0x01, ^uint32(0), 4<<16 | 0x02, nobody, 0x04, ^uint32(0), 4<<16 | 0x10, ^uint32(0), 0x20, ^uint32(0)}
+	encoded, err := binary.Append(nil, binary.LittleEndian, list)
+	must(t, err)
+	must(t, unix.Setxattr(n.token, "system.posix_acl_access", encoded, 0))
+	n.run(75, "cannot be reached", "--origin", "node")
 }
 
 // A token that cannot be removed, or that a power cut brings back, is said, and changes nothing.
