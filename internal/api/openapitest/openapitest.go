@@ -89,7 +89,7 @@ var load = sync.OnceValues(func() (*document, error) {
 	strict := append(slices.Clone(options), config.WithStrictMode(), config.WithStrictIgnoredHeaders(general...))
 	d := &document{
 		model:     &model.Model,
-		requests:  validator.NewValidatorFromV3Model(&model.Model, options...),
+		requests:  validator.NewValidatorFromV3Model(&model.Model, append(slices.Clone(options), config.WithRejectUndeclaredRequestBody())...),
 		responses: validator.NewValidatorFromV3Model(&model.Model, strict...),
 		errors:    schema_validation.NewSchemaValidator(options...),
 	}

@@ -5,6 +5,10 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/orgkeys/orgkeys/internal/api"
 )
 
 const (
@@ -116,5 +120,51 @@ func TestSecuritySchemesAreDefined(t *testing.T) {
 	}
 	if named == 0 {
 		t.Error("no security scheme is named")
+	}
+}
+
+// TestEveryComponentIsUsed: what no operation leads to says nothing to programs that
+// are made from the document, and was meant for one that lacks it.
+func TestEveryComponentIsUsed(t *testing.T) {
+	var document map[string]any
+	if err := yaml.Unmarshal(api.Document, &document); err != nil {
+		t.Fatal(err)
+	}
+	components, _ := document["components"].(map[string]any)
+	used := map[string]bool{}
+	var follow func(any)
+	follow = func(value any) {
+		switch v := value.(type) {
+		case []any:
+			for _, one := range v {
+				follow(one)
+			}
+		case map[string]any:
+			for _, one := range v {
+				follow(one)
+			}
+			name, _ := v["$ref"].(string)
+			kind, name, ok := strings.Cut(strings.TrimPrefix(name, "#/components/"), "/")
+			if !ok || used[kind+"/"+name] {
+				return
+			}
+			used[kind+"/"+name] = true
+			all, _ := components[kind].(map[string]any)
+			follow(all[name])
+		}
+	}
+	follow(document["paths"])
+	if len(used) == 0 {
+		t.Error("no operation uses a component")
+	}
+	for kind, all := range components {
+		if kind == "securitySchemes" { // which are named without a reference
+			continue
+		}
+		for name := range all.(map[string]any) {
+			if !used[kind+"/"+name] {
+				t.Errorf("no operation leads to %s/%s", kind, name)
+			}
+		}
 	}
 }
