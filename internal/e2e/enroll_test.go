@@ -19,6 +19,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -430,11 +431,18 @@ func TestAnAdministratorsSealedKey(t *testing.T) {
 	t.Parallel()
 	s := harness.Start(t)
 	org := harness.Org()
-	c, err := client.New(client.Config{Server: s.API, Token: func(context.Context) (string, error) { return s.Token(t, org, "OWNER"), nil }})
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := s.Client(t, org, "OWNER") // which holds each exchange against the OpenAPI document
 	recipient := newRecipient(t)
+	// Of several at once one makes the key, and the rest hear that it is not ready.
+	var all sync.WaitGroup
+	for range 6 {
+		all.Go(func() {
+			if _, err := c.SealedKey(t.Context(), org, recipient); err != nil && !errors.Is(err, client.Pending) {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
 	first, err := c.SealedKey(t.Context(), org, recipient)
 	if err != nil {
 		t.Fatal(err)
