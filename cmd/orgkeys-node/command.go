@@ -128,6 +128,8 @@ PEM, 0600. It asks no server. It overwrites no other key.
     curl … -H 'Accept: application/vnd.orgkeys.sealed+json' --data @- …/organization/acme/key > sealed.json
   orgkeys-node unseal --sealed-file sealed.json --recipient-file recipient.pem --key-file key.pem --receipt-file receipt.json
 
+If the status is 202, the key is not ready yet: send the same again.
+
 The receipt, sent to POST /organization/ORG/key/ID/receipt, has the server delete
 its sealed copy.`,
 			flags: []string{"sealed-file", "recipient-file", "key-file", "receipt-file", "tpm", "json", "config"},

@@ -648,6 +648,16 @@ func TestUnseal(t *testing.T) {
 			t.Errorf("%s: something was written", name)
 		}
 	}
+	for code, want := range map[string]string{
+		"pending":                `holds no key, but the answer "pending"; the key was not ready yet: send the same request again`,
+		"recipient_unacceptable": `holds no key, but the answer "recipient_unacceptable"; it is the server's refusal`,
+	} {
+		said := `{"success":false,"message":"The key is not ready yet. Please ask again.","errorCode":"` + code + `","requestId":"r"}`
+		if err := os.WriteFile(in("sealed.json"), []byte(said), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		run(78, want, append(unseal, "new.pem")...)
+	}
 	run(78, "save the server's answer there", "unseal", "--sealed-file", "nowhere", "--recipient-file", "recipient.pem", "--key-file", "new.pem")
 }
 

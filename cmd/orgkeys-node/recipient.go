@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rsa"
 	"crypto/x509"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -104,6 +105,9 @@ func unseal(ctx context.Context, s settings, r *report) error {
 	if err != nil {
 		return &failure{exitConfig, "reading --sealed-file", "save the server's answer there", err}
 	}
+	if err := isKey(s.sealedFile, text); err != nil {
+		return err
+	}
 	recipient, err := readKey(s, s.recipientFile)
 	if err != nil {
 		return err
@@ -147,6 +151,22 @@ func unseal(ctx context.Context, s settings, r *report) error {
 	}
 	r.add("receipt in " + s.receiptFile)
 	return nil
+}
+
+// isKey refuses an answer in which the server says why there is no key: a program
+// that saves whatever succeeds also saves that it is not ready yet (202).
+func isKey(path string, text []byte) error {
+	var said struct {
+		Code client.Code `json:"errorCode"`
+	}
+	if err := json.Unmarshal(text, &said); err != nil || said.Code == "" {
+		return nil // what it is else, is seen when it is opened
+	}
+	hint := "it is the server's refusal"
+	if said.Code == client.Pending {
+		hint = "the key was not ready yet: send the same request again, until its status is 200"
+	}
+	return &failure{exitConfig, fmt.Sprintf("--sealed-file %s holds no key, but the answer %.64q", path, said.Code), hint, nil}
 }
 
 // readLimited reads a file that is no longer than a sealed key's answer may be.
