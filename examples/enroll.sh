@@ -89,8 +89,9 @@ trap 'exit 75' HUP INT TERM # of some shells a signal ends the script without th
 
 if [ ! -e "$token_file" ]; then
 	[ -s "$key" ] || fail 77 "there is neither a token at $token_file nor a key at $key"
-	rm -f "$first" # of a run that was interrupted here
-	exit 0         # enrolled before
+	# A recipient stays: its receipt may not have been taken, and a run that finds the token sends it.
+	[ "$origin" = backend ] || rm -f "$first" # of a run that was interrupted here
+	exit 0                                    # enrolled before
 fi
 [ -f "$token_file" ] || fail 77 "$token_file is not a regular file: put the token into one"
 [ -r "$token_file" ] || fail 64 "this user may not read $token_file: chown it to this user, and chmod 600"

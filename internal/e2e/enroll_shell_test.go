@@ -235,3 +235,34 @@ func TestAShellNodeWhoseTokenStays(t *testing.T) {
 		}
 	}
 }
+
+// A run that does not find the token, as when a credential is not mounted, leaves the receipt
+// to one that does.
+func TestAShellNodesReceiptIsSentLater(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org := harness.Org()
+	m := mint(t, s, org, `{}`)
+	api, err := url.Parse(s.API)
+	must(t, err)
+	proxy := httputil.NewSingleHostReverseProxy(api)
+	without := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "/receipt") {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
+		proxy.ServeHTTP(w, r)
+	}))
+	t.Cleanup(without.Close)
+	n := newShellNode(t, without.URL, m.Token)
+	n.run(75, "")
+	must(t, os.Rename(n.token, n.token+".away"))
+	n.run(0, "")
+	must(t, os.Rename(n.token+".away", n.token))
+	n.server = s.API
+	n.run(0, "key ")
+	key := n.key()
+	if got := show(t, s, org, m.ID); got.State != "received" || got.Claims[0].Fingerprint != client.Fingerprint(&key.PublicKey) {
+		t.Errorf("%+v", got)
+	}
+}
