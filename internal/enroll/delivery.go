@@ -49,6 +49,8 @@ func reasonOf(ctx context.Context, err error) string {
 		return "enrollment_closed"
 	case errors.Is(err, ErrInUse):
 		return "recipient_unacceptable"
+	case errors.Is(err, ErrProof):
+		return "bad_signature"
 	default:
 		return gate.ReasonFor(ctx, "generation_failed")
 	}

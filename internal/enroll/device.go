@@ -185,11 +185,19 @@ func (s *Service) challengeSecret(ctx context.Context, p Permission, recipient, 
 }
 
 // storeOwn commits the public half of a key that its holder made. signature is
-// theirs, and evidence that they have the private half.
+// theirs, and evidence that they have the private half: whoever reads the log checks it, so
+// it is checked here, too, however the delivery got this far.
 func (s *Service) storeOwn(ctx context.Context, pass gate.Pass, d Delivery, signature []byte) (Delivery, error) {
 	recipient, err := recipientOf(d)
 	if err != nil {
 		return d, err
+	}
+	text := envelope.ClaimText(d.Enrollment, d.Recipient)
+	if d.Enrollment == "" {
+		text = envelope.OwnKeyText(string(d.Org), d.Recipient)
+	}
+	if !orgkey.NewPublic(recipient).Verifies(text, signature) {
+		return d, fmt.Errorf("storing key %s: %w", d.KeyID, ErrProof)
 	}
 	record, err := s.Sealer.Seal(ctx, orgkey.PublicKeyOf(d.Org, d.KeyID), d.DER)
 	if err != nil {

@@ -82,10 +82,11 @@ func (s *Service) ReceiveOwn(ctx context.Context, call gate.Call, org org.ID, ke
 	return s.receive(ctx, pass, d, r)
 }
 
-// own is an administrator's own delivery, or ErrNotFound.
+// own is an administrator's own delivery of a sealed key, or ErrNotFound: a key that its
+// holder made is nothing to fetch, and only Add, which checks their signature, goes on with it.
 func (s *Service) own(ctx context.Context, org org.ID, keyID string) (Delivery, error) {
 	d, err := s.Store.Delivery(ctx, keyID)
-	if err == nil && (d.Org != org || d.Enrollment != "") {
+	if err == nil && (d.Org != org || d.Enrollment != "" || d.Origin != FromBackend) {
 		err = ErrNotFound
 	}
 	return d, err

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
+	"database/sql"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -35,6 +36,7 @@ func TestMain(m *testing.M) { os.Exit(tokentest.Run(&token, m.Run)) }
 // fixture is a database with its log, for several services on it.
 type fixture struct {
 	db   *sqlstore.DB
+	raw  *sql.DB // the same, to read events from
 	gate gate.Gate
 }
 
@@ -50,6 +52,11 @@ func newFixture(t *testing.T) fixture {
 		t.Fatal(err)
 	}
 	db.UseEventKey(audit.EventKey{})
+	raw, err := sql.Open("sqlite3", "file:"+filepath.Join(dir, "orgkeys.db")+"?_busy_timeout=5000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { raw.Close() })
 	policy, err := authz.Load(t.Context(), policies.Files)
 	if err != nil {
 		t.Fatal(err)
@@ -65,7 +72,7 @@ func newFixture(t *testing.T) fixture {
 			t.Error(err)
 		}
 	})
-	return fixture{db, gate.Gate{Policy: policy, AuditLog: auditLog, Log: quiet}}
+	return fixture{db, raw, gate.Gate{Policy: policy, AuditLog: auditLog, Log: quiet}}
 }
 
 // service is one replica's.
