@@ -212,3 +212,18 @@ func (s *Service) giveUp(ctx context.Context, keyID, attempt string) {
 		s.Gate.Log.Warn("a sealed delivery waits until its attempt's life is over", "key", keyID, "error", err)
 	}
 }
+
+// giveBack ends an administrator's own delivery that came to nothing, and reports whether it
+// did so, with the event of that. It is not ended if it may have come to something: whoever is
+// making its key has an attempt, and so has a key of which it is not known whether it was stored.
+func (s *Service) giveBack(ctx context.Context, pass gate.Pass, d Delivery, reason string) bool {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
+	defer cancel()
+	refused := pass.Event(audit.KeyRefused)
+	refused.Outcome, refused.Reason = audit.Failure, reason
+	given, err := s.Store.GiveBackOwn(ctx, d.Org, d.KeyID, refused)
+	if err != nil {
+		s.Gate.Log.Warn("a sealed delivery that failed keeps its place in the quota until it is asked for again, or its time is over", "key", d.KeyID, "org", d.Org, "error", err)
+	}
+	return given
+}

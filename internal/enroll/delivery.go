@@ -14,6 +14,7 @@ import (
 // serve brings a delivery as far as it goes and has deliver write it out.
 // signature is the holder's, of a key that they made.
 func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k, signature []byte, deliver func(Answer) error) error {
+	began := d
 	d, wrapped, err := s.advance(ctx, pass, d, signature)
 	if errors.Is(err, ErrPending) {
 		return err
@@ -26,7 +27,7 @@ func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k, sign
 		if !errors.Is(err, ErrClosed) {
 			s.Count(Failures)
 		}
-		return s.Gate.Failed(ctx, pass, audit.RequestFailed, reasonOf(ctx, err), err)
+		return s.failed(ctx, pass, began, err)
 	}
 	if err := deliver(answer); err != nil {
 		return fmt.Errorf("writing key %s out: %w", d.KeyID, err)
@@ -35,6 +36,18 @@ func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k, sign
 		s.answered(ctx, pass, d)
 	}
 	return nil
+}
+
+// failed records why d got no further. An enrollment keeps its place in the quota, which it
+// took when it was made. An administrator's own delivery took one for this request, and gives
+// it back if nothing was made: nobody else can, before its time is over.
+// CRASH: the place waits for that time, or for the same recipient.
+func (s *Service) failed(ctx context.Context, pass gate.Pass, d Delivery, why error) error {
+	reason := reasonOf(ctx, why)
+	if d.Enrollment == "" && d.Stage == Claimed && s.giveBack(ctx, pass, d, reason) {
+		return why
+	}
+	return s.Gate.Failed(ctx, pass, audit.RequestFailed, reason, why)
 }
 
 func reasonOf(ctx context.Context, err error) string {

@@ -214,6 +214,9 @@ func (s *Service) storeOwn(ctx context.Context, pass gate.Pass, d Delivery, sign
 	storing, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupDeadline)
 	defer cancel()
 	stored, err := s.Store.StoreOwn(storing, d.KeyID, record, fingerprint, created)
+	if errors.Is(err, ErrNotFound) { // another request for it failed meanwhile, and gave its place back
+		return d, ErrPending
+	}
 	if err != nil {
 		return d, fmt.Errorf("storing key %s: %w", d.KeyID, err)
 	}

@@ -238,6 +238,9 @@ type Store interface {
 	// place in the organization's quota, or returns the unreceived one of the
 	// same recipient.
 	ClaimOwn(ctx context.Context, org org.ID, keyID string, recipient Recipient, limit int, deliverFor time.Duration) (Delivery, error)
+	// GiveBackOwn removes an administrator's own delivery with its place in the quota, records
+	// refused and reports true, if it is claimed and no attempt has it. Any other is let be.
+	GiveBackOwn(ctx context.Context, org org.ID, keyID string, refused audit.Event) (bool, error)
 	// Delivery returns a delivery as it is now, or ErrNotFound.
 	Delivery(ctx context.Context, keyID string) (Delivery, error)
 	// Conflict records that a claim of enrollment id was refused, as Claim does.
@@ -253,7 +256,7 @@ type Store interface {
 	// has it, or reports orgkey.ErrGone.
 	StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w Wrapped, fingerprint string, created, sealed audit.Event) (Delivery, error)
 	// StoreOwn makes a claimed delivery of a key that its holder made sealed, and
-	// the key pending; one that is further is let be.
+	// the key pending; one that is further is let be, and one that is gone is ErrNotFound.
 	StoreOwn(ctx context.Context, keyID string, public []byte, fingerprint string, created audit.Event) (Delivery, error)
 	// Seal makes a stored delivery sealed; one that is further is let be.
 	Seal(ctx context.Context, keyID string, sealed audit.Event) (Delivery, error)

@@ -2,6 +2,7 @@ package enroll_test
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
@@ -22,6 +23,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/policies"
 )
 
@@ -148,7 +150,205 @@ func TestNoKeyOfItsHoldersIsStoredWithoutTheirSignature(t *testing.T) {
 	if keys, err := f.db.Keys(t.Context(), "acme"); err != nil || len(keys) != 0 {
 		t.Errorf("%d keys are live, %v", len(keys), err)
 	}
-	if got := f.history(t); got != "request.failed:bad_signature" {
+	if got := f.history(t); got != "orgkey.refused:bad_signature" {
+		t.Errorf("the log has %q", got)
+	}
+}
+
+// failing is a service's parts, of which one fails until it is mended.
+type failing struct {
+	orgkey.SealedKeystore
+	orgkey.Sealer
+	at     string
+	with   error
+	failed int
+}
+
+func (f *failing) fails(at string) error {
+	if f.at != at {
+		return nil
+	}
+	f.failed++
+	return f.with
+}
+
+func (f *failing) admit() (func(), error) { return func() {}, f.fails("admission") }
+
+func (f *failing) CreateSealed(ctx context.Context, name string) (orgkey.SealableKey, error) {
+	if err := f.fails("making"); err != nil {
+		return nil, err
+	}
+	key, err := f.SealedKeystore.CreateSealed(ctx, name)
+	return failingKey{key, f}, err
+}
+
+type failingKey struct {
+	orgkey.SealableKey
+	by *failing
+}
+
+func (k failingKey) Seal(ctx context.Context, recipient *rsa.PublicKey) (envelope.SealedKey, error) {
+	if err := k.by.fails("wrapping"); err != nil {
+		return envelope.SealedKey{}, err
+	}
+	return k.SealableKey.Seal(ctx, recipient)
+}
+
+func (k failingKey) Destroy(ctx context.Context) error {
+	return errors.Join(k.SealableKey.Destroy(ctx), k.by.fails("destroying"))
+}
+
+func (f *failing) Seal(ctx context.Context, b orgkey.Binding, plaintext []byte) ([]byte, error) {
+	if err := f.fails("sealing"); err != nil {
+		return nil, err
+	}
+	return f.Sealer.Seal(ctx, b, plaintext)
+}
+
+func (f *failing) SealAll(ctx context.Context, all []orgkey.Unsealed) ([][]byte, error) {
+	if err := f.fails("sealing"); err != nil {
+		return nil, err
+	}
+	return f.Sealer.SealAll(ctx, all)
+}
+
+type failingStore struct {
+	enroll.Store
+	by *failing
+}
+
+func (f failingStore) Begin(ctx context.Context, keyID, attempt string, life time.Duration) (bool, error) {
+	if err := f.by.fails("beginning"); err != nil {
+		return false, err
+	}
+	return f.Store.Begin(ctx, keyID, attempt, life)
+}
+
+func (f failingStore) StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w enroll.Wrapped, fingerprint string, created, sealed audit.Event) (enroll.Delivery, error) {
+	if err := f.by.fails("storing"); err != nil {
+		return enroll.Delivery{}, err
+	}
+	stored, err := f.Store.StoreWrapped(ctx, keyID, attempt, public, w, fingerprint, created, sealed)
+	if lost := f.by.fails("the answer"); lost != nil && err == nil {
+		return enroll.Delivery{}, lost
+	}
+	return stored, err
+}
+
+// failingService has one place for an organization's keys.
+func (f fixture) failingService(t *testing.T, at string, with error) (*enroll.Service, *failing) {
+	t.Helper()
+	parts := &failing{SealedKeystore: token, Sealer: token, at: at, with: with}
+	return f.service(t, func(c *enroll.Config) {
+		c.Store, c.Keystore, c.Sealer, c.Admit, c.Limit = failingStore{f.db, parts}, parts, parts, parts.admit, 1
+	}), parts
+}
+
+// A request for a sealed key that came to nothing costs no place, whatever failed.
+func TestASealedKeyThatWasNotMadeHasNoPlace(t *testing.T) {
+	refused := errors.New("a back end that refuses")
+	recipients := [][]byte{recipientBody(t), recipientBody(t), recipientBody(t)}
+	for _, c := range []struct {
+		at     string
+		with   error
+		want   error
+		reason string
+	}{
+		{"admission", orgkey.ErrOverloaded, orgkey.ErrOverloaded, "overloaded"},
+		{"beginning", orgkey.ErrUnavailable, orgkey.ErrUnavailable, "generation_failed"},
+		{"making", refused, orgkey.ErrBackend, "generation_failed"},
+		{"making", orgkey.ErrSealedUnavailable, orgkey.ErrSealedUnavailable, "sealed_unavailable"},
+		{"wrapping", refused, orgkey.ErrBackend, "generation_failed"},
+		{"destroying", refused, orgkey.ErrBackend, "generation_failed"},
+		{"sealing", orgkey.ErrUnavailable, orgkey.ErrUnavailable, "generation_failed"},
+	} {
+		t.Run(c.at+" "+c.reason, func(t *testing.T) {
+			f := newFixture(t)
+			s, parts := f.failingService(t, c.at, c.with)
+			for _, body := range recipients[:2] { // the second has to have the place of the first
+				if err := s.Generate(t.Context(), owner("acme"), "acme", body, ignored); !errors.Is(err, c.want) {
+					t.Errorf("%v, want %v", err, c.want)
+				}
+			}
+			if parts.failed != 2 {
+				t.Errorf("%s failed %d times", c.at, parts.failed)
+			}
+			parts.at = ""
+			if err := s.Generate(t.Context(), owner("acme"), "acme", recipients[2], ignored); err != nil {
+				t.Errorf("when it works again: %v", err)
+			}
+			if got, want := f.history(t), strings.Repeat("orgkey.refused:"+c.reason+" ", 2)+"orgkey.created orgkey.sealed orgkey.delivered"; got != want {
+				t.Errorf("the log has %q, want %q", got, want)
+			}
+		})
+	}
+}
+
+func TestAnAddedKeyThatWasNotStoredHasNoPlace(t *testing.T) {
+	f := newFixture(t)
+	f.letOwnersAdd(t)
+	s, parts := f.failingService(t, "sealing", orgkey.ErrUnavailable)
+	add := func() error {
+		key, recipient, text := keyOf(t, 2048)
+		signature := signedBy(t, key, envelope.OwnKeyText("acme", recipient.ID))
+		return s.Add(t.Context(), owner("acme"), "acme", encoded(t, map[string]string{"publicKey": text, "signature": base64.StdEncoding.EncodeToString(signature)}), ignored)
+	}
+	for range 2 {
+		if err := add(); !errors.Is(err, orgkey.ErrUnavailable) {
+			t.Errorf("%v, want that it is not available", err)
+		}
+	}
+	parts.at = ""
+	if err := add(); err != nil {
+		t.Errorf("when it works again: %v", err)
+	}
+}
+
+// A key that may have been stored keeps its place, and its recipient gets it.
+func TestASealedKeyThatMayBeStoredKeepsItsPlace(t *testing.T) {
+	body, another := recipientBody(t), recipientBody(t)
+	for _, at := range []string{"the answer", "storing"} {
+		t.Run(at, func(t *testing.T) {
+			f := newFixture(t)
+			s, parts := f.failingService(t, at, orgkey.ErrUnavailable)
+			if err := s.Generate(t.Context(), owner("acme"), "acme", body, ignored); !errors.Is(err, orgkey.ErrUnavailable) || parts.failed != 1 {
+				t.Fatal(err, parts.failed)
+			}
+			parts.at = ""
+			if err := s.Generate(t.Context(), owner("acme"), "acme", another, ignored); !errors.As(err, new(*orgkey.QuotaError)) {
+				t.Errorf("another recipient: %v, want that there is no place", err)
+			}
+			want := error(nil)
+			if at == "storing" { // until the attempt's life is over
+				want = enroll.ErrPending
+			}
+			if err := s.Generate(t.Context(), owner("acme"), "acme", body, ignored); !errors.Is(err, want) {
+				t.Errorf("the same recipient: %v, want %v", err, want)
+			}
+		})
+	}
+}
+
+// Of two requests of one recipient the one that fails takes nothing away from the other.
+func TestAFailureEndsNoAttemptOfAnotherRequest(t *testing.T) {
+	f := newFixture(t)
+	a := &held{token, make(chan struct{}), make(chan struct{})}
+	slow := f.service(t, func(c *enroll.Config) { c.Keystore = a })
+	other, parts := f.failingService(t, "beginning", orgkey.ErrUnavailable)
+	body, got := recipientBody(t), ""
+	first := make(chan error, 1)
+	go func() {
+		first <- slow.Generate(t.Context(), owner("acme"), "acme", body, func(a enroll.Answer) error { got = a.KeyID; return nil })
+	}()
+	<-a.destroying
+	if err := other.Generate(t.Context(), owner("acme"), "acme", body, ignored); !errors.Is(err, orgkey.ErrUnavailable) || parts.failed != 1 {
+		t.Error(err, parts.failed)
+	}
+	close(a.goOn)
+	if err := <-first; err != nil || got == "" {
+		t.Errorf("the request that was making the key: %v, and key %q", err, got)
+	}
+	if got := f.history(t); got != "request.failed:generation_failed orgkey.created orgkey.sealed orgkey.delivered" {
 		t.Errorf("the log has %q", got)
 	}
 }

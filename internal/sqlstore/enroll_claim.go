@@ -211,6 +211,27 @@ func ownKey(ctx context.Context, tx *txn, org org.ID, r enroll.Recipient) (enrol
 	return enroll.Delivery{}, enroll.ErrNotFound
 }
 
+// GiveBackOwn implements enroll.Store. An attempt whose life is over counts, until it is
+// given up: what it stored last may still be on its way.
+func (d *DB) GiveBackOwn(ctx context.Context, org org.ID, keyID string, refused audit.Event) (given bool, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+		given = false
+		if err := d.lock(ctx, tx, "org:"+string(org)); err != nil {
+			return err
+		}
+		n, err := exec(ctx, tx, "DELETE FROM deliveries WHERE key_id = $1 AND org_id = $2 AND enrollment_id = '' AND stage = 'claimed' AND attempt_until IS NULL", keyID, org)
+		if err != nil || n == 0 {
+			return err
+		}
+		if _, err := exec(ctx, tx, "DELETE FROM org_keys WHERE id = $1 AND state = "+reserved, keyID); err != nil {
+			return err
+		}
+		given = true
+		return d.record(ctx, tx, refused)
+	})
+	return given && err == nil, err
+}
+
 // endDelivery ends delivery $1 and keeps nothing of the wrapped key.
 const endDelivery = "UPDATE deliveries SET stage = 'ended', wrapped = NULL WHERE key_id = $1 AND stage NOT IN ('received', 'ended')"
 
