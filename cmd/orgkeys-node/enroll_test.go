@@ -626,6 +626,7 @@ func TestUnseal(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Do(t, harness.Request{Method: "POST", Path: harness.KeyPath(org) + "/" + answer.KeyID + "/receipt", Token: owner, Header: inJSON, Body: receipt}).Want(t, 200, "Receipt recorded")
+	s.Do(t, harness.Request{Method: "GET", Path: harness.KeyPath(org) + "/" + answer.KeyID + "/sealed", Token: owner}).Want(t, 410, "This key is not handed out any more: it was received, withdrawn or deleted. If you do not have it, create another one.")
 
 	// Neither another key is overwritten, nor anything written that does not open.
 	if err := os.WriteFile(in("other.pem"), s.Generate(t, org).PEM, 0o600); err != nil {

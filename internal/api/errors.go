@@ -66,6 +66,7 @@ var (
 	enrollmentUnknown  = problem{http.StatusUnauthorized, "enrollment_unknown", "The enrollment is unknown, or the request was not made with its token", 0}
 	enrollmentClaimed  = problem{http.StatusConflict, "enrollment_claimed", "This enrollment was claimed with another recipient key. If that was not this node, tell an administrator.", 0}
 	enrollmentClosed   = problem{http.StatusGone, "enrollment_closed", "This enrollment is over: it expired, was revoked, or its key was received. Ask an administrator for a new one.", 0}
+	sealedOver         = problem{http.StatusGone, "enrollment_closed", "This key is not handed out any more: it was received, withdrawn or deleted. If you do not have it, create another one.", 0}
 	enrollmentNotFound = problem{http.StatusNotFound, "enrollment_not_found", "Enrollment not found", 0}
 
 	generation = problem{http.StatusInternalServerError, "generation_failed", "Key generation failed", 0}
@@ -193,6 +194,7 @@ func enrollmentProblem(err error) (problem, bool) {
 		{enroll.ErrDevice, deviceNotAllowed},
 		{enroll.ErrDeviceNotFound, deviceNotFound},
 		{enroll.ErrTooManyDevices, tooManyDevices},
+		{enroll.ErrOver, sealedOver}, // which is ErrClosed, too
 		{enroll.ErrClosed, enrollmentClosed},
 		{enroll.ErrNotFound, enrollmentNotFound},
 		{enroll.ErrSignature, badSignature},

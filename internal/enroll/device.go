@@ -253,7 +253,7 @@ func (s *Service) Add(ctx context.Context, call gate.Call, org org.ID, body []by
 		}
 		return s.Gate.Failed(ctx, pass, audit.KeyRefused, reason, err)
 	}
-	return s.serve(ctx, pass, d, nil, signature, deliver)
+	return over(s.serve(ctx, pass, d, nil, signature, deliver))
 }
 
 // AllowDevice lets keys of org be in the TPM whose endorsement key has that ID.

@@ -48,6 +48,8 @@ var (
 	ErrClaimed = errors.New("enrollment is claimed by another recipient")
 	// ErrClosed: the enrollment expired, was revoked, or the key was received or withdrawn.
 	ErrClosed = errors.New("enrollment is closed")
+	// ErrOver: ErrClosed of an administrator's own sealed key, which came by no enrollment.
+	ErrOver = errors.New("sealed key is over")
 	// ErrNotFound: an administrator named an enrollment, delivery or claim that is not there.
 	ErrNotFound = errors.New("enrollment not found")
 	// ErrSignature: a receipt that the delivered key did not sign.

@@ -3,6 +3,7 @@ package enroll
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/google/uuid"
 
@@ -38,7 +39,7 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, body
 		}
 		return s.Gate.Failed(ctx, pass, audit.KeyRefused, reason, err)
 	}
-	return s.serve(ctx, pass, d, nil, nil, deliver)
+	return over(s.serve(ctx, pass, d, nil, nil, deliver))
 }
 
 // Fetch has deliver write out an unreceived key of org again.
@@ -53,7 +54,7 @@ func (s *Service) Fetch(ctx context.Context, call gate.Call, org org.ID, keyID s
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.AttemptLife/2)
 	defer cancel()
-	return s.serve(ctx, pass, d, nil, nil, deliver)
+	return over(s.serve(ctx, pass, d, nil, nil, deliver))
 }
 
 // ReceiveOwn takes an administrator's receipt for key keyID of org.
@@ -77,9 +78,9 @@ func (s *Service) ReceiveOwn(ctx context.Context, call gate.Call, org org.ID, ke
 		err = ErrNotFound
 	}
 	if err != nil {
-		return s.failure(ctx, pass, err)
+		return over(s.failure(ctx, pass, err))
 	}
-	return s.receive(ctx, pass, d, r)
+	return over(s.receive(ctx, pass, d, r))
 }
 
 // own is an administrator's own delivery of a sealed key, or ErrNotFound: a key that its
@@ -90,4 +91,12 @@ func (s *Service) own(ctx context.Context, org org.ID, keyID string) (Delivery, 
 		err = ErrNotFound
 	}
 	return d, err
+}
+
+// over says of ErrClosed that it is about an administrator's own key.
+func over(err error) error {
+	if errors.Is(err, ErrClosed) {
+		return fmt.Errorf("%w: %w", ErrOver, err)
+	}
+	return err
 }

@@ -352,3 +352,48 @@ func TestAFailureEndsNoAttemptOfAnotherRequest(t *testing.T) {
 		t.Errorf("the log has %q", got)
 	}
 }
+
+// The log says why an administrator's receipt was not taken, and a key that is over is said to be one.
+func TestAnAdministratorsReceipts(t *testing.T) {
+	f := newFixture(t)
+	s := f.service(t, func(*enroll.Config) {})
+	recipient, named, text := keyOf(t, 3072)
+	var got enroll.Answer
+	if err := s.Generate(t.Context(), owner("acme"), "acme", encoded(t, map[string]string{"recipient": text}), func(a enroll.Answer) error { got = a; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	der, err := got.Sealed.Open(recipient)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opened, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	receipt := func(by *rsa.PrivateKey) error {
+		signature := base64.StdEncoding.EncodeToString(signedBy(t, by, got.ReceiptText()))
+		return s.ReceiveOwn(t.Context(), owner("acme"), "acme", got.KeyID, encoded(t, map[string]string{"recipient": named.ID, "signature": signature}))
+	}
+	if err := receipt(recipient); !errors.Is(err, enroll.ErrSignature) {
+		t.Errorf("signed by another key: %v", err)
+	}
+	if err := receipt(opened.(*rsa.PrivateKey)); err != nil {
+		t.Error(err)
+	}
+	if err := s.Fetch(t.Context(), owner("acme"), "acme", got.KeyID, ignored); !errors.Is(err, enroll.ErrOver) {
+		t.Errorf("fetched after the receipt: %v, want that it is over", err)
+	}
+	deleted := audit.New(audit.KeyDeleted, "acme")
+	deleted.Object = got.KeyID
+	if err := f.db.DeleteKey(t.Context(), "acme", got.KeyID, deleted); err != nil {
+		t.Fatal(err)
+	}
+	if err := receipt(opened.(*rsa.PrivateKey)); !errors.Is(err, enroll.ErrOver) {
+		t.Errorf("a receipt after the deletion: %v, want that it is over", err)
+	}
+	const want = "orgkey.created orgkey.sealed orgkey.delivered request.failed:bad_signature orgkey.received " +
+		"request.failed:enrollment_closed orgkey.deleted request.failed:enrollment_closed"
+	if got := f.history(t); got != want {
+		t.Errorf("the log has %q, want %q", got, want)
+	}
+}

@@ -189,6 +189,10 @@ func (s *Service) failure(ctx context.Context, pass gate.Pass, err error) error 
 		reason = "not_found"
 	case errors.Is(err, ErrTooManyDevices):
 		reason = "too_many"
+	case errors.Is(err, ErrSignature):
+		reason = "bad_signature"
+	case errors.Is(err, ErrClosed):
+		reason = "enrollment_closed"
 	}
 	return s.Gate.Failed(ctx, pass, audit.RequestFailed, reason, err)
 }
