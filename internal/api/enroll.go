@@ -178,7 +178,7 @@ func enrollmentOf(e enroll.Enrollment) enrollmentEntry {
 }
 
 // enrollmentState is that of the claim which has come least far, or what became
-// of uses that nobody claimed.
+// of uses that nobody claimed or whose key never arrived.
 func enrollmentState(e enroll.Enrollment) string {
 	switch {
 	case !e.Revoked.IsZero():
@@ -191,6 +191,8 @@ func enrollmentState(e enroll.Enrollment) string {
 		return "waiting"
 	case e.Unreceived > 0:
 		return "sealed"
+	case e.Lost > 0:
+		return "expired"
 	default:
 		return "received"
 	}

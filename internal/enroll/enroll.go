@@ -168,6 +168,7 @@ type Enrollment struct {
 	Claimed    int        // uses that were claimed
 	Waiting    int        // of those, whose key is not made or not released yet
 	Unreceived int        // of those, whose key waits for its receipt
+	Lost       int        // of those, whose key never arrived, and will not any more
 	Claims     []Delivery // the newest MaxUses of all enrollments that were asked for, oldest first; without what is sealed
 }
 

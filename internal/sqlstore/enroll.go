@@ -185,14 +185,15 @@ func (d *DB) enrollments(ctx context.Context, where string, args ...any) ([]enro
 	claimed := " WHERE d.recipient IS NOT NULL AND d.enrollment_id IN (SELECT id FROM enrollments WHERE " + where + ")"
 	err = each(ctx, d.read, func(scan func(...any) error) error {
 		var id string
-		var all, waiting, unreceived int
-		err := scan(&id, &all, &waiting, &unreceived)
+		var all, waiting, unreceived, lost int
+		err := scan(&id, &all, &waiting, &unreceived, &lost)
 		if e := places[id]; e != nil {
-			e.Claimed, e.Waiting, e.Unreceived = all, waiting, unreceived
+			e.Claimed, e.Waiting, e.Unreceived, e.Lost = all, waiting, unreceived, lost
 		}
 		return err
-	}, `SELECT id, count(*), sum(CASE WHEN stage IN ('claimed', 'stored', 'sealed') THEN 1 ELSE 0 END), sum(CASE WHEN stage = 'available' THEN 1 ELSE 0 END)
-		FROM (SELECT d.enrollment_id AS id, `+deliveryStage+" AS stage"+deliveryTables+claimed+") AS c GROUP BY id", args...)
+	}, `SELECT id, count(*), sum(CASE WHEN stage IN ('claimed', 'stored', 'sealed') THEN 1 ELSE 0 END), sum(CASE WHEN stage = 'available' THEN 1 ELSE 0 END),
+		sum(CASE WHEN stage = 'ended' AND arrived IS NULL THEN 1 ELSE 0 END)
+		FROM (SELECT d.enrollment_id AS id, coalesce(d.received_at, d.used_at) AS arrived, `+deliveryStage+" AS stage"+deliveryTables+claimed+") AS c GROUP BY id", args...)
 	if err != nil {
 		return nil, err
 	}

@@ -539,6 +539,54 @@ func TestNodeKeysAmongAllKeys(t *testing.T) {
 	})
 }
 
+// An enrollment tells keys that never arrived from those that did, and are gone since.
+func TestAnEnrollmentCountsKeysThatNeverArrived(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		late := func(d enroll.Delivery) {
+			t.Helper()
+			statement(t, raw(t, location), "UPDATE deliveries SET until = 1 WHERE key_id = $1", d.KeyID)
+			sweep(t, db, func(string, int) {})
+		}
+		deleted := func(d enroll.Delivery) {
+			t.Helper()
+			if err := db.DeleteKey(t.Context(), "acme", d.KeyID, event(audit.KeyDeleted, "acme", d.KeyID)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		received := func(d enroll.Delivery) {
+			t.Helper()
+			if err := db.Receive(t.Context(), d.KeyID, func(int) audit.Event { return event(audit.KeyReceived, "acme", d.KeyID) }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		used := func(d enroll.Delivery) {
+			t.Helper()
+			statement(t, raw(t, location), "UPDATE deliveries SET used_at = 1 WHERE key_id = $1", d.KeyID)
+		}
+		for name, c := range map[string]struct {
+			lost   int
+			become func(d enroll.Delivery)
+		}{
+			"under way":                     {0, func(enroll.Delivery) {}},
+			"never made":                    {1, late},
+			"never signed for":              {1, func(d enroll.Delivery) { late(offered(t, db, d)) }},
+			"deleted before it was":         {1, func(d enroll.Delivery) { deleted(offered(t, db, d)) }},
+			"received":                      {0, func(d enroll.Delivery) { received(offered(t, db, d)) }},
+			"received, and deleted":         {0, func(d enroll.Delivery) { received(offered(t, db, d)); deleted(d) }},
+			"used":                          {0, func(d enroll.Delivery) { used(offered(t, db, d)); late(d) }},
+			"used, and deleted":             {0, func(d enroll.Delivery) { used(offered(t, db, d)); late(d); deleted(d) }},
+			"used, and deleted before that": {0, func(d enroll.Delivery) { used(offered(t, db, d)); deleted(d) }},
+		} {
+			id, d := claimed(t, db, enroll.Enrollment{}, time.Hour, 20)
+			c.become(d)
+			e, err := db.Enrollment(t.Context(), "acme", id)
+			if err != nil || e.Claimed != 1 || e.Lost != c.lost {
+				t.Errorf("%s: %d claimed and %d lost, want 1 and %d, %v", name, e.Claimed, e.Lost, c.lost, err)
+			}
+		}
+	})
+}
+
 // What operators are told of what is not over.
 func TestWhatIsUnderWay(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
