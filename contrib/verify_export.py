@@ -376,7 +376,8 @@ class Deliveries:
             need(not permission, "event %d: the enrollment is created a second time" % index)
             self.permitted[thing] = Permission(index, e)
         elif kind in ("enrollment.revoked", "enrollment.expired") and permission:
-            permission.ends.add(kind)
+            if e.get("reason") != "not_made":  # places of claims that brought no key: others can still claim
+                permission.ends.add(kind)
         elif kind == "enrollment.approved":
             # The sweeper may come late to the claims of an expired one.
             need(not permission or "enrollment.revoked" not in permission.ends, "event %d: a claim is approved, and the enrollment was revoked" % index)

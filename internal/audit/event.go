@@ -36,7 +36,7 @@ const (
 	EnrollmentClaimed  Type = "enrollment.claimed"
 	EnrollmentConflict Type = "enrollment.conflict" // a recipient other than the one that claimed it, or may claim it
 	EnrollmentApproved Type = "enrollment.approved"
-	EnrollmentExpired  Type = "enrollment.expired" // with unclaimed uses
+	EnrollmentExpired  Type = "enrollment.expired" // with uses that brought no key: unclaimed, or claimed and never made
 	EnrollmentRevoked  Type = "enrollment.revoked"
 
 	DeviceAllowed Type = "device.allowed" // a TPM may have keys of the organization

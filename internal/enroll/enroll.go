@@ -278,8 +278,9 @@ type Store interface {
 	// back, what was not received is withdrawn. It reports ErrNotFound.
 	Revoke(ctx context.Context, org org.ID, id string, event audit.Event, withdrawn func(keyID string) audit.Event) error
 	// SweepDeliveries ends deliveries past their time, at most limit, and returns how
-	// many: one that was used without a receipt is received, others are withdrawn.
-	SweepDeliveries(ctx context.Context, limit int, withdrawn, used func(org org.ID, keyID string) audit.Event) (int, error)
+	// many: one that was used without a receipt is received, others are withdrawn. Of
+	// those whose key was never made, expired is recorded once an enrollment.
+	SweepDeliveries(ctx context.Context, limit int, withdrawn, used func(org org.ID, keyID string) audit.Event, expired func(org org.ID, id string, places int) audit.Event) (int, error)
 	// ExpiredEnrollments returns at most limit that EndExpired is to be called for.
 	ExpiredEnrollments(ctx context.Context, limit int) ([]string, error)
 	// EndExpired gives back what nobody claimed of enrollment id, which expired, and

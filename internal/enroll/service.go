@@ -78,7 +78,7 @@ const (
 	Claims      Outcome = "claimed"
 	Conflicts   Outcome = "conflict" // another recipient than the one that has it, or may have it
 	Receipts    Outcome = "received"
-	Expirations Outcome = "expired"   // enrollments with uses that nobody claimed
+	Expirations Outcome = "expired"   // enrollments with uses that nobody claimed, or whose key was never made
 	Withdrawals Outcome = "withdrawn" // sealed keys that nobody received in time
 	Failures    Outcome = "failed"    // a key could not be made or handed out now; asking again may help
 )
@@ -294,16 +294,22 @@ func untilFew(ctx context.Context, sweep func(context.Context) (int, error)) err
 }
 
 func (s *Service) sweepDeliveries(ctx context.Context) (int, error) {
-	ended := map[string]bool{} // a transaction that is aborted asks for its events again
+	ended, back := map[string]bool{}, map[string]bool{} // a transaction that is aborted asks for its events again
 	n, err := s.Store.SweepDeliveries(ctx, sweepBatch, func(org org.ID, keyID string) audit.Event {
 		ended[keyID] = true
 		return keyNotReceived(org, keyID)
-	}, keyUsed)
+	}, keyUsed, func(org org.ID, id string, places int) audit.Event {
+		back[id] = true
+		return placesBack(org, id, "not_made", places) // the rest of the enrollment may be open still
+	})
 	if err != nil {
 		return 0, fmt.Errorf("ending late deliveries: %w", err)
 	}
 	for range ended {
 		s.Count(Withdrawals)
+	}
+	for range back {
+		s.Count(Expirations)
 	}
 	return n, nil
 }
@@ -316,7 +322,7 @@ func (s *Service) sweepEnrollments(ctx context.Context) (int, error) {
 	}
 	var errs []error
 	for _, id := range expired {
-		places, err := s.Store.EndExpired(ctx, id, func(org org.ID, places int) audit.Event { return enrollmentExpired(org, id, places) })
+		places, err := s.Store.EndExpired(ctx, id, func(org org.ID, places int) audit.Event { return placesBack(org, id, "expired", places) })
 		if err != nil {
 			errs = append(errs, fmt.Errorf("ending enrollment %s: %w", id, err))
 			continue
@@ -335,8 +341,8 @@ func sweeperEvent(t audit.Type, org org.ID, object, reason string, outcome audit
 	return event
 }
 
-func enrollmentExpired(org org.ID, enrollment string, places int) audit.Event {
-	event := sweeperEvent(audit.EnrollmentExpired, org, enrollment, "expired", audit.Success)
+func placesBack(org org.ID, enrollment, reason string, places int) audit.Event {
+	event := sweeperEvent(audit.EnrollmentExpired, org, enrollment, reason, audit.Success)
 	event.Detail = map[string]string{"places": strconv.Itoa(places)}
 	return event
 }

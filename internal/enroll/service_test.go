@@ -9,11 +9,14 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
@@ -238,6 +241,51 @@ func recipientBody(t *testing.T) []byte {
 		t.Fatal(err)
 	}
 	return body
+}
+
+// A claim that nobody approved in time is told like a use that nobody claimed: in the
+// log, with how many places came back, and among the outcomes, by which it is alerted.
+func TestAClaimThatNobodyApprovedExpires(t *testing.T) {
+	f := newFixture(t)
+	counted := map[enroll.Outcome]int{}
+	s := f.service(t, func(c *enroll.Config) {
+		c.Count = func(o enroll.Outcome) { counted[o]++ }
+	})
+	id, key := uuid.NewString(), uuid.NewString()
+	noted := func(kind audit.Type) audit.Event { e := audit.New(kind, "acme"); e.Object = id; return e }
+	if _, err := f.db.CreateEnrollment(t.Context(), enroll.Permission{Enrollment: enroll.Enrollment{ID: id, Org: "acme", Scope: enroll.ForNode, Uses: 1, Approval: true}, K: []byte("sealed")},
+		2*time.Second, []string{key}, 1, noted(audit.EnrollmentCreated)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.db.Claim(t.Context(), id, enroll.Recipient{ID: "r", DER: []byte("der")}, "192.0.2.7", time.Hour, enroll.Attempt{},
+		func(string) audit.Event { return noted(audit.EnrollmentClaimed) }, noted(audit.EnrollmentConflict)); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Sweep(ctx, 50*time.Millisecond) }()
+	told := ""
+	for end := time.Now().Add(10 * time.Second); told == "" && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		entries, err := f.db.Entries(t.Context(), 0, 100)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, entry := range entries {
+			if e, err := audit.Decode(entry.Leaf); err != nil || e.Type == audit.EnrollmentExpired {
+				told += fmt.Sprintln(e.Object == id, e.Reason, e.Detail["places"], err)
+			}
+		}
+	}
+	stop()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if told != "true not_made 1 <nil>\n" {
+		t.Errorf("the log tells %q", told)
+	}
+	if counted[enroll.Expirations] != 1 || counted[enroll.Withdrawals] != 0 {
+		t.Errorf("outcomes %v, want one that is expired", counted)
+	}
 }
 
 // unanswered is a store whose answer to a mint is lost.

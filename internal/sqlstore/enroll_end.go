@@ -47,12 +47,13 @@ type ending struct {
 	org        org.ID
 	enrollment string
 	scope      enroll.Scope
+	stage      enroll.Stage
 }
 
-const endingColumns = "SELECT d.key_id, d.org_id, d.enrollment_id, d.scope FROM deliveries d WHERE "
+const endingColumns = "SELECT d.key_id, d.org_id, d.enrollment_id, d.scope, d.stage FROM deliveries d WHERE "
 
 func scanEnding(scan func(...any) error) (e ending, err error) {
-	err = scan(&e.key, &e.org, &e.enrollment, &e.scope)
+	err = scan(&e.key, &e.org, &e.enrollment, &e.scope, &e.stage)
 	return e, err
 }
 
@@ -116,7 +117,7 @@ func giveUpAttempts(ctx context.Context, tx *txn, now int64) error {
 }
 
 // SweepDeliveries implements enroll.Store.
-func (d *DB) SweepDeliveries(ctx context.Context, limit int, withdrawn, used func(org.ID, string) audit.Event) (int, error) {
+func (d *DB) SweepDeliveries(ctx context.Context, limit int, withdrawn, used func(org.ID, string) audit.Event, expired func(org.ID, string, int) audit.Event) (int, error) {
 	var n int
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
@@ -136,24 +137,50 @@ func (d *DB) SweepDeliveries(ctx context.Context, limit int, withdrawn, used fun
 		for i, e := range late {
 			keys[i] = e.key
 		}
-		inUse, err := queryAll(ctx, tx, scanEnding, `UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = used_at
-			WHERE stage = 'available' AND used_at IS NOT NULL AND key_id IN `+d.texts("$1")+" RETURNING key_id, org_id, enrollment_id, scope", keys)
+		inUse, err := queryAll(ctx, tx, scanText, `UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = used_at
+			WHERE stage = 'available' AND used_at IS NOT NULL AND key_id IN `+d.texts("$1")+" RETURNING key_id", keys)
 		if err != nil {
 			return err
 		}
-		events := make([]audit.Event, len(inUse))
-		for i, e := range inUse {
-			events[i] = used(e.org, e.key)
+		var events []audit.Event
+		var over []ending
+		for _, e := range late {
+			if slices.Contains(inUse, e.key) {
+				events = append(events, used(e.org, e.key))
+			} else {
+				over = append(over, e)
+			}
 		}
+		events = append(events, placesBack(over, expired)...)
 		if err := d.record(ctx, tx, events...); err != nil {
 			return err
 		}
-		return d.endDeliveries(ctx, tx, slices.DeleteFunc(late, func(e ending) bool { return slices.Contains(inUse, e) }), now, withdrawn)
+		return d.endDeliveries(ctx, tx, over, now, withdrawn)
 	})
 	if err != nil {
 		return 0, err
 	}
 	return n, nil
+}
+
+// placesBack returns an event for each enrollment of which all has claims whose key was
+// never made: what comes back of them is a place, and nothing else would say so.
+func placesBack(all []ending, expired func(org.ID, string, int) audit.Event) []audit.Event {
+	var of []ending // the first of each enrollment
+	places := map[string]int{}
+	for _, e := range all {
+		if e.stage != enroll.Claimed || e.enrollment == "" {
+			continue
+		}
+		if places[e.enrollment]++; places[e.enrollment] == 1 {
+			of = append(of, e)
+		}
+	}
+	events := make([]audit.Event, len(of))
+	for i, e := range of {
+		events[i] = expired(e.org, e.enrollment, places[e.enrollment])
+	}
+	return events
 }
 
 // ExpiredEnrollments implements enroll.Store.

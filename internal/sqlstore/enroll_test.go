@@ -212,7 +212,11 @@ func sweep(t *testing.T, db *sqlstore.DB, back func(id string, places int)) {
 	t.Helper()
 	_, err := db.SweepDeliveries(t.Context(), 100,
 		func(org org.ID, key string) audit.Event { return event(audit.KeyWithdrawn, org, key) },
-		func(org org.ID, key string) audit.Event { return event(audit.KeyReceived, org, key) })
+		func(org org.ID, key string) audit.Event { return event(audit.KeyReceived, org, key) },
+		func(org org.ID, id string, n int) audit.Event {
+			back(id, n)
+			return event(audit.EnrollmentExpired, org, id)
+		})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -246,6 +250,57 @@ func TestUnclaimedPlacesComeBack(t *testing.T) {
 		}
 		// What was claimed in time goes on.
 		offered(t, db, d)
+	})
+}
+
+// A claim whose key is never made leaves an event of the place that comes back, whether
+// the place is taken again before the sweeper sees that or not.
+func TestPlacesOfKeysThatWereNeverMadeComeBackInTheLog(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		const limit = 6
+		unapproved, _ := claimed(t, db, enroll.Enrollment{Uses: 3, Approval: true}, time.Hour, limit)
+		if _, err := claim(t, db, unapproved, recipient(t)); err != nil {
+			t.Fatal(err)
+		}
+		unmade, _ := claimed(t, db, enroll.Enrollment{}, time.Hour, limit)
+		_, made := claimed(t, db, enroll.Enrollment{}, time.Hour, limit)
+		offered(t, db, made)
+		goesOn, _ := claimed(t, db, enroll.Enrollment{}, time.Hour, limit)
+		if _, err := db.ClaimOwn(t.Context(), "acme", uuid.NewString(), recipient(t), limit, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		for _, statement := range []string{
+			"UPDATE enrollments SET expires_at = 1 WHERE id = '" + unapproved + "'",
+			"UPDATE deliveries SET until = 1 WHERE stage <> 'open' AND enrollment_id <> '" + goesOn + "'",
+			"UPDATE org_keys SET expires_at = 1 WHERE state = 'reserved'",
+			"UPDATE keys_of_nodes SET expires_at = 1 WHERE state = 'reserved' AND id NOT IN (SELECT key_id FROM deliveries WHERE enrollment_id = '" + goesOn + "')",
+		} {
+			if _, err := raw(t, location).Exec(statement); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// Four places are free, and are given away before anything is swept.
+		if _, err := mint(t, db, enroll.Enrollment{Uses: 4}, time.Hour, limit); err != nil {
+			t.Fatal(err)
+		}
+		places := map[string]int{}
+		for range 2 {
+			sweep(t, db, func(id string, n int) {
+				if n > 0 {
+					places[id] += n
+				}
+			})
+		}
+		if want := map[string]int{unapproved: 3, unmade: 1}; !maps.Equal(places, want) {
+			t.Errorf("places came back of %v, want %v", places, want)
+		}
+		// Two of the claims that nobody approved, one of the use that nobody claimed, one of the key that was not made.
+		if n := recorded(t, db, audit.EnrollmentExpired); n != 3 {
+			t.Errorf("%d events, want 3", n)
+		}
+		if n := recorded(t, db, audit.KeyWithdrawn); n != 1 {
+			t.Errorf("%d keys withdrawn, want the one that was made", n)
+		}
 	})
 }
 

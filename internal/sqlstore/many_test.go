@@ -106,7 +106,7 @@ func TestManyExpiredPlacesHoldUpNoSweep(t *testing.T) {
 	statement(t, raw(t, location), `UPDATE deliveries SET stage = 'claimed', recipient = 'r', recipient_key = '', until = 1 WHERE key_id = 'e1k1'`)
 	db := open(t, distant(t, location, time.Millisecond))
 	withdrawn := func(org org.ID, key string) audit.Event { return event(audit.KeyWithdrawn, org, key) }
-	if n, err := db.SweepDeliveries(t.Context(), 200, withdrawn, withdrawn); err != nil || n != 1 {
+	if n, err := db.SweepDeliveries(t.Context(), 200, withdrawn, withdrawn, func(org org.ID, id string, _ int) audit.Event { return event(audit.EnrollmentExpired, org, id) }); err != nil || n != 1 {
 		t.Errorf("%d late deliveries were ended, want 1: %v", n, err)
 	}
 	if d, err := db.Delivery(t.Context(), "e1k1"); err != nil || d.Stage != enroll.Ended {

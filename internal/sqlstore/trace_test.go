@@ -93,7 +93,7 @@ func TestTheNamesOfDeadGenerationsAreKept(t *testing.T) {
 		}
 		time.Sleep(2 * short)
 		for _, want := range [][]orgkey.Trace{{sealed(first), sealed(waiting)}, {sealed(first)}} {
-			_, err = db.SweepDeliveries(ctx, 100, nil, nil)
+			_, err = db.SweepDeliveries(ctx, 100, nil, nil, nil)
 			must(t, err)
 			traced(t, db, "after its time", want...)
 			must(t, db.ForgetTraces(ctx, []string{waiting}))

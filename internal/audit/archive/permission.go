@@ -64,6 +64,10 @@ func (p *permission) claim(e audit.Event) error {
 	return nil
 }
 
+// placeBack is the reason of enrollment.expired for places of claims that brought no
+// key: it does not end the enrollment.
+const placeBack = "not_made"
+
 // permit takes an event of an enrollment into account.
 func (d *deliveries) permit(index int64, e audit.Event) error {
 	p := d.permitted[e.Object]
@@ -74,7 +78,7 @@ func (d *deliveries) permit(index int64, e audit.Event) error {
 		}
 		d.permitted[e.Object] = permissionOf(index, e)
 	case audit.EnrollmentRevoked, audit.EnrollmentExpired:
-		if p != nil {
+		if p != nil && e.Reason != placeBack {
 			p.revoked, p.expired = p.revoked || e.Type == audit.EnrollmentRevoked, p.expired || e.Type == audit.EnrollmentExpired
 		}
 	case audit.EnrollmentApproved:

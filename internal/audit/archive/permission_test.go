@@ -225,6 +225,11 @@ func TestWhatTheProtocolAllowsIsNoFault(t *testing.T) {
 		"approved behind the expiry": {log: func(l enrolling) []audit.Event {
 			return []audit.Event{l.permits("uses", "2", "approval", "true"), l.claims("k-a"), l.ends(audit.EnrollmentExpired), l.approves("r-k-a"), l.creates("k-a"), l.seals("k-a")}
 		}},
+		"claimed behind a claim that brought no key": {log: func(l enrolling) []audit.Event {
+			back := l.ends(audit.EnrollmentExpired)
+			back.Reason = "not_made"
+			return []audit.Event{l.permits("uses", "2"), l.claims("k-a"), back, l.claims("k-b"), l.creates("k-b"), l.seals("k-b")}
+		}},
 		// With PostgreSQL the revocation waits for the sealing, and was recorded before.
 		"sealed while it is revoked": {log: func(l enrolling) []audit.Event {
 			return []audit.Event{l.permits(), l.claims("k-a"), l.ends(audit.EnrollmentRevoked), l.creates("k-a"), l.seals("k-a"), l.Key(audit.KeyWithdrawn, "k-a")}
