@@ -178,6 +178,11 @@ post() {
 		-H 'Content-Type: application/json' --data-binary @- "$@") || fail 75 "$server cannot be reached"
 	# Whatever is not our own errorCode is somebody else's answer, and passes.
 	reason=$(jq -r 'select(.requestId) | .errorCode // empty' "$work/body" 2>/dev/null) || reason=''
+	case $path:$reason in
+	*/receipt:enrollment_unknown | */receipt:enrollment_closed)
+		fail 77 "the key in $key was withdrawn before its receipt arrived: ask an administrator for a new token"
+		;;
+	esac
 	case $status:$reason in
 	200:) ;;
 	202:*) fail 75 "the key is not ready yet" ;;

@@ -107,6 +107,32 @@ func TestAShellNodeThatIsKilledLeavesNoCopyOfItsKey(t *testing.T) {
 	}
 }
 
+// A key that was withdrawn before its receipt is said to be; a new token brings another.
+func TestAShellNodeWhoseReceiptComesLate(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org := harness.Org()
+	target, err := url.Parse(s.API)
+	must(t, err)
+	forward := httputil.NewSingleHostReverseProxy(target)
+	between := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "/receipt") {
+			panic(http.ErrAbortHandler)
+		}
+		forward.ServeHTTP(w, r)
+	}))
+	defer between.Close()
+	m := mint(t, s, org, `{}`)
+	n := newShellNode(t, between.URL, m.Token)
+	n.run(75, "cannot be reached")
+	do(t, s, 200, harness.Request{Method: "DELETE", Path: "/organization/" + org + "/enrollment/" + m.ID, Token: s.Token(t, org, "OWNER")})
+	n.server = s.API
+	n.run(77, "was withdrawn before its receipt arrived")
+	n.put(mint(t, s, org, `{}`).Token)
+	n.run(0, "key ")
+	n.key()
+}
+
 // What is wrong with the arguments is told apart from what passes.
 func TestAShellNodesArguments(t *testing.T) {
 	t.Parallel()

@@ -14,7 +14,9 @@ import (
 )
 
 // Receive takes a node's receipt for the key of enrollment id. The same receipt
-// again changes nothing.
+// again changes nothing. For a key that is gone, or that nobody can have yet, there is
+// nothing to check a signature with: such a receipt is one of an unknown enrollment, to
+// its genuine holder too.
 func (s *Service) Receive(ctx context.Context, from Origin, id string, body []byte) error {
 	r, err := parseReceipt(body)
 	if err != nil {
@@ -25,6 +27,9 @@ func (s *Service) Receive(ctx context.Context, from Origin, id string, body []by
 		return err
 	}
 	d, err := s.signed(ctx, r, func(ctx context.Context) (Delivery, error) { return s.Store.DeliveryTo(ctx, id, r.recipient) })
+	if errors.Is(err, ErrClosed) {
+		err = ErrUnknown
+	}
 	if tooMany := leave(!errors.Is(err, ErrUnknown) && !errors.Is(err, ErrSignature)); tooMany != nil {
 		err = tooMany
 	}

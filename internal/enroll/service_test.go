@@ -16,8 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/uuid"
-
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/enroll"
@@ -251,16 +249,8 @@ func TestAClaimThatNobodyApprovedExpires(t *testing.T) {
 	s := f.service(t, func(c *enroll.Config) {
 		c.Count = func(o enroll.Outcome) { counted[o]++ }
 	})
-	id, key := uuid.NewString(), uuid.NewString()
-	noted := func(kind audit.Type) audit.Event { e := audit.New(kind, "acme"); e.Object = id; return e }
-	if _, err := f.db.CreateEnrollment(t.Context(), enroll.Permission{Enrollment: enroll.Enrollment{ID: id, Org: "acme", Scope: enroll.ForNode, Uses: 1, Approval: true}, K: []byte("sealed")},
-		2*time.Second, []string{key}, 1, noted(audit.EnrollmentCreated)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.db.Claim(t.Context(), id, enroll.Recipient{ID: "r", DER: []byte("der")}, "192.0.2.7", time.Hour, enroll.Attempt{},
-		func(string) audit.Event { return noted(audit.EnrollmentClaimed) }, noted(audit.EnrollmentConflict)); err != nil {
-		t.Fatal(err)
-	}
+	id, _ := f.permitted(t, enroll.Enrollment{Approval: true}, 2*time.Second)
+	f.claimed(t, id, "r")
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Sweep(ctx, 50*time.Millisecond) }()
