@@ -442,7 +442,8 @@ class Deliveries:
     def receive(self, index, e, key, detail):
         known = self.known.get(key)
         need(known and known["org"] == e.get("org"), "event %d: the key is received, and was never sealed" % index)
-        need("received" not in known, "event %d: the key is received a second time" % index)
+        # Who used it may sign later.
+        need("received" not in known or known["receipt"] == "used" and "signature" in detail, "event %d: the key is received a second time" % index)
         known["received"] = moment(index, e)
         if "signature" not in detail:
             known["receipt"] = "used"

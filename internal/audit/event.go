@@ -29,7 +29,7 @@ const (
 	KeysDeleted  Type = "orgkey.all_deleted" // the request; each key also has its own KeyDeleted
 	KeysListed   Type = "orgkey.listed"
 	KeySealed    Type = "orgkey.sealed"   // wrapped to its recipient, and destroyed in the back end; not yet released
-	KeyReceived  Type = "orgkey.received" // its holder signed for it, or used it
+	KeyReceived  Type = "orgkey.received" // its holder signed for it, or used it; a signature may follow a use
 
 	EnrollmentCreated  Type = "enrollment.created"
 	EnrollmentsListed  Type = "enrollment.listed"

@@ -580,6 +580,40 @@ func TestAnExportBesideARunningServer(t *testing.T) {
 	}
 }
 
+// A node that used its key, and whose receipt comes when that was taken for one, has
+// signed for it all the same.
+func TestAReceiptAfterItsKeyWasInUse(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org := harness.Org()
+	m := mint(t, s, org, `{}`)
+	e := enrollment(t, s.API, m.Token, newRecipient(t), 20*time.Second)
+	key, err := e.Fetch(t.Context())
+	must(t, err)
+	private, err := client.ParsePrivateKey(key.PEM)
+	must(t, err)
+	node := client.Node{Client: e.Client, Org: org, IP: "192.0.2.7", Region: "eu", Key: private, KeyID: key.KeyID}
+	_, err = node.Secrets(t.Context())
+	must(t, err)
+	db := s.Database(t)
+	harness.Exec(t, db, "UPDATE deliveries SET until = 1 WHERE key_id = '"+key.KeyID+"'")
+	harness.Eventually(t, harness.Patience, "use stands for the receipt", func() bool { return show(t, s, org, m.ID).State == "received" })
+	for range 2 {
+		must(t, e.Client.Receipt(t.Context(), key.Delivery, private))
+	}
+	if n := harness.Number(t, db, "SELECT count(*) FROM events WHERE type = 'orgkey.received'"); n != 2 {
+		t.Errorf("%d events, want one of the use and one of the signature", n)
+	}
+	s.Stop(t)
+	archive := filepath.Join(t.TempDir(), "export.tar.gz")
+	succeeds(t, s, "audit", "export", archive)
+	out, _, _ := s.Run(t, "audit", "verify-export", archive, "--json", "--key", strings.TrimSpace(succeeds(t, s, "audit", "key")))
+	var said struct{ Enrolled []struct{ Receipt string } }
+	if err := json.Unmarshal([]byte(out), &said); err != nil || len(said.Enrolled) != 1 || said.Enrolled[0].Receipt != "signed" {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
 // listedKey is a key as lists show it, with where it went.
 type listedKey struct {
 	ID          string    `json:"id"`

@@ -268,8 +268,9 @@ type Store interface {
 	Offer(ctx context.Context, keyID string, deliverFor time.Duration) (Delivery, error)
 	// Answered counts an answer, and records delivered if it is the first.
 	Answered(ctx context.Context, keyID string, delivered audit.Event) error
-	// Receive makes an available delivery received and deletes the wrapped key;
-	// one that was received before is let be, and leaves no event. One that has
+	// Receive makes an available delivery received and deletes the wrapped key. Once,
+	// it also records received of one that is received because it was used; any other
+	// that was received before is let be, and leaves no event. One that has
 	// ended meanwhile is ErrClosed: its key will not be accepted.
 	Receive(ctx context.Context, keyID string, received func(answers int) audit.Event) error
 	// Approve lets recipient's claim of org's enrollment id go on, or reports ErrNotFound.

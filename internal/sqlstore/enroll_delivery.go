@@ -225,14 +225,16 @@ func (d *DB) Answered(ctx context.Context, keyID string, delivered audit.Event) 
 	})
 }
 
-// Receive implements enroll.Store.
+// Receive implements enroll.Store. A delivery that the sweeper found in use was received
+// then, and keeps its deadline, which ended nothing; one that was signed for has none.
 func (d *DB) Receive(ctx context.Context, keyID string, received func(int) audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
 		}
-		answers, err := query(ctx, tx, scanInt, "UPDATE deliveries SET stage = 'received', wrapped = NULL, received_at = $2 WHERE key_id = $1 AND stage = 'available' RETURNING answers", keyID, now)
+		answers, err := query(ctx, tx, scanInt, `UPDATE deliveries SET stage = 'received', wrapped = NULL, until = NULL, received_at = CASE WHEN stage = 'available' THEN $2 ELSE received_at END
+			WHERE key_id = $1 AND (stage = 'available' OR stage = 'received' AND origin = 'backend' AND received_at = used_at AND until IS NOT NULL) RETURNING answers`, keyID, now)
 		if err != nil {
 			return err
 		}

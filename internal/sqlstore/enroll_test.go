@@ -594,6 +594,61 @@ func TestNodeKeysAmongAllKeys(t *testing.T) {
 	})
 }
 
+// A signature that comes after the sweeper took the key's use for its arrival is recorded,
+// once; the time of the arrival stays.
+func TestASignatureAfterUseIsRecordedOnce(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		signedFor := func(key string) {
+			t.Helper()
+			var all sync.WaitGroup
+			for range 4 {
+				all.Go(func() {
+					if err := db.Receive(t.Context(), key, func(int) audit.Event { return event(audit.KeyReceived, "acme", key) }); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			all.Wait()
+		}
+		_, d := claimed(t, db, enroll.Enrollment{}, time.Hour, 9)
+		offered(t, db, d)
+		statement(t, raw(t, location), "UPDATE deliveries SET used_at = 1, until = 2 WHERE key_id = $1", d.KeyID)
+		sweep(t, db, func(string, int) {})
+		if n := recorded(t, db, audit.KeyReceived); n != 1 {
+			t.Fatalf("%d events of the use, want 1", n)
+		}
+		signedFor(d.KeyID)
+		after, err := db.Delivery(t.Context(), d.KeyID)
+		if n := recorded(t, db, audit.KeyReceived); err != nil || n != 2 || after.ReceivedAt.UnixMicro() != 1 || after.Stage != enroll.Received {
+			t.Errorf("%d events of use and signature, want 2; %+v, %v", n, after, err)
+		}
+		// As if it had been used in the very moment of its receipt.
+		_, d = claimed(t, db, enroll.Enrollment{}, time.Hour, 9)
+		offered(t, db, d)
+		signedFor(d.KeyID)
+		statement(t, raw(t, location), "UPDATE deliveries SET used_at = received_at WHERE key_id = $1", d.KeyID)
+		signedFor(d.KeyID)
+		// Whoever made the key has signed for it by that.
+		own := uuid.NewString()
+		r := recipient(t)
+		r.Origin = enroll.FromNode
+		if _, err := db.ClaimOwn(t.Context(), "acme", own, r, 9, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := db.StoreOwn(t.Context(), own, []byte("public"), "own", event(audit.KeyCreated, "acme", own)); err != nil {
+			t.Fatal(err)
+		}
+		if made, err := db.Offer(t.Context(), own, time.Hour); err != nil || made.Stage != enroll.Received {
+			t.Fatalf("%+v, %v", made, err)
+		}
+		statement(t, raw(t, location), "UPDATE deliveries SET used_at = received_at WHERE key_id = $1", own)
+		signedFor(own)
+		if n := recorded(t, db, audit.KeyReceived); n != 3 {
+			t.Errorf("%d events, want 3", n)
+		}
+	})
+}
+
 // An enrollment tells keys that never arrived from those that did, and are gone since.
 func TestAnEnrollmentCountsKeysThatNeverArrived(t *testing.T) {
 	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {

@@ -181,14 +181,14 @@ func (d *deliveries) seal(index int64, e audit.Event, lives *inventory, life *li
 
 func (d *deliveries) receive(index int64, e audit.Event) error {
 	known := d.byKey[e.Object]
+	text, signed := e.Detail["signature"]
 	switch {
 	case known == nil || known.Org != e.Org:
 		return fmt.Errorf("key %s is received, and was never sealed", e.Object)
-	case known.Received != nil:
+	case known.Received != nil && !(known.Receipt == Used && signed): // who used it may sign later
 		return fmt.Errorf("key %s is received a second time", e.Object)
 	}
 	known.Received = momentOf(index, e)
-	text, signed := e.Detail["signature"]
 	if !signed {
 		known.Receipt = Used
 		return nil

@@ -143,12 +143,15 @@ func TestAnExportTellsHowSealedKeysArrived(t *testing.T) {
 	l.Record(t, l.Key(audit.KeyDeleted, "k-deleted"))
 	l.sealed(t, "k-used", "e-3")
 	l.Record(t, l.event(audit.KeyReceived, "k-used", nil))
+	l.sealed(t, "k-late", "e-4") // used, and signed for afterwards
+	l.Record(t, l.event(audit.KeyReceived, "k-late", nil))
+	l.received(t, "k-late", "k-late", "d-k-late")
 
 	told := l.both(t, l.export(t, l.open))
-	if len(told) != 4 {
+	if len(told) != 5 {
 		t.Fatalf("%d sealed keys: %+v", len(told), told)
 	}
-	signed, own, deleted, used := told[0], told[1], told[2], told[3]
+	signed, own, deleted, used, late := told[0], told[1], told[2], told[3], told[4]
 	switch {
 	case signed.Receipt != archive.Signed || signed.Answers != 2 || signed.From != claimant || signed.SHA256 != "d-k-signed" || signed.Recipient != "r-k-signed":
 		t.Errorf("signed for: %+v", signed)
@@ -162,6 +165,8 @@ func TestAnExportTellsHowSealedKeysArrived(t *testing.T) {
 		t.Errorf("deleted: %+v", deleted)
 	case used.Receipt != archive.Used:
 		t.Errorf("used: %+v", used)
+	case late.Receipt != archive.Signed || late.Answers != 2:
+		t.Errorf("used, and signed for later: %+v", late)
 	}
 	for _, e := range l.both(t, l.export(t, nil)) { // which is of the first format
 		if e.Receipt == archive.Signed || e.Received != nil && e.Receipt == archive.Unchecked && !strings.Contains(e.Unchecked, "without public keys") {
@@ -191,6 +196,26 @@ func TestReceiptsAndPublicKeysAreNotBelieved(t *testing.T) {
 		"signed by another key":   {receipt: func(t *testing.T, l enrolling) { l.received(t, "k-a", "k-b", "d-k-a") }},
 		"signed for other bytes":  {receipt: func(t *testing.T, l enrolling) { l.received(t, "k-a", "k-a", "d-k-b") }},
 		"received and not sealed": {receipt: func(t *testing.T, l enrolling) { l.Record(t, l.event(audit.KeyReceived, "k-3", nil)) }},
+		"signed for twice": {receipt: func(t *testing.T, l enrolling) {
+			l.received(t, "k-a", "k-a", "d-k-a")
+			l.received(t, "k-a", "k-a", "d-k-a")
+		}},
+		"used twice": {receipt: func(t *testing.T, l enrolling) {
+			l.Record(t, l.event(audit.KeyReceived, "k-a", nil), l.event(audit.KeyReceived, "k-a", nil))
+		}},
+		"used after it was signed for": {receipt: func(t *testing.T, l enrolling) {
+			l.received(t, "k-a", "k-a", "d-k-a")
+			l.Record(t, l.event(audit.KeyReceived, "k-a", nil))
+		}},
+		"used, and signed for twice": {receipt: func(t *testing.T, l enrolling) {
+			l.Record(t, l.event(audit.KeyReceived, "k-a", nil))
+			l.received(t, "k-a", "k-a", "d-k-a")
+			l.received(t, "k-a", "k-a", "d-k-a")
+		}},
+		"used, and signed for by another key": {receipt: func(t *testing.T, l enrolling) {
+			l.Record(t, l.event(audit.KeyReceived, "k-a", nil))
+			l.received(t, "k-a", "k-b", "d-k-a")
+		}},
 		"sealed by no enrollment": {receipt: func(t *testing.T, l enrolling) {
 			l.Record(t, l.event(audit.KeySealed, "k-3", map[string]string{"enrollment": "e-9"}))
 		}},
