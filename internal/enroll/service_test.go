@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -41,6 +42,9 @@ type fixture struct {
 	gate gate.Gate
 }
 
+// shippedPolicy is one for all tests: its own tests, which run when it is loaded, take a while.
+var shippedPolicy = sync.OnceValues(func() (*authz.Policy, error) { return authz.Load(context.Background(), policies.Files) })
+
 func newFixture(t *testing.T) fixture {
 	t.Helper()
 	dir := t.TempDir()
@@ -58,7 +62,7 @@ func newFixture(t *testing.T) fixture {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { raw.Close() })
-	policy, err := authz.Load(t.Context(), policies.Files)
+	policy, err := shippedPolicy()
 	if err != nil {
 		t.Fatal(err)
 	}
