@@ -18,6 +18,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/e2e/systemd"
 	"github.com/orgkeys/orgkeys/internal/privatefile"
 )
 
@@ -209,8 +210,8 @@ func TestWhoMayReadAShellNodesToken(t *testing.T) {
 // A systemd credential, of which the mode says that root's group may read it.
 func TestAShellNodesTokenIsACredential(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		t.Skip("only root makes files of root")
+	if systemd.AsRoot(t) {
+		return
 	}
 	n := newShellNode(t, "http://127.0.0.1:1", "oke1.00000000-0000-4000-8000-000000000000."+strings.Repeat("A", 43))
 	for _, path := range []string{filepath.Dir(n.token), filepath.Dir(filepath.Dir(n.token))} {
