@@ -183,13 +183,16 @@ func fetchOrAnnounce(ctx context.Context, e *client.Enrollment, s settings) (*cl
 	return &client.Delivered{Delivery: *accepted, PEM: text}, nil
 }
 
-// finish removes what the key no longer needs.
+// finish removes what the key no longer needs. A recipient that is not the key's own
+// stays: another enrollment is under way with it, or a token to come is bound to it.
 func (k *keyState) finish(d *dir, s settings, r *report) error {
-	k.begun = false
-	k.report(s, r)
-	if err := os.Remove(s.recipientFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return cannotStore(s.recipientFile, fmt.Errorf("removing it: %w", err))
+	if there, err := readRecipient(s); err == nil && nameOf(there) == k.record.Recipient {
+		if err := os.Remove(s.recipientFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return cannotStore(s.recipientFile, fmt.Errorf("removing it: %w", err))
+		}
 	}
+	k.begun = exists(s.recipientFile)
+	k.report(s, r)
 	if err := durable.SyncIn(d.root); err != nil {
 		return cannotStore(s.keyFile, err)
 	}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/client"
 	"github.com/orgkeys/orgkeys/internal/e2e/harness"
+	"github.com/orgkeys/orgkeys/internal/tpm/tpmtest"
 )
 
 // minted is an enrollment as its administrator gets it.
@@ -686,6 +687,67 @@ func TestATokenBoundToARecipient(t *testing.T) {
 	thief.run(77, "another recipient", "boot", "--wait", "0s")
 	e.put(m.Token)
 	e.run(0, "registered", "boot")
+}
+
+// A recipient may be there before its token is, or while a token for another key waits for
+// its approval: boots of the timer in between leave it, and take away no other.
+func TestABootLeavesTheRecipientOfAnotherEnrollment(t *testing.T) {
+	s := harness.Start(t)
+	device := tpmtest.Start(t)
+	for name, more := range map[string][]string{"in a file": nil, "in the TPM": {"--tpm", device.Socket}, "its own key": {"--origin", "node"}} {
+		t.Run(name, func(t *testing.T) {
+			org := harness.Org()
+			terms := `{"scope":"organization",` // else an address belongs to the key that it was registered with first
+			if len(more) > 0 && more[0] == "--origin" {
+				terms += `"origin":"node",`
+			}
+			if len(more) > 0 && more[0] == "--tpm" {
+				allow(t, s, org, ekOf(t, device))
+			}
+			flags := func(f ...string) []string { return append(f, more...) }
+			e := newEnrolling(t, s.API, mint(t, s, org, terms+`"note":"first"}`).Token)
+			e.run(0, "registered", "boot", flags()...)
+			e.has("key.pem", "key.pem.enrollment")
+			named := func(out string) string {
+				m := regexp.MustCompile(`recipient ([0-9a-f]{64})`).FindStringSubmatch(out)
+				if m == nil {
+					t.Fatalf("it does not say which recipient: %s", out)
+				}
+				return m[1]
+			}
+
+			bound := named(e.run(0, "recipient ", "recipient", flags()...))
+			e.run(0, "registered", "boot", flags()...)
+			e.has("key.pem", "key.pem.enrollment", "key.pem.recipient")
+			e.put(mint(t, s, org, terms+`"bind":{"recipient":"`+bound+`"}}`).Token)
+			e.run(0, "enrolled key", "boot", flags()...)
+			e.has("key.pem", "key.pem.enrollment")
+
+			waiting := mint(t, s, org, terms+`"approval":true}`)
+			e.put(waiting.Token)
+			claimed := named(e.run(75, "approves recipient ", "boot", flags("--wait", "0s")...))
+			if err := os.Rename(e.token, e.token+".away"); err != nil {
+				t.Fatal(err)
+			}
+			e.run(0, "registered", "boot", flags()...)
+			e.has("key.pem", "key.pem.enrollment", "key.pem.recipient")
+			s.Do(t, harness.Request{Method: "POST", Path: "/organization/" + org + "/enrollment/" + waiting.ID + "/approve", Token: s.Token(t, org, "OWNER"),
+				Header: inJSON, Body: fmt.Appendf(nil, `{"recipient":%q}`, claimed)}).Want(t, 200, "Claim approved")
+			if err := os.Rename(e.token+".away", e.token); err != nil {
+				t.Fatal(err)
+			}
+			mine := read(t, e.key+".recipient")
+			e.run(0, "enrolled key", "boot", flags()...)
+			e.has("key.pem", "key.pem.enrollment")
+
+			// The key's own goes, if the run that took the receipt was killed before it removed it.
+			if err := os.WriteFile(e.key+".recipient", []byte(mine), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			e.run(0, "registered", "boot", flags()...)
+			e.has("key.pem", "key.pem.enrollment")
+		})
+	}
 }
 
 // No misspelt word, at any depth, is taken for success.
