@@ -26,7 +26,7 @@ func TestPromise15_TheConsoleInChromium(t *testing.T) {
 	b.shows("There is no key yet")
 
 	// A refusal ends the recipient only if it proves that there is no key for it.
-	for code, want := range map[string]int{"insufficient_role": 1, "quota_exceeded": 0} {
+	for code, want := range map[string]int{"insufficient_role": 1, "unavailable": 1, "quota_exceeded": 0, "recipient_unacceptable": 0, "sealed_unavailable": 0, "enrollment_closed": 0} {
 		b.do(`await page.route('**/console/api/key', (r) => r.fulfill({ status: 403, contentType: 'application/json', body: JSON.stringify({ success: false, message: 'refused: ' + CODE, errorCode: CODE }) }))
 			await page.click('#generate-start')
 			await page.waitForSelector('#generate-problem:has-text("refused: ' + CODE + '")')
@@ -279,6 +279,37 @@ func generate(t *testing.T, b *browser) *rsa.PrivateKey {
 		t.Error("the file has another form than openssl writes")
 	}
 	return private
+}
+
+// A receipt that did not arrive is repeated when the page is opened again. The key that it is
+// for may be gone by then, and another one can be generated all the same.
+func TestAKeyThatIsDeletedBeforeItsReceipt(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	b := openBrowser(t, s.API)
+	b.signIn(s.Token(t, "acme", "OWNER"), "keys")
+	b.do(`await page.click('#generate-start')
+		await page.waitForSelector('#generate-save', { state: 'visible', timeout: 60000 })
+		await page.route('**/receipt', (route) => route.abort())
+		await page.click('#generate-finish')
+		await page.waitForSelector('#generate-problem:has-text("cannot be reached")')
+		await page.unroute('**/receipt')`)
+	keys := s.List(t, "acme")
+	if len(keys) != 1 || b.recipients() != 1 {
+		t.Fatalf("there are %d keys, and the browser has %d recipients", len(keys), b.recipients())
+	}
+	s.Do(t, harness.Request{Method: "DELETE", Path: harness.KeyPath("acme") + "/" + keys[0].ID, Token: s.Token(t, "acme", "OWNER")}).
+		Want(t, 200, "Organization key deleted successfully")
+	b.do(`const answer = page.waitForResponse('**/receipt')
+		await page.reload()
+		const { errorCode } = await (await answer).json()
+		if (errorCode !== 'enrollment_closed') throw new Error('the receipt of a deleted key is answered with ' + errorCode)
+		await page.waitForLoadState('networkidle')
+		if (await page.isVisible('#generate-problem')) throw new Error(await page.textContent('#generate-problem'))`)
+	if n := b.recipients(); n != 0 {
+		t.Errorf("the browser has %d recipients of keys that are gone", n)
+	}
+	generate(t, b)
 }
 
 // recipients is how many the browser has stored.

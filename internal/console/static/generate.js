@@ -32,7 +32,7 @@ async function stored(mode, act) {
 
 // Refusals that prove that there is no key for the recipient. After any other, such as of a
 // role that was taken away, there may be one that only this recipient opens.
-const hopeless = ['quota_exceeded', 'recipient_unacceptable']
+const hopeless = ['quota_exceeded', 'recipient_unacceptable', 'sealed_unavailable', 'enrollment_closed']
 
 // The key of the recipient. While the service makes it the answer is 202.
 async function fetchSealed(recipient) {
@@ -49,14 +49,17 @@ async function fetchSealed(recipient) {
   }
 }
 
+// What a receipt is answered with for a key that was deleted or withdrawn meanwhile.
+const gone = ['key_not_found', 'enrollment_closed']
+
 // The person said that the key's file is saved: the service is told, and then the recipient
-// is forgotten. So it is for a key that was deleted meanwhile.
+// is forgotten. So it is for a key that is gone.
 async function finish(recipient) {
   const { keyId, body } = recipient.receipt
   try {
     await ask(`key/${keyId}/receipt`, { method: 'POST', body, headers: { 'Content-Type': 'application/json' } })
   } catch (error) {
-    if (!(error instanceof Refused && error.code === 'key_not_found')) throw error
+    if (!(error instanceof Refused && gone.includes(error.code))) throw error
   }
   await stored('readwrite', (s) => s.delete(recipient.org))
 }
