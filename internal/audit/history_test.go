@@ -510,6 +510,21 @@ func TestAReplicaThatWaitsForAnotherHasNotCaughtUp(t *testing.T) {
 	waitFor(t, "the sink has caught up again", func() bool { return auditLog.Sinks()[0].CaughtUp.After(before) })
 }
 
+// A sink whose receipts for a whole batch take longer than a call may take gets less at
+// once: it would never get on with the same again.
+func TestASlowSinkGetsOnWithItsBacklog(t *testing.T) {
+	l := audittest.Open(t)
+	sink := &signingSink{FileSink: audit.NewFileSink(l.Sink), each: 2 * time.Millisecond}
+	auditLog := audit.NewLog(l.DB, slog.New(slog.DiscardHandler), sink)
+	auditLog.SetSinkDeadline(time.Second) // 1,000 events take two
+	record(t, auditLog, 1500)
+	defer run(t, auditLog)()
+	flush(t, auditLog)
+	if receipts, err := l.DB.Receipts(t.Context(), sink.Name(), 0, 1500); err != nil || len(receipts) != 1500 {
+		t.Errorf("%d receipts of 1500, %v", len(receipts), err)
+	}
+}
+
 // contended is a database whose exclusive work another replica may be doing.
 type contended struct {
 	*sqlstore.DB
@@ -529,6 +544,7 @@ func (c *contended) Exclusive(ctx context.Context, name string, do func(context.
 type signingSink struct {
 	*audit.FileSink
 	deaf atomic.Bool
+	each time.Duration // what an entry takes
 }
 
 func (s *signingSink) Name() string { return "signing" }
@@ -541,6 +557,11 @@ func (s *signingSink) Append(ctx context.Context, entries []audit.Entry, c audit
 	}
 	if s.deaf.Load() {
 		return nil, errors.New("the answer was lost")
+	}
+	select {
+	case <-time.After(time.Duration(len(entries)) * s.each):
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
 	receipts := make([][]byte, len(entries))
 	for i, e := range entries {

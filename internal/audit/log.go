@@ -30,6 +30,7 @@ const (
 	waiting       = 25 * time.Millisecond  // the same, while a caller waits for it
 	sequenceBatch = 5000                   // events that get their indices in one transaction
 	sinkBatch     = 1000                   // events in one call to a sink
+	fewestOfSink  = 100                    // the same, while larger calls take too long: what Vault signs in one request
 	sinkDeadline  = 10 * time.Second       // for one call to a sink
 	sinkBackoff   = 2 * time.Second        // longest pause before a failing sink is tried again
 )
@@ -135,7 +136,7 @@ func (b *broadcast) send() {
 func NewLog(store Store, log *slog.Logger, sinks ...Sink) *Log {
 	l := &Log{store: store, log: log, deadline: sinkDeadline, urgent: make(chan struct{}, 1), sequenced: make(chan struct{}, 1), grown: newBroadcast(), acted: newBroadcast()}
 	for _, s := range sinks {
-		l.followers = append(l.followers, &follower{log: l, sink: s, call: make(chan struct{}, 1), err: errNotStarted})
+		l.followers = append(l.followers, &follower{log: l, sink: s, call: make(chan struct{}, 1), err: errNotStarted, batch: sinkBatch})
 	}
 	return l
 }

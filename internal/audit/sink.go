@@ -72,6 +72,7 @@ type follower struct {
 	log  *Log
 	sink Sink
 
+	batch  int           // events in the next call to the sink
 	call   chan struct{} // holds an element while a call to the sink has not returned
 	signed atomic.Int64  // the place of the newest signed checkpoint that the sink has recorded
 
@@ -99,6 +100,7 @@ func (f *follower) set(held Checkpoint, err error) {
 
 // caught records that the sink holds the whole log.
 func (f *follower) caught() {
+	f.batch = sinkBatch
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.caughtUp = time.Now()
@@ -294,7 +296,7 @@ func (f *follower) step(ctx context.Context, held Checkpoint) (after Checkpoint,
 // appendFrom appends the durable entries of the log after held, and returns the
 // sink's new position and its receipts.
 func (f *follower) appendFrom(ctx context.Context, held Checkpoint) (Checkpoint, [][]byte, error) {
-	entries, after, err := f.log.store.Durable(ctx, held, sinkBatch)
+	entries, after, err := f.log.store.Durable(ctx, held, f.batch)
 	if setBack, ok := errors.AsType[*RollbackError](err); ok {
 		setBack.Sink = f.sink.Name()
 	}
@@ -305,6 +307,9 @@ func (f *follower) appendFrom(ctx context.Context, held Checkpoint) (Checkpoint,
 	var given [][]byte
 	err = f.bounded(ctx, func() (err error) { given, err = f.sink.Append(ctx, entries, after); return err })
 	if err != nil {
+		if ctx.Err() != nil { // the same again would take as long, and its receipts would be lost again
+			f.batch = max(f.batch/2, fewestOfSink)
+		}
 		return held, nil, fmt.Errorf("appending to sink %s: %w", f.sink.Name(), err)
 	}
 	return after, given, nil

@@ -31,7 +31,8 @@ import (
 // written and made durable before the PIN is offered, so that no crash makes an
 // attempt forgotten. HASH is of the PIN and of the token's serial number under
 // SALT: a changed PIN file may be tried, and so may another token. An empty
-// file says that the last attempt succeeded.
+// line says that the last attempt succeeded. The file keeps its length, so that
+// a disk that has become full stands in the way of no login.
 //
 // Every process that shares the file waits for the others' attempts.
 type attempts struct{ path string }
@@ -263,8 +264,8 @@ func readAttempt(file *os.File) (attempt, error) {
 }
 
 func writeAttempt(file *os.File, line string) error {
-	_, err := file.WriteAt([]byte(line), 0)
-	if err := errors.Join(err, file.Truncate(int64(len(line))), file.Sync()); err != nil {
+	_, err := file.WriteAt(fmt.Appendf(nil, "%-*s\n", maxAttempt-1, line), 0)
+	if err := errors.Join(err, file.Truncate(maxAttempt), file.Sync()); err != nil {
 		return fmt.Errorf("writing down an attempt with a PIN: %w", err)
 	}
 	return nil

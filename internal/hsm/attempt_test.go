@@ -108,6 +108,21 @@ func TestTheAttemptFileHoldsNoPIN(t *testing.T) {
 	}
 }
 
+// A login needs no new block on the disk: a full one would otherwise take the HSM away
+// at the next change of sessions.
+func TestTheAttemptFileKeepsItsLength(t *testing.T) {
+	cfg := freshToken(t)
+	right := rightPIN(t, cfg)
+	for _, pin := range []string{right, "wrong-1", right} {
+		if err := tryPIN(t, cfg, pin); err != nil && !errors.Is(err, ErrPINRefused) {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(cfg.AttemptFile); err != nil || info.Size() != maxAttempt {
+			t.Errorf("after %q: %v, %v", pin, info, err)
+		}
+	}
+}
+
 func TestTwoProcessesOfferAPINOnce(t *testing.T) {
 	cfg := freshToken(t)
 	writePIN(t, cfg, "wrong-1")

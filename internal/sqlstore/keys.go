@@ -258,6 +258,10 @@ func (d *DB) Withdraw(ctx context.Context, id string, event audit.Event) (bool, 
 		if err != nil {
 			return err
 		}
+		// Waits for a StorePending whose commit takes long: the change below would not see it.
+		if _, err := query(ctx, tx, scanInt, "SELECT 1 FROM org_keys WHERE id = $1"+d.forUpdate(""), id); err != nil {
+			return err
+		}
 		n, err := exec(ctx, tx, endKey+" AND state IN ("+pending+", "+released+")", id, now)
 		if ended = n > 0; err != nil || !ended {
 			return err

@@ -58,6 +58,40 @@ func statement(t testing.TB, on interface {
 	}
 }
 
+// A key whose record is not committed yet when its generation has failed is withdrawn
+// once it is: to give its place back as one that was never recorded would find nothing.
+func TestWithdrawingWaitsForARecordThatIsBeingCommitted(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db, other := open(t, location), raw(t, location)
+	id := reserve(t, db, "acme", 1)
+	tx, err := other.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	statement(t, tx, "UPDATE org_keys SET state = 'pending', sealed = 'x', created_at = 1 WHERE id = $1", id)
+	type result struct {
+		ended bool
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		ended, err := db.Withdraw(t.Context(), id, event(audit.KeyWithdrawn, "acme", id))
+		done <- result{ended, err}
+	}()
+	select {
+	case r := <-done:
+		t.Errorf("before the commit: ended %v, %v", r.ended, r.err)
+	case <-time.After(500 * time.Millisecond):
+		if err := tx.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if r := <-done; r.err != nil || !r.ended {
+			t.Errorf("ended %v, %v", r.ended, r.err)
+		}
+	}
+	reserve(t, db, "acme", 1)
+}
+
 // PostgreSQL gives up one of two transactions that wait for each other. The
 // caller of the one given up does not notice.
 func TestADeadlockIsTriedAgain(t *testing.T) {

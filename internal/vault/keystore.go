@@ -133,7 +133,7 @@ func freshKey(answer response, callTimeout time.Duration) (orgkey.Public, error)
 	case k.DeletionAllowed:
 		return orgkey.Public{}, fmt.Errorf("%w: its configuration was changed", ErrNotFresh)
 	case answer.date.Sub(first.Created).Abs() > callTimeout+clockGrain:
-		return orgkey.Public{}, fmt.Errorf("%w: it was created %s before the answer", ErrNotFresh, answer.date.Sub(first.Created))
+		return orgkey.Public{}, fmt.Errorf("%w: it was created %s before the answer, or the clocks of Vault's nodes differ by so much", ErrNotFresh, answer.date.Sub(first.Created))
 	}
 	return parsePublic([]byte(first.PublicKey))
 }
