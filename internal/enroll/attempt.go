@@ -23,6 +23,7 @@ func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (_ Deliv
 	attempt, mine, taken := d.Attempt, d.Begun, (*orgkey.Taken[orgkey.SealableKey])(nil)
 	if !mine {
 		if attempt, mine, taken, err = s.begin(ctx, d.KeyID); err != nil {
+			s.giveUp(ctx, d.KeyID, attempt) // it may have begun although the answer was lost
 			return d, nil, fmt.Errorf("beginning key %s: %w", d.KeyID, err)
 		}
 	}
@@ -35,6 +36,7 @@ func (s *Service) make(ctx context.Context, pass gate.Pass, d Delivery) (_ Deliv
 		s.giveUp(ctx, d.KeyID, taken.ID)
 		attempt = uuid.NewString()
 		if mine, err = s.Store.Begin(ctx, d.KeyID, attempt, s.AttemptLife); err != nil {
+			s.giveUp(ctx, d.KeyID, attempt)
 			return d, nil, fmt.Errorf("beginning key %s: %w", d.KeyID, err)
 		}
 	}

@@ -156,6 +156,9 @@ func (s *Service) claim(ctx context.Context, pass gate.Pass, id string, recipien
 	case errors.Is(err, ErrClosed):
 		return d, s.refused(ctx, pass, "enrollment_closed", err)
 	default:
+		if d.Begun { // although the answer was lost, perhaps
+			s.giveUp(ctx, d.KeyID, d.Attempt)
+		}
 		return d, s.Gate.Failed(ctx, pass, audit.RequestFailed, gate.ReasonFor(ctx, "unavailable"), err)
 	}
 }

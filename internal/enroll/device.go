@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/google/uuid"
-
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/envelope"
@@ -242,16 +240,9 @@ func (s *Service) Add(ctx context.Context, call gate.Call, org org.ID, body []by
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.AttemptLife/2)
 	defer cancel()
-	d, err := s.Store.ClaimOwn(ctx, org, uuid.NewString(), key, s.Limit, s.DeliverFor)
+	d, err := s.claimOwn(ctx, pass, key)
 	if err != nil {
-		reason := gate.ReasonFor(ctx, "unavailable")
-		switch {
-		case errors.As(err, new(*orgkey.QuotaError)):
-			reason = "quota"
-		case errors.Is(err, ErrInUse):
-			reason = "recipient_unacceptable"
-		}
-		return s.Gate.Failed(ctx, pass, audit.KeyRefused, reason, err)
+		return err
 	}
 	return over(s.serve(ctx, pass, d, nil, signature, deliver))
 }

@@ -235,7 +235,8 @@ type Store interface {
 	// records claimed(keyID) if it is the first time. If the back end has to make the
 	// key and may do so, attempt is begun as Begin does. Another recipient than
 	// may have it is ErrClaimed, and so is a second key in one TPM; conflict is recorded once a recipient, and for
-	// no more than MaxConflicts of them. An enrollment that is over is ErrClosed.
+	// no more than MaxConflicts of them. An enrollment that is over is ErrClosed. With
+	// another error the delivery says only what attempt may have begun, if the answer was lost.
 	Claim(ctx context.Context, id string, recipient Recipient, from string, deliverFor time.Duration, attempt Attempt, claimed func(keyID string) audit.Event, conflict audit.Event) (Delivery, error)
 	// ClaimOwn begins an administrator's own delivery under keyID, a reserved
 	// place in the organization's quota, or returns the unreceived one of the

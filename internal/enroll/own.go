@@ -31,15 +31,33 @@ func (s *Service) Generate(ctx context.Context, call gate.Call, org org.ID, body
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.AttemptLife/2)
 	defer cancel()
-	d, err := s.Store.ClaimOwn(ctx, org, uuid.NewString(), recipient, s.Limit, s.DeliverFor)
+	d, err := s.claimOwn(ctx, pass, recipient)
 	if err != nil {
-		reason := gate.ReasonFor(ctx, "unavailable")
-		if errors.As(err, new(*orgkey.QuotaError)) {
-			reason = "quota"
-		}
-		return s.Gate.Failed(ctx, pass, audit.KeyRefused, reason, err)
+		return err
 	}
 	return over(s.serve(ctx, pass, d, nil, nil, deliver))
+}
+
+// claimOwn takes a place for an administrator's own delivery, or records why there is none.
+// One that may have been taken although the answer of its commit was lost is given back.
+func (s *Service) claimOwn(ctx context.Context, pass gate.Pass, recipient Recipient) (Delivery, error) {
+	asked := Delivery{KeyID: uuid.NewString(), Org: pass.Org}
+	d, err := s.Store.ClaimOwn(ctx, pass.Org, asked.KeyID, recipient, s.Limit, s.DeliverFor)
+	if err == nil {
+		return d, nil
+	}
+	reason := gate.ReasonFor(ctx, "unavailable")
+	switch {
+	case errors.As(err, new(*orgkey.QuotaError)):
+		reason = "quota"
+	case errors.Is(err, ErrInUse):
+		reason = "recipient_unacceptable"
+	default:
+		if s.giveBack(ctx, pass, asked, reason) {
+			return Delivery{}, err
+		}
+	}
+	return Delivery{}, s.Gate.Failed(ctx, pass, audit.KeyRefused, reason, err)
 }
 
 // Fetch has deliver write out an unreceived key of org again.

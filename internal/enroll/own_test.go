@@ -23,6 +23,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/authz"
 	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/envelope"
+	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 	"github.com/orgkeys/orgkeys/policies"
 )
@@ -217,11 +218,31 @@ type failingStore struct {
 	by *failing
 }
 
+func (f failingStore) ClaimOwn(ctx context.Context, org org.ID, keyID string, r enroll.Recipient, limit int, deliverFor time.Duration) (enroll.Delivery, error) {
+	d, err := f.Store.ClaimOwn(ctx, org, keyID, r, limit, deliverFor)
+	if lost := f.by.fails("the answer to the claim"); lost != nil && err == nil {
+		return enroll.Delivery{}, lost
+	}
+	return d, err
+}
+
+func (f failingStore) Claim(ctx context.Context, id string, r enroll.Recipient, from string, deliverFor time.Duration, attempt enroll.Attempt, claimed func(string) audit.Event, conflict audit.Event) (enroll.Delivery, error) {
+	d, err := f.Store.Claim(ctx, id, r, from, deliverFor, attempt, claimed, conflict)
+	if lost := f.by.fails("the answer to the claim"); lost != nil && err == nil {
+		return d, lost
+	}
+	return d, err
+}
+
 func (f failingStore) Begin(ctx context.Context, keyID, attempt string, life time.Duration) (bool, error) {
 	if err := f.by.fails("beginning"); err != nil {
 		return false, err
 	}
-	return f.Store.Begin(ctx, keyID, attempt, life)
+	mine, err := f.Store.Begin(ctx, keyID, attempt, life)
+	if lost := f.by.fails("the answer to the beginning"); lost != nil && err == nil {
+		return false, lost
+	}
+	return mine, err
 }
 
 func (f failingStore) StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w enroll.Wrapped, fingerprint string, created, sealed audit.Event) (enroll.Delivery, error) {
@@ -255,7 +276,9 @@ func TestASealedKeyThatWasNotMadeHasNoPlace(t *testing.T) {
 		reason string
 	}{
 		{"admission", orgkey.ErrOverloaded, orgkey.ErrOverloaded, "overloaded"},
+		{"the answer to the claim", orgkey.ErrUnavailable, orgkey.ErrUnavailable, "unavailable"},
 		{"beginning", orgkey.ErrUnavailable, orgkey.ErrUnavailable, "generation_failed"},
+		{"the answer to the beginning", orgkey.ErrUnavailable, orgkey.ErrUnavailable, "generation_failed"},
 		{"making", refused, orgkey.ErrBackend, "generation_failed"},
 		{"making", orgkey.ErrSealedUnavailable, orgkey.ErrSealedUnavailable, "sealed_unavailable"},
 		{"wrapping", refused, orgkey.ErrBackend, "generation_failed"},
@@ -287,13 +310,13 @@ func TestASealedKeyThatWasNotMadeHasNoPlace(t *testing.T) {
 func TestAnAddedKeyThatWasNotStoredHasNoPlace(t *testing.T) {
 	f := newFixture(t)
 	f.letOwnersAdd(t)
-	s, parts := f.failingService(t, "sealing", orgkey.ErrUnavailable)
+	s, parts := f.failingService(t, "", orgkey.ErrUnavailable)
 	add := func() error {
 		key, recipient, text := keyOf(t, 2048)
 		signature := signedBy(t, key, envelope.OwnKeyText("acme", recipient.ID))
 		return s.Add(t.Context(), owner("acme"), "acme", encoded(t, map[string]string{"publicKey": text, "signature": base64.StdEncoding.EncodeToString(signature)}), ignored)
 	}
-	for range 2 {
+	for _, parts.at = range []string{"the answer to the claim", "sealing", "the answer to the claim"} {
 		if err := add(); !errors.Is(err, orgkey.ErrUnavailable) {
 			t.Errorf("%v, want that it is not available", err)
 		}
@@ -301,6 +324,58 @@ func TestAnAddedKeyThatWasNotStoredHasNoPlace(t *testing.T) {
 	parts.at = ""
 	if err := add(); err != nil {
 		t.Errorf("when it works again: %v", err)
+	}
+	if got, want := f.history(t), "orgkey.refused:unavailable orgkey.refused:generation_failed orgkey.refused:unavailable orgkey.created"; got != want {
+		t.Errorf("the log has %q, want %q", got, want)
+	}
+}
+
+// losing is a pool whose answer is lost.
+type losing struct {
+	f  fixture
+	id string // of the pool key that it takes
+}
+
+func (l losing) Begin(ctx context.Context, keyID, attempt string, life time.Duration) (bool, *orgkey.Taken[orgkey.SealableKey], error) {
+	if mine, err := l.f.db.Begin(ctx, keyID, l.id, life); err != nil || !mine {
+		return mine, nil, err
+	}
+	return false, &orgkey.Taken[orgkey.SealableKey]{ID: l.id}, orgkey.ErrUnavailable
+}
+
+// Likewise with a key out of the pool, whose name the attempt has.
+func TestAnAttemptWithAPoolKeyWhoseAnswerWasLostHasNoPlace(t *testing.T) {
+	f := newFixture(t)
+	s := f.service(t, func(c *enroll.Config) { c.Pool, c.Limit = losing{f, uuid.NewString()}, 1 })
+	for range 2 {
+		if err := s.Generate(t.Context(), owner("acme"), "acme", recipientBody(t), ignored); !errors.Is(err, orgkey.ErrUnavailable) {
+			t.Error(err)
+		}
+	}
+	if got := f.history(t); got != "orgkey.refused:generation_failed orgkey.refused:generation_failed" {
+		t.Errorf("the log has %q", got)
+	}
+}
+
+// A node whose claim's answer was lost need not wait for the attempt's life to be over.
+func TestAClaimWhoseAnswerWasLostIsAnsweredNext(t *testing.T) {
+	f := newFixture(t)
+	s, parts := f.failingService(t, "the answer to the claim", orgkey.ErrUnavailable)
+	var token envelope.Token
+	if err := s.Create(t.Context(), owner("acme"), "acme", []byte(`{}`), func(m enroll.Minted) (err error) { token, err = envelope.ParseToken(m.Token); return err }); err != nil {
+		t.Fatal(err)
+	}
+	_, recipient, text := keyOf(t, 3072)
+	body := encoded(t, map[string]string{"recipient": text, "mac": base64.StdEncoding.EncodeToString(envelope.ClaimMAC(token.K, token.ID, recipient.ID))})
+	ask := func() error {
+		return s.Claim(t.Context(), enroll.Origin{Request: "r-2", Address: "192.0.2.9"}, token.ID, body, ignored, nil)
+	}
+	if err := ask(); !errors.Is(err, orgkey.ErrUnavailable) || parts.failed != 1 {
+		t.Fatal(err, parts.failed)
+	}
+	parts.at = ""
+	if err := ask(); err != nil {
+		t.Errorf("asking again: %v", err)
 	}
 }
 

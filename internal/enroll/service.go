@@ -63,7 +63,8 @@ type Config struct {
 // keypool.Local.
 type Pool interface {
 	// Begin does what Store.Begin does. If there is a key in the pool, the same
-	// transaction takes it; its ID is the attempt's name then.
+	// transaction takes it; its ID is the attempt's name then, also of one that may have
+	// been taken where the answer was lost.
 	Begin(ctx context.Context, keyID, attempt string, life time.Duration) (mine bool, _ *orgkey.Taken[orgkey.SealableKey], err error)
 }
 

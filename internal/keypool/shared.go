@@ -23,7 +23,8 @@ type Store interface {
 	// ReserveAhead does what orgkey.Store.Reserve does, for a pool key for
 	// orgkey.UsePlain if there is one, whose row it deletes.
 	ReserveAhead(ctx context.Context, org org.ID, asked string, limit int, life time.Duration) (*orgkey.Ahead, error)
-	// BeginAhead does what enroll.Store.Begin does, likewise, for orgkey.UseSealed.
+	// BeginAhead does what enroll.Store.Begin does, likewise, for orgkey.UseSealed. With an
+	// error it returns the key that may have been taken, if the answer was lost.
 	BeginAhead(ctx context.Context, keyID, attempt string, life time.Duration) (mine bool, taken *orgkey.Ahead, err error)
 	// AddAhead adds a row for a key that is to be made within life, unless the pool has
 	// limit keys for that use.
@@ -106,6 +107,9 @@ func (p *Shared) Reserve(ctx context.Context, org org.ID, asked string, limit in
 // Begin implements enroll.Pool.
 func (p *Shared) Begin(ctx context.Context, keyID, attempt string, life time.Duration) (mine bool, _ *orgkey.Taken[orgkey.SealableKey], err error) {
 	mine, ahead, err := p.store.BeginAhead(ctx, keyID, attempt, life)
+	if err != nil && ahead != nil { // the answer of the commit was lost: the caller ends the attempt by its name
+		return false, &orgkey.Taken[orgkey.SealableKey]{ID: ahead.ID}, err
+	}
 	if err != nil || !mine {
 		return mine, nil, err
 	}

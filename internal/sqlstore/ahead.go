@@ -3,6 +3,7 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
+	"sync/atomic"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/org"
@@ -43,6 +44,7 @@ func (d *DB) ReserveAhead(ctx context.Context, org org.ID, asked string, limit i
 
 // BeginAhead implements keypool.Store.
 func (d *DB) BeginAhead(ctx context.Context, keyID, attempt string, life time.Duration) (mine bool, taken *orgkey.Ahead, err error) {
+	var lost atomic.Pointer[orgkey.Ahead] // what may have been taken if the answer of the commit is lost
 	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		taken = nil
 		now, err := d.now(ctx, tx)
@@ -55,10 +57,11 @@ func (d *DB) BeginAhead(ctx context.Context, keyID, attempt string, life time.Du
 		if taken, err = d.takeAhead(ctx, tx, orgkey.UseSealed, now); err != nil || taken == nil {
 			return err
 		}
+		lost.Store(taken)
 		return one(exec(ctx, tx, "UPDATE deliveries SET attempt = $3 WHERE key_id = $1 AND attempt = $2", keyID, attempt, taken.ID))
 	})
 	if err != nil {
-		return false, nil, err
+		return false, lost.Load(), err
 	}
 	return mine, taken, nil
 }

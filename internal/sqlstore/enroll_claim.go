@@ -5,6 +5,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"sync/atomic"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -16,6 +17,7 @@ import (
 // Claim implements enroll.Store. Claims of one enrollment come one at a time.
 func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from string, deliverFor time.Duration, attempt enroll.Attempt, claimed func(string) audit.Event, conflict audit.Event) (enroll.Delivery, error) {
 	var v enroll.Delivery
+	var lost atomic.Pointer[enroll.Delivery] // what attempt may have if the answer of the commit is lost
 	refused := false
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		refused = false
@@ -35,7 +37,7 @@ func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from stri
 		case err == nil && (v.Stage == enroll.Received && v.Origin == enroll.FromBackend || v.Stage == enroll.Ended):
 			return enroll.ErrClosed
 		case err == nil:
-			return beginClaimed(ctx, tx, &v, attempt, now)
+			return beginClaimed(ctx, tx, &v, attempt, now, &lost)
 		case !errors.Is(err, enroll.ErrNotFound):
 			return err
 		case !e.Revoked.IsZero() || e.Expires.UnixMicro() <= now:
@@ -66,12 +68,17 @@ func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from stri
 		if err := d.record(ctx, tx, claimed(key)); err != nil {
 			return err
 		}
-		return beginClaimed(ctx, tx, &v, attempt, now)
+		return beginClaimed(ctx, tx, &v, attempt, now, &lost)
 	})
-	if err == nil && refused {
-		err = enroll.ErrClaimed
+	switch began := lost.Load(); {
+	case err == nil && refused:
+		return enroll.Delivery{}, enroll.ErrClaimed
+	case err != nil && began != nil:
+		return *began, err
+	case err != nil:
+		return enroll.Delivery{}, err
 	}
-	return v, err
+	return v, nil
 }
 
 // openPlace returns the key of an unclaimed use, or nothing.

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -76,13 +77,14 @@ func (d *DB) Begin(ctx context.Context, keyID, attempt string, life time.Duratio
 }
 
 // beginClaimed begins attempt, if there is one, for a delivery whose key the back end
-// can make now.
-func beginClaimed(ctx context.Context, tx *txn, v *enroll.Delivery, attempt enroll.Attempt, now int64) (err error) {
+// can make now. It notes in begun what of that is to be given up if the commit's answer is lost.
+func beginClaimed(ctx context.Context, tx *txn, v *enroll.Delivery, attempt enroll.Attempt, now int64, begun *atomic.Pointer[enroll.Delivery]) (err error) {
 	if attempt.Name == "" || v.Stage != enroll.Claimed || !v.Approved || v.Origin != enroll.FromBackend {
 		return nil
 	}
 	if v.Begun, err = begin(ctx, tx, v.KeyID, attempt.Name, now, attempt.Life); v.Begun {
 		v.Attempt = attempt.Name
+		begun.Store(&enroll.Delivery{KeyID: v.KeyID, Attempt: v.Attempt, Begun: true})
 	}
 	return err
 }

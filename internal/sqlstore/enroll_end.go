@@ -9,11 +9,14 @@ import (
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
-// Revoke implements enroll.Store.
+// Revoke implements enroll.Store. An enrollment that is being made has the organization's
+// lock: one whose maker lost the connection is waited for.
 func (d *DB) Revoke(ctx context.Context, of org.ID, id string, event audit.Event, withdrawn func(string) audit.Event) error {
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
-		if err := d.lock(ctx, tx, "enrollment:"+id); err != nil {
-			return err
+		for _, name := range []string{"org:" + string(of), "enrollment:" + id} {
+			if err := d.lock(ctx, tx, name); err != nil {
+				return err
+			}
 		}
 		now, err := d.now(ctx, tx)
 		if err != nil {

@@ -592,6 +592,53 @@ func TestARevocationWaitsForAReceipt(t *testing.T) {
 	}
 }
 
+// An enrollment that is being made while it is revoked, as its maker lost the connection, is
+// waited for.
+func TestARevocationWaitsForAMint(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db := open(t, location)
+	making, err := db.BeginAndLock(t.Context(), "org:acme")
+	must(t, err)
+	id := uuid.NewString()
+	statement(t, making, `INSERT INTO enrollments (id, org_id, scope, uses, recipient, approval, address, note, secret, created_at, expires_at)
+		VALUES ($1, 'acme', 'node', 1, '', 0, '', '', 'k', 1, $2)`, id, time.Now().Add(time.Hour).UnixMicro())
+	done := make(chan error, 1)
+	go func() {
+		done <- db.Revoke(context.Background(), "acme", id, event(audit.EnrollmentRevoked, "acme", id), func(string) audit.Event { return audit.Event{} })
+	}()
+	select {
+	case err := <-done:
+		t.Errorf("it did not wait: %v", err)
+	case <-time.After(300 * time.Millisecond):
+		must(t, making.Commit())
+		must(t, <-done)
+	}
+}
+
+// Of a commit whose answer is an error, the caller learns what it may have begun.
+func TestWhatALostAnswerMayHaveBegun(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db := open(t, location)
+	pooled := inPool(t, db, orgkey.UseSealed, time.Hour)
+	id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 9)
+	must(t, err)
+	r := recipient(t)
+	d, err := claim(t, db, id, r)
+	must(t, err)
+	admin := administrator(t, location)
+	statement(t, admin, `CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'a commit that fails'; END $$`)
+	statement(t, admin, "CREATE CONSTRAINT TRIGGER late AFTER UPDATE ON deliveries DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()")
+	if _, taken, err := db.BeginAhead(t.Context(), d.KeyID, uuid.NewString(), time.Minute); err == nil || taken == nil || taken.ID != pooled {
+		t.Errorf("with a pool: %+v, %v; want key %s and an error", taken, err, pooled)
+	}
+	attempt := enroll.Attempt{Name: uuid.NewString(), Life: time.Minute}
+	got, err := db.Claim(t.Context(), id, r, "192.0.2.9", time.Hour, attempt,
+		func(string) audit.Event { return event(audit.EnrollmentClaimed, "acme", id) }, event(audit.EnrollmentConflict, "acme", id))
+	if err == nil || !got.Begun || got.KeyID != d.KeyID || got.Attempt != attempt.Name {
+		t.Errorf("a claim: %+v, %v; want the attempt and an error", got, err)
+	}
+}
+
 // untilWaiting returns when a session of the database waits for a lock.
 func untilWaiting(t *testing.T, other *sql.DB) {
 	t.Helper()
