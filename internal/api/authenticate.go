@@ -2,7 +2,6 @@ package api
 
 import (
 	"cmp"
-	"errors"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -33,8 +32,8 @@ func (a *API) authenticate(c *gin.Context) {
 	c.Header("Cache-Control", "no-store")
 	caller, err := a.Authenticate(c.Request.Context(), c.Request.Header)
 	if err != nil {
-		if errors.Is(err, authn.ErrUnauthenticated) {
-			a.countUnknown(err)
+		if reason := authn.CountedAs(err); reason != "" {
+			a.countUnknown(reason)
 		}
 		a.fail(c, err)
 		return
@@ -42,12 +41,7 @@ func (a *API) authenticate(c *gin.Context) {
 	exchangeOf(c).caller = caller
 }
 
-func (a *API) countUnknown(err error) {
-	reason := authn.ReasonOther
-	var token *authn.TokenError
-	if errors.As(err, &token) {
-		reason = token.Reason
-	}
+func (a *API) countUnknown(reason string) {
 	a.metrics.authnFailures.WithLabelValues(reason).Inc()
 	a.Unauthenticated(reason)
 }

@@ -356,17 +356,19 @@ func TestUnknownCallers(t *testing.T) {
 
 func TestAuthenticationThatCannotBeDone(t *testing.T) {
 	for _, c := range []struct {
-		err    error
-		status int
+		err     error
+		status  int
+		counted []string
 	}{
-		{authn.ErrKeysUnavailable, 503},
-		{errors.New("a bug"), 500},
+		{authn.ErrKeysUnavailable, 503, nil},
+		{&authn.UnsureError{Refusal: &authn.TokenError{Reason: authn.ReasonSignature}}, 503, []string{"signature"}},
+		{errors.New("a bug"), 500, nil},
 	} {
 		b := newBench(t, func(config *Config) {
 			config.Authenticate = func(context.Context, http.Header) (authz.Caller, error) { return authz.Caller{}, c.err }
 		})
 		a := b.ask("GET", "/organization/acme/key")
-		if a.StatusCode != c.status || len(b.keys.log()) > 0 || len(b.reasons()) > 0 {
+		if a.StatusCode != c.status || len(b.keys.log()) > 0 || !slices.Equal(b.reasons(), c.counted) {
 			t.Errorf("%v: %d, asked %q, counted %q", c.err, a.StatusCode, b.keys.log(), b.reasons())
 		}
 	}

@@ -1,6 +1,9 @@
 package authn
 
-import "sync"
+import (
+	"errors"
+	"sync"
+)
 
 // Reasons for refusing callers that nobody knows, beyond those of tokens.
 const (
@@ -17,6 +20,22 @@ const (
 type Failures struct {
 	mu     sync.Mutex
 	counts map[string]int64
+}
+
+// CountedAs returns the reason for which an error of Authenticate counts as a refused
+// caller, and an empty text if it does not. A token that may be refused only for want of
+// newer keys does: whoever floods the service with forged ones is to be seen.
+func CountedAs(err error) string {
+	if unsure, ok := errors.AsType[*UnsureError](err); ok {
+		return unsure.Refusal.Reason
+	}
+	if refusal, ok := errors.AsType[*TokenError](err); ok {
+		return refusal.Reason
+	}
+	if errors.Is(err, ErrUnauthenticated) {
+		return ReasonOther
+	}
+	return ""
 }
 
 // Count counts one refused caller. A reason outside the closed set counts as

@@ -64,8 +64,9 @@ type KeySetConfig struct {
 // that it does not have: under an unknown key ID, under one that was taken out, or
 // under a known one whose key does not fit. Requests wait for a reading that began
 // after they came, so that none is judged by an older set. How often they cause one
-// is bounded by token buckets, one for each of these causes; ErrKeysUnavailable
-// is the answer to an unknown key ID when no reading is to be had. A failed reading, or one of
+// is bounded by token buckets, one for each of these causes. Anybody can empty those of
+// unknown key IDs and of signatures that do not fit, so ErrKeysUnavailable is the answer
+// then when no reading is to be had. A failed reading, or one of
 // something that is not a JWK set, leaves the last good set in force until it
 // is MaxAge old. An empty set is a good one: its issuer has no keys.
 type KeySet struct {
@@ -189,7 +190,7 @@ func (k *KeySet) untilNext() time.Duration {
 // Ready returns nil if tokens can be verified now, and an error that wraps
 // ErrKeysUnavailable and says why if not.
 func (k *KeySet) Ready() error {
-	keys, err := k.current()
+	keys, _, err := k.current()
 	switch {
 	case err != nil:
 		return err
@@ -218,7 +219,7 @@ func (k *KeySet) Read(ctx context.Context) error {
 func (k *KeySet) verify(ctx context.Context, t token) error {
 	called := time.Now()
 	for {
-		keys, err := k.current()
+		keys, began, err := k.current()
 		if err == nil {
 			err = keys.verify(t)
 		}
@@ -226,11 +227,11 @@ func (k *KeySet) verify(ctx context.Context, t token) error {
 		if cause == nil {
 			return err
 		}
-		switch again, waitErr := k.readSince(ctx, called, cause); {
+		switch again, waitErr := k.readSince(ctx, called, began, cause); {
 		case waitErr != nil:
 			return fmt.Errorf("%w: waiting for them: %w", ErrKeysUnavailable, waitErr)
 		case !again:
-			return k.verdict(cause, called, err)
+			return k.verdict(cause, began.Before(called), err)
 		}
 	}
 }
@@ -251,8 +252,8 @@ func (k *KeySet) mayBeNewer(t token, err error) *bucket {
 		if keys.has(t.keyID) || t.keyID == "" && len(keys.usable) > 1 {
 			return nil // it is not clear which one is meant, and will not become so
 		}
-		if len(retired) > 0 {
-			return &k.removed
+		if slices.ContainsFunc(retired, t.signedBy) {
+			return &k.removed // it may be put back, and only its tokens are asked for: no stranger has any
 		}
 		return &k.unknown
 	case ReasonSignature, ReasonAlgorithm:
@@ -276,44 +277,60 @@ func (k *KeySet) known(id string) (keys publishedKeys, retired []publishedKey) {
 	return k.keys, retired
 }
 
+// UnsureError is the answer to a token that the set in force refuses, where a newer set
+// may have its key and could not be read now. It wraps ErrKeysUnavailable.
+type UnsureError struct{ Refusal *TokenError }
+
+func (e *UnsureError) Error() string {
+	return ErrKeysUnavailable.Error() + ": the token may be signed with a newer key, but too many that were not had them read recently"
+}
+
+func (e *UnsureError) Unwrap() error { return ErrKeysUnavailable }
+
 // verdict is the answer when the set may not be read again now: err, unless the key
-// may be missing only because the set could not be read.
-func (k *KeySet) verdict(cause *bucket, called time.Time, err error) error {
+// may be missing only because the set that was asked is older than the call.
+func (k *KeySet) verdict(cause *bucket, older bool, err error) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	refusal, refused := errors.AsType[*TokenError](err)
 	switch {
 	case k.failure != nil:
 		return fmt.Errorf("%w: the token may be signed with a newer key: %w", ErrKeysUnavailable, k.failure)
-	case errors.Is(err, ErrKeysUnavailable):
-		return err
-	case cause == &k.unknown && k.began.Before(called):
-		return fmt.Errorf("%w: the token may be signed with a newer key, but too many unknown keys were asked for recently", ErrKeysUnavailable)
+	case refused && older && cause != &k.removed:
+		return &UnsureError{refusal}
 	}
 	return err
 }
 
-// current returns the set in force.
-func (k *KeySet) current() (publishedKeys, error) {
+// current returns the set in force, and when the last reading began.
+func (k *KeySet) current() (keys publishedKeys, began time.Time, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch {
 	case k.good.IsZero() && k.failure != nil:
-		return publishedKeys{}, fmt.Errorf("%w: %w", ErrKeysUnavailable, k.failure)
+		err = fmt.Errorf("%w: %w", ErrKeysUnavailable, k.failure)
 	case k.good.IsZero():
-		return publishedKeys{}, fmt.Errorf("%w: not read yet", ErrKeysUnavailable)
+		err = fmt.Errorf("%w: not read yet", ErrKeysUnavailable)
 	case time.Since(k.good) > MaxAge:
-		return publishedKeys{}, fmt.Errorf("%w: last read more than %v ago", ErrKeysUnavailable, MaxAge)
+		err = fmt.Errorf("%w: last read more than %v ago", ErrKeysUnavailable, MaxAge)
 	}
-	return k.keys, nil
+	if err != nil {
+		return publishedKeys{}, k.began, err
+	}
+	return k.keys, k.began, nil
 }
 
 // readSince waits for a reading that began after called: the one under way may
 // be older, and then another follows if cause has one left. It reports whether
-// the set was read since the caller looked. Its error is ctx's.
-func (k *KeySet) readSince(ctx context.Context, called time.Time, cause *bucket) (again bool, err error) {
+// the set was read since the caller looked, when the last reading was that of seen. Its error is ctx's.
+func (k *KeySet) readSince(ctx context.Context, called, seen time.Time, cause *bucket) (again bool, err error) {
 	k.mu.Lock()
 	done := k.reading
 	if done == nil {
+		if !k.began.Equal(seen) {
+			defer k.mu.Unlock()
+			return k.failure == nil, nil
+		}
 		if !k.began.Before(called) || !cause.take(time.Now(), k.interval) {
 			k.mu.Unlock()
 			return false, nil

@@ -61,7 +61,7 @@ var settings = []Setting{
 	{Name: "ORGKEYS_AUDIENCE", Doc: "the audience that tokens must contain", set: text(func(c *Config) *string { return &c.Audience })},
 	{Name: "ORGKEYS_JWKS", Doc: "the issuer's keys: an https URL or a file; default found through the issuer's metadata", set: text(func(c *Config) *string { return &c.JWKS })},
 	{Name: "ORGKEYS_JWKS_CA_FILE", Doc: "certificate authorities for the issuer's server, PEM; default the system's", set: text(func(c *Config) *string { return &c.JWKSCAFile })},
-	{Name: "ORGKEYS_JWKS_INTERVAL", Default: "30s", Doc: "unknown key IDs cause at most 5 fetches of the URL, and one more per interval; fetches that bring new keys do not count; a file is read at once", set: duration(time.Second, time.Hour, func(c *Config) *time.Duration { return &c.JWKSInterval })},
+	{Name: "ORGKEYS_JWKS_INTERVAL", Default: "30s", Doc: "unknown key IDs cause at most 5 fetches of the URL and one more per interval, signatures that do not fit one per interval; fetches that bring new keys do not count; a file is read at once", set: duration(time.Second, time.Hour, func(c *Config) *time.Duration { return &c.JWKSInterval })},
 	{Name: "ORGKEYS_CLAIM_SUBJECT", Default: defaultSubject, Doc: "the claim with the caller's ID: a name, or with a leading slash a JSON pointer", set: text(func(c *Config) *string { return &c.ClaimSubject })},
 	{Name: "ORGKEYS_CLAIM_ORG", Default: defaultOrg, Doc: "the claim that names the organization: a name, or with a leading slash a JSON pointer", set: text(func(c *Config) *string { return &c.ClaimOrg })},
 	{Name: "ORGKEYS_CLAIM_ROLE", Default: defaultRole, Doc: "the claim with the role or roles: a name, or with a leading slash a JSON pointer", set: text(func(c *Config) *string { return &c.ClaimRole })},

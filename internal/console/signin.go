@@ -121,11 +121,7 @@ func (c *Console) authenticate(r *http.Request, token string) (authz.Caller, err
 func (c *Console) start(w http.ResponseWriter, r *http.Request, token string) error {
 	caller, err := c.authenticate(r, token)
 	if err != nil {
-		reason := authn.ReasonOther
-		if refused, ok := errors.AsType[*authn.TokenError](err); ok {
-			reason = refused.Reason
-		}
-		if errors.Is(err, authn.ErrUnauthenticated) {
+		if reason := authn.CountedAs(err); reason != "" {
 			c.Unauthenticated(reason)
 		}
 		return err
