@@ -15,7 +15,8 @@ done, FILE is removed, if it can be. With a new token it brings a new key in pla
 of the one that it fetched before.
 
   --server URL       as https://orgkeys.example
-  --token-file FILE  the token, oke1.ID.SECRET. Nobody else may read it
+  --token-file FILE  the token, oke1.ID.SECRET. It must be this user's or root's, and
+                     nobody else may read it
   --dir DIR          where the key goes; made 0700 if it is missing. It must be
                      this user's, and nobody else may write to it
   --origin node      this machine makes the key, and sends its public half only;
@@ -87,11 +88,35 @@ work=$(mktemp -d "$dir/.work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 75' HUP INT TERM # of some shells a signal ends the script without the line above
 
+# name FILE prints the name of a recipient, or own key, whose public half it leaves in $work/public.pem.
+name() {
+	openssl pkey -in "$1" -pubout -out "$work/public.pem"
+	openssl pkey -pubin -in "$work/public.pem" -outform DER | openssl dgst -sha256 -r | cut -d' ' -f1
+}
+
+# thumbprint FILE prints the fingerprint of a private key, an RFC 7638 thumbprint.
+thumbprint() {
+	n=$(openssl rsa -in "$1" -noout -modulus | cut -d= -f2 | tr 'A-F' 'a-f')
+	# shellcheck disable=SC2059 # nothing but octal escapes
+	n64=$(printf "$(echo "$n" | sed 's/../0x& /g' | { read -r line; for b in $line; do printf '\\%03o' "$b"; done; })" | openssl base64 -A | tr '/+' '_-' | tr -d =)
+	printf '{"e":"AQAB","kty":"RSA","n":"%s"}' "$n64" | openssl dgst -sha256 -binary | openssl base64 -A | tr '/+' '_-' | tr -d =
+}
+
+# value NAME prints what the stored answer says.
+value() { [ ! -s "$answer" ] || jq -r --arg name "$1" '.[$name] // empty' "$answer"; }
+
+# began FILE says whether the key that is there began with what is in FILE. Anything else is
+# of another enrollment, which may be under way.
+began() { [ -s "$1" ] && [ "$there" = "$(value fingerprint)" ] && [ "$(name "$1")" = "$(value recipient)" ]; }
+
+there='' # the fingerprint of the key that is there
+[ ! -s "$key" ] || there=$(thumbprint "$key")
+
 if [ ! -e "$token_file" ]; then
 	[ -s "$key" ] || fail 77 "there is neither a token at $token_file nor a key at $key"
 	# A recipient stays: its receipt may not have been taken, and a run that finds the token sends it.
-	[ "$origin" = backend ] || rm -f "$first" # of a run that was interrupted here
-	exit 0                                    # enrolled before
+	! began "$dir/own_key.pem" || rm -f "$dir/own_key.pem" # of a run that was interrupted here
+	exit 0                                                 # enrolled before
 fi
 [ -f "$token_file" ] || fail 77 "$token_file is not a regular file: put the token into one"
 [ -r "$token_file" ] || fail 64 "this user may not read $token_file: chown it to this user, and chmod 600"
@@ -103,6 +128,11 @@ FACTS
 # access control list, which is not looked into: ls shows +, or the file can be read although
 # it belongs neither to this user nor to a group of theirs.
 others='' me=$(id -u)
+# Another user could change the file, or its mode, at any time. Root could do so anyhow.
+case $owner in
+0 | "$me") ;;
+*) fail 64 "$token_file belongs to user $owner: chown it to this user" ;;
+esac
 case $mode in
 -???------*) ;;
 -???r-----*)
@@ -150,20 +180,6 @@ bytes() {
 hmac() {
 	{ bytes 54 && cat; } | openssl dgst -sha256 -binary >"$work/inner"
 	{ bytes 92 && cat "$work/inner"; } | openssl dgst -sha256 -binary | openssl base64 -A
-}
-
-# name FILE prints the name of a recipient, or own key, whose public half it leaves in $work/public.pem.
-name() {
-	openssl pkey -in "$1" -pubout -out "$work/public.pem"
-	openssl pkey -pubin -in "$work/public.pem" -outform DER | openssl dgst -sha256 -r | cut -d' ' -f1
-}
-
-# thumbprint FILE prints the fingerprint of a private key, an RFC 7638 thumbprint.
-thumbprint() {
-	n=$(openssl rsa -in "$1" -noout -modulus | cut -d= -f2 | tr 'A-F' 'a-f')
-	# shellcheck disable=SC2059 # nothing but octal escapes
-	n64=$(printf "$(echo "$n" | sed 's/../0x& /g' | { read -r line; for b in $line; do printf '\\%03o' "$b"; done; })" | openssl base64 -A | tr '/+' '_-' | tr -d =)
-	printf '{"e":"AQAB","kty":"RSA","n":"%s"}' "$n64" | openssl dgst -sha256 -binary | openssl base64 -A | tr '/+' '_-' | tr -d =
 }
 
 # sign prints the base64 of a signature of standard input by the key in FILE.
@@ -223,17 +239,13 @@ esac
 
 # A key that is there may be this enrollment's, that of one before, whose place
 # the new one takes, or another's. The answer is stored before its key.
-value() { jq -r --arg name "$1" '.[$name] // empty' "$answer"; }
 have=''
-if [ -s "$key" ]; then
-	same='' ours=''
-	[ ! -s "$answer" ] || [ "$(value id)" != "$id" ] || same=yes
-	[ ! -s "$answer" ] || [ "$(value fingerprint)" != "$(thumbprint "$key")" ] || ours=yes
-	case $same:$ours in
-	yes:yes) have=yes ;;
-	:) fail 64 "$key is a key that this did not fetch: move it away, or remove $token_file" ;;
-	esac
-fi
+case $there in
+'') ;;
+"$(value fingerprint)") [ "$(value id)" != "$id" ] || have=yes ;;
+"$(value replaced)") ;; # a run was killed between answer and key
+*) fail 64 "$key is a key that this did not fetch: move it away, or remove $token_file" ;;
+esac
 
 if [ -z "$have" ]; then
 	# It is stored durably before anything is sent: the enrollment is bound to it
@@ -272,24 +284,29 @@ if [ -z "$have" ]; then
 	esac
 	[ "$(thumbprint "$work/key.pem")" = "$(field fingerprint)" ] || fail 70 "the key is another than the answer says"
 
-	jq --arg id "$id" '{id: $id, org, origin, keyId, fingerprint, sha256}' "$work/body" >"$work/answer" # the ID is not under the MAC
+	# Neither the ID nor the recipient is as the answer says: the MAC covers ours.
+	jq --arg id "$id" --arg recipient "$R" --arg replaced "$there" \
+		'{id: $id, org, origin, keyId, fingerprint, sha256, recipient: $recipient, replaced: $replaced}' "$work/body" >"$work/answer"
 	sync "$work/answer" "$work/key.pem"
 	mv "$work/answer" "$answer"
 	mv "$work/key.pem" "$key"
 	sync "$dir"
+	there=$(value fingerprint)
 fi
 
 # The receipt: the delivered key signs, as it signs everything else. A key that
 # was made here has signed for itself before. Without its recipient the key was
 # received before, and only the token is left.
 recipient=$dir/recipient.pem
-if [ -n "$(value sha256)" ] && [ -s "$recipient" ]; then
-	R=$(name "$recipient")
+if [ -n "$(value sha256)" ] && began "$recipient"; then
+	R=$(value recipient)
 	signature=$(printf 'orgkeys/receipt/v1\n%s\n%s\n%s\n%s\n%s\n' "$(value origin)" "$(value org)" "$(value keyId)" "$R" "$(value sha256)" | sign "$key")
 	jq -n --arg recipient "$R" --arg signature "$signature" '{recipient: $recipient, signature: $signature}' | post "/enroll/$id/receipt"
 	[ "$(jq -r .message "$work/body" 2>/dev/null)" = 'Receipt recorded' ] || fail 75 "$server answers as something else than orgkeys does"
 fi
-rm -f "$recipient" "$dir/own_key.pem"
+for file in "$recipient" "$dir/own_key.pem"; do
+	if [ -z "$have" ] || began "$file"; then rm -f "$file"; fi
+done
 if [ -L "$token_file" ]; then
 	echo "enroll.sh: $token_file is a link, and what it leads to is not removed: remove both" >&2
 else

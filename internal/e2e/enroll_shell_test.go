@@ -195,10 +195,13 @@ func TestWhoMayReadAShellNodesToken(t *testing.T) {
 	try(0o644, shared)
 	try(0o600, accepted)
 	if os.Geteuid() == 0 { // nobody else can give files away, or is not asked who may read them
-		must(t, os.Chown(file, 1, 0))
-		try(0o640, accepted) // as Kubernetes mounts it
 		must(t, os.Chown(file, 0, 54321))
 		try(0o440, shared)
+		must(t, os.Chown(file, 1, 0))
+		for _, mode := range []os.FileMode{0o600, 0o640, 0o440} {
+			must(t, os.Chmod(file, mode))
+			n.run(64, "belongs to user 1: chown it", "--origin", "node")
+		}
 	}
 	n.token = t.TempDir()
 	n.run(77, n.token+" is not a regular file", "--origin", "node")
@@ -231,6 +234,12 @@ func TestAShellNodesTokenIsACredential(t *testing.T) {
 	encoded, err := binary.Append(nil, binary.LittleEndian, list)
 	must(t, err)
 	must(t, unix.Setxattr(n.token, "system.posix_acl_access", encoded, 0))
+	n.run(75, "cannot be reached", "--origin", "node")
+	// As Kubernetes mounts it.
+	must(t, os.Remove(n.token))
+	n.put("oke1.00000000-0000-4000-8000-000000000000." + strings.Repeat("A", 43))
+	must(t, os.Chown(n.token, 0, nobody))
+	must(t, os.Chmod(n.token, 0o640))
 	n.run(75, "cannot be reached", "--origin", "node")
 }
 
@@ -291,5 +300,77 @@ func TestAShellNodesReceiptIsSentLater(t *testing.T) {
 	key := n.key()
 	if got := show(t, s, org, m.ID); got.State != "received" || got.Claims[0].Fingerprint != client.Fingerprint(&key.PublicKey) {
 		t.Errorf("%+v", got)
+	}
+}
+
+// While a token for another key waits for its approval, runs that do not find it, and runs with
+// the token of the key that is there, leave what it began with.
+func TestAShellNodeLeavesWhatAnotherEnrollmentBeganWith(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org := harness.Org()
+	owner := s.Client(t, org, "OWNER")
+	for origin, first := range map[string]string{"backend": "recipient.pem", "node": "own_key.pem"} {
+		used := mint(t, s, org, `{"origin":"`+origin+`"}`)
+		n := newShellNode(t, s.API, used.Token)
+		n.run(0, "key ", "--origin", origin)
+		before := n.key()
+
+		m := mint(t, s, org, `{"origin":"`+origin+`","approval":true}`)
+		n.put(m.Token)
+		n.run(75, "not ready yet", "--origin", origin)
+		begun, err := os.ReadFile(filepath.Join(n.dir, first))
+		must(t, err)
+		must(t, os.Remove(n.token))
+		n.run(0, "", "--origin", origin)
+		n.put(used.Token)
+		n.run(0, "key ", "--origin", origin)
+		if now, err := os.ReadFile(filepath.Join(n.dir, first)); err != nil || string(now) != string(begun) {
+			t.Fatalf("%s: %s is not what it was: %v", origin, first, err)
+		}
+		n.put(m.Token)
+		waiting, err := owner.Permission(t.Context(), org, m.ID)
+		must(t, err)
+		must(t, owner.ApproveEnrollment(t.Context(), org, m.ID, waiting.Claims[0].Recipient))
+		n.run(0, "key ", "--origin", origin)
+		if got := show(t, s, org, m.ID); n.key().Equal(before) || got.State != "received" || got.Conflicts != 0 {
+			t.Errorf("%s: %+v", origin, got)
+		}
+	}
+}
+
+// A run that is killed when it has stored the answer, and not the key, leaves the key of the
+// enrollment before, which a third token replaces, and what the key began with.
+func TestAShellNodeThatIsKilledBetweenAnswerAndKey(t *testing.T) {
+	t.Parallel()
+	s := harness.Start(t)
+	org := harness.Org()
+	killing := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(killing, "mv"), []byte("#!/bin/sh\ncase $2 in */private_key.pem) kill -9 $PPID; exit ;; esac\nPATH=${PATH#*:} exec mv \"$@\"\n"), 0o700))
+	for _, origin := range []string{"backend", "node"} {
+		n := newShellNode(t, s.API, mint(t, s, org, `{"origin":"`+origin+`"}`).Token)
+		n.run(0, "key ", "--origin", origin)
+		before := n.key()
+		m := mint(t, s, org, `{"origin":"`+origin+`"}`)
+		n.put(m.Token)
+		n.under = []string{"env", "PATH=" + killing + ":" + os.Getenv("PATH")}
+		for range 2 {
+			n.run(-1, "", "--origin", origin)
+		}
+		n.under = nil
+		must(t, os.Rename(n.token, n.token+".away"))
+		n.run(0, "", "--origin", origin)
+		switch origin {
+		case "node": // the key that the server accepted is still there
+			must(t, os.Rename(n.token+".away", n.token))
+		case "backend":
+			do(t, s, 200, harness.Request{Method: "DELETE", Path: "/organization/" + org + "/enrollment/" + m.ID, Token: s.Token(t, org, "OWNER")})
+			m = mint(t, s, org, `{}`)
+			n.put(m.Token)
+		}
+		n.run(0, "key ", "--origin", origin)
+		if got := show(t, s, org, m.ID); n.key().Equal(before) || got.State != "received" || got.Conflicts != 0 {
+			t.Errorf("%s: %+v", origin, got)
+		}
 	}
 }
