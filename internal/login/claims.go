@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"math"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -36,6 +37,20 @@ func (c Claims) Text(name string) string {
 	}
 	text, _ := value.(string)
 	return text
+}
+
+// seconds is a length of time, which some providers write as a text.
+func (c Claims) seconds(name string) (time.Duration, bool) {
+	number, ok := c[name].(float64)
+	if text, isText := c[name].(string); isText {
+		var err error
+		number, err = strconv.ParseFloat(text, 64)
+		ok = err == nil
+	}
+	if !ok || !(number > 0 && number <= math.MaxInt32) {
+		return 0, false
+	}
+	return time.Duration(number) * time.Second, true
 }
 
 // Expires is when the token does, zero if it does not say.

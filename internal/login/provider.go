@@ -176,7 +176,9 @@ func (p Provider) session(access, refresh string, expires time.Time) (Session, e
 	return Session{Provider: p, Access: access, Refresh: refresh, Expires: expires}, nil
 }
 
-// refresh asks for new tokens. x/oauth2 cannot name the resource in this request.
+// refresh asks for new tokens. x/oauth2 cannot name the resource in this request. A session
+// without an access token comes with the error where the provider may have rotated the
+// refresh token, and has to be kept.
 func (p Provider) refresh(ctx context.Context, token string) (Session, error) {
 	ctx, e, err := p.discover(ctx)
 	if err != nil {
@@ -189,25 +191,33 @@ func (p Provider) refresh(ctx context.Context, token string) (Session, error) {
 	if p.Audience != "" {
 		form.Set("audience", p.Audience)
 	}
-	var answer struct {
-		Access      string `json:"access_token"`
-		Refresh     string `json:"refresh_token"`
-		Seconds     int64  `json:"expires_in"`
-		Error       string `json:"error"`
-		Description string `json:"error_description"`
-	}
+	var answer Claims
 	asked := time.Now()
 	status, err := post(ctx, e.Endpoint.TokenURL, form, &answer)
+	problem := cmp.Or(answer.Text("error_description"), answer.Text("error"))
 	switch {
 	case err != nil:
 		return Session{}, fmt.Errorf("%w: refreshing: %w", ErrProvider, err)
-	case answer.Error == "invalid_grant":
-		return Session{}, fmt.Errorf("%w: %s", ErrOver, cmp.Or(answer.Description, answer.Error))
-	case status != http.StatusOK || answer.Access == "":
-		return Session{}, fmt.Errorf("%w: refreshing: it answers %d %s", ErrProvider, status, cmp.Or(answer.Description, answer.Error))
+	case answer.Text("error") == "invalid_grant":
+		return Session{}, fmt.Errorf("%w: %s", ErrOver, problem)
+	case status != http.StatusOK:
+		return Session{}, fmt.Errorf("%w: refreshing: it answers %d %s", ErrProvider, status, problem)
 	}
 	// Whoever does not rotate refresh tokens sends none.
-	return p.session(answer.Access, cmp.Or(answer.Refresh, token), asked.Add(time.Duration(answer.Seconds)*time.Second))
+	rotated := cmp.Or(answer.Text("refresh_token"), token)
+	access := answer.Text("access_token")
+	if access == "" {
+		return Session{Provider: p, Refresh: rotated}, fmt.Errorf("%w: refreshing: it answers without a token %s", ErrProvider, problem)
+	}
+	var expires time.Time // zero: it is not said
+	if seconds, ok := answer.seconds("expires_in"); ok {
+		expires = asked.Add(seconds)
+	}
+	fresh, err := p.session(access, rotated, expires)
+	if err != nil {
+		return Session{Provider: p, Refresh: rotated}, err
+	}
+	return fresh, nil
 }
 
 // revoke ends a refresh token at the provider (RFC 7009), if it takes that.

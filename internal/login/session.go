@@ -133,12 +133,14 @@ func (s Sessions) refreshed(ctx context.Context, server string) (token string, e
 	}
 	// A signal in between would lose the only good token there is.
 	fresh, err := session.Provider.refresh(context.WithoutCancel(ctx), session.Refresh)
+	if fresh.Refresh != "" {
+		fresh.Server = server
+		if writeErr := s.write(fresh); writeErr != nil {
+			err = errors.Join(err, fmt.Errorf("storing the refreshed session: %w", writeErr))
+		}
+	}
 	if err != nil {
 		return "", err
-	}
-	fresh.Server = server
-	if err := s.write(fresh); err != nil {
-		return "", fmt.Errorf("storing the refreshed session: %w", err)
 	}
 	if !fresh.good() {
 		return "", fmt.Errorf("%w: the provider's token is good for less than %s; are the clocks right?", ErrProvider, margin)
