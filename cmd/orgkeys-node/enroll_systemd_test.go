@@ -111,6 +111,9 @@ func (b *box) cloudInit(text string, replacements ...string) {
 			t.Errorf("%q: %v %s", command, err, out)
 		}
 	}
+	harness.Eventually(t, harness.Patience, "changed secrets are fetched every hour", func() bool {
+		return b.Property("orgkeys-node-refresh.timer", "ActiveState") == "active" && b.Property("orgkeys-node-refresh.timer", "UnitFileState") == "enabled"
+	})
 }
 
 // tssGroup is the group that may open a machine's TPM.

@@ -173,7 +173,7 @@ func TestSnippets(t *testing.T) {
 		} `yaml:"write_files"`
 		Run [][]string `yaml:"runcmd"`
 	}
-	if err := yaml.Unmarshal([]byte(texts["cloud-init"]), &config); err != nil || len(config.Files) != 2 || len(config.Run) != 2 {
+	if err := yaml.Unmarshal([]byte(texts["cloud-init"]), &config); err != nil || len(config.Files) != 2 || len(config.Run) != 3 {
 		t.Fatalf("cloud-init's: %v, %+v", err, config)
 	}
 	if f := config.Files[1]; f.Content != token.FindString(texts["cloud-init"]) || f.Permissions != "0600" || f.Owner != "orgkeys-node:orgkeys-node" || !f.Defer {

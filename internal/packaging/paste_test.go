@@ -20,7 +20,8 @@ import (
 // the other shell's to run.
 func TestAPastedSnippetIsRunByOneShell(t *testing.T) {
 	for _, kind := range []string{"shell", "systemd"} {
-		for _, inner := range []string{"sh -i", "bash --norc -i"} {
+		// zsh, too, runs no command of which a word that is a pattern matches no file.
+		for _, inner := range []string{"sh -i", "bash --norc -i", "bash --norc -O failglob -i"} {
 			t.Run(kind+" in "+inner, func(t *testing.T) { pasteSnippet(t, kind, inner) })
 		}
 	}
@@ -30,13 +31,13 @@ func pasteSnippet(t *testing.T, kind, inner string) {
 	home := t.TempDir()
 	in := func(name string) string { return filepath.Join(home, name) }
 	for _, program := range []string{"orgkeys-node", "systemctl"} {
-		script := "#!/bin/sh\necho x >>" + in("ran") + "\nexit 75\n"
+		script := "#!/bin/sh\necho \"$*\" >>" + in("ran") + "\nexit 75\n"
 		if err := os.WriteFile(in(program), []byte(script), 0o700); err != nil {
 			t.Fatal(err)
 		}
 	}
 	var text strings.Builder
-	if err := snippet.Write(&text, kind, snippet.Enrollment{Server: "http://127.0.0.1:1", ID: "ID", Token: "oke1.ID.SECRET", OwnKey: true, TPM: true}); err != nil {
+	if err := snippet.Write(&text, kind, snippet.Enrollment{Server: "http://[::1]:1", ID: "ID", Token: "oke1.ID.SECRET", OwnKey: true, TPM: true}); err != nil {
 		t.Fatal(err)
 	}
 	pasted := strings.ReplaceAll(text.String(), "/etc/", in("etc")+"/")
@@ -64,8 +65,17 @@ func pasteSnippet(t *testing.T, kind, inner string) {
 	if where, options := s.shell(); where != "node" || options != before {
 		t.Errorf("after a failure: now in the shell of %q with options %q, before in node's with %q", where, options, before)
 	}
-	if ran, err := os.ReadFile(in("ran")); string(ran) != "x\n" {
-		t.Errorf("the program that fails ran, a line each time: %q, %v", ran, err)
+	want := map[string]string{
+		"shell":   "boot --server http://[::1]:1 --ip 192.0.2.7 --region eu --dir " + in("node") + " --token-file " + token + " --origin node --tpm /dev/tpmrm0\n",
+		"systemd": "enable orgkeys-node.service\n",
+	}[kind]
+	if ran, err := os.ReadFile(in("ran")); string(ran) != want {
+		t.Errorf("the program that fails ran with %q, %v; want %q", ran, err, want)
+	}
+	if kind == "systemd" {
+		if env, err := os.ReadFile(in("etc/orgkeys-node/env")); err != nil || !strings.HasPrefix(string(env), "ORGKEYS_NODE_SERVER=http://[::1]:1\n") {
+			t.Errorf("the unit's settings are %q, %v", env, err)
+		}
 	}
 	held, err := os.ReadFile(token)
 	if err != nil || string(held) != "oke1.ID.SECRET\n" {
@@ -73,6 +83,24 @@ func pasteSnippet(t *testing.T, kind, inner string) {
 	}
 	if info, err := os.Stat(token); err == nil && info.Mode() != 0o600 {
 		t.Errorf("the token's file: %v", info.Mode())
+	}
+}
+
+// The example of user data and the snippet are one text, but for the comments.
+func TestTheCloudInitSnippetIsTheExample(t *testing.T) {
+	example, err := os.ReadFile("../../examples/cloud-init.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const server, token = "https://orgkeys.example", "oke1.00000000-0000-4000-8000-000000000000.AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+	var text strings.Builder
+	if err := snippet.Write(&text, "cloud-init", snippet.Enrollment{Server: server, ID: "ID", Token: token}); err != nil {
+		t.Fatal(err)
+	}
+	bare := func(text string) string { return regexp.MustCompile(`(?m)^(#.*)?\n`).ReplaceAllString(text, "") }
+	got := bare(strings.NewReplacer("=ADDRESS", "=192.0.2.7", "=REGION", "=eu-west-1").Replace(text.String()))
+	if want := bare(string(example)); got != want {
+		t.Errorf("the snippet is\n%s\nand the example\n%s", got, want)
 	}
 }
 

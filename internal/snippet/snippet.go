@@ -45,8 +45,9 @@ func (e Enrollment) settings() (flags, variables string) {
 }
 
 // Write writes the snippet of that kind. What goes in has none of the characters that
-// shells, YAML or systemd care about: the token is base64url and hyphens, and the
-// server's URL and the ID are checked.
+// YAML, systemd or a shell's quotes care about: the token is base64url and hyphens, and
+// the server's URL and the ID are checked. A URL may have brackets, around an IPv6
+// address, which a shell takes for a pattern: it stands in quotes or a here-document.
 func Write(w io.Writer, kind string, e Enrollment) error {
 	text, known := map[string]string{"shell": shellSnippet, "cloud-init": cloudSnippet, "systemd": systemdSnippet}[kind]
 	if !known {
@@ -81,14 +82,14 @@ install -d -m 0700 "$DIR"
 (umask 077 && cat >"$DIR/enroll.token") <<'TOKEN'
 {token}
 TOKEN
-orgkeys-node boot --server {server} --ip "$IP" --region "$REGION" --dir "$DIR" --token-file "$DIR/enroll.token"{flags}
+orgkeys-node boot --server '{server}' --ip "$IP" --region "$REGION" --dir "$DIR" --token-file "$DIR/enroll.token"{flags}
 )
 `
 
 // cloudSnippet is examples/cloud-init.yaml with a token in it.
 const cloudSnippet = `#cloud-config
-# Enrollment {id}. The image has orgkeys-node and its unit. Whatever runs on the
-# machine can read this; the token is worth nothing any more once the node has its key.
+# Enrollment {id}. The image has orgkeys-node, its unit and its timer. Whatever runs
+# on the machine can read this; the token is worth nothing any more once the node has its key.
 {needs}users:
   - default
   - name: orgkeys-node
@@ -114,6 +115,7 @@ write_files:
 runcmd:
   - [systemctl, enable, orgkeys-node.service]
   - [systemctl, --no-block, start, orgkeys-node.service]
+  - [systemctl, --no-block, enable, --now, orgkeys-node-refresh.timer]
 `
 
 const systemdSnippet = `# As root on the node, where orgkeys-node.service is installed. It takes the credential
