@@ -42,7 +42,7 @@ issuer's keys).`,
 			if err != nil {
 				return err
 			}
-			findings, refusal := verifier.Explain(cmd.Context(), token)
+			findings, refusal := verifier.Explain(cmd.Context(), token, cfg.Pseudonyms)
 			for _, f := range findings {
 				if err := sayCheck(cmd, 12, string(f.Verdict), f.Check, f.Found, f.SettingIn(cfg)); err != nil {
 					return err

@@ -55,8 +55,9 @@ const (
 
 // Explain puts a token through the checks of Authenticate, goes on after one
 // that fails where that makes sense, and says what each found. The error is
-// Authenticate's answer to the token. No finding holds the token's signature.
-func (v *Verifier) Explain(ctx context.Context, compact string) ([]Finding, error) {
+// Authenticate's answer to the token. No finding holds the token's signature. Pseudonyms is
+// ORGKEYS_SUBJECT_PSEUDONYMS: none is looked up.
+func (v *Verifier) Explain(ctx context.Context, compact, pseudonyms string) ([]Finding, error) {
 	x := v.examine(compact)
 	var findings []Finding
 	var first error
@@ -70,7 +71,7 @@ func (v *Verifier) Explain(ctx context.Context, compact string) ([]Finding, erro
 		if first == nil {
 			first = err
 		}
-		if f := x.finding(c.name, err); f.Found != "" {
+		if f := x.finding(c.name, pseudonyms, err); f.Found != "" {
 			findings = append(findings, f)
 		}
 		over = err != nil && x.endsWith(c.name)
@@ -87,7 +88,7 @@ func (x *examination) endsWith(check string) bool {
 	return check == "form" || check == "claims" || check == "issuer"
 }
 
-func (x *examination) finding(check string, err error) Finding {
+func (x *examination) finding(check, pseudonyms string, err error) Finding {
 	f := Finding{Check: check, Verdict: Passed}
 	if err != nil {
 		f.Verdict = Failed
@@ -115,7 +116,7 @@ func (x *examination) finding(check string, err error) Finding {
 	case "audience":
 		f.Found, f.Setting = x.explainAudience(err), "ORGKEYS_AUDIENCE"
 	case "subject":
-		f.Found, f.Setting = x.explainSubject(err), "ORGKEYS_CLAIM_SUBJECT"
+		f.Found, f.Setting = x.explainSubject(pseudonyms, err), "ORGKEYS_CLAIM_SUBJECT"
 	case "actor":
 		f.Found = x.explainActor(err)
 	case "organization":
@@ -325,14 +326,20 @@ func (x *examination) explainAudience(err error) string {
 	return found
 }
 
-func (x *examination) explainSubject(err error) string {
+func (x *examination) explainSubject(pseudonyms string, err error) string {
 	claim := x.issuer.Mapping.Subject
 	if err != nil {
 		return fmt.Sprintf("%s is %s, and a subject is a text of 1 to %d bytes without control characters%s", claim, show(x.claims.at(claim)), maxText, x.elsewhere(claim))
 	}
 	found := fmt.Sprintf("%q, from %s", x.caller.Subject, claim)
-	if IsPersonal(config.PseudonymAddresses, x.caller.Subject) {
-		found += "; it is an address, so events have a pseudonym in its place (ORGKEYS_SUBJECT_PSEUDONYMS). Better is a claim that is an ID"
+	isAddress := IsPersonal(config.PseudonymAddresses, x.caller.Subject)
+	switch {
+	case pseudonyms == config.PseudonymAlways:
+		return found + "; ORGKEYS_SUBJECT_PSEUDONYMS is always, so events have a pseudonym in its place"
+	case isAddress && pseudonyms == config.PseudonymNever:
+		return found + "; it is an address, and stays in events as it is (ORGKEYS_SUBJECT_PSEUDONYMS is never). Better is a claim that is an ID"
+	case isAddress:
+		return found + "; it is an address, so events have a pseudonym in its place (ORGKEYS_SUBJECT_PSEUDONYMS). Better is a claim that is an ID"
 	}
 	return found
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/orgkeys/orgkeys/internal/authz"
+	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/org"
 )
 
@@ -102,7 +103,7 @@ func TestEachKindOfWrongHasItsWords(t *testing.T) {
 			if c.reason == "" && refusal != nil || c.reason != "" && !refusedFor(c.reason)(refusal) {
 				t.Errorf("Authenticate: %v, want reason %q", refusal, c.reason)
 			}
-			findings, err := v.Explain(t.Context(), token)
+			findings, err := v.Explain(t.Context(), token, config.PseudonymAddresses)
 			if fmt.Sprint(err) != fmt.Sprint(refusal) {
 				t.Errorf("Explain: %v, and Authenticate: %v", err, refusal)
 			}
@@ -131,7 +132,7 @@ func TestPathsAsOtherProgramsWriteThem(t *testing.T) {
 		m.Role = claim
 		v := newMappedVerifier(t, issuerSet(), m)
 		nested := map[string]any{"realm_access": map[string]any{"roles": []string{"OWNER"}}}
-		findings, err := v.Explain(t.Context(), edToken(goodClaims(nested)))
+		findings, err := v.Explain(t.Context(), edToken(goodClaims(nested)), config.PseudonymAddresses)
 		last := findings[len(findings)-1]
 		if err != nil || last.Verdict != Doubted || !strings.Contains(last.Found, `written as a JSON pointer, "/realm_access/roles"`) {
 			t.Errorf("%s: %v, %+v", claim, err, last)
@@ -154,9 +155,28 @@ func TestASetOfManyKeys(t *testing.T) {
 	if _, err := v.Authenticate(t.Context(), bearerHeader(edToken(goodClaims(nil)))); err != nil {
 		t.Errorf("one of 301 keys: %v", err)
 	}
-	findings, err := v.Explain(t.Context(), sign(k.rsa, "RS256", `{"alg":"RS256","kid":"x"}`, goodClaims(nil)))
+	findings, err := v.Explain(t.Context(), sign(k.rsa, "RS256", `{"alg":"RS256","kid":"x"}`, goodClaims(nil)), config.PseudonymAddresses)
 	at := slices.IndexFunc(findings, func(f Finding) bool { return f.Check == "signature" })
 	if !refusedFor(ReasonUnknownKey)(err) || len(findings[at].Found) > 600 || !strings.Contains(findings[at].Found, `"key-000"`) {
 		t.Errorf("Explain: %v, %+v", err, findings[at])
+	}
+}
+
+// TestTheSettingForPseudonymsIsExplained: what is said of a subject is what the setting has done to it.
+func TestTheSettingForPseudonymsIsExplained(t *testing.T) {
+	v := newMappedVerifier(t, issuerSet(), DefaultMapping())
+	for _, c := range []struct{ which, subject, says, not string }{
+		{config.PseudonymAddresses, "alice@example.org", "so events have a pseudonym in its place", "always"},
+		{config.PseudonymAddresses, "u-1", `"u-1", from sub`, "pseudonym"},
+		{config.PseudonymAlways, "alice@example.org", "ORGKEYS_SUBJECT_PSEUDONYMS is always, so events have a pseudonym in its place", "it is an address"},
+		{config.PseudonymAlways, "u-1", "ORGKEYS_SUBJECT_PSEUDONYMS is always, so events have a pseudonym in its place", "it is an address"},
+		{config.PseudonymNever, "alice@example.org", "it is an address, and stays in events as it is", "have a pseudonym"},
+		{config.PseudonymNever, "u-1", `"u-1", from sub`, "pseudonym"},
+	} {
+		findings, err := v.Explain(t.Context(), edToken(goodClaims(map[string]any{"sub": c.subject})), c.which)
+		at := slices.IndexFunc(findings, func(f Finding) bool { return f.Check == "subject" })
+		if err != nil || at < 0 || !strings.Contains(findings[at].Found, c.says) || strings.Contains(findings[at].Found, c.not) {
+			t.Errorf("%s, %s: %v, %+v", c.which, c.subject, err, findings)
+		}
 	}
 }

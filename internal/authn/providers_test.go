@@ -154,7 +154,7 @@ func (c trial) run(t *testing.T) {
 		token := w.get(t, p)
 		caller, err := v.Authenticate(t.Context(), bearerHeader(token))
 		if err != nil || caller.Subject != w.subject && w.subject != anyone || caller.Org != c.org || !slices.Equal(caller.Roles, []authz.Role{authz.Administrator}) {
-			findings, _ := v.Explain(t.Context(), token)
+			findings, _ := v.Explain(t.Context(), token, config.PseudonymAddresses)
 			t.Fatalf("by %s: Authenticate = %+v, %v, want %s of %s; %+v", w.grant, caller, err, w.subject, c.org, findings)
 		}
 	}

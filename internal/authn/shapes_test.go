@@ -90,7 +90,7 @@ func TestEachProvidersTokenWithItsPagesSettings(t *testing.T) {
 			if err != nil || caller.Subject != s.subject || caller.Org != s.org || !slices.Equal(caller.Roles, []authz.Role{s.role}) {
 				t.Errorf("Authenticate = %+v, %v, want %s of %s, %s", caller, err, s.subject, s.org, s.role)
 			}
-			if findings, err := v.Explain(t.Context(), signedAs(claims)); err != nil || slices.ContainsFunc(findings, func(f Finding) bool { return f.Verdict != Passed }) {
+			if findings, err := v.Explain(t.Context(), signedAs(claims), config.PseudonymAddresses); err != nil || slices.ContainsFunc(findings, func(f Finding) bool { return f.Verdict != Passed }) {
 				t.Errorf("Explain of a good token: %v, %+v", err, findings)
 			}
 			s.change(claims)
@@ -109,7 +109,7 @@ func (s shape) checkSpoilt(t *testing.T, v *Verifier, token string) {
 	if s.reason == "" && (err != nil || caller.Org != s.org || caller.Roles != nil) || s.reason != "" && !refusedFor(s.reason)(err) {
 		t.Errorf("with one thing wrong: %+v, %v, want reason %q", caller, err, s.reason)
 	}
-	findings, err := v.Explain(t.Context(), token)
+	findings, err := v.Explain(t.Context(), token, config.PseudonymAddresses)
 	if (err == nil) != (s.reason == "") {
 		t.Errorf("Explain: %v", err)
 	}
@@ -293,7 +293,7 @@ func TestBoundTokensAreNoBearerTokens(t *testing.T) {
 		if caller, err := v.Authenticate(t.Context(), bearerHeader(token)); !refusedFor(ReasonBound)(err) {
 			t.Errorf("cnf %s: %+v, %v", cnf, caller, err)
 		}
-		findings, _ := v.Explain(t.Context(), token)
+		findings, _ := v.Explain(t.Context(), token, config.PseudonymAddresses)
 		at := slices.IndexFunc(findings, func(f Finding) bool { return f.Check == "binding" })
 		if at < 0 || findings[at].Verdict != Failed || !strings.Contains(findings[at].Found, words) {
 			t.Errorf("cnf %s: %+v, want %q", cnf, findings, words)
