@@ -48,7 +48,7 @@ func (m Mapping) check() error {
 			return fmt.Errorf("the claim of the %s: %w", n.what, err)
 		}
 		for _, other := range names[:i] {
-			if n.claim == other.claim && !m.roleFromSubject() {
+			if n.claim == other.claim && !(other.what == "subject" && n.what == "role" && m.roleFromSubject()) {
 				return fmt.Errorf("%s and %s have the same claim %q", other.what, n.what, n.claim)
 			}
 		}

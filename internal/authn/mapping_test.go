@@ -338,3 +338,23 @@ func rolesIn(m Mapping, value any, org string) []authz.Role {
 	}
 	return allowed
 }
+
+// TestClaimsThatHaveTwoMeanings: the subject may tell the role, and nothing else may share a claim.
+func TestClaimsThatHaveTwoMeanings(t *testing.T) {
+	byName := map[string]authz.Role{"alice": authz.Owner}
+	for _, c := range []struct {
+		m    Mapping
+		good bool
+	}{
+		{Mapping{Subject: "sub", Organization: "o", Role: "sub", RoleMap: byName}, true},
+		{Mapping{Subject: "sub", Organization: "o", Role: "/sub", RoleMap: byName}, true},
+		{Mapping{Subject: "uid", Organization: "uid", Role: "sub", RoleMap: byName}, false},
+		{Mapping{Subject: "/sub", Organization: "/sub", Role: "/sub", RoleMap: byName}, false},
+		{Mapping{Subject: "uid", Organization: "o", Role: "uid", RoleMap: byName}, false},
+		{Mapping{Subject: "sub", Organization: "o", Role: "o", RoleMap: byName}, false},
+	} {
+		if err := c.m.check(); (err == nil) != c.good {
+			t.Errorf("%+v: %v", c.m, err)
+		}
+	}
+}
