@@ -81,7 +81,7 @@ yet, still hold the data; docs/audit.md lists what remains.`,
 func newAcceptRollback() *cobra.Command {
 	var request rollback.Request
 	cmd := &cobra.Command{
-		Use:   "accept-rollback --reason TEXT [--rewritten]",
+		Use:   "accept-rollback --reason TEXT [--rewritten] [--lost-sink HOLDER]",
 		Short: "Accept a rollback of the log, for example after restoring a backup",
 		Long: `The server refuses to start if the log does not extend what a sink has
 acknowledged, or its newest signed checkpoint; a running server gives no event an
@@ -104,7 +104,12 @@ Use it also after the checkpoint in Vault was deleted or overwritten.
 
 It asks every sink in ORGKEYS_AUDIT_SINKS. With replicas, stop all of them first,
 and run it with the data directory of each that has a file sink, with the same
---reason. After an interruption, run it again, with the same --reason too.`,
+--reason. After an interruption, run it again, with the same --reason too. While
+the sink of another replica holds the log back, the command names that replica and
+ends with exit code 1: run it there. If that replica's data directory is gone for
+good, --lost-sink with the name that the command printed gives its sink up. An event
+records that; what only that sink held is lost, and nothing names it. If the sink
+turns up again, its replica is refused as before.`,
 		Args: cobra.NoArgs,
 		PreRunE: func(*cobra.Command, []string) error {
 			if strings.TrimSpace(request.Reason) == "" {
@@ -118,6 +123,7 @@ and run it with the data directory of each that has a file sink, with the same
 	}
 	cmd.Flags().StringVar(&request.Reason, "reason", "", "the reason for the rollback")
 	cmd.Flags().BoolVar(&request.Rewritten, "rewritten", false, "accept a log that differs from the lost one")
+	cmd.Flags().StringArrayVar(&request.LostSinks, "lost-sink", nil, "give up the sinks of this replica, whose data directory is gone for good; as printed by this command and by doctor (repeatable)")
 	cmd.Flags().BoolVar(&request.DryRun, "dry-run", false, "print what would be accepted, and change nothing")
 	return cmd
 }

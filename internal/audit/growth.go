@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 )
 
 // A log that is behind a sink has lost events and must not give their indices to
@@ -46,6 +47,19 @@ func (e *HaltError) Error() string { return "no event gets an index in the log: 
 func passing(err error) bool {
 	halted, ok := errors.AsType[*HaltError](err)
 	return ok && !halted.SetBack || errors.As(err, new(*TimelineError))
+}
+
+// AheadSink is a sink that the log was found not to extend: until an operator's word, or
+// until it fits again, no event gets an index.
+type AheadSink struct {
+	Holder string // whose it is: host, data directory, and a name of that directory's own
+	Sink   string
+	Size   int64 // events that it holds
+	Found  time.Time
+}
+
+func (s AheadSink) String() string {
+	return fmt.Sprintf("sink %s of %s holds %d events that the log does not extend", s.Sink, s.Holder, s.Size)
 }
 
 // growth is whether events get indices, and under which timeline.

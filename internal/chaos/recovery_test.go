@@ -123,6 +123,86 @@ func TestPromise8_AReplicaThatIsAwayDuringAFailover(t *testing.T) {
 	serveAndVerify(t, f.Cluster, f.steps[2])
 }
 
+// Promise 8: the sink that was alone ahead of the log is gone with its replica. The log
+// stands still until an operator says so by name, and goes on then; if the replica comes
+// back after all, it is refused, and its loss is accepted and named.
+func TestPromise8_ASinkThatWasAheadIsGone(t *testing.T) {
+	f := newFailovers(t, "Asynchronous standby")
+	stays, away := f.Replicas[0], f.Replicas[1]
+	org := harness.Org()
+	inSink(t, stays, made(t, away, org))
+	f.must(t, f.primary.Streaming(1))
+	time.Sleep(time.Second) // the standby has it
+	stays.Stop(t)
+	f.must(t, f.standby.Stop())
+	lost := made(t, away, org)
+	inSink(t, away, lost)
+	away.Kill()
+	f.must(t, f.primary.Kill())
+	f.must(t, f.standby.Restart())
+	f.promote(t)
+	change(t, f.Cluster, "UPDATE replicas SET seen_at = seen_at - 31000000")
+	refused := func() {
+		t.Helper()
+		f.must(t, away.Launch())
+		if code := away.Ended(t, harness.Patience); code == 0 || !strings.Contains(string(away.Output()), "events were lost") {
+			t.Errorf("the replica that was away ended with %d:\n%s", code, away.Output())
+		}
+	}
+	refused()
+	f.must(t, os.Rename(away.AuditFile(), away.AuditFile()+".gone"))
+
+	launched := len(stays.Output())
+	f.must(t, stays.Launch())
+	harness.Eventually(t, harness.Patience, "it listens", func() bool {
+		return strings.Contains(string(stays.Output()[launched:]), `"msg":"listening"`)
+	})
+	harness.Eventually(t, harness.Patience, "it says that the log stands still, and what to do", func() bool {
+		state := stays.AskAdmin(t, "/readyz")
+		return strings.Contains(state, "sink file of ") && strings.Contains(state, "--lost-sink")
+	})
+	if out, _ := stays.Script(t, "orgkeys doctor"); !strings.Contains(out, "--lost-sink '") {
+		t.Errorf("doctor does not say what to do:\n%s", out)
+	}
+	stays.Stop(t)
+	size := number(t, database(t, f.Cluster), "SELECT size FROM log_head")
+	holder := ""
+	for _, without := range []string{f.steps[1], f.steps[1] + " --dry-run", f.steps[1] + " --lost-sink somebody"} {
+		said, code := stays.Script(t, without, "REASON=a test")
+		if named := regexp.MustCompile(`--lost-sink '(.+?)'`).FindStringSubmatch(said); code != 1 || named == nil || !strings.Contains(said, "since 20") {
+			t.Fatalf("%s: exit code %d\n%s", without, code, said)
+		} else {
+			holder = named[1]
+		}
+	}
+	giveUp := strings.TrimSpace(f.steps[1]) + " --lost-sink '" + holder + "'"
+	if said := accepts(t, stays, giveUp+" --dry-run"); !strings.Contains(said, "would be accepted") || !strings.Contains(said, holder) {
+		t.Errorf("the dry run says:\n%s", said)
+	}
+	if now := number(t, database(t, f.Cluster), "SELECT size FROM log_head"); now != size || number(t, database(t, f.Cluster), "SELECT count(*) FROM sinks_ahead") != 1 {
+		t.Errorf("what gave nothing up changed the log: %d events, then %d", size, now)
+	}
+	if said := accepts(t, stays, giveUp); !strings.Contains(said, "accepted: ") || !strings.Contains(said, holder) {
+		t.Errorf("giving it up says:\n%s", said)
+	}
+	if n := number(t, database(t, f.Cluster), `SELECT count(*) FROM events WHERE type = 'log.rollback_accepted' AND position('"lostHolder":"`+holder+`"' IN encode(leaf, 'escape')) > 0`); n != 1 {
+		t.Errorf("%d events name what was given up", n)
+	}
+	stays.Start(t)
+	inSink(t, stays, made(t, stays, harness.Org()))
+
+	f.must(t, os.Rename(away.AuditFile()+".gone", away.AuditFile()))
+	refused()
+	stays.Stop(t)
+	if said, code := stays.Script(t, f.steps[1], "REASON=a test"); code != 1 || !strings.Contains(said, holder) {
+		t.Errorf("when it is back, elsewhere: exit code %d\n%s", code, said)
+	}
+	if said := accepts(t, away, f.steps[1]); !strings.Contains(said, lost) {
+		t.Errorf("of %s, which was lost, it says:\n%s", lost, said)
+	}
+	serveAndVerify(t, f.Cluster, f.steps[2])
+}
+
 func change(t *testing.T, c *cluster.Cluster, statement string) {
 	t.Helper()
 	if _, err := database(t, c).Exec(statement); err != nil {

@@ -12,6 +12,7 @@ import (
 	"github.com/go-json-experiment/json"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/rollback"
 	"github.com/orgkeys/orgkeys/internal/config"
 	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
@@ -48,7 +49,7 @@ func (d *doctor) heldBack(ctx context.Context, db *sqlstore.DB) {
 		return
 	}
 	for _, s := range ahead {
-		d.fail("audit log", rollbackRemedy, "no event gets an index: the log does not extend the %[3]d events in sink %[1]s of %[2]s (since %[4]s)",
+		d.fail("audit log", "find out why (docs/operations.md, Failover); "+rollback.Remedy(s.Holder), "no event gets an index: the log does not extend the %[3]d events in sink %[1]s of %[2]s (since %[4]s)",
 			s.Sink, s.Holder, s.Size, s.Found.Format(time.RFC3339))
 	}
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/durable"
 	"github.com/orgkeys/orgkeys/internal/privatefile"
+	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
 
 // DataDir is the directory that belongs to one process at a time.
@@ -62,7 +63,7 @@ func OpenDataDir(path string) (*DataDir, error) {
 
 // own is a name that the directory keeps, and that no other has but a copy of it.
 func (d *DataDir) own() (string, error) {
-	path := filepath.Join(d.path, "replica")
+	path := d.ownPath()
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		b = []byte(rand.Text()[:8] + "\n")
@@ -77,6 +78,21 @@ func (d *DataDir) own() (string, error) {
 	}
 	return own, nil
 }
+
+// holder is what other replicas call the sinks of a server in the directory; empty: none
+// ran there yet.
+func (d *DataDir) holder() (string, error) {
+	if _, err := os.Stat(d.ownPath()); errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	own, err := d.own()
+	if err != nil {
+		return "", err
+	}
+	return sqlstore.Holder(d.path, own)
+}
+
+func (d *DataDir) ownPath() string { return filepath.Join(d.path, "replica") }
 
 // Close gives the directory free for another process.
 func (d *DataDir) Close() error { return d.lock.Close() }

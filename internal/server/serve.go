@@ -256,6 +256,9 @@ func advised(err error) error {
 	if !audit.SetBack(err) {
 		return err
 	}
+	if _, elsewhere := errors.AsType[*audit.HaltError](err); elsewhere {
+		return fmt.Errorf("%w; find out why; after a failover of the database, accept the loss with the data directory of the replica that it names: orgkeys audit accept-rollback --reason …; if that is gone for good, with another one and --lost-sink (orgkeys doctor prints the words; see docs/operations.md)", err)
+	}
 	return fmt.Errorf("%w; find out why; after a failover of the database or a restored backup, accept the loss with: orgkeys audit accept-rollback --reason … (see docs/operations.md)", err)
 }
 

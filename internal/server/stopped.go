@@ -23,6 +23,7 @@ import (
 
 // stopped is what a command works with in the place of a server.
 type stopped struct {
+	dir     *DataDir
 	db      *sqlstore.DB
 	backend backend
 	sinks   []audit.Sink
@@ -41,16 +42,15 @@ func openStopped(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *s
 			err = errors.Join(err, o.close())
 		}
 	}()
-	dir, err := OpenDataDir(cfg.DataDir)
-	if err != nil {
+	if o.dir, err = OpenDataDir(cfg.DataDir); err != nil {
 		return nil, err
 	}
-	o.closers.add(dir.Close)
+	o.closers.add(o.dir.Close)
 	if o.db, err = OpenLog(ctx, cfg); err != nil {
 		return nil, err
 	}
 	o.closers.add(o.db.Close)
-	if o.backend, err = openBackend(ctx, cfg, dir.path, o.db, log); err != nil {
+	if o.backend, err = openBackend(ctx, cfg, o.dir.path, o.db, log); err != nil {
 		return nil, err
 	}
 	o.closers.add(o.backend.close)
@@ -85,6 +85,9 @@ func AcceptRollback(ctx context.Context, cfg config.Config, request rollback.Req
 		return err
 	}
 	request.Sinks = o.sinks
+	if request.Holder, err = o.dir.holder(); err != nil {
+		return err
+	}
 	if slices.Contains(cfg.AuditSinks, config.SinkFile) {
 		request.SinkFile = cfg.AuditFile
 	}

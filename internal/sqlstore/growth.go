@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -135,6 +134,9 @@ func Holder(dataDir, own string) (string, error) {
 
 // SinkAhead implements audit.Store.
 func (d *DB) SinkAhead(ctx context.Context, sink string, size int64) error {
+	if !d.postgres {
+		return nil
+	}
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
 		now, err := d.now(ctx, tx)
 		if err != nil {
@@ -158,22 +160,28 @@ func (d *DB) SinkFits(ctx context.Context, sink string) error {
 	})
 }
 
-// AheadSink is a sink that was found not to fit the log.
-type AheadSink struct {
-	Holder string // whose it is: host and data directory
-	Sink   string
-	Size   int64 // events that it holds
-	Found  time.Time
-}
-
-// SinksAhead returns the sinks for which the log is held back.
-func (d *DB) SinksAhead(ctx context.Context) ([]AheadSink, error) {
-	return query(ctx, d.read, func(scan func(...any) error) (s AheadSink, err error) {
+// SinksAhead returns the sinks for which the log is held back. SQLite's one process asks
+// its sinks itself.
+func (d *DB) SinksAhead(ctx context.Context) ([]audit.AheadSink, error) {
+	if !d.postgres {
+		return nil, nil
+	}
+	return query(ctx, d.read, func(scan func(...any) error) (s audit.AheadSink, err error) {
 		var found sql.NullInt64
 		err = scan(&s.Holder, &s.Sink, &s.Size, &found)
 		s.Found = micros(found)
 		return s, err
 	}, "SELECT holder, sink, size, found_at FROM sinks_ahead ORDER BY found_at, holder, sink")
+}
+
+// ForgetAhead implements rollback.Store.
+func (d *DB) ForgetAhead(ctx context.Context, s audit.AheadSink) error {
+	return d.write(ctx, func(ctx context.Context, tx *txn) error { return forgetAhead(ctx, tx, s) })
+}
+
+func forgetAhead(ctx context.Context, tx *txn, s audit.AheadSink) error {
+	_, err := exec(ctx, tx, "DELETE FROM sinks_ahead WHERE holder = $1 AND sink = $2", s.Holder, s.Sink)
+	return err
 }
 
 // mayGrow reports an error unless the condition is met.

@@ -125,10 +125,12 @@ func TestAnAcceptedRollbackComesFirst(t *testing.T) {
 		accepted := audit.Rollback{From: head.Text(), To: head.Text(), Kept: 3, Reason: "failover"}.Event()
 		earlier := head
 		earlier.Size--
-		if _, err := db.AcceptRollback(t.Context(), earlier, accepted, voids()); !errors.Is(err, sqlstore.ErrGrown) {
+		ends, err := db.SinksAhead(t.Context())
+		must(t, err)
+		if _, err := db.AcceptRollback(t.Context(), earlier, accepted, ends, voids()); !errors.Is(err, sqlstore.ErrGrown) {
 			t.Errorf("behind another head: %v", err)
 		}
-		if _, err := db.AcceptRollback(t.Context(), head, accepted, voids()); err != nil {
+		if _, err := db.AcceptRollback(t.Context(), head, accepted, ends, voids()); err != nil {
 			t.Fatal(err)
 		}
 		if index, known, err := db.Index(t.Context(), accepted.ID); index != 3 || !known || err != nil {

@@ -39,7 +39,7 @@ func (d *DB) Recorded() <-chan struct{} { return d.recorded }
 var ErrGrown = errors.New("the log has grown in the meantime: stop every replica first")
 
 // AcceptRollback implements rollback.Store.
-func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, v rollback.Voids) (void int, err error) {
+func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, ends []audit.AheadSink, v rollback.Voids) (void int, err error) {
 	err = d.writeWithin(ctx, rollbackTimeout, func(ctx context.Context, tx *txn) error {
 		if err := d.limitStatements(ctx, tx.Tx, rollbackTimeout); err != nil {
 			return err
@@ -57,8 +57,10 @@ func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.
 		if err := d.recordNext(ctx, tx, e); err != nil {
 			return err
 		}
-		if _, err := exec(ctx, tx, "DELETE FROM sinks_ahead"); err != nil {
-			return err
+		for _, s := range ends {
+			if err := forgetAhead(ctx, tx, s); err != nil {
+				return err
+			}
 		}
 		// What was taken from the pool since the backup is in it again.
 		if _, err := exec(ctx, tx, "DELETE FROM pool_keys"); err != nil {

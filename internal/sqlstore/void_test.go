@@ -32,7 +32,7 @@ func acceptRollback(t *testing.T, db *sqlstore.DB) (void int) {
 		t.Fatal(err)
 	}
 	accepted := audit.Rollback{From: head.Text(), To: head.Text(), Kept: head.Size, Reason: "a test"}.Event()
-	if void, err = db.AcceptRollback(t.Context(), head, accepted, voids()); err != nil {
+	if void, err = db.AcceptRollback(t.Context(), head, accepted, nil, voids()); err != nil {
 		t.Fatal(err)
 	}
 	return void

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -32,11 +33,15 @@ type Store interface {
 	// in another database from there, and whether orgkeys recorded it.
 	ChangedAt(ctx context.Context, index int64) (bool, error)
 	// AcceptRollback records the event that accepts the rollback to head, gives it the
-	// next index, before all waiting events, and ends the halt because of the sinks.
+	// next index, before all waiting events, and ends the halt because of the sinks in ends.
 	// It makes every open enrollment void: its places are given back, and keys made
 	// for it that are not released are withdrawn, each with its event. It returns
 	// how many.
-	AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, v Voids) (int, error)
+	AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, ends []audit.AheadSink, v Voids) (int, error)
+	// SinksAhead returns the sinks, of all replicas, that hold the log back; ForgetAhead
+	// ends the halt because of one.
+	SinksAhead(ctx context.Context) ([]audit.AheadSink, error)
+	ForgetAhead(ctx context.Context, s audit.AheadSink) error
 	// OpenEnrollments returns how many enrollments that would make void.
 	OpenEnrollments(ctx context.Context) (int, error)
 	SinkNext(ctx context.Context, sink string) (int64, error)
@@ -83,6 +88,9 @@ type Request struct {
 	Reason    string // the reason for the rollback
 	Rewritten bool   // whether to accept a log that differs from the lost one
 	DryRun    bool   // whether to print only what would be accepted
+
+	Holder    string   // whose Sinks are, as AheadSink has it
+	LostSinks []string // holders of sinks that no longer exist
 }
 
 // acceptance is a rollback, from the checkpoint of the first sink that the log does not
@@ -95,6 +103,7 @@ type acceptance struct {
 	store   Store
 	out     io.Writer
 	head    audit.Checkpoint
+	ahead   []audit.AheadSink
 }
 
 // Accept accepts that the log in store does not extend the sinks' copies, or its newest
@@ -108,31 +117,49 @@ func Accept(ctx context.Context, store Store, r Request, out io.Writer) error {
 		return err
 	}
 	a := &acceptance{Rollback: audit.Rollback{To: head.Text(), Kept: head.Size, Reason: r.Reason}, request: r, store: store, out: out, head: head}
+	if a.ahead, err = store.SinksAhead(ctx); err != nil {
+		return err
+	}
 	if err := a.compare(ctx); err != nil {
 		return err
 	}
 	if err := a.nameLosses(ctx); err != nil {
 		return err
 	}
-	accepted := false
-	for _, s := range r.Sinks {
+	before := a.recorded
+	accepted, err := a.acceptHere(ctx)
+	if err != nil {
+		return err
+	}
+	lost, elsewhere, err := a.elsewhere(ctx, accepted && !before)
+	if err != nil {
+		return err
+	}
+	if (accepted || lost) && r.DryRun {
+		if err := a.nameOpen(ctx); err != nil {
+			return err
+		}
+	}
+	if !accepted && !lost {
+		if _, err := fmt.Fprintln(out, "nothing to accept: the log extends what the sinks hold"); err != nil {
+			return err
+		}
+	}
+	return heldBack(elsewhere)
+}
+
+// acceptHere accepts the rollback in the request's sinks and of the signed checkpoints,
+// and reports whether there was one.
+func (a *acceptance) acceptHere(ctx context.Context) (accepted bool, err error) {
+	for _, s := range a.request.Sinks {
 		done, err := a.acceptIn(ctx, s)
 		if err != nil {
-			return fmt.Errorf("sink %s: %w", s.Name(), err)
+			return false, fmt.Errorf("sink %s: %w", s.Name(), err)
 		}
 		accepted = accepted || done
 	}
 	done, err := a.acceptSigned(ctx)
-	if err != nil {
-		return err
-	}
-	if (accepted || done) && r.DryRun {
-		return a.nameOpen(ctx)
-	}
-	if !accepted && !done {
-		_, err = fmt.Fprintln(out, "nothing to accept: the log extends what the sinks hold")
-	}
-	return err
+	return accepted || done, err
 }
 
 // compare returns how many of the log's first events agree with the sinks and the signed
@@ -301,12 +328,18 @@ func (a *acceptance) record(ctx context.Context, held audit.Checkpoint) error {
 		return nil
 	}
 	a.From = held.Text()
-	void, err := a.store.AcceptRollback(ctx, a.head, a.Event(), voids())
-	if err != nil {
+	// The others are told by acceptedBefore, or at their start, that theirs is to be accepted, too.
+	ends := slices.DeleteFunc(slices.Clone(a.ahead), a.isLost)
+	if err := a.acceptEvent(ctx, a.head, a.Event(), ends); err != nil {
 		return err
 	}
 	a.recorded = true
-	if void > 0 {
+	return nil
+}
+
+func (a *acceptance) acceptEvent(ctx context.Context, head audit.Checkpoint, e audit.Event, ends []audit.AheadSink) error {
+	void, err := a.store.AcceptRollback(ctx, head, e, ends, voids())
+	if err == nil && void > 0 {
 		_, err = fmt.Fprintf(a.out, "void: %d open enrollments, whose tokens may have been used since; mint new ones\n", void)
 	}
 	return err
