@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 
 	"github.com/orgkeys/orgkeys/internal/hsm"
+	"github.com/orgkeys/orgkeys/internal/privatefile"
 	"github.com/orgkeys/orgkeys/internal/server"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
@@ -22,8 +23,12 @@ func (d *doctor) hsm(ctx context.Context, db *sqlstore.DB) {
 	if hc.Module == "" {
 		return // the server has not made its token yet
 	}
-	if _, err := server.MakeDataDir(d.cfg.DataDir); err != nil {
-		d.fail("HSM", "make the data directory: a PIN that the token refuses is recorded there, so no PIN is used without it", "%v", err)
+	switch err := privatefile.CheckDir(d.cfg.DataDir); {
+	case errors.Is(err, os.ErrNotExist): // one that was made here would be this user's, and perhaps not the server's
+		d.warn("HSM", "make the data directory as the user that runs orgkeys, chmod 700, or start orgkeys serve", "the PIN was not tried: one that the token refuses is recorded in %s, which does not exist yet", d.cfg.DataDir)
+		return
+	case err != nil:
+		d.fail("HSM", "correct the data directory: a PIN that the token refuses is recorded there, so no PIN is used without it", "%v", err)
 		return
 	}
 	if db != nil { // a nil *sqlstore.DB is no hsm.Register

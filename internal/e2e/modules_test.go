@@ -20,8 +20,12 @@ func withModule(t *testing.T, module string, more ...harness.Option) *harness.Se
 	if err := os.WriteFile(pinFile, []byte(modulePIN), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return harness.Configure(t, append(more, harness.Set("ORGKEYS_PKCS11_MODULE", module),
+	s := harness.Configure(t, append(more, harness.Set("ORGKEYS_PKCS11_MODULE", module),
 		harness.Set("ORGKEYS_PKCS11_TOKEN_LABEL", "orgkeys"), harness.Set("ORGKEYS_PKCS11_PIN_FILE", pinFile))...)
+	if err := os.Mkdir(s.Dir, 0o700); err != nil { // without it, doctor does not use the PIN
+		t.Fatal(err)
+	}
+	return s
 }
 
 // inEnvironment sets NAME=value.

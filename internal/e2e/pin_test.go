@@ -59,3 +59,35 @@ func TestARefusedPINIsOfferedOnceByAllCommands(t *testing.T) {
 		t.Errorf("with the right PIN again %d keys are listed, want 1", n)
 	}
 }
+
+// Doctor before the first start makes nothing, also not the directory in which a refused
+// PIN is recorded: it would be that of whoever ran it, and the server could not use it.
+func TestDoctorMakesNoDataDirectory(t *testing.T) {
+	t.Parallel()
+	pinFile := filepath.Join(t.TempDir(), "pin")
+	if err := os.WriteFile(pinFile, []byte("123456"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	own := harness.Configure(t)
+	s := harness.Configure(t,
+		harness.Set("ORGKEYS_PKCS11_MODULE", harness.SoftHSM), harness.Set("ORGKEYS_PKCS11_PIN_FILE", pinFile),
+		harness.Set("SOFTHSM2_CONF", harness.NewToken(t, "orgkeys", "123456")))
+	for _, server := range []*harness.Server{own, s} {
+		failing, said := diagnose(t, server)
+		if _, err := os.Lstat(server.Dir); !os.IsNotExist(err) {
+			t.Errorf("%s: %v; doctor says %+v", server.Dir, err, said)
+		}
+		if len(failing) > 0 {
+			t.Errorf("%v fail: %+v", failing, said)
+		}
+	}
+	if _, said := diagnose(t, s); !strings.Contains(found(said, "HSM"), "the PIN was not tried: ") {
+		t.Errorf("doctor says %+v", said)
+	}
+	if err := os.Mkdir(s.Dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if failing, said := diagnose(t, s); len(failing) > 0 || !strings.Contains(found(said, "HSM"), "the login succeeded") {
+		t.Errorf("with a directory: %+v", said)
+	}
+}
