@@ -14,11 +14,12 @@ import (
 	"golang.org/x/oauth2"
 )
 
-// How long a provider's metadata is used without asking again, and how long one
-// that did not answer is left alone.
+// How long a provider's metadata is used without asking again, how long one that did not
+// answer is left alone, and how long an answer may take.
 const (
-	metadataLife = 10 * time.Minute
-	failureLife  = 5 * time.Second
+	metadataLife    = 10 * time.Minute
+	failureLife     = 5 * time.Second
+	metadataTimeout = 5 * time.Second
 )
 
 // Web signs people in for pages that a server has: authorization code with PKCE,
@@ -28,11 +29,11 @@ type Web struct {
 	Secret   string // of a confidential client; empty: a public one
 	Redirect string // where the provider sends browsers back to
 
-	mu       sync.Mutex
-	found    *endpoints
-	fault    error
-	until    time.Time
-	renewing bool
+	mu     sync.Mutex
+	found  *endpoints
+	fault  error
+	until  time.Time
+	asking chan struct{} // closed when the provider has answered; nil if nobody asks
 }
 
 // Attempt is one sign-in. All of it is known to the browser that began it, and to nobody else.
@@ -96,31 +97,47 @@ func withoutAnswer(err error) error {
 // endpoints are the provider's, asked for at most every metadataLife. Nobody waits for
 // that but who comes before any were found.
 func (w *Web) endpoints(ctx context.Context) (context.Context, *endpoints, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if !time.Now().Before(w.until) {
-		switch asking := context.WithoutCancel(ctx); {
-		case w.found == nil:
-			w.keep(w.ask(asking))
-		case !w.renewing:
-			w.renewing = true
-			go w.renew(asking)
+	found, asking, fault := w.known(ctx)
+	if found == nil && asking != nil {
+		select {
+		case <-asking:
+		case <-ctx.Done():
+			return ctx, nil, fmt.Errorf("%w: waiting for its metadata: %w", ErrProvider, ctx.Err())
 		}
+		w.mu.Lock()
+		found, fault = w.found, w.fault
+		w.mu.Unlock()
 	}
-	if w.fault != nil {
-		return ctx, nil, w.fault
+	if fault != nil {
+		return ctx, nil, fault
 	}
 	c, err := w.client()
-	return oidc.ClientContext(ctx, c), w.found, err
+	return oidc.ClientContext(ctx, c), found, err
+}
+
+// known is what is known now. If that is old the provider is asked, and asking is closed
+// when it has answered; it is nil if nobody asks.
+func (w *Web) known(ctx context.Context) (found *endpoints, asking <-chan struct{}, fault error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.asking == nil && !time.Now().Before(w.until) {
+		w.asking = make(chan struct{})
+		go w.renew(context.WithoutCancel(ctx))
+	}
+	return w.found, w.asking, w.fault
 }
 
 // renew asks for the metadata beside the sign-ins, which go on with what was found before.
+// Many may wait for it, so it goes on when one of them gives up.
 func (w *Web) renew(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, metadataTimeout)
+	defer cancel()
 	e, err := w.ask(ctx)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.renewing = false
 	w.keep(e, err)
+	close(w.asking)
+	w.asking = nil
 }
 
 func (w *Web) ask(ctx context.Context) (*endpoints, error) {

@@ -1,12 +1,14 @@
 package login
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -95,7 +97,7 @@ func TestMetadataOutlivesAFailedRefresh(t *testing.T) {
 	settled := func() bool {
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		return !w.renewing
+		return w.asking == nil
 	}
 	for deadline := time.Now().Add(20 * time.Second); !settled(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -129,5 +131,43 @@ func TestMetadataOutlivesAFailedRefresh(t *testing.T) {
 		if _, err := w.Finish(t.Context(), Attempt{}, q); err == nil || len(err.Error()) > 1000 {
 			t.Errorf("%.10q ends in %d characters", q, len(err.Error()))
 		}
+	}
+}
+
+// A provider that was never reached, and says nothing, holds nobody up for long: whoever
+// gives up is gone at once, and the others hear of it soon.
+func TestASilentProviderHoldsNobodyUp(t *testing.T) {
+	t.Parallel()
+	var asked atomic.Int32
+	speak := make(chan struct{})
+	provider := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		asked.Add(1)
+		<-speak
+	}))
+	defer provider.Close()
+	defer close(speak)
+	w := &Web{Provider: Provider{Issuer: provider.URL, ClientID: "console"}}
+	start := time.Now()
+	var people sync.WaitGroup
+	for n := range 8 {
+		people.Go(func() {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			most := 15 * time.Second
+			if n%2 == 0 {
+				time.AfterFunc(100*time.Millisecond, cancel)
+				most = 3 * time.Second
+			}
+			if _, err := w.Begin(ctx, Attempt{"s", "n", "v"}); !errors.Is(err, ErrProvider) || n%2 == 0 && !errors.Is(err, context.Canceled) {
+				t.Errorf("%d: %v", n, err)
+			}
+			if took := time.Since(start); took > most {
+				t.Errorf("%d waits for %v", n, took)
+			}
+		})
+	}
+	people.Wait()
+	if n := asked.Load(); n != 1 {
+		t.Errorf("the provider is asked %d times", n)
 	}
 }
