@@ -48,7 +48,8 @@ func (r Rollback) Event() Event {
 // {"checkpoint":"…"}. A file that was removed or replaced is filled again
 // from the beginning of the log.
 type FileSink struct {
-	path string
+	path  string
+	asked bool // and never written
 
 	mu   sync.Mutex
 	file *os.File
@@ -58,6 +59,10 @@ type FileSink struct {
 
 // NewFileSink returns a sink that appends to the file at path, creating it 0600.
 func NewFileSink(path string) *FileSink { return &FileSink{path: path} }
+
+// AskFileSink returns a sink that says what the file at path holds, and neither makes, nor
+// mends, nor writes it: a server may be writing to it.
+func AskFileSink(path string) *FileSink { return &FileSink{path: path, asked: true} }
 
 // Name implements Sink.
 func (s *FileSink) Name() string { return "file" }
@@ -69,6 +74,9 @@ func (s *FileSink) Shared() bool { return false }
 func (s *FileSink) Last(context.Context) (Checkpoint, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.asked {
+		return askFile(s.path)
+	}
 	if err := s.open(); err != nil {
 		return Checkpoint{}, err
 	}
@@ -225,22 +233,40 @@ func syncDir(path string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
+// askFile is the newest checkpoint in a file; Size 0 if there is no file.
+func askFile(path string) (last Checkpoint, err error) {
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return Checkpoint{}, nil
+	}
+	if err != nil {
+		return Checkpoint{}, err
+	}
+	end, _, err := completeLines(f)
+	if err == nil {
+		last, err = lastCheckpoint(f, end)
+	}
+	return last, errors.Join(err, f.Close())
+}
+
 // cutTornLine removes what follows the last newline, a write that a crash cut
 // short, and returns the file's size without it.
 func cutTornLine(f *os.File) (int64, error) {
-	info, err := f.Stat()
-	if err != nil {
-		return 0, err
-	}
-	tail, from, err := readTail(f, info.Size(), func(b []byte) bool { return bytes.IndexByte(b, '\n') >= 0 })
-	if err != nil {
-		return 0, err
-	}
-	end := from + int64(bytes.LastIndexByte(tail, '\n')+1)
-	if end == info.Size() {
-		return end, nil
+	end, size, err := completeLines(f)
+	if err != nil || end == size {
+		return end, err
 	}
 	return end, errors.Join(f.Truncate(end), f.Sync())
+}
+
+// completeLines is where the last complete line of a file ends, and the file's size.
+func completeLines(f *os.File) (end, size int64, err error) {
+	info, err := f.Stat()
+	if err != nil {
+		return 0, 0, err
+	}
+	tail, from, err := readTail(f, info.Size(), func(b []byte) bool { return bytes.IndexByte(b, '\n') >= 0 })
+	return from + int64(bytes.LastIndexByte(tail, '\n')+1), info.Size(), err
 }
 
 var checkpointPrefix = []byte("\n" + `{"checkpoint":`)

@@ -153,7 +153,7 @@ func signed(ctx context.Context, cfg config.Config, db *sqlstore.DB, covered fun
 // completeLog gives recorded events their indices, feeds the sinks and signs a checkpoint,
 // while no server runs.
 func completeLog(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
-	o, err := openStopped(ctx, cfg, log)
+	o, err := openStopped(ctx, cfg, backend.sinks, log)
 	if err != nil {
 		return err
 	}

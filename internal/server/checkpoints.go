@@ -26,7 +26,7 @@ const flushTimeout = 5 * time.Second
 // SignCheckpoint signs a checkpoint while no server runs, if the log has grown
 // since the newest one, and returns the newest.
 func SignCheckpoint(ctx context.Context, cfg config.Config, log *slog.Logger) (newest audit.Signed, err error) {
-	o, err := openStopped(ctx, cfg, log)
+	o, err := openStopped(ctx, cfg, backend.sinks, log)
 	if err != nil {
 		return newest, err
 	}

@@ -63,6 +63,17 @@ func (b backend) sinks(cfg config.Config) ([]audit.Sink, error) {
 	return Sinks(cfg, b.sink)
 }
 
+// askedSinks are the same, of which a file is only read.
+func (b backend) askedSinks(cfg config.Config) ([]audit.Sink, error) {
+	all, err := Sinks(cfg, b.sink)
+	for i, s := range all {
+		if s.Name() == config.SinkFile {
+			all[i] = audit.AskFileSink(cfg.AuditFile)
+		}
+	}
+	return all, err
+}
+
 // Sinks are the audit sinks that cfg requires. own is the keystore's; nil: it has none.
 func Sinks(cfg config.Config, own audit.Sink) ([]audit.Sink, error) {
 	var all []audit.Sink

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"time"
@@ -33,9 +31,9 @@ type stopped struct {
 
 func (o *stopped) close() error { return o.closers.close() }
 
-// openStopped opens the parts that the log needs, in a data directory that no
+// openStopped opens the parts that the log needs, and its sinks, in a data directory that no
 // server uses meanwhile.
-func openStopped(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *stopped, err error) {
+func openStopped(ctx context.Context, cfg config.Config, sinks func(backend, config.Config) ([]audit.Sink, error), log *slog.Logger) (_ *stopped, err error) {
 	o := &stopped{}
 	defer func() {
 		if err != nil {
@@ -54,22 +52,18 @@ func openStopped(ctx context.Context, cfg config.Config, log *slog.Logger) (_ *s
 		return nil, err
 	}
 	o.closers.add(o.backend.close)
-	o.sinks, err = o.backend.sinks(cfg)
+	o.sinks, err = sinks(o.backend, cfg)
 	return o, err
 }
 
 // AcceptRollback accepts a rollback of the log, in the log and in every sink of the
 // settings, and prints what it did. No server may be running.
 func AcceptRollback(ctx context.Context, cfg config.Config, request rollback.Request, out io.Writer, log *slog.Logger) (err error) {
+	sinks := backend.sinks
 	if request.DryRun {
-		// Asking a file sink mends its torn end, or makes the file.
-		end, err := sinkAside(&cfg)
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, end()) }()
+		sinks = backend.askedSinks
 	}
-	o, err := openStopped(ctx, cfg, log)
+	o, err := openStopped(ctx, cfg, sinks, log)
 	if err != nil {
 		return err
 	}
@@ -92,24 +86,6 @@ func AcceptRollback(ctx context.Context, cfg config.Config, request rollback.Req
 		request.SinkFile = cfg.AuditFile
 	}
 	return rollback.Accept(ctx, o.db, request, out)
-}
-
-// sinkAside leads cfg to a copy of the file sink, until end.
-func sinkAside(cfg *config.Config) (end func() error, err error) {
-	dir, err := os.MkdirTemp("", "orgkeys-dry-run-")
-	if err != nil {
-		return nil, err
-	}
-	end = func() error { return os.RemoveAll(dir) }
-	text, err := os.ReadFile(cfg.AuditFile)
-	cfg.AuditFile = filepath.Join(dir, "audit.jsonl")
-	if err == nil {
-		err = os.WriteFile(cfg.AuditFile, text, 0o600)
-	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, errors.Join(err, end())
-	}
-	return end, nil
 }
 
 // dryStore discards resealed values instead of storing them.
