@@ -233,11 +233,11 @@ func (d deployment) onHost(s string) string {
 	})
 }
 
-// ofTheComposition are settings that the composition itself decides.
+// ofTheComposition are settings that the composition itself decides, and says so.
 var ofTheComposition = map[string]bool{
 	"ORGKEYS_ADMIN_LISTEN": true, "ORGKEYS_DATA_DIR": true, "ORGKEYS_AUDIT_SINKS": true, "ORGKEYS_AUDIT_FILE": true,
 	"ORGKEYS_VAULT_AUTH": true, "ORGKEYS_VAULT_SECRET_ID_PATH": true, "ORGKEYS_VAULT_TOKEN_FILE": true,
-	"ORGKEYS_TLS_CLIENT_CA_FILE": true, "ORGKEYS_TLS_BY_PROXY": true, "ORGKEYS_TRUSTED_PROXIES": true,
+	"ORGKEYS_TLS_BY_PROXY": true,
 }
 
 func settingsAreAccepted(t *testing.T, d deployment) {
@@ -262,7 +262,11 @@ func settingsAreAccepted(t *testing.T, d deployment) {
 	if c.ClaimOrg != "/a/b" || c.RoleMap != "a=OWNER" {
 		t.Errorf("what is set where docker compose runs is not passed on: %+v", c)
 	}
+	text := read(t, "docker-compose.yml")
 	for _, s := range config.Settings() {
+		if ofTheComposition[s.Name] && !regexp.MustCompile(`\b`+s.Name+`\b`).MatchString(text) {
+			t.Errorf("docker-compose.yml does not say that %s is its own", s.Name)
+		}
 		_, passed := d.Services["orgkeys"].Environment[s.Name]
 		_, asFile := d.Services["orgkeys"].Environment[s.Name+"_FILE"]
 		if !passed && !asFile && !ofTheComposition[s.Name] && !strings.HasPrefix(s.Name, "ORGKEYS_PKCS11_") {
