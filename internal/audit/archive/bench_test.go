@@ -31,7 +31,8 @@ import (
 // asked for: only its size counts.
 type bigLog struct {
 	size int64
-	keys int64 // created in its first tenth and more, one every ten events
+	keys int64                   // created in its first tenth and more, one every ten events
+	of   func(int64) audit.Event // if it is set, what event gives
 	head audit.Signed
 	vkey string
 }
@@ -70,6 +71,9 @@ func (l *bigLog) Receipts(context.Context, string, int64, int64) ([]audit.Receip
 }
 
 func (l *bigLog) event(i int64) audit.Event {
+	if l.of != nil {
+		return l.of(i)
+	}
 	id := sha256.Sum256(binary.BigEndian.AppendUint64(nil, uint64(i)))
 	e := audit.Event{
 		ID: uuid.UUID(id[:16]).String(), Time: time.UnixMicro(1_800_000_000_000_000 + 977*i).UTC(),
@@ -89,9 +93,14 @@ func (l *bigLog) event(i int64) audit.Event {
 
 func newBigLog(b testing.TB, size, keys int64) *bigLog {
 	b.Helper()
-	l := &bigLog{size: size, keys: keys}
+	return (&bigLog{size: size, keys: keys}).sign(b)
+}
+
+// sign signs a checkpoint of the whole log with a new key.
+func (l *bigLog) sign(b testing.TB) *bigLog {
+	b.Helper()
 	var tree verify.Frontier
-	for i := range size {
+	for i := range l.size {
 		r, err := l.event(i).Encode()
 		if err != nil {
 			b.Fatal(err)
@@ -106,7 +115,7 @@ func newBigLog(b testing.TB, size, keys int64) *bigLog {
 	if err != nil {
 		b.Fatal(err)
 	}
-	c := audit.Checkpoint{Origin: "orgkeys/bench", Size: size, Root: tree.Root()}
+	c := audit.Checkpoint{Origin: "orgkeys/bench", Size: l.size, Root: tree.Root()}
 	text, err := note.Sign(&note.Note{Text: c.Text()}, signer)
 	if err != nil {
 		b.Fatal(err)

@@ -394,31 +394,39 @@ func (x *verifier) checkPoints() error {
 	return nil
 }
 
+// readInventory compares the inventory with what the events give, of which it reads no
+// more: a line is as long as its key has nodes.
 func (x *verifier) readInventory(in io.Reader) error {
 	if err := x.complete(); err != nil {
 		return err
 	}
-	var want []byte
-	err := lines(inventoryName, in, func(n int64, raw []byte) error {
-		if n >= int64(x.lives.len()) {
-			return wrong("%s: line %d is about a key that is in no event", inventoryName, n+1)
-		}
-		life := x.lives.at(int(n))
+	r := bufio.NewReaderSize(in, 64<<10)
+	var want, got []byte
+	for life := range x.lives.all() {
 		var err error
 		if want, err = x.lives.appendLine(want[:0], life); err != nil {
 			return err
 		}
-		if !bytes.Equal(raw, want) {
-			return verify.Problemf(life.created.index, "line %d of the inventory, about key %s, does not agree with the events", n+1, x.lives.key(life))
+		want = append(want, '\n')
+		got = slices.Grow(got[:0], len(want))[:len(want)]
+		n, err := io.ReadFull(r, got)
+		switch {
+		case errors.Is(err, io.EOF):
+			return verify.Problemf(life.created.index, "key %s is missing from the inventory", x.lives.key(life))
+		case !bytes.Equal(got[:n], want[:n]):
+			return verify.Problemf(life.created.index, "line %d of the inventory, about key %s, does not agree with the events", x.report.Keys+1, x.lives.key(life))
+		case err != nil:
+			return wrong("%s: line %d is incomplete: %v", inventoryName, x.report.Keys+1, err)
 		}
 		x.report.Keys++
-		return nil
-	})
-	if err == nil && x.report.Keys < int64(x.lives.len()) {
-		life := x.lives.at(int(x.report.Keys))
-		return verify.Problemf(life.created.index, "key %s is missing from the inventory", x.lives.key(life))
 	}
-	return err
+	switch _, err := r.ReadByte(); {
+	case err == nil:
+		return wrong("%s: line %d is about a key that is in no event", inventoryName, x.report.Keys+1)
+	case !errors.Is(err, io.EOF):
+		return wrong("the archive is damaged: %v", err)
+	}
+	return nil
 }
 
 // readPublicKeys takes the public halves of the keys that live, each vouched

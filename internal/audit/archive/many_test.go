@@ -1,0 +1,77 @@
+package archive_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/audit/archive"
+	"github.com/orgkeys/orgkeys/internal/audit/audittest"
+	"github.com/orgkeys/orgkeys/internal/authz"
+)
+
+// manyNodes is a log of one key with which that many nodes register, and another behind it.
+func manyNodes(t *testing.T, nodes int64) *bigLog {
+	t.Helper()
+	name := func(kind byte, i int64) string {
+		id := uuid.UUID{kind}
+		binary.BigEndian.PutUint64(id[8:], uint64(i))
+		return id.String()
+	}
+	l := &bigLog{size: nodes + 2, of: func(i int64) audit.Event {
+		e := audit.Event{
+			ID: name(1, i), Time: time.UnixMicro(1_800_000_000_000_000 + i).UTC(), Outcome: audit.Success, Org: "acme", Request: name(2, i),
+			Type: audit.KeyCreated, Actor: audit.Actor{Kind: authz.Person, ID: "u-1"}, Object: name(3, i),
+			Detail: map[string]string{"algorithm": "rsa-2048", "backend": "vault"},
+		}
+		if i > 0 && i <= nodes {
+			address := netip.MustParseAddr("2001:db8::").As16()
+			binary.BigEndian.PutUint64(address[8:], uint64(i))
+			e.Type, e.Actor, e.Object = audit.NodeRegistered, audit.Actor{Kind: authz.Node, ID: name(3, 0)}, name(4, i)
+			e.Detail = map[string]string{"ip": netip.AddrFrom16(address).String()}
+		}
+		return e
+	}}
+	return l.sign(t)
+}
+
+// However many nodes register with a key, whoever keeps it, exports verify.
+func TestPromise5_AKeyOfManyNodesVerifies(t *testing.T) {
+	l := manyNodes(t, 25_000)
+	var out bytes.Buffer
+	_, err := archive.Write(t.Context(), &out, l, nil, t.TempDir(), "a test", nil)
+	audittest.Must(t, err)
+	if line, _, _ := bytes.Cut(unpack(t, out.Bytes()).get(t, "inventory.jsonl"), []byte("\n")); len(line) <= 1<<20 {
+		t.Fatalf("the line has %d bytes, so the case proves nothing", len(line))
+	}
+	report, err := verifyExport(t, out.Bytes(), l.vkey)
+	if err != nil || report.Keys != 2 {
+		t.Errorf("%d keys, %v", report.Keys, err)
+	}
+	if said, ok := byPython(t, out.Bytes(), l.vkey); !ok {
+		t.Error(said)
+	}
+	for name, change := range map[string]func([]string) []string{
+		"a node altered":    at(0, `"2001:db8::4e20"`, `"2001:db8::4e21"`),
+		"the last node cut": at(0, fmt.Sprintf(`,{"node":"%s-0000-0000-0000-0000000061a8","ip":"2001:db8::61a8","index":25000}`, "04000000"), ""),
+		"torn":              func(l []string) []string { return []string{l[0], l[1][:50]} },
+		"a line behind it":  func(l []string) []string { return append(l, "\n{}") },
+		"a long one behind": func(l []string) []string { return append(l, "\n"+strings.Repeat(" ", 3<<20)) },
+		"an empty line":     func(l []string) []string { return slices.Insert(l, 1, "\n") },
+	} {
+		m := unpack(t, out.Bytes())
+		m.edit(t, "inventory.jsonl", change)
+		m.relist(t)
+		if _, err := verifyExport(t, m.pack(t), l.vkey); err == nil {
+			t.Errorf("%s: it verifies", name)
+		}
+	}
+}
