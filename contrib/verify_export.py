@@ -292,6 +292,7 @@ class Inventory:
     def __init__(self):
         self.lives, self.order = {}, []
         self.scopes = {}  # of keys, by ID
+        self.registered = set()  # keys and their nodes
 
     def add(self, index, e):
         kind, detail = e["type"], e.get("detail", {})
@@ -316,15 +317,12 @@ class Inventory:
             life = self.lives.get(e.get("actor"))
             if life and life["org"] == e.get("org"):
                 life["lastUse"] = moment(index, e)
-                nodes = life.setdefault("nodes", [])
-                if kind == "node.registered" and e.get("object") not in [n["node"] for n in nodes]:
-                    node = {"node": e.get("object", ""), "index": index}
+                node = {"node": e.get("object", ""), "index": index}
+                if kind == "node.registered" and (life["key"], node["node"]) not in self.registered:
+                    self.registered.add((life["key"], node["node"]))
                     if detail.get("ip"):
                         node["ip"] = detail["ip"]
-                    nodes.append(node)
-                if not nodes:
-                    del life["nodes"]
-
+                    life.setdefault("nodes", []).append(node)
 
     def live(self):
         """The keys that have not ended, in the order of creation."""

@@ -9,6 +9,7 @@ import (
 	"hash/maphash"
 	"io"
 	"iter"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -67,7 +68,11 @@ type inventory struct {
 	acts     table[act]        // what many events have in common
 	texts    texts             // what is not in its usual form
 	nodesOf  map[*life][]LifeNode
+	many     map[*life]map[string]bool // the IDs of the nodes of those that have manyNodes or more
 }
+
+// manyNodes is from how many nodes of a key on one is looked up, and not looked for.
+const manyNodes = 64
 
 const lifePage = 1024
 
@@ -334,7 +339,8 @@ func (v *inventory) create(index int64, e *audit.Event) error {
 		v.lives = append(v.lives, make([]life, 0, lifePage))
 	}
 	if v.place == nil {
-		v.place, v.clashing, v.nodesOf, v.seed = map[uint32]uint32{}, map[string]uint32{}, map[*life][]LifeNode{}, maphash.MakeSeed()
+		v.place, v.clashing, v.seed = map[uint32]uint32{}, map[string]uint32{}, maphash.MakeSeed()
+		v.nodesOf, v.many = map[*life][]LifeNode{}, map[*life]map[string]bool{}
 	}
 	kind := keyKind{e.Org, e.Detail["algorithm"], e.Detail["backend"], cmp.Or(e.Detail["scope"], "organization")}
 	page := &v.lives[n/lifePage]
@@ -383,13 +389,28 @@ func (v *inventory) use(life *life, index int64, e *audit.Event) {
 	if e.Type != audit.NodeRegistered {
 		return
 	}
-	nodes := v.nodes(life)
-	for _, n := range nodes {
-		if n.Node == e.Object {
-			return
+	if !v.registered(life, e.Object) {
+		n := LifeNode{strings.Clone(e.Object), strings.Clone(e.Detail["ip"]), index}
+		v.nodesOf[life] = append(v.nodes(life), n)
+		if known := v.many[life]; known != nil {
+			known[n.Node] = true
 		}
 	}
-	v.nodesOf[life] = append(nodes, LifeNode{strings.Clone(e.Object), strings.Clone(e.Detail["ip"]), index})
+}
+
+// registered reports whether a node has registered with a key already.
+func (v *inventory) registered(l *life, node string) bool {
+	nodes := v.nodes(l)
+	if len(nodes) < manyNodes {
+		return slices.ContainsFunc(nodes, func(n LifeNode) bool { return n.Node == node })
+	}
+	if v.many[l] == nil {
+		v.many[l] = map[string]bool{}
+		for _, n := range nodes {
+			v.many[l][n.Node] = true
+		}
+	}
+	return v.many[l][node]
 }
 
 // appendLine appends a life as the export holds it, without the line's end: what

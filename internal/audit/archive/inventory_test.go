@@ -1,0 +1,40 @@
+package archive
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/orgkeys/orgkeys/internal/audit"
+	"github.com/orgkeys/orgkeys/internal/authz"
+)
+
+// Whoever has a key registers as many nodes with it as they like.
+func TestTheNodesOfAKeyTakeTimeInProportion(t *testing.T) {
+	register := func(nodes int64) time.Duration {
+		var v inventory
+		if err := v.add(0, &audit.Event{Type: audit.KeyCreated, Org: "acme", Object: "k-1"}); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		for i := range 2 * nodes { // each registers twice
+			e := audit.Event{Type: audit.NodeRegistered, Outcome: audit.Success, Org: "acme", Actor: audit.Actor{Kind: authz.Node, ID: "k-1"}, Object: fmt.Sprintf("n-%09d", i%nodes)}
+			if err := v.add(1+i, &e); err != nil {
+				t.Fatal(err)
+			}
+		}
+		took := time.Since(began)
+		if got := v.nodes(v.find("k-1")); int64(len(got)) != nodes || got[nodes-1].Index != nodes {
+			t.Fatalf("%d nodes", len(got))
+		}
+		return took
+	}
+	const few, times = 2000, 16
+	var a, b time.Duration
+	for range 3 { // the machine may be busy with something else
+		if a, b = register(few), register(times*few); b < 6*times*a {
+			return
+		}
+	}
+	t.Errorf("%d nodes take %v, and %d times as many take %v: more than in proportion", few, a, times, b)
+}
