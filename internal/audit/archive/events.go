@@ -9,6 +9,7 @@ import (
 	"hash"
 	"io"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -152,17 +153,15 @@ func (b *batch) fill(in io.Reader) error {
 
 func (x *verifier) parse(b *batch) {
 	b.text, b.err = string(b.raw), nil
-	for len(b.events) < b.lines {
-		b.events = append(b.events, parsedEvent{})
-	}
-	b.events = b.events[:b.lines]
+	b.events = b.events[:0]
 	rest := b.text
-	for i := range b.events {
+	for b.err == nil && len(b.events) < b.lines {
 		var line string
 		line, rest, _ = strings.Cut(rest, "\n")
-		if b.err = x.parseEvent(b.first+int64(i), line, &b.events[i], b.leaf); b.err != nil {
-			b.events = b.events[:i]
-			break
+		n := len(b.events) // how many lines there are says nothing: they can be empty
+		b.events = slices.Grow(b.events, 1)[:n+1]
+		if b.err = x.parseEvent(b.first+int64(n), line, &b.events[n], b.leaf); b.err != nil {
+			b.events = b.events[:n]
 		}
 	}
 	b.parsed <- struct{}{}

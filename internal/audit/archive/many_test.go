@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -73,5 +74,23 @@ func TestPromise5_AKeyOfManyNodesVerifies(t *testing.T) {
 		if _, err := verifyExport(t, m.pack(t), l.vkey); err == nil {
 			t.Errorf("%s: it verifies", name)
 		}
+	}
+}
+
+// Empty lines are no events, and take no place for them.
+func TestEmptyLinesTakeNoMemory(t *testing.T) {
+	e := audittest.NewSigned(t)
+	m := unpack(t, export(t, e))
+	m.list[m.find(t, "events.jsonl")].data = bytes.Repeat([]byte("\n"), 8<<20)
+	m.relist(t)
+	packed := m.pack(t)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if _, err := verifyExport(t, packed, e.VKey(t)); err == nil {
+		t.Error("it verifies")
+	}
+	runtime.ReadMemStats(&after)
+	if took := (after.TotalAlloc - before.TotalAlloc) >> 20; took > 8 {
+		t.Errorf("%d MiB", took)
 	}
 }
