@@ -562,7 +562,8 @@ class Verifier:
     def __init__(self, keys):
         self.keys, self.tree, self.inventory = keys, Tree(), Inventory()
         self.deliveries, self.public_keys = Deliveries(self.inventory), None
-        self.points, self.newest, self.policies, self.receipt_keys = {}, None, {}, {}
+        self.points, self.newest, self.receipt_keys = {}, None, {}
+        self.policies, self.policy, self.policy_files = set(), None, {}  # read, and being read
         self.outside, self.signed, self.with_receipt, self.types = None, 0, 0, {}  # outside: origin, size and root
 
     def run(self, path):
@@ -613,7 +614,17 @@ class Verifier:
             self.check_public_keys(content)
         else:
             _, revision, file = name.split("/", 2)
-            self.policies.setdefault(revision, {})[file] = content
+            if revision != self.policy:
+                self.end_policy()
+            self.policy = revision
+            self.policy_files[file] = content
+
+    def end_policy(self):
+        """A policy's files follow one another, and its revision is their hash."""
+        if self.policy is not None:
+            need(policy_revision(self.policy_files) == self.policy, "the text of policy %s does not match its revision" % self.policy)
+            self.policies.add(self.policy)
+        self.policy, self.policy_files = None, {}
 
     def checkpoints(self, content):
         for line in lines(content):
@@ -637,8 +648,7 @@ class Verifier:
 
     def events(self, content):
         need(self.newest, "there is no signed checkpoint")
-        for revision, files in self.policies.items():
-            need(policy_revision(files) == revision, "the text of policy %s does not match its revision" % revision)
+        self.end_policy()
         need(content.endswith(b"\n"), "the last event is torn")
         for line in content[:-1].split(b"\n"):
             self.event(line.decode())

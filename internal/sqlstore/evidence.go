@@ -235,11 +235,27 @@ func (d *DB) KeepPolicy(ctx context.Context, revision string, files map[string][
 }
 
 // Policies implements archive.Source and verify.Snapshot.
-func (s snapshot) Policies(ctx context.Context) ([]audit.PolicyFile, error) {
-	return query(ctx, s.q, func(scan func(...any) error) (f audit.PolicyFile, err error) {
-		err = scan(&f.Revision, &f.Name, &f.Content)
-		return f, err
-	}, "SELECT revision, name, content FROM policies ORDER BY revision, name")
+func (s snapshot) Policies(ctx context.Context, do func(revision string, files map[string][]byte) error) error {
+	revisions, err := query(ctx, s.q, scanText, "SELECT DISTINCT revision FROM policies ORDER BY revision")
+	if err != nil {
+		return err
+	}
+	for _, revision := range revisions {
+		files := map[string][]byte{}
+		_, err := query(ctx, s.q, func(scan func(...any) error) (name string, err error) {
+			var content []byte
+			err = scan(&name, &content)
+			files[name] = content
+			return name, err
+		}, "SELECT name, content FROM policies WHERE revision = $1", revision)
+		if err == nil {
+			err = do(revision, files)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Receipts implements archive.Source and verify.Snapshot. What is moved between its two

@@ -63,9 +63,9 @@ func (l *bigLog) SignedAfter(_ context.Context, seq int64) ([]audit.Signed, erro
 	}
 	return []audit.Signed{l.head}, nil
 }
-func (l *bigLog) CheckpointKeys(context.Context) ([]string, error)        { return []string{l.vkey}, nil }
-func (l *bigLog) ReceiptKeys(context.Context) ([]audit.ReceiptKey, error) { return nil, nil }
-func (l *bigLog) Policies(context.Context) ([]audit.PolicyFile, error)    { return nil, nil }
+func (l *bigLog) CheckpointKeys(context.Context) ([]string, error)                      { return []string{l.vkey}, nil }
+func (l *bigLog) ReceiptKeys(context.Context) ([]audit.ReceiptKey, error)               { return nil, nil }
+func (l *bigLog) Policies(context.Context, func(string, map[string][]byte) error) error { return nil }
 func (l *bigLog) Receipts(context.Context, string, int64, int64) ([]audit.Receipt, error) {
 	return nil, nil
 }

@@ -54,7 +54,7 @@ func newBatch() *batch {
 // readEvents parses and checks lines on all processors, and adds them to the tree in
 // order.
 func (x *verifier) readEvents(ctx context.Context, in *hashing) error {
-	if err := x.checkPolicies(); err != nil {
+	if err := x.endPolicy(); err != nil {
 		return err
 	}
 	if err := x.checkPoints(); err != nil {
@@ -241,7 +241,7 @@ func (x *verifier) take(b *batch) error {
 	for i := range b.events {
 		p := &b.events[i]
 		index := x.tree.Size()
-		if p.event.Policy != "" && x.policies[p.event.Policy] == nil {
+		if p.event.Policy != "" && !x.policies[p.event.Policy] {
 			return verify.Problemf(index, "the text of the policy that decided, %s, is missing", p.event.Policy)
 		}
 		if err := x.lives.add(index, &p.event); err != nil {

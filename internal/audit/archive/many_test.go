@@ -84,13 +84,70 @@ func TestEmptyLinesTakeNoMemory(t *testing.T) {
 	m.list[m.find(t, "events.jsonl")].data = bytes.Repeat([]byte("\n"), 8<<20)
 	m.relist(t)
 	packed := m.pack(t)
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	if _, err := verifyExport(t, packed, e.VKey(t)); err == nil {
-		t.Error("it verifies")
-	}
-	runtime.ReadMemStats(&after)
-	if took := (after.TotalAlloc - before.TotalAlloc) >> 20; took > 8 {
+	took := allocated(func() {
+		if _, err := verifyExport(t, packed, e.VKey(t)); err == nil {
+			t.Error("it verifies")
+		}
+	})
+	if took > 8 {
 		t.Errorf("%d MiB", took)
 	}
+}
+
+// Every policy that was in force is exported, for ever: large ones, and many of them. None
+// takes memory from the others.
+func TestPromise5_ALogOfManyPoliciesVerifies(t *testing.T) {
+	const large = 4<<20 - 100 // almost as large as the server loads
+	for name, c := range map[string]struct {
+		policies, size int
+		most           uint64 // MiB that each step allocates, of which each policy takes some as it is read
+	}{
+		"large": {17, large, 17 * 4 * 6},
+		"many":  {300, 100, 32},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := audittest.NewSigned(t)
+			for i := range c.policies {
+				files := map[string][]byte{"a.rego": []byte("package orgkeys.authz\n"), "data.json": append(bytes.Repeat([]byte(" "), c.size), fmt.Sprintf(`{"n":%d}`, i)...)}
+				audittest.Must(t, e.DB.KeepPolicy(t.Context(), authz.Revision(files), files))
+			}
+			var packed []byte
+			if took := allocated(func() { packed = export(t, e) }); took > c.most {
+				t.Errorf("the export takes %d MiB", took)
+			}
+			took := allocated(func() {
+				if _, err := verifyExport(t, packed, e.VKey(t)); err != nil {
+					t.Error(err)
+				}
+			})
+			if took > c.most {
+				t.Errorf("to verify takes %d MiB", took)
+			}
+			said, ok := byPython(t, packed, e.VKey(t))
+			if !ok || !strings.Contains(said, fmt.Sprintf("the text of %d policies", c.policies+1)) {
+				t.Error(said)
+			}
+		})
+	}
+}
+
+// A policy is hashed when its last file was read, so nothing of it comes behind that.
+func TestAPolicysFilesFollowOneAnother(t *testing.T) {
+	e := audittest.NewSigned(t)
+	more := map[string][]byte{"x.rego": []byte("package orgkeys.authz\n"), "y.json": []byte("{}")}
+	audittest.Must(t, e.DB.KeepPolicy(t.Context(), authz.Revision(more), more))
+	m := unpack(t, export(t, e))
+	last := m.find(t, "events.jsonl") - 1
+	m.move(t, m.list[last-3].name, last)
+	m.relist(t)
+	refused(t, m.pack(t), e.VKey(t), -1)
+}
+
+// allocated returns how many MiB do allocates.
+func allocated(do func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	do()
+	runtime.ReadMemStats(&after)
+	return (after.TotalAlloc - before.TotalAlloc) >> 20
 }

@@ -21,6 +21,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/authz"
 )
 
 // Report is the result of verifying an export without errors.
@@ -54,7 +55,7 @@ func Verify(ctx context.Context, r io.Reader, vkeys []string, outside Outside, p
 	if err != nil {
 		return Report{}, err
 	}
-	x := verifier{deliveries: newDeliveries(), keys: keys, vkeys: vkeys, vault: outside.Vault, progress: progress.Ticking(), policies: map[string]map[string][]byte{}}
+	x := verifier{deliveries: newDeliveries(), keys: keys, vkeys: vkeys, vault: outside.Vault, progress: progress.Ticking(), policies: map[string]bool{}}
 	if outside.Checkpoint != "" {
 		if x.kept, err = keys.Open(outside.Checkpoint); err != nil {
 			return Report{}, fmt.Errorf("the checkpoint given: %w", err)
@@ -80,8 +81,8 @@ type verifier struct {
 	newest   audit.Checkpoint
 	accepted []verify.AcceptedRollback
 	receipts map[string]audit.ReceiptKeys
-	policies map[string]map[string][]byte
-	policy   int64 // bytes of all policies
+	policies map[string]bool // whose text is in the export
+	policy   policyText      // that is being read
 	lives    inventory
 
 	deliveries deliveries
@@ -258,6 +259,11 @@ func (h *hashing) Read(b []byte) (int, error) {
 	return n, err
 }
 
+func (h *hashing) Write(b []byte) (int, error) {
+	h.add(b)
+	return len(b), nil
+}
+
 func (h *hashing) add(b []byte) {
 	h.sum.Write(b)
 	h.size += int64(len(b))
@@ -340,28 +346,43 @@ func (x *verifier) readReceiptKeys(in io.Reader, size int64) error {
 	return nil
 }
 
-// readPolicy keeps a policy's file. All together are small, so that an archive
-// cannot take more memory than that.
+// policyText is the files of a policy. They follow one another, so that no more than
+// one policy is held at once.
+type policyText struct {
+	revision string
+	files    map[string][]byte
+	size     int64
+}
+
 func (x *verifier) readPolicy(h *tar.Header, in io.Reader) error {
 	parts := strings.SplitN(h.Name, "/", 3) // checkMembers has seen it
 	revision, name := parts[1], parts[2]
-	b, err := readAllOf(in, h.Size, maxPolicies-x.policy)
+	if revision != x.policy.revision {
+		if err := x.endPolicy(); err != nil {
+			return err
+		}
+		x.policy = policyText{revision: revision, files: map[string][]byte{}}
+	}
+	b, err := readAllOf(in, h.Size, maxPolicy-x.policy.size)
 	if err != nil {
 		return err
 	}
-	x.policy += int64(len(b))
-	if x.policies[revision] == nil {
-		x.policies[revision] = map[string][]byte{}
-	}
-	x.policies[revision][name] = b
+	x.policy.size += int64(len(b))
+	x.policy.files[name] = b
 	return nil
 }
 
-// checkPolicies reports a policy whose text does not match its revision, a hash.
-func (x *verifier) checkPolicies() error {
-	if revision := verify.AlteredPolicy(x.policies); revision != "" {
-		return wrong("the text of policy %s does not match its revision", revision)
+// endPolicy reports a policy whose text does not match its revision, a hash.
+func (x *verifier) endPolicy() error {
+	p := x.policy
+	x.policy = policyText{}
+	if p.files == nil {
+		return nil
 	}
+	if authz.Revision(p.files) != p.revision {
+		return wrong("the text of policy %s does not match its revision", p.revision)
+	}
+	x.policies[p.revision] = true
 	return nil
 }
 

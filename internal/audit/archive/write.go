@@ -14,8 +14,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -27,6 +27,7 @@ import (
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
+	"github.com/orgkeys/orgkeys/internal/authz"
 )
 
 // An export is a gzipped tar archive with these members in this order:
@@ -34,7 +35,7 @@ import (
 //	manifest.json           format, log, and size and SHA-256 of every other member
 //	checkpoints.jsonl       {"checkpoint":"<signed note>"}, oldest first
 //	receipt-keys.json       what sinks sign receipts with
-//	policies/REVISION/NAME  the policies that decided, file by file
+//	policies/REVISION/NAME  the policies that were in force, file by file
 //	events.jsonl            {"index":N,"event":<leaf, verbatim>,"receipts":{…}}
 //	inventory.jsonl         the life of each key, in the order of creation
 //	public-keys.jsonl       the public half of each key that lives, in that order
@@ -58,7 +59,7 @@ const (
 	maxLine           = 1 << 20 // a leaf is under 4 KiB
 	maxManifest       = 16 << 20
 	maxSmallMember    = 64 << 20
-	maxPolicies       = 64 << 20 // of all together
+	maxPolicy         = 64 << 20 // of all its files
 	exportMode        = 0o600
 	errNothingToProve = "no signed checkpoint: start the server, or run \"orgkeys audit checkpoint\" while it is stopped"
 )
@@ -81,7 +82,8 @@ type Source interface {
 	ReceiptKeys(ctx context.Context) ([]audit.ReceiptKey, error)
 	// Receipts returns a sink's receipts for the events from index from to before to.
 	Receipts(ctx context.Context, sink string, from, to int64) ([]audit.Receipt, error)
-	Policies(ctx context.Context) ([]audit.PolicyFile, error)
+	// Policies calls do with the files of every policy that was in force, by name.
+	Policies(ctx context.Context, do func(revision string, files map[string][]byte) error) error
 }
 
 // PublicKeys decrypts keys' public halves, PKIX DER. A key that is not in the answer
@@ -115,12 +117,19 @@ type exportLine struct {
 }
 
 // Write writes the log up to its newest signed checkpoint to w, by way of
-// temporary files in dir. It fails if the events do not have the root that was
+// a temporary file in dir. It fails if the events do not have the root that was
 // signed. open may be nil: then there are no public keys in it.
 func Write(ctx context.Context, w io.Writer, e Source, open PublicKeys, dir, program string, progress verify.Progress) (Manifest, error) {
-	x := writer{source: e, open: open, dir: dir, progress: progress.Ticking()}
-	defer x.remove()
+	file, err := os.CreateTemp(dir, ".orgkeys-export-*")
+	if err != nil {
+		return Manifest{}, err
+	}
+	defer func() { _ = errors.Join(file.Close(), os.Remove(file.Name())) }() // what counts was copied
+	x := writer{source: e, open: open, file: file, out: bufio.NewWriterSize(file, 1<<20), progress: progress.Ticking()}
 	if err := x.gather(ctx); err != nil {
+		return Manifest{}, err
+	}
+	if err := x.out.Flush(); err != nil {
 		return Manifest{}, err
 	}
 	keys, err := SigningKeys(ctx, e)
@@ -129,13 +138,10 @@ func Write(ctx context.Context, w io.Writer, e Source, open PublicKeys, dir, pro
 	}
 	m := Manifest{
 		Format: exportFormat, Program: program, Origin: x.head.Origin, Size: x.head.Size,
-		Root: base64.StdEncoding.EncodeToString(x.head.Root[:]), CheckpointKeys: keys, Policy: x.policy,
+		Root: base64.StdEncoding.EncodeToString(x.head.Root[:]), CheckpointKeys: keys, Policy: x.policy, Members: x.members,
 	}
 	if open != nil {
 		m.Format = exportWithKeys
-	}
-	for _, s := range x.spools {
-		m.Members = append(m.Members, s.member())
 	}
 	return m, x.pack(w, m)
 }
@@ -143,51 +149,25 @@ func Write(ctx context.Context, w io.Writer, e Source, open PublicKeys, dir, pro
 type writer struct {
 	source   Source
 	open     PublicKeys
-	dir      string
+	file     *os.File // the members, one behind the other
+	out      *bufio.Writer
 	progress func(done, all int64)
 
-	head   audit.Signed
-	sinks  []string // that give receipts
-	policy string
-	lives  inventory
-	spools []*spool
+	head    audit.Signed
+	sinks   []string // that give receipts
+	policy  string
+	lives   inventory
+	members []Member
 }
 
-// spool is a member on its way into the archive.
-type spool struct {
-	name string
-	file *os.File
-	out  *bufio.Writer
-	sum  hash.Hash
-	size int64
-}
-
-func (s *spool) Write(b []byte) (int, error) {
-	s.sum.Write(b)
-	s.size += int64(len(b))
-	return s.out.Write(b)
-}
-
-func (s *spool) member() Member { return Member{s.name, s.size, hex.EncodeToString(s.sum.Sum(nil))} }
-
-// spool writes a member.
-func (x *writer) spool(name string, fill func(io.Writer) error) error {
-	f, err := os.CreateTemp(x.dir, ".orgkeys-export-*")
-	if err != nil {
-		return err
-	}
-	s := &spool{name: name, file: f, out: bufio.NewWriterSize(f, 1<<20), sum: sha256.New()}
-	x.spools = append(x.spools, s)
-	if err := fill(s); err != nil {
+// member adds a member.
+func (x *writer) member(name string, fill func(io.Writer) error) error {
+	content := &hashing{sum: sha256.New()}
+	if err := fill(io.MultiWriter(x.out, content)); err != nil {
 		return fmt.Errorf("exporting %s: %w", name, err)
 	}
-	return s.out.Flush()
-}
-
-func (x *writer) remove() {
-	for _, s := range x.spools {
-		_ = errors.Join(s.file.Close(), os.Remove(s.file.Name())) // a temporary file; what counts was copied
-	}
+	x.members = append(x.members, Member{name, content.size, hex.EncodeToString(content.sum.Sum(nil))})
+	return nil
 }
 
 func (x *writer) gather(ctx context.Context) error {
@@ -198,22 +178,22 @@ func (x *writer) gather(ctx context.Context) error {
 	if x.head.Size == 0 {
 		return ErrNotSigned
 	}
-	if err := x.spool(checkpointsName, func(w io.Writer) error { return x.writeCheckpoints(ctx, w) }); err != nil {
+	if err := x.member(checkpointsName, func(w io.Writer) error { return x.writeCheckpoints(ctx, w) }); err != nil {
 		return err
 	}
-	if err := x.spool(receiptKeysName, func(w io.Writer) error { return x.writeReceiptKeys(ctx, w) }); err != nil {
+	if err := x.member(receiptKeysName, func(w io.Writer) error { return x.writeReceiptKeys(ctx, w) }); err != nil {
 		return err
 	}
 	if err := x.writePolicies(ctx); err != nil {
 		return err
 	}
-	if err := x.spool(eventsName, func(w io.Writer) error { return x.writeEvents(ctx, w) }); err != nil {
+	if err := x.member(eventsName, func(w io.Writer) error { return x.writeEvents(ctx, w) }); err != nil {
 		return err
 	}
-	if err := x.spool(inventoryName, x.lives.write); err != nil || x.open == nil {
+	if err := x.member(inventoryName, x.lives.write); err != nil || x.open == nil {
 		return err
 	}
-	return x.spool(publicKeysName, func(w io.Writer) error { return x.writePublicKeys(ctx, w) })
+	return x.member(publicKeysName, func(w io.Writer) error { return x.writePublicKeys(ctx, w) })
 }
 
 func (x *writer) writePublicKeys(ctx context.Context, w io.Writer) error {
@@ -295,20 +275,18 @@ func (x *writer) writeReceiptKeys(ctx context.Context, w io.Writer) error {
 }
 
 func (x *writer) writePolicies(ctx context.Context) error {
-	files, err := x.source.Policies(ctx)
-	if err != nil {
-		return err
-	}
-	if revision := verify.AlteredPolicy(verify.ByRevision(files)); revision != "" {
-		return verify.Problemf(-1, "the text of policy %s was changed", revision)
-	}
-	for _, f := range files {
-		name := path.Join(policiesDir, f.Revision, f.Name)
-		if err := x.spool(name, func(w io.Writer) error { _, err := w.Write(f.Content); return err }); err != nil {
-			return err
+	return x.source.Policies(ctx, func(revision string, files map[string][]byte) error {
+		if authz.Revision(files) != revision {
+			return verify.Problemf(-1, "the text of policy %s was changed", revision)
 		}
-	}
-	return nil
+		for _, name := range slices.Sorted(maps.Keys(files)) {
+			err := x.member(path.Join(policiesDir, revision, name), func(w io.Writer) error { _, err := w.Write(files[name]); return err })
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 func (x *writer) writeEvents(ctx context.Context, w io.Writer) error {
@@ -395,14 +373,14 @@ func (x *writer) pack(w io.Writer, m Manifest) error {
 	if _, err := out.Write(manifest); err != nil {
 		return err
 	}
-	for _, s := range x.spools {
-		if _, err := s.file.Seek(0, io.SeekStart); err != nil {
+	if _, err := x.file.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	for _, member := range x.members {
+		if err := out.WriteHeader(header(member.Name, member.Size)); err != nil {
 			return err
 		}
-		if err := out.WriteHeader(header(s.name, s.size)); err != nil {
-			return err
-		}
-		if _, err := io.Copy(out, s.file); err != nil {
+		if _, err := io.CopyN(out, x.file, member.Size); err != nil {
 			return err
 		}
 	}

@@ -14,45 +14,26 @@ import (
 // The tables beside the log are compared with it: the tree does not cover them, but
 // their content follows from the events.
 
-// ByRevision sorts policies' files.
-func ByRevision(files []audit.PolicyFile) map[string]map[string][]byte {
-	policies := map[string]map[string][]byte{}
-	for _, f := range files {
-		if policies[f.Revision] == nil {
-			policies[f.Revision] = map[string][]byte{}
-		}
-		policies[f.Revision][f.Name] = f.Content
-	}
-	return policies
-}
-
-// AlteredPolicy returns the revision of a policy whose text does not match it, or "".
-func AlteredPolicy(policies map[string]map[string][]byte) string {
-	for _, revision := range slices.Sorted(maps.Keys(policies)) {
-		if authz.Revision(policies[revision]) != revision {
-			return revision
-		}
-	}
-	return ""
-}
-
 // checkPolicies requires the text of every policy that decided. A new one may not be
 // stored yet; it is stored before a checkpoint is signed.
 func (v *verification) checkPolicies(ctx context.Context, s Snapshot) error {
-	files, err := s.Policies(ctx)
-	if err != nil {
-		return err
-	}
-	policies := ByRevision(files)
-	if revision := AlteredPolicy(policies); revision != "" {
+	there := map[string]bool{}
+	err := s.Policies(ctx, func(revision string, files map[string][]byte) error {
+		there[revision] = true
+		if authz.Revision(files) == revision {
+			return nil
+		}
 		index, named := v.policies[revision]
 		if !named {
 			index = -1
 		}
 		return &Problem{index, fmt.Sprintf("the text of policy %s was changed", revision)}
+	})
+	if err != nil {
+		return err
 	}
 	for _, revision := range slices.Sorted(maps.Keys(v.policies)) {
-		if index := v.policies[revision]; policies[revision] == nil && index < v.Signed {
+		if index := v.policies[revision]; !there[revision] && index < v.Signed {
 			return &Problem{index, fmt.Sprintf("the text of the policy that decided, %s, is missing", revision)}
 		}
 	}

@@ -55,8 +55,8 @@ type Snapshot interface {
 	Unauthenticated(ctx context.Context) (int64, error)
 	// Erasing returns the persons in PersonErased events that have no index yet.
 	Erasing(ctx context.Context) ([]string, error)
-	// Policies returns every policy that was in force, file by file.
-	Policies(ctx context.Context) ([]audit.PolicyFile, error)
+	// Policies calls do with the files of every policy that was in force, by name.
+	Policies(ctx context.Context, do func(revision string, files map[string][]byte) error) error
 	// ReceiptSinks names the sinks of which there are receipts.
 	ReceiptSinks(ctx context.Context) ([]string, error)
 	// ReceiptKeys returns what sinks sign receipts with.
