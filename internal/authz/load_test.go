@@ -98,6 +98,8 @@ func TestDoubtfulPolicyFilesDoNotLoad(t *testing.T) {
 		"data as YAML":                  {"p.rego": {Data: []byte(denyAll)}, "d.yaml": {Data: []byte("x: 1")}},
 		"data in a subdirectory":        {"p.rego": {Data: []byte(denyAll)}, "x/d.json": {Data: []byte(`{"x":1}`)}},
 		"a directory named like a file": {"p.rego": {Mode: fs.ModeSymlink, Data: []byte("x")}, "x": {Mode: fs.ModeDir}},
+		"a backslash in a name":         {"p.rego": {Data: []byte(denyAll)}, `x\y.rego`: {Data: []byte(denyAll)}},
+		"a name that is not UTF-8":      {"p.rego": {Data: []byte(denyAll)}, "x\xff.json": {Data: []byte("{}")}},
 		"more than 4 MiB":               {"p.rego": {Data: []byte(denyAll)}, "d.json": {Data: []byte(`{"x":"` + strings.Repeat("x", maxBytes) + `"}`)}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -62,8 +62,13 @@ func readSource(fsys fs.FS) (source, error) {
 
 // isPolicyFile refuses what Open Policy Agent itself would read and we do not:
 // a policy that silently lacks its data may decide otherwise than it was tested to.
+// It refuses names, too, that no export of the audit log can have.
 func isPolicyFile(name string) (bool, error) {
-	switch path.Ext(name) {
+	ext := path.Ext(name)
+	if (ext == ".rego" || ext == ".json") && strings.Contains(name, `\`) {
+		return false, fmt.Errorf("%q: a backslash in a file's name, which leads elsewhere where an export of the audit log is unpacked", name)
+	}
+	switch ext {
 	case ".rego":
 		return true, nil
 	case ".json":
