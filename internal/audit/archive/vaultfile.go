@@ -114,7 +114,7 @@ type vaultEntry struct {
 
 const (
 	receiptPath  = "orgkeys-audit/sign/receipt"
-	maxVaultLine = 16 << 20
+	maxVaultLine = 1 << 30 // Vault takes requests of 32 MiB, and writes 80 bytes for a short text in one
 )
 
 // Read adds an audit file of Vault, in any order. An incomplete last line, as in a
@@ -125,10 +125,10 @@ func (f *VaultFile) Read(name string, r io.Reader) error {
 	}
 	f.files = append(f.files, VaultSpan{Name: name})
 	span := &f.files[len(f.files)-1]
-	in := bufio.NewReaderSize(r, maxVaultLine)
+	in := bufio.NewReaderSize(r, 1<<20)
 	size, jsonx := 0, false
 	for line := int64(1); ; line++ {
-		raw, err := in.ReadSlice('\n')
+		raw, err := wholeLine(in)
 		last := errors.Is(err, io.EOF)
 		if errors.Is(err, bufio.ErrBufferFull) {
 			return fmt.Errorf("%s: line %d is too long for Vault's audit file: is the file compressed?", name, line)
@@ -151,6 +151,20 @@ func (f *VaultFile) Read(name string, r io.Reader) error {
 			return fmt.Errorf("%s holds no entry of Vault's audit file, one JSON object a line: decompress it, and let an audit device of Vault write format=json, its default", name)
 		}
 	}
+}
+
+// wholeLine reads a line, which is long where somebody else who uses Vault listed much.
+func wholeLine(in *bufio.Reader) ([]byte, error) {
+	raw, err := in.ReadSlice('\n')
+	if !errors.Is(err, bufio.ErrBufferFull) {
+		return raw, err
+	}
+	long := bytes.Clone(raw)
+	for errors.Is(err, bufio.ErrBufferFull) && len(long) < maxVaultLine {
+		raw, err = in.ReadSlice('\n')
+		long = append(long, raw...)
+	}
+	return long, err
 }
 
 // line reads one line. A complete entry may follow other text: after a crash Vault

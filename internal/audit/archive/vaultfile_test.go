@@ -74,6 +74,7 @@ func TestVaultsAuditFileIsComparedBothWays(t *testing.T) {
 		{"half a line with the next one behind it", whole[:len(whole)/8] + whole, -2, 0},
 		{"an empty line", "\n" + whole + "\n", -2, 0},
 		{"a line without its end", strings.TrimSuffix(whole, "\n"), -2, 0},
+		{"somebody else's list of 300,000", `{"time":"2026-01-01T00:00:00Z","type":"response","response":{"data":{"keys":["` + strings.Repeat(`hmac-sha256:`+strings.Repeat("0", 64)+`","`, 300_000) + `"]}}}` + "\n" + whole, -2, 0},
 		{"an event missing", vaultLine(t, 5, "response", "", append(events[:12:12], events[13:]...)...), 12, 0},
 		{"an event that the log dropped", vaultLine(t, 0, "response", "", string(foreign.Leaf)) + whole, -1, 0},
 		{"an event that Vault refused does not vouch", vaultLine(t, 5, "response", "", append(events[:12:12], events[13:]...)...) + vaultLine(t, 5, "response", "permission denied", events[12]), 12, 0},
