@@ -2,6 +2,7 @@ package archive
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -37,4 +38,37 @@ func TestTheNodesOfAKeyTakeTimeInProportion(t *testing.T) {
 		}
 	}
 	t.Errorf("%d nodes take %v, and %d times as many take %v: more than in proportion", few, a, times, b)
+}
+
+// Whoever has the service's Vault token imports and exports as often as they like.
+func TestExportsToOneNameTakeTimeInProportion(t *testing.T) {
+	judge := func(n int) time.Duration {
+		f := VaultFile{files: []VaultSpan{{Name: "audit.log"}}}
+		took := func(operation, path string, line int) {
+			raw := fmt.Sprintf(`{"type":"response","request":{"id":"%d","operation":"%s","path":"orgkeys-sealed/%s"},"response":{"data":{"keys":{}}}}`, line, operation, path)
+			if err := f.sealed.entry([]byte(raw), vaultMark{time: int64(line), line: int64(line)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range n {
+			took("update", "keys/r/import", 2*i)
+			took("read", fmt.Sprintf("byok-export/r/k-%d/1", i), 2*i+1)
+		}
+		began := time.Now()
+		r := f.sealed.judge(&f)
+		spent := time.Since(began)
+		last := fmt.Sprintf("under which %d recipients were imported, at audit.log:%d the last", n, 2*n-2)
+		if r.Imports != n || r.Exports != n || len(f.bad) != 1 || !strings.Contains(f.bad[0].Error(), last) {
+			t.Fatalf("%+v, %v", r, f.bad)
+		}
+		return spent
+	}
+	const few, times = 2000, 16
+	var a, b time.Duration
+	for range 3 { // the machine may be busy with something else
+		if a, b = judge(few), judge(times*few); b < 6*times*a {
+			return
+		}
+	}
+	t.Errorf("%d exports take %v, and %d times as many take %v: more than in proportion", few, a, times, b)
 }

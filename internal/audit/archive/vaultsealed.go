@@ -22,9 +22,15 @@ const sealedMount = "orgkeys-sealed/"
 // right one; either way a name shows more than the service does with it.
 type sealings struct {
 	seen      map[string]bool // requests, by ID: two devices write the same entries
-	imports   map[string][]vaultMark
+	imports   map[string]imported
 	exports   map[string][]sealing // by the key's name in Vault
 	delivered map[string]delivery  // by the key's name in Vault, which the log's event gives
+}
+
+// imported is how often a recipient was under one name, and the last time.
+type imported struct {
+	times int
+	last  vaultMark
 }
 
 type sealing struct {
@@ -72,13 +78,17 @@ func (s *sealings) entry(raw []byte, mark vaultMark) error {
 		return nil
 	}
 	if s.seen == nil {
-		s.seen, s.imports, s.exports = map[string]bool{}, map[string][]vaultMark{}, map[string][]sealing{}
+		s.seen, s.imports, s.exports = map[string]bool{}, map[string]imported{}, map[string][]sealing{}
 	}
 	s.seen[e.Request.ID] = true
 	parts := strings.Split(rest, "/")
 	switch {
 	case len(parts) == 3 && parts[0] == "keys" && parts[2] == "import" && e.Request.Operation == "update":
-		s.imports[parts[1]] = append(s.imports[parts[1]], mark)
+		i := s.imports[parts[1]]
+		if i.times++; i.times == 1 || i.last.before(mark) {
+			i.last = mark
+		}
+		s.imports[parts[1]] = i
 	case len(parts) >= 3 && parts[0] == "byok-export" && e.Response.Data.Keys != nil:
 		s.exports[parts[2]] = append(s.exports[parts[2]], sealing{parts[1], mark})
 	}
@@ -110,8 +120,8 @@ const maxSurplus = 20 // that are named; the rest are counted
 // judge finds keys that somebody else than their recipients can have. One that
 // left twice to one recipient is none: when a connection breaks, HTTP asks again.
 func (s *sealings) judge(f *VaultFile) (r VaultSealed) {
-	for _, at := range s.imports {
-		r.Imports += len(at)
+	for _, i := range s.imports {
+		r.Imports += i.times
 	}
 	var more []surplus
 	for name, exports := range s.exports {
@@ -142,8 +152,8 @@ func (s *sealings) shared(f *VaultFile, exports []sealing) string {
 			return fmt.Sprintf("left Vault to two recipients, at %s and at %s", f.place(first.vaultMark), f.place(other.vaultMark))
 		}
 	}
-	if imports := s.imports[first.to]; len(imports) > 1 {
-		return fmt.Sprintf("left Vault at %s to a name under which %d recipients were imported, at %s the last", f.place(first.vaultMark), len(imports), f.place(slices.MaxFunc(imports, order)))
+	if i := s.imports[first.to]; i.times > 1 {
+		return fmt.Sprintf("left Vault at %s to a name under which %d recipients were imported, at %s the last", f.place(first.vaultMark), i.times, f.place(i.last))
 	}
 	if out := s.exports[first.to]; len(out) > 0 {
 		return fmt.Sprintf("left Vault at %s to a key that left Vault itself, at %s", f.place(first.vaultMark), f.place(out[0].vaultMark))
