@@ -30,11 +30,12 @@ import (
 // bigLog is a large log without a database, whose events are made when they are
 // asked for: only its size counts.
 type bigLog struct {
-	size int64
-	keys int64                   // created in its first tenth and more, one every ten events
-	of   func(int64) audit.Event // if it is set, what event gives
-	head audit.Signed
-	vkey string
+	size     int64
+	keys     int64 // created in its first tenth and more, one every ten events
+	policies int
+	of       func(int64) audit.Event // if it is set, what event gives
+	head     audit.Signed
+	vkey     string
 }
 
 func (l *bigLog) Entries(_ context.Context, index int64, limit int) ([]audit.Entry, error) {
@@ -63,9 +64,20 @@ func (l *bigLog) SignedAfter(_ context.Context, seq int64) ([]audit.Signed, erro
 	}
 	return []audit.Signed{l.head}, nil
 }
-func (l *bigLog) CheckpointKeys(context.Context) ([]string, error)                      { return []string{l.vkey}, nil }
-func (l *bigLog) ReceiptKeys(context.Context) ([]audit.ReceiptKey, error)               { return nil, nil }
-func (l *bigLog) Policies(context.Context, func(string, map[string][]byte) error) error { return nil }
+func (l *bigLog) CheckpointKeys(context.Context) ([]string, error)        { return []string{l.vkey}, nil }
+func (l *bigLog) ReceiptKeys(context.Context) ([]audit.ReceiptKey, error) { return nil, nil }
+func (l *bigLog) Policies(_ context.Context, do func(string, map[string][]byte) error) error {
+	for i := range l.policies { // of as many files as the server loads
+		files := map[string][]byte{}
+		for n := range 200 {
+			files[fmt.Sprintf("organizations/of-a-customer/%03d.rego", n)] = fmt.Appendf(nil, "# %d\n", i)
+		}
+		if err := do(authz.Revision(files), files); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 func (l *bigLog) Receipts(context.Context, string, int64, int64) ([]audit.Receipt, error) {
 	return nil, nil
 }

@@ -131,6 +131,33 @@ func TestPromise5_ALogOfManyPoliciesVerifies(t *testing.T) {
 	}
 }
 
+// The manifest names each file of each policy: one of 200 files that changes each day for a year.
+func TestPromise5_ALogOfManyPolicyFilesVerifies(t *testing.T) {
+	l := (&bigLog{size: 10, policies: 350}).sign(t)
+	var out bytes.Buffer
+	_, err := archive.Write(t.Context(), &out, l, nil, t.TempDir(), "a test", nil)
+	audittest.Must(t, err)
+	if _, err := verifyExport(t, out.Bytes(), l.vkey); err != nil {
+		t.Error(err)
+	}
+}
+
+// What a manifest lists takes no more memory than the manifest itself.
+func TestAManifestOfNothingTakesNoMemory(t *testing.T) {
+	e := audittest.NewSigned(t)
+	m := unpack(t, export(t, e))
+	m.list[0].data = bytes.Replace(m.list[0].data, []byte(`"members": [`), []byte(`"members": [`+strings.Repeat("{},", 5<<20)), 1)
+	packed := m.pack(t)
+	took := allocated(func() {
+		if _, err := verifyExport(t, packed, e.VKey(t)); err == nil || !strings.Contains(err.Error(), "not a member of an export") {
+			t.Errorf("%.200v", err)
+		}
+	})
+	if took > 20 { // its text is 15 MiB
+		t.Errorf("%d MiB", took)
+	}
+}
+
 // A policy is hashed when its last file was read, so nothing of it comes behind that.
 func TestAPolicysFilesFollowOneAnother(t *testing.T) {
 	e := audittest.NewSigned(t)

@@ -17,6 +17,7 @@ import (
 	"strings"
 
 	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
 	"github.com/klauspost/compress/gzip"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -152,12 +153,11 @@ func (x *verifier) readManifest(in *tar.Reader) error {
 	if h.Name != manifestName || h.Typeflag != tar.TypeReg {
 		return wrong("%s is not the first member: it is not an export", manifestName)
 	}
-	b, err := readAllOf(in, h.Size, maxManifest)
-	if err != nil {
-		return err
+	if h.Size > maxManifest {
+		return tooLarge(h.Size)
 	}
 	m := &x.report.Manifest
-	if err := json.Unmarshal(b, m, json.RejectUnknownMembers(true)); err != nil {
+	if err := json.UnmarshalRead(in, m, json.RejectUnknownMembers(true), json.WithUnmarshalers(json.UnmarshalFromFunc(readMember))); err != nil {
 		return wrong("%s cannot be read: %v", manifestName, err)
 	}
 	if m.Format != exportFormat && m.Format != exportWithKeys {
@@ -165,6 +165,18 @@ func (x *verifier) readManifest(in *tar.Reader) error {
 	}
 	x.left = m.Members
 	return checkMembers(m.Members, m.Format == exportWithKeys)
+}
+
+// readMember refuses what no export has before it takes memory.
+func readMember(in *jsontext.Decoder, m *Member) error {
+	type plain Member
+	if err := json.UnmarshalDecode(in, (*plain)(m)); err != nil {
+		return err
+	}
+	if memberPlace(m.Name) < 0 {
+		return fmt.Errorf("%q is not a member of an export", m.Name)
+	}
+	return nil
 }
 
 // memberOrder is the order of an export's members; the policies' have names of
@@ -190,8 +202,6 @@ func checkMembers(members []Member, withKeys bool) error {
 	for _, m := range members {
 		at := memberPlace(m.Name)
 		switch {
-		case at < 0:
-			return wrong("%q is not a member of an export", m.Name)
 		case seen[m.Name]:
 			return wrong("%s is in the archive twice", m.Name)
 		case at < place:
@@ -213,9 +223,13 @@ func checkMembers(members []Member, withKeys bool) error {
 	return nil
 }
 
+func tooLarge(size int64) error {
+	return wrong("a member has %d bytes, which is larger than orgkeys writes", size)
+}
+
 func readAllOf(r io.Reader, size, limit int64) ([]byte, error) {
 	if size > limit {
-		return nil, wrong("a member has %d bytes, which is larger than orgkeys writes", size)
+		return nil, tooLarge(size)
 	}
 	b, err := io.ReadAll(io.LimitReader(r, limit))
 	if err != nil {

@@ -54,10 +54,10 @@ const (
 	eventsName        = "events.jsonl"
 	inventoryName     = "inventory.jsonl"
 	publicKeysName    = "public-keys.jsonl"
-	publicKeysPage    = 500     // public keys that are opened at once
-	pageSize          = 2000    // events, or receipts, that are asked for at once
-	maxLine           = 1 << 20 // a leaf is under 4 KiB
-	maxManifest       = 16 << 20
+	publicKeysPage    = 500       // public keys that are opened at once
+	pageSize          = 2000      // events, or receipts, that are asked for at once
+	maxLine           = 1 << 20   // a leaf is under 64 KiB
+	maxManifest       = 256 << 20 // a million files of policies
 	maxSmallMember    = 64 << 20
 	maxPolicy         = 64 << 20 // of all its files
 	exportMode        = 0o600
