@@ -256,12 +256,12 @@ FIELDS = {
 }
 TYPES = {
     "orgkey.created", "orgkey.delivered", "orgkey.withdrawn", "orgkey.refused", "orgkey.deleted", "orgkey.all_deleted", "orgkey.listed",
-    "orgkey.sealed", "orgkey.received",
+    "orgkey.sealed", "orgkey.received", "orgkey.fetched",
     "enrollment.created", "enrollment.listed", "enrollment.claimed", "enrollment.conflict", "enrollment.approved", "enrollment.expired", "enrollment.revoked",
     "device.allowed", "device.removed", "device.listed",
     "node.registered", "node.unregistered", "node.deleted", "node.listed",
     "secret.fetched", "secret.put", "secret.deleted", "secret.listed",
-    "event.read", "event.marked", "policy.asked", "request.failed", "access.denied", "authn.failed",
+    "event.read", "event.marked", "policy.asked", "request.failed", "request.repeated", "access.denied", "authn.failed",
     "seal.rewrapped", "log.rollback_accepted", "log.database_changed", "log.archived", "log.pruned", "person.erased", "pool.filled",
 }
 

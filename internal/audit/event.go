@@ -30,6 +30,7 @@ const (
 	KeysListed   Type = "orgkey.listed"
 	KeySealed    Type = "orgkey.sealed"   // wrapped to its recipient, and destroyed in the back end; not yet released
 	KeyReceived  Type = "orgkey.received" // its holder signed for it, or used it; a signature may follow a use
+	KeyFetched   Type = "orgkey.fetched"  // sealed, delivered before, and handed out again, to an administrator
 
 	EnrollmentCreated  Type = "enrollment.created"
 	EnrollmentsListed  Type = "enrollment.listed"
@@ -55,9 +56,10 @@ const (
 	EventsMarked     Type = "event.marked"
 	PolicyAsked      Type = "policy.asked" // what it would say to the caller
 
-	RequestFailed    Type = "request.failed" // an authenticated request that was malformed or impossible, or on which the policy did not decide
-	AccessDenied     Type = "access.denied"  // the policy denied it
-	UnknownCallers   Type = "authn.failed"   // one summary per reason and minute
+	RequestFailed    Type = "request.failed"   // an authenticated request that was malformed or impossible, or on which the policy did not decide
+	RequestRepeated  Type = "request.repeated" // an authenticated request for what was so already
+	AccessDenied     Type = "access.denied"    // the policy denied it
+	UnknownCallers   Type = "authn.failed"     // one summary per reason and minute
 	RollbackAccepted Type = "log.rollback_accepted"
 	DatabaseChanged  Type = "log.database_changed" // the log continues in another database: after a failover, a recovery or a move
 	SealsRewrapped   Type = "seal.rewrapped"       // a run of "orgkeys rewrap"

@@ -357,12 +357,12 @@ type group struct {
 
 var groups = []group{
 	{"", "everything", nil},
-	{"keys", "keys", []string{"orgkey.created", "orgkey.sealed", "orgkey.delivered", "orgkey.received", "orgkey.withdrawn", "orgkey.refused", "orgkey.deleted", "orgkey.all_deleted"}},
+	{"keys", "keys", []string{"orgkey.created", "orgkey.sealed", "orgkey.delivered", "orgkey.fetched", "orgkey.received", "orgkey.withdrawn", "orgkey.refused", "orgkey.deleted", "orgkey.all_deleted"}},
 	{"enrollments", "enrollments and devices", []string{"enrollment.created", "enrollment.claimed", "enrollment.conflict", "enrollment.approved", "enrollment.expired", "enrollment.revoked", "device.allowed", "device.removed"}},
 	{"nodes", "nodes", []string{"node.registered", "node.unregistered", "node.deleted"}},
 	{"secrets", "boot secrets", []string{"secret.put", "secret.deleted", "secret.fetched"}},
 	{"refused", "what was refused or failed", []string{"access.denied", "request.failed", "orgkey.refused", "enrollment.conflict"}},
-	{"reads", "reads", []string{"orgkey.listed", "enrollment.listed", "node.listed", "secret.listed", "device.listed", "event.read", "event.marked", "policy.asked"}},
+	{"reads", "reads, and what changed nothing", []string{"orgkey.listed", "enrollment.listed", "node.listed", "secret.listed", "device.listed", "event.read", "event.marked", "policy.asked", "request.repeated"}},
 }
 
 type eventsData struct {

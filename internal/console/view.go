@@ -145,13 +145,14 @@ func count(n int, what string) string {
 // labels are the types of events in words.
 var labels = map[string]string{
 	"orgkey.created": "Key made", "orgkey.sealed": "Key sealed to its recipient", "orgkey.delivered": "Private key handed out", "orgkey.received": "Receipt signed",
+	"orgkey.fetched":   "Sealed key handed out again",
 	"orgkey.withdrawn": "Key withdrawn", "orgkey.refused": "Key refused", "orgkey.deleted": "Key deleted", "orgkey.all_deleted": "All keys deleted", "orgkey.listed": "Keys listed",
 	"enrollment.created": "Enrollment minted", "enrollment.claimed": "Enrollment claimed", "enrollment.conflict": "Second claim refused", "enrollment.approved": "Claim approved",
 	"enrollment.expired": "Enrollment expired", "enrollment.revoked": "Enrollment revoked", "enrollment.listed": "Enrollments listed",
 	"node.registered": "Node registered", "node.unregistered": "Node unregistered", "node.deleted": "Node deleted", "node.listed": "Nodes listed",
 	"secret.fetched": "Boot secrets fetched", "secret.put": "Boot secret stored", "secret.deleted": "Boot secret deleted", "secret.listed": "Boot secrets listed",
 	"device.allowed": "Device allowed", "device.removed": "Device removed", "device.listed": "Devices listed",
-	"event.read": "Events read", "event.marked": "Events marked", "policy.asked": "Policy asked", "request.failed": "Request failed", "access.denied": "Access denied",
+	"event.read": "Events read", "event.marked": "Events marked", "policy.asked": "Policy asked", "request.failed": "Request failed", "request.repeated": "Request repeated", "access.denied": "Access denied",
 	"seal.rewrapped": "Seals rewrapped", "person.erased": "Person erased",
 }
 

@@ -124,7 +124,8 @@ func byEnrollment(t *testing.T, s *harness.Server) {
 	org := harness.Org()
 	owner := s.Token(t, org, "OWNER")
 	recipient := newRecipient(t)
-	fetched := enrollmentOver(t, s, mint(t, s, org, `{}`).Token, recipient)
+	received := mint(t, s, org, `{}`)
+	fetched := enrollmentOver(t, s, received.Token, recipient)
 	fetch(t, fetched)
 	if _, err := enrollmentOver(t, s, mint(t, s, org, `{"bind":{"recipient":"`+strings.Repeat("0", 64)+`"}}`).Token, recipient).Fetch(t.Context()); !errors.Is(err, client.EnrollmentClaimed) {
 		t.Errorf("a recipient that it is not bound to: %v", err)
@@ -139,6 +140,17 @@ func byEnrollment(t *testing.T, s *harness.Server) {
 	approval := fmt.Appendf(nil, `{"recipient":"%x"}`, sha256.Sum256(public))
 	do(t, s, 200, harness.Request{Method: "POST", Path: at + "/" + waiting.ID + "/approve", Token: owner, Body: approval, Header: http.Header{"Content-Type": {"application/json"}}})
 	do(t, s, 200, harness.Request{Method: "DELETE", Path: at + "/" + waiting.ID, Token: owner})
+	do(t, s, 200, harness.Request{Method: "DELETE", Path: at + "/" + waiting.ID, Token: owner}) // which is so already
+	// An approval that changes nothing is none behind the revocation.
+	do(t, s, 200, harness.Request{Method: "DELETE", Path: at + "/" + received.ID, Token: owner})
+	do(t, s, 200, harness.Request{Method: "POST", Path: at + "/" + received.ID + "/approve", Token: owner, Body: approval, Header: http.Header{"Content-Type": {"application/json"}}})
+	// An administrator's own, which another one fetches, too, behind the first.
+	sealed, err := s.Client(t, org, "OWNER").SealedKey(t.Context(), org, newRecipient(t))
+	must(t, err)
+	do(t, s, 200, harness.Request{Method: "GET", Path: harness.KeyPath(org) + "/" + sealed.KeyID + "/sealed", Token: s.Token(t, org, "ADMINISTRATOR")})
+	private, err := client.ParsePrivateKey(sealed.PEM)
+	must(t, err)
+	must(t, s.Client(t, org, "OWNER").Receipt(t.Context(), sealed.Delivery, private)) // else it holds the archive back
 	do(t, s, 200, harness.Request{Method: "GET", Path: at, Token: owner})
 	own, err := client.NewOwnKey()
 	must(t, err)

@@ -16,7 +16,11 @@ import (
 func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k, signature []byte, deliver func(Answer) error) error {
 	began := d
 	d, wrapped, err := s.advance(ctx, pass, d, signature)
+	own := began.Enrollment == "" // an administrator's, of which every request leaves its event
 	if errors.Is(err, ErrPending) {
+		if own {
+			return s.Gate.Failed(ctx, pass, audit.RequestFailed, "pending", err)
+		}
 		return err
 	}
 	var answer Answer
@@ -29,13 +33,33 @@ func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k, sign
 		}
 		return s.failed(ctx, pass, began, err)
 	}
-	if err := deliver(answer); err != nil {
-		return fmt.Errorf("writing key %s out: %w", d.KeyID, err)
+	again := own && (d.Answers > 0 || d.Origin == FromNode && !d.Made)
+	if again { // before it goes out, as other reads
+		if err := s.again(ctx, pass, d); err != nil {
+			return err
+		}
 	}
-	if d.Origin == FromBackend {
-		s.answered(ctx, pass, d)
+	if err := deliver(answer); err != nil {
+		err = fmt.Errorf("writing key %s out: %w", d.KeyID, err)
+		if own { // most of it may have arrived
+			return s.Gate.Failed(ctx, pass, audit.RequestFailed, "write_failed", err)
+		}
+		return err
+	}
+	if d.Origin == FromBackend && !s.answered(ctx, pass, d) && own && !again {
+		_ = s.again(ctx, pass, d) // another answer came first; a failure was logged and counted
 	}
 	return nil
+}
+
+// again records that an administrator gets what went out before.
+func (s *Service) again(ctx context.Context, pass gate.Pass, d Delivery) error {
+	event := pass.Event(audit.KeyFetched)
+	if d.Origin == FromNode {
+		event = pass.Event(audit.RequestRepeated)
+	}
+	event.Object = d.KeyID
+	return s.Gate.Record(ctx, event)
 }
 
 // failed records why d got no further. An enrollment keeps its place in the quota, which it
@@ -149,6 +173,7 @@ func (s *Service) offer(ctx context.Context, d Delivery) (Delivery, error) {
 	if err != nil {
 		return d, fmt.Errorf("releasing key %s: %w", d.KeyID, err)
 	}
+	offered.Made = d.Made
 	return offered, nil
 }
 
@@ -186,14 +211,17 @@ func (s *Service) vouched(d Delivery) envelope.Delivery {
 	}
 }
 
-// answered notes that a wrapped key went out. The asker has it by now, so a
-// failure is logged; the count is one too low then.
-func (s *Service) answered(ctx context.Context, pass gate.Pass, d Delivery) {
+// answered notes that a wrapped key went out, and reports whether that has left an event,
+// as for the first time. The asker has it by now, so a failure is logged; the count is one
+// too low then.
+func (s *Service) answered(ctx context.Context, pass gate.Pass, d Delivery) (told bool) {
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
 	event := pass.Event(audit.KeyDelivered)
 	event.Object = d.KeyID
-	if err := s.Store.Answered(ctx, d.KeyID, event); err != nil {
+	told, err := s.Store.Answered(ctx, d.KeyID, event)
+	if err != nil {
 		s.Gate.Log.Warn("a delivery is not counted", "key", d.KeyID, "org", d.Org, "error", err)
 	}
+	return told && err == nil
 }

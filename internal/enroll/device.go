@@ -218,6 +218,7 @@ func (s *Service) storeOwn(ctx context.Context, pass gate.Pass, d Delivery, sign
 	if err != nil {
 		return d, fmt.Errorf("storing key %s: %w", d.KeyID, err)
 	}
+	stored.Made = stored.Event == created.ID
 	return stored, nil
 }
 

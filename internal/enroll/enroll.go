@@ -65,6 +65,8 @@ var (
 	ErrDeviceNotFound = errors.New("device not found")
 	// ErrTooManyDevices: the organization allows as many devices as it may.
 	ErrTooManyDevices = errors.New("too many devices")
+	// ErrUnchanged: what is asked for was so already. Whoever asks is told that it is so.
+	ErrUnchanged = errors.New("nothing was left to do")
 	// ErrPending: approval, or somebody else's work on the same delivery, is awaited; ask again.
 	ErrPending = errors.New("the key is not ready yet")
 )
@@ -188,6 +190,7 @@ type Delivery struct {
 	Approved    bool      // or needs no approval
 	Attempt     string    // names the key in the back end that was or is being made
 	Begun       bool      // by the call that returned the delivery: the attempt is its caller's
+	Made        bool      // by the call that stored it: the event of a key that its holder made is its caller's
 	Wrapped     Wrapped   // from Sealed until Received
 	Public      []byte    // the public key, sealed; from Sealed on
 	Fingerprint string    // RFC 7638 thumbprint
@@ -267,17 +270,19 @@ type Store interface {
 	// Offer makes a sealed delivery available for deliverFor and its key
 	// released; one of a key that its holder made is received at once. One that is further is let be.
 	Offer(ctx context.Context, keyID string, deliverFor time.Duration) (Delivery, error)
-	// Answered counts an answer, and records delivered if it is the first.
-	Answered(ctx context.Context, keyID string, delivered audit.Event) error
+	// Answered counts an answer, and records delivered and reports true if it is the first.
+	Answered(ctx context.Context, keyID string, delivered audit.Event) (first bool, err error)
 	// Receive makes an available delivery received and deletes the wrapped key. Once,
 	// it also records received of one that is received because it was used; any other
-	// that was received before is let be, and leaves no event. One that has
+	// that was received before is ErrUnchanged. One that has
 	// ended meanwhile is ErrClosed: its key will not be accepted.
 	Receive(ctx context.Context, keyID string, received func(answers int) audit.Event) error
-	// Approve lets recipient's claim of org's enrollment id go on, or reports ErrNotFound.
+	// Approve lets recipient's claim of org's enrollment id go on, or reports ErrNotFound, or
+	// ErrUnchanged of one that could go on already.
 	Approve(ctx context.Context, org org.ID, id, recipient string, deliverFor time.Duration, event audit.Event) error
 	// Revoke ends org's enrollment id: what was not claimed gives its place
-	// back, what was not received is withdrawn. It reports ErrNotFound.
+	// back, what was not received is withdrawn. It reports ErrNotFound, or
+	// ErrUnchanged of one that was ended before.
 	Revoke(ctx context.Context, org org.ID, id string, event audit.Event, withdrawn func(keyID string) audit.Event) error
 	// SweepDeliveries ends deliveries past their time, at most limit, and returns how
 	// many: one that was used without a receipt is received, others are withdrawn. Of

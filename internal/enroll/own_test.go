@@ -132,7 +132,10 @@ func TestAKeyOfItsHoldersIsFinishedByItsHolderOnly(t *testing.T) {
 	if err := s.Fetch(t.Context(), owner("acme"), "acme", left.KeyID, ignored); !errors.Is(err, enroll.ErrNotFound) {
 		t.Errorf("fetched when it is live: %v", err)
 	}
-	if got := f.history(t); got != "request.failed:not_found orgkey.created request.failed:not_found" {
+	if err := s.Add(t.Context(), owner("acme"), "acme", body, ignored); err != nil {
+		t.Errorf("added again: %v", err)
+	}
+	if got := f.history(t); got != "request.failed:not_found orgkey.created request.failed:not_found request.repeated" {
 		t.Errorf("the log has %q", got)
 	}
 }
@@ -425,6 +428,58 @@ func TestAFailureEndsNoAttemptOfAnotherRequest(t *testing.T) {
 	}
 	if got := f.history(t); got != "request.failed:generation_failed orgkey.created orgkey.sealed orgkey.delivered" {
 		t.Errorf("the log has %q", got)
+	}
+}
+
+// slowly has somebody else hand a key out first.
+type slowly struct {
+	enroll.Store
+	first func()
+}
+
+func (s slowly) Leaf(ctx context.Context, keyID string) ([]byte, error) {
+	s.first()
+	return s.Store.Leaf(ctx, keyID)
+}
+
+// Promise 5: whoever gets the bytes of a sealed key is in the log, also who comes second, at the same moment,
+// or whose connection ends; and so is who has to ask again.
+func TestPromise5_EveryAdministratorWhoAskedForASealedKeyIsInTheLog(t *testing.T) {
+	f := newFixture(t)
+	a := &held{token, make(chan struct{}), make(chan struct{})}
+	slow := f.service(t, func(c *enroll.Config) { c.Keystore = a })
+	s := f.service(t, func(*enroll.Config) {})
+	body, key := recipientBody(t), ""
+	first := make(chan error, 1)
+	go func() {
+		first <- slow.Generate(t.Context(), owner("acme"), "acme", body, func(enroll.Answer) error { return errors.New("a connection that ends") })
+	}()
+	<-a.destroying
+	if err := s.Generate(t.Context(), owner("acme"), "acme", body, ignored); !errors.Is(err, enroll.ErrPending) {
+		t.Error(err)
+	}
+	close(a.goOn)
+	if err := <-first; err == nil {
+		t.Error("the connection did not end")
+	}
+	fetch := func(by *enroll.Service) {
+		t.Helper()
+		if err := by.Fetch(t.Context(), owner("acme"), "acme", key, ignored); err != nil {
+			t.Error(err)
+		}
+	}
+	late := f.service(t, func(c *enroll.Config) { c.Store = slowly{f.db, func() { fetch(s) }} })
+	if err := f.raw.QueryRow("SELECT key_id FROM deliveries").Scan(&key); err != nil {
+		t.Fatal(err)
+	}
+	fetch(late) // while which another fetches it first
+	fetch(s)
+	if err := s.Fetch(t.Context(), owner("acme"), "acme", key, func(enroll.Answer) error { return errors.New("a connection that ends") }); err == nil {
+		t.Error("the connection did not end")
+	}
+	const want = "request.failed:pending orgkey.created orgkey.sealed request.failed:write_failed orgkey.delivered orgkey.fetched orgkey.fetched orgkey.fetched request.failed:write_failed"
+	if got := f.history(t); got != want {
+		t.Errorf("the log has %q, want %q", got, want)
 	}
 }
 

@@ -85,6 +85,12 @@ func (s *Service) receive(ctx context.Context, pass gate.Pass, d Delivery, r rec
 		}
 		return event
 	})
+	if errors.Is(err, ErrUnchanged) {
+		if d.Enrollment == "" {
+			return s.repeated(ctx, pass)
+		}
+		return nil
+	}
 	if err != nil {
 		reason := gate.ReasonFor(ctx, "unavailable")
 		if errors.Is(err, ErrClosed) {

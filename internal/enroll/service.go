@@ -175,13 +175,21 @@ func (s *Service) unmint(ctx context.Context, pass gate.Pass, id string) {
 	event.Object, event.Reason = id, "not_answered"
 	// Without a claim there is no key to withdraw.
 	err := s.Store.Revoke(ctx, pass.Org, id, event, func(string) audit.Event { return event })
-	if err != nil && !errors.Is(err, ErrNotFound) {
+	if err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrUnchanged) {
 		s.Gate.Log.Warn("an enrollment may exist that nobody has the token of; its places come back at its expiry", "enrollment", id, "error", err)
 	}
 }
 
-// failure records why an administrator's request came to nothing.
+// repeated records a request for what was so already, which is answered as the first one was.
+func (s *Service) repeated(ctx context.Context, pass gate.Pass) error {
+	return s.Gate.Record(ctx, pass.Event(audit.RequestRepeated))
+}
+
+// failure records why an administrator's request came to nothing, or had nothing left to do.
 func (s *Service) failure(ctx context.Context, pass gate.Pass, err error) error {
+	if errors.Is(err, ErrUnchanged) {
+		return s.repeated(ctx, pass)
+	}
 	reason := gate.ReasonFor(ctx, "unavailable")
 	switch {
 	case errors.As(err, new(*orgkey.QuotaError)):
@@ -239,6 +247,7 @@ func (s *Service) Approve(ctx context.Context, call gate.Call, org org.ID, id st
 	ctx, cancel := gate.Outlive(ctx)
 	defer cancel()
 	if err := s.Store.Approve(ctx, org, id, recipient, s.DeliverFor, event); err != nil {
+		pass.Detail = event.Detail
 		return s.failure(ctx, pass, err)
 	}
 	return nil

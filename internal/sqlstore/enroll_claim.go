@@ -277,7 +277,7 @@ func (d *DB) Approve(ctx context.Context, org org.ID, id, recipient string, deli
 			return enroll.ErrNotFound
 		}
 		if v.Approved {
-			return nil
+			return enroll.ErrUnchanged
 		}
 		until := now + deliverFor.Microseconds()
 		if err := one(exec(ctx, tx, "UPDATE deliveries SET approved_at = $2, until = $3 WHERE key_id = $1 AND approved_at IS NULL", v.KeyID, now, until)); err != nil {

@@ -202,8 +202,9 @@ func (d *DB) Offer(ctx context.Context, keyID string, deliverFor time.Duration) 
 }
 
 // Answered implements enroll.Store.
-func (d *DB) Answered(ctx context.Context, keyID string, delivered audit.Event) error {
-	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+func (d *DB) Answered(ctx context.Context, keyID string, delivered audit.Event) (first bool, err error) {
+	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+		first = false
 		now, err := d.now(ctx, tx)
 		if err != nil {
 			return err
@@ -211,20 +212,23 @@ func (d *DB) Answered(ctx context.Context, keyID string, delivered audit.Event) 
 		if _, err := exec(ctx, tx, "UPDATE deliveries SET answers = answers + 1 WHERE key_id = $1", keyID); err != nil {
 			return err
 		}
-		first := int64(0)
 		for _, scope := range []enroll.Scope{enroll.ForNode, enroll.ForOrganization} {
 			n, err := exec(ctx, tx, "UPDATE "+keyTable(scope)+" SET delivered_at = $2, delivery_event = $3 WHERE id = $1 AND delivered_at IS NULL AND released_at IS NOT NULL", keyID, now, delivered.ID)
 			if err != nil {
 				return err
 			}
-			first += n
+			first = first || n > 0
 		}
-		if first == 0 {
+		if !first {
 			return nil
 		}
 		tx.unhurried = true // the receipt follows
 		return d.record(ctx, tx, delivered)
 	})
+	if err != nil {
+		return false, err
+	}
+	return first, nil
 }
 
 // Receive implements enroll.Store. A delivery that the sweeper found in use was received
@@ -242,10 +246,13 @@ func (d *DB) Receive(ctx context.Context, keyID string, received func(int) audit
 		}
 		if len(answers) == 0 {
 			v, err := delivery(ctx, tx, "d.key_id = $1", keyID)
-			if err == nil && v.Stage != enroll.Received {
-				err = enroll.ErrClosed
+			switch {
+			case err != nil:
+				return err
+			case v.Stage != enroll.Received:
+				return enroll.ErrClosed
 			}
-			return err
+			return enroll.ErrUnchanged
 		}
 		return d.record(ctx, tx, received(answers[0]))
 	})

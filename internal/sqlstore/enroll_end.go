@@ -28,10 +28,13 @@ func (d *DB) Revoke(ctx context.Context, of org.ID, id string, event audit.Event
 		}
 		if n == 0 {
 			there, err := query(ctx, tx, scanInt, "SELECT 1 FROM enrollments WHERE id = $2 AND org_id = $1", of, id)
-			if err == nil && len(there) == 0 {
-				err = enroll.ErrNotFound
+			switch {
+			case err != nil:
+				return err
+			case len(there) == 0:
+				return enroll.ErrNotFound
 			}
-			return err
+			return enroll.ErrUnchanged
 		}
 		if err := d.record(ctx, tx, event); err != nil {
 			return err
