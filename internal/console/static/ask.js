@@ -26,7 +26,7 @@ export function explain(error, place) {
   place.textContent = error.message
   if (error.code !== 'signed_out') return
   const link = document.createElement('a')
-  link.href = `/console/sign-in?to=${encodeURIComponent(location.pathname)}`
+  link.href = `/console/sign-in?to=${encodeURIComponent(location.pathname + location.search)}`
   link.textContent = 'Sign in'
   place.append(' ', link)
 }

@@ -9,6 +9,13 @@ for (const button of document.querySelectorAll('button[data-copy]')) {
     button.textContent = 'Copied'
   })
 }
+// maxlength counts letters, and the service bytes.
+for (const field of document.querySelectorAll('input[data-bytes]')) {
+  field.addEventListener('input', () => {
+    const over = new TextEncoder().encode(field.value).length - field.dataset.bytes
+    field.setCustomValidity(over > 0 ? `This is ${over} bytes too long. Many letters take two to four.` : '')
+  })
+}
 const generate = document.getElementById('generate')
 if (generate) await offerGenerating(generate)
 const verify = document.getElementById('verify')

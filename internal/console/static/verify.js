@@ -83,6 +83,7 @@ export function offerVerifying(form) {
     try {
       if (!crypto.subtle) throw new Error('This page was not reached over https, so the browser has no cryptography for it.')
       const event = part('event').value.trim()
+      history.replaceState(null, '', `?event=${encodeURIComponent(event)}`) // for who comes back, or reloads
       const vkey = part('key').value.trim() ? await parseKey(part('key').value) : null
       const proof = await proofOf(event, (text) => { waiting ??= say(text, '') ?? true })
       part('data').textContent = JSON.stringify(proof, null, 2)
