@@ -3,7 +3,6 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -59,14 +58,11 @@ func known(ctx context.Context, q querier, id string) (k knownAs, err error) {
 
 // Erasable returns how many events have a personal part that Erase would delete.
 func (d *DB) Erasable(ctx context.Context, id string) (int, error) {
-	ctx, cancel := context.WithTimeout(ctx, eraseTimeout)
-	defer cancel()
-	tx, err := d.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
-	if err != nil {
-		return 0, unavailable(err)
-	}
-	n, err := d.erasable(ctx, tx, id)
-	err = errors.Join(err, unavailable(ignoreDone(tx.Rollback())))
+	var n int
+	err := d.readWithin(ctx, eraseTimeout, func(ctx context.Context, tx *sql.Tx) (err error) {
+		n, err = d.erasable(ctx, tx, id)
+		return err
+	})
 	if err != nil {
 		return 0, fmt.Errorf("counting what is known of a person: %w", err)
 	}
@@ -74,9 +70,6 @@ func (d *DB) Erasable(ctx context.Context, id string) (int, error) {
 }
 
 func (d *DB) erasable(ctx context.Context, tx *sql.Tx, id string) (n int, err error) {
-	if err := d.limitStatements(ctx, tx, eraseTimeout); err != nil {
-		return 0, err
-	}
 	person, err := known(ctx, tx, id)
 	if err != nil {
 		return 0, err

@@ -11,9 +11,21 @@ type querier interface {
 	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 }
 
+// bounded gives a query answerTimeout, but for one in a transaction that has a limit of its
+// own: that may be longer.
+func bounded(ctx context.Context, q querier) (context.Context, context.CancelFunc) {
+	switch q.(type) {
+	case *txn, *sql.Tx:
+		if _, limited := ctx.Deadline(); limited {
+			return ctx, func() {}
+		}
+	}
+	return context.WithTimeout(ctx, answerTimeout)
+}
+
 // query returns one T for each row.
 func query[T any](ctx context.Context, q querier, scan func(scan func(...any) error) (T, error), statement string, args ...any) ([]T, error) {
-	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	ctx, cancel := bounded(ctx, q)
 	defer cancel()
 	var all []T
 	err := each(ctx, q, func(dest func(...any) error) error {

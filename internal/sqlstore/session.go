@@ -242,6 +242,21 @@ func (d *DB) limitStatements(ctx context.Context, tx *sql.Tx, limit time.Duratio
 	return unavailable(err)
 }
 
+// readWithin has do read in a transaction whose statements may take as long as it may, where
+// they may read a whole table.
+func (d *DB) readWithin(ctx context.Context, limit time.Duration, do func(context.Context, *sql.Tx) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	tx, err := d.read.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	if err != nil {
+		return unavailable(err)
+	}
+	if err = d.limitStatements(ctx, tx, limit); err == nil {
+		err = do(ctx, tx)
+	}
+	return errors.Join(err, unavailable(ignoreDone(tx.Rollback())))
+}
+
 type stdlibConn = stdlib.Conn
 
 // pooledConn is a connection through a pooler.

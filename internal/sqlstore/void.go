@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"context"
+	"database/sql"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/rollback"
@@ -18,12 +19,11 @@ const unreleased = "d.stage NOT IN ('available', 'received', 'ended')"
 const openEnrollments = " FROM enrollments e WHERE e.revoked_at IS NULL AND EXISTS (SELECT 1 FROM deliveries d WHERE d.enrollment_id = e.id AND " + unreleased + ")"
 
 // OpenEnrollments implements rollback.Store.
-func (d *DB) OpenEnrollments(ctx context.Context) (int, error) {
-	found, err := query(ctx, d.read, scanInt, "SELECT count(*)"+openEnrollments)
-	if err != nil {
-		return 0, err
-	}
-	return found[0], nil
+func (d *DB) OpenEnrollments(ctx context.Context) (n int, err error) {
+	err = d.readWithin(ctx, rollbackTimeout, func(ctx context.Context, tx *sql.Tx) error {
+		return unavailable(tx.QueryRowContext(ctx, "SELECT count(*)"+openEnrollments).Scan(&n))
+	})
+	return n, err
 }
 
 // voidEnrollments ends every open enrollment, and returns how many. A key that
