@@ -12,6 +12,9 @@ import (
 // SystemEventsStatement is what SystemEvents asks the database.
 var SystemEventsStatement = systemEvents
 
+// WrappedKeysAfter is what SealedAfter asks the database about deliveries.
+const WrappedKeysAfter = wrappedKeysAfter
+
 // LimitWrites sets how long SQLite's writer begins further changes of a batch.
 // It must be called while nothing writes.
 func (d *DB) LimitWrites(limit time.Duration) { d.writer.limit = limit }

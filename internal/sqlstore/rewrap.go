@@ -3,6 +3,7 @@ package sqlstore
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"github.com/orgkeys/orgkeys/internal/orgkey"
 )
@@ -45,7 +46,8 @@ func (d *DB) SealedAfter(ctx context.Context, after orgkey.Binding, limit int) (
 	case orgkey.ChallengeSecret:
 		statement = "SELECT org_id, id, challenge FROM enrollments WHERE challenge IS NOT NULL AND id > $1 ORDER BY id LIMIT $2"
 	case orgkey.WrappedKey:
-		statement = "SELECT org_id, key_id || '/' || recipient, wrapped FROM deliveries WHERE length(wrapped) > 0 AND key_id || '/' || recipient > $1 ORDER BY 2 LIMIT $2"
+		statement = wrappedKeysAfter
+		args[0], _, _ = strings.Cut(after.ID, "/")
 	}
 	found, err := query(ctx, d.read, func(scan func(...any) error) (s orgkey.Sealed, err error) {
 		s.Binding.Purpose = after.Purpose
@@ -57,6 +59,9 @@ func (d *DB) SealedAfter(ctx context.Context, after orgkey.Binding, limit int) (
 	}
 	return found, nil
 }
+
+// wrappedKeysAfter goes by the primary key; a binding's ID has the recipient behind it.
+const wrappedKeysAfter = "SELECT org_id, key_id || '/' || recipient, wrapped FROM deliveries WHERE length(wrapped) > 0 AND key_id > $1 ORDER BY key_id LIMIT $2"
 
 // publicKeysAfter reads both kinds of keys, whose IDs are all different.
 const publicKeysAfter = `SELECT org_id, id, sealed FROM (
@@ -70,8 +75,13 @@ func (d *DB) Reseal(ctx context.Context, old []orgkey.Sealed, fresh [][]byte) (n
 	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
 		n = 0
 		for i, s := range old {
+			args := []any{s.Binding.Org, s.Binding.ID, s.Ciphertext, fresh[i]}
+			if s.Binding.Purpose == orgkey.WrappedKey {
+				key, _, _ := strings.Cut(s.Binding.ID, "/")
+				args = append(args, key)
+			}
 			for _, statement := range resealStatements(s.Binding.Purpose) {
-				touched, err := exec(ctx, tx, statement, s.Binding.Org, s.Binding.ID, s.Ciphertext, fresh[i])
+				touched, err := exec(ctx, tx, statement, args...)
 				if err != nil {
 					return err
 				}
@@ -97,7 +107,7 @@ func resealStatements(purpose string) []string {
 	case orgkey.ChallengeSecret:
 		return []string{"UPDATE enrollments SET challenge = $4 WHERE org_id = $1 AND id = $2 AND challenge = $3"}
 	case orgkey.WrappedKey:
-		return []string{"UPDATE deliveries SET wrapped = $4 WHERE org_id = $1 AND key_id || '/' || recipient = $2 AND wrapped = $3"}
+		return []string{"UPDATE deliveries SET wrapped = $4 WHERE key_id = $5 AND org_id = $1 AND key_id || '/' || recipient = $2 AND wrapped = $3"}
 	}
 	return []string{
 		"UPDATE org_keys SET sealed = $4 WHERE org_id = $1 AND id = $2 AND sealed = $3",

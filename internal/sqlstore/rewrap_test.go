@@ -2,6 +2,7 @@ package sqlstore_test
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -64,6 +65,39 @@ func TestSealedValuesAreReplaced(t *testing.T) {
 		}
 		if n := len(sealedOf(t, db, orgkey.PublicKey)); n != len(keys)-1 {
 			t.Errorf("%d sealed keys after one was deleted", n)
+		}
+	})
+}
+
+// Deliveries, of which there is one for each key, are found by their primary key.
+func TestSealedDeliveriesAreReplaced(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		admin := raw(t, location)
+		for i := range 5 {
+			statement(t, admin, fmt.Sprintf(`INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage, recipient, wrapped)
+				VALUES ('key%d', 'acme', 'e', 'node', 'available', 'r%d', $1)`, i, 9-i), []byte{byte(i + 1)})
+		}
+		all := sealedOf(t, db, orgkey.WrappedKey)
+		if len(all) != 5 || all[4].Binding.ID != "key4/r5" {
+			t.Fatalf("found %+v", all)
+		}
+		fresh := [][]byte{[]byte("a"), []byte("b"), []byte("c")}
+		stale := []orgkey.Sealed{all[0], all[1], all[2]}
+		stale[1].Binding.ID, stale[2].Ciphertext = "key1/another", []byte("somebody was faster")
+		if n, err := db.Reseal(t.Context(), stale, fresh); err != nil || n != 1 {
+			t.Errorf("replaced %d, %v, want the first alone", n, err)
+		}
+		if now := sealedOf(t, db, orgkey.WrappedKey); string(now[0].Ciphertext) != "a" || string(now[1].Ciphertext) != "\x02" {
+			t.Errorf("then there are %+v", now)
+		}
+		want := "key_id>"
+		if strings.HasPrefix(location, "postgres") {
+			admin.SetMaxOpenConns(1)
+			statement(t, admin, "SET enable_seqscan = off; SET enable_bitmapscan = off")
+			want = "Index Cond: (key_id > "
+		}
+		if plan := planOf(t, admin, location, sqlstore.WrappedKeysAfter, "key1", 2); !strings.Contains(plan, want) || strings.Contains(plan, "Sort") || strings.Contains(plan, "B-TREE") {
+			t.Errorf("the plan is\n%s", plan)
 		}
 	})
 }

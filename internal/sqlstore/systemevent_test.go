@@ -248,6 +248,12 @@ func fill(t *testing.T, location string, events, orgs int) *sql.DB {
 func explain(t *testing.T, raw *sql.DB, location string, f systemevent.Filter) string {
 	t.Helper()
 	statement, args := sqlstore.SystemEventsStatement(f)
+	return planOf(t, raw, location, statement, args...)
+}
+
+// planOf is how a database would answer a statement.
+func planOf(t *testing.T, raw *sql.DB, location, statement string, args ...any) string {
+	t.Helper()
 	explain := "EXPLAIN QUERY PLAN "
 	if strings.HasPrefix(location, "postgres") {
 		explain = "EXPLAIN "

@@ -16,7 +16,7 @@ const rewrapBatch = 100
 
 // SealedStore holds what is sealed. Its implementation is sqlstore.
 type SealedStore interface {
-	// CountSealed returns how many records of a purpose there are.
+	// CountSealed returns how many records of a purpose there are, for the progress.
 	CountSealed(ctx context.Context, purpose string) (int, error)
 	// SealedAfter returns at most limit records of after's purpose behind it.
 	SealedAfter(ctx context.Context, after orgkey.Binding, limit int) ([]orgkey.Sealed, error)
@@ -104,9 +104,9 @@ func (r *rewrapper) pass(ctx context.Context) error {
 
 // all rewraps the records of a purpose, which what names.
 func (r *rewrapper) all(ctx context.Context, purpose, what string) error {
-	total, err := r.db.CountSealed(ctx, purpose)
-	if err != nil {
-		return err
+	of := ""
+	if total, err := r.db.CountSealed(ctx, purpose); err == nil { // which may take too long with large tables
+		of = fmt.Sprintf(" of about %d", total)
 	}
 	after, seen, before := orgkey.Binding{Purpose: purpose}, 0, r.rewrapped
 	for {
@@ -122,7 +122,7 @@ func (r *rewrapper) all(ctx context.Context, purpose, what string) error {
 			return err
 		}
 		after, seen = page[len(page)-1].Binding, seen+len(page)
-		fmt.Fprintf(r.progress, "%s: %d of about %d\n", what, seen, total)
+		fmt.Fprintf(r.progress, "%s: %d%s\n", what, seen, of)
 	}
 }
 

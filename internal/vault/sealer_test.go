@@ -109,7 +109,12 @@ type records struct {
 	refused string
 }
 
-func (r records) CountSealed(_ context.Context, purpose string) (int, error) { return 1, nil }
+func (r records) CountSealed(_ context.Context, purpose string) (int, error) {
+	if purpose == orgkey.PublicKey {
+		return 1, nil
+	}
+	return 0, errors.New("counting takes too long")
+}
 
 func (r records) SealedAfter(_ context.Context, after orgkey.Binding, _ int) ([]orgkey.Sealed, error) {
 	if after.ID != "" {
@@ -158,8 +163,12 @@ func TestTheEventKeyIsRewrappedLast(t *testing.T) {
 		t.Errorf("after a failure the event key is of version %d, public keys of %d; sealed under %d", version(orgkey.EventKey), version(orgkey.PublicKey), before)
 	}
 	r.refused = "nothing"
-	if _, err := s.RewrapAll(t.Context(), r, 0, io.Discard); err != nil {
+	var said strings.Builder
+	if _, err := s.RewrapAll(t.Context(), r, 0, &said); err != nil {
 		t.Fatal(err)
+	}
+	if !strings.Contains(said.String(), "public keys: 1 of about 1\n") || !strings.Contains(said.String(), "enrollments: 1\n") {
+		t.Errorf("of what could be counted, and what could not, it said:\n%s", said.String())
 	}
 	if version(orgkey.EventKey) == before || version(orgkey.WrappedKey) == before {
 		t.Error("a further run did not rewrap what was left")
