@@ -137,7 +137,7 @@ func printHeldBack(ctx context.Context, out io.Writer, cfg config.Config, db *sq
 	for _, h := range holders {
 		switch {
 		case h.Sink == "":
-			fmt.Fprintf(out, "held back: a delivery that is under way needs event %d\n", h.Next)
+			fmt.Fprintf(out, "held back: the delivery of key %s of organization %s, which is under way, needs event %d\n", h.Key, h.Org, h.Next)
 		case slices.Contains(cfg.AuditSinks, h.Sink):
 			fmt.Fprintf(out, "held back: the sink %q has acknowledged %d events; what it has not stays in the database\n", h.Sink, h.Next)
 		default:

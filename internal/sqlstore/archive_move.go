@@ -23,11 +23,10 @@ func (d *DB) Movable(ctx context.Context, before time.Time, size int64) (int64, 
 	if err != nil {
 		return 0, err
 	}
-	// A shared sink's receipts come with what it acknowledges; a delivery that is under way
-	// answers its node with its event.
+	// A shared sink's receipts come with what it acknowledges.
 	limit, err := query(ctx, d.read, func(scan func(...any) error) (n sql.NullInt64, err error) { return n, scan(&n) },
 		`SELECT min(next) FROM sink_progress UNION ALL
-		SELECT min(e.idx) FROM deliveries v JOIN events e ON e.id = v.event_id WHERE v.stage NOT IN ('received', 'ended')`)
+		SELECT min(e.idx) FROM deliveries v JOIN events e ON e.id = v.event_id WHERE `+needsEvent)
 	if err != nil {
 		return 0, err
 	}
@@ -51,6 +50,10 @@ func (d *DB) Movable(ctx context.Context, before time.Time, size int64) (int64, 
 	}
 	return max(size, a.Moved), nil
 }
+
+// needsEvent is the condition on deliveries v whose key is released by what the sinks have of
+// the event. The sweeper ends those that are late, so that none holds the log back for ever.
+const needsEvent = "v.stage IN ('stored', 'sealed')"
 
 // Announce implements tiles.Log.
 func (d *DB) Announce(ctx context.Context, e audit.Event) error {
@@ -248,9 +251,11 @@ func (d *DB) deleteMoved(ctx context.Context, tx *txn, from, to int64, kept []st
 	if _, err := exec(ctx, tx, "DELETE FROM event_persons WHERE event_id IN (SELECT e.id FROM events e WHERE e.idx >= $1 AND e.idx < $2) AND event_id NOT IN "+d.texts("$3"), from, to, keep); err != nil {
 		return err
 	}
-	// A node that asks again for what became of its own key gets the same event.
-	if _, err := exec(ctx, tx, `UPDATE deliveries SET leaf = (SELECT e.leaf FROM events e WHERE e.id = deliveries.event_id) WHERE origin = 'node' AND (key_id, event_id) IN
-		(SELECT e.object, e.id FROM events e WHERE e.idx >= $1 AND e.idx < $2 AND e.type = 'orgkey.created')`, from, to); err != nil {
+	// Whoever asks again for a key that waits for its receipt gets the same event, and a node
+	// for its own key always.
+	if _, err := exec(ctx, tx, `UPDATE deliveries SET leaf = (SELECT e.leaf FROM events e WHERE e.id = deliveries.event_id)
+		WHERE (origin = 'node' OR stage = 'available') AND (key_id, event_id) IN
+		(SELECT e.object, e.id FROM events e WHERE e.idx >= $1 AND e.idx < $2 AND e.type IN ('orgkey.created', 'orgkey.sealed'))`, from, to); err != nil {
 		return err
 	}
 	sinks, err := query(ctx, tx, scanText, "SELECT DISTINCT sink FROM receipt_keys")

@@ -10,8 +10,9 @@ import (
 
 // Hold is what keeps events in the database that are old enough to be moved.
 type Hold struct {
-	Sink string // empty: a delivery that is under way
-	Next int64  // the first event that it keeps
+	Sink     string // empty: a delivery that is under way
+	Key, Org string // of the delivery
+	Next     int64  // the first event that it keeps
 }
 
 // HeldBack returns what keeps the bundle at an index from being moved, although its events
@@ -26,8 +27,8 @@ func (d *DB) HeldBack(ctx context.Context, index int64, before time.Time, size i
 	if err != nil || !newest[0].Valid || newest[0].Int64 >= before.UnixMicro() {
 		return nil, err
 	}
-	return query(ctx, d.read, func(scan func(...any) error) (h Hold, err error) { return h, scan(&h.Sink, &h.Next) },
-		`SELECT sink, next FROM sink_progress WHERE next < $1 UNION ALL
-		SELECT '', e.idx FROM deliveries v JOIN events e ON e.id = v.event_id WHERE v.stage NOT IN ('received', 'ended') AND e.idx < $1
-		ORDER BY 2, 1`, end)
+	return query(ctx, d.read, func(scan func(...any) error) (h Hold, err error) { return h, scan(&h.Sink, &h.Key, &h.Org, &h.Next) },
+		`SELECT sink, '', '', next FROM sink_progress WHERE next < $1 UNION ALL
+		SELECT '', v.key_id, v.org_id, e.idx FROM deliveries v JOIN events e ON e.id = v.event_id WHERE `+needsEvent+` AND e.idx < $1
+		ORDER BY 4, 1, 2`, end)
 }

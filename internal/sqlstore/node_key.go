@@ -90,7 +90,8 @@ func (d *DB) signedBy(ctx context.Context, tx *txn, k node.Signer, id string) er
 	if err != nil {
 		return err
 	}
-	_, err = exec(ctx, tx, "UPDATE deliveries SET used_at = $2 WHERE key_id = $1 AND used_at IS NULL", k.Key, now)
+	// One that an accepted rollback has left without a deadline is the sweeper's from now on.
+	_, err = exec(ctx, tx, "UPDATE deliveries SET used_at = $2, until = CASE WHEN stage = 'available' THEN coalesce(until, $2) ELSE until END WHERE key_id = $1 AND used_at IS NULL", k.Key, now)
 	return err
 }
 

@@ -28,13 +28,13 @@ func (d *DB) OpenEnrollments(ctx context.Context) (n int, err error) {
 
 // voidEnrollments ends every open enrollment, and returns how many. A key that
 // had been released goes on: its node may have signed for it or used it since
-// the backup, so nothing but its receipt or an administrator ends its delivery.
+// the backup, so nothing but its receipt, its use or an administrator ends its delivery.
 func (d *DB) voidEnrollments(ctx context.Context, tx *txn, v rollback.Voids) (int, error) {
 	now, err := d.now(ctx, tx)
 	if err != nil {
 		return 0, err
 	}
-	if _, err := exec(ctx, tx, "UPDATE deliveries SET until = NULL WHERE stage = 'available'"); err != nil {
+	if _, err := exec(ctx, tx, "UPDATE deliveries SET until = NULL WHERE stage = 'available' AND used_at IS NULL"); err != nil {
 		return 0, err
 	}
 	type open struct {

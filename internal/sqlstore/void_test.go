@@ -1,8 +1,10 @@
 package sqlstore_test
 
 import (
+	"crypto/sha256"
 	"errors"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -11,6 +13,7 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/rollback"
 	"github.com/orgkeys/orgkeys/internal/enroll"
+	"github.com/orgkeys/orgkeys/internal/node"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/sqlstore"
 )
@@ -121,6 +124,44 @@ func TestAnAcceptedRollbackVoidsOpenEnrollments(t *testing.T) {
 		for _, key := range []string{available.KeyID, received.KeyID} {
 			if found, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr("192.0.2.1"), key, 5); err != nil || len(found) != 1 {
 				t.Errorf("an older key: %+v, %v", found, err)
+			}
+		}
+	})
+}
+
+// A key that its node has used needs no receipt: the sweeper notes that it arrived, also one
+// that was used before a rollback was accepted, and one that was used only after.
+func TestAUsedKeyIsReceivedAfterAnAcceptedRollback(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, location string) {
+		_, before := claimed(t, db, enroll.Enrollment{}, time.Hour, 9)
+		_, after := claimed(t, db, enroll.Enrollment{}, time.Hour, 9)
+		_, silent := claimed(t, db, enroll.Enrollment{}, time.Hour, 9)
+		offered(t, db, before)
+		offeredAs(t, db, after, "another print")
+		offeredAs(t, db, silent, "a third print")
+		used := func(key, ip string) {
+			t.Helper()
+			found, err := db.LiveKeys(t.Context(), "acme", netip.MustParseAddr(ip), key, 9)
+			at := slices.IndexFunc(found, func(k node.Signer) bool { return k.Key == key })
+			if err != nil || at < 0 {
+				t.Fatal(found, err)
+			}
+			use := node.Use{Org: "acme", Signer: found[at], Message: sha256.Sum256([]byte(key)), Until: time.Now().Add(time.Hour)}
+			if err := db.Register(t.Context(), use, node.Node{ID: uuid.NewString(), IP: netip.MustParseAddr(ip)}, func(id string, _ node.Change) audit.Event {
+				return event(audit.NodeRegistered, "acme", id)
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		direct := raw(t, location)
+		used(before.KeyID, "192.0.2.1")
+		acceptRollback(t, db)
+		used(after.KeyID, "192.0.2.2")
+		statement(t, direct, "UPDATE deliveries SET until = 1 WHERE until IS NOT NULL AND stage = 'available'")
+		sweep(t, db, func(string, int) {})
+		for key, want := range map[string]enroll.Stage{before.KeyID: enroll.Received, after.KeyID: enroll.Received, silent.KeyID: enroll.Available} {
+			if d, err := db.Delivery(t.Context(), key); err != nil || d.Stage != want {
+				t.Errorf("%s, %v; want %s", d.Stage, err, want)
 			}
 		}
 	})

@@ -233,3 +233,42 @@ func TestANodesOwnKeyKeepsItsEvent(t *testing.T) {
 		}
 	})
 }
+
+// A sealed key that waits for its receipt, however long, holds nothing back: its node gets the
+// same answer from the database alone. One that was not offered yet does.
+func TestADeliveryKeepsItsEvent(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e := newMovable(t, location)
+		sealed := e.Key(audit.KeySealed, "k-3")
+		e.SignedLog.Record(t, sealed)
+		var more []audit.Event
+		for range 300 {
+			more = append(more, e.Key(audit.KeysListed, ""))
+		}
+		e.SignedLog.Record(t, more...)
+		_, err := e.Raw.Exec(`INSERT INTO deliveries (key_id, org_id, enrollment_id, scope, stage, recipient, origin, event_id, wrapped)
+			VALUES ('k-3', 'acme', 'e-1', 'organization', 'sealed', 'r', 'backend', $1, $2)`, sealed.ID, []byte("wrapped"))
+		audittest.Must(t, err)
+		before, err := e.DB.Leaf(t.Context(), "k-3")
+		if event, badLeaf := audit.Decode(before); err != nil || badLeaf != nil || event.ID != sealed.ID {
+			t.Fatalf("the leaf is of event %s, %v, %v", event.ID, err, badLeaf)
+		}
+		late := time.Now().Add(time.Hour)
+		e.run(t, e.move(t), 512, 0)
+		holds, err := e.DB.HeldBack(t.Context(), 512, late, 1024)
+		if want := (sqlstore.Hold{Key: "k-3", Org: "acme", Next: 740}); err != nil || len(holds) != 1 || holds[0] != want {
+			t.Errorf("held back by %+v, %v; want %+v", holds, err, want)
+		}
+		e.Exec(t, "UPDATE deliveries SET stage = 'available'")
+		if holds, err := e.DB.HeldBack(t.Context(), 512, late, 1024); err != nil || len(holds) != 0 {
+			t.Errorf("held back by %+v, %v; want nothing", holds, err)
+		}
+		e.run(t, e.move(t), 512, 0)
+		audittest.Must(t, os.RemoveAll(e.dir))
+		after, err := e.DB.Leaf(t.Context(), "k-3")
+		if err != nil || !bytes.Equal(before, after) {
+			t.Errorf("%s, %v; before the event was moved %s", after, err, before)
+		}
+	})
+}
