@@ -118,6 +118,9 @@ func (s snapshot) entriesBehind(ctx context.Context, held audit.Checkpoint, limi
 		return nil, held, nil
 	}
 	entries, err := s.entries(ctx, first, int(min(int64(limit), head.Size-first)))
+	if errors.Is(err, ErrRemoved) {
+		err = fmt.Errorf("%w: move the sink's file aside, and keep it; a new one begins behind what was moved to the archive", err)
+	}
 	if err != nil || len(entries) == 0 {
 		return nil, held, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -403,6 +404,44 @@ func TestRemovedEntriesAreExplainedByTheArchiveItself(t *testing.T) {
 		e.wantGood(t)
 		if _, removed, err := tiles.Check(t.Context(), to, keys, audit.Checkpoint{}, nil); err != nil || removed != 512 {
 			t.Errorf("the files alone: %d are removed, %v", removed, err)
+		}
+	})
+}
+
+// A file sink that was away for longer than retention keeps is told what to do, and begins anew.
+func TestASinkThatWasAwayForTooLong(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e := newMovable(t, location) // of its 740 events the sink has 30
+		e.run(t, e.move(t), 512, 0)
+		m := e.move(t)
+		m.Keep = time.Nanosecond
+		e.run(t, m, 0, 512)
+		head, err := e.DB.Head(t.Context())
+		audittest.Must(t, err)
+
+		log := audit.NewLog(e.DB, slog.New(slog.DiscardHandler), audit.NewFileSink(e.Sink))
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- log.Run(ctx) }()
+		t.Cleanup(func() { stop(); <-ended })
+		wait := func(what string, done func(audit.SinkStatus) bool) {
+			t.Helper()
+			for end := time.Now().Add(20 * time.Second); !done(log.Sinks()[0]); time.Sleep(10 * time.Millisecond) {
+				if time.Now().After(end) {
+					t.Fatalf("%s: %+v", what, log.Sinks()[0])
+				}
+			}
+		}
+		wait("it is not told", func(s audit.SinkStatus) bool {
+			return errors.Is(s.Err, sqlstore.ErrRemoved) && strings.Contains(s.Err.Error(), "move the sink's file aside")
+		})
+		audittest.Must(t, os.Rename(e.Sink, e.Sink+".old"))
+		wait("it does not go on", func(s audit.SinkStatus) bool { return s.Err == nil && s.Held.Size >= head.Size })
+		evidence := e.Copy(t)
+		audittest.Must(t, evidence.AddKept(t.Context(), e.DB, nil))
+		if report, err := verify.Verify(t.Context(), e.DB, evidence, nil); err != nil || report.Covered < head.Size {
+			t.Errorf("by the new file: %+v, %v", report, err)
 		}
 	})
 }
