@@ -49,7 +49,7 @@ What stays in the database: the hashes that proofs and checkpoints need, the new
 events, and what events knew of people, so that "orgkeys audit erase" reaches all of it.
 Give the server and all other commands the same ORGKEYS_AUDIT_ARCHIVE: they read
 archived events there, and compare them with the hashes in the database. The server
-starts and serves without it.
+starts and serves without it, unless a file sink lacks events that were moved.
 
 With ORGKEYS_AUDIT_RETENTION it also removes entries from the archive that are
 older, whole bundles, after an event log.pruned that says so. Hash tiles stay for ever.
@@ -98,7 +98,10 @@ VACUUM (FULL, ANALYZE) events, log_hashes, event_persons, event_receipts, event_
 // pastTime reads a time, or an age.
 func pastTime(text string, now time.Time) (time.Time, error) {
 	if at, err := time.Parse(time.RFC3339, text); err == nil {
-		return at, nil
+		if at.After(now) {
+			err = fmt.Errorf("%s is in the future: by this machine's clock it is %s", text, now.UTC().Format(time.RFC3339))
+		}
+		return at, err
 	}
 	age, err := time.ParseDuration(text)
 	if days, isDays := strings.CutSuffix(text, "d"); isDays {
@@ -128,14 +131,19 @@ func archiveDryRun(ctx context.Context, out io.Writer, cfg config.Config, db *sq
 		return err
 	}
 	fmt.Fprintf(out, "dry run, nothing is moved: %d events, after %d that were moved before\n", n-now.Moved, now.Moved)
-	return printHeldBack(ctx, out, cfg, db, n, before, head.Size)
+	return printHeldBack(ctx, out, cfg, db, n, before, head.Size, n > now.Moved)
 }
 
-// printHeldBack says why events that are old enough stay in the database.
-func printHeldBack(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, index int64, before time.Time, size int64) error {
+// printHeldBack says why events stay in the database that are old enough or, where none were moved, which is not.
+func printHeldBack(ctx context.Context, out io.Writer, cfg config.Config, db *sqlstore.DB, index int64, before time.Time, size int64, some bool) error {
 	holders, err := db.HeldBack(ctx, index, before, size)
 	for _, h := range holders {
 		switch {
+		case !h.At.IsZero() && some: // as every night
+		case h.At.After(time.Now()):
+			fmt.Fprintf(out, "not old enough: event %d is from %s, which is in the future: the clock was wrong. It will be moved when more of what was recorded behind it is old enough\n", h.Next, h.At.UTC().Format(time.RFC3339))
+		case !h.At.IsZero():
+			fmt.Fprintf(out, "not old enough: event %d is from %s\n", h.Next, h.At.UTC().Format(time.RFC3339))
 		case h.Sink == "":
 			fmt.Fprintf(out, "held back: the delivery of key %s of organization %s, which is under way, needs event %d\n", h.Key, h.Org, h.Next)
 		case slices.Contains(cfg.AuditSinks, h.Sink):
@@ -161,7 +169,7 @@ func archiveLog(cmd *cobra.Command, cfg config.Config, db *sqlstore.DB, at time.
 	if done.Removed > 0 {
 		fmt.Fprintf(out, "removed %d entries; the first %d are no longer in the archive\n", done.Entries, done.Removed)
 	}
-	if err := printHeldBack(ctx, out, cfg, db, done.Moved, at, done.Published.Size); err != nil {
+	if err := printHeldBack(ctx, out, cfg, db, done.Moved, at, done.Published.Size, done.Events > 0); err != nil {
 		return err
 	}
 	if done.Events == 0 && !vacuum {

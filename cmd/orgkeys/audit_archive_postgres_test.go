@@ -90,7 +90,7 @@ func listed(t *testing.T, s *harness.Server, n int) {
 
 // movingAll is the command that moves everything.
 func movingAll(args ...string) []string {
-	return append([]string{"audit", "archive", "--before", time.Now().Add(time.Hour).Format(time.RFC3339)}, args...)
+	return append([]string{"audit", "archive", "--before", time.Now().Format(time.RFC3339Nano)}, args...)
 }
 
 // archivedEvents is how many verifying the log finds in the archive.

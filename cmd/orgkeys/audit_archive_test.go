@@ -19,6 +19,7 @@ func TestTimesAndAges(t *testing.T) {
 	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	for text, want := range map[string]string{
 		"90d": "2025-12-01T12:00:00Z", "36h": "2026-02-28T00:00:00Z", "2026-01-31T12:00:00+01:00": "2026-01-31T12:00:00+01:00",
+		"2026-03-01T12:00:00Z": "2026-03-01T12:00:00Z", "2026-03-01T12:00:01Z": "", "2026-03-01T13:30:00+01:00": "",
 		"": "", "-5d": "", "5": "", "d": "", "40000d": "", "yesterday": "", "0h": "",
 	} {
 		at, err := pastTime(text, now)
@@ -65,7 +66,7 @@ func TestTheArchiveCommandBesideAServer(t *testing.T) {
 	kills := 0
 	for wait := 20 * time.Millisecond; ; wait += wait/3 + 20*time.Millisecond {
 		ctx, cancel := context.WithTimeout(t.Context(), wait)
-		killed := s.RunUntil(t, ctx, "audit", "archive", "--before", time.Now().Add(time.Hour).Format(time.RFC3339))
+		killed := s.RunUntil(t, ctx, "audit", "archive", "--before", time.Now().Format(time.RFC3339Nano))
 		cancel()
 		if said := run(0, "verify", "--sink", filepath.Join(s.Dir, "audit.jsonl")); !strings.Contains(said, "truncation excluded") {
 			t.Fatalf("after %v: %s", wait, said)
@@ -106,7 +107,7 @@ func TestTheArchiveCommandBesideAServer(t *testing.T) {
 	}
 
 	// No server runs: the command signs by itself. Then a start without the archive.
-	if said := run(0, "archive", "--before", time.Now().Add(time.Hour).Format(time.RFC3339)); !strings.Contains(said, "moved ") {
+	if said := run(0, "archive", "--before", time.Now().Format(time.RFC3339Nano)); !strings.Contains(said, "moved ") {
 		t.Errorf("without a server: %s", said)
 	}
 	if err := os.Rename(archive, archive+".away"); err != nil {
@@ -155,7 +156,7 @@ func TestARestoredBackupGoesOnInAnotherArchive(t *testing.T) {
 	}
 	archive := func(args ...string) (string, int) {
 		t.Helper()
-		out, errs, code := s.Run(t, append([]string{"audit", "archive", "--before", time.Now().Add(time.Hour).Format(time.RFC3339)}, args...)...)
+		out, errs, code := s.Run(t, append([]string{"audit", "archive", "--before", time.Now().Format(time.RFC3339Nano)}, args...)...)
 		return out + errs, code
 	}
 	used(300)

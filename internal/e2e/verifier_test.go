@@ -91,7 +91,7 @@ func allHappens(t *testing.T, except []string, rotate func(*testing.T), opts ...
 		s.List(t, org)
 	}
 	s.Stop(t)
-	succeeds(t, s, "audit", "archive", "--before", time.Now().Add(time.Hour).Format(time.RFC3339))
+	succeeds(t, s, "audit", "archive", "--before", time.Now().Format(time.RFC3339Nano))
 	judged := python(t, s, 3)
 	if len(judged.Enrolled) == 0 || judged.Enrolled[0]["receipt"] != "signed" || judged.Enrolled[0]["from"] != "127.0.0.1" {
 		t.Errorf("of the node that enrolled it says %v", judged.Enrolled)

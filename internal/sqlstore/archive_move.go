@@ -14,12 +14,16 @@ import (
 	"github.com/orgkeys/orgkeys/internal/audit/tiles"
 )
 
-// datedPage is how many events are dated at once.
-const datedPage = 64 * tiles.Width
+// datedPage is how many bundles are dated at once.
+const datedPage = 16
 
 // Movable implements tiles.Log.
 func (d *DB) Movable(ctx context.Context, before time.Time, size int64) (int64, error) {
 	a, err := d.Archived(ctx)
+	if err != nil {
+		return 0, err
+	}
+	old, err := d.older(ctx, a.Moved, size, before)
 	if err != nil {
 		return 0, err
 	}
@@ -35,20 +39,28 @@ func (d *DB) Movable(ctx context.Context, before time.Time, size int64) (int64, 
 			size = min(size, n.Int64)
 		}
 	}
-	size -= size % tiles.Width
-	for n := a.Moved; n < size; n += datedPage {
-		newest, err := query(ctx, d.read, func(scan func(...any) error) (at int64, err error) { return at, scan(&at) },
-			"SELECT max(occurred_at) FROM events WHERE idx >= $1 AND idx < $2 GROUP BY idx / 256 ORDER BY idx / 256", n, min(size, n+datedPage))
-		if err != nil {
-			return 0, err
-		}
-		for i, at := range newest {
-			if at >= before.UnixMicro() {
-				return n + int64(i)*tiles.Width, nil
+	return max(min(old, size-size%tiles.Width), a.Moved), nil
+}
+
+// older is tiles.Older for events in the database, from the first of a bundle on.
+func (d *DB) older(ctx context.Context, from, size int64, before time.Time) (int64, error) {
+	type dated struct{ bundle, newest int64 }
+	page := map[int64]int64{}
+	return tiles.Older(from, size, before, func(bundle int64, before time.Time) (bool, error) {
+		if _, read := page[bundle]; !read {
+			found, err := query(ctx, d.read, func(scan func(...any) error) (b dated, err error) { return b, scan(&b.bundle, &b.newest) },
+				"SELECT idx / 256, max(occurred_at) FROM events WHERE idx >= $1 AND idx < $2 GROUP BY idx / 256", bundle*tiles.Width, (bundle+datedPage)*tiles.Width)
+			if err != nil {
+				return false, err
+			}
+			clear(page)
+			for _, b := range found {
+				page[b.bundle] = b.newest
 			}
 		}
-	}
-	return max(size, a.Moved), nil
+		newest, there := page[bundle] // it may have been moved meanwhile
+		return there && newest < before.UnixMicro(), nil
+	})
 }
 
 // needsEvent is the condition on deliveries v whose key is released by what the sinks have of

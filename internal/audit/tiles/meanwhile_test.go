@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -271,4 +272,80 @@ func TestADeliveryKeepsItsEvent(t *testing.T) {
 			t.Errorf("%s, %v; before the event was moved %s", after, err, before)
 		}
 	})
+}
+
+// Bundles are old as those behind them are, where more of these are.
+func TestAWrongClockHoldsNothingBack(t *testing.T) {
+	t.Parallel()
+	limit := time.Date(2026, 7, 1, 0, 0, 0, 0, time.UTC)
+	for _, c := range []struct {
+		times string // of each bundle: o old, . old by a moment, y young
+		want  int64
+	}{
+		{"", 0}, {"oooo", 4}, {"ooyy", 2}, {"yyyy", 0},
+		{"yoo", 3}, {"oyooyy", 4}, {"oooyoo", 6}, {"ooyyyooooooyyyyy", 11}, {"yoyoooo", 0}, {"yoyoooooo", 9}, {"oyoooyoooy", 9},
+		{"yo", 0}, {"y..yyyy", 0}, {"y..", 0}, {"oyyyoyyy", 1}, {"yyyyyyyyooyyyyyyy", 0}, // the clock was behind
+		{"oyyoo", 1}, {"oyoy", 1},
+	} {
+		asked := 0
+		at := func(bundle int64) time.Time {
+			return limit.Add(map[byte]time.Duration{'o': -2 * time.Hour, '.': -time.Minute, 'y': 24 * time.Hour}[c.times[bundle]])
+		}
+		got, err := tiles.Older(0, int64(len(c.times))*tiles.Width+5, limit, func(bundle int64, before time.Time) (bool, error) {
+			asked++
+			return at(bundle).Before(before), nil
+		})
+		if err != nil || got != c.want*tiles.Width {
+			t.Errorf("of %q %d bundles are old, %v; want %d", c.times, got/tiles.Width, err, c.want)
+		}
+	}
+	asked := 0
+	if n, err := tiles.Older(0, 1<<20*tiles.Width, limit, func(bundle int64, _ time.Time) (bool, error) { asked++; return bundle < 100, nil }); err != nil || n != 100*tiles.Width || asked > 130 {
+		t.Errorf("%d events are old, of which %d bundles were asked: %v", n, asked, err)
+	}
+}
+
+// An event from a future that has not come is moved, and removed, with those around it.
+func TestEventsOfAClockThatWasAhead(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e := newMovable(t, location)
+		var more []audit.Event
+		for range 600 {
+			more = append(more, e.Key(audit.KeysListed, ""))
+		}
+		e.SignedLog.Record(t, more...)
+		e.Exec(t, "UPDATE events SET occurred_at = occurred_at + 500000000000000 WHERE idx = 100") // 15 years
+		late := e.move(t)
+		late.Before = time.Now().Add(2 * time.Hour)
+		e.run(t, late, 1280, 0)
+	})
+}
+
+// Retention goes by the same, and removes nothing where by the clock everything would be.
+func TestRetentionAndAClockThatWasAhead(t *testing.T) {
+	t.Parallel()
+	e := newMovable(t, filepath.Join(t.TempDir(), "orgkeys.db")) // 740 events, of today
+	at := func(before time.Duration, n int) {
+		t.Helper()
+		var more []audit.Event
+		for range n {
+			event := e.Key(audit.KeysListed, "")
+			event.Time = time.Now().Add(-before)
+			more = append(more, event)
+		}
+		e.SignedLog.Record(t, more...)
+	}
+	at(48*time.Hour, 850)
+	at(48*time.Hour, 850)
+	e.run(t, e.move(t), 2304, 0)
+	m := e.move(t)
+	m.Keep = 24 * time.Hour
+	at(25*time.Hour, 1)
+	if done, err := m.Run(t.Context(), e.Archive, e.DB); err == nil || !strings.Contains(err.Error(), "even the newest event that is signed, 2441,") || done.Removed != 0 || e.count(t, "events WHERE type = 'log.pruned'") != 0 {
+		t.Errorf("by a clock that is ahead %d entries are removed, %v", done.Removed, err)
+	}
+	at(time.Hour, 1)
+	e.run(t, m, 0, 2304)
+	e.wantGood(t)
 }

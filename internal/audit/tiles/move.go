@@ -14,7 +14,7 @@ import (
 type Log interface {
 	Source
 	// Movable returns how many first events, whole bundles among the first size, happened
-	// before a time, and every shared sink has acknowledged.
+	// before a time, as Older finds, and every shared sink has acknowledged.
 	Movable(ctx context.Context, before time.Time, size int64) (int64, error)
 	// Announce records an event of audit.LogMoved or EntriesRemoved, and notes it as the next.
 	Announce(ctx context.Context, e audit.Event) error
@@ -132,6 +132,9 @@ func (m Move) announce(ctx context.Context, a Archive, log Log, head audit.Signe
 		if limit, err = m.limit(ctx, log); err == nil {
 			removable, err = m.removable(ctx, log, now, limit)
 		}
+		if err == nil && removable > now.Removed {
+			err = m.plausible(ctx, log, head.Size, limit)
+		}
 		if err != nil {
 			return false, err
 		}
@@ -169,27 +172,51 @@ func (m Move) limit(ctx context.Context, log Log) (time.Time, error) {
 // writes to the archive must not date events.
 func (m Move) removable(ctx context.Context, log Log, now audit.Archived, limit time.Time) (int64, error) {
 	tick := m.Progress("dated").Ticking()
-	n := now.Removed
-	for ; n < now.Moved; n += width {
+	read := now.Removed
+	return Older(now.Removed, now.Moved, limit, func(bundle int64, before time.Time) (bool, error) {
+		n := bundle * width
 		page, err := log.Entries(ctx, n, width)
 		if err == nil && len(page) < width {
 			err = verify.Problemf(n+int64(len(page)), "it is missing")
 		}
 		if err != nil {
-			return 0, err
+			return false, err
 		}
 		for _, entry := range page {
 			e, err := audit.Decode(entry.Leaf)
 			if err != nil {
-				return 0, verify.Problemf(entry.Index, "its leaf is not an event")
+				return false, verify.Problemf(entry.Index, "its leaf is not an event")
 			}
-			if !e.Time.Before(limit) {
-				return n, nil
+			if !e.Time.Before(before) {
+				return false, nil
 			}
 		}
-		tick(n, now.Moved)
+		read += width
+		tick(min(read, now.Moved), now.Moved)
+		return true, nil
+	})
+}
+
+// plausible reports an error if even the newest of the first size events is older than a limit: by
+// a clock that is ahead everything would be removed.
+func (m Move) plausible(ctx context.Context, log Log, size int64, limit time.Time) error {
+	page, err := log.Entries(ctx, size-1, 1)
+	if err == nil && len(page) == 0 {
+		err = verify.Problemf(size-1, "it is missing")
 	}
-	return n, nil
+	if err != nil {
+		return err
+	}
+	e, err := audit.Decode(page[0].Leaf)
+	if err != nil {
+		return verify.Problemf(size-1, "its leaf is not an event")
+	}
+	if limit.After(e.Time.Add(clockDoubt)) {
+		return fmt.Errorf("entries from before %s would be removed, and even the newest event that is signed, %d, is from %s: nothing more was moved or removed. If this machine's clock is ahead, set it; "+
+			"if it is right, and nothing was recorded for so long, run the command once without ORGKEYS_AUDIT_RETENTION, or have something recorded, such as a list of keys, and signed",
+			limit.UTC().Format(time.RFC3339), size-1, e.Time.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 // finish moves and removes what is announced. Unless it must be, what is not
