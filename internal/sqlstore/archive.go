@@ -193,7 +193,13 @@ func (s snapshot) Bundle(ctx context.Context, bundle int64, removed bool) (b ver
 			b.Receipts[k.Sink] = receipts
 		}
 	}
-	b.Personal, err = s.personal(ctx, bundle)
+	if b.Personal, err = s.personal(ctx, bundle); err != nil {
+		return b, err
+	}
+	a, err := s.Archived(ctx)
+	if err == nil && bundle*tiles.Width < a.Removed { // meanwhile, with the personal parts
+		err = fmt.Errorf("event %d: %w", bundle*tiles.Width, fs.ErrNotExist)
+	}
 	return b, err
 }
 

@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"io/fs"
 	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -291,9 +292,16 @@ func (d *DB) deleteMoved(ctx context.Context, tx *txn, from, to int64, kept []st
 	return err
 }
 
-// NoteRemoved implements tiles.Log.
+// NoteRemoved implements tiles.Log. What events knew of people goes with their entries.
 func (d *DB) NoteRemoved(ctx context.Context, from, to int64) error {
+	kept, err := d.keptAmong(ctx, from, to)
+	if err != nil {
+		return err
+	}
 	return d.write(ctx, func(ctx context.Context, tx *txn) error {
+		if err := d.lock(ctx, tx, "archive"); err != nil {
+			return err
+		}
 		a, err := d.over(tx).Archived(ctx)
 		if err != nil {
 			return err
@@ -305,6 +313,41 @@ func (d *DB) NoteRemoved(ctx context.Context, from, to int64) error {
 		if a.Removed != from || to > vouched.Removed() || to > a.Moved {
 			return errMoved
 		}
+		if err := execAll(ctx, tx, "DELETE FROM event_persons WHERE actor <> '' AND event_id IN "+d.texts("$1"), kept); err != nil {
+			return err
+		}
+		if _, err := exec(ctx, tx, "DELETE FROM archived_persons WHERE bundle < $1", to/tiles.Width); err != nil {
+			return err
+		}
 		return one(exec(ctx, tx, "UPDATE log_archive SET removed = $2, removed_by = next_removal WHERE removed = $1", from, to))
 	})
+}
+
+// keptAmong returns the IDs of archived events whose personal part is not with its bundle.
+// What the archive lacks already tells of none.
+func (d *DB) keptAmong(ctx context.Context, from, to int64) (ids []string, err error) {
+	s := d.over(d.read)
+	kept, err := s.DeliveredTo(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for b := from / tiles.Width; b < to/tiles.Width && len(kept) > len(ids); b++ {
+		leaves, err := s.bundleLeaves(ctx, b)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		for i, leaf := range leaves {
+			e, err := audit.Decode(leaf)
+			if err != nil {
+				return nil, fmt.Errorf("event %d: %w", b*tiles.Width+int64(i), err)
+			}
+			if _, its := kept[e.ID]; its {
+				ids = append(ids, e.ID)
+			}
+		}
+	}
+	return ids, nil
 }

@@ -186,3 +186,25 @@ func TestReceiptsThatAreMovedMeanwhile(t *testing.T) {
 		t.Errorf("%d receipts were read, and there are %d", len(after), len(before))
 	}
 }
+
+// Personal parts go with the entries, also between the reading of both.
+func TestVerifyingWhileEntriesAreRemoved(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, location string) {
+		e := newMovable(t, location)
+		e.run(t, e.move(t), 512, 0)
+		var remove sync.Once
+		report := e.verifyWatched(t, func(path string) {
+			if path == "receipts/vault/000" { // its entries were read before
+				remove.Do(func() {
+					m := e.move(t)
+					m.Keep = time.Nanosecond
+					e.run(t, m, 0, 512)
+				})
+			}
+		})
+		if report.Archived != 512 || report.Removed != 512 || report.Erased != 0 {
+			t.Errorf("%+v", report)
+		}
+	})
+}

@@ -655,6 +655,9 @@ func TestRetentionRemovesEntriesAlone(t *testing.T) {
 		audittest.Must(t, err)
 		e.run(t, e.move(t), 512, 0)
 		before := files(t, e.dir)
+		if packs, kept := e.count(t, "archived_persons"), e.count(t, "event_persons WHERE actor <> ''"); packs != 2 || kept != 2 {
+			t.Fatalf("%d packs of personal parts, and %d kept ones", packs, kept)
+		}
 		m := e.move(t)
 		m.Keep = time.Hour
 		e.run(t, m, 0, 0)
@@ -666,6 +669,12 @@ func TestRetentionRemovesEntriesAlone(t *testing.T) {
 			if now[name] == "" != removed || !removed && now[name] != content && name != "checkpoint" {
 				t.Errorf("%s: %d bytes are left of %d", name, len(now[name]), len(content))
 			}
+		}
+		if packs, kept := e.count(t, "archived_persons"), e.count(t, "event_persons WHERE actor <> ''"); packs != 0 || kept != 0 {
+			t.Errorf("of events that are removed %d packs of personal parts are left, and %d kept ones", packs, kept)
+		}
+		if now, err := e.DB.Keys(t.Context(), "acme"); err != nil || len(now) != 2 || now[0].DeliveredTo != "" || now[1].DeliveredTo != "" {
+			t.Errorf("the list says %+v, %v", now, err)
 		}
 		report := e.wantGood(t)
 		if report.Removed != 512 || report.Archived != 512 {
