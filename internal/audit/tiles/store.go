@@ -122,7 +122,7 @@ func (d *Dir) RemoveAll(_ context.Context, path string) error {
 
 // Lock implements Store.
 func (d *Dir) Lock(ctx context.Context) (func() error, error) {
-	if err := os.MkdirAll(d.root, 0o700); err != nil {
+	if err := durable.MkdirAll(d.root); err != nil {
 		return nil, err
 	}
 	return durable.Lock(ctx, filepath.Join(d.root, ".lock"))
