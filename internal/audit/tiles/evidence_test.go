@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -253,7 +254,18 @@ func TestALogThatWasSetBackTakesItsArchiveOver(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "checkpoint")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("it has a checkpoint: %v", err)
 	}
+	audittest.Must(t, os.Remove(altered))
+	if _, err := tiles.Transfer(t.Context(), e.Archive, to, e.DB, e.move(t).Progress); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), e.dir+" lacks") {
+		t.Errorf("a bundle that is gone: %v", err)
+	}
 	audittest.Must(t, os.WriteFile(altered, good, 0o600))
+	published, err := os.ReadFile(filepath.Join(e.dir, "checkpoint"))
+	audittest.Must(t, err)
+	audittest.Must(t, os.WriteFile(filepath.Join(dir, "checkpoint"), published, 0o600))
+	if _, err := tiles.Transfer(t.Context(), e.Archive, to, e.DB, e.move(t).Progress); !errors.Is(err, fs.ErrNotExist) || strings.Contains(err.Error(), " lacks") {
+		t.Errorf("a place that lacks a tile itself: %v", err)
+	}
+	audittest.Must(t, os.Remove(filepath.Join(dir, "checkpoint")))
 	head, err := tiles.Transfer(t.Context(), e.Archive, to, e.DB, e.move(t).Progress)
 	if err != nil || head.Size != before.Log.Size {
 		t.Fatalf("%d events, %v", head.Size, err)

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 
+	"golang.org/x/mod/sumdb/tlog"
+
 	"github.com/orgkeys/orgkeys/internal/audit"
 	"github.com/orgkeys/orgkeys/internal/audit/verify"
 )
@@ -22,11 +24,30 @@ func Transfer(ctx context.Context, from, to Archive, log Log, progress func(doin
 	if err := transferReceipts(ctx, from, to, log, progress("receipts copied").Ticking()); err != nil {
 		return audit.Signed{}, err
 	}
-	signed, err = publish(ctx, to, log, progress("published"))
+	return publish(ctx, to, moved{log, from}, progress("published"))
+}
+
+// moved is a log whose first events are read from an archive, which is named where it lacks some.
+type moved struct {
+	Source
+	from Archive
+}
+
+func (m moved) lacks(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		err = fmt.Errorf("%s lacks what the log says is there: %w", from, err)
+		err = fmt.Errorf("%s lacks what the log says is there: %w", m.from, err)
 	}
-	return signed, err
+	return err
+}
+
+func (m moved) Entries(ctx context.Context, index int64, limit int) ([]audit.Entry, error) {
+	all, err := m.Source.Entries(ctx, index, limit)
+	return all, m.lacks(err)
+}
+
+func (m moved) LeafHashes(ctx context.Context, index int64, limit int) ([]tlog.Hash, error) {
+	all, err := m.Source.LeafHashes(ctx, index, limit)
+	return all, m.lacks(err)
 }
 
 // ErrEntriesGone: an archive lacks entries that the log, which was set back since, does not know
