@@ -76,7 +76,7 @@ var settings = []Setting{
 	{Name: "ORGKEYS_CHECKPOINT_INTERVAL", Default: "1m", Doc: "how often a checkpoint of the audit log is signed, if the log has grown; SIGUSR1 signs one at once", set: duration(time.Second, 24*time.Hour, func(c *Config) *time.Duration { return &c.CheckpointInterval })},
 	{Name: "ORGKEYS_AUDIT_ARCHIVE", Doc: "where orgkeys audit archive moves old events of the log to, and where they are read: a directory, or s3://bucket/prefix", set: text(func(c *Config) *string { return &c.AuditArchive })},
 	{Name: "ORGKEYS_AUDIT_S3_ENDPOINT", Doc: "the S3-compatible server of that bucket: https://s3.eu-central-1.amazonaws.com, or https://host:port", set: text(func(c *Config) *string { return &c.S3Endpoint })},
-	{Name: "ORGKEYS_AUDIT_S3_REGION", Doc: "its region; default as the server says", set: text(func(c *Config) *string { return &c.S3Region })},
+	{Name: "ORGKEYS_AUDIT_S3_REGION", Doc: "its region; default as the server says, for which the access key needs s3:GetBucketLocation", set: text(func(c *Config) *string { return &c.S3Region })},
 	{Name: "ORGKEYS_AUDIT_S3_CA_FILE", Doc: "certificate authorities for that server, PEM; default the system's", set: text(func(c *Config) *string { return &c.S3CAFile })},
 	{Name: "ORGKEYS_AUDIT_S3_ACCESS_KEY", Doc: "the access key for that bucket, which may read, write, list and, with a retention, delete", set: text(func(c *Config) *string { return &c.S3AccessKey })},
 	{Name: "ORGKEYS_AUDIT_S3_SECRET_KEY", Doc: "its secret key", Secret: true, set: text(func(c *Config) *string { return &c.S3SecretKey })},

@@ -31,6 +31,8 @@ const (
 	callTimeout    = 60 * time.Second // a whole call, with its repetitions
 	attempts       = 4                // that the client makes, with pauses that double
 	idleTimeout    = 60 * time.Second
+	conflicts      = 5                      // after which a write that another one hinders fails
+	conflictPause  = 100 * time.Millisecond // doubles
 	connections    = 16
 	maxFile        = 256 * (1<<16 + 1) // the largest entry bundle
 )
@@ -159,25 +161,42 @@ func (b *Bucket) put(ctx context.Context, path string, content []byte, when func
 	return err
 }
 
-// refused reports whether an object was not written because of the condition. S3 says
-// 409 where another write is under way.
-func refused(err error) bool {
-	status := minio.ToErrorResponse(err).StatusCode
-	return status == http.StatusPreconditionFailed || status == http.StatusConflict
-}
-
-// WriteOnce implements tiles.Store. An attempt that was refused may have been a repetition
-// of one that was not.
-func (b *Bucket) WriteOnce(ctx context.Context, path string, content []byte) error {
-	err := b.put(ctx, path, content, func(o *minio.PutObjectOptions) { o.SetMatchETagExcept("*") })
-	if !refused(err) {
-		return b.explained(path, err)
+// replace writes an object in place of before, nil: of nothing, and returns what is there then. An
+// attempt that was refused (412) may have been a repetition of one that was not. S3 says 409
+// where another write is under way, which may fail: then it is written again.
+func (b *Bucket) replace(ctx context.Context, path string, before, content []byte, when func(*minio.PutObjectOptions)) ([]byte, error) {
+	pause := conflictPause
+	for n := 1; ; n++ {
+		err := b.put(ctx, path, content, when)
+		if err == nil {
+			return content, nil
+		}
+		status := minio.ToErrorResponse(err).StatusCode
+		if status != http.StatusPreconditionFailed && status != http.StatusConflict {
+			return nil, b.explained(path, err)
+		}
+		held, reading := b.Read(ctx, path)
+		unchanged := reading == nil && before != nil && bytes.Equal(held, before) || before == nil && errors.Is(reading, fs.ErrNotExist)
+		if !unchanged {
+			return held, reading
+		}
+		if n == conflicts {
+			return nil, b.explained(path, err)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		pause *= 2
 	}
-	return b.holds(ctx, path, content)
 }
 
-func (b *Bucket) holds(ctx context.Context, path string, content []byte) error {
-	held, err := b.Read(ctx, path)
+func ifNothing(o *minio.PutObjectOptions) { o.SetMatchETagExcept("*") }
+
+// WriteOnce implements tiles.Store.
+func (b *Bucket) WriteOnce(ctx context.Context, path string, content []byte) error {
+	held, err := b.replace(ctx, path, nil, content, ifNothing)
 	if err == nil && !bytes.Equal(held, content) {
 		err = tiles.Changed(b.String() + "/" + path)
 	}
@@ -189,22 +208,23 @@ func (*Bucket) Flush(context.Context) error { return nil }
 
 // Replace implements tiles.Store.
 func (b *Bucket) Replace(ctx context.Context, path string, before, content []byte) error {
-	when := func(o *minio.PutObjectOptions) { o.SetMatchETagExcept("*") }
+	changed := fmt.Errorf("%s/%s was changed meanwhile: by another run, which has published the log, then run the command again; or by another log, or somebody who writes there", b, path)
+	when := ifNothing
 	if before != nil {
 		held, etag, err := b.read(ctx, path)
 		if err != nil {
 			return err
 		}
 		if !bytes.Equal(held, before) {
-			return fmt.Errorf("%s/%s was changed meanwhile: run the command again", b, path)
+			return changed
 		}
 		when = func(o *minio.PutObjectOptions) { o.SetMatchETag(etag) }
 	}
-	err := b.put(ctx, path, content, when)
-	if !refused(err) {
-		return b.explained(path, err)
+	held, err := b.replace(ctx, path, before, content, when)
+	if err == nil && !bytes.Equal(held, content) {
+		err = changed
 	}
-	return b.holds(ctx, path, content)
+	return err
 }
 
 // RemoveAll implements tiles.Store, for directories without further ones.

@@ -158,6 +158,54 @@ func TestALostAnswerIsNoOthersFile(t *testing.T) {
 	}
 }
 
+// A write that another one hinders, which then fails, is made again, a few times.
+func TestAWriteUnderWayIsWaitedFor(t *testing.T) {
+	t.Parallel()
+	endpoint, _ := newBucket(t)
+	to, err := url.Parse(endpoint)
+	audittest.Must(t, err)
+	var conflicts, puts atomic.Int32
+	through := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(to)
+		r.Out.Host = r.In.Host // the signature covers it
+	}}
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPut && puts.Add(1) > 0 && conflicts.Add(-1) >= 0 {
+			w.WriteHeader(http.StatusConflict)
+			fmt.Fprint(w, "<Error><Code>ConditionalRequestConflict</Code><Message>under way</Message></Error>")
+			return
+		}
+		through.ServeHTTP(w, r)
+	}))
+	t.Cleanup(proxy.Close)
+	b := at(t, proxy.URL, secretKey)
+	ctx := t.Context()
+	hindered := func(n int32, do func() error) error {
+		conflicts.Store(n)
+		puts.Store(0)
+		return do()
+	}
+	for n, do := range []func() error{
+		func() error { return b.WriteOnce(ctx, "tile/0/000", []byte("mine")) },
+		func() error { return b.Replace(ctx, "checkpoint", nil, []byte("one")) },
+		func() error { return b.Replace(ctx, "checkpoint", []byte("one"), []byte("two")) },
+	} {
+		if err := hindered(2, do); err != nil || puts.Load() != 3 {
+			t.Errorf("%d: %v after %d attempts", n, err, puts.Load())
+		}
+	}
+	if err := hindered(2, func() error { return b.WriteOnce(ctx, "tile/0/000", []byte("other")) }); err == nil || puts.Load() != 1 {
+		t.Errorf("what another wrote: %v after %d attempts", err, puts.Load())
+	}
+	if err := hindered(1000, func() error { return b.WriteOnce(ctx, "tile/0/001", []byte("mine")) }); err == nil || !strings.Contains(err.Error(), "under way") || puts.Load() != 5 {
+		t.Errorf("always hindered: %v after %d attempts", err, puts.Load())
+	}
+	conflicts.Store(0)
+	if err := b.Replace(ctx, "checkpoint", nil, []byte("three")); err == nil || !strings.Contains(err.Error(), "by another run") {
+		t.Errorf("what another run has published: %v", err)
+	}
+}
+
 // A log moves into a bucket, and is verified from there; a server that hangs or is gone is
 // an error in time.
 func TestALogMovesIntoABucket(t *testing.T) {
