@@ -160,6 +160,9 @@ func TestARestoredBackupGoesOnInAnotherArchive(t *testing.T) {
 		return out + errs, code
 	}
 	used(300)
+	if said := ok(t, s, "audit", "archive", "--before", "1d"); !strings.Contains(said, "moved 0 events") || !strings.Contains(said, "not old enough: event 2") {
+		t.Errorf("of events of today it says %s", said)
+	}
 	db := s.Database(t)
 	harness.Exec(t, db, "INSERT INTO sink_progress (sink, next) VALUES ('vault', 7)") // it was configured once
 	for _, args := range [][]string{{"--dry-run"}, nil} {
