@@ -349,3 +349,27 @@ func TestRetentionAndAClockThatWasAhead(t *testing.T) {
 	e.run(t, m, 0, 2304)
 	e.wantGood(t)
 }
+
+// What retention removes while a person is looked for needs no erasing.
+func TestErasingWhileEntriesAreRemoved(t *testing.T) {
+	t.Parallel()
+	e := newMovable(t, newPostgres(t))
+	e.run(t, e.move(t), 512, 0)
+	tx, err := e.Raw.Begin()
+	audittest.Must(t, err)
+	_, err = tx.Exec("SELECT pg_advisory_xact_lock(hashtextextended('archive', 0))")
+	audittest.Must(t, err)
+	erased := e.erase(t, "u-1") // it has looked for the person, and waits for its turn
+	for end := time.Now().Add(10 * time.Second); e.count(t, "pg_locks WHERE locktype = 'advisory' AND NOT granted") == 0; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nobody waits for the archive's lock")
+		}
+	}
+	for _, statement := range []string{"DELETE FROM archived_persons WHERE bundle = 0", "UPDATE log_archive SET removed = 256"} {
+		_, err := tx.Exec(statement)
+		audittest.Must(t, err)
+	}
+	audittest.Must(t, tx.Commit())
+	audittest.Must(t, <-erased)
+	e.wantErased(t, "u-1")
+}
