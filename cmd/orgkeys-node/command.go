@@ -57,7 +57,8 @@ With --origin node the node makes the key itself, and only its public half leave
 it; with --tpm the private key stays in the TPM (docs/nodes.md).
 
 A unit with LoadCredential=orgkeys-node.token:FILE needs no --token-file. A token
-beside a key that was enrolled with another one fetches a new key.`,
+beside a key that was enrolled with another one fetches a new key; if it is refused,
+the node goes on with the key that it has, and says so at the end.`,
 			flags: slices.Concat(serverFlags, nodeFlags, []string{"token-file", "recipient-file", "dir"}, keyFlags, reportFlags, runFlags),
 			needs: needs{server: true, node: true}, steps: []step{enroll, asNode(fetch), asNode(register)},
 		},
@@ -256,6 +257,7 @@ administrator's approval. Standard error says what is waited for.
 Exit codes:
   0   done
   64  a setting is missing or wrong
+  65  done with the key that was there; the token beside it is refused
   69  the server cannot be reached or cannot serve now
   73  a file cannot be written
   75  the clock is off, the key or the TPM is not ready, or the run was interrupted
@@ -263,7 +265,8 @@ Exit codes:
   77  the server does not accept the key or the token, or refuses the request
   78  a key, token or certificate file, or the TPM, is not as it must be
 
-64 and 77 end a run at once, the others when --wait is over; running again may help.
+64 and 77 end a run at once, 65 when all else is done, the others when --wait is over;
+running again may help.
 `
 
 // The functions below ignore errors: nothing depends on the output of help.

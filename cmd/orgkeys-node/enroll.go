@@ -78,7 +78,7 @@ func enroll(ctx context.Context, s settings, r *report) error {
 	defer c.CloseIdleConnections()
 	if !k.delivered() {
 		if err := k.fetch(ctx, c, d, s); err != nil {
-			return err
+			return k.beside(err, s, r)
 		}
 	}
 	// What an earlier run stored may not be durable yet.
@@ -96,6 +96,22 @@ func enroll(ctx context.Context, s settings, r *report) error {
 	}
 	r.add(fmt.Sprintf("enrolled key %s for %s", k.record.KeyID, k.record.Org))
 	return k.finish(d, s, r)
+}
+
+// besideKey is the refusal of a token on a node that has a key already.
+type besideKey struct{ *failure }
+
+func (b *besideKey) Unwrap() error { return b.failure }
+
+// beside marks a refusal of the token if there is a key with which the node can go on.
+func (k *keyState) beside(err error, s settings, r *report) error {
+	f, ok := errors.AsType[*failure](err)
+	if !ok || f.exit != exitRefused || k.delivery() == nil {
+		return err
+	}
+	k.begun = exists(s.recipientFile)
+	k.report(s, r)
+	return &besideKey{f}
 }
 
 func cannotStore(path string, err error) error {

@@ -262,4 +262,26 @@ func TestTokenInTheCredentialStore(t *testing.T) {
 	again()
 	b.Remove("credstore/orgkeys-node.token")
 	again()
+	// One that is over is said, and stops neither the node nor what needs it.
+	over := mint(t, f.Server, f.org, `{}`)
+	if err := f.Client(t, f.org, "OWNER").RevokeEnrollment(t.Context(), f.org, over.ID); err != nil {
+		t.Fatal(err)
+	}
+	b.Put("credstore/orgkeys-node.token", over.Token, 0o600, 0)
+	again()
+	f.putSecret(t, "env_s3", "v1 of a refresh")
+	file := "/var/lib/orgkeys-node/enroll.token" // a refresh has no credentials
+	b.Put("orgkeys-node/env", read(t, b.Path("/etc/orgkeys-node/env"))+"ORGKEYS_NODE_TOKEN_FILE="+file+"\n", 0o644, 0)
+	if err := errors.Join(os.WriteFile(b.Path(file), []byte(over.Token), 0o600), os.Chown(b.Path(file), nodeUser, nodeUser)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := b.Inside("systemctl", "reload", "orgkeys-node"); err != nil {
+		t.Errorf("%v %s", err, out)
+	}
+	if text := read(t, b.Path("/var/lib/orgkeys-node/env_s3")); text != "v1 of a refresh" {
+		t.Errorf("after a refresh the secret is %q", text)
+	}
+	if log, err := b.Inside("journalctl", "--no-pager", "--unit=orgkeys-node"); err != nil || strings.Count(log, "with the key that was there: enrollment "+over.ID+" is over") != 2 {
+		t.Errorf("it does not say that the token is refused: %v %s", err, log)
+	}
 }

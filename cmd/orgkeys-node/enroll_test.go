@@ -750,6 +750,62 @@ func TestABootLeavesTheRecipientOfAnotherEnrollment(t *testing.T) {
 	}
 }
 
+// A token that is of no use says so, and keeps no node from working with the key that it has.
+func TestARefusedTokenBesideAGoodKey(t *testing.T) {
+	s := harness.Start(t)
+	org := harness.Org()
+	owner := s.Client(t, org, "OWNER")
+	s.PutSecret(t, org, "env_s3", []byte("A=1"))
+	e := newEnrolling(t, s.API, mint(t, s, org, `{}`).Token)
+	e.run(0, "registered", "boot")
+	key := e.fingerprint()
+	revoked, stolen, cut := mint(t, s, org, `{}`), mint(t, s, org, `{}`), mint(t, s, org, `{}`)
+	if err := owner.RevokeEnrollment(t.Context(), org, revoked.ID); err != nil {
+		t.Fatal(err)
+	}
+	newEnrolling(t, s.API, stolen.Token).run(0, "enrolled key", "enroll")
+	for i, c := range []struct{ token, text string }{
+		{revoked.Token, "enrollment " + revoked.ID + " is over"},
+		{stolen.Token, "the token was stolen or a disk was cloned"},
+		{cut.Token[:len(cut.Token)-3] + "AAA", "does not accept the token"},
+	} {
+		s.PutSecret(t, org, "env_s3", fmt.Appendf(nil, "A=%d", i+2))
+		e.put(c.token)
+		out := e.run(65, "1 secrets written, 0 unchanged, registered 192.0.2.7, with the key that was there: ", "boot", "--wait", "forever")
+		if strings.Count(out, c.text) != 2 { // when it is refused, and in the end
+			t.Errorf("it does not say %q, but %s", c.text, out)
+		}
+		e.has("key.pem", "key.pem.enrollment", "key.pem.recipient", "token")
+		if text := read(t, filepath.Join(e.dir, "env_s3")); text != fmt.Sprintf("A=%d", i+2) || e.fingerprint() != key {
+			t.Errorf("%s: the secret is %q, and the key %s", c.text, text, e.fingerprint())
+		}
+		var outcome struct {
+			OK                    bool
+			ExitCode              int
+			State, KeyFingerprint string
+		}
+		cmd := e.command("boot", "--json")
+		if said, err := cmd.Output(); exitCode(err) != 65 || json.Unmarshal(said, &outcome) != nil || outcome.OK || outcome.ExitCode != 65 ||
+			outcome.State != "enrolled, and a token for another key" || outcome.KeyFingerprint != key {
+			t.Errorf("as JSON: %v %s", err, said)
+		}
+		e.run(77, c.text, "enroll", "--wait", "forever")
+	}
+	// What else is in the way is what the run ends with.
+	keys, err := owner.NodeKeys(t.Context(), org)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range keys {
+		if k.Fingerprint == key {
+			err = owner.DeleteKey(t.Context(), org, k.ID)
+		}
+	}
+	if out := e.run(77, "does not accept this key", "boot", "--wait", "forever"); err != nil || !strings.Contains(out, "does not accept the token") {
+		t.Errorf("beside a key that was deleted (%v) it says %s", err, out)
+	}
+}
+
 // No misspelt word, at any depth, is taken for success.
 func TestMisspeltWordsFail(t *testing.T) {
 	for _, c := range []struct {

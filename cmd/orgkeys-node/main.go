@@ -27,6 +27,7 @@ import (
 // start may mend from what only somebody can (64, 77).
 const (
 	exitUsage       = 64 // a setting is missing or wrong
+	exitOldKey      = 65 // all is done with the key that was there, and the token beside it is refused
 	exitUnavailable = 69 // the server cannot be reached, or cannot serve now
 	exitCannotWrite = 73 // a file cannot be written
 	exitTryLater    = 75 // the clock is off, or the run was interrupted

@@ -805,7 +805,7 @@ func TestUnitFileNamesExitCodesThatMendingNeeds(t *testing.T) {
 	}
 	out, err := exec.Command(binary, "help").Output()
 	code, help := exitCode(err), string(out)
-	for _, want := range []string{"64", "69", "73", "75", "76", "77", "78", "ORGKEYS_NODE_SERVER"} {
+	for _, want := range []string{"64", "65", "69", "73", "75", "76", "77", "78", "ORGKEYS_NODE_SERVER"} {
 		if code != 0 || !strings.Contains(help, want) {
 			t.Errorf("help does not mention %s", want)
 		}
@@ -823,8 +823,12 @@ func TestDocumentedExitCodes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, prevented, _ := strings.Cut(string(unit), "\nRestartPreventExitStatus=")
-	prevented, _, _ = strings.Cut(prevented, "\n")
+	setting := func(name string) []string {
+		_, value, _ := strings.Cut(string(unit), "\n"+name+"=")
+		value, _, _ = strings.Cut(value, "\n")
+		return strings.Fields(value)
+	}
+	ending := append(setting("RestartPreventExitStatus"), setting("SuccessExitStatus")...)
 	out, err := exec.Command(binary, "help").Output()
 	if err != nil {
 		t.Fatal(err)
@@ -840,8 +844,8 @@ func TestDocumentedExitCodes(t *testing.T) {
 		if code != codes[i][1] || !strings.HasPrefix(codes[i][2], meaning) {
 			t.Errorf("the document says %s %s, the help %s %s", code, meaning, codes[i][1], codes[i][2])
 		}
-		if ends := slices.Contains(strings.Fields(prevented), code); code != "0" && ends != (again == "no") {
-			t.Errorf("the document says that the unit starts again after %s: %s; it has %q", code, again, prevented)
+		if ends := slices.Contains(ending, code); code != "0" && ends != (again == "no") {
+			t.Errorf("the document says that the unit starts again after %s: %s; it has %q", code, again, ending)
 		}
 	}
 }

@@ -29,7 +29,8 @@ func asNode(do func(ctx context.Context, n client.Node, s settings, r *report) e
 }
 
 // execute does the command's steps, each until it is done, fails for good, or
-// --wait is over. A step that is done is not repeated for a later one's sake.
+// --wait is over. A step that is done is not repeated for a later one's sake. A token that
+// is refused keeps no node from working with the key that it has.
 func execute(ctx context.Context, s settings, r *report, progress io.Writer) error {
 	c := find(s.command)
 	retry := client.Retry{For: time.Duration(s.wait), Waiting: waiting(s, progress), Temporary: temporary}
@@ -37,11 +38,21 @@ func execute(ctx context.Context, s settings, r *report, progress io.Writer) err
 		retry.For = 0
 	}
 	begun := time.Now()
-	for _, do := range c.steps {
-		if err := retry.Do(ctx, func(ctx context.Context) error { return do(ctx, s, r) }); err != nil {
+	var refused *besideKey
+	for i, do := range c.steps {
+		err := retry.Do(ctx, func(ctx context.Context) error { return do(ctx, s, r) })
+		if beside, ok := errors.AsType[*besideKey](err); ok && i+1 < len(c.steps) {
+			refused, err = beside, nil
+			// What comes next may take long, or fail.
+			_, _ = fmt.Fprintf(progress, "orgkeys-node: %s: going on with the key that is there: %s\n", s.command, oneLine(beside.Error()))
+		}
+		if err != nil {
 			return err
 		}
 		retry.For = max(time.Duration(s.wait)-time.Since(begun), 0)
+	}
+	if refused != nil {
+		return &failure{exitOldKey, r.Message + ", with the key that was there: " + refused.what, refused.hint, refused.err}
 	}
 	return nil
 }
