@@ -35,6 +35,26 @@ func TestTheDatabasesClockDatesEvents(t *testing.T) {
 	}
 }
 
+// The summary counts an enrollment as open by the database's clock, which here is ten minutes
+// behind the replica's.
+func TestTheDatabasesClockSaysWhatIsOpen(t *testing.T) {
+	location := newDatabase(t, postgres)
+	admin := raw(t, location)
+	for _, text := range []string{
+		"CREATE SCHEMA behind",
+		"CREATE FUNCTION behind.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS 'SELECT pg_catalog.clock_timestamp() - interval ''10 minutes'''",
+		"ALTER DATABASE " + databaseOf(location) + " SET search_path = behind, pg_catalog",
+	} {
+		statement(t, admin, text)
+	}
+	db := open(t, location)
+	_, err := mint(t, db, enroll.Enrollment{}, time.Minute, 1)
+	must(t, err)
+	if counts, err := db.OrgCounts(t.Context(), "acme", time.Now()); err != nil || counts.Enrollments != 1 {
+		t.Errorf("%d enrollments are open, %v; want 1", counts.Enrollments, err)
+	}
+}
+
 // A place that a crash left reserved, by a clock that was an hour ahead and has been
 // set back, is free again once its life is over by the clock as it is now.
 func TestAReservationOutlivesNoClockThatWasSetBack(t *testing.T) {

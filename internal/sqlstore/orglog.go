@@ -93,25 +93,27 @@ func (d *DB) OrgEvent(ctx context.Context, org org.ID, id, person string) (orglo
 	return found[0], true, nil
 }
 
-// orgCounts is one statement, so that what it counts is of one moment.
-const orgCounts = `SELECT
+// orgCounts is one statement, so that what it counts is of one moment, the database's.
+func (d *DB) orgCounts() string {
+	return `SELECT
 	(SELECT count(*) FROM keys_of_nodes WHERE org_id = $1 AND slot IS NOT NULL),
 	(SELECT count(*) FROM nodes WHERE org_id = $1 AND deleted_at IS NULL),
 	(SELECT count(*) FROM boot_secrets WHERE org_id = $1),
 	(SELECT count(*) FROM org_keys WHERE org_id = $1 AND ` + isLive + ` AND delivered_at IS NULL),
 	(SELECT count(*) FROM deliveries WHERE org_id = $1 AND stage = 'available'),
-	(SELECT count(*) FROM enrollments e WHERE org_id = $1 AND revoked_at IS NULL AND ended_at IS NULL AND expires_at > $2
+	(SELECT count(*) FROM enrollments e WHERE org_id = $1 AND revoked_at IS NULL AND ended_at IS NULL AND expires_at > ` + d.present() + `
 		AND EXISTS (SELECT 1 FROM deliveries d WHERE d.enrollment_id = e.id AND d.stage = 'open')),
 	(SELECT count(*) FROM deliveries d JOIN enrollments e ON e.id = d.enrollment_id
 		WHERE e.org_id = $1 AND e.approval = 1 AND e.revoked_at IS NULL AND d.stage = 'claimed' AND d.approved_at IS NULL),
 	(SELECT coalesce(sum(conflicts), 0) FROM enrollments WHERE org_id = $1)`
+}
 
 // OrgCounts implements orglog.Store.
 func (d *DB) OrgCounts(ctx context.Context, org org.ID, first time.Time) (orglog.Counts, error) {
 	found, err := query(ctx, d.read, func(scan func(...any) error) (c orglog.Counts, err error) {
 		err = scan(&c.NodeKeys, &c.Nodes, &c.Secrets, &c.Unconfirmed, &c.Unreceived, &c.Enrollments, &c.Approvals, &c.Conflicts)
 		return c, err
-	}, orgCounts, org, time.Now().UnixMicro())
+	}, d.orgCounts(), org)
 	if err != nil {
 		return orglog.Counts{}, err
 	}
