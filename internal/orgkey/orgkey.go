@@ -227,9 +227,10 @@ type Store interface {
 	DeleteKey(ctx context.Context, org org.ID, id string, event audit.Event) error
 	// DeleteKeys ends all of org's keys, those of its nodes only withNodeKeys. It
 	// cancels what is reserved or pending, and revokes the enrollments for such
-	// keys, each with what revoked returns. It records request once with the
+	// keys, each with what over returns: for one that had expired before, with how many claims
+	// whose key was not made, and is not any more; for any other with 0. It records request once with the
 	// number of released keys, and also what each returns for every ended key.
-	DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, request audit.Event, each func(id string, released bool) audit.Event, revoked func(enrollment string) audit.Event) (Ended, error)
+	DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, request audit.Event, each func(id string, released bool) audit.Event, over func(enrollment string, unmade int) audit.Event) (Ended, error)
 	// Sweep ends every reservation and pending record past its expiry, at most
 	// limit of them, and records withdrawn(org, id) for each pending one. life is how
 	// long a reservation lasts.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -215,9 +216,13 @@ func (s *Service) DeleteAll(ctx context.Context, call gate.Call, org org.ID, wit
 		}
 		event.Object = id
 		return event
-	}, func(enrollment string) audit.Event {
+	}, func(enrollment string, unmade int) audit.Event {
 		event := pass.Event(audit.EnrollmentRevoked)
 		event.Object, event.Reason = enrollment, "all_keys_deleted"
+		if unmade > 0 { // it is over already, and its places come back
+			event.Type, event.Reason = audit.EnrollmentExpired, "not_made"
+			event.Add(map[string]string{"places": strconv.Itoa(unmade)})
+		}
 		return event
 	})
 	return n, s.recordFailure(ctx, pass, err)

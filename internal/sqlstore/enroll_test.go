@@ -565,7 +565,10 @@ func TestNodeKeysAmongAllKeys(t *testing.T) {
 			var revoked []string
 			n, err := db.DeleteKeys(t.Context(), "acme", withNodeKeys, event(audit.KeysDeleted, "acme", ""),
 				func(id string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", id) },
-				func(id string) audit.Event { revoked = append(revoked, id); return enrollmentRevoked(id) })
+				func(id string, unmade int) audit.Event {
+					revoked = append(revoked, id)
+					return enrollmentRevoked(id, unmade)
+				})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -752,6 +755,37 @@ func recorded(t *testing.T, db *sqlstore.DB, kind audit.Type) int {
 		}
 	}
 	return n
+}
+
+// A claim of an expired enrollment, whose key was not made, gives its place back with an event
+// also when all keys are deleted; an enrollment that ends then has its own.
+func TestPlacesThatComeBackWithAllKeysAreTold(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		id, err := mint(t, db, enroll.Enrollment{Uses: 3}, time.Second, 10)
+		must(t, err)
+		for range 2 {
+			_, err := claim(t, db, id, recipient(t))
+			must(t, err)
+		}
+		time.Sleep(1100 * time.Millisecond)
+		if places, err := db.EndExpired(t.Context(), id, func(org org.ID, _ int) audit.Event { return event(audit.EnrollmentExpired, org, id) }); err != nil || places != 1 {
+			t.Fatal(places, err)
+		}
+		another, _ := claimed(t, db, enroll.Enrollment{}, time.Hour, 10)
+		told := map[string]int{}
+		_, err = db.DeleteKeys(t.Context(), "acme", true, event(audit.KeysDeleted, "acme", ""), func(string, bool) audit.Event { return audit.Event{} },
+			func(enrollment string, unmade int) audit.Event {
+				told[enrollment] = unmade
+				return enrollmentRevoked(enrollment, unmade)
+			})
+		must(t, err)
+		if unmade, there := told[another]; len(told) != 2 || told[id] != 2 || !there || unmade != 0 {
+			t.Errorf("told of %v", told)
+		}
+		if n := recorded(t, db, audit.EnrollmentRevoked); n != 2 {
+			t.Errorf("%d of them are in the log", n)
+		}
+	})
 }
 
 // A receipt that comes when the key was withdrawn is not taken for one.

@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"context"
+	"slices"
 	"strconv"
 
 	"github.com/orgkeys/orgkeys/internal/audit"
@@ -38,7 +39,7 @@ func (d *DB) DeleteKey(ctx context.Context, org org.ID, id string, event audit.E
 }
 
 // DeleteKeys implements orgkey.Store.
-func (d *DB) DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, request audit.Event, each func(id string, released bool) audit.Event, revoked func(enrollment string) audit.Event) (orgkey.Ended, error) {
+func (d *DB) DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, request audit.Event, each func(id string, released bool) audit.Event, over func(enrollment string, unmade int) audit.Event) (orgkey.Ended, error) {
 	var n orgkey.Ended
 	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
 		n = orgkey.Ended{}
@@ -52,7 +53,7 @@ func (d *DB) DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, requ
 		if err := traceOrg(ctx, tx, org); err != nil {
 			return err
 		}
-		deleting := deletion{org: org, now: now, each: each, revoked: revoked}
+		deleting := deletion{org: org, now: now, each: each, over: over}
 		if n.Keys, err = d.deleteScope(ctx, tx, enroll.ForOrganization, &deleting); err != nil {
 			return err
 		}
@@ -74,11 +75,11 @@ func (d *DB) DeleteKeys(ctx context.Context, org org.ID, withNodeKeys bool, requ
 
 // deletion is all keys of an organization on their way out.
 type deletion struct {
-	org     org.ID
-	now     int64
-	each    func(id string, released bool) audit.Event
-	revoked func(enrollment string) audit.Event
-	events  []audit.Event
+	org    org.ID
+	now    int64
+	each   func(id string, released bool) audit.Event
+	over   func(enrollment string, unmade int) audit.Event
+	events []audit.Event
 }
 
 // deleteScope ends what there is of a scope, and returns how many keys had been
@@ -97,8 +98,14 @@ func (d *DB) deleteScope(ctx context.Context, tx *txn, scope enroll.Scope, x *de
 		return 0, err
 	}
 	for _, id := range enrollments {
-		x.events = append(x.events, x.revoked(id))
+		x.events = append(x.events, x.over(id, 0))
 	}
+	unmade, err := query(ctx, tx, scanEnding, endingColumns+"d.org_id = $1 AND d.scope = $2 AND d.stage = 'claimed' ORDER BY d.key_id"+d.forUpdate(""), x.org, string(scope))
+	if err != nil {
+		return 0, err
+	}
+	unmade = slices.DeleteFunc(unmade, func(e ending) bool { return slices.Contains(enrollments, e.enrollment) })
+	x.events = append(x.events, placesBack(unmade, func(_ org.ID, id string, places int) audit.Event { return x.over(id, places) })...)
 	// The places of those that nobody claimed are gone already.
 	if _, err := exec(ctx, tx, "DELETE FROM deliveries WHERE org_id = $1 AND scope = $2 AND stage = 'open'", x.org, string(scope)); err != nil {
 		return 0, err

@@ -205,7 +205,7 @@ func TestAThousandKeysAreMadeAndEndedInTime(t *testing.T) {
 	within(func(ctx context.Context) (err error) {
 		ended, err = db.DeleteKeys(ctx, "acme", true, event(audit.KeysDeleted, "acme", ""),
 			func(key string, _ bool) audit.Event { return event(audit.KeyDeleted, "acme", key) },
-			func(id string) audit.Event { return event(audit.EnrollmentRevoked, "acme", id) })
+			enrollmentRevoked)
 		return err
 	})
 	if n := events(audit.KeyDeleted); n != 1000 || ended.NodeKeys != 1000 {

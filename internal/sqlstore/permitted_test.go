@@ -117,7 +117,7 @@ func raced(t *testing.T, db *sqlstore.DB, recipients []enroll.Recipient, round i
 				return event(audit.KeyDeleted, "acme", key)
 			}
 			return event(audit.KeyWithdrawn, "acme", key)
-		}, func(enrollment string) audit.Event { return event(audit.EnrollmentRevoked, "acme", enrollment) })
+		}, func(enrollment string, _ int) audit.Event { return event(audit.EnrollmentRevoked, "acme", enrollment) })
 		must(t, err)
 	})
 	all.Wait()

@@ -104,7 +104,9 @@ func reserve(t testing.TB, db *sqlstore.DB, org org.ID, limit int) string {
 	return id
 }
 
-func enrollmentRevoked(id string) audit.Event { return event(audit.EnrollmentRevoked, "acme", id) }
+func enrollmentRevoked(id string, _ int) audit.Event {
+	return event(audit.EnrollmentRevoked, "acme", id)
+}
 
 func event(kind audit.Type, org org.ID, id string) audit.Event {
 	e := audit.New(kind, org)
