@@ -43,49 +43,49 @@ func (d *DB) ReserveAhead(ctx context.Context, org org.ID, asked string, limit i
 }
 
 // BeginAhead implements keypool.Store.
-func (d *DB) BeginAhead(ctx context.Context, keyID, attempt string, life time.Duration) (mine bool, taken *orgkey.Ahead, err error) {
+func (d *DB) BeginAhead(ctx context.Context, keyID, attempt string, life time.Duration) (bool, *orgkey.Ahead, error) {
+	type begun struct {
+		mine  bool
+		taken *orgkey.Ahead
+	}
 	var lost atomic.Pointer[orgkey.Ahead] // what may have been taken if the answer of the commit is lost
-	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
-		taken = nil
+	b, err := outcome(ctx, d, func(ctx context.Context, tx *txn) (b begun, err error) {
 		now, err := d.now(ctx, tx)
 		if err != nil {
-			return err
+			return b, err
 		}
-		if mine, err = begin(ctx, tx, keyID, attempt, now, life); err != nil || !mine {
-			return err
+		if b.mine, err = begin(ctx, tx, keyID, attempt, now, life); err != nil || !b.mine {
+			return b, err
 		}
-		if taken, err = d.takeAhead(ctx, tx, orgkey.UseSealed, now); err != nil || taken == nil {
-			return err
+		if b.taken, err = d.takeAhead(ctx, tx, orgkey.UseSealed, now); err != nil || b.taken == nil {
+			return b, err
 		}
-		lost.Store(taken)
-		return one(exec(ctx, tx, "UPDATE deliveries SET attempt = $3 WHERE key_id = $1 AND attempt = $2", keyID, attempt, taken.ID))
+		lost.Store(b.taken)
+		return b, one(exec(ctx, tx, "UPDATE deliveries SET attempt = $3 WHERE key_id = $1 AND attempt = $2", keyID, attempt, b.taken.ID))
 	})
 	if err != nil {
 		return false, lost.Load(), err
 	}
-	return mine, taken, nil
+	return b.mine, b.taken, nil
 }
 
 // AddAhead implements keypool.Store.
-func (d *DB) AddAhead(ctx context.Context, use orgkey.Use, id string, limit int, life time.Duration) (added bool, err error) {
-	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
-		added = false
+func (d *DB) AddAhead(ctx context.Context, use orgkey.Use, id string, limit int, life time.Duration) (bool, error) {
+	return outcome(ctx, d, func(ctx context.Context, tx *txn) (bool, error) {
 		if err := d.lock(ctx, tx, "pool rows"); err != nil {
-			return err
+			return false, err
 		}
 		now, err := d.now(ctx, tx)
 		if err != nil {
-			return err
+			return false, err
 		}
 		n, err := query(ctx, tx, scanInt, "SELECT count(*) FROM pool_keys WHERE use = $1 AND expires_at > $2", string(use), now)
 		if err != nil || n[0] >= limit {
-			return err
+			return false, err
 		}
 		_, err = exec(ctx, tx, "INSERT INTO pool_keys (id, use, expires_at) VALUES ($1, $2, $3)", id, string(use), now+life.Microseconds())
-		added = err == nil
-		return err
+		return err == nil, err
 	})
-	return added && err == nil, err
 }
 
 // FillAhead implements keypool.Store.
@@ -100,13 +100,11 @@ func (d *DB) FillAhead(ctx context.Context, id string, sealed []byte, life time.
 }
 
 // RemoveAhead implements keypool.Store.
-func (d *DB) RemoveAhead(ctx context.Context, id string) (removed bool, err error) {
-	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+func (d *DB) RemoveAhead(ctx context.Context, id string) (bool, error) {
+	return outcome(ctx, d, func(ctx context.Context, tx *txn) (bool, error) {
 		n, err := exec(ctx, tx, "DELETE FROM pool_keys WHERE id = $1", id)
-		removed = n == 1
-		return err
+		return n == 1, err
 	})
-	return removed && err == nil, err
 }
 
 // Ahead implements keypool.Store.

@@ -1,7 +1,9 @@
 package sqlstore_test
 
 import (
+	"context"
 	"errors"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -228,4 +230,21 @@ func TestAPlaceKeepsWhileItsKeyIsExchanged(t *testing.T) {
 			t.Errorf("a pending key was exchanged: %v", err)
 		}
 	})
+}
+
+// Who leaves before the answer reads nothing that the change, left behind, still sets: the race
+// detector says so.
+func TestWhoLeavesReadsNothing(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "orgkeys.db"))
+	for i := range 400 {
+		ctx, leave := context.WithTimeout(t.Context(), time.Duration(i)*2*time.Microsecond)
+		id := uuid.NewString()
+		if added, err := db.AddAhead(ctx, orgkey.UsePlain, id, 1000, time.Hour); added && err != nil {
+			t.Errorf("added, and %v", err)
+		}
+		if removed, err := db.RemoveAhead(ctx, id); removed && err != nil {
+			t.Errorf("removed, and %v", err)
+		}
+		leave()
+	}
 }

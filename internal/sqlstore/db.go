@@ -222,6 +222,24 @@ func (d *DB) writeWithin(ctx context.Context, limit time.Duration, do func(conte
 	return err
 }
 
+// outcome is write of a change that has an outcome, which nobody reads if who asked for it has
+// left: a closure that is left behind may still set it.
+func outcome[T any](ctx context.Context, d *DB, do func(context.Context, *txn) (T, error)) (T, error) {
+	return outcomeWithin(ctx, d, answerTimeout, do)
+}
+
+func outcomeWithin[T any](ctx context.Context, d *DB, limit time.Duration, do func(context.Context, *txn) (T, error)) (T, error) {
+	var made, none T
+	err := d.writeWithin(ctx, limit, func(ctx context.Context, tx *txn) (err error) {
+		made, err = do(ctx, tx)
+		return err
+	})
+	if err != nil {
+		return none, err
+	}
+	return made, nil
+}
+
 func (d *DB) transact(ctx context.Context, do func(context.Context, *txn) error) error {
 	return d.transactWithin(ctx, answerTimeout, do)
 }

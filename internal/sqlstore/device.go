@@ -11,31 +11,29 @@ import (
 
 // AllowDevice implements enroll.Store.
 func (d *DB) AllowDevice(ctx context.Context, org org.ID, ek, note string, limit int, event audit.Event) (enroll.AllowedDevice, error) {
-	allowed := enroll.AllowedDevice{EK: ek, Note: note}
-	err := d.write(ctx, func(ctx context.Context, tx *txn) error {
+	none := enroll.AllowedDevice{}
+	return outcome(ctx, d, func(ctx context.Context, tx *txn) (enroll.AllowedDevice, error) {
 		if err := d.lock(ctx, tx, "devices:"+string(org)); err != nil {
-			return err
+			return none, err
 		}
 		now, err := d.now(ctx, tx)
 		if err != nil {
-			return err
+			return none, err
 		}
 		others, err := query(ctx, tx, scanInt, "SELECT count(*) FROM devices WHERE org_id = $1 AND ek <> $2", org, ek)
 		if err != nil {
-			return err
+			return none, err
 		}
 		if others[0] >= limit {
-			return enroll.ErrTooManyDevices
+			return none, enroll.ErrTooManyDevices
 		}
 		created, err := query(ctx, tx, scanMicros, `INSERT INTO devices (org_id, ek, note, created_at) VALUES ($1, $2, $3, $4)
 			ON CONFLICT (org_id, ek) DO UPDATE SET note = excluded.note RETURNING created_at`, org, ek, note, now)
 		if err != nil {
-			return err
+			return none, err
 		}
-		allowed.Created = micros(created[0])
-		return d.record(ctx, tx, event)
+		return enroll.AllowedDevice{EK: ek, Note: note, Created: micros(created[0])}, d.record(ctx, tx, event)
 	})
-	return allowed, err
 }
 
 func scanMicros(scan func(...any) error) (at sql.NullInt64, err error) {

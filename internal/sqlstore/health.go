@@ -154,7 +154,7 @@ func (d *DB) probe(ctx context.Context) error {
 	}
 	for _, statement := range []string{
 		"INSERT INTO replicas (id, address, version, policy, max_keys, clock_ahead, seen_at) VALUES ($1, hex($2), '', '', 0, 0, 0)",
-		"DELETE FROM replicas WHERE id = $1 OR address = hex($2)",
+		"DELETE FROM replicas WHERE id = $1 OR address = hex($2) OR id LIKE 'probe-%'", // also what a crash left between the two
 	} {
 		err := d.transact(ctx, func(ctx context.Context, tx *txn) error {
 			_, err := exec(ctx, tx, statement, id, filling)

@@ -39,37 +39,35 @@ func (d *DB) Recorded() <-chan struct{} { return d.recorded }
 var ErrGrown = errors.New("the log has grown in the meantime: stop every replica first")
 
 // AcceptRollback implements rollback.Store.
-func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, ends []audit.AheadSink, v rollback.Voids) (void int, err error) {
-	err = d.writeWithin(ctx, rollbackTimeout, func(ctx context.Context, tx *txn) error {
+func (d *DB) AcceptRollback(ctx context.Context, head audit.Checkpoint, e audit.Event, ends []audit.AheadSink, v rollback.Voids) (int, error) {
+	return outcomeWithin(ctx, d, rollbackTimeout, func(ctx context.Context, tx *txn) (int, error) {
 		if err := d.limitStatements(ctx, tx.Tx, rollbackTimeout); err != nil {
-			return err
+			return 0, err
 		}
 		if err := d.lock(ctx, tx, "sequencer"); err != nil {
-			return err
+			return 0, err
 		}
 		now, err := readHead(ctx, tx)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		if now != head {
-			return ErrGrown
+			return 0, ErrGrown
 		}
 		if err := d.recordNext(ctx, tx, e); err != nil {
-			return err
+			return 0, err
 		}
 		for _, s := range ends {
 			if err := forgetAhead(ctx, tx, s); err != nil {
-				return err
+				return 0, err
 			}
 		}
 		// What was taken from the pool since the backup is in it again.
 		if _, err := exec(ctx, tx, "DELETE FROM pool_keys"); err != nil {
-			return err
+			return 0, err
 		}
-		void, err = d.voidEnrollments(ctx, tx, v)
-		return err
+		return d.voidEnrollments(ctx, tx, v)
 	})
-	return void, err
 }
 
 // recordNext records an event and gives it the next index, before all

@@ -17,15 +17,13 @@ func (d *DB) Pseudonym(ctx context.Context, subject string) (string, error) {
 	if err != nil || pseudonym != "" {
 		return pseudonym, err
 	}
-	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+	return outcome(ctx, d, func(ctx context.Context, tx *txn) (string, error) {
 		_, err := exec(ctx, tx, "INSERT INTO persons (subject, pseudonym) VALUES ($1, $2) ON CONFLICT (subject) DO NOTHING", subject, "person-"+uuid.NewString())
 		if err != nil {
-			return err
+			return "", err
 		}
-		pseudonym, err = pseudonymOf(ctx, tx, subject)
-		return err
+		return pseudonymOf(ctx, tx, subject)
 	})
-	return pseudonym, err
 }
 
 // pseudonymOf returns the pseudonym of subject; empty if it has none.

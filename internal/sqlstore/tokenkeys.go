@@ -37,18 +37,17 @@ func (d *DB) AnnounceKey(ctx context.Context, purpose string, id []byte) error {
 }
 
 // ChooseKey implements hsm.Register.
-func (d *DB) ChooseKey(ctx context.Context, purpose string, id []byte) (chosen []byte, err error) {
-	err = d.write(ctx, func(ctx context.Context, tx *txn) error {
+func (d *DB) ChooseKey(ctx context.Context, purpose string, id []byte) ([]byte, error) {
+	return outcome(ctx, d, func(ctx context.Context, tx *txn) ([]byte, error) {
 		if _, err := exec(ctx, tx, "INSERT INTO token_keys (purpose, cka_id) VALUES ($1, $2) ON CONFLICT DO NOTHING", purpose, hex.EncodeToString(id)); err != nil {
-			return err
+			return nil, err
 		}
 		found, err := query(ctx, tx, scanKeyID, "SELECT cka_id FROM token_keys WHERE purpose = $1", purpose)
-		if err == nil {
-			chosen = found[0]
+		if err != nil {
+			return nil, err
 		}
-		return err
+		return found[0], nil
 	})
-	return chosen, err
 }
 
 // AnnouncedKeys implements hsm.Register.
