@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
@@ -223,7 +224,7 @@ type salted struct {
 }
 
 func encodePersonal(p Personal) ([]byte, error) {
-	salt := make([]byte, 16)
+	salt := make([]byte, SaltSize)
 	rand.Read(salt) // never fails, crypto/rand
 	s := salted{base64.StdEncoding.EncodeToString(salt), p}
 	if b, plain := s.plain(); plain {
@@ -234,6 +235,35 @@ func encodePersonal(p Personal) ([]byte, error) {
 		return nil, fmt.Errorf("encoding the personal part of an event: %w", err)
 	}
 	return b, nil
+}
+
+const (
+	// SaltSize is the size of a personal part's salt, in bytes.
+	SaltSize = 16
+
+	saltKey = `{"salt":"` // begins every stored personal part
+)
+
+// CutSalt cuts the salt out of a stored personal part, which packs badly in the letters in
+// which it is written. The rest begins with the quote behind them. It
+// reports whether JoinSalt makes the same bytes of both again.
+func CutSalt(stored []byte) (salt, rest []byte, ok bool) {
+	text, ok := bytes.CutPrefix(stored, []byte(saltKey))
+	n := base64.StdEncoding.EncodedLen(SaltSize)
+	if !ok || len(text) <= n || text[n] != '"' {
+		return nil, nil, false
+	}
+	salt, err := base64.StdEncoding.AppendDecode(nil, text[:n])
+	if err != nil || len(salt) != SaltSize || !bytes.Equal(JoinSalt(salt, text[n:]), stored) {
+		return nil, nil, false
+	}
+	return salt, text[n:], true
+}
+
+// JoinSalt undoes CutSalt.
+func JoinSalt(salt, rest []byte) []byte {
+	stored := make([]byte, 0, len(saltKey)+base64.StdEncoding.EncodedLen(len(salt))+len(rest))
+	return append(base64.StdEncoding.AppendEncode(append(stored, saltKey...), salt), rest...)
 }
 
 // DecodePersonal reads a stored personal part.

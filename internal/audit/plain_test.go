@@ -50,6 +50,20 @@ func TestWhatIsPlainIsAsTheJSONEncoderWritesIt(t *testing.T) {
 	}
 }
 
+// The salt of every stored personal part can be cut out and joined again, however it was encoded.
+func TestSaltsAreCut(t *testing.T) {
+	for _, name := range []string{"", "Ada", "Ad\u00eb \"the\" \n first"} {
+		stored, err := encodePersonal(Personal{Name: name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		salt, rest, ok := CutSalt(stored)
+		if !ok || len(salt) != SaltSize || !bytes.HasPrefix(rest, []byte{'"'}) || !bytes.Equal(JoinSalt(salt, rest), stored) {
+			t.Errorf("%s is cut into %x and %q, %t", stored, salt, rest, ok)
+		}
+	}
+}
+
 func isPlain(text string) bool {
 	return text == "" || text[0] != '\x7f' && !bytes.ContainsAny([]byte(text), "\"\\\n\u2028\u00eb\xff")
 }

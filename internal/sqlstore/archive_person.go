@@ -44,24 +44,46 @@ func (s snapshot) DeliveredTo(ctx context.Context) (map[string][]byte, error) {
 // maxPersons bounds what a bundle's personal parts may take when they are unpacked.
 const maxPersons = 2 * tiles.Width * (audit.MaxLeaf + 2)
 
-// packPersons packs the actors and the personal parts of a bundle's events.
+const (
+	// saltsApart begins what packPersons makes. Before, there was DEFLATE alone, which cannot
+	// begin with this byte: its block type is the one that does not exist (RFC 1951, 3.2.3).
+	saltsApart = 0b110
+
+	// whole begins a personal part, as it is packed, whose salt is not apart: others begin with a quote.
+	whole = 0
+)
+
+// packPersons packs the actors and the personal parts of a bundle's events: DEFLATE, and
+// behind it the parts' salts, which are as long as all the rest and take a third more in it.
 func packPersons(actors, personal [][]byte) ([]byte, error) {
-	plain, err := tiles.Pack(append(append([][]byte(nil), actors...), personal...))
+	all, salts := slices.Clone(actors), []byte(nil)
+	for _, part := range personal {
+		salt, rest, ok := audit.CutSalt(part)
+		if !ok && len(part) > 0 {
+			rest = append([]byte{whole}, part...)
+		}
+		all, salts = append(all, rest), append(salts, salt...)
+	}
+	plain, err := tiles.Pack(all)
 	if err != nil {
 		return nil, err
 	}
 	var b bytes.Buffer
+	b.WriteByte(saltsApart)
 	w, err := flate.NewWriter(&b, flate.BestCompression)
 	if err != nil {
 		return nil, err
 	}
 	_, err = w.Write(plain)
 	err = errors.Join(err, w.Close())
-	return b.Bytes(), err
+	return append(b.Bytes(), salts...), err
 }
 
+// unpackPersons takes apart what packPersons makes, or made before salts were apart.
 func unpackPersons(content []byte) (actors, personal [][]byte, err error) {
-	plain, err := io.ReadAll(io.LimitReader(flate.NewReader(bytes.NewReader(content)), maxPersons+1))
+	packed, apart := bytes.CutPrefix(content, []byte{saltsApart})
+	r := bytes.NewReader(packed) // a ByteReader: DEFLATE is read to its end and no further
+	plain, err := io.ReadAll(io.LimitReader(flate.NewReader(r), maxPersons+1))
 	if err != nil {
 		return nil, nil, fmt.Errorf("the personal parts of archived events are damaged: %w", err)
 	}
@@ -69,7 +91,28 @@ func unpackPersons(content []byte) (actors, personal [][]byte, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("the personal parts of archived events are damaged: %w", err)
 	}
-	return all[:tiles.Width], all[tiles.Width:], nil
+	actors, personal = all[:tiles.Width], all[tiles.Width:]
+	if apart && !joinSalts(personal, packed[len(packed)-r.Len():]) {
+		return nil, nil, errors.New("the personal parts of archived events are damaged: they have not as many salts")
+	}
+	return actors, personal, nil
+}
+
+// joinSalts gives each personal part its salt again, and reports whether there are as many.
+func joinSalts(personal [][]byte, salts []byte) bool {
+	for i, part := range personal {
+		switch {
+		case len(part) == 0:
+		case part[0] == whole:
+			personal[i] = part[1:]
+		case len(salts) < audit.SaltSize:
+			return false
+		default:
+			personal[i] = audit.JoinSalt(salts[:audit.SaltSize], part)
+			salts = salts[audit.SaltSize:]
+		}
+	}
+	return len(salts) == 0
 }
 
 // FindArchived implements archive.Source. It reads the archive from its beginning.

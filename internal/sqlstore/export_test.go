@@ -152,3 +152,9 @@ func (d *DB) Pragma(ctx context.Context, name string, writes bool) (value string
 
 // StorageFailure reports whether err says that the storage failed.
 var StorageFailure = storageFailure
+
+// PackPersons and UnpackPersons are the form of archived personal parts.
+var (
+	PackPersons   = packPersons
+	UnpackPersons = unpackPersons
+)

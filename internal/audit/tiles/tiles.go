@@ -160,7 +160,7 @@ var errBundle = errors.New("is not an entry bundle of its size")
 func entries(bundle []byte, w int) ([][]byte, error) {
 	all := make([][]byte, 0, w)
 	for len(bundle) > 0 {
-		if len(bundle) < 2 || len(bundle)-2 < int(binary.BigEndian.Uint16(bundle)) {
+		if len(all) == w || len(bundle) < 2 || len(bundle)-2 < int(binary.BigEndian.Uint16(bundle)) {
 			return nil, errBundle
 		}
 		n := int(binary.BigEndian.Uint16(bundle))
