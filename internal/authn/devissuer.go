@@ -47,14 +47,19 @@ type DevIssuer struct {
 // key if there is none. Processes that do so at the same time end up with the
 // same key. A key file that anybody but its owner can read is refused.
 func OpenDevIssuer(dir string) (*DevIssuer, error) {
-	path := filepath.Join(dir, devKeyFile)
-	private, err := loadDevKey(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := createDevKey(path); err != nil {
-			return nil, fmt.Errorf("making the development issuer's key: %w", err)
-		}
-		private, err = loadDevKey(path)
+	found, err := FindDevIssuer(dir)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return found, err
 	}
+	if err := createDevKey(filepath.Join(dir, devKeyFile)); err != nil {
+		return nil, fmt.Errorf("making the development issuer's key: %w", err)
+	}
+	return FindDevIssuer(dir)
+}
+
+// FindDevIssuer is OpenDevIssuer, and makes no key.
+func FindDevIssuer(dir string) (*DevIssuer, error) {
+	private, err := loadDevKey(filepath.Join(dir, devKeyFile))
 	if err != nil {
 		return nil, fmt.Errorf("opening the development issuer's key: %w", err)
 	}

@@ -38,13 +38,10 @@ func OpenDatabase(ctx context.Context, cfg config.Config) (*sqlstore.DB, error) 
 
 // OpenLog opens the database that the settings name, without changing it.
 func OpenLog(ctx context.Context, cfg config.Config) (*sqlstore.DB, error) {
-	location := DatabaseLocation(cfg)
-	if cfg.DatabaseURL == "" {
-		if _, err := os.Stat(location); err != nil {
-			return nil, fmt.Errorf("there is no log to read: %w (is ORGKEYS_DATA_DIR right?)", err)
-		}
+	if err := isThere(cfg); err != nil {
+		return nil, err
 	}
-	db, err := sqlstore.Open(ctx, location)
+	db, err := sqlstore.Open(ctx, DatabaseLocation(cfg))
 	if err != nil {
 		return nil, err
 	}
@@ -52,6 +49,17 @@ func OpenLog(ctx context.Context, cfg config.Config) (*sqlstore.DB, error) {
 		return nil, errors.Join(err, db.Close())
 	}
 	return db, nil
+}
+
+// isThere refuses a database of SQLite that opening would make.
+func isThere(cfg config.Config) error {
+	if cfg.DatabaseURL != "" {
+		return nil
+	}
+	if _, err := os.Stat(DatabaseLocation(cfg)); err != nil {
+		return fmt.Errorf("there is no log to read: %w (is ORGKEYS_DATA_DIR right?)", err)
+	}
+	return nil
 }
 
 // DatabaseLocation is the URL or the file of the database that the settings name.

@@ -273,6 +273,11 @@ func openPolicy(ctx context.Context, cfg config.Config, log *slog.Logger) (polic
 // OpenVerifier returns the token verifier of the settings, for commands that do not
 // serve requests: it does not replace subjects by pseudonyms.
 func OpenVerifier(ctx context.Context, cfg config.Config, log *slog.Logger) (*authn.Verifier, error) {
+	if cfg.Development() {
+		if _, err := authn.FindDevIssuer(cfg.DataDir); err != nil { // which openTokens would make
+			return nil, fmt.Errorf("%w (orgkeys serve and orgkeys token make it)", err)
+		}
+	}
 	p, err := openPolicy(ctx, cfg, log)
 	if err != nil {
 		return nil, err

@@ -40,6 +40,9 @@ func openStopped(ctx context.Context, cfg config.Config, sinks func(backend, con
 			err = errors.Join(err, o.close())
 		}
 	}()
+	if err := isThere(cfg); err != nil { // before a directory is made
+		return nil, err
+	}
 	if o.dir, err = OpenDataDir(cfg.DataDir); err != nil {
 		return nil, err
 	}
