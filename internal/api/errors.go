@@ -38,7 +38,7 @@ var (
 	invalidToken    = problem{http.StatusUnauthorized, "invalid_token", "Invalid or expired token", 0}
 	tlsRequired     = problem{http.StatusBadRequest, "tls_required", "This service is reached over HTTPS only", 0}
 	invalidOrg      = problem{http.StatusBadRequest, "invalid_organization", "Invalid organization ID: 1 to 128 letters, digits, '_' or '-', beginning with a letter or digit", 0}
-	notAcceptable   = problem{http.StatusNotAcceptable, "not_acceptable", "None of the accepted media types is available: this resource has application/x-pem-file and application/json", 0}
+	notAcceptable   = problem{http.StatusNotAcceptable, "not_acceptable", "None of the accepted media types is available: this resource has application/x-pem-file, application/json and, for a key that is sealed to a recipient, application/vnd.orgkeys.sealed+json", 0}
 	headerTooLarge  = problem{http.StatusRequestHeaderFieldsTooLarge, "header_too_large", "The request's headers are over 16 KiB", 0}
 	bodyTooLarge    = problem{http.StatusRequestEntityTooLarge, "body_too_large", "The request body is over 64 KiB", 0}
 	bodyTooSlow     = problem{http.StatusRequestTimeout, "request_timeout", "The request body did not arrive in time", 0}

@@ -30,8 +30,8 @@ type Traces interface {
 // and that no generation needs any more has no owner; and deleting what
 // another replica has just deleted is no error.
 //
-// What the attempts of sealed deliveries leave bears no name that live knows: of
-// those the age alone decides, which no attempt reaches.
+// An attempt of a sealed delivery likewise writes its name there before its key is created,
+// and the delivery has it until the attempt is given up or its life is over.
 func (c *Client) Reap(ctx context.Context, live Live) (int, error) {
 	generated, err := c.reapMount(ctx, keysMount, live)
 	sealed, sealedErr := c.reapMount(ctx, sealedMount, live)
