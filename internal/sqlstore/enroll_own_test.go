@@ -144,3 +144,21 @@ func TestAnOwnDeliveryIsGivenBackOrBegun(t *testing.T) {
 		}
 	})
 }
+
+// A key that its holder made does not go out sealed.
+func TestAnOwnKeyIsNoSealedOccupant(t *testing.T) {
+	onBoth(t, func(t *testing.T, db *sqlstore.DB, _ string) {
+		for _, origin := range []enroll.KeyOrigin{enroll.FromBackend, enroll.FromNode} {
+			r := recipient(t)
+			r.Origin = origin
+			d, err := claimedOwn(t, db, r)
+			must(t, err)
+			counts, err := db.OrgCounts(t.Context(), "acme", time.Now())
+			if must(t, err); len(counts.Occupants) != 1 || counts.Occupants[0].Sealed != (origin == enroll.FromBackend) {
+				t.Errorf("of %s: %+v", origin, counts.Occupants)
+			}
+			_, err = db.GiveBackOwn(t.Context(), "acme", d.KeyID, event(audit.KeyRefused, "acme", ""))
+			must(t, err)
+		}
+	})
+}

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/orgkeys/orgkeys/internal/enroll"
 	"github.com/orgkeys/orgkeys/internal/org"
 	"github.com/orgkeys/orgkeys/internal/orglog"
 )
@@ -120,13 +121,13 @@ func (d *DB) OrgCounts(ctx context.Context, org org.ID, first time.Time) (orglog
 	counts := found[0]
 	counts.Occupants, err = query(ctx, d.read, func(scan func(...any) error) (o orglog.Occupant, err error) {
 		var since sql.NullInt64
-		var enrollment sql.NullString
-		err = scan(&o.ID, &o.State, &since, &enrollment)
-		if o.Enrollment, o.Sealed = enrollment.String, enrollment.Valid; since.Valid {
+		var enrollment, origin sql.NullString
+		err = scan(&o.ID, &o.State, &since, &enrollment, &origin)
+		if o.Enrollment, o.Sealed = enrollment.String, origin.String == string(enroll.FromBackend); since.Valid {
 			o.Since = time.UnixMicro(since.Int64)
 		}
 		return o, err
-	}, `SELECT k.id, k.state, k.created_at, d.enrollment_id FROM org_keys k LEFT JOIN deliveries d ON d.key_id = k.id
+	}, `SELECT k.id, k.state, k.created_at, d.enrollment_id, d.origin FROM org_keys k LEFT JOIN deliveries d ON d.key_id = k.id
 		WHERE k.org_id = $1 AND k.slot IS NOT NULL ORDER BY k.slot`, org)
 	if err != nil {
 		return orglog.Counts{}, err
