@@ -16,6 +16,9 @@ import (
 func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k, signature []byte, deliver func(Answer) error) error {
 	began := d
 	d, wrapped, err := s.advance(ctx, pass, d, signature)
+	if errors.Is(err, orgkey.ErrGone) {
+		err = s.gone(ctx, began, err)
+	}
 	own := began.Enrollment == "" // an administrator's, of which every request leaves its event
 	if errors.Is(err, ErrPending) {
 		if own {
@@ -50,6 +53,19 @@ func (s *Service) serve(ctx context.Context, pass gate.Pass, d Delivery, k, sign
 		_ = s.again(ctx, pass, d) // another answer came first; a failure was logged and counted
 	}
 	return nil
+}
+
+// gone is what the next request for a delivery hears, of which a step was not there to be taken any more:
+// it was ended meanwhile, or another attempt has it.
+func (s *Service) gone(ctx context.Context, d Delivery, why error) error {
+	now, err := s.Store.Delivery(ctx, d.KeyID)
+	switch {
+	case err != nil && !errors.Is(err, ErrNotFound):
+		return fmt.Errorf("reading a delivery: %w", err)
+	case err != nil || now.Stage == Ended:
+		return fmt.Errorf("%w: %w", ErrClosed, why)
+	}
+	return fmt.Errorf("%w: %w", ErrPending, why)
 }
 
 // again records that an administrator gets what went out before.

@@ -268,6 +268,51 @@ func (f fixture) failingService(t *testing.T, at string, with error) (*enroll.Se
 	}), parts
 }
 
+// deleting is a store in which all keys are deleted while one is on its way.
+type deleting struct {
+	enroll.Store
+	all func()
+	at  string
+}
+
+func (d deleting) StoreWrapped(ctx context.Context, keyID, attempt string, public []byte, w enroll.Wrapped, fingerprint string, created, sealed audit.Event) (enroll.Delivery, error) {
+	if d.at == "storing" {
+		d.all()
+	}
+	return d.Store.StoreWrapped(ctx, keyID, attempt, public, w, fingerprint, created, sealed)
+}
+
+func (d deleting) Offer(ctx context.Context, keyID string, deliverFor time.Duration) (enroll.Delivery, error) {
+	if d.at == "releasing" {
+		d.all()
+	}
+	return d.Store.Offer(ctx, keyID, deliverFor)
+}
+
+// Whoever asks for a key that is deleted meanwhile hears that it is over.
+func TestASealedKeyThatIsDeletedOnItsWayIsOver(t *testing.T) {
+	for _, at := range []string{"storing", "releasing"} {
+		t.Run(at, func(t *testing.T) {
+			f := newFixture(t)
+			s := f.service(t, func(c *enroll.Config) {
+				c.Store = deleting{f.db, func() {
+					of := func(kind audit.Type, id string) audit.Event {
+						e := audit.New(kind, "acme")
+						e.Object = id
+						return e
+					}
+					if _, err := f.db.DeleteKeys(t.Context(), "acme", true, of(audit.KeysDeleted, ""), func(id string, _ bool) audit.Event { return of(audit.KeyWithdrawn, id) }, nil); err != nil {
+						t.Error(err)
+					}
+				}, at}
+			})
+			if err := s.Generate(t.Context(), owner("acme"), "acme", recipientBody(t), ignored); !errors.Is(err, enroll.ErrOver) {
+				t.Errorf("%v, want that it is over", err)
+			}
+		})
+	}
+}
+
 // A request for a sealed key that came to nothing costs no place, whatever failed.
 func TestASealedKeyThatWasNotMadeHasNoPlace(t *testing.T) {
 	refused := errors.New("a back end that refuses")

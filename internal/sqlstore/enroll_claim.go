@@ -59,7 +59,7 @@ func (d *DB) Claim(ctx context.Context, id string, r enroll.Recipient, from stri
 			return err
 		}
 		if err := claim(ctx, tx, e, key, r, from, now, deliverFor); err != nil {
-			return err
+			return insteadOfGone(err, enroll.ErrClosed) // its place ended meanwhile, and with it the enrollment
 		}
 		if v, err = delivery(ctx, tx, "d.key_id = $1", key); err != nil {
 			return err
@@ -281,11 +281,19 @@ func (d *DB) Approve(ctx context.Context, org org.ID, id, recipient string, deli
 		}
 		until := now + deliverFor.Microseconds()
 		if err := one(exec(ctx, tx, "UPDATE deliveries SET approved_at = $2, until = $3 WHERE key_id = $1 AND approved_at IS NULL", v.KeyID, now, until)); err != nil {
-			return err
+			return insteadOfGone(err, enroll.ErrNotFound)
 		}
 		if err := one(exec(ctx, tx, "UPDATE "+keyTable(v.Scope)+" SET expires_at = $2 WHERE id = $1 AND state = "+reserved, v.KeyID, until)); err != nil {
-			return err
+			return insteadOfGone(err, enroll.ErrNotFound)
 		}
 		return d.record(ctx, tx, event)
 	})
+}
+
+// insteadOfGone is what somebody else has just ended to whoever comes next.
+func insteadOfGone(err, next error) error {
+	if errors.Is(err, orgkey.ErrGone) {
+		return next
+	}
+	return err
 }

@@ -615,6 +615,42 @@ func TestARevocationWaitsForAMint(t *testing.T) {
 	}
 }
 
+// A claim whose place goes meanwhile, and an approval of one that ends, hear what they would hear next.
+func TestWhatEndsMeanwhileIsOver(t *testing.T) {
+	location := newDatabase(t, postgres)
+	db := open(t, location)
+	while := func(change string, id string, do func() error) error {
+		t.Helper()
+		ending, err := raw(t, location).Begin()
+		must(t, err)
+		statement(t, ending, change, id)
+		done := make(chan error, 1)
+		go func() { done <- do() }()
+		untilWaiting(t, raw(t, location))
+		must(t, ending.Commit())
+		return <-done
+	}
+	id, err := mint(t, db, enroll.Enrollment{}, time.Hour, 9)
+	must(t, err)
+	r := recipient(t)
+	if err := while("DELETE FROM deliveries WHERE enrollment_id = $1", id, func() error { return claimError(t, db, id, r) }); !errors.Is(err, enroll.ErrClosed) {
+		t.Errorf("a claim: %v", err)
+	}
+	id, err = mint(t, db, enroll.Enrollment{Approval: true}, time.Hour, 9)
+	must(t, err)
+	must(t, claimError(t, db, id, r))
+	if err := while("UPDATE deliveries SET stage = 'ended', approved_at = 1 WHERE enrollment_id = $1", id, func() error {
+		return db.Approve(t.Context(), "acme", id, r.ID, time.Hour, event(audit.EnrollmentApproved, "acme", id))
+	}); !errors.Is(err, enroll.ErrNotFound) {
+		t.Errorf("an approval: %v", err)
+	}
+}
+
+func claimError(t *testing.T, db *sqlstore.DB, id string, r enroll.Recipient) error {
+	_, err := claim(t, db, id, r)
+	return err
+}
+
 // Of a commit whose answer is an error, the caller learns what it may have begun.
 func TestWhatALostAnswerMayHaveBegun(t *testing.T) {
 	location := newDatabase(t, postgres)
