@@ -361,7 +361,7 @@ func TestAuthenticationThatCannotBeDone(t *testing.T) {
 		counted []string
 	}{
 		{authn.ErrKeysUnavailable, 503, nil},
-		{&authn.UnsureError{Refusal: &authn.TokenError{Reason: authn.ReasonSignature}}, 503, []string{"signature"}},
+		{&authn.UnsureError{Refusal: &authn.TokenError{Reason: authn.ReasonUnknownKey}}, 503, []string{"unknown_key"}},
 		{errors.New("a bug"), 500, nil},
 	} {
 		b := newBench(t, func(config *Config) {

@@ -64,9 +64,9 @@ type KeySetConfig struct {
 // that it does not have: under an unknown key ID, under one that was taken out, or
 // under a known one whose key does not fit. Requests wait for a reading that began
 // after they came, so that none is judged by an older set. How often they cause one
-// is bounded by token buckets, one for each of these causes. Anybody can empty those of
-// unknown key IDs and of signatures that do not fit, so ErrKeysUnavailable is the answer
-// then when no reading is to be had. A failed reading, or one of
+// is bounded by token buckets, one for each of these causes. ErrKeysUnavailable
+// is the answer to an unknown key ID when no reading is to be had; a signature that does
+// not fit is refused. A failed reading, or one of
 // something that is not a JWK set, leaves the last good set in force until it
 // is MaxAge old. An empty set is a good one: its issuer has no keys.
 type KeySet struct {
@@ -277,18 +277,18 @@ func (k *KeySet) known(id string) (keys publishedKeys, retired []publishedKey) {
 	return k.keys, retired
 }
 
-// UnsureError is the answer to a token that the set in force refuses, where a newer set
-// may have its key and could not be read now. It wraps ErrKeysUnavailable.
+// UnsureError is the answer to a token whose key ID the set in force does not have, where a newer
+// set may and could not be read now. It wraps ErrKeysUnavailable.
 type UnsureError struct{ Refusal *TokenError }
 
 func (e *UnsureError) Error() string {
-	return ErrKeysUnavailable.Error() + ": the token may be signed with a newer key, but too many that were not had them read recently"
+	return ErrKeysUnavailable.Error() + ": the token may be signed with a newer key, but too many unknown keys were asked for recently"
 }
 
 func (e *UnsureError) Unwrap() error { return ErrKeysUnavailable }
 
 // verdict is the answer when the set may not be read again now: err, unless the key
-// may be missing only because the set that was asked is older than the call.
+// ID may be missing only because the set that was asked is older than the call.
 func (k *KeySet) verdict(cause *bucket, older bool, err error) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -296,7 +296,7 @@ func (k *KeySet) verdict(cause *bucket, older bool, err error) error {
 	switch {
 	case k.failure != nil:
 		return fmt.Errorf("%w: the token may be signed with a newer key: %w", ErrKeysUnavailable, k.failure)
-	case refused && older && cause != &k.removed:
+	case refused && older && cause == &k.unknown:
 		return &UnsureError{refusal}
 	}
 	return err

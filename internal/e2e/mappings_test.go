@@ -100,7 +100,7 @@ func hostileUnder(t *testing.T, page string) {
 		if strings.Contains(name, "audience") && claims["aud"] == nil && !strings.Contains(name, "another") {
 			continue // claims.rego says whom it is for
 		}
-		want401(t, name, judged(t, s, harness.Request{Method: http.MethodGet, Path: "/node", Token: token}))
+		want401(t, name, s.Do(t, harness.Request{Method: http.MethodGet, Path: "/node", Token: token}))
 	}
 }
 
