@@ -280,11 +280,11 @@ func (d *DB) attempt(ctx context.Context, do func(context.Context, *txn) error) 
 	return d.commit(ctx, conn, tx)
 }
 
-// aborted reports whether PostgreSQL gave up a transaction in favour of
-// another, so that nothing of it was done and it can be tried again.
+// aborted reports whether PostgreSQL gave up a transaction, in favour of another or because
+// this process sent nothing for too long, so that nothing of it was done and it can be tried again.
 func aborted(err error) bool {
 	failure, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && (failure.Code == "40001" || failure.Code == "40P01")
+	return ok && slices.Contains([]string{"40001", "40P01", "25P03"}, failure.Code)
 }
 
 func ignoreDone(err error) error {

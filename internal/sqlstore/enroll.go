@@ -64,7 +64,10 @@ func (d *DB) CreateEnrollment(ctx context.Context, e enroll.Permission, life tim
 		}
 		return d.record(ctx, tx, event)
 	})
-	return made, err
+	if err != nil {
+		return enroll.Enrollment{}, err // not what a change that was left behind may still set
+	}
+	return made, nil
 }
 
 // takePlaces reserves a place in the quota for each key, and a delivery with it.

@@ -236,7 +236,7 @@ func (d *DB) GiveBackOwn(ctx context.Context, org org.ID, keyID string, refused 
 		given = true
 		return d.record(ctx, tx, refused)
 	})
-	return given && err == nil, err
+	return err == nil && given, err
 }
 
 // endDelivery ends delivery $1 and keeps nothing of the wrapped key.

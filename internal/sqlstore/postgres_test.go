@@ -130,6 +130,26 @@ func TestADeadlockIsTriedAgain(t *testing.T) {
 	}
 }
 
+// A process that stood still in a transaction, as on a machine whose disk hangs for some
+// seconds, has lost it. Its caller does not notice.
+func TestATransactionThatWasIdleForTooLongIsTriedAgain(t *testing.T) {
+	db := open(t, newDatabase(t, postgres))
+	id := released(t, db, "acme", 5)
+	var calls int
+	n, err := db.DeleteKeys(t.Context(), "acme", false, event(audit.KeysDeleted, "acme", ""), func(id string, _ bool) audit.Event {
+		if calls++; calls == 1 {
+			time.Sleep(4 * time.Second) // PostgreSQL waits for 3
+		}
+		return event(audit.KeyDeleted, "acme", id)
+	}, enrollmentRevoked)
+	if err != nil || n.Keys != 1 || calls != 2 {
+		t.Errorf("deleting %s: %d keys in %d attempts, %v", id, n.Keys, calls, err)
+	}
+	if got := types(t, db); got != "orgkey.created orgkey.all_deleted orgkey.deleted" {
+		t.Errorf("events: %s", got)
+	}
+}
+
 func until(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
