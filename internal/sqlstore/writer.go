@@ -271,7 +271,7 @@ const mostGathering = 2 * time.Millisecond
 
 // collect takes the waiting changes. If several shared the last commit it waits
 // for as many, since their callers are likely to be back, but for no longer than
-// half of what that commit took: what a commit costs is shared by all that are in it.
+// that commit took: what a commit costs is shared by all that are in it.
 // A change that comes alone never waits for a second.
 func (w *writer) collect(first *change) []*change {
 	all := []*change{first}
@@ -290,7 +290,7 @@ func (w *writer) collect(first *change) []*change {
 			return all
 		}
 		if over == nil {
-			timer := time.NewTimer(min(w.last.took/2, mostGathering))
+			timer := time.NewTimer(min(w.last.took, mostGathering))
 			defer timer.Stop()
 			over = timer.C
 		}
