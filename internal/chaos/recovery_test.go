@@ -74,6 +74,23 @@ func serveAndVerify(t *testing.T, c *cluster.Cluster, verify string) {
 	}
 }
 
+// losesOneOf fails over to a standby that lacks the newest of org's keys. Only the sink of
+// away, which is dead then, has it.
+func (f *failovers) losesOneOf(t *testing.T, stays, away *harness.Server, org string) (lost string) {
+	t.Helper()
+	f.must(t, f.primary.Streaming(1))
+	time.Sleep(time.Second) // the standby has what came before
+	stays.Stop(t)
+	f.must(t, f.standby.Stop())
+	lost = made(t, away, org)
+	inSink(t, away, lost)
+	away.Kill()
+	f.must(t, f.primary.Kill())
+	f.must(t, f.standby.Restart())
+	f.promote(t)
+	return lost
+}
+
 // Promise 8: a replica that is away during an asynchronous failover may alone have
 // a sink that is ahead of the log, and the log goes on. When it comes back it
 // refuses to start, and the documented step names what was lost: it was no
@@ -84,16 +101,7 @@ func TestPromise8_AReplicaThatIsAwayDuringAFailover(t *testing.T) {
 	org := harness.Org()
 	kept := made(t, away, org)
 	inSink(t, stays, kept)
-	f.must(t, f.primary.Streaming(1))
-	time.Sleep(time.Second) // the standby has it
-	stays.Stop(t)
-	f.must(t, f.standby.Stop())
-	lost := made(t, away, org)
-	inSink(t, away, lost)
-	away.Kill()
-	f.must(t, f.primary.Kill())
-	f.must(t, f.standby.Restart())
-	f.promote(t)
+	lost := f.losesOneOf(t, stays, away, org)
 	if os.Getenv("ORGKEYS_TEST_LONG") == "" { // otherwise half a minute has to pass
 		change(t, f.Cluster, "UPDATE replicas SET seen_at = seen_at - 31000000")
 	}
@@ -131,16 +139,7 @@ func TestPromise8_ASinkThatWasAheadIsGone(t *testing.T) {
 	stays, away := f.Replicas[0], f.Replicas[1]
 	org := harness.Org()
 	inSink(t, stays, made(t, away, org))
-	f.must(t, f.primary.Streaming(1))
-	time.Sleep(time.Second) // the standby has it
-	stays.Stop(t)
-	f.must(t, f.standby.Stop())
-	lost := made(t, away, org)
-	inSink(t, away, lost)
-	away.Kill()
-	f.must(t, f.primary.Kill())
-	f.must(t, f.standby.Restart())
-	f.promote(t)
+	lost := f.losesOneOf(t, stays, away, org)
 	change(t, f.Cluster, "UPDATE replicas SET seen_at = seen_at - 31000000")
 	refused := func() {
 		t.Helper()

@@ -12,8 +12,9 @@ import (
 
 // Whoever has a key registers as many nodes with it as they like.
 func TestTheNodesOfAKeyTakeTimeInProportion(t *testing.T) {
-	register := func(nodes int64) time.Duration {
+	register := func(n int) time.Duration {
 		var v inventory
+		nodes := int64(n)
 		if err := v.add(0, &audit.Event{Type: audit.KeyCreated, Org: "acme", Object: "k-1"}); err != nil {
 			t.Fatal(err)
 		}
@@ -30,14 +31,7 @@ func TestTheNodesOfAKeyTakeTimeInProportion(t *testing.T) {
 		}
 		return took
 	}
-	const few, times = 2000, 16
-	var a, b time.Duration
-	for range 3 { // the machine may be busy with something else
-		if a, b = register(few), register(times*few); b < 6*times*a {
-			return
-		}
-	}
-	t.Errorf("%d nodes take %v, and %d times as many take %v: more than in proportion", few, a, times, b)
+	inProportion(t, "nodes", register)
 }
 
 // Whoever has the service's Vault token imports and exports as often as they like.
@@ -63,12 +57,18 @@ func TestExportsToOneNameTakeTimeInProportion(t *testing.T) {
 		}
 		return spent
 	}
+	inProportion(t, "exports", judge)
+}
+
+// inProportion fails unless 16 times as many things take less than six times 16 times as long.
+func inProportion(t *testing.T, things string, take func(n int) time.Duration) {
+	t.Helper()
 	const few, times = 2000, 16
 	var a, b time.Duration
 	for range 3 { // the machine may be busy with something else
-		if a, b = judge(few), judge(times*few); b < 6*times*a {
+		if a, b = take(few), take(times*few); b < 6*times*a {
 			return
 		}
 	}
-	t.Errorf("%d exports take %v, and %d times as many take %v: more than in proportion", few, a, times, b)
+	t.Errorf("%d %s take %v, and %d times as many take %v: more than in proportion", few, things, a, times, b)
 }

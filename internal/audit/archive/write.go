@@ -61,7 +61,7 @@ const (
 	maxSmallMember    = 64 << 20
 	maxPolicy         = 64 << 20 // of all its files
 	exportMode        = 0o600
-	errNothingToProve = "no signed checkpoint: start the server, or run \"orgkeys audit checkpoint\" while it is stopped"
+	errNothingToProve = "no signed checkpoint: send the running server SIGUSR1, or run \"orgkeys audit checkpoint\" while it is stopped"
 )
 
 // ErrNotSigned: the log has no signed checkpoint.

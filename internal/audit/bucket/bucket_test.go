@@ -126,17 +126,23 @@ func TestOneOfManyWriters(t *testing.T) {
 	}
 }
 
-// An answer that is lost makes the client ask again: what it wrote itself is there then.
-func TestALostAnswerIsNoOthersFile(t *testing.T) {
-	t.Parallel()
+// toBucket returns a proxy to a new bucket.
+func toBucket(t *testing.T) *httputil.ReverseProxy {
+	t.Helper()
 	endpoint, _ := newBucket(t)
 	to, err := url.Parse(endpoint)
 	audittest.Must(t, err)
-	var lost, puts atomic.Int32
-	through := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+	return &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
 		r.SetURL(to)
 		r.Out.Host = r.In.Host // the signature covers it
 	}}
+}
+
+// An answer that is lost makes the client ask again: what it wrote itself is there then.
+func TestALostAnswerIsNoOthersFile(t *testing.T) {
+	t.Parallel()
+	var lost, puts atomic.Int32
+	through := toBucket(t)
 	through.ModifyResponse = func(r *http.Response) error {
 		if r.Request.Method != http.MethodPut {
 			return nil
@@ -161,14 +167,8 @@ func TestALostAnswerIsNoOthersFile(t *testing.T) {
 // A write that another one hinders, which then fails, is made again, a few times.
 func TestAWriteUnderWayIsWaitedFor(t *testing.T) {
 	t.Parallel()
-	endpoint, _ := newBucket(t)
-	to, err := url.Parse(endpoint)
-	audittest.Must(t, err)
 	var conflicts, puts atomic.Int32
-	through := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
-		r.SetURL(to)
-		r.Out.Host = r.In.Host // the signature covers it
-	}}
+	through := toBucket(t)
 	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodPut && puts.Add(1) > 0 && conflicts.Add(-1) >= 0 {
 			w.WriteHeader(http.StatusConflict)

@@ -24,7 +24,7 @@ type Source interface {
 
 // Reasons why nothing is published.
 var (
-	ErrNotSigned = errors.New("no signed checkpoint: start the server, or run \"orgkeys audit checkpoint\" while it is stopped")
+	ErrNotSigned = errors.New("no signed checkpoint: send the running server SIGUSR1, or run \"orgkeys audit checkpoint\" while it is stopped")
 	ErrRewritten = errors.New("the log does not extend what is published there: it was set back or rewritten since, or it is another log; publish it to another place")
 )
 
